@@ -1,0 +1,44 @@
+# stride-lightning: `make demo` and `make test` set up everything they need.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The stamp is written last, so an interrupted installation is repeated and a complete one is not.
+STAMP := $(VENV)/.installed
+# Two threads suit a small machine; more make the tiny models of the tests slower.
+export OMP_NUM_THREADS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean .venv
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[.a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv: $(STAMP)  ## Install the package and its tools into .venv
+
+demo: $(STAMP)  ## Attribute handwritten digits to their training examples
+	$(BIN)/python examples/attribute_digits.py
+
+test: $(STAMP)  ## Run the tests and the examples in the docstrings
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## Check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(STAMP)  ## Run the benchmarks (installs the bench extra first)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	for script in benchmarks/*.py; do $(BIN)/python "$$script" || exit 1; done
+
+clean:  ## Remove the environment and everything generated
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache lightning_logs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and alone: an exact version is already there when the other packages ask for it.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "constraints.txt needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@

@@ -1,0 +1,295 @@
+"""The result: scores of every training example for every query."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from stride_lightning.data import Examples, resolve_queries, resolve_train_data
+from stride_lightning.distributed import barrier, broadcast_object, rank
+from stride_lightning.records import read_record, write_record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+
+@dataclass(frozen=True)
+class TopExamples:
+    """The most helpful and the most harmful training examples of each query.
+
+    Args:
+        proponents: Positions in the training dataset, most helpful first, shape ``(q, k)``.
+        proponent_scores: Their scores, same shape.
+        opponents: Positions in the training dataset, most harmful first, shape ``(q, k)``.
+        opponent_scores: Their scores, same shape.
+    """
+
+    proponents: Tensor
+    proponent_scores: Tensor
+    opponents: Tensor
+    opponent_scores: Tensor
+
+    def __repr__(self) -> str:
+        lines = []
+        for query in range(min(len(self.proponents), 10)):
+            helpful = _listed(self.proponents[query], self.proponent_scores[query], sign=1)
+            harmful = _listed(self.opponents[query], self.opponent_scores[query], sign=-1)
+            lines.append(f"query {query}: helped by {helpful}\n{' ' * len(f'query {query}:')} harmed by {harmful}")
+        more = len(self.proponents) - 10
+        return "\n".join([*lines, f"... and {more} more queries"] if more > 0 else lines)
+
+
+@dataclass
+class Attribution:
+    """Scores that say which training examples made the model do this.
+
+    Args:
+        scores: float32, shape ``(num_queries, num_train)``, in nats of query loss to first order; positive is
+            helpful: training on the example lowers the query's loss. A ranking, not calibrated to retraining.
+        std: Posterior standard deviation of each score, same shape, where the recovery gives one.
+        train_indices: Position in the training dataset of every column, int64, shape ``(num_train,)``.
+        train_targets: Target of every column, where it has one.
+        query_targets: Target each query was asked about.
+        metadata: Method, options, every automatic choice, versions, fingerprints, seconds and peak memory.
+        train_info: Your own columns beside the positions (ids, sources, texts): name to one value per column.
+        query_info: The same for queries.
+
+    Example:
+        >>> attribution = Attribution(torch.tensor([[0.5, -0.25, 0.0]]))
+        >>> attribution.top(1)
+        query 0: helped by 0 (+0.5)
+                 harmed by 1 (-0.25)
+    """
+
+    scores: Tensor
+    std: Tensor | None = None
+    train_indices: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    train_targets: Tensor | None = None
+    query_targets: Tensor | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    train_info: dict[str, list[Any]] = field(default_factory=dict)
+    query_info: dict[str, list[Any]] = field(default_factory=dict)
+    #: The data behind rows and columns, for pictures; not saved.
+    queries: Examples | None = field(default=None, repr=False)
+    train_data: Examples | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.scores.ndim != 2:
+            raise ValueError(f"Scores must have shape (num_queries, num_train), got {tuple(self.scores.shape)}.")
+        if self.std is not None and self.std.shape != self.scores.shape:
+            raise ValueError(f"`std` must have the shape of the scores, got {tuple(self.std.shape)}.")
+        if len(self.train_indices) == 0:
+            self.train_indices = torch.arange(self.num_train)
+        lengths = {"train_info": self.num_train, "query_info": self.num_queries}
+        for name, length in lengths.items():
+            for column, values in getattr(self, name).items():
+                if len(values) != length:
+                    raise ValueError(f"{name}[{column!r}] has {len(values)} values, expected {length}.")
+
+    @property
+    def num_queries(self) -> int:
+        """Number of queries, rows of the scores."""
+        return self.scores.shape[0]
+
+    @property
+    def num_train(self) -> int:
+        """Number of training examples, columns of the scores."""
+        return self.scores.shape[1]
+
+    def __len__(self) -> int:
+        return self.num_queries
+
+    def __getitem__(self, query: int) -> Attribution:
+        """The attribution of one query."""
+        if not -self.num_queries <= query < self.num_queries:
+            raise IndexError(f"Query {query} of {self.num_queries}.")
+        rows = [query % self.num_queries]
+        one = copy.copy(self)
+        one.scores = self.scores[rows]
+        one.std = None if self.std is None else self.std[rows]
+        one.query_targets = None if self.query_targets is None else self.query_targets[rows]
+        one.query_info = {name: [values[rows[0]]] for name, values in self.query_info.items()}
+        if self.queries is not None:
+            one.queries = self.queries.subset(rows)
+        return one
+
+    def top(self, k: int = 10) -> TopExamples:
+        """Proponents and opponents of every query.
+
+        Args:
+            k: How many of each; all examples if there are fewer.
+
+        Returns:
+            Positions in the training dataset and scores, each of shape ``(num_queries, k)``.
+        """
+        if k < 1:
+            raise ValueError(f"`k` must be at least 1, got {k}.")
+        k = min(k, self.num_train)
+        # Stable sorts, so that ties (the zeros of a lasso) come in order of position.
+        helpful = self.scores.sort(dim=1, descending=True, stable=True)
+        harmful = self.scores.sort(dim=1, stable=True)
+        return TopExamples(
+            self.train_indices[helpful.indices[:, :k]],
+            helpful.values[:, :k],
+            self.train_indices[harmful.indices[:, :k]],
+            harmful.values[:, :k],
+        )
+
+    def sum_by(self, groups: Sequence[Hashable] | Tensor | str) -> tuple[list[Any], Tensor]:
+        """Sum the scores over groups of training examples.
+
+        Args:
+            groups: One label per column (source, class, author), the name of a column of ``train_info``, or
+                ``"target"`` for the training targets.
+
+        Returns:
+            The groups in order of first appearance, and their sums of shape ``(num_queries, num_groups)``.
+
+        Example:
+            >>> Attribution(torch.tensor([[0.5, -0.25, 1.0]])).sum_by(["web", "book", "web"])
+            (['web', 'book'], tensor([[ 1.5000, -0.2500]]))
+        """
+        if isinstance(groups, str):
+            if groups == "target" and self.train_targets is not None:
+                groups = self.train_targets
+            elif groups in self.train_info:
+                groups = self.train_info[groups]
+            else:
+                raise KeyError(f"No group {groups!r}: known are 'target' and train_info {sorted(self.train_info)}.")
+        labels = groups.tolist() if isinstance(groups, Tensor) else list(groups)
+        if len(labels) != self.num_train:
+            raise ValueError(f"Expected one group for each of {self.num_train} training examples, got {len(labels)}.")
+        names = list(dict.fromkeys(labels))
+        number = {name: i for i, name in enumerate(names)}
+        index = torch.tensor([number[label] for label in labels])
+        return names, self.scores.new_zeros(self.num_queries, len(names)).index_add_(1, index, self.scores)
+
+    def to_dataframe(self, k: int | None = None) -> DataFrame:
+        """A table with one row per query and training example (the top ``k`` proponents and opponents if given)."""
+        try:
+            import pandas as pd
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("to_dataframe() needs pandas: pip install 'stride-lightning[pandas]'.") from error
+        columns = torch.arange(self.num_train).expand(self.num_queries, -1)
+        if k is not None and 2 * k < self.num_train:
+            order = self.scores.argsort(dim=1, descending=True, stable=True)
+            columns = torch.cat([order[:, :k], order[:, -k:]], 1)
+        rows = torch.arange(self.num_queries)[:, None].expand_as(columns).flatten()
+        columns = columns.flatten()
+        table: dict[str, Any] = {"query": rows, "train_index": self.train_indices[columns]}
+        table["score"] = self.scores[rows, columns]
+        if self.std is not None:
+            table["std"] = self.std[rows, columns]
+        if self.train_targets is not None and self.train_targets.ndim == 1:
+            table["target"] = self.train_targets[columns]
+        frame = pd.DataFrame({name: value.numpy() for name, value in table.items()})
+        for name, values in self.train_info.items():
+            frame[name] = [values[i] for i in columns.tolist()]
+        for name, values in self.query_info.items():
+            frame[f"query_{name}"] = [values[i] for i in rows.tolist()]
+        return frame
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything but the data into one folder of safetensors and JSON, all or nothing.
+
+        An existing folder is never overwritten: the new one becomes ``<path>-v1``, ``-v2``, ... In a distributed
+        run rank 0 writes.
+
+        Returns:
+            The folder that was written.
+        """
+        path = Path(path)
+        written = path
+        if rank() == 0:
+            optional = {"std": self.std, "train_targets": self.train_targets, "query_targets": self.query_targets}
+            tensors = {"scores": self.scores, "train_indices": self.train_indices}
+            tensors |= {name: value for name, value in optional.items() if value is not None}
+            info = {
+                "kind": "attribution",
+                "metadata": self.metadata,
+                "train_info": self.train_info,
+                "query_info": self.query_info,
+            }
+            written = write_record(path.parent, path.name, info, {"attribution": tensors})
+        barrier()
+        return Path(str(broadcast_object(str(written))))
+
+    @classmethod
+    def load(cls, path: str | Path, *, train_data: Any = None, queries: Any = None) -> Attribution:
+        """Read what :meth:`save` wrote; every byte is checked.
+
+        Args:
+            path: The folder.
+            train_data: The training data again, if pictures are wanted.
+            queries: The queries again, if pictures are wanted.
+
+        Raises:
+            RecordError: If the folder is damaged or not an attribution.
+        """
+        record = read_record(path)
+        if record.info.get("kind") != "attribution":
+            raise ValueError(f"{path} holds a {record.info.get('kind', 'record')}, not a saved attribution.")
+        info = {name: record.info[name] for name in ("metadata", "train_info", "query_info")}
+        loaded = cls(**record.tensors("attribution"), **info)
+        if train_data is not None:
+            loaded.train_data = resolve_train_data(train_data, loaded.train_indices)
+        loaded.queries = None if queries is None else resolve_queries(queries)
+        return loaded
+
+    def log(
+        self,
+        loggers: Any,
+        *,
+        step: int | None = None,
+        k: int = 5,
+        max_queries: int = 20,
+        image_shape: tuple[int, ...] | None = None,
+    ) -> None:
+        """Log scalars to any Lightning logger, and histograms, tables and pictures where it can show them.
+
+        Args:
+            loggers: A logger or a list of them, such as ``trainer.loggers``.
+            step: Global step to log at; the step the attributed record or trainer stands at by default.
+            k: Proponents and opponents shown per query.
+            max_queries: Queries shown; all are in the scalars.
+            image_shape: Shape that makes a picture of flattened inputs, such as ``(28, 28)``.
+        """
+        from stride_lightning.views.loggers import log_attribution
+
+        if rank() == 0:
+            every: Iterable[Any] = loggers if isinstance(loggers, list | tuple) else [loggers]
+            step = int(self.metadata.get("step") or 0) if step is None else step
+            log_attribution(self, every, step=step, k=k, max_queries=max_queries, image_shape=image_shape)
+
+    def plot(self, query: int = 0, k: int = 6, *, image_shape: tuple[int, ...] | None = None) -> Figure:
+        """A figure of one query with its proponents and opponents: pictures if inputs are images, bars otherwise.
+
+        Args:
+            query: Row of the scores.
+            k: At most how many proponents, and how many opponents.
+            image_shape: Shape that makes a picture of flattened inputs, such as ``(28, 28)``.
+        """
+        from stride_lightning.views.figures import plot_query
+
+        return plot_query(self, query, k, image_shape=image_shape)
+
+    def __repr__(self) -> str:
+        method = self.metadata.get("method", "scores")
+        spread = f"std {self.scores.std():.2g}" if self.scores.numel() > 1 else f"{self.scores.item():.2g}"
+        seconds = self.metadata.get("seconds", {}).get("total")
+        took = f", {seconds:.1f} s" if seconds is not None else ""
+        certain = ", with posterior std" if self.std is not None else ""
+        shape = f"{self.num_queries} queries x {self.num_train} training examples"
+        return f"Attribution({method}: {shape}, {spread}{certain}{took})"
+
+
+def _listed(indices: Tensor, scores: Tensor, sign: int) -> str:
+    shown = [f"{i} ({s:+.2g})" for i, s in zip(indices.tolist(), scores.tolist(), strict=True) if s * sign > 0]
+    return ", ".join(shown) if shown else "nothing"

@@ -1,0 +1,274 @@
+"""The front door: attribute(), and what every method is built on."""
+
+from __future__ import annotations
+
+import inspect
+import platform
+import resource
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from stride_lightning import __version__
+from stride_lightning.attribution import Attribution
+from stride_lightning.data import Examples, first_batch, resolve_queries, resolve_train_data
+from stride_lightning.distributed import rank
+from stride_lightning.tasks import Task, infer_task
+from stride_lightning.weights import attached_trainer, borrowed, load_checkpoint, resolve_ckpt_path, weight_hash
+
+
+def attribute(
+    model: nn.Module,
+    queries: Any,
+    *,
+    train_data: Any,
+    method: str = "stride",
+    ckpt_path: str | Path | None = None,
+    record: str | Path | None = None,
+    task: Task | None = None,
+    target: str = "label",
+    train_indices: Sequence[int] | Tensor | None = None,
+    batch_size: int = 256,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    show_progress: bool = True,
+    **options: Any,
+) -> Attribution:
+    """Which training examples made the model do this?
+
+    In a distributed run every rank may call it: the work is shared and all return the same result. The caller's
+    weights, mode, hooks and device are as before afterwards.
+
+    Args:
+        model: A LightningModule or any other module; it is evaluated in eval mode (dropout off, BatchNorm fixed).
+        queries: What to explain: a Dataset, a DataLoader, or a LightningDataModule (its test data, else its
+            validation data).
+        train_data: What the model was trained on: a Dataset, a DataLoader or a LightningDataModule.
+        method: Name of the method; see ``Attributor.methods()``.
+        ckpt_path: Checkpoint whose weights are attributed, or ``"best"`` or ``"last"`` of the model's trainer. By
+            default the weights as they are.
+        record: A record that a callback wrote, or the folder that holds records. By default the callback's state in
+            the checkpoint or the attached trainer says where records are, and the one of these weights is used; if
+            there is none, everything is computed on the spot and the metadata says so.
+        task: What a batch means; inferred from the first batch by default.
+        target: ``"label"``, or ``"predicted"`` for queries without labels.
+        train_indices: Positions in the dataset that were trained on, where the sampler does not tell.
+        batch_size: Examples per forward pass; changes nothing but rounding.
+        device: Where to compute; the model's device by default.
+        seed: Seed of everything random that is not read from a record.
+        show_progress: Show progress bars, and a cost estimate before long work.
+        **options: Options of the method, such as ``num_subsets``, ``layers``, ``basis``, ``recovery``.
+
+    Returns:
+        Scores of shape ``(num_queries, num_train)`` and all that can be done with them.
+
+    Raises:
+        TypeError: If an option is unknown or the data are not map-style.
+        ValueError: If record, weights and data do not belong together, or something is not finite.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+        >>> data = TensorDataset(x, (x[:, 0] > 0).long())
+        >>> model = nn.Linear(4, 2)
+        >>> attribution = attribute(model, data, train_data=data, num_subsets=20, show_progress=False)
+        >>> attribution.scores.shape
+        torch.Size([60, 60])
+
+    Reference: arXiv:2606.05165 (STRIDE).
+    """
+    attributor = Attributor.create(method, seed=seed, batch_size=batch_size, show_progress=show_progress, **options)
+    attributor.fit(
+        model,
+        train_data,
+        task=task,
+        ckpt_path=ckpt_path,
+        record=record,
+        train_indices=train_indices,
+        device=device,
+    )
+    return attributor.attribute(queries, target=target)
+
+
+class Attributor(ABC):
+    """A method: fit it to a model and its training data, then ask it about queries, as often as you like.
+
+    A new method is a subclass with a name, its options as keyword arguments, and the two abstract methods.
+
+    Args:
+        seed: Seed of everything random.
+        batch_size: Examples per forward pass.
+        show_progress: Show progress bars and cost estimates.
+    """
+
+    #: Name by which :func:`attribute` finds the method.
+    method: ClassVar[str]
+    _registry: ClassVar[dict[str, type[Attributor]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "method" in vars(cls):
+            Attributor._registry[cls.method] = cls
+
+    def __init__(self, *, seed: int = 0, batch_size: int = 256, show_progress: bool = True) -> None:
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        self.seed, self.batch_size, self.show_progress = seed, batch_size, show_progress
+        self.metadata: dict[str, Any] = {}
+        self._model: nn.Module | None = None
+
+    @staticmethod
+    def methods() -> list[str]:
+        """Names of all methods."""
+        # The methods of the package register themselves when imported; they import this file, so only now.
+        import stride_lightning.steering.attributor  # noqa: F401
+
+        return sorted(Attributor._registry)
+
+    @staticmethod
+    def create(method: str, **options: Any) -> Attributor:
+        """The attributor of that name with these options; wrong names are refused with the right ones."""
+        if method not in Attributor.methods():
+            raise ValueError(f"Unknown method {method!r}. Known: {', '.join(Attributor.methods())}.")
+        cls = Attributor._registry[method]
+        known = set(inspect.signature(cls).parameters)
+        unknown = sorted(options.keys() - known)
+        if unknown:
+            own = sorted(known - {"seed", "batch_size", "show_progress"})
+            raise TypeError(
+                f"Unknown option{'s' if len(unknown) > 1 else ''} {', '.join(unknown)} for method {method!r}. "
+                f"Its options are: {', '.join(own)}."
+            )
+        return cls(**options)
+
+    def fit(
+        self,
+        model: nn.Module,
+        train_data: Any,
+        task: Task | None = None,
+        *,
+        ckpt_path: str | Path | None = None,
+        record: str | Path | None = None,
+        train_indices: Sequence[int] | Tensor | None = None,
+        device: str | torch.device | None = None,
+    ) -> Attributor:
+        """Do everything that does not depend on the queries; arguments as in :func:`attribute`."""
+        meter = _Meter()
+        checkpoint = None if ckpt_path is None else load_checkpoint(resolve_ckpt_path(ckpt_path, model))
+        self._model, self._device = model, None if device is None else torch.device(device)
+        self._state = None if checkpoint is None else checkpoint.get("state_dict", checkpoint)
+        self._train = resolve_train_data(train_data, train_indices, model)
+        with borrowed(model, self._state, self._device) as where, torch.no_grad():
+            self._weights = weight_hash(model)
+            self._task = self._infer_task(model, where) if task is None else task
+            self.metadata = {
+                "method": self.method,
+                "task": repr(self._task),
+                "weights": self._weights,
+                "ckpt_path": None if ckpt_path is None else str(ckpt_path),
+                "seed": self.seed,
+                "num_train": len(self._train),
+                "step": _step(checkpoint, model),
+                "device": str(where),
+                "mode": "eval (dropout off, normalisation statistics fixed)",
+                "versions": versions(),
+            }
+            self._fit(model, where, record, checkpoint)
+        self.metadata["seconds"] = {"fit": meter.seconds}
+        self.metadata["peak_memory_bytes"] = meter.peak_memory
+        return self
+
+    def attribute(self, queries: Any, *, target: str = "label") -> Attribution:
+        """Scores of every training example for the queries; needs :meth:`fit` once before."""
+        if self._model is None:
+            raise RuntimeError("Call fit(model, train_data) before attribute(queries).")
+        if target not in ("label", "predicted"):
+            raise ValueError(f"`target` must be 'label' or 'predicted', got {target!r}.")
+        meter = _Meter()
+        asked = resolve_queries(queries, self._model)
+        with borrowed(self._model, self._state, self._device) as where, torch.no_grad():
+            if weight_hash(self._model) != self._weights:
+                raise ValueError(
+                    "The model's weights have changed since fit(). Call fit() again, or attribute a checkpoint with "
+                    "ckpt_path=, which is remembered."
+                )
+            attribution = self._attribute(self._model, asked, where, target)
+        fitting = self.metadata["seconds"]["fit"]
+        attribution.metadata = {
+            **self.metadata,
+            **attribution.metadata,
+            "target": target,
+            "num_queries": len(asked),
+            "seconds": {"fit": fitting, "attribute": meter.seconds, "total": fitting + meter.seconds},
+            "peak_memory_bytes": max(self.metadata["peak_memory_bytes"], meter.peak_memory),
+        }
+        positions = self._train.positions
+        attribution.train_indices = torch.arange(len(self._train)) if positions is None else positions
+        attribution.train_data, attribution.queries = self._train, asked
+        return attribution
+
+    @abstractmethod
+    def _fit(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
+        """Fit to ``self._train``, the model in eval mode on ``device``; add choices to ``self.metadata``."""
+
+    @abstractmethod
+    def _attribute(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
+        """Scores for the queries, on the CPU; ``metadata`` holds what was chosen for them."""
+
+    def _infer_task(self, model: nn.Module, device: torch.device) -> Task:
+        return infer_task(first_batch(self._train, min(self.batch_size, 64), device), model)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what numbers may depend on."""
+    packages = ("torch", "lightning", "numpy", "scipy")
+    own = {"stride-lightning": __version__, "python": platform.python_version()}
+    return own | {name: version(name) for name in packages}
+
+
+def announce(message: str, *, show: bool) -> None:
+    """Say something before long work, on rank 0 only."""
+    if show and rank() == 0:
+        print(message, file=sys.stderr, flush=True)
+
+
+def _step(checkpoint: Any, model: nn.Module) -> int | None:
+    if checkpoint is not None:
+        step = checkpoint.get("global_step")
+        return None if step is None else int(step)
+    trainer = attached_trainer(model)
+    return None if trainer is None else int(trainer.global_step)
+
+
+class _Meter:
+    """Seconds and peak memory (resident set, and device memory if any) since it was made."""
+
+    def __init__(self) -> None:
+        self._start, self._resident = time.perf_counter(), _resident_bytes()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    @property
+    def peak_memory(self) -> int:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        return max(0, peak - self._resident, device)
+
+
+def _resident_bytes() -> int:
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:  # no procfs: count from zero
+        return 0

@@ -1,0 +1,328 @@
+"""StrideCallback: watches a fit and leaves records that attribution starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException  # pyright: ignore[reportPrivateImportUsage]
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # pyright: ignore[reportPrivateImportUsage]
+from torch import Tensor
+from typing_extensions import override
+
+from stride_lightning.attributors import versions
+from stride_lightning.data import Examples, first_batch, resolve_train_data
+from stride_lightning.distributed import barrier, rank
+from stride_lightning.records import remove_record, write_record
+from stride_lightning.steering.activations import capture_inputs, choose_layers
+from stride_lightning.steering.basis import Basis, Observation, fit_basis
+from stride_lightning.steering.module import StrideModule
+from stride_lightning.steering.statistics import StreamingStatistics
+from stride_lightning.steering.subsets import Design, sample_design
+from stride_lightning.tasks import Task, infer_task
+from stride_lightning.weights import borrowed, weight_hash
+
+#: Strategies under which every process holds the whole model.
+_WHOLE_MODEL_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+
+
+class StrideCallback(L.Callback):
+    """Watches training and writes subset-perturbation checkpoints, the records that attribution starts from.
+
+    While the model trains, statistics of the activations that enter the chosen layers are streamed (in eval mode, on
+    the batch at hand, every few steps) and logged to every logger as ``stride/<layer>/norm``, ``effective_rank`` and
+    ``dead_fraction``. At the end, and every n epochs or steps if asked, a record is written: the design (which
+    example is in which subset), the statistics, the basis of the steering operators and the loss of every training
+    example and subset from one eval pass at the recorded weights, a fingerprint of the data, and a hash of the
+    weights. Hooks live only inside the callback's own forward passes.
+
+    List it after callbacks that change the final weights, such as weight averaging.
+
+    Args:
+        dirpath: Folder of the records; by default ``stride`` in the trainer's log folder.
+        layers: Names of the modules whose inputs make the basis. By default the input features and the input of
+            each layer with a weight matrix, eight at most.
+        task: What a batch means; inferred from the first batch by default.
+        num_subsets: Number of subsets K; by default from the size of the training set.
+        degree: Subsets each example is in; by default half of them, or 10 for very large training sets.
+        seed: Seed of the design.
+        train_indices: Positions in the dataset that are trained on, where the sampler does not tell.
+        every_n_epochs: Also write a record at the end of every n-th epoch.
+        every_n_train_steps: Also write a record after every n-th optimizer step.
+        save_last_k: Keep only the last k records of this run; -1 keeps all.
+        fit_operators: Fit the steering operators at the end, so that attribution need not.
+        statistics_every_n_steps: Sample activations every so many optimizer steps.
+        batch_size: Examples per forward pass when a record is made.
+
+    Raises:
+        MisconfigurationException: If an argument, the strategy or the training data cannot work. It comes before
+            the first training step.
+
+    Example:
+        >>> import lightning.pytorch as L
+        >>> trainer = L.Trainer(callbacks=[StrideCallback()], logger=False)
+
+    Reference: arXiv:2606.05165 (STRIDE).
+    """
+
+    def __init__(
+        self,
+        dirpath: str | Path | None = None,
+        *,
+        layers: list[str] | None = None,
+        task: Task | None = None,
+        num_subsets: int | None = None,
+        degree: int | None = None,
+        seed: int = 0,
+        train_indices: list[int] | None = None,
+        every_n_epochs: int | None = None,
+        every_n_train_steps: int | None = None,
+        save_last_k: int = -1,
+        fit_operators: bool = False,
+        statistics_every_n_steps: int = 50,
+        batch_size: int = 256,
+    ) -> None:
+        super().__init__()
+        counts = {
+            "every_n_epochs": every_n_epochs,
+            "every_n_train_steps": every_n_train_steps,
+            "statistics_every_n_steps": statistics_every_n_steps,
+            "batch_size": batch_size,
+        }
+        for name, value in counts.items():
+            if value is not None and value < 1:
+                raise MisconfigurationException(f"`{name}` must be at least 1, got {value}.")
+        if save_last_k < -1 or save_last_k == 0:
+            raise MisconfigurationException(f"`save_last_k` must be -1 (keep all) or positive, got {save_last_k}.")
+        self._explicit_dirpath = None if dirpath is None else Path(dirpath)
+        self.dirpath = self._explicit_dirpath
+        self.layers, self.task = layers, task
+        self.num_subsets, self.degree, self.seed = num_subsets, degree, seed
+        self.train_indices = train_indices
+        self.every_n_epochs, self.every_n_train_steps = every_n_epochs, every_n_train_steps
+        self.save_last_k, self.fit_operators = save_last_k, fit_operators
+        self.statistics_every_n_steps, self.batch_size = statistics_every_n_steps, batch_size
+        #: Records written so far, oldest first.
+        self.records: list[Path] = []
+        self._written: list[Path] = []  # by this fit: only these are ever removed
+        self._sampled_step = self._recorded_step = -1
+        self._examples: Examples | None = None
+        self._watched: list[str] = []
+        self._task: Task | None = None
+        self._design: Design | None = None
+        self._statistics: dict[str, StreamingStatistics] = {}
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(
+            dirpath=None if self._explicit_dirpath is None else str(self._explicit_dirpath),
+            layers=self.layers,
+            num_subsets=self.num_subsets,
+            degree=self.degree,
+            seed=self.seed,
+            every_n_epochs=self.every_n_epochs,
+            every_n_train_steps=self.every_n_train_steps,
+        )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        # Plain types only: anything else would break the user's own resume under weights_only loading.
+        return {"dirpath": None if self.dirpath is None else str(self.dirpath), "records": list(map(str, self.records))}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.records = [Path(path) for path in state_dict["records"]]
+
+    # ---- before training ------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        strategy = type(trainer.strategy).__name__
+        if strategy not in _WHOLE_MODEL_STRATEGIES:
+            raise MisconfigurationException(
+                f"StrideCallback needs the whole model in every process; {strategy} is not supported. Supported: "
+                f"{', '.join(_WHOLE_MODEL_STRATEGIES)}. Train without the callback and call attribute() afterwards."
+            )
+        log_dir = trainer.log_dir  # a collective call: every rank must make it
+        if self._explicit_dirpath is None:
+            self.dirpath = Path(log_dir or trainer.default_root_dir) / "stride"
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._written, self._sampled_step, self._recorded_step = [], -1, -1
+        try:
+            examples = self._resolve_examples(trainer, pl_module)
+            batch = first_batch(examples, min(self.batch_size, 64), pl_module.device)
+            with borrowed(pl_module, None, None), torch.no_grad():
+                task = self.task or infer_task(batch, pl_module)
+                inputs = task.inputs(batch)
+                if self.layers is None:
+                    size = min(self.batch_size, 64, len(examples))
+                    self._watched = choose_layers(pl_module, lambda: task.outputs(pl_module, inputs), size)
+                else:
+                    self._watched = list(self.layers)
+                    with capture_inputs(pl_module, self._watched) as captured:
+                        task.outputs(pl_module, inputs)
+                    silent = [name for name in self._watched if name not in captured]
+                    if silent:
+                        raise ValueError(f"Layers {silent} do not run in the model's forward pass. Name others.")
+            self._design = sample_design(len(examples), self.num_subsets, self.degree, seed=self.seed)
+        except (TypeError, ValueError) as error:
+            raise MisconfigurationException(f"StrideCallback cannot work with this model and data. {error}") from error
+        self._examples, self._task = examples, task
+        self._statistics = {name: StreamingStatistics() for name in self._watched}
+
+    def _resolve_examples(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Examples:
+        loader = trainer.train_dataloader
+        if isinstance(loader, list | tuple | dict) or not hasattr(loader, "dataset"):
+            raise TypeError(
+                f"Training reads from a {type(loader).__name__}; expected one DataLoader over one map-style dataset. "
+                "With several loaders, positions in the training data are not defined."
+            )
+        owner = getattr(trainer, "datamodule", None)
+        examples = resolve_train_data(loader, self.train_indices, pl_module, owner)
+        if _is_dev_run(trainer):
+            examples = examples.subset(range(min(self.batch_size, len(examples))))
+        return examples
+
+    # ---- while training -------------------------------------------------------------------------------------
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if rank() != 0 or step == self._sampled_step or step % self.statistics_every_n_steps:
+            return
+        self._sampled_step = step  # once per optimizer step, however many batches it accumulates
+        assert self._task is not None
+        devices = [] if pl_module.device.type == "cpu" else [pl_module.device]
+        with (
+            torch.random.fork_rng(devices),
+            torch.no_grad(),
+            borrowed(pl_module, None, None),
+            trainer.precision_plugin.forward_context(),
+            capture_inputs(pl_module, self._watched) as captured,
+        ):
+            self._task.outputs(pl_module, self._task.inputs(batch))
+        metrics = {}
+        for name, features in captured.items():
+            self._statistics[name].update(features)
+            scalars = self._statistics[name].scalars()
+            metrics |= {f"stride/{name or 'model'}/{key}": value for key, value in scalars.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=step)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        due = self.every_n_train_steps is not None and step > 0 and step % self.every_n_train_steps == 0
+        if due and step != self._recorded_step:
+            self._record(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._record(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._record(trainer, pl_module, final=True)
+
+    # ---- the record -----------------------------------------------------------------------------------------
+
+    def _record(self, trainer: L.Trainer, pl_module: L.LightningModule, *, final: bool = False) -> None:
+        """Evaluate the training set at the weights as they are and write a record; every rank takes part."""
+        assert self._examples is not None
+        assert self._task is not None
+        assert self._design is not None
+        step = trainer.global_step
+        fit_operators = final and self.fit_operators
+        if step == self._recorded_step and not fit_operators:
+            return
+        self._recorded_step = step
+        show = trainer.progress_bar_callback is not None
+        with borrowed(pl_module, None, None) as device, torch.no_grad():
+            weights = weight_hash(pl_module)
+            basis, observed = fit_basis(
+                pl_module,
+                self._task,
+                self._examples,
+                self._watched,
+                batch_size=self.batch_size,
+                device=device,
+                show_progress=show,
+            )
+            module = StrideModule(self._design, self._task)
+            if fit_operators:
+                module.fit_operators(observed, show_progress=show)
+        if _is_dev_run(trainer):
+            return
+        if rank() == 0:
+            self._write(trainer, pl_module, weights, basis, observed, module if fit_operators else None)
+        barrier()
+
+    def _write(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        weights: str,
+        basis: Basis,
+        observed: Observation,
+        module: StrideModule | None,
+    ) -> None:
+        assert self._design is not None
+        assert self.dirpath is not None
+        design, losses = self._design, observed.losses.cpu()
+        statistics = {
+            f"{index}.{name}": value
+            for index, layer in enumerate(self._watched)
+            for name, value in self._statistics[layer].tensors().items()
+            if self._statistics[layer].count
+        }
+        tensors: dict[str, dict[str, Tensor]] = {
+            "design": design.tensors(),
+            "basis": basis.tensors(),
+            "statistics": statistics,
+            "losses": {
+                "train": losses,
+                "subsets": design.responses(losses[None].float())[0] / design.sizes.clamp(min=1),
+            },
+        }
+        info: dict[str, Any] = {
+            "kind": "stride",
+            "model": type(pl_module).__name__,
+            "epoch": trainer.current_epoch,
+            "step": trainer.global_step,
+            "weights": weights,
+            "data": observed.fingerprint,
+            "layers": list(self._watched),
+            "task": repr(self._task),
+            "mode": "eval",
+            "design": design.info(),
+            "train_loss": float(losses.mean()),
+            "versions": versions(),
+        }
+        if module is not None:
+            tensors["operators"] = module.tensors()
+            info["operators"] = module.info()
+        name = f"step={trainer.global_step}"
+        path = write_record(self.dirpath, name, info, tensors)
+        rank_zero_info(f"StrideCallback wrote {path}")
+        self.records.append(path)
+        self._written.append(path)
+        while self.save_last_k > 0 and len(self._written) > self.save_last_k:
+            stale = self._written.pop(0)
+            self.records.remove(stale)
+            remove_record(stale)
+
+
+def _is_dev_run(trainer: L.Trainer) -> bool:
+    return bool(getattr(trainer, "fast_dev_run", False))

@@ -1,0 +1,359 @@
+"""A data set in fixed order: positions, sequential reading, fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, default_collate
+from torch.utils.data.distributed import DistributedSampler
+
+#: Examples that are read twice to find out whether reading is random.
+_NUM_PROBES = 16
+
+
+@dataclass(eq=False)
+class Examples:
+    """A data set whose examples are named by their position and always read in the same order.
+
+    Args:
+        dataset: Map-style data set.
+        collate_fn: How its examples become a batch.
+        positions: Positions that are read, in order; all of them when None.
+        num_workers: Worker processes that read.
+        worker_init_fn: Passed on to the DataLoader.
+        owners: Objects whose Lightning batch-transfer hooks apply, first match wins (data module, then model).
+    """
+
+    dataset: Any
+    collate_fn: Callable[[list[Any]], Any] = default_collate
+    positions: Tensor | None = None
+    num_workers: int = 0
+    worker_init_fn: Callable[[int], None] | None = None
+    owners: tuple[Any, ...] = ()
+    _random: bool | None = field(default=None, init=False)
+
+    def __len__(self) -> int:
+        """Number of examples that are read."""
+        return len(self.dataset) if self.positions is None else len(self.positions)
+
+    def __getitem__(self, index: int) -> Any:
+        """The example at the given place of the reading order, as the dataset returns it."""
+        return self.dataset[index if self.positions is None else int(self.positions[index])]
+
+    def subset(self, indices: Sequence[int]) -> Examples:
+        """The examples at the given places of the reading order."""
+        chosen = torch.as_tensor(indices)
+        return replace(self, positions=chosen if self.positions is None else self.positions[chosen])
+
+    @property
+    def is_random(self) -> bool:
+        """Whether two reads of one example differ, as under random augmentation (found out by trying)."""
+        if self._random is None:
+            step = max(1, len(self) // _NUM_PROBES)
+            probes = (range(len(self)) if self.positions is None else self.positions.tolist())[::step][:_NUM_PROBES]
+            with _preserve_random_state():
+                self._random = any(_digest(self.dataset[i]) != _digest(self.dataset[i]) for i in probes)
+            if self._random:
+                warnings.warn(
+                    f"Two reads of one example of {type(self.dataset).__name__} differ (random augmentation). Examples "
+                    "are read under a seed made from their position, and only the data set's length, shapes and targets "
+                    "identify it.",
+                    stacklevel=2,
+                )
+        return self._random
+
+    def batches(self, batch_size: int, device: torch.device) -> Iterator[tuple[Any, Tensor, int]]:
+        """Read everything once, in order.
+
+        Every example is read under a seed made from its position, so that random augmentation gives the same
+        example for any batch size and number of workers. The caller's random state is left as it was.
+
+        Yields:
+            The batch on ``device``, the digest of each of its examples (uint8, ``(B, 32)``) and ``B``.
+        """
+        reader = _SeededReader(self.dataset, content=not self.is_random)
+        positions = range(len(self)) if self.positions is None else self.positions.tolist()
+        loader = DataLoader(
+            reader,
+            batch_size=batch_size,
+            sampler=positions,
+            collate_fn=_CollateWithDigests(self.collate_fn),
+            num_workers=self.num_workers,
+            worker_init_fn=self.worker_init_fn,
+        )
+        with _preserve_random_state():
+            for batch, digests in loader:
+                yield self._transfer(batch, device), digests, len(digests)
+
+    def _transfer(self, batch: Any, device: torch.device) -> Any:
+        """Move a batch through the hooks a Trainer would call, so that the model sees what it saw in training."""
+        batch = self._hook("on_before_batch_transfer", lambda value, _: value)(batch, 0)
+        move = self._hook("transfer_batch_to_device", lambda value, where, _: _to_device(value, where))
+        batch = move(batch, device, 0)
+        return self._hook("on_after_batch_transfer", lambda value, _: value)(batch, 0)
+
+    def _hook(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        for owner in self.owners:
+            method = getattr(owner, name, None)
+            if method is not None and not method.__qualname__.startswith("DataHooks."):
+                return method
+        return default
+
+
+def first_batch(examples: Examples, batch_size: int, device: torch.device) -> Any:
+    """The first batch in reading order, to find out what a batch means."""
+    head = examples.subset(range(min(batch_size, len(examples))))
+    head.num_workers = 0
+    return next(batch for batch, _, _ in head.batches(batch_size, device))
+
+
+class Fingerprint:
+    """What identifies a data set: its length, the content of its examples in order, and their shapes and targets.
+
+    Under random augmentation the content is left out, so that only length, shapes and targets identify it.
+
+    Example:
+        >>> fingerprint = Fingerprint(content=True)
+        >>> fingerprint.update(torch.zeros(2, 32, dtype=torch.uint8), torch.tensor([0, 1]))
+        >>> sorted(fingerprint.summary())
+        ['content', 'num_examples', 'targets']
+    """
+
+    def __init__(self, *, content: bool) -> None:
+        self._content = hashlib.sha256() if content else None
+        self._targets = hashlib.sha256()
+        self._num_examples = 0
+
+    def update(self, digests: Tensor, targets: Tensor | None) -> None:
+        """Take in a batch: digests of its examples and its targets."""
+        self._num_examples += len(digests)
+        (self._content or self._targets).update(digests.numpy().tobytes())
+        if targets is not None:
+            self._targets.update(targets.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values to store: ``num_examples``, ``content`` (or None) and ``targets``."""
+        return {
+            "num_examples": self._num_examples,
+            "content": self._content.hexdigest() if self._content else None,
+            "targets": self._targets.hexdigest(),
+        }
+
+
+def resolve_train_data(
+    source: Any,
+    train_indices: Sequence[int] | Tensor | None = None,
+    model: object | None = None,
+    datamodule: object | None = None,
+) -> Examples:
+    """The training set behind a Dataset, a DataLoader or a LightningDataModule.
+
+    Args:
+        source: What holds the training data. Random, sequential and distributed samplers are read through.
+        train_indices: Positions that were trained on, for any other sampler.
+        model: Its batch-transfer hooks apply unless the data module has its own.
+        datamodule: The data module that a DataLoader came from.
+
+    Raises:
+        TypeError: If the source is not map-style data.
+        ValueError: If it is empty, not batched, or drawn by a sampler whose positions are unknown.
+    """
+    owners = (source if hasattr(source, "train_dataloader") else datamodule, model)
+    if hasattr(source, "train_dataloader"):
+        if getattr(source, "trainer", None) is None:
+            source.prepare_data()
+            source.setup("fit")
+        source = source.train_dataloader()
+    examples = _from_loader_or_dataset(source, "train_data", owners)
+    if train_indices is not None:
+        examples.positions = _checked_positions(train_indices, len(examples.dataset))
+    elif isinstance(source, DataLoader) and not _reads_everything(source):
+        raise ValueError(
+            f"The training DataLoader draws through {_sampler_name(source)}, so which examples were trained on cannot "
+            "be told. Pass `train_indices=` with their positions in the dataset."
+        )
+    return examples
+
+
+def resolve_queries(source: Any, model: object | None = None) -> Examples:
+    """The queries behind a Dataset, a DataLoader or a LightningDataModule (its test data, else validation data)."""
+    owners = (source, model) if hasattr(source, "train_dataloader") else (model,)
+    if hasattr(source, "train_dataloader"):
+        if getattr(source, "trainer", None) is None:
+            source.prepare_data()
+        stage = next((s for s in ("test", "val") if _is_overridden(source, f"{s}_dataloader")), None)
+        if stage is None:
+            raise ValueError(f"{type(source).__name__} defines neither test_dataloader nor val_dataloader for queries.")
+        source.setup("test" if stage == "test" else "validate")
+        source = getattr(source, f"{stage}_dataloader")()
+    examples = _from_loader_or_dataset(source, "queries", owners)
+    if isinstance(source, DataLoader) and not _reads_everything(source):
+        raise ValueError(
+            f"The query DataLoader draws through {_sampler_name(source)}. Queries are named by their position: pass "
+            "torch.utils.data.Subset(dataset, positions) instead."
+        )
+    return examples
+
+
+def _from_loader_or_dataset(source: Any, what: str, owners: tuple[Any, ...]) -> Examples:
+    if isinstance(source, list | tuple | dict) and not isinstance(source, list):
+        raise TypeError(
+            f"`{what}` must be a Dataset, a DataLoader or a LightningDataModule, got {type(source).__name__}. Wrap "
+            "tensors in torch.utils.data.TensorDataset; pass one of several loaders."
+        )
+    if isinstance(source, DataLoader):
+        dataset = source.dataset
+        if source.batch_sampler is None:
+            raise ValueError(
+                f"The `{what}` DataLoader has batch_size=None: its dataset makes batches by itself, so single examples "
+                "have no position. Give it a batch_size, or pass a dataset of examples."
+            )
+        examples = Examples(dataset, source.collate_fn, None, source.num_workers, source.worker_init_fn, owners)
+    else:
+        dataset = source
+        examples = Examples(dataset, owners=owners)
+    if isinstance(dataset, IterableDataset):
+        raise TypeError(
+            f"`{what}` is an IterableDataset ({type(dataset).__name__}): its examples have no position to be named by. "
+            "Pass a map-style dataset with __getitem__ and __len__."
+        )
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or isinstance(dataset, Tensor | str):
+        raise TypeError(
+            f"`{what}` must be a Dataset, a DataLoader or a LightningDataModule, got {type(source).__name__}."
+        )
+    if len(dataset) == 0:  # type: ignore[arg-type]
+        raise ValueError(f"`{what}` is empty.")
+    return examples
+
+
+def _reads_everything(loader: DataLoader[Any]) -> bool:
+    """Whether the loader's sampler only shuffles, repeats or splits the whole dataset."""
+    sampler: Any = loader.sampler
+    if type(loader.batch_sampler).__module__.startswith("torch.") is False and not hasattr(
+        loader.batch_sampler, "sampler"
+    ):
+        return False
+    # Lightning wraps a sampler of the user's own for distributed runs; look at the one inside.
+    inner = getattr(getattr(sampler, "dataset", None), "_sampler", None)
+    if isinstance(sampler, DistributedSampler) and inner is not None:
+        sampler = inner
+    return type(sampler) in (RandomSampler, SequentialSampler) or isinstance(sampler, DistributedSampler)
+
+
+def _sampler_name(loader: DataLoader[Any]) -> str:
+    plain = type(loader.batch_sampler).__name__ == "BatchSampler"
+    return f"a {type(loader.sampler if plain else loader.batch_sampler).__name__}"
+
+
+def _is_overridden(owner: object, name: str) -> bool:
+    method = getattr(type(owner), name, None)
+    return method is not None and not method.__qualname__.startswith(("DataHooks.", "LightningDataModule."))
+
+
+def _checked_positions(indices: Sequence[int] | Tensor, size: int) -> Tensor:
+    positions = torch.as_tensor(indices).flatten()
+    if positions.is_floating_point() or positions.dtype == torch.bool:
+        raise TypeError(f"`train_indices` must be integer positions, got {positions.dtype}.")
+    if len(positions) == 0 or int(positions.min()) < 0 or int(positions.max()) >= size:
+        raise ValueError(
+            f"`train_indices` must be positions in 0..{size - 1}; got {len(positions)} of them, out of range."
+        )
+    if len(positions.unique()) < len(positions):
+        raise ValueError("`train_indices` names some examples twice; each position may stand once.")
+    return positions.long()
+
+
+class _SeededReader(Dataset[Any]):
+    """Reads each example under a seed made from its position, and digests it."""
+
+    def __init__(self, dataset: Any, *, content: bool) -> None:
+        self.dataset, self.content = dataset, content
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, position: int) -> tuple[Any, bytes]:
+        if not self.content:  # three generators to seed, so only where reading is random
+            torch.manual_seed(position)
+            np.random.seed(position % 2**32)  # noqa: NPY002 - augmentation uses the global generator
+            random.seed(position)
+        example = self.dataset[position]
+        return example, _digest(example, content=self.content)
+
+
+class _CollateWithDigests:
+    """The user's collate function, with the digests of the examples beside the batch."""
+
+    def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:
+        self.collate_fn = collate_fn
+
+    def __call__(self, items: list[tuple[Any, bytes]]) -> tuple[Any, Tensor]:
+        digests = np.frombuffer(b"".join(digest for _, digest in items), np.uint8).reshape(len(items), 32)
+        return self.collate_fn([example for example, _ in items]), torch.from_numpy(digests.copy())
+
+
+def _digest(example: Any, *, content: bool = True) -> bytes:
+    """SHA-256 of an example's leaves: types and shapes, and their values if ``content``."""
+    hasher = hashlib.sha256()
+    _feed(hasher, example, content=content)
+    return hasher.digest()
+
+
+def _feed(hasher: Any, value: Any, *, content: bool) -> None:
+    if isinstance(value, Tensor):
+        hasher.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        if content and value.numel():
+            hasher.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    elif isinstance(value, dict):
+        for key in value:
+            hasher.update(f"{{{key}:".encode())
+            _feed(hasher, value[key], content=content)
+    elif isinstance(value, tuple | list):
+        hasher.update(f"[{len(value)}".encode())
+        for item in value:
+            _feed(hasher, item, content=content)
+    elif isinstance(value, np.ndarray | np.generic):
+        hasher.update(f"{value.dtype}{value.shape}".encode())
+        if content:
+            hasher.update(np.ascontiguousarray(value).tobytes())
+    elif isinstance(value, bool | int | float | str | bytes) or value is None:
+        hasher.update(repr(value).encode() if content else type(value).__name__.encode())
+    elif hasattr(value, "tobytes") and hasattr(value, "size"):  # PIL images
+        hasher.update(f"{type(value).__name__}{value.size}".encode())
+        if content:
+            hasher.update(value.tobytes())
+    else:
+        raise TypeError(
+            f"A training example holds a {type(value).__name__}, whose content cannot be fingerprinted. Examples may "
+            "hold tensors, arrays, PIL images, numbers, strings, and tuples, lists or dicts of them."
+        )
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return type(value)({key: _to_device(item, device) for key, item in value.items()})
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_to_device(item, device) for item in value))
+    if isinstance(value, tuple | list):
+        return type(value)(_to_device(item, device) for item in value)
+    return value.to(device) if hasattr(value, "to") else value
+
+
+@contextmanager
+def _preserve_random_state() -> Iterator[None]:
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])

@@ -1,0 +1,17 @@
+"""Progress bars, shown where a person waits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm.auto import tqdm
+
+from stride_lightning.distributed import rank
+
+T = TypeVar("T")
+
+
+def track(items: Iterable[T], description: str, total: int | None = None, *, show: bool = True) -> Iterator[T]:
+    """Iterate with a progress bar that appears after half a second, on rank 0 only, and leaves no line behind."""
+    return iter(tqdm(items, desc=description, total=total, disable=not show or rank() != 0, delay=0.5, leave=False))

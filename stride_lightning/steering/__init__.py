@@ -1,0 +1,1 @@
+"""STRIDE: steering operators, their measurements, and the recovery of scores."""

@@ -1,0 +1,204 @@
+"""What enters the layers of a model: names, capture and pooling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+#: Most layers that are chosen when the user names none.
+MAX_LAYERS = 8
+#: Spatial axes are average-pooled until an input has at most this many features.
+MAX_POOLED_FEATURES = 1024
+#: Wider inputs are folded to this many features by a seeded count sketch.
+MAX_LAYER_FEATURES = 2048
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
+
+
+@contextmanager
+def capture_inputs(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect the pooled input of each named layer at every forward pass inside the block.
+
+    Hooks live in the block only. Compiled modules run uncompiled inside it, since a compiled graph never calls
+    hooks that were added later.
+
+    Args:
+        model: Any module; compiled wrappers are looked through.
+        layers: Dotted names of submodules.
+
+    Yields:
+        A dictionary that after a forward pass holds, for every layer that ran, features of shape ``(B, d)``
+        (the mean over calls if the layer ran several times). Clear it between passes.
+
+    Raises:
+        ValueError: If a name is not a submodule.
+        TypeError: If a layer's input is not a floating-point tensor with one row per example.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1))
+        >>> with capture_inputs(model, ["0", "2"]) as captured:
+        ...     _ = model(torch.ones(5, 3))
+        >>> {name: tuple(features.shape) for name, features in captured.items()}
+        {'0': (5, 3), '2': (5, 2)}
+    """
+    captured: dict[str, Tensor] = {}
+    calls: dict[str, int] = {}
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            features = pool(module, _first_tensor(name, args, kwargs))
+            calls[name] = calls.get(name, 0) + 1 if name in captured else 1
+            previous = captured.get(name)
+            captured[name] = features if previous is None else previous + (features - previous) / calls[name]
+
+        return hook
+
+    handles = []
+    try:
+        for name in layers:
+            module = find_module(model, name)
+            handles.append(module.register_forward_pre_hook(hook_for(name), with_kwargs=True))
+        with uncompiled():
+            yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def uncompiled() -> Any:
+    """A context in which compiled modules run eagerly (nothing on a torch that cannot compile)."""
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    return set_stance("force_eager") if set_stance is not None else nullcontext()
+
+
+def find_module(model: nn.Module, name: str) -> nn.Module:
+    """The submodule of that dotted name, looking through ``torch.compile`` wrappers."""
+    module = getattr(model, "_orig_mod", model)
+    for part in name.split(".") if name else []:
+        child = getattr(module, part, None)
+        if not isinstance(child, nn.Module):
+            known = ", ".join(repr(known) for known in layer_names(model)[:12])
+            raise ValueError(f"{name!r} is not a submodule of {type(model).__name__}. Layers with weights: {known}.")
+        module = getattr(child, "_orig_mod", child)
+    return module
+
+
+def layer_names(model: nn.Module) -> list[str]:
+    """Names of the layers with a weight matrix, embeddings left out: their inputs can be a basis."""
+    names = []
+    for name, module in model.named_modules():
+        matrices = any(weight.ndim >= 2 for weight in module.parameters(recurse=False))
+        if matrices and not isinstance(module, _LOOKUPS):
+            names.append(plain_name(name))
+    return names
+
+
+def plain_name(name: str) -> str:
+    """A dotted name without the parts that ``torch.compile`` adds."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def choose_layers(
+    model: nn.Module, forward: Callable[[], object], batch_size: int, limit: int = MAX_LAYERS
+) -> list[str]:
+    """The layers whose inputs make the default basis, in the order they run.
+
+    Every layer with a weight matrix counts whose input has one row of numbers per example; the first is then the
+    raw features. Beyond ``limit``, layers evenly spaced from first to last are taken.
+
+    Args:
+        model: The model in eval mode.
+        forward: Runs the model on one batch.
+        batch_size: Number of examples in that batch.
+        limit: Most layers to take.
+
+    Raises:
+        ValueError: If no layer qualifies.
+    """
+    order: list[str] = []
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            usable = tensors and tensors[0].is_floating_point() and tensors[0].ndim >= 2
+            if usable and name not in order and _rows_first(module, tensors[0]).shape[0] == batch_size:
+                order.append(name)
+
+        return hook
+
+    handles = []
+    try:
+        for name in layer_names(model):
+            handle = find_module(model, name).register_forward_pre_hook(hook_for(name), with_kwargs=True)
+            handles.append(handle)
+        with uncompiled(), torch.no_grad():
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not order:
+        raise ValueError(
+            f"Found no layer of {type(model).__name__} with a weight matrix and an input of shape (batch, ...). Name "
+            "modules whose inputs describe an example with `layers=[...]`."
+        )
+    if len(order) <= limit:
+        return order
+    return [order[round(i * (len(order) - 1) / (limit - 1))] for i in range(limit)]
+
+
+def pool(module: nn.Module, inputs: Tensor) -> Tensor:
+    """One row of features per example: token axes are averaged, spatial axes pooled to a coarse grid.
+
+    Args:
+        module: The layer the input enters; convolutions and inputs with four or more axes are channels first.
+        inputs: Shape ``(B, d)``, ``(B, tokens, d)`` or ``(B, channels, height, width)`` and the like.
+
+    Returns:
+        Shape ``(B, d)`` with ``d`` at most ``MAX_LAYER_FEATURES``.
+    """
+    inputs = _rows_first(module, inputs.detach())
+    inputs = inputs if inputs.dtype == torch.float64 else inputs.float()
+    if isinstance(module, _CONVOLUTIONS) or inputs.ndim >= 4:
+        spatial = inputs.ndim - 2
+        side = max(1, int((MAX_POOLED_FEATURES / inputs.shape[1]) ** (1 / spatial) + 1e-9))
+        grid = [min(side, size) for size in inputs.shape[2:]]
+        if spatial <= 3 and grid != list(inputs.shape[2:]):
+            average_pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[spatial - 1]
+            inputs = average_pool(inputs, grid)  # type: ignore[arg-type]
+        features = inputs.flatten(1)
+    else:
+        features = inputs.flatten(1, -2).mean(1) if inputs.ndim > 2 else inputs
+    return _fold(features, MAX_LAYER_FEATURES)
+
+
+def _fold(features: Tensor, width: int) -> Tensor:
+    """Count sketch: each feature is added, with a random sign, to one of ``width`` sums; keeps inner products."""
+    if features.shape[1] <= width:
+        return features
+    generator = torch.Generator().manual_seed(features.shape[1])
+    target = torch.randint(width, (features.shape[1],), generator=generator).to(features.device)
+    sign = (torch.randint(2, (features.shape[1],), generator=generator) * 2 - 1).to(features)
+    return features.new_zeros(len(features), width).index_add_(1, target, features * sign)
+
+
+def _rows_first(module: nn.Module, inputs: Tensor) -> Tensor:
+    """Recurrent layers and attention may take (tokens, batch, features)."""
+    sequence_first = getattr(module, "batch_first", True) is False and inputs.ndim == 3
+    return inputs.transpose(0, 1) if sequence_first else inputs
+
+
+def _first_tensor(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if not tensors or not tensors[0].is_floating_point() or tensors[0].ndim < 2:
+        came = f"{tensors[0].dtype} of shape {tuple(tensors[0].shape)}" if tensors else "no tensor"
+        raise TypeError(
+            f"Layer {name!r} must take a floating-point tensor with one row per example; its first input is {came}. "
+            "Name another layer, for instance the one after an embedding."
+        )
+    return tensors[0]

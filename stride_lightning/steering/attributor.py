@@ -1,0 +1,266 @@
+"""StrideAttributor: design, operators, measurements and recovery put together."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from stride_lightning.attribution import Attribution
+from stride_lightning.attributors import Attributor, announce
+from stride_lightning.data import Examples, first_batch
+from stride_lightning.distributed import gather, shard
+from stride_lightning.steering.activations import choose_layers
+from stride_lightning.steering.basis import Basis, Observation, fit_basis, observe
+from stride_lightning.steering.lasso import cross_validate_penalty, solve_lasso
+from stride_lightning.steering.lookup import choose_record, explain_mismatch
+from stride_lightning.steering.module import BasisName, StrideModule
+from stride_lightning.steering.recovery import Recovery, check_measurements, recover_ridge, recover_with_prior
+from stride_lightning.steering.subsets import Design, sample_design
+
+RecoveryName = Literal["prior", "lasso", "ridge"]
+
+
+class StrideAttributor(Attributor):
+    """STRIDE: steering operators imitate training on subsets; their effects on a query are turned into scores.
+
+    Args:
+        num_subsets: Number of subsets K; by default 200 up to 10,000 examples, then 200 more for every factor of 10.
+        degree: Subsets each example is in; by default ``K / 2`` while ``n K <= 1e8``, else 10.
+        layers: Names of the modules whose inputs make the basis. By default the input features and the input of each
+            layer with a weight matrix, eight at most.
+        basis: ``"statistics"``, or ``"learned"`` as published.
+        rank: Rank of a learned basis.
+        stability: Weight of the stability term; see :class:`~stride_lightning.steering.module.StrideModule`.
+        ridge: Penalty of the operators relative to the mean curvature; read off the data by default.
+        recovery: ``"prior"``, ``"lasso"`` as published, or ``"ridge"``.
+        penalty: Of the lasso relative to its largest useful value, or of the ridge relative to the mean diagonal;
+            by cross-validation over subsets by default.
+        seed: Seed of the design, where it is not read from a record, and of a learned basis.
+        batch_size: Examples per forward pass.
+        show_progress: Show progress bars, and a cost estimate before long work.
+
+    Example:
+        Fit once, ask as often as you like:
+
+        >>> from torch.utils.data import TensorDataset
+        >>> x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+        >>> data = TensorDataset(x, x.sum(1))
+        >>> attributor = StrideAttributor(num_subsets=16, show_progress=False).fit(nn.Linear(3, 1), data)
+        >>> len(attributor.attribute(data)), len(attributor.attribute(TensorDataset(x[:2], x[:2].sum(1))))
+        (40, 2)
+
+    Reference: arXiv:2606.05165 (STRIDE).
+    """
+
+    method = "stride"
+
+    def __init__(
+        self,
+        *,
+        num_subsets: int | None = None,
+        degree: int | None = None,
+        layers: list[str] | None = None,
+        basis: BasisName = "statistics",
+        rank: int | None = None,
+        stability: float | None = None,
+        ridge: float | None = None,
+        recovery: RecoveryName = "prior",
+        penalty: float | None = None,
+        seed: int = 0,
+        batch_size: int = 256,
+        show_progress: bool = True,
+    ) -> None:
+        super().__init__(seed=seed, batch_size=batch_size, show_progress=show_progress)
+        if basis not in get_args(BasisName):
+            raise ValueError(f"`basis` must be one of {get_args(BasisName)}, got {basis!r}.")
+        if recovery not in get_args(RecoveryName):
+            raise ValueError(f"`recovery` must be one of {get_args(RecoveryName)}, got {recovery!r}.")
+        if penalty is not None and recovery == "prior":
+            raise ValueError("`penalty` belongs to recovery='lasso' or 'ridge'; recovery='prior' has none.")
+        if rank is not None and basis != "learned":
+            raise ValueError("`rank` belongs to basis='learned'; the statistics basis keeps all its features.")
+        self.num_subsets, self.degree, self.layers = num_subsets, degree, layers
+        self.basis: BasisName = basis
+        self.rank, self.stability, self.ridge = rank, stability, ridge
+        self.recovery, self.penalty = recovery, penalty
+
+    # ---- fit ------------------------------------------------------------------------------------------------
+
+    def _fit(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
+        started = time.perf_counter()
+        self._start_from_record(model, device, record, checkpoint)
+        self._choose_design()
+        cost = estimate_cost(self._train_pass, self.design.num_subsets, self.recovery)
+        announce(f"STRIDE: {cost}", show=self.show_progress and cost.seconds > 2)
+        passed = time.perf_counter()
+        self.module = StrideModule(
+            self.design,
+            self._task,
+            basis=self.basis,
+            rank=self.rank or 16,
+            stability=self.stability,
+            ridge=self.ridge,
+            seed=self.seed,
+        )
+        stored = self._record is not None and "operators" in self._record.groups and self._takes_operators()
+        if stored:
+            assert self._record is not None
+            self.module.restore(self._record.info["operators"], self._record.tensors("operators"), device)
+        else:
+            self.module.fit_operators(self._train_pass, show_progress=self.show_progress)
+        self._train_mean = self.module.mean_prediction(self._train_pass) if self.recovery == "prior" else None
+        self.metadata |= {
+            "options": {
+                "layers": list(self._basis.layers),
+                "basis": self.basis,
+                "recovery": self.recovery,
+                "stability": self.module.stability,
+                **({"rank": self.module.rank} if self.basis == "learned" else {}),
+            },
+            "design": self.design.info(),
+            "data": self._train_pass.fingerprint,
+            "record": None if self._record is None else str(self._record.path),
+            "record_note": self._record_note,
+            "operators": {**self.module.chosen, "from_record": stored},
+            "num_features": self._train_pass.features.shape[1],
+            "estimate": vars(cost),
+            "fit_seconds": {"pass": passed - started, "operators": time.perf_counter() - passed},
+        }
+
+    def _start_from_record(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        explicit: str | Path | None,
+        checkpoint: Any,
+    ) -> None:
+        """One pass over the training set, in the basis of a record if one fits, else in a basis of its own."""
+        settings: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "device": device,
+            "show_progress": self.show_progress,
+        }
+        self._record, self._record_note = choose_record(explicit, checkpoint, model, self._weights, self._asked())
+        if self._record is not None:
+            layers = self._record.info["layers"]
+            self._basis = Basis.from_tensors(layers, self._record.tensors("basis"))
+            self._train_pass = observe(model, self._task, self._train, self._basis, **settings)
+            note = explain_mismatch(self._record, self._train_pass.fingerprint, repr(self._task))
+            if note is None:
+                return
+            if explicit is not None:
+                raise ValueError(note)
+            self._record, self._record_note = None, note
+        layers = self.layers
+        if layers is None:
+            size = min(self.batch_size, 64, len(self._train))
+            inputs = self._task.inputs(first_batch(self._train, size, device))
+            layers = choose_layers(model, lambda: self._task.outputs(model, inputs), size)
+        self._basis, self._train_pass = fit_basis(model, self._task, self._train, layers, **settings)
+
+    def _asked(self) -> dict[str, Any]:
+        """Options that a record must agree with, where they were given."""
+        return {"layers": self.layers, "num_subsets": self.num_subsets, "degree": self.degree}
+
+    def _choose_design(self) -> None:
+        if self._record is not None:
+            self.design = Design.restore(self._record.info["design"], self._record.tensors("design"))
+        else:
+            self.design = sample_design(len(self._train), self.num_subsets, self.degree, seed=self.seed)
+
+    def _takes_operators(self) -> bool:
+        """Whether a record's operators are what these options ask for."""
+        return self.basis == "statistics" and self.stability in (None, 0) and self.ridge is None
+
+    # ---- attribute ------------------------------------------------------------------------------------------
+
+    def _attribute(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
+        asked = observe(
+            model,
+            self._task,
+            queries,
+            self._basis,
+            batch_size=self.batch_size,
+            device=device,
+            target=target,
+            show_progress=self.show_progress,
+        )
+        # Every rank recovers a share of the queries.
+        share = shard(len(asked))
+        mine = asked.select(share)
+        started = time.perf_counter()
+        measurements = self.module.measure(mine)
+        measured = time.perf_counter()
+        nothing = Recovery(measurements.new_empty(0, len(self._train)))
+        recovered = self._recover(mine, measurements) if len(mine) else nothing
+        scores = gather(recovered.scores.float(), len(asked))
+        has_std = self.recovery != "lasso"
+        std = recovered.std if recovered.std is not None else recovered.scores
+        return Attribution(
+            scores.cpu(),
+            gather(std.float(), len(asked)).cpu() if has_std else None,
+            train_targets=self._task.decode(self._train_pass.encoded).cpu(),
+            query_targets=self._task.decode(asked.encoded).cpu(),
+            metadata={
+                "recovered": recovered.chosen,
+                "query_data": asked.fingerprint,
+                "attribute_seconds": {"measure": measured - started, "recover": time.perf_counter() - measured},
+                "mean_query_loss": float(asked.losses.mean()),
+            },
+        )
+
+    def _recover(self, queries: Observation, measurements: Tensor) -> Recovery:
+        check_measurements(measurements, self.design)
+        if self.recovery == "ridge":
+            return recover_ridge(measurements, self.design, penalty=self.penalty, show_progress=self.show_progress)
+        if self.recovery == "lasso":
+            given = self.penalty
+            penalty = cross_validate_penalty(measurements, self.design, seed=self.seed) if given is None else given
+            solution = solve_lasso(measurements, self.design, penalty)
+            chosen = {
+                "penalty": float(torch.as_tensor(penalty).median()),
+                "duality_gap_max": float(solution.gap.max()),
+                "nonzeros_mean": float((solution.scores != 0).sum(1).float().mean()),
+            }
+            return Recovery(solution.scores, None, chosen)
+        assert self._train_mean is not None
+        prior, second = self.module.priors(
+            self._train_pass, queries, self._train_mean, show_progress=self.show_progress
+        )
+        return recover_with_prior(measurements, self.design, prior, second, show_progress=self.show_progress)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a fit is expected to take: seconds, peak bytes of memory, and bytes on disk if a record is written."""
+
+    seconds: float
+    memory_bytes: int
+    disk_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"about {self.seconds:.0f} s to fit, {self.memory_bytes / 2**20:.0f} MiB of memory, "
+            f"{self.disk_bytes / 2**20:.0f} MiB if the operators are saved"
+        )
+
+
+def estimate_cost(observed: Observation, num_subsets: int, recovery: str) -> Cost:
+    """Estimate the cost of a fit from its arithmetic and this machine's measured speed of a matrix product.
+
+    Memory: ``4 (2 n r + n (3 C + 1) + C r K + 9 C r 64) + 64 n`` bytes and 40 MB of blocks.
+    """
+    (n, r), c, k = observed.features.shape, observed.outputs.shape[1], num_subsets
+    probe = torch.randn(n, r)[:512, :512].to(observed.features)
+    started = time.perf_counter()
+    for _ in range(4):
+        float((probe @ probe.T)[0, 0])
+    rate = 8 * probe.shape[0] ** 2 * probe.shape[1] / max(time.perf_counter() - started, 1e-9)
+    products = 25 * k + 300 + (k if recovery == "prior" else 0)  # gradients, the search for a ridge, the mean
+    memory = 4 * (2 * n * r + n * (3 * c + 1) + c * r * k + 9 * c * r * 64) + 64 * n + 40 * 2**20
+    return Cost(4.0 * n * r * c * products / rate, memory, 4 * c * r * k + 4 * r * r + n * k // 8)

@@ -1,0 +1,311 @@
+"""The basis of the steering operators, and one pass that evaluates a data set in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stride_lightning.data import Examples, Fingerprint
+from stride_lightning.progress import track
+from stride_lightning.steering.activations import capture_inputs
+from stride_lightning.tasks import Task, check_outputs
+
+#: The features of the whole training set take at most this many bytes; beyond, principal components are kept.
+MAX_FEATURE_BYTES = 2**31
+#: Most features whatever the number of examples: the preconditioner is a matrix of this size, squared.
+MAX_FEATURES = 4096
+#: Directions with less than this share of the mean energy are taken as not spanned by the training set.
+MIN_ENERGY = 1e-6
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Features ``phi(x)``: principal components of ``[z_1 / s_1, ..., z_L / s_L, 1]``, inputs ``z_l`` of L layers.
+
+    The components are those of the uncentred second moment over the training set, so features are uncorrelated and
+    the curvature that operators share is diagonal. Only directions the training set does not span are dropped, unless
+    a layer is too wide to be kept whole.
+
+    Args:
+        layers: Names of the layers, in the order they run.
+        scales: Root mean square norm of each layer's input over the training set, shape ``(L,)``; so every layer
+            has unit energy.
+        components: For each layer None, or the leading principal components of its (uncentred) inputs,
+            shape ``(d_l, k_l)``, where not all fit.
+        rotation: Joint principal components, shape ``(sum of k_l + 1, r)``.
+        energies: Mean square of each feature over the training set, shape ``(r,)``.
+
+    Reference: arXiv:2606.05165 (STRIDE), the basis B of the steering operators; here read off the activations.
+    """
+
+    layers: tuple[str, ...]
+    scales: Tensor
+    components: tuple[Tensor | None, ...]
+    rotation: Tensor
+    energies: Tensor
+
+    def features(self, captured: dict[str, Tensor]) -> Tensor:
+        """Features of a batch from its captured layer inputs, shape ``(B, r)``."""
+        return self.stacked(captured) @ self.rotation.to(next(iter(captured.values())))
+
+    def stacked(self, captured: dict[str, Tensor]) -> Tensor:
+        """Scaled layer inputs side by side and a column of ones, before the rotation."""
+        parts = []
+        for name, scale, components in zip(self.layers, self.scales, self.components, strict=True):
+            inputs = _captured(captured, name) / scale.to(captured[name])
+            parts.append(inputs if components is None else inputs @ components.to(inputs))
+        return torch.cat([*parts, torch.ones_like(parts[0][:, :1])], 1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Plain tensors to store."""
+        kept = {f"components.{i}": value for i, value in enumerate(self.components) if value is not None}
+        return {"scales": self.scales, "rotation": self.rotation, "energies": self.energies, **kept}
+
+    @classmethod
+    def from_tensors(cls, layers: list[str], tensors: dict[str, Tensor]) -> Basis:
+        """Undo :meth:`tensors`."""
+        components = tuple(tensors.get(f"components.{i}") for i in range(len(layers)))
+        return cls(tuple(layers), tensors["scales"], components, tensors["rotation"], tensors["energies"])
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one evaluation pass saw: n examples, r features, C outputs.
+
+    Args:
+        features: Shape ``(n, r)``.
+        outputs: Natural parameters, shape ``(n, C)``.
+        encoded: Encoded targets, shape ``(n, C)``.
+        losses: Loss of each example in nats, shape ``(n,)``.
+        fingerprint: Identity of the data set.
+    """
+
+    features: Tensor
+    outputs: Tensor
+    encoded: Tensor
+    losses: Tensor
+    fingerprint: dict[str, Any]
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.features)
+
+    def select(self, rows: slice) -> Observation:
+        """The same pass, of some of its examples."""
+        parts = (self.features[rows], self.outputs[rows], self.encoded[rows], self.losses[rows])
+        return Observation(*parts, fingerprint=self.fingerprint)
+
+
+def fit_basis(
+    model: nn.Module,
+    task: Task,
+    examples: Examples,
+    layers: list[str],
+    *,
+    batch_size: int,
+    device: torch.device,
+    show_progress: bool = True,
+) -> tuple[Basis, Observation]:
+    """Measure the scale of each layer's input over a training set and observe the set in the resulting basis.
+
+    All features are kept while they fit ``MAX_FEATURES`` and ``MAX_FEATURE_BYTES``; otherwise a first pass finds
+    the principal components of each layer and a second one observes.
+
+    Returns:
+        The basis and the observation of ``examples``.
+
+    Raises:
+        ValueError: If outputs or features are not finite, or every feature is zero.
+    """
+    limit = min(MAX_FEATURES, max(64, MAX_FEATURE_BYTES // (4 * len(examples)))) - 1
+    settings: dict[str, Any] = {"batch_size": batch_size, "device": device, "show_progress": show_progress}
+    widths = _layer_widths(model, task, examples, layers, batch_size, device)
+    components: list[Tensor | None] = [None] * len(layers)
+    scales = torch.ones(len(layers))
+    if sum(widths) > limit:
+        moments = _second_moments(model, task, examples, layers, **settings)
+        scales = torch.stack([_scale(name, moments[name].trace()) for name in layers]).cpu()
+        for i, (name, rank) in enumerate(zip(layers, _allot(widths, limit), strict=True)):
+            if rank < widths[i]:
+                components[i] = torch.linalg.eigh(moments[name].double())[1][:, -rank:].float().cpu()
+                widths[i] = rank
+    stacked = Basis(tuple(layers), scales, tuple(components), torch.empty(0), torch.empty(0))
+    observed = observe(model, task, examples, stacked, rotate=False, **settings)
+    if all(part is None for part in components):
+        # The scales are only known now, at the end of the pass: rescale in place.
+        blocks = observed.features[:, :-1].split(widths, dim=1)
+        scales = torch.stack([_scale(name, _mean_square(block)) for name, block in zip(layers, blocks, strict=True)])
+        for block, scale in zip(blocks, scales, strict=True):
+            block.div_(scale)
+    rotation, energies = _principal_components(observed.features)
+    basis = Basis(tuple(layers), scales.cpu(), tuple(components), rotation.cpu(), energies.cpu())
+    return basis, replace(observed, features=observed.features @ rotation)
+
+
+def observe(
+    model: nn.Module,
+    task: Task,
+    examples: Examples,
+    basis: Basis,
+    *,
+    batch_size: int,
+    device: torch.device,
+    target: str = "label",
+    rotate: bool = True,
+    show_progress: bool = True,
+) -> Observation:
+    """One evaluation pass: features, outputs, encoded targets and losses of every example, in order.
+
+    Args:
+        model: In eval mode, on ``device``.
+        task: How to read a batch.
+        examples: The data.
+        basis: The features to compute.
+        batch_size: Examples per forward pass; changes nothing but rounding.
+        device: Where to compute and keep the results.
+        target: ``"label"``, or ``"predicted"`` to use the model's own most likely targets.
+        rotate: Apply the basis's rotation; off only while the basis is being made.
+        show_progress: Show a progress bar.
+
+    Raises:
+        ValueError: If outputs, features or losses are not finite, naming the first such position.
+    """
+    stored: dict[str, Tensor] = {}
+    fingerprint, start = Fingerprint(content=not examples.is_random), 0
+    passes = _passes(model, task, examples, basis.layers, batch_size, device, "Evaluating", show_progress)
+    for captured, outputs, targets, digests in passes:
+        fingerprint.update(digests, targets)
+        if target == "predicted":
+            targets = task.predict(outputs)
+        elif targets is None:
+            raise ValueError("The batch has no targets. For queries without labels pass target='predicted'.")
+        encoded = task.encode(targets, outputs.shape[1]).to(outputs)
+        values = {
+            "features": (basis.features(captured) if rotate else basis.stacked(captured)).to(outputs),
+            "outputs": outputs,
+            "encoded": encoded,
+            "losses": task.loss(outputs, encoded),
+        }
+        stop = start + len(outputs)
+        for name, value in values.items():
+            if not torch.isfinite(value).all():
+                bad = int((~torch.isfinite(value)).reshape(len(value), -1).any(1).nonzero()[0])
+                position = start + bad if examples.positions is None else int(examples.positions[start + bad])
+                raise ValueError(
+                    f"The {name} of example {position} are not finite. Attribution needs a model whose outputs and "
+                    "losses are finite numbers: check the weights (did training diverge?) and the input."
+                )
+            if name not in stored:
+                stored[name] = value.new_empty(len(examples), *value.shape[1:])
+            stored[name][start:stop] = value
+        start = stop
+    return Observation(**stored, fingerprint=fingerprint.summary())
+
+
+def _passes(
+    model: nn.Module,
+    task: Task,
+    examples: Examples,
+    layers: tuple[str, ...] | list[str],
+    batch_size: int,
+    device: torch.device,
+    description: str,
+    show_progress: bool,
+) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor | None, Tensor]]:
+    """Forward passes over all examples; yields captured inputs, outputs ``(B, C)``, targets and digests."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    num_batches = -(-len(examples) // batch_size)
+    with capture_inputs(model, list(layers)) as captured, torch.no_grad():
+        batches = examples.batches(batch_size, device)
+        for batch, digests, size in track(batches, description, num_batches, show=show_progress):
+            captured.clear()
+            outputs = task.outputs(model, _cast(task.inputs(batch), dtype))
+            check_outputs(outputs, size)
+            outputs = outputs.detach().reshape(size, -1)
+            outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
+            yield captured, outputs, task.targets(batch), digests
+
+
+def _layer_widths(
+    model: nn.Module, task: Task, examples: Examples, layers: list[str], batch_size: int, device: torch.device
+) -> list[int]:
+    for captured, *_ in _passes(model, task, examples, layers, batch_size, device, "", False):
+        return [_captured(captured, name).shape[1] for name in layers]
+    raise ValueError("The training set is empty.")
+
+
+def _captured(captured: dict[str, Tensor], name: str) -> Tensor:
+    if name not in captured:
+        raise ValueError(
+            f"Layer {name!r} did not run in the model's forward pass, so it has no input to build a basis from. "
+            "Name layers that do, with `layers=[...]`."
+        )
+    return captured[name]
+
+
+def _second_moments(
+    model: nn.Module,
+    task: Task,
+    examples: Examples,
+    layers: list[str],
+    *,
+    batch_size: int,
+    device: torch.device,
+    show_progress: bool,
+) -> dict[str, Tensor]:
+    """Mean outer product of each layer's input, shape ``(d_l, d_l)``."""
+    moments: dict[str, Tensor] = {}
+    for captured, *_ in _passes(model, task, examples, layers, batch_size, device, "Covariances", show_progress):
+        for name in layers:
+            inputs = _captured(captured, name)
+            product = inputs.T @ inputs / len(examples)
+            moments[name] = moments[name].add_(product) if name in moments else product
+    return moments
+
+
+def _principal_components(stacked: Tensor) -> tuple[Tensor, Tensor]:
+    """Directions the examples span, strongest first, and the mean square of the examples along each."""
+    width = stacked.shape[1]
+    moment = torch.zeros(width, width, dtype=torch.float64, device=stacked.device)
+    for block in stacked.split(8192):
+        moment += block.T @ block / len(stacked)
+    energies, directions = torch.linalg.eigh(moment)
+    kept = (energies > MIN_ENERGY * energies.mean()).nonzero().flatten().flip(0)
+    return directions[:, kept].to(stacked), energies[kept].to(stacked)
+
+
+def _mean_square(block: Tensor) -> Tensor:
+    return block.square().sum(1).double().mean()
+
+
+def _scale(name: str, mean_square: Tensor) -> Tensor:
+    if not torch.isfinite(mean_square):
+        raise ValueError(f"The input of layer {name!r} is not finite on the training set.")
+    # A layer that is zero everywhere (all units dead) adds nothing, and must not divide by zero.
+    return mean_square.sqrt().float() if mean_square > 0 else torch.ones((), device=mean_square.device)
+
+
+def _allot(widths: list[int], limit: int) -> list[int]:
+    """Features kept of each layer: narrow layers keep all, the rest share what is left evenly."""
+    kept = [0] * len(widths)
+    left, waiting = limit, sorted(range(len(widths)), key=lambda i: widths[i])
+    while waiting:
+        i = waiting.pop(0)
+        kept[i] = max(1, min(widths[i], left // (len(waiting) + 1)))
+        left -= kept[i]
+    return kept
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Floating-point inputs in the precision of the weights (half-precision and double models)."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(_cast(item, dtype) for item in value)
+    if isinstance(value, dict):
+        return {key: _cast(item, dtype) for key, item in value.items()}
+    return value

@@ -1,0 +1,143 @@
+"""First-order influence on the basis: the prior of the recovery, and the ridge that goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from stride_lightning.progress import track
+from stride_lightning.steering.basis import Observation
+from stride_lightning.steering.solvers import BLOCK_BYTES, refit
+from stride_lightning.tasks import Task
+
+#: Queries solved together.
+QUERY_CHUNK = 64
+
+
+def mean_curvature(observed: Observation, task: Task) -> float:
+    """Mean eigenvalue of the Gauss-Newton matrix of the training loss in the basis; the scale of ridges."""
+    diagonal = task.curvature_diagonal(task.mean(observed.outputs)).mean(1)
+    energy = observed.features.square().sum(1)
+    return float((diagonal * energy).mean() / observed.features.shape[1])
+
+
+def imitation_ridge(observed: Observation, task: Task) -> tuple[float, dict[float, float]]:
+    """The ridge with which a refit of the readouts best imitates the frozen model.
+
+    The model's readouts are trained anew on the whole training set, for a grid of ridges at once; the one whose
+    predictions are closest to the frozen model's says how strongly the real training regularises.
+
+    Args:
+        observed: Evaluation pass over the training set in a rotated basis.
+        task: The likelihood.
+
+    Returns:
+        The ridge ``rho``, and the loss against the frozen model's predictions for every ridge tried (relative to the
+        mean curvature).
+    """
+    unit = max(mean_curvature(observed, task), 1e-12)
+    predicted = task.mean(observed.outputs)
+    tried: dict[float, float] = {}
+
+    def try_out(factors: list[float]) -> float:
+        coefficients = refit(observed, task, torch.tensor(factors) * unit)
+        for column, factor in enumerate(factors):
+            outputs = observed.features @ coefficients[..., column].T
+            tried[factor] = float(task.loss(outputs, predicted).mean())
+        return min(tried, key=tried.__getitem__)
+
+    best = try_out([4.0**power for power in range(-5, 4)])
+    best = try_out([best * 4.0 ** (step / 6) for step in (-5, -4, -3, -2, -1, 1, 2, 3, 4, 5)])
+    return best * unit, dict(sorted(tried.items()))
+
+
+def influence(
+    train: Observation,
+    queries: Observation,
+    train_means: Tensor,
+    query_means: Tensor,
+    task: Task,
+    ridge: float,
+    *,
+    tolerance: float = 3e-2,
+    max_iterations: int = 200,
+    show_progress: bool = True,
+) -> Tensor:
+    r"""First-order influence of every training example on every query's loss, in the basis.
+
+    .. math:: w_{qi} = \frac{1}{n} \, (\phi_q \otimes e_q)' (G + \rho I)^{-1} (\phi_i \otimes e_i),
+              \qquad e = (\mu - y) / s, \quad G = \frac{1}{n} \sum_i \phi_i \phi_i' \otimes \ell''(\mu_i)
+
+    with the exact Gauss-Newton matrix ``G`` of the predictions ``mu``, by preconditioned conjugate gradients for
+    blocks of queries.
+
+    Memory beyond its arguments: the result; six arrays of ``64 C r`` floats; one block of directions (8 MB).
+
+    Args:
+        train: Evaluation pass over n training examples.
+        queries: Evaluation pass over q queries.
+        train_means: Predictions at which to linearise, shape ``(n, C)``.
+        query_means: Predictions for the queries, shape ``(q, C)``.
+        task: The likelihood.
+        ridge: The penalty ``rho``.
+        tolerance: Relative residual at which a query counts as solved.
+        max_iterations: Stop here at the latest.
+        show_progress: Show a progress bar.
+
+    Returns:
+        Shape ``(q, n)``: to first order, how much the query's loss would rise if the example were left out.
+
+    Reference: arXiv:1703.04730 (influence functions), on the readouts of the basis.
+    """
+    features, size = train.features, len(train)
+    means = train_means.T.contiguous()  # (C, n)
+    surprise = ((train_means - train.encoded) / task.dispersion).T.contiguous()
+    asked = (query_means - queries.encoded) / task.dispersion
+    typical = task.curvature_diagonal(train_means).mean(0)  # (C,)
+    energies = features.square().mean(0)
+    preconditioner = 1 / (typical[:, None] * energies + ridge)[..., None]  # (C, r, 1)
+    result = features.new_empty(len(queries), size)
+    chunks = range(0, len(queries), QUERY_CHUNK)
+    for start in track(chunks, "Influence", len(chunks), show=show_progress):
+        chosen = slice(start, start + QUERY_CHUNK)
+        right = asked[chosen].T[:, None, :] * queries.features[chosen].T  # (C, r, q)
+        block = max(64, BLOCK_BYTES // (right.element_size() * right.shape[0] * right.shape[2]))
+
+        def product(direction: Tensor, block: int = block) -> Tensor:
+            total = ridge * direction
+            for first in range(0, size, block):
+                rows = slice(first, first + block)
+                curved = task.curvature(means[:, rows, None], features[rows] @ direction, dim=0)
+                total += (features[rows].T / size) @ curved
+            return total
+
+        solution = _conjugate_gradients(product, right, preconditioner, tolerance, max_iterations)
+        for first in range(0, size, block):
+            rows = slice(first, first + block)
+            moved = features[rows] @ solution  # (C, b, q)
+            result[chosen, rows] = (moved * surprise[:, rows, None]).sum(0).T / size
+    return result
+
+
+def _conjugate_gradients(
+    product: Callable[[Tensor], Tensor], right: Tensor, preconditioner: Tensor, tolerance: float, max_iterations: int
+) -> Tensor:
+    """Solve a positive definite system for all columns (last axis) at once."""
+    solution, residual = torch.zeros_like(right), right.clone()
+    target = tolerance * right.square().sum((0, 1)).sqrt()
+    scaled = preconditioner * residual
+    direction, energy = scaled.clone(), (residual * scaled).sum((0, 1))
+    for _ in range(max_iterations):
+        if bool((residual.square().sum((0, 1)).sqrt() <= target).all()):
+            break
+        mapped = product(direction)
+        step = energy / (direction * mapped).sum((0, 1)).clamp(min=1e-38)
+        solution += step * direction
+        residual -= step * mapped
+        scaled = preconditioner * residual
+        following = (residual * scaled).sum((0, 1))
+        direction = scaled + following / energy.clamp(min=1e-38) * direction
+        energy = following
+    return solution

@@ -1,0 +1,116 @@
+"""Finding the record that belongs to a model's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from stride_lightning.records import Record, RecordError, find_records, read_info, read_record
+from stride_lightning.weights import attached_trainer
+
+
+def choose_record(
+    explicit: str | Path | None,
+    checkpoint: Mapping[str, Any] | None,
+    model: nn.Module,
+    weights: str,
+    asked: Mapping[str, Any],
+) -> tuple[Record | None, str]:
+    """The record to start from, and a sentence about it for the metadata.
+
+    Args:
+        explicit: A record or a folder of records, where the user names one; it must fit or is refused.
+        checkpoint: The checkpoint whose weights are attributed; its callback state says where records are.
+        model: The model; its attached trainer's callbacks say where records are.
+        weights: Hash of the weights that are attributed.
+        asked: Options a record must agree with where they are not None: ``layers``, ``num_subsets``, ``degree``.
+
+    Raises:
+        FileNotFoundError: If the explicit path does not exist.
+        ValueError: If the explicit record is of other weights or other options.
+        RecordError: If it is damaged.
+    """
+    if explicit is not None:
+        return _explicit_record(Path(explicit), weights, asked), "given by the caller"
+    notes = []
+    for path in reversed(_known_records(checkpoint, model)):
+        try:
+            info = read_info(path)
+            if info.get("kind") != "stride" or info["weights"] != weights:
+                continue
+            conflict = _conflict(info, asked)
+            if conflict is None:
+                return read_record(path), f"found at {path}, which has these weights"
+            notes.append(f"{path} {conflict}")
+        except (RecordError, FileNotFoundError) as error:
+            notes.append(str(error))
+    computed = "none of these weights was found, so everything was computed on the spot"
+    return None, "; ".join([computed, *notes])
+
+
+def explain_mismatch(record: Record, fingerprint: Mapping[str, Any], task: str) -> str | None:
+    """Why a record is not of this data and task, or None if it is."""
+    if record.info["data"] != dict(fingerprint):
+        return (
+            f"The record {record.path} was made with other training data.\n  record: {_show(record.info['data'])}\n"
+            f"  given:  {_show(fingerprint)}\nPass the data (in the same order) that the model was trained on, or "
+            "leave out `record`."
+        )
+    if record.info["task"] != task:
+        return (
+            f"The record {record.path} was made with task {record.info['task']}, now it is {task}. Pass the same "
+            "`task=` to attribute() as to the callback."
+        )
+    return None
+
+
+def _explicit_record(path: Path, weights: str, asked: Mapping[str, Any]) -> Record:
+    candidates = find_records(path) if path.is_dir() else []
+    if not candidates:
+        candidates = [path]  # a record itself; reading says what is wrong if it is not
+    infos = {candidate: read_info(candidate) for candidate in candidates}
+    fitting = [candidate for candidate, info in infos.items() if info.get("weights") == weights]
+    if not fitting:
+        hashes = "\n".join(f"  record {path.name}: {info.get('weights')}" for path, info in infos.items())
+        raise ValueError(
+            f"No record at {path} is of the weights that are attributed (SHA-256).\n{hashes}\n  model: {weights}\n"
+            "Pass the checkpoint of the same step as ckpt_path=, or leave out `record` to compute everything on the spot."
+        )
+    chosen = fitting[-1]
+    conflict = _conflict(infos[chosen], asked)
+    if conflict is not None:
+        raise ValueError(f"The record {chosen} {conflict}. Leave out the option, or `record`.")
+    record = read_record(chosen)
+    if record.info.get("kind") != "stride":
+        raise ValueError(f"{chosen} holds {record.info.get('kind')!r}, not what StrideCallback writes.")
+    return record
+
+
+def _known_records(checkpoint: Mapping[str, Any] | None, model: nn.Module) -> list[Path]:
+    """Records in the folders that callback states name, oldest first."""
+    states: list[Mapping[str, Any]] = []
+    if checkpoint is not None:
+        callbacks = checkpoint.get("callbacks", {})
+        states = [state for key, state in callbacks.items() if str(key).startswith("StrideCallback")]
+    else:
+        trainer = attached_trainer(model)
+        callbacks = [] if trainer is None else trainer.callbacks
+        states = [callback.state_dict() for callback in callbacks if type(callback).__name__ == "StrideCallback"]
+    folders = dict.fromkeys(Path(state["dirpath"]) for state in states if state.get("dirpath"))
+    return [record for folder in folders for record in find_records(folder)]
+
+
+def _conflict(info: Mapping[str, Any], asked: Mapping[str, Any]) -> str | None:
+    stored = {"layers": info["layers"], **info["design"]}
+    for name, value in asked.items():
+        if value is not None and stored[name] != value:
+            return f"has {name}={stored[name]!r}, but {name}={value!r} was asked for"
+    return None
+
+
+def _show(fingerprint: Mapping[str, Any]) -> str:
+    content = fingerprint["content"] or "(random augmentation: not compared)"
+    return f"{fingerprint['num_examples']} examples, content {content[:16]}, targets {fingerprint['targets'][:16]}"

@@ -1,0 +1,67 @@
+"""Steering operators at work: the outputs they give, and their effect on the loss of a query."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from stride_lightning.steering.basis import Observation
+from stride_lightning.tasks import Task
+
+#: Bytes that one block of steered outputs, (C, examples, K), may take.
+BLOCK_BYTES = 2**25
+
+
+def steer(outputs: Tensor, features: Tensor, coefficients: Tensor, *, anchored: bool) -> Tensor:
+    """Outputs under every operator: ``phi a_k``, on top of the frozen model's outputs if anchored.
+
+    Args:
+        outputs: Outputs of the frozen model, shape ``(B, C)``.
+        features: Basis features, shape ``(B, r)``.
+        coefficients: Operators, shape ``(C, r, K)``.
+        anchored: Whether operators move the frozen outputs or stand in their place.
+
+    Returns:
+        Shape ``(C, B, K)``: classes first, so that the likelihood runs over contiguous memory.
+    """
+    steered = features @ coefficients
+    return steered + outputs.T[:, :, None] if anchored else steered
+
+
+def measure(observed: Observation, coefficients: Tensor, task: Task, *, anchored: bool) -> Tensor:
+    """How much each operator lowers the loss of each query below the frozen model's, in nats.
+
+    Args:
+        observed: Evaluation pass over the queries, q of them.
+        coefficients: Operators, shape ``(C, r, K)``.
+        task: The likelihood.
+        anchored: Whether operators move the frozen outputs or stand in their place.
+
+    Returns:
+        Measurements ``y_k(x) = loss(x) - loss of x under operator k``, shape ``(q, K)``. Positive: the subset helps.
+
+    Reference: arXiv:2606.05165 (STRIDE), measurement of subset effects.
+    """
+    measurements = observed.losses.new_empty(len(observed), coefficients.shape[2])
+    for rows, steered in _blocks(observed, coefficients, anchored=anchored):
+        encoded = observed.encoded[rows].T[:, :, None]
+        measurements[rows] = observed.losses[rows, None] - task.loss(steered, encoded, dim=0)
+    return measurements
+
+
+def mean_prediction(observed: Observation, coefficients: Tensor, task: Task, *, anchored: bool) -> Tensor:
+    """Prediction of every example averaged over the operators, shape ``(n, C)``."""
+    predictions = torch.empty_like(observed.outputs)
+    for rows, steered in _blocks(observed, coefficients, anchored=anchored):
+        predictions[rows] = task.mean(steered, dim=0).mean(2).T
+    return predictions
+
+
+def _blocks(observed: Observation, coefficients: Tensor, *, anchored: bool) -> Iterator[tuple[slice, Tensor]]:
+    item = coefficients.element_size() * coefficients.shape[0] * coefficients.shape[2]
+    block = max(1, BLOCK_BYTES // item)
+    for start in range(0, len(observed), block):
+        rows = slice(start, start + block)
+        yield rows, steer(observed.outputs[rows], observed.features[rows], coefficients, anchored=anchored)

@@ -1,0 +1,192 @@
+"""How figures are drawn: pictures and bars placed in inches on a matplotlib figure that pyplot knows nothing of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torch import Tensor
+
+from stride_lightning.views.ranking import RankedExample, interval_text, query_facts, score_text, shortened
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from stride_lightning.attribution import Attribution
+
+#: Proponents and opponents of each query.
+Ranked: TypeAlias = "Sequence[tuple[list[RankedExample], list[RankedExample]]]"
+
+_GREEN, _RED, _INK, _GREY, _RULE = "#1a7f37", "#c4262e", "#1f2328", "#656d76", "#d0d7de"
+# The picture grid, in inches.
+_PICTURE, _GAP, _GROUP_GAP, _MARGIN, _HEADER, _LINE = 0.92, 0.13, 0.34, 0.16, 0.42, 0.155
+# The bar charts, in inches; a character is what one takes on average.
+_CHART, _BAR, _TITLE, _AXIS, _CHARACTER = 4.6, 0.27, 0.42, 0.5, 0.063
+
+
+def draw_pictures(
+    attribution: Attribution, queries: Sequence[int], ranked: Ranked, to_image: Callable[[Any], Tensor | None]
+) -> Figure:
+    """One row per query: its picture, then its proponents framed in green and its opponents framed in red.
+
+    Args:
+        attribution: The scores, with ``queries`` and ``train_data``.
+        queries: Rows of the scores.
+        ranked: Their proponents and opponents.
+        to_image: Picture of an example, shape ``(H, W)`` or ``(H, W, 3)`` in 0..1.
+    """
+    assert attribution.queries is not None
+    assert attribution.train_data is not None
+    columns = [max(len(groups[side]) for groups in ranked) for side in (0, 1)]
+    lines = 3 if attribution.train_info or attribution.query_info else 2
+    row_height = _PICTURE + _LINE * lines + 0.16
+    lefts = [_MARGIN]  # of the query, the proponents, the opponents
+    for count in (1, columns[0]):
+        lefts.append(lefts[-1] + count * (_PICTURE + _GAP) - _GAP * (count > 0) + _GROUP_GAP * (count > 0))
+    width = lefts[2] + (columns[1] * (_PICTURE + _GAP) - _GAP if columns[1] else -_GROUP_GAP) + _MARGIN
+    height = _HEADER + row_height * len(queries) + _MARGIN / 2
+    figure = _figure(width, height)
+    headers = (("Query", "", _INK, 1), ("Proponents", "lower its loss", _GREEN, columns[0]))
+    for left, (title, meaning, color, count) in zip(
+        lefts, (*headers, ("Opponents", "raise its loss", _RED, columns[1])), strict=True
+    ):
+        if count:
+            _group_header(figure, left, count * (_PICTURE + _GAP) - _GAP, title, meaning if count > 1 else "", color)
+
+    def show(example: Any, left: float, row: int, color: str, captions: list[str]) -> None:
+        top = _HEADER + row * row_height + 0.07
+        box = (left / width, 1 - (top + _PICTURE) / height, _PICTURE / width, _PICTURE / height)
+        axes = figure.add_axes(box, xticks=[], yticks=[])
+        image = to_image(example)
+        if image is not None:
+            axes.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
+        for spine in axes.spines.values():
+            spine.set(color=color, linewidth=1.3)
+        for line, caption in enumerate(captions):
+            _write(
+                figure,
+                left + _PICTURE / 2,
+                top + _PICTURE + 0.06 + line * _LINE,
+                caption,
+                color=color if line == 0 else _GREY,
+                size=8.2 if line == 0 else 7,
+                weight="bold" if line == 0 else "normal",
+                ha="center",
+                va="top",
+            )
+
+    for row, (query, groups) in enumerate(zip(queries, ranked, strict=True)):
+        facts = query_facts(attribution, query)
+        label = f"label {shortened(facts.pop('target'), 10)}" if "target" in facts else ""
+        captions = [f"query {query}", label, shortened(" · ".join(facts.values()), 16)]
+        show(attribution.queries[query], lefts[0], row, _INK, captions)
+        for left, color, examples in zip(lefts[1:], (_GREEN, _RED), groups, strict=True):
+            for place, example in enumerate(examples):
+                label = "" if example.target is None else f" · label {shortened(example.target, 8)}"
+                captions = [score_text(example.score), f"#{example.position}{label}"]
+                captions.append(shortened(" · ".join(example.info), 16))
+                x = left + place * (_PICTURE + _GAP)
+                show(attribution.train_data[example.column], x, row, color, captions)
+    return figure
+
+
+def draw_bars(attribution: Attribution, queries: Sequence[int], ranked: Ranked) -> Figure:
+    """One chart per query, bars in order of their score, error bars of one posterior standard deviation.
+
+    Args:
+        attribution: The scores.
+        queries: Rows of the scores.
+        ranked: Their proponents and opponents.
+    """
+    heights = [_TITLE + _AXIS + _BAR * max(1, len(helpful) + len(harmful)) for helpful, harmful in ranked]
+    labels = [_bar_label(example) for groups in ranked for examples in groups for example in examples]
+    left = 0.25 + _CHARACTER * max(map(len, labels), default=0)
+    width, height = left + _CHART + 0.25, sum(heights)
+    figure = _figure(width, height)
+    top = 0.0
+    for query, (helpful, harmful), taken in zip(queries, ranked, heights, strict=True):
+        examples = [*helpful, *reversed(harmful)]
+        inner = taken - _TITLE - _AXIS
+        box = (left / width, 1 - (top + _TITLE + inner) / height, _CHART / width, inner / height)
+        axes = figure.add_axes(box)
+        facts = query_facts(attribution, query)
+        words = [f"label {facts.pop('target')}"] if "target" in facts else []
+        note = shortened(" · ".join([*words, *facts.values()]), 60)
+        _write(figure, left, top + _TITLE - 0.12, f"Query {query}", color=_INK, size=10, weight="bold")
+        _write(figure, left + 0.115 * len(f"Query {query}"), top + _TITLE - 0.12, note, color=_GREY, size=8.5)
+        _fill_chart(axes, examples)
+        top += taken
+    return figure
+
+
+def _fill_chart(axes: Axes, examples: list[RankedExample]) -> None:
+    scores = [example.score for example in examples]
+    stds = [example.std or 0.0 for example in examples]
+    places = range(len(examples))
+    axes.barh(places, scores, height=0.66, color=[_GREEN if score > 0 else _RED for score in scores])
+    if any(stds):
+        axes.errorbar(scores, places, xerr=stds, fmt="none", ecolor=_INK, elinewidth=0.9, capsize=2)
+    texts = [interval_text(example.score, example.std) for example in examples]
+    low = min([0.0, *(score - std for score, std in zip(scores, stds, strict=True))])
+    high = max([0.0, *(score + std for score, std in zip(scores, stds, strict=True))])
+    # Room for the longest text at each side that has bars, as a share of the chart.
+    sides = [[text for text, score in zip(texts, scores, strict=True) if score * sign > 0] for sign in (-1, 1)]
+    rooms = [(0.12 + _CHARACTER * max(map(len, side))) / _CHART if side else 0.0 for side in sides]
+    span = ((high - low) or 1.0) / (1 - sum(rooms))
+    axes.set_xlim(low - rooms[0] * span, low - rooms[0] * span + span)
+    for place, example, std, text in zip(places, examples, stds, texts, strict=True):
+        positive = example.score > 0
+        end = max(example.score + std, 0.0) if positive else min(example.score - std, 0.0)
+        axes.annotate(
+            text,
+            (end, place),
+            xytext=(4 if positive else -4, 0),
+            textcoords="offset points",
+            ha="left" if positive else "right",
+            va="center",
+            fontsize=7.5,
+            color=_GREEN if positive else _RED,
+        )
+    axes.set_ylim(len(examples) - 0.4 if examples else 1, -0.6)
+    axes.set_yticks(places, [_bar_label(example) for example in examples], fontsize=8, color=_INK, parse_math=False)
+    axes.set_xlabel("score (positive: training on the example lowers the query's loss)", fontsize=7.5, color=_GREY)
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=7.5, color=_RULE, labelcolor=_GREY)
+    axes.axvline(0, color=_INK, linewidth=0.9)
+    axes.grid(axis="x", color=_RULE, linewidth=0.5)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(_RULE)
+
+
+def _bar_label(example: RankedExample) -> str:
+    label = [] if example.target is None else [f"label {example.target}"]
+    return shortened(" · ".join([f"#{example.position}", *label, *example.info]), 44)
+
+
+def _group_header(figure: Figure, left: float, width: float, title: str, meaning: str, color: str) -> None:
+    from matplotlib.lines import Line2D
+
+    total_width, total_height = figure.get_size_inches()
+    _write(figure, left, 0.27, title, color=color, size=9.5, weight="bold")
+    _write(figure, left + width, 0.27, meaning, color=_GREY, size=7.5, ha="right")
+    ends = [left / total_width, (left + width) / total_width]
+    figure.add_artist(Line2D(ends, [1 - 0.34 / total_height] * 2, color=color, linewidth=1.0))
+
+
+def _write(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
+    """Text at ``x`` inches from the left and ``y`` from the top; a dollar sign is a dollar sign."""
+    width, height = figure.get_size_inches()
+    figure.text(x / width, 1 - y / height, text, parse_math=False, **style)
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("Figures need matplotlib: pip install 'stride-lightning[plot]'.") from error
+    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure

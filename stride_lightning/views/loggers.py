@@ -1,0 +1,221 @@
+"""Attributions in the dashboards of Lightning's loggers, each shown what it can show."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stride_lightning.views.figures import plot_grid, shows_images
+from stride_lightning.views.ranking import (
+    RankedExample,
+    interval_text,
+    query_facts,
+    rank_examples,
+    shortened,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from stride_lightning.attribution import Attribution
+
+#: Characters that Markdown or HTML give a meaning, inside a table cell or a heading.
+_ENTITIES = {ord(character): f"&#{ord(character)};" for character in "&<>|\\`*_~[]#\"'"}
+#: Characters of a cell of the text table.
+_CELL = 200
+
+
+def log_attribution(
+    attribution: Attribution,
+    loggers: Iterable[Any],
+    *,
+    step: int,
+    k: int = 5,
+    max_queries: int = 20,
+    image_shape: tuple[int, ...] | None = None,
+) -> None:
+    """Log scalars to every logger, and histograms, tables and pictures to those that can show them.
+
+    Loggers are asked for what they can do, not for their class: TensorBoard gets the histograms ``stride/scores`` and
+    ``stride/std``, the text ``stride/top_examples`` and the figure ``stride/top_pictures``; Weights & Biases gets the
+    last two as a table and an image. Pictures need image inputs and matplotlib, and are left out otherwise.
+
+    Args:
+        attribution: The scores; with ``queries`` and ``train_data`` if pictures are wanted.
+        loggers: Lightning loggers; None among them is skipped.
+        step: Global step to log at.
+        k: Proponents and opponents shown per query; also the ``k`` of ``stride/top_share``.
+        max_queries: Queries shown, from the first; all are in the scalars and histograms.
+        image_shape: Shape that makes a picture of flattened inputs, such as ``(28, 28)``.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from lightning.pytorch.loggers import CSVLogger
+        >>> from stride_lightning.attribution import Attribution
+        >>> logger = CSVLogger(tempfile.mkdtemp())
+        >>> log_attribution(Attribution(torch.tensor([[3.0, -1.0, 0.0, 0.0]])), [logger], step=10, k=1)
+        >>> logger.experiment.metrics[0]["stride/top_share"]
+        0.75
+    """
+    scalars = summarize(attribution, k)
+    queries = range(min(max_queries, attribution.num_queries))
+    figure: Figure | None = None
+    if queries and importlib.util.find_spec("matplotlib") and shows_images(attribution, image_shape=image_shape):
+        figure = plot_grid(attribution, queries, k, image_shape=image_shape)
+    for logger in loggers:
+        if logger is None:
+            continue
+        logger.log_metrics(scalars, step)
+        if queries and hasattr(logger, "log_table"):
+            columns, rows = example_table(attribution, queries, k)
+            logger.log_table("stride/top_examples", columns=columns, data=rows, step=step)
+        if figure is not None and hasattr(logger, "log_image"):
+            logger.log_image("stride/top_pictures", [_pixels(figure)], step=step)
+        _log_to_experiment(getattr(logger, "experiment", None), attribution, queries, k, step, figure)
+
+
+def summarize(attribution: Attribution, k: int) -> dict[str, float]:
+    """Scalars that describe all scores.
+
+    Args:
+        attribution: The scores.
+        k: Size of the top in ``stride/top_share``.
+
+    Returns:
+        ``stride/score_std`` (over all scores), ``stride/top_share`` (share of a query's total absolute score that its
+        ``k`` largest hold, mean over queries), ``stride/positive_fraction`` and ``stride/nonzero_fraction``; with a
+        posterior, ``stride/posterior_std`` (mean) and ``stride/significant_fraction`` (beyond two of them); and what
+        the metadata holds of seconds and peak memory.
+
+    Example:
+        >>> import torch
+        >>> from stride_lightning.attribution import Attribution
+        >>> summarize(Attribution(torch.tensor([[3.0, -1.0, 0.0, 0.0]])), k=1)["stride/top_share"]
+        0.75
+    """
+    scores = attribution.scores.float()
+    size = scores.abs()
+    top = size.topk(min(k, attribution.num_train)).values.sum(1)
+    scalars = {
+        "stride/score_std": scores.std(correction=0).item(),
+        "stride/top_share": (top / size.sum(1).clamp_min(1e-30)).mean().item(),
+        "stride/positive_fraction": (scores > 0).float().mean().item(),
+        "stride/nonzero_fraction": (scores != 0).float().mean().item(),
+    }
+    if attribution.std is not None:
+        scalars["stride/posterior_std"] = attribution.std.float().mean().item()
+        scalars["stride/significant_fraction"] = (size > 2 * attribution.std).float().mean().item()
+    for name, value in attribution.metadata.items():
+        if name.startswith(("seconds", "peak_memory")):
+            scalars |= dict(_numbers(f"stride/{name}", value))
+    return scalars
+
+
+def markdown_table(attribution: Attribution, queries: Iterable[int], k: int) -> str:
+    """Proponents and opponents of some queries as Markdown, one table each; text from the data is escaped.
+
+    Example:
+        >>> import torch
+        >>> from stride_lightning.attribution import Attribution
+        >>> attribution = Attribution(torch.tensor([[0.5, -0.25]]), train_info={"text": ["a|b", "<i>"]})
+        >>> print(markdown_table(attribution, [0], k=1))
+        ### Query 0
+        <BLANKLINE>
+        | | rank | position | score | text |
+        |---|---:|---:|---:|---|
+        | proponent | 1 | 0 | +0.50 | a&#124;b |
+        | opponent | 1 | 1 | -0.25 | &#60;i&#62; |
+    """
+    has_target = attribution.train_targets is not None
+    names = ["target"] * has_target + [_escape(name) for name in attribution.train_info]
+    parts = []
+    for query in queries:
+        facts = [f"{_escape(name)} {_escape(value)}" for name, value in query_facts(attribution, query).items()]
+        lines = [
+            "### " + " · ".join([f"Query {query}", *facts]),
+            "",
+            "| " + " | ".join(["| rank | position | score", *names]) + " |",
+            "|---|---:|---:|---:|" + "---|" * len(names),
+        ]
+        for side, rank, example in _ranked_rows(attribution, query, k):
+            score = interval_text(example.score, example.std)
+            cells = [side, str(rank), str(example.position), score, *map(_escape, _texts(example))]
+            lines.append("| " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def example_table(attribution: Attribution, queries: Iterable[int], k: int) -> tuple[list[str], list[list[Any]]]:
+    """Proponents and opponents of some queries as columns and rows; text as it is.
+
+    Example:
+        >>> import torch
+        >>> from stride_lightning.attribution import Attribution
+        >>> example_table(Attribution(torch.tensor([[0.5, -0.25]])), [0], k=1)
+        (['query', 'side', 'rank', 'position', 'score'], [[0, 'proponent', 1, 0, 0.5], [0, 'opponent', 1, 1, -0.25]])
+    """
+    columns = ["query"] + [f"query_{name}" for name in query_facts(attribution, 0)]
+    columns += ["side", "rank", "position", "score"] + ["std"] * (attribution.std is not None)
+    columns += ["target"] * (attribution.train_targets is not None) + list(attribution.train_info)
+    rows = []
+    for query in queries:
+        start = [query, *query_facts(attribution, query).values()]
+        for side, rank, example in _ranked_rows(attribution, query, k):
+            std = [] if example.std is None else [example.std]
+            rows.append([*start, side, rank, example.position, example.score, *std, *_texts(example)])
+    return columns, rows
+
+
+def _log_to_experiment(
+    experiment: Any,
+    attribution: Attribution,
+    queries: range,
+    k: int,
+    step: int,
+    figure: Figure | None,
+) -> None:
+    """What a TensorBoard writer shows. Never `add_scalars` or `add_hparams`: they open runs of their own."""
+    if hasattr(experiment, "add_histogram"):
+        experiment.add_histogram("stride/scores", attribution.scores.float(), step)
+        if attribution.std is not None:
+            experiment.add_histogram("stride/std", attribution.std.float(), step)
+    if queries and hasattr(experiment, "add_text"):
+        experiment.add_text("stride/top_examples", markdown_table(attribution, queries, k), step)
+    if figure is not None and hasattr(experiment, "add_figure"):
+        experiment.add_figure("stride/top_pictures", figure, step, close=False)
+    if hasattr(experiment, "add_histogram") and hasattr(experiment, "flush"):
+        experiment.flush()
+
+
+def _ranked_rows(attribution: Attribution, query: int, k: int) -> Iterator[tuple[str, int, RankedExample]]:
+    for side, examples in zip(("proponent", "opponent"), rank_examples(attribution, query, k), strict=True):
+        for rank, example in enumerate(examples, 1):
+            yield side, rank, example
+
+
+def _texts(example: RankedExample) -> list[str]:
+    return ([] if example.target is None else [example.target]) + list(example.info)
+
+
+def _escape(text: object) -> str:
+    return shortened(str(text), _CELL).translate(_ENTITIES)
+
+
+def _numbers(tag: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Numbers in nested dictionaries, named by their path."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _numbers(f"{tag}/{name}", item)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield tag, float(value)
+
+
+def _pixels(figure: Figure) -> np.ndarray:
+    """The drawn figure, uint8 of shape ``(H, W, 3)``."""
+    canvas: Any = figure.canvas
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

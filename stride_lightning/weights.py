@@ -1,0 +1,154 @@
+"""The weights of a model: loading them from a checkpoint, their hash, and borrowing the model."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stride_lightning.steering.activations import plain_name
+
+
+def weight_hash(model: nn.Module) -> str:
+    """SHA-256 of a model's parameters and buffers, whatever device they are on and whether compiled or not.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> before = weight_hash(layer)
+        >>> _ = torch.nn.init.constant_(layer.bias, 7.0)
+        >>> before == weight_hash(layer)
+        False
+    """
+    hasher = hashlib.sha256()
+    state = {plain_name(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        hasher.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+        hasher.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def load_checkpoint(ckpt_path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint without running any code stored in it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read, or only by unpickling objects.
+    """
+    path = Path(ckpt_path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint at {path}.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"The checkpoint {path} holds objects besides tensors and plain values (often hyper-parameters such as "
+            "paths or modules), which are not unpickled here. If you trust the file, load it yourself with "
+            "`load_from_checkpoint(path, weights_only=False)` and call attribute() without ckpt_path. "
+            f"Detail: {str(error).splitlines()[0]}"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"The checkpoint {path} cannot be read; it may be damaged or cut short: {error}") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"The checkpoint {path} holds a {type(checkpoint).__name__}, expected a dictionary.")
+    return checkpoint
+
+
+def resolve_ckpt_path(ckpt_path: str | Path, model: nn.Module) -> Path:
+    """The file that a path, ``"best"`` or ``"last"`` stands for."""
+    if ckpt_path not in ("best", "last"):
+        return Path(ckpt_path)
+    trainer = attached_trainer(model)
+    if trainer is None:
+        raise ValueError(
+            f"ckpt_path={ckpt_path!r} is looked up in the model's trainer, but {type(model).__name__} is not attached "
+            "to one. Pass the path of a checkpoint file."
+        )
+    callback = trainer.checkpoint_callback
+    found = getattr(callback, f"{ckpt_path}_model_path", "") if callback is not None else ""
+    if not found:
+        hint = "save_last=True" if ckpt_path == "last" else "a ModelCheckpoint"
+        raise ValueError(
+            f"ckpt_path={ckpt_path!r}: the model's trainer has saved no {ckpt_path} checkpoint. Train with {hint}, or "
+            "pass the path of a checkpoint file."
+        )
+    return Path(found)
+
+
+def attached_trainer(model: nn.Module) -> Any | None:
+    """The trainer a LightningModule is attached to, if any."""
+    try:
+        return getattr(model, "trainer", None)
+    except RuntimeError:  # Lightning's answer of a module that was never attached
+        return None
+
+
+@contextmanager
+def borrowed(
+    model: nn.Module, state: Mapping[str, Tensor] | None, device: torch.device | None
+) -> Iterator[torch.device]:
+    """Put a model in eval mode, on a device, with other weights if given; afterwards all is as it was.
+
+    Args:
+        model: The caller's model.
+        state: Weights to load, by plain name, or None to keep the model's own.
+        device: Where to run; the model's own device when None.
+
+    Yields:
+        The device the model is on inside the block.
+
+    Raises:
+        ValueError: If the weights do not fit the model, naming the parameters.
+    """
+    modes = {module: module.training for module in model.modules()}
+    home = next(
+        (value.device for value in model.state_dict().values() if isinstance(value, Tensor)), torch.device("cpu")
+    )
+    device = home if device is None else device
+    saved = None
+    try:
+        if state is not None:
+            fitting = _matched(model, state)
+            saved = {name: value.detach().clone() for name, value in model.state_dict().items()}
+            model.load_state_dict(fitting)
+        if device != home:
+            model.to(device)
+        model.eval()
+        yield device
+    finally:
+        if device != home:
+            model.to(home)
+        if saved is not None:
+            model.load_state_dict(saved)
+        for module, training in modes.items():
+            module.training = training
+
+
+def _matched(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The given weights under the model's own names; both sides may or may not be compiled."""
+    own = {plain_name(name): name for name in model.state_dict()}
+    given = {plain_name(name): value for name, value in state.items()}
+    missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    wrong = [
+        f"{name} is {tuple(given[name].shape)}, the model has {shapes[own[name]]}"
+        for name in sorted(own.keys() & given.keys())
+        if isinstance(given[name], Tensor) and own[name] in shapes and tuple(given[name].shape) != shapes[own[name]]
+    ]
+    if missing or unexpected or wrong:
+        parts = [
+            f"missing: {', '.join(missing[:5])}" if missing else "",
+            f"not in the model: {', '.join(unexpected[:5])}" if unexpected else "",
+            f"other shape: {'; '.join(wrong[:3])}" if wrong else "",
+        ]
+        raise ValueError(
+            f"The checkpoint's weights do not fit {type(model).__name__} "
+            f"({' | '.join(part for part in parts if part)}). Build the model with the settings it was trained with."
+        )
+    return {own[name]: value for name, value in given.items()}

@@ -1,0 +1,234 @@
+"""What loggers received, read back from where they keep it."""
+
+import csv
+import html
+import re
+import sys
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch.utils.data import TensorDataset
+
+from stride_lightning.attribution import Attribution
+from stride_lightning.data import Examples
+from stride_lightning.views.loggers import example_table, log_attribution, markdown_table, summarize
+
+SCORES = torch.tensor([[3.0, -1.0, 0.0, 0.0], [2.0, 1.0, -1.0, 0.0]])
+HOSTILE = "a|b\nsecond line <script>alert('x')</script> [click](javascript:x) *bold* `code` \\| &lt; $5"
+
+
+@pytest.fixture
+def attribution():
+    images = Examples(TensorDataset(torch.rand(4, 1, 8, 8), torch.arange(4)))
+    return Attribution(
+        SCORES,
+        std=torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.5, 0.75, 0.1, 0.1]]),
+        train_indices=torch.tensor([10, 11, 12, 13]),
+        train_targets=torch.tensor([0, 1, 2, 3]),
+        query_targets=torch.tensor([7, 8]),
+        metadata={
+            "method": "stride",
+            "seconds": {"fit": 1.5, "total": 2.5},
+            "peak_memory": 4096,
+            "device": "cpu",
+            "peak_memory_known": True,
+        },
+        train_info={"text": ["plain", HOSTILE, "c", "d"]},
+        query_info={"id": ["q|0", "q1"]},
+        queries=images.subset([0, 1]),
+        train_data=images,
+    )
+
+
+class WandbLike:
+    """The part of a Weights & Biases logger that is used."""
+
+    def __init__(self):
+        self.calls = []
+        self.experiment = object()
+
+    def log_metrics(self, metrics, step=None):
+        self.calls.append(("metrics", metrics, step))
+
+    def log_table(self, key, columns=None, data=None, dataframe=None, step=None):
+        self.calls.append((key, columns, data, step))
+
+    def log_image(self, key, images, step=None, **kwargs):
+        self.calls.append((key, images, step))
+
+
+def read_events(logger):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    return event_accumulator.EventAccumulator(logger.log_dir).Reload()
+
+
+def hide(monkeypatch, package):
+    for name in [name for name in sys.modules if name.split(".")[0] == package] + [package]:
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def test_summary_by_hand(attribution):
+    assert summarize(attribution, k=1) == pytest.approx(
+        {
+            # Mean 0.5, mean square (9 + 1 + 4 + 1 + 1) / 8 = 2.
+            "stride/score_std": 1.75**0.5,
+            "stride/top_share": (3 / 4 + 2 / 4) / 2,
+            "stride/positive_fraction": 3 / 8,
+            "stride/nonzero_fraction": 5 / 8,
+            "stride/posterior_std": 5.45 / 8,
+            # |score| > 2 std: 3 > 2 | 2 > 1 and 1 > 0.2, while 1 < 2 and 1 < 1.5.
+            "stride/significant_fraction": 3 / 8,
+            "stride/seconds/fit": 1.5,
+            "stride/seconds/total": 2.5,
+            "stride/peak_memory": 4096.0,
+        }
+    )
+
+
+def test_summary_of_zeros_is_finite():
+    assert summarize(Attribution(torch.zeros(2, 3)), k=5) == {
+        "stride/score_std": 0.0,
+        "stride/top_share": 0.0,
+        "stride/positive_fraction": 0.0,
+        "stride/nonzero_fraction": 0.0,
+    }
+
+
+def test_tensorboard_shows_scalars_histograms_text_and_pictures(attribution, tmp_path):
+    pytest.importorskip("matplotlib")
+    logger = TensorBoardLogger(tmp_path)
+    attribution.log(logger, step=7, k=1, max_queries=1)
+    # Not closed and not flushed here: `log` has written everything.
+    events = read_events(logger)
+    expected = summarize(attribution, k=1)
+    assert set(expected) <= set(events.Tags()["scalars"])
+    for tag, value in expected.items():
+        (event,) = events.Scalars(tag)
+        assert (event.step, event.value) == (7, pytest.approx(value))
+
+    (scores,), (std,) = events.Histograms("stride/scores"), events.Histograms("stride/std")
+    assert (scores.step, scores.histogram_value.num) == (7, 8)
+    assert (scores.histogram_value.min, scores.histogram_value.max) == (-1, 3)
+    assert std.histogram_value.sum == pytest.approx(5.45)
+
+    (text,) = events.Tensors("stride/top_examples/text_summary")
+    assert text.step == 7
+    assert text.tensor_proto.string_val[0].decode() == markdown_table(attribution, [0], 1)
+
+    (picture,) = events.Images("stride/top_pictures")
+    assert picture.step == 7
+    assert picture.width > 300
+    assert picture.encoded_image_string.startswith(b"\x89PNG")
+
+    # One event file and no runs below it.
+    assert [path for path in (tmp_path / "lightning_logs" / "version_0").rglob("*") if path.is_dir()] == []
+
+
+def test_hostile_text_stays_text_in_tensorboard(attribution):
+    plugin_util = pytest.importorskip("tensorboard.plugin_util")
+    attribution.scores = -attribution.scores  # row 0: position 11 is the only proponent
+    markdown = markdown_table(attribution, [0], 2)
+    assert "<script>" not in markdown
+    assert len(markdown.splitlines()) == 6  # heading, empty line, head, rule, proponent, opponent
+    page = plugin_util.markdown_to_safe_html(markdown)
+    assert "<script" not in page
+    assert "<a " not in page
+    assert "<code" not in page
+    assert "<em>" not in page
+    rows = [re.findall(r"<td.*?>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page, flags=re.DOTALL)]
+    cells = [[html.unescape(cell) for cell in row] for row in rows if row]
+    assert cells == [
+        ["proponent", "1", "11", "+1.0 ± 1.0", "1", " ".join(HOSTILE.split())],
+        ["opponent", "1", "10", "-3.0 ± 1.0", "0", "plain"],
+    ]
+    (heading,) = re.findall(r"<h3>(.*?)</h3>", page)
+    assert html.unescape(heading) == "Query 0 · target 7 · id q|0"
+
+
+def test_long_text_is_cut():
+    attribution = Attribution(torch.ones(1, 1), train_info={"text": ["x" * 10_000]})
+    assert len(markdown_table(attribution, [0], 1)) < 400
+
+
+def test_csv_logger_gets_the_scalars(attribution, tmp_path):
+    logger = CSVLogger(tmp_path)
+    attribution.metadata["step"] = 30
+    attribution.log([logger], k=1)
+    logger.save()
+    with open(f"{logger.log_dir}/metrics.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row.pop("step") == "30"  # where the attributed model stands
+    assert {tag: float(value) for tag, value in row.items()} == pytest.approx(summarize(attribution, k=1))
+
+
+def test_wandb_like_logger_gets_table_and_image(attribution):
+    pytest.importorskip("matplotlib")
+    logger = WandbLike()
+    log_attribution(attribution, [logger], step=5, k=1, max_queries=2)
+    (_, metrics, step), (table_tag, columns, data, table_step), (image_tag, images, image_step) = logger.calls
+    assert metrics == summarize(attribution, k=1)
+    assert (table_tag, image_tag) == ("stride/top_examples", "stride/top_pictures")
+    assert step == table_step == image_step == 5
+    assert columns == [
+        *("query", "query_target", "query_id", "side", "rank", "position", "score", "std", "target", "text"),
+    ]
+    assert data == [
+        [0, "7", "q|0", "proponent", 1, 10, 3.0, 1.0, "0", "plain"],
+        [0, "7", "q|0", "opponent", 1, 11, -1.0, 1.0, "1", HOSTILE],
+        [1, "8", "q1", "proponent", 1, 10, 2.0, 0.5, "0", "plain"],
+        [1, "8", "q1", "opponent", 1, 12, -1.0, pytest.approx(0.1), "2", "c"],
+    ]
+    (image,) = images
+    assert image.dtype == "uint8"
+    assert image.ndim == 3
+    assert image.shape[2] == 3
+    assert image.min() < 100 < image.max()  # drawn
+
+
+def test_table_columns_match_rows_without_optional_parts():
+    columns, rows = example_table(Attribution(SCORES), [0, 1], 5)
+    assert columns == ["query", "side", "rank", "position", "score"]
+    assert [row[3] for row in rows] == [0, 1, 0, 1, 2]
+    assert all(len(row) == len(columns) for row in rows)
+
+
+def test_max_queries_limits_what_is_shown(attribution):
+    logger = WandbLike()
+    log_attribution(attribution, [logger], step=0, k=1, max_queries=1)
+    assert {row[0] for row in logger.calls[1][2]} == {0}
+    logger = WandbLike()
+    log_attribution(attribution, [logger], step=0, k=1, max_queries=0)
+    assert [call[0] for call in logger.calls] == ["metrics"]
+
+
+def test_flat_images_are_pictures_only_when_told(attribution):
+    pytest.importorskip("matplotlib")
+    flat = Examples(TensorDataset(torch.rand(4, 64)))
+    attribution.train_data, attribution.queries = flat, flat.subset([0, 1])
+    for image_shape, shown in ((None, False), ((8, 8), True)):
+        logger = WandbLike()
+        attribution.log(logger, image_shape=image_shape)
+        assert ("stride/top_pictures" in [call[0] for call in logger.calls]) is shown
+
+
+def test_without_matplotlib_everything_but_pictures_is_logged(attribution, monkeypatch):
+    hide(monkeypatch, "matplotlib")
+    logger = WandbLike()
+    log_attribution(attribution, [logger], step=0)
+    assert [call[0] for call in logger.calls] == ["metrics", "stride/top_examples"]
+
+
+def test_loggers_that_show_nothing_do_not_fail(attribution):
+    class Bare:
+        experiment = None
+
+        def log_metrics(self, metrics, step):
+            self.metrics = metrics
+
+    bare = Bare()
+    log_attribution(attribution, [DummyLogger(), None, bare], step=0)
+    assert bare.metrics == summarize(attribution, k=5)
+    attribution.log(None)
+    attribution.log([])
