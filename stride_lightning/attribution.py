@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stride_lightning.data import Examples, resolve_queries, resolve_train_data
 from stride_lightning.distributed import barrier, broadcast_object, rank
-from stride_lightning.records import read_record, write_record
+from stride_lightning.records import RecordError, read_record, write_record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,6 +87,14 @@ class Attribution:
             raise ValueError(f"`std` must have the shape of the scores, got {tuple(self.std.shape)}.")
         if len(self.train_indices) == 0:
             self.train_indices = torch.arange(self.num_train)
+        rows = {
+            "train_indices": (self.train_indices, self.num_train),
+            "train_targets": (self.train_targets, self.num_train),
+            "query_targets": (self.query_targets, self.num_queries),
+        }
+        for name, (values, length) in rows.items():
+            if values is not None and len(values) != length:
+                raise ValueError(f"`{name}` has {len(values)} entries, expected {length}.")
         lengths = {"train_info": self.num_train, "query_info": self.num_queries}
         for name, length in lengths.items():
             for column, values in getattr(self, name).items():
@@ -177,6 +185,8 @@ class Attribution:
             import pandas as pd
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("to_dataframe() needs pandas: pip install 'stride-lightning[pandas]'.") from error
+        if k is not None and k < 1:
+            raise ValueError(f"`k` must be at least 1, got {k}.")
         columns = torch.arange(self.num_train).expand(self.num_queries, -1)
         if k is not None and 2 * k < self.num_train:
             order = self.scores.argsort(dim=1, descending=True, stable=True)
@@ -232,15 +242,18 @@ class Attribution:
 
         Raises:
             RecordError: If the folder is damaged or not an attribution.
+            ValueError: If the data given again are not as many as there are columns or rows.
         """
         record = read_record(path)
         if record.info.get("kind") != "attribution":
-            raise ValueError(f"{path} holds a {record.info.get('kind', 'record')}, not a saved attribution.")
+            raise RecordError(f"{path} holds a {record.info.get('kind')!r} record, not a saved attribution.")
         info = {name: record.info[name] for name in ("metadata", "train_info", "query_info")}
         loaded = cls(**record.tensors("attribution"), **info)
         if train_data is not None:
             loaded.train_data = resolve_train_data(train_data, loaded.train_indices)
         loaded.queries = None if queries is None else resolve_queries(queries)
+        if loaded.queries is not None and len(loaded.queries) != loaded.num_queries:
+            raise ValueError(f"The attribution is of {loaded.num_queries} queries, got {len(loaded.queries)}.")
         return loaded
 
     def log(
@@ -268,21 +281,21 @@ class Attribution:
             step = int(self.metadata.get("step") or 0) if step is None else step
             log_attribution(self, every, step=step, k=k, max_queries=max_queries, image_shape=image_shape)
 
-    def plot(self, query: int = 0, k: int = 6, *, image_shape: tuple[int, ...] | None = None) -> Figure:
-        """A figure of one query with its proponents and opponents: pictures if inputs are images, bars otherwise.
+    def plot(self, query: int | Sequence[int] = 0, k: int = 6, *, image_shape: tuple[int, ...] | None = None) -> Figure:
+        """A figure of queries with their proponents and opponents: pictures if inputs are images, bars otherwise.
 
         Args:
-            query: Row of the scores.
+            query: Row of the scores, or several.
             k: At most how many proponents, and how many opponents.
             image_shape: Shape that makes a picture of flattened inputs, such as ``(28, 28)``.
         """
-        from stride_lightning.views.figures import plot_query
+        from stride_lightning.views.figures import plot_grid
 
-        return plot_query(self, query, k, image_shape=image_shape)
+        return plot_grid(self, [query] if isinstance(query, int) else query, k, image_shape=image_shape)
 
     def __repr__(self) -> str:
         method = self.metadata.get("method", "scores")
-        spread = f"std {self.scores.std():.2g}" if self.scores.numel() > 1 else f"{self.scores.item():.2g}"
+        spread = f"std {self.scores.std():.2g}" if self.scores.numel() > 1 else f"sum {self.scores.sum():.2g}"
         seconds = self.metadata.get("seconds", {}).get("total")
         took = f", {seconds:.1f} s" if seconds is not None else ""
         certain = ", with posterior std" if self.std is not None else ""

@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +21,15 @@ from stride_lightning.attribution import Attribution
 from stride_lightning.data import Examples, first_batch, resolve_queries, resolve_train_data
 from stride_lightning.distributed import rank
 from stride_lightning.tasks import Task, infer_task
-from stride_lightning.weights import attached_trainer, borrowed, load_checkpoint, resolve_ckpt_path, weight_hash
+from stride_lightning.weights import (
+    attached_trainer,
+    borrowed,
+    in_precision_of,
+    load_checkpoint,
+    rank_zero_state,
+    resolve_ckpt_path,
+    weight_hash,
+)
 
 
 def attribute(
@@ -163,11 +171,12 @@ class Attributor(ABC):
         meter = _Meter()
         checkpoint = None if ckpt_path is None else load_checkpoint(resolve_ckpt_path(ckpt_path, model))
         self._model, self._device = model, None if device is None else torch.device(device)
-        self._state = None if checkpoint is None else checkpoint.get("state_dict", checkpoint)
+        self._checkpoint_state = None if checkpoint is None else checkpoint.get("state_dict", checkpoint)
         self._train = resolve_train_data(train_data, train_indices, model)
-        with borrowed(model, self._state, self._device) as where, torch.no_grad():
+        with borrowed(model, self._state(), self._device) as where, torch.no_grad():
             self._weights = weight_hash(model)
-            self._task = self._infer_task(model, where) if task is None else task
+            head = None if task is not None else first_batch(self._train, min(self.batch_size, 64), where)
+            self._task = infer_task_of(head, model) if task is None else task
             self.metadata = {
                 "method": self.method,
                 "task": repr(self._task),
@@ -193,7 +202,7 @@ class Attributor(ABC):
             raise ValueError(f"`target` must be 'label' or 'predicted', got {target!r}.")
         meter = _Meter()
         asked = resolve_queries(queries, self._model)
-        with borrowed(self._model, self._state, self._device) as where, torch.no_grad():
+        with borrowed(self._model, self._state(), self._device) as where, torch.no_grad():
             if weight_hash(self._model) != self._weights:
                 raise ValueError(
                     "The model's weights have changed since fit(). Call fit() again, or attribute a checkpoint with "
@@ -222,8 +231,17 @@ class Attributor(ABC):
     def _attribute(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
         """Scores for the queries, on the CPU; ``metadata`` holds what was chosen for them."""
 
-    def _infer_task(self, model: nn.Module, device: torch.device) -> Task:
-        return infer_task(first_batch(self._train, min(self.batch_size, 64), device), model)
+    def _state(self) -> Mapping[str, Any] | None:
+        """Weights to load for the time of a call: the checkpoint's, or what makes all ranks agree; None for none."""
+        assert self._model is not None
+        return rank_zero_state(self._model) if self._checkpoint_state is None else self._checkpoint_state
+
+
+def infer_task_of(batch: Any, model: nn.Module) -> Task:
+    """The built-in task that fits a batch, its inputs read in the precision of the model."""
+    if isinstance(batch, tuple | list) and len(batch) > 0:
+        batch = (in_precision_of(model, batch[0]), *batch[1:])
+    return infer_task(batch, model)
 
 
 def versions() -> dict[str, str]:

@@ -13,7 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
 from torch.utils.data.distributed import DistributedSampler
 
 #: Examples that are read twice to find out whether reading is random.
@@ -52,7 +60,9 @@ class Examples:
     def subset(self, indices: Sequence[int]) -> Examples:
         """The examples at the given places of the reading order."""
         chosen = torch.as_tensor(indices)
-        return replace(self, positions=chosen if self.positions is None else self.positions[chosen])
+        part = replace(self, positions=chosen if self.positions is None else self.positions[chosen])
+        part._random = self._random
+        return part
 
     @property
     def is_random(self) -> bool:
@@ -65,8 +75,8 @@ class Examples:
             if self._random:
                 warnings.warn(
                     f"Two reads of one example of {type(self.dataset).__name__} differ (random augmentation). Examples "
-                    "are read under a seed made from their position, and only the data set's length, shapes and targets "
-                    "identify it.",
+                    "are read under a seed made from their position, and only the data set's length, shapes and "
+                    "targets identify it.",
                     stacklevel=2,
                 )
         return self._random
@@ -111,6 +121,7 @@ class Examples:
 
 def first_batch(examples: Examples, batch_size: int, device: torch.device) -> Any:
     """The first batch in reading order, to find out what a batch means."""
+    _ = examples.is_random  # asked of all examples, so that it is found out (and warned of) once
     head = examples.subset(range(min(batch_size, len(examples))))
     head.num_workers = 0
     return next(batch for batch, _, _ in head.batches(batch_size, device))
@@ -125,26 +136,28 @@ class Fingerprint:
         >>> fingerprint = Fingerprint(content=True)
         >>> fingerprint.update(torch.zeros(2, 32, dtype=torch.uint8), torch.tensor([0, 1]))
         >>> sorted(fingerprint.summary())
-        ['content', 'num_examples', 'targets']
+        ['content', 'num_examples', 'shapes', 'targets']
     """
 
     def __init__(self, *, content: bool) -> None:
-        self._content = hashlib.sha256() if content else None
-        self._targets = hashlib.sha256()
+        self._has_content = content
+        self._examples, self._targets = hashlib.sha256(), hashlib.sha256()
         self._num_examples = 0
 
     def update(self, digests: Tensor, targets: Tensor | None) -> None:
         """Take in a batch: digests of its examples and its targets."""
         self._num_examples += len(digests)
-        (self._content or self._targets).update(digests.numpy().tobytes())
+        self._examples.update(digests.numpy().tobytes())
         if targets is not None:
             self._targets.update(targets.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
     def summary(self) -> dict[str, Any]:
-        """Plain values to store: ``num_examples``, ``content`` (or None) and ``targets``."""
+        """Plain values to store: ``num_examples``, ``content`` or ``shapes`` (the other is None), ``targets``."""
+        examples = self._examples.hexdigest()
         return {
             "num_examples": self._num_examples,
-            "content": self._content.hexdigest() if self._content else None,
+            "content": examples if self._has_content else None,
+            "shapes": None if self._has_content else examples,
             "targets": self._targets.hexdigest(),
         }
 
@@ -205,7 +218,7 @@ def resolve_queries(source: Any, model: object | None = None) -> Examples:
 
 
 def _from_loader_or_dataset(source: Any, what: str, owners: tuple[Any, ...]) -> Examples:
-    if isinstance(source, list | tuple | dict) and not isinstance(source, list):
+    if isinstance(source, tuple | dict):
         raise TypeError(
             f"`{what}` must be a Dataset, a DataLoader or a LightningDataModule, got {type(source).__name__}. Wrap "
             "tensors in torch.utils.data.TensorDataset; pass one of several loaders."
@@ -237,11 +250,10 @@ def _from_loader_or_dataset(source: Any, what: str, owners: tuple[Any, ...]) -> 
 
 def _reads_everything(loader: DataLoader[Any]) -> bool:
     """Whether the loader's sampler only shuffles, repeats or splits the whole dataset."""
-    sampler: Any = loader.sampler
-    if type(loader.batch_sampler).__module__.startswith("torch.") is False and not hasattr(
-        loader.batch_sampler, "sampler"
-    ):
+    if type(loader.batch_sampler) is not BatchSampler:
         return False
+    # Not loader.sampler: that is a stand-in where the user gave a batch sampler.
+    sampler: Any = loader.batch_sampler.sampler
     # Lightning wraps a sampler of the user's own for distributed runs; look at the one inside.
     inner = getattr(getattr(sampler, "dataset", None), "_sampler", None)
     if isinstance(sampler, DistributedSampler) and inner is not None:
@@ -250,13 +262,13 @@ def _reads_everything(loader: DataLoader[Any]) -> bool:
 
 
 def _sampler_name(loader: DataLoader[Any]) -> str:
-    plain = type(loader.batch_sampler).__name__ == "BatchSampler"
-    return f"a {type(loader.sampler if plain else loader.batch_sampler).__name__}"
+    batch_sampler = loader.batch_sampler
+    return f"a {type(batch_sampler.sampler if type(batch_sampler) is BatchSampler else batch_sampler).__name__}"
 
 
 def _is_overridden(owner: object, name: str) -> bool:
-    method = getattr(type(owner), name, None)
-    return method is not None and not method.__qualname__.startswith(("DataHooks.", "LightningDataModule."))
+    method = getattr(owner, name, None)  # of the object: LightningDataModule.from_datasets() sets them there
+    return method is not None and not method.__qualname__.startswith("DataHooks.")
 
 
 def _checked_positions(indices: Sequence[int] | Tensor, size: int) -> Tensor:

@@ -53,5 +53,14 @@ def broadcast_object(value: object) -> object:
     return box[0]
 
 
+def all_equal(value: object) -> bool:
+    """Whether every rank holds the same (picklable) value."""
+    if world_size() == 1:
+        return True
+    values: list[object] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return all(other == value for other in values)
+
+
 def _running() -> bool:
     return dist.is_available() and dist.is_initialized()

@@ -261,7 +261,7 @@ def infer_task(batch: Any, model: nn.Module) -> Task:
     reader = Classification()
     targets = reader.targets(batch)
     inputs = reader.inputs(batch)
-    if not isinstance(targets, Tensor):
+    if not isinstance(targets, Tensor) or targets.ndim == 0:
         raise TypeError(f"The task cannot be told from a batch of {_describe(batch)}. {_HOW_TO_PASS_TASK}")
     with torch.no_grad():
         outputs = reader.outputs(model, inputs)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from stride_lightning.distributed import all_equal, broadcast_object
 from stride_lightning.steering.activations import plain_name
 
 
@@ -84,9 +86,34 @@ def resolve_ckpt_path(ckpt_path: str | Path, model: nn.Module) -> Path:
 def attached_trainer(model: nn.Module) -> Any | None:
     """The trainer a LightningModule is attached to, if any."""
     try:
-        return getattr(model, "trainer", None)
+        trainer = getattr(model, "trainer", None)
     except RuntimeError:  # Lightning's answer of a module that was never attached
         return None
+    return trainer if hasattr(trainer, "callbacks") else None  # Fabric attaches something that looks like a trainer
+
+
+def rank_zero_state(model: nn.Module) -> dict[str, Any] | None:
+    """Rank 0's weights where they differ between ranks (BatchNorm's statistics do under DDP), else None.
+
+    A collective call. Rank 0's weights are the ones that checkpoints hold.
+    """
+    if all_equal(weight_hash(model)):
+        return None
+    return cast("dict[str, Any]", broadcast_object(model.state_dict()))
+
+
+def in_precision_of(model: nn.Module, value: Any) -> Any:
+    """Floating-point tensors (in tuples, lists and dicts) in the precision of a model's weights."""
+    if isinstance(value, Tensor):
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), value.dtype)
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(in_precision_of(model, item) for item in value))
+    if isinstance(value, tuple | list):
+        return type(value)(in_precision_of(model, item) for item in value)
+    if isinstance(value, dict):
+        return {key: in_precision_of(model, item) for key, item in value.items()}
+    return value
 
 
 @contextmanager
@@ -115,7 +142,10 @@ def borrowed(
     try:
         if state is not None:
             fitting = _matched(model, state)
-            saved = {name: value.detach().clone() for name, value in model.state_dict().items()}
+            saved = {
+                name: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+                for name, value in model.state_dict().items()
+            }
             model.load_state_dict(fitting)
         if device != home:
             model.to(device)

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info  # pyright: ign
 from torch import Tensor
 from typing_extensions import override
 
-from stride_lightning.attributors import versions
+from stride_lightning.attributors import infer_task_of, versions
 from stride_lightning.data import Examples, first_batch, resolve_train_data
 from stride_lightning.distributed import barrier, rank
 from stride_lightning.records import remove_record, write_record
@@ -21,8 +21,8 @@ from stride_lightning.steering.basis import Basis, Observation, fit_basis
 from stride_lightning.steering.module import StrideModule
 from stride_lightning.steering.statistics import StreamingStatistics
 from stride_lightning.steering.subsets import Design, sample_design
-from stride_lightning.tasks import Task, infer_task
-from stride_lightning.weights import borrowed, weight_hash
+from stride_lightning.tasks import Task
+from stride_lightning.weights import borrowed, in_precision_of, rank_zero_state, weight_hash
 
 #: Strategies under which every process holds the whole model.
 _WHOLE_MODEL_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
@@ -150,7 +150,8 @@ class StrideCallback(L.Callback):
             )
         log_dir = trainer.log_dir  # a collective call: every rank must make it
         if self._explicit_dirpath is None:
-            self.dirpath = Path(log_dir or trainer.default_root_dir) / "stride"
+            # Absolute, because the checkpoint that names it may be read from another working directory.
+            self.dirpath = Path(log_dir or trainer.default_root_dir).absolute() / "stride"
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -159,8 +160,8 @@ class StrideCallback(L.Callback):
             examples = self._resolve_examples(trainer, pl_module)
             batch = first_batch(examples, min(self.batch_size, 64), pl_module.device)
             with borrowed(pl_module, None, None), torch.no_grad():
-                task = self.task or infer_task(batch, pl_module)
-                inputs = task.inputs(batch)
+                task = self.task or infer_task_of(batch, pl_module)
+                inputs = in_precision_of(pl_module, task.inputs(batch))
                 if self.layers is None:
                     size = min(self.batch_size, 64, len(examples))
                     self._watched = choose_layers(pl_module, lambda: task.outputs(pl_module, inputs), size)
@@ -245,11 +246,12 @@ class StrideCallback(L.Callback):
         assert self._design is not None
         step = trainer.global_step
         fit_operators = final and self.fit_operators
-        if step == self._recorded_step and not fit_operators:
+        again = step == self._recorded_step
+        if again and not fit_operators:
             return
         self._recorded_step = step
         show = trainer.progress_bar_callback is not None
-        with borrowed(pl_module, None, None) as device, torch.no_grad():
+        with borrowed(pl_module, rank_zero_state(pl_module), None) as device, torch.no_grad():
             weights = weight_hash(pl_module)
             basis, observed = fit_basis(
                 pl_module,
@@ -267,6 +269,7 @@ class StrideCallback(L.Callback):
             return
         if rank() == 0:
             self._write(trainer, pl_module, weights, basis, observed, module if fit_operators else None)
+            self._remove_stale(replaced=again)
         barrier()
 
     def _write(
@@ -318,10 +321,15 @@ class StrideCallback(L.Callback):
         rank_zero_info(f"StrideCallback wrote {path}")
         self.records.append(path)
         self._written.append(path)
+
+    def _remove_stale(self, *, replaced: bool) -> None:
+        """Remove the record without operators that one with operators replaced, and all beyond the last k."""
+        stale = [self._written.pop(-2)] if replaced else []
         while self.save_last_k > 0 and len(self._written) > self.save_last_k:
-            stale = self._written.pop(0)
-            self.records.remove(stale)
-            remove_record(stale)
+            stale.append(self._written.pop(0))
+        for path in stale:
+            self.records.remove(path)
+            remove_record(path)
 
 
 def _is_dev_run(trainer: L.Trainer) -> bool:

@@ -149,7 +149,7 @@ def choose_layers(
         )
     if len(order) <= limit:
         return order
-    return [order[round(i * (len(order) - 1) / (limit - 1))] for i in range(limit)]
+    return [order[round(i * (len(order) - 1) / max(1, limit - 1))] for i in range(limit)]
 
 
 def pool(module: nn.Module, inputs: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stride_lightning.attribution import Attribution
 from stride_lightning.attributors import Attributor, announce
 from stride_lightning.data import Examples, first_batch
-from stride_lightning.distributed import gather, shard
+from stride_lightning.distributed import all_equal, broadcast_object, gather, shard
 from stride_lightning.steering.activations import choose_layers
 from stride_lightning.steering.basis import Basis, Observation, fit_basis, observe
 from stride_lightning.steering.lasso import cross_validate_penalty, solve_lasso
@@ -21,6 +21,7 @@ from stride_lightning.steering.lookup import choose_record, explain_mismatch
 from stride_lightning.steering.module import BasisName, StrideModule
 from stride_lightning.steering.recovery import Recovery, check_measurements, recover_ridge, recover_with_prior
 from stride_lightning.steering.subsets import Design, sample_design
+from stride_lightning.weights import in_precision_of
 
 RecoveryName = Literal["prior", "lasso", "ridge"]
 
@@ -35,7 +36,9 @@ class StrideAttributor(Attributor):
             layer with a weight matrix, eight at most.
         basis: ``"statistics"``, or ``"learned"`` as published.
         rank: Rank of a learned basis.
-        stability: Weight of the stability term; see :class:`~stride_lightning.steering.module.StrideModule`.
+        stability: Weight of the stability term, which ties operators to the frozen model outside their subset (see
+            :class:`~stride_lightning.steering.module.StrideModule`); by default 0 with ``recovery="prior"``, where
+            operators are refits of the readouts, else 1 as published.
         ridge: Penalty of the operators relative to the mean curvature; read off the data by default.
         recovery: ``"prior"``, ``"lasso"`` as published, or ``"ridge"``.
         penalty: Of the lasso relative to its largest useful value, or of the ridge relative to the mean diagonal;
@@ -43,6 +46,10 @@ class StrideAttributor(Attributor):
         seed: Seed of the design, where it is not read from a record, and of a learned basis.
         batch_size: Examples per forward pass.
         show_progress: Show progress bars, and a cost estimate before long work.
+
+    Memory beyond the model, for n training examples, r features, C outputs, K subsets and q queries asked at once:
+    ``4 (2 n r + n (3 C + 1) + C r K + 9 C r 64 + 8 q n) + 64 n`` bytes and 200 MB of blocks. Nothing is of size
+    ``n K C`` or ``n`` times the model's parameters.
 
     Example:
         Fit once, ask as often as you like:
@@ -86,7 +93,9 @@ class StrideAttributor(Attributor):
             raise ValueError("`rank` belongs to basis='learned'; the statistics basis keeps all its features.")
         self.num_subsets, self.degree, self.layers = num_subsets, degree, layers
         self.basis: BasisName = basis
-        self.rank, self.stability, self.ridge = rank, stability, ridge
+        self.rank, self.ridge = rank, ridge
+        # Recovery with a prior wants what retraining gives; the published recoveries, the published operators.
+        self.stability = float(recovery != "prior") if stability is None else stability
         self.recovery, self.penalty = recovery, penalty
 
     # ---- fit ------------------------------------------------------------------------------------------------
@@ -146,6 +155,9 @@ class StrideAttributor(Attributor):
             "show_progress": self.show_progress,
         }
         self._record, self._record_note = choose_record(explicit, checkpoint, model, self._weights, self._asked())
+        if not all_equal(None if self._record is None else dict(self._record.checksums)):
+            # They would go separate ways, and wait for each other forever.
+            self._record, self._record_note = None, "not every rank found the same record; computed on the spot"
         if self._record is not None:
             layers = self._record.info["layers"]
             self._basis = Basis.from_tensors(layers, self._record.tensors("basis"))
@@ -159,13 +171,14 @@ class StrideAttributor(Attributor):
         layers = self.layers
         if layers is None:
             size = min(self.batch_size, 64, len(self._train))
-            inputs = self._task.inputs(first_batch(self._train, size, device))
+            inputs = in_precision_of(model, self._task.inputs(first_batch(self._train, size, device)))
             layers = choose_layers(model, lambda: self._task.outputs(model, inputs), size)
         self._basis, self._train_pass = fit_basis(model, self._task, self._train, layers, **settings)
 
     def _asked(self) -> dict[str, Any]:
         """Options that a record must agree with, where they were given."""
-        return {"layers": self.layers, "num_subsets": self.num_subsets, "degree": self.degree}
+        layers = None if self.layers is None else list(self.layers)
+        return {"layers": layers, "num_subsets": self.num_subsets, "degree": self.degree}
 
     def _choose_design(self) -> None:
         if self._record is not None:
@@ -175,7 +188,7 @@ class StrideAttributor(Attributor):
 
     def _takes_operators(self) -> bool:
         """Whether a record's operators are what these options ask for."""
-        return self.basis == "statistics" and self.stability in (None, 0) and self.ridge is None
+        return self.basis == "statistics" and self.stability == 0 and self.ridge is None
 
     # ---- attribute ------------------------------------------------------------------------------------------
 
@@ -194,10 +207,12 @@ class StrideAttributor(Attributor):
         share = shard(len(asked))
         mine = asked.select(share)
         started = time.perf_counter()
-        measurements = self.module.measure(mine)
+        # Gathered at once, so that a choice made over all queries is the same on every rank.
+        measurements = gather(self.module.measure(mine), len(asked))
+        check_measurements(measurements, self.design)
         measured = time.perf_counter()
         nothing = Recovery(measurements.new_empty(0, len(self._train)))
-        recovered = self._recover(mine, measurements) if len(mine) else nothing
+        recovered = self._recover(mine, measurements, share) if len(mine) else nothing
         scores = gather(recovered.scores.float(), len(asked))
         has_std = self.recovery != "lasso"
         std = recovered.std if recovered.std is not None else recovered.scores
@@ -207,17 +222,21 @@ class StrideAttributor(Attributor):
             train_targets=self._task.decode(self._train_pass.encoded).cpu(),
             query_targets=self._task.decode(asked.encoded).cpu(),
             metadata={
-                "recovered": recovered.chosen,
+                "recovered": broadcast_object(recovered.chosen),
                 "query_data": asked.fingerprint,
                 "attribute_seconds": {"measure": measured - started, "recover": time.perf_counter() - measured},
                 "mean_query_loss": float(asked.losses.mean()),
             },
         )
 
-    def _recover(self, queries: Observation, measurements: Tensor) -> Recovery:
-        check_measurements(measurements, self.design)
+    def _recover(self, queries: Observation, everything: Tensor, share: slice) -> Recovery:
+        """Scores of this rank's share of the queries, from the measurements of all."""
+        measurements = everything[share]
         if self.recovery == "ridge":
-            return recover_ridge(measurements, self.design, penalty=self.penalty, show_progress=self.show_progress)
+            # One penalty for all queries, and one system, so that sharing them would save little.
+            whole = recover_ridge(everything, self.design, penalty=self.penalty, show_progress=self.show_progress)
+            std = None if whole.std is None else whole.std[share]
+            return Recovery(whole.scores[share], std, whole.chosen)
         if self.recovery == "lasso":
             given = self.penalty
             penalty = cross_validate_penalty(measurements, self.design, seed=self.seed) if given is None else given
@@ -253,14 +272,14 @@ class Cost:
 def estimate_cost(observed: Observation, num_subsets: int, recovery: str) -> Cost:
     """Estimate the cost of a fit from its arithmetic and this machine's measured speed of a matrix product.
 
-    Memory: ``4 (2 n r + n (3 C + 1) + C r K + 9 C r 64) + 64 n`` bytes and 40 MB of blocks.
+    Memory: ``4 (2 n r + n (3 C + 1) + C r K + 9 C r 64) + 64 n`` bytes and 200 MB of blocks; queries come on top.
     """
     (n, r), c, k = observed.features.shape, observed.outputs.shape[1], num_subsets
-    probe = torch.randn(n, r)[:512, :512].to(observed.features)
+    probe = observed.features[:512, :512]
     started = time.perf_counter()
     for _ in range(4):
         float((probe @ probe.T)[0, 0])
     rate = 8 * probe.shape[0] ** 2 * probe.shape[1] / max(time.perf_counter() - started, 1e-9)
     products = 25 * k + 300 + (k if recovery == "prior" else 0)  # gradients, the search for a ridge, the mean
-    memory = 4 * (2 * n * r + n * (3 * c + 1) + c * r * k + 9 * c * r * 64) + 64 * n + 40 * 2**20
+    memory = 4 * (2 * n * r + n * (3 * c + 1) + c * r * k + 9 * c * r * 64) + 64 * n + 200 * 2**20
     return Cost(4.0 * n * r * c * products / rate, memory, 4 * c * r * k + 4 * r * r + n * k // 8)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -119,7 +120,8 @@ def fit_basis(
         The basis and the observation of ``examples``.
 
     Raises:
-        ValueError: If outputs or features are not finite, or every feature is zero.
+        ValueError: If outputs or features are not finite, or a layer does not run.
+        TypeError: If a layer's input does not have one row per example.
     """
     limit = min(MAX_FEATURES, max(64, MAX_FEATURE_BYTES // (4 * len(examples)))) - 1
     settings: dict[str, Any] = {"batch_size": batch_size, "device": device, "show_progress": show_progress}
@@ -176,33 +178,34 @@ def observe(
     """
     stored: dict[str, Tensor] = {}
     fingerprint, start = Fingerprint(content=not examples.is_random), 0
-    passes = _passes(model, task, examples, basis.layers, batch_size, device, "Evaluating", show_progress)
-    for captured, outputs, targets, digests in passes:
-        fingerprint.update(digests, targets)
-        if target == "predicted":
-            targets = task.predict(outputs)
-        elif targets is None:
-            raise ValueError("The batch has no targets. For queries without labels pass target='predicted'.")
-        encoded = task.encode(targets, outputs.shape[1]).to(outputs)
-        values = {
-            "features": (basis.features(captured) if rotate else basis.stacked(captured)).to(outputs),
-            "outputs": outputs,
-            "encoded": encoded,
-            "losses": task.loss(outputs, encoded),
-        }
-        stop = start + len(outputs)
-        for name, value in values.items():
-            if not torch.isfinite(value).all():
-                bad = int((~torch.isfinite(value)).reshape(len(value), -1).any(1).nonzero()[0])
-                position = start + bad if examples.positions is None else int(examples.positions[start + bad])
-                raise ValueError(
-                    f"The {name} of example {position} are not finite. Attribution needs a model whose outputs and "
-                    "losses are finite numbers: check the weights (did training diverge?) and the input."
-                )
-            if name not in stored:
-                stored[name] = value.new_empty(len(examples), *value.shape[1:])
-            stored[name][start:stop] = value
-        start = stop
+    arguments = (model, task, examples, basis.layers, batch_size, device, "Evaluating", show_progress)
+    with closing(_passes(*arguments)) as passes:
+        for captured, outputs, targets, digests in passes:
+            fingerprint.update(digests, targets)
+            if target == "predicted":
+                targets = task.predict(outputs)
+            elif targets is None:
+                raise ValueError("The batch has no targets. For queries without labels pass target='predicted'.")
+            encoded = task.encode(targets, outputs.shape[1]).to(outputs)
+            values = {
+                "features": (basis.features(captured) if rotate else basis.stacked(captured)).to(outputs),
+                "outputs": outputs,
+                "encoded": encoded,
+                "losses": task.loss(outputs, encoded),
+            }
+            stop = start + len(outputs)
+            for name, value in values.items():
+                if not torch.isfinite(value).all():
+                    bad = int((~torch.isfinite(value)).reshape(len(value), -1).any(1).nonzero()[0])
+                    position = start + bad if examples.positions is None else int(examples.positions[start + bad])
+                    raise ValueError(
+                        f"The {name} of example {position} are not finite. Attribution needs a model whose outputs and "
+                        "losses are finite numbers: check the weights (did training diverge?) and the input."
+                    )
+                if name not in stored:
+                    stored[name] = value.new_empty(len(examples), *value.shape[1:])
+                stored[name][start:stop] = value
+            start = stop
     return Observation(**stored, fingerprint=fingerprint.summary())
 
 
@@ -215,8 +218,11 @@ def _passes(
     device: torch.device,
     description: str,
     show_progress: bool,
-) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor | None, Tensor]]:
-    """Forward passes over all examples; yields captured inputs, outputs ``(B, C)``, targets and digests."""
+) -> Generator[tuple[dict[str, Tensor], Tensor, Tensor | None, Tensor], None, None]:
+    """Forward passes over all examples; yields captured inputs, outputs ``(B, C)``, targets and digests.
+
+    Close it: until then hooks are in place and gradients are off.
+    """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     num_batches = -(-len(examples) // batch_size)
     with capture_inputs(model, list(layers)) as captured, torch.no_grad():
@@ -225,6 +231,7 @@ def _passes(
             captured.clear()
             outputs = task.outputs(model, _cast(task.inputs(batch), dtype))
             check_outputs(outputs, size)
+            _check_rows(captured, size)
             outputs = outputs.detach().reshape(size, -1)
             outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
             yield captured, outputs, task.targets(batch), digests
@@ -233,9 +240,19 @@ def _passes(
 def _layer_widths(
     model: nn.Module, task: Task, examples: Examples, layers: list[str], batch_size: int, device: torch.device
 ) -> list[int]:
-    for captured, *_ in _passes(model, task, examples, layers, batch_size, device, "", False):
-        return [_captured(captured, name).shape[1] for name in layers]
+    with closing(_passes(model, task, examples, layers, batch_size, device, "", False)) as passes:
+        for captured, *_ in passes:
+            return [_captured(captured, name).shape[1] for name in layers]
     raise ValueError("The training set is empty.")
+
+
+def _check_rows(captured: dict[str, Tensor], batch_size: int) -> None:
+    for name, inputs in captured.items():
+        if len(inputs) != batch_size:
+            raise TypeError(
+                f"Layer {name!r} must take a tensor with one row per example; its input has {len(inputs)} rows for a "
+                f"batch of {batch_size}. Name another layer with `layers=[...]`."
+            )
 
 
 def _captured(captured: dict[str, Tensor], name: str) -> Tensor:
@@ -259,11 +276,13 @@ def _second_moments(
 ) -> dict[str, Tensor]:
     """Mean outer product of each layer's input, shape ``(d_l, d_l)``."""
     moments: dict[str, Tensor] = {}
-    for captured, *_ in _passes(model, task, examples, layers, batch_size, device, "Covariances", show_progress):
-        for name in layers:
-            inputs = _captured(captured, name)
-            product = inputs.T @ inputs / len(examples)
-            moments[name] = moments[name].add_(product) if name in moments else product
+    arguments = (model, task, examples, layers, batch_size, device, "Covariances", show_progress)
+    with closing(_passes(*arguments)) as passes:
+        for captured, *_ in passes:
+            for name in layers:
+                inputs = _captured(captured, name)
+                product = inputs.T @ inputs / len(examples)
+                moments[name] = moments[name].add_(product) if name in moments else product
     return moments
 
 

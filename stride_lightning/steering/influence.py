@@ -42,7 +42,7 @@ def imitation_ridge(observed: Observation, task: Task) -> tuple[float, dict[floa
     tried: dict[float, float] = {}
 
     def try_out(factors: list[float]) -> float:
-        coefficients = refit(observed, task, torch.tensor(factors) * unit)
+        coefficients = refit(observed, task, torch.tensor(factors) * unit, tolerance=1e-2)
         for column, factor in enumerate(factors):
             outputs = observed.features @ coefficients[..., column].T
             tried[factor] = float(task.loss(outputs, predicted).mean())

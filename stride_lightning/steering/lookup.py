@@ -72,33 +72,35 @@ def _explicit_record(path: Path, weights: str, asked: Mapping[str, Any]) -> Reco
     if not candidates:
         candidates = [path]  # a record itself; reading says what is wrong if it is not
     infos = {candidate: read_info(candidate) for candidate in candidates}
-    fitting = [candidate for candidate, info in infos.items() if info.get("weights") == weights]
+    kinds = sorted({repr(info.get("kind")) for info in infos.values()})
+    infos = {candidate: info for candidate, info in infos.items() if info.get("kind") == "stride"}
+    if not infos:
+        raise ValueError(
+            f"{path} holds {', '.join(kinds)}, not what StrideCallback writes. Name one of its records, or their folder."
+        )
+    fitting = [candidate for candidate, info in infos.items() if info["weights"] == weights]
     if not fitting:
-        hashes = "\n".join(f"  record {path.name}: {info.get('weights')}" for path, info in infos.items())
+        hashes = "\n".join(f"  record {candidate.name}: {info['weights']}" for candidate, info in infos.items())
         raise ValueError(
             f"No record at {path} is of the weights that are attributed (SHA-256).\n{hashes}\n  model: {weights}\n"
-            "Pass the checkpoint of the same step as ckpt_path=, or leave out `record` to compute everything on the spot."
+            "Pass the checkpoint of the same step as ckpt_path=, or leave out `record` to compute everything on the "
+            "spot."
         )
-    chosen = fitting[-1]
-    conflict = _conflict(infos[chosen], asked)
-    if conflict is not None:
-        raise ValueError(f"The record {chosen} {conflict}. Leave out the option, or `record`.")
-    record = read_record(chosen)
-    if record.info.get("kind") != "stride":
-        raise ValueError(f"{chosen} holds {record.info.get('kind')!r}, not what StrideCallback writes.")
-    return record
+    conflicts = {candidate: _conflict(infos[candidate], asked) for candidate in fitting}
+    agreeing = [candidate for candidate, conflict in conflicts.items() if conflict is None]
+    if not agreeing:
+        raise ValueError(f"The record {fitting[-1]} {conflicts[fitting[-1]]}. Leave out the option, or `record`.")
+    return read_record(agreeing[-1])
 
 
 def _known_records(checkpoint: Mapping[str, Any] | None, model: nn.Module) -> list[Path]:
     """Records in the folders that callback states name, oldest first."""
-    states: list[Mapping[str, Any]] = []
+    trainer = attached_trainer(model)
+    callbacks = [] if trainer is None else trainer.callbacks
+    states = [callback.state_dict() for callback in callbacks if type(callback).__name__ == "StrideCallback"]
     if checkpoint is not None:
-        callbacks = checkpoint.get("callbacks", {})
-        states = [state for key, state in callbacks.items() if str(key).startswith("StrideCallback")]
-    else:
-        trainer = attached_trainer(model)
-        callbacks = [] if trainer is None else trainer.callbacks
-        states = [callback.state_dict() for callback in callbacks if type(callback).__name__ == "StrideCallback"]
+        saved = checkpoint.get("callbacks", {})
+        states += [state for key, state in saved.items() if str(key).startswith("StrideCallback")]
     folders = dict.fromkeys(Path(state["dirpath"]) for state in states if state.get("dirpath"))
     return [record for folder in folders for record in find_records(folder)]
 
@@ -112,5 +114,6 @@ def _conflict(info: Mapping[str, Any], asked: Mapping[str, Any]) -> str | None:
 
 
 def _show(fingerprint: Mapping[str, Any]) -> str:
-    content = fingerprint["content"] or "(random augmentation: not compared)"
-    return f"{fingerprint['num_examples']} examples, content {content[:16]}, targets {fingerprint['targets'][:16]}"
+    kind = "content" if fingerprint["content"] else "shapes (random augmentation: content not compared)"
+    examples = fingerprint["content"] or fingerprint["shapes"]
+    return f"{fingerprint['num_examples']} examples, {kind} {examples[:16]}, targets {fingerprint['targets'][:16]}"

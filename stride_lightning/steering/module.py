@@ -41,7 +41,7 @@ class StrideModule(L.LightningModule):
         ridge: Penalty relative to the mean curvature of the training loss in the basis. By default the one with which
             a refit on all data best imitates the frozen model, or half the mean curvature for anchored operators.
         learning_rate: Learning rate of Adam for a learned basis.
-        max_epochs: Epochs for a learned basis.
+        max_steps: Optimizer steps for a learned basis.
         seed: Seed of a learned basis: initialisation, sketch and batch order.
 
     Reference: arXiv:2606.05165 (STRIDE).
@@ -59,8 +59,8 @@ class StrideModule(L.LightningModule):
         rank: int = 16,
         stability: float | None = None,
         ridge: float | None = None,
-        learning_rate: float = 1e-2,
-        max_epochs: int = 50,
+        learning_rate: float = 3e-2,
+        max_steps: int = 600,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class StrideModule(L.LightningModule):
             raise ValueError(f"`ridge` must be positive, got {ridge}.")
         self.design, self.task, self.basis, self.rank = design, task, basis, rank
         self.stability = stability if stability is not None else float(basis == "learned")
-        self.ridge, self.learning_rate, self.max_epochs, self.seed = ridge, learning_rate, max_epochs, seed
+        self.ridge, self.learning_rate, self.max_steps, self.seed = ridge, learning_rate, max_steps, seed
         self.anchored = basis == "learned" or self.stability > 0
         #: What was chosen while fitting; plain values.
         self.chosen: dict[str, Any] = {}
@@ -197,7 +197,8 @@ class StrideModule(L.LightningModule):
         device = observed.features.device
         self._prepare(observed)
         trainer = L.Trainer(
-            max_epochs=self.max_epochs,
+            max_epochs=-1,
+            max_steps=self.max_steps,
             accelerator="gpu" if device.type == "cuda" else device.type,
             devices=[device.index or 0] if device.type == "cuda" else 1,
             # In a distributed run every process fits alike; this trainer must not take part in it.
@@ -212,7 +213,7 @@ class StrideModule(L.LightningModule):
         self.to(device)
         self.coefficients = (self.low_rank_basis @ self.operators).detach()
         self.relative_gradient = torch.full_like(self.coefficients[0, 0], torch.nan)[:0]
-        self.chosen["epochs"] = self.max_epochs
+        self.chosen["steps"] = self.max_steps
         del self.low_rank_basis, self.operators, self._observed
 
     def _prepare(self, observed: Observation) -> None:
@@ -231,7 +232,8 @@ class StrideModule(L.LightningModule):
         """Positions of training examples, shuffled by the seed."""
         positions = TensorDataset(torch.arange(self.design.num_train))
         generator = torch.Generator().manual_seed(self.seed)
-        return DataLoader(positions, min(128, self.design.num_train), shuffle=True, generator=generator)
+        # Each operator sees a share of a batch only: small batches drown its effect in noise.
+        return DataLoader(positions, min(1024, self.design.num_train), shuffle=True, generator=generator)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """Fidelity, stability and linearity of all operators on a batch of positions."""

@@ -11,7 +11,7 @@ from stride_lightning.steering.basis import Observation
 from stride_lightning.tasks import Task
 
 #: Bytes that one block of steered outputs, (C, examples, K), may take.
-BLOCK_BYTES = 2**25
+BLOCK_BYTES = 2**23
 
 
 def steer(outputs: Tensor, features: Tensor, coefficients: Tensor, *, anchored: bool) -> Tensor:

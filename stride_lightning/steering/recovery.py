@@ -12,7 +12,7 @@ from stride_lightning.progress import track
 from stride_lightning.steering.subsets import Design
 
 #: Bytes the K x K systems of queries solved together may take.
-SYSTEM_BYTES = 2**27
+SYSTEM_BYTES = 2**26
 #: Candidates for the noise variance, relative to what the prior explains.
 NOISES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
@@ -56,7 +56,7 @@ def recover_with_prior(
     A second opinion, another first-order influence, counts as much as the recovered scores: the result is the equal
     mixture of both at the same norm, whose standard deviation includes half their disagreement.
 
-    Memory: ``4 K^2`` floats for each query of a block (128 MB in all), 8192 rows of memberships, and the result.
+    Memory: ``6 K^2`` floats for each query of a block (64 MB in all), 8192 rows of memberships, and the result.
 
     Args:
         measurements: Shape ``(q, K)``, in nats.
@@ -146,7 +146,7 @@ def posterior(
     num_queries, num_subsets = residual.shape
     mean = residual.new_empty(num_queries, design.num_train)
     std, noises = torch.empty_like(mean), residual.new_empty(num_queries)
-    at_once = max(1, SYSTEM_BYTES // (4 * residual.element_size() * num_subsets**2))
+    at_once = max(1, SYSTEM_BYTES // (6 * residual.element_size() * num_subsets**2))
     starts = range(0, num_queries, at_once)
     for start in track(starts, "Recovering scores", len(starts), show=show_progress):
         queries = slice(start, start + at_once)

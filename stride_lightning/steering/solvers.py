@@ -46,7 +46,7 @@ def fit_operators(
     stability: float = 0.0,
     start: Tensor | None = None,
     subsets: slice | None = None,
-    tolerance: float = 5e-3,
+    tolerance: float = 1e-3,
     max_iterations: int = 500,
     show_progress: bool = True,
 ) -> OperatorFit:
@@ -118,7 +118,7 @@ def fit_operators(
 
 
 def refit(
-    observed: Observation, task: Task, ridges: Tensor, *, tolerance: float = 5e-3, max_iterations: int = 500
+    observed: Observation, task: Task, ridges: Tensor, *, tolerance: float = 1e-3, max_iterations: int = 500
 ) -> Tensor:
     """Refit the readouts on the whole training set, for several ridges at once.
 
@@ -146,7 +146,8 @@ class _Objective:
         scale = 1 / task.dispersion
         inside = self.members.sum(0).to(self.features)
         self.inside = scale / inside.clamp(min=1)
-        self.outside = scale * stability / (len(observed) - inside).clamp(min=1)
+        # Nothing moves the operator of an empty subset from zero, so nothing need hold it there.
+        self.outside = (inside > 0) * (scale * stability / (len(observed) - inside).clamp(min=1))
         self.anchor = observed.outputs.T.contiguous() if stability else None  # (C, n)
         self.targets = observed.encoded.T.contiguous()
         self.stable_targets = task.mean(observed.outputs).T.contiguous() if stability else self.targets
@@ -187,7 +188,7 @@ def _minimise(
     if not torch.isfinite(zero_norm).all():
         raise ValueError("The gradient of the operators' objective is not finite: check outputs and features.")
     if start is not None:
-        point = point + start[:, :, None]
+        point = torch.where(zero_norm > 0, start[:, :, None], point)  # zero is the answer where the gradient is zero
         gradient = objective.gradient(point)
     iterate = point
     smoothness = torch.full_like(zero_norm, 2.0)  # a guess, until curvature has been seen along the path

@@ -21,8 +21,8 @@ Ranked: TypeAlias = "Sequence[tuple[list[RankedExample], list[RankedExample]]]"
 _GREEN, _RED, _INK, _GREY, _RULE = "#1a7f37", "#c4262e", "#1f2328", "#656d76", "#d0d7de"
 # The picture grid, in inches.
 _PICTURE, _GAP, _GROUP_GAP, _MARGIN, _HEADER, _LINE = 0.92, 0.13, 0.34, 0.16, 0.42, 0.155
-# The bar charts, in inches; a character is what one takes on average.
-_CHART, _BAR, _TITLE, _AXIS, _CHARACTER = 4.6, 0.27, 0.42, 0.5, 0.063
+# The bar charts, in inches.
+_CHART, _BAR, _TITLE, _AXIS = 4.6, 0.27, 0.42, 0.5
 
 
 def draw_pictures(
@@ -68,7 +68,7 @@ def draw_pictures(
                 figure,
                 left + _PICTURE / 2,
                 top + _PICTURE + 0.06 + line * _LINE,
-                caption,
+                _fitted(figure, caption, 7, _PICTURE + 0.7 * _GAP) if line else caption,
                 color=color if line == 0 else _GREY,
                 size=8.2 if line == 0 else 7,
                 weight="bold" if line == 0 else "normal",
@@ -78,14 +78,14 @@ def draw_pictures(
 
     for row, (query, groups) in enumerate(zip(queries, ranked, strict=True)):
         facts = query_facts(attribution, query)
-        label = f"label {shortened(facts.pop('target'), 10)}" if "target" in facts else ""
-        captions = [f"query {query}", label, shortened(" · ".join(facts.values()), 16)]
+        label = f"label {facts.pop('target')}" if "target" in facts else ""
+        captions = [f"query {query}", label, " · ".join(facts.values())]
         show(attribution.queries[query], lefts[0], row, _INK, captions)
         for left, color, examples in zip(lefts[1:], (_GREEN, _RED), groups, strict=True):
             for place, example in enumerate(examples):
-                label = "" if example.target is None else f" · label {shortened(example.target, 8)}"
+                label = "" if example.target is None else f" · label {example.target}"
                 captions = [score_text(example.score), f"#{example.position}{label}"]
-                captions.append(shortened(" · ".join(example.info), 16))
+                captions.append(" · ".join(example.info))
                 x = left + place * (_PICTURE + _GAP)
                 show(attribution.train_data[example.column], x, row, color, captions)
     return figure
@@ -101,9 +101,10 @@ def draw_bars(attribution: Attribution, queries: Sequence[int], ranked: Ranked) 
     """
     heights = [_TITLE + _AXIS + _BAR * max(1, len(helpful) + len(harmful)) for helpful, harmful in ranked]
     labels = [_bar_label(example) for groups in ranked for examples in groups for example in examples]
-    left = 0.25 + _CHARACTER * max(map(len, labels), default=0)
+    figure = _figure(1, 1)
+    left = 0.25 + max([_text_width(figure, label, 8) for label in labels], default=0.0)
     width, height = left + _CHART + 0.25, sum(heights)
-    figure = _figure(width, height)
+    figure.set_size_inches(width, height)
     top = 0.0
     for query, (helpful, harmful), taken in zip(queries, ranked, heights, strict=True):
         examples = [*helpful, *reversed(harmful)]
@@ -114,13 +115,20 @@ def draw_bars(attribution: Attribution, queries: Sequence[int], ranked: Ranked) 
         words = [f"label {facts.pop('target')}"] if "target" in facts else []
         note = shortened(" · ".join([*words, *facts.values()]), 60)
         _write(figure, left, top + _TITLE - 0.12, f"Query {query}", color=_INK, size=10, weight="bold")
-        _write(figure, left + 0.115 * len(f"Query {query}"), top + _TITLE - 0.12, note, color=_GREY, size=8.5)
-        _fill_chart(axes, examples)
+        _write(
+            figure,
+            left + 0.2 + _text_width(figure, f"Query {query}", 10, "bold"),
+            top + _TITLE - 0.12,
+            note,
+            color=_GREY,
+            size=8.5,
+        )
+        _fill_chart(figure, axes, examples)
         top += taken
     return figure
 
 
-def _fill_chart(axes: Axes, examples: list[RankedExample]) -> None:
+def _fill_chart(figure: Figure, axes: Axes, examples: list[RankedExample]) -> None:
     scores = [example.score for example in examples]
     stds = [example.std or 0.0 for example in examples]
     places = range(len(examples))
@@ -132,7 +140,7 @@ def _fill_chart(axes: Axes, examples: list[RankedExample]) -> None:
     high = max([0.0, *(score + std for score, std in zip(scores, stds, strict=True))])
     # Room for the longest text at each side that has bars, as a share of the chart.
     sides = [[text for text, score in zip(texts, scores, strict=True) if score * sign > 0] for sign in (-1, 1)]
-    rooms = [(0.12 + _CHARACTER * max(map(len, side))) / _CHART if side else 0.0 for side in sides]
+    rooms = [max([_text_width(figure, text, 7.5) + 0.12 for text in side], default=0.0) / _CHART for side in sides]
     span = ((high - low) or 1.0) / (1 - sum(rooms))
     axes.set_xlim(low - rooms[0] * span, low - rooms[0] * span + span)
     for place, example, std, text in zip(places, examples, stds, texts, strict=True):
@@ -179,6 +187,23 @@ def _write(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
     """Text at ``x`` inches from the left and ``y`` from the top; a dollar sign is a dollar sign."""
     width, height = figure.get_size_inches()
     figure.text(x / width, 1 - y / height, text, parse_math=False, **style)
+
+
+def _fitted(figure: Figure, text: str, size: float, width: float) -> str:
+    """The text on one line, cut with an ellipsis where it is wider than ``width`` inches."""
+    text = shortened(text, 60)
+    while _text_width(figure, text, size) > width:
+        text = shortened(text, len(text) - 1)
+    return text
+
+
+def _text_width(figure: Figure, text: str, size: float, weight: str = "normal") -> float:
+    """Width in inches of one line of text as it will be drawn."""
+    from matplotlib.font_manager import FontProperties
+
+    canvas: Any = figure.canvas
+    font = FontProperties(size=size, weight=weight)
+    return canvas.get_renderer().get_text_width_height_descent(text, font, ismath=False)[0] / figure.dpi
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -19,32 +19,6 @@ if TYPE_CHECKING:
     from stride_lightning.attribution import Attribution
 
 
-def plot_query(
-    attribution: Attribution, query: int = 0, k: int = 6, *, image_shape: tuple[int, ...] | None = None
-) -> Figure:
-    """A figure of one query with its proponents and opponents.
-
-    Args:
-        attribution: The scores; with ``queries`` and ``train_data`` if pictures are wanted.
-        query: Row of the scores.
-        k: At most how many proponents, and how many opponents.
-        image_shape: Shape that makes a picture of flattened inputs, such as ``(28, 28)``.
-
-    Returns:
-        A figure without pyplot: ``figure.savefig("query.png")`` writes it, nothing needs closing.
-
-    Raises:
-        ModuleNotFoundError: If matplotlib is not installed.
-
-    Example:
-        >>> from stride_lightning.attribution import Attribution
-        >>> figure = plot_query(Attribution(torch.tensor([[0.5, -0.25, 0.0]])))
-        >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
-        ['#0', '#1']
-    """
-    return plot_grid(attribution, [query], k, image_shape=image_shape)
-
-
 def plot_grid(
     attribution: Attribution, queries: Sequence[int], k: int = 5, *, image_shape: tuple[int, ...] | None = None
 ) -> Figure:

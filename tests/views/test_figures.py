@@ -10,10 +10,10 @@ from torch.utils.data import TensorDataset
 
 from stride_lightning.attribution import Attribution
 from stride_lightning.data import Examples
-from stride_lightning.views.figures import as_image, plot_grid, plot_query
+from stride_lightning.views.figures import as_image, plot_grid
 from stride_lightning.views.ranking import interval_text, rank_examples, score_text
 
-SCORES = torch.tensor([[0.5, -0.25, 0.0, 0.012, -0.125], [0.0, 0.0, 3.0, -1.0, 2.0]])
+SCORES = torch.tensor([[0.5, -0.25, 0.0, 0.012, -0.13], [0.0, 0.0, 3.0, -1.0, 2.0]])
 POSITIONS = torch.tensor([10, 11, 12, 13, 14])
 LABELS = torch.tensor([0, 1, 2, 3, 4])
 
@@ -35,7 +35,7 @@ def pixel(axes):
 
 
 def test_pictures_stand_in_order_with_their_scores():
-    figure = plot_query(make_attribution(), 0, k=2)
+    figure = make_attribution().plot(0, k=2)
     # The query, proponents 0 and 3, opponents 1 and 4: every picture has its own brightness.
     assert [round(pixel(axes), 4) for axes in figure.axes] == [0.9, 0.0, 0.3, 0.1, 0.4]
     assert texts(figure) == [
@@ -62,7 +62,7 @@ def test_grid_has_one_row_per_query_in_the_order_asked_for():
 
 
 def test_nothing_overlaps_or_leaves_the_figure():
-    figure = plot_grid(make_attribution(train_info={"text": ["a longer text than fits"] * 5}), [0, 1], k=2)
+    figure = plot_grid(make_attribution(train_info={"text": ["WWW a longer text than fits"] * 5}), [0, 1], k=2)
     renderer = figure.canvas.get_renderer()
     width, height = figure.canvas.get_width_height()
     boxes = [text.get_window_extent(renderer) for text in figure.texts if text.get_text()]
@@ -73,7 +73,7 @@ def test_nothing_overlaps_or_leaves_the_figure():
 
 
 def test_negative_query_counts_from_the_end():
-    assert texts(plot_query(make_attribution(), -1, k=1))[5:7] == ["query 1", "label 8"]
+    assert texts(make_attribution().plot(-1, k=1))[3:5] == ["query 1", "label 8"]
 
 
 @pytest.mark.parametrize("shape", [(64,), (8, 8), (3, 8, 8), (8, 8, 3)])
@@ -83,34 +83,41 @@ def test_flat_images_need_image_shape_and_others_do_not(shape):
     assert len(figure.axes) == 3
     assert figure.axes[0].images[0].get_array().shape[:2] == (8, 8)
     if flat:
-        assert plot_query(make_attribution(shape), 0, 1).axes[0].images == []  # bars
+        assert make_attribution(shape).plot(0, 1).axes[0].patches  # bars
         with pytest.raises(ValueError, match=r"shape \(64,\) cannot be shown with image_shape=\(9, 9\)"):
-            plot_query(make_attribution(shape), 0, 1, image_shape=(9, 9))
+            make_attribution(shape).plot(0, 1, image_shape=(9, 9))
 
 
 def test_bars_are_scores_with_error_bars_of_one_std():
     std = torch.tensor([[0.1, 0.05, 0.0, 0.004, 0.02]] * 2)
-    info = {"source": ["web", "book", "web", "cost $5 or $x_", "code"]}
-    figure = plot_query(make_attribution(shape=(3,), std=std, train_info=info), 0, k=2)
+    info = {"source": ["web", "book", "web", "cost $\\frac$", "code"]}
+    figure = make_attribution(shape=(3,), std=std, train_info=info).plot(0, k=2)
     (axes,) = figure.axes
-    assert [bar.get_width() for bar in axes.patches] == pytest.approx([0.5, 0.012, -0.125, -0.25])
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([0.5, 0.012, -0.13, -0.25])
     assert [label.get_text() for label in axes.get_yticklabels()] == [
-        *("#10 · label 0 · web", "#13 · label 3 · cost $5 or $x_"),
+        *("#10 · label 0 · web", "#13 · label 3 · cost $\\frac$"),
         *("#14 · label 4 · code", "#11 · label 1 · book"),
     ]
     segments = axes.containers[1][2][0].get_segments()
-    expected = [(0.4, 0.6), (0.008, 0.016), (-0.145, -0.105), (-0.3, -0.2)]
+    expected = [(0.4, 0.6), (0.008, 0.016), (-0.15, -0.11), (-0.3, -0.2)]
     assert np.allclose([(start[0], end[0]) for start, end in segments], expected)
     assert [text.get_text() for text in axes.texts] == [
         *("+0.50 ± 0.10", "+0.012 ± 0.0040", "-0.13 ± 0.020", "-0.25 ± 0.050"),
     ]
-    figure.canvas.draw()  # a dollar sign is no formula
+    figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
     chart = axes.get_window_extent(renderer)
     assert all(chart.x0 <= text.get_window_extent(renderer).x0 for text in axes.texts)
     assert all(chart.x1 >= text.get_window_extent(renderer).x1 for text in axes.texts)
     # The chart's top bar is the strongest proponent.
     assert axes.get_ylim()[0] > axes.get_ylim()[1]
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (3,)])
+def test_dollar_signs_are_no_formulas(shape):
+    bad = r"$\frac$"  # matplotlib would raise ValueError
+    attribution = make_attribution(shape, train_info={"text": [bad] * 5}, query_info={"text": [bad] * 2})
+    attribution.plot(0, 1).canvas.draw()
 
 
 def test_without_data_there_are_bars_and_scores_of_zero_give_an_empty_chart():
@@ -121,7 +128,7 @@ def test_without_data_there_are_bars_and_scores_of_zero_give_an_empty_chart():
 
 def test_many_labels_fit_left_of_the_bars():
     attribution = Attribution(torch.tensor([[1.0, -1.0]]), train_info={"text": ["WWWW MMMM " * 9, "short"]})
-    figure = plot_query(attribution)
+    figure = attribution.plot()
     renderer = figure.canvas.get_renderer()
     figure.canvas.draw()
     assert all(label.get_window_extent(renderer).x0 >= 0 for label in figure.axes[0].get_yticklabels())
@@ -141,16 +148,16 @@ def test_missing_matplotlib_names_the_extra(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] + ["matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'stride-lightning\[plot\]'"):
-        plot_query(make_attribution())
+        make_attribution().plot()
 
 
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="nothing to plot"):
         plot_grid(make_attribution(), [])
     with pytest.raises(IndexError, match="Query 2 of 2"):
-        plot_query(make_attribution(), 2)
+        make_attribution().plot(2)
     with pytest.raises(ValueError, match="`k` must be at least 1"):
-        plot_query(make_attribution(), 0, 0)
+        make_attribution().plot(0, 0)
 
 
 def test_as_image_reads_tensors_arrays_and_pil():
@@ -195,7 +202,14 @@ def test_ranking_keeps_columns_and_positions_apart():
 
 @pytest.mark.parametrize(
     ("score", "text"),
-    [(0.0, "+0.00"), (0.0996, "+0.10"), (-0.00123, "-0.0012"), (123.4, "+123"), (1e-5, "+1.0e-05"), (-3e6, "-3.0e+06")],
+    [
+        (0.0, "+0.00"),
+        (0.0996, "+0.100"),
+        (-0.00123, "-0.0012"),
+        (123.4, "+123"),
+        (1e-5, "+1.0e-05"),
+        (-3e6, "-3.0e+06"),
+    ],
 )
 def test_scores_are_written_with_a_sign(score, text):
     assert score_text(score) == text

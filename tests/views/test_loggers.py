@@ -100,7 +100,6 @@ def test_tensorboard_shows_scalars_histograms_text_and_pictures(attribution, tmp
     pytest.importorskip("matplotlib")
     logger = TensorBoardLogger(tmp_path)
     attribution.log(logger, step=7, k=1, max_queries=1)
-    # Not closed and not flushed here: `log` has written everything.
     events = read_events(logger)
     expected = summarize(attribution, k=1)
     assert set(expected) <= set(events.Tags()["scalars"])
@@ -218,6 +217,21 @@ def test_without_matplotlib_everything_but_pictures_is_logged(attribution, monke
     logger = WandbLike()
     log_attribution(attribution, [logger], step=0)
     assert [call[0] for call in logger.calls] == ["metrics", "stride/top_examples"]
+
+
+def test_writer_is_flushed_last_and_opens_no_runs(attribution):
+    class Writer:
+        def __init__(self):
+            self.called = []
+
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: self.called.append(name)
+
+    logger = WandbLike()
+    logger.experiment = Writer()
+    log_attribution(attribution, [logger], step=0)
+    assert logger.experiment.called[-1] == "flush"
+    assert set(logger.experiment.called) <= {"add_histogram", "add_text", "add_figure", "flush"}
 
 
 def test_loggers_that_show_nothing_do_not_fail(attribution):

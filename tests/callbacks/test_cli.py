@@ -1,0 +1,139 @@
+"""StrideCallback in LightningCLI: YAML, command line and help text."""
+
+import sys
+
+import lightning.pytorch as L
+import pytest
+from lightning.pytorch.loggers import CSVLogger
+
+from stride_lightning import Classification, StrideCallback
+from stride_lightning.records import find_records, read_record
+from tests.helpers.models import Data, Validated
+
+cli = pytest.importorskip("lightning.pytorch.cli")
+pytest.importorskip("jsonargparse")
+
+
+class Scaled(Validated):
+    """A model whose constructor the command line can fill in."""
+
+    def __init__(self, width: int = 8):
+        super().__init__(width=width)
+
+
+class Tempered(Classification):
+    """A task with a setting of its own."""
+
+    def __init__(self, temperature: float = 1.0):
+        self.temperature = temperature
+
+    def outputs(self, model, inputs):
+        return model(inputs) / self.temperature
+
+    def __repr__(self):
+        return f"Tempered({self.temperature})"
+
+
+CONFIG = """
+seed_everything: 0
+trainer:
+  max_epochs: 1
+  accelerator: cpu
+  devices: 1
+  logger: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  enable_checkpointing: false
+  default_root_dir: {folder}
+  callbacks:
+    - class_path: stride_lightning.StrideCallback
+      init_args:
+        dirpath: {folder}/records
+        num_subsets: 8
+        layers: [network.2]
+        every_n_train_steps: 2
+        task:
+          class_path: tests.callbacks.test_cli.Tempered
+          init_args:
+            temperature: 2.5
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run the command line with these arguments in an empty folder."""
+    # Lightning 2.6 calls names that jsonargparse 4.53 calls old.
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
+    def run_cli(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        return cli.LightningCLI(Scaled, Data, save_config_callback=None)
+
+    return run_cli
+
+
+def stride_callbacks(trainer):
+    return [callback for callback in trainer.callbacks if isinstance(callback, StrideCallback)]
+
+
+def test_yaml(run, tmp_path):
+    (tmp_path / "config.yaml").write_text(CONFIG.format(folder=tmp_path))
+    trainer = run("fit", "--config", tmp_path / "config.yaml").trainer
+    (callback,) = stride_callbacks(trainer)
+    assert isinstance(callback.task, Tempered)
+    assert callback.task.temperature == 2.5
+    first, last = find_records(tmp_path / "records")
+    assert (first.name, last.name) == ("step=2", "step=4")
+    info = read_record(last).info
+    assert info["layers"] == ["network.2"]
+    assert info["task"] == "Tempered(2.5)"
+    assert info["design"]["num_subsets"] == 8
+
+
+def test_command_line_arguments(run, tmp_path):
+    trainer = run(
+        *("fit", "--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"),
+        *("--trainer.enable_model_summary=false", "--trainer.callbacks+=stride_lightning.StrideCallback"),
+        *("--trainer.callbacks.fit_operators=true", "--trainer.callbacks.every_n_epochs=3"),
+    ).trainer
+    (callback,) = stride_callbacks(trainer)
+    assert (callback.fit_operators, callback.every_n_epochs) == (True, 3)
+    assert not (tmp_path / "stride").exists()
+
+
+def test_help(run, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run("fit", "--trainer.callbacks.help=stride_lightning.StrideCallback")
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for argument in ("dirpath", "layers", "num_subsets", "every_n_train_steps", "save_last_k", "fit_operators"):
+        assert f".{argument} " in text
+    assert "Keep only the last k records of this run; -1 keeps all" in text
+    assert "Fit the steering operators at the end" in text
+
+
+def test_wrong_argument_is_refused_by_name(run, capsys):
+    with pytest.raises(SystemExit):
+        run("fit", "--trainer.callbacks+=stride_lightning.StrideCallback", "--trainer.callbacks.every_n_epoch=3")
+    assert "every_n_epoch" in capsys.readouterr().err
+
+
+def test_printed_config_can_be_run_again(run, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(CONFIG.format(folder=tmp_path))
+    with pytest.raises(SystemExit):
+        run("fit", "--config", tmp_path / "config.yaml", "--print_config")
+    (tmp_path / "again.yaml").write_text(capsys.readouterr().out)
+    (callback,) = stride_callbacks(run("fit", "--config", tmp_path / "again.yaml").trainer)
+    assert callback.layers == ["network.2"]
+    assert callback.task.temperature == 2.5
+    assert len(callback.records) == 2
+
+
+def test_trainer_from_the_bare_library_reads_the_same_arguments(tmp_path):
+    """The callback list and the YAML make the same callback."""
+    one = StrideCallback(tmp_path, layers=["network.2"])
+    two = StrideCallback(str(tmp_path), layers=["network.2"])
+    assert one.state_key == two.state_key
+    trainer = L.Trainer(callbacks=[one], logger=CSVLogger(tmp_path), accelerator="cpu", enable_checkpointing=False)
+    assert stride_callbacks(trainer) == [one]

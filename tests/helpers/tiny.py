@@ -1,0 +1,94 @@
+"""Tiny tasks, observations and data that several tests share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from stride_lightning.data import Examples
+from stride_lightning.steering.basis import Observation
+from stride_lightning.tasks import BinaryClassification, Classification, Regression, Task
+
+CPU = torch.device("cpu")
+TASKS: dict[str, Task] = {
+    "softmax": Classification(),
+    "binary": BinaryClassification(),
+    "Gaussian": Regression(noise_std=0.7),
+}
+every_task = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS.keys())
+
+
+def random_tensor(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def random_targets(task: Task, size: int, num_outputs: int, seed: int) -> Tensor:
+    """Targets in the form a data set gives them."""
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(task, Classification):
+        return torch.randint(num_outputs, (size,), generator=generator)
+    if isinstance(task, BinaryClassification):
+        return torch.randint(2, (size, num_outputs), generator=generator)
+    return torch.randn(size, num_outputs, generator=generator, dtype=torch.float64)
+
+
+def observation(
+    task: Task,
+    size: int = 40,
+    num_features: int = 5,
+    num_outputs: int = 3,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> Observation:
+    """An evaluation pass that never took place: features of different energies, the last of them constant."""
+    features = random_tensor(size, num_features, seed=seed) * torch.linspace(2, 0.3, num_features, dtype=torch.float64)
+    features[:, -1] = 0.6
+    outputs = features @ random_tensor(num_features, num_outputs, seed=seed % 7 + 100)
+    outputs = outputs + 0.5 * random_tensor(size, num_outputs, seed=seed + 200)
+    encoded = task.encode(random_targets(task, size, num_outputs, seed + 300), num_outputs).double()
+    values = (features, outputs, encoded, task.loss(outputs, encoded))
+    return Observation(*(value.to(dtype) for value in values), fingerprint={})
+
+
+def rows_of(observed: Observation, order: Tensor) -> Observation:
+    """The same pass over the examples in another order."""
+    values = (observed.features, observed.outputs, observed.encoded, observed.losses)
+    return Observation(*(value[order] for value in values), fingerprint={})
+
+
+def examples_of(*tensors: Tensor) -> Examples:
+    return Examples(TensorDataset(*tensors))
+
+
+class DictData(Dataset):
+    """Examples that are dictionaries."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        return {"image": self.images[position], "label": self.labels[position]}
+
+
+class DictTask(Classification):
+    """Reads them."""
+
+    def inputs(self, batch: dict[str, Tensor]) -> Tensor:
+        return batch["image"]
+
+    def targets(self, batch: dict[str, Tensor]) -> Tensor:
+        return batch["label"]
+
+
+def perceptron(num_inputs: int = 4, num_outputs: int = 3, seed: int = 0) -> nn.Sequential:
+    """A two-layer network with seeded weights, in eval mode."""
+    model = nn.Sequential(nn.Linear(num_inputs, 6), nn.ReLU(), nn.Linear(6, num_outputs))
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            parameter.copy_(0.7 * random_tensor(*parameter.shape, seed=seed + i))
+    return model.eval()

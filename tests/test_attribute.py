@@ -1,0 +1,749 @@
+"""attribute(): what goes in, what comes out, and that the caller's model is as before."""
+
+import copy
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
+
+import stride_lightning.steering.attributor as stride_attributor
+from stride_lightning import (
+    Attributor,
+    Classification,
+    RecordError,
+    Regression,
+    StrideAttributor,
+    StrideCallback,
+    attribute,
+    linear_datamodeling_score,
+)
+from stride_lightning.records import find_records
+from stride_lightning.steering.subsets import Design, sample_design
+from stride_lightning.weights import weight_hash
+from tests.helpers.models import (
+    NUM_FEATURES,
+    NUM_QUERIES,
+    NUM_TRAIN,
+    BinaryClassifier,
+    Classifier,
+    ConvNet,
+    Data,
+    Dicts,
+    Regressor,
+    binary_data,
+    build,
+    classification_data,
+    hooks_of,
+    loader,
+    make_trainer,
+    picture_data,
+    points,
+    regression_data,
+    train,
+)
+
+DATA = classification_data()
+QUERIES = classification_data(NUM_QUERIES, seed=1)
+FEW = {"num_subsets": 16, "show_progress": False}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A trained classifier that no trainer is attached to; tests leave it as they found it."""
+    model = build(Classifier, dropout=0.3)
+    train(model, DATA, tmp_path_factory.mktemp("run"), max_epochs=8)
+    model.trainer = None
+    return model
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    return attribute(model, QUERIES, train_data=DATA, **FEW)
+
+
+def same(one, other, rtol=1e-4):
+    scores = other.scores if hasattr(other, "scores") else other
+    torch.testing.assert_close(one.scores, scores, rtol=rtol, atol=rtol * scores.abs().max().item())
+
+
+# ---- what goes in -----------------------------------------------------------------------------------------------------
+
+
+def test_scores(expected):
+    assert expected.scores.shape == expected.std.shape == (NUM_QUERIES, NUM_TRAIN)
+    assert expected.scores.dtype == torch.float32
+    assert torch.isfinite(expected.scores).all()
+    assert (expected.std > 0).all()
+    assert expected.train_targets.tolist() == DATA.tensors[1].tolist()
+    assert expected.query_targets.tolist() == QUERIES.tensors[1].tolist()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [loader(DATA), DataLoader(DATA, 7), list(DATA), Data(), loader(DATA, batch_size=1)],
+    ids=["shuffled loader", "loader", "list", "datamodule", "one by one"],
+)
+def test_training_data_in_any_form(model, expected, source):
+    attribution = attribute(model, QUERIES, train_data=source, **FEW)
+    same(attribution, expected)
+    assert attribution.metadata["data"] == expected.metadata["data"]
+
+
+@pytest.mark.parametrize("source", [DataLoader(QUERIES, 4), list(QUERIES), loader(QUERIES)])
+def test_queries_in_any_form(model, expected, source):
+    same(attribute(model, source, train_data=DATA, **FEW), expected)
+
+
+def test_queries_of_a_datamodule_are_its_test_data_else_validation(model, expected):
+    class WithoutTest(Data):
+        test_dataloader = property()
+
+    data = Data()
+    same(attribute(model, data, train_data=DATA, **FEW), expected.scores[:4])
+    assert data.calls == ["prepare_data", "test"]
+
+    class Validation(Data):
+        def setup(self, stage):
+            super().setup(stage)
+            assert stage in ("fit", "validate")
+
+    del WithoutTest
+    only_validation = Validation()
+    only_validation.test_dataloader = super(Data, only_validation).test_dataloader
+    same(attribute(model, only_validation, train_data=DATA, **FEW), expected)
+    assert only_validation.calls == ["prepare_data", "validate"]
+
+
+def test_datamodule_from_datasets(model, expected):
+    from lightning.pytorch import LightningDataModule
+
+    data = LightningDataModule.from_datasets(DATA, val_dataset=QUERIES, batch_size=8)
+    same(attribute(model, data, train_data=data, **FEW), expected)
+
+
+def test_an_attached_datamodule_is_not_set_up_again(tmp_path):
+    data, model = Data(), build(Classifier)
+    make_trainer(tmp_path).fit(model, data)
+    data.calls.clear()
+    attribute(model, QUERIES, train_data=data, **FEW)
+    assert data.calls == []
+
+
+def test_batch_transfer_hooks_apply(expected, model):
+    shift = torch.tensor([1.0, -2.0, 0.5, 0.0])
+
+    class Shifted(Data):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return batch[0] - shift, batch[1]
+
+    class Normalising(Classifier):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return batch[0] - shift, batch[1]
+
+    moved = [TensorDataset(data.tensors[0] + shift, data.tensors[1]) for data in (DATA, QUERIES)]
+    data = Shifted(*moved)
+    same(attribute(model, data, train_data=data, **FEW), expected.scores[:4])
+    normalising = Normalising(dropout=0.3)
+    normalising.load_state_dict(model.state_dict())
+    same(attribute(normalising, moved[1], train_data=moved[0], **FEW), expected)
+
+
+def test_workers_and_batch_size_change_nothing(model, expected):
+    attribution = attribute(
+        model, QUERIES, train_data=DataLoader(DATA, 8, shuffle=True, num_workers=2), batch_size=7, **FEW
+    )
+    same(attribution, expected)
+    assert attribution.metadata["data"] == expected.metadata["data"]
+
+
+def test_train_indices_name_the_columns(model):
+    chosen = [50, 3, 7, 20, 41, 9, 33, 12]
+    attribution = attribute(model, QUERIES, train_data=DATA, train_indices=chosen, **FEW)
+    assert attribution.train_indices.tolist() == chosen
+    assert attribution.train_targets.tolist() == DATA.tensors[1][chosen].tolist()
+    assert set(attribution.top(3).proponents.flatten().tolist()) <= set(chosen)
+    same(attribution, attribute(model, QUERIES, train_data=Subset(DATA, chosen), **FEW))
+
+
+def test_single_query_equals_its_row(model, expected):
+    same(attribute(model, Subset(QUERIES, [2]), train_data=DATA, **FEW), expected.scores[2:3])
+
+
+def test_functional_module_and_plain_nn_module(model, expected):
+    same(attribute(model.network, QUERIES, train_data=DATA, **FEW, layers=["0", "3"]), expected)
+
+
+# ---- the caller's model is as before --------------------------------------------------------------------------------------
+
+
+def state_of(model):
+    return (
+        weight_hash(model),
+        [module.training for module in model.modules()],
+        [(parameter.requires_grad, parameter.device, parameter.grad) for parameter in model.parameters()],
+        len(hooks_of(model)),
+        [id(parameter) for parameter in model.parameters()],
+    )
+
+
+def half_frozen(kind=ConvNet):
+    model = build(kind)
+    model.train()
+    model.network[1].eval()
+    next(model.parameters()).requires_grad_(False)
+    model.network[0].register_forward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"basis": "learned"}, {"recovery": "lasso"}], ids=str)
+def test_model_is_as_before(options, tmp_path):
+    model, other = half_frozen(), build(ConvNet, seed=1)
+    torch.save(other.state_dict(), tmp_path / "other.pt")
+    before, random = state_of(model), torch.get_rng_state()
+    attribution = attribute(
+        *(model, picture_data(3, seed=1)), train_data=picture_data(), ckpt_path=tmp_path / "other.pt", **FEW, **options
+    )
+    assert state_of(model) == before
+    assert attribution.metadata["weights"] == weight_hash(other)
+    if "basis" not in options:
+        assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("when", ["fit", "attribute"])
+def test_model_is_as_before_after_an_exception(tmp_path, when):
+    class Failing(ConvNet):
+        calls = 0
+
+        def forward(self, inputs):
+            self.calls += 1
+            if self.calls == self.fails_at:
+                raise RuntimeError("out of luck")
+            return super().forward(inputs)
+
+    torch.save(build(ConvNet, seed=1).state_dict(), tmp_path / "other.pt")
+    model = half_frozen(Failing)
+    counting = copy.deepcopy(model)
+    counting.fails_at = -1
+    attributor = StrideAttributor(num_subsets=8, show_progress=False)
+    attributor.fit(counting, picture_data(), ckpt_path=tmp_path / "other.pt")
+    model.fails_at = counting.calls if when == "fit" else counting.calls + 1
+    before = state_of(model)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        attribute(
+            *(model, picture_data(3, seed=1)), train_data=picture_data(), ckpt_path=tmp_path / "other.pt", num_subsets=8
+        )
+    assert state_of(model) == before
+
+
+def test_inference_mode(model, expected):
+    with torch.inference_mode():
+        same(attribute(model, QUERIES, train_data=DATA, **FEW), expected)
+
+
+# ---- checkpoints ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Two epochs, a checkpoint and a record each; the model is attached to the trainer and stands at the end."""
+    folder = tmp_path_factory.mktemp("run")
+    keep = ModelCheckpoint(dirpath=folder / "kept", save_top_k=1, monitor="loss", mode="max", save_last=True)
+    callback = StrideCallback(num_subsets=16, every_n_epochs=1)
+    model = build(Classifier)
+    train(model, DATA, folder, callback, keep, enable_checkpointing=True)
+    return model, callback, keep, folder
+
+
+def test_best_and_last(run):
+    model, callback, keep, _ = run
+    by_name = {name: attribute(model, QUERIES, train_data=DATA, ckpt_path=name, **FEW) for name in ("best", "last")}
+    by_path = attribute(model, QUERIES, train_data=DATA, ckpt_path=keep.best_model_path, **FEW)
+    same(by_name["best"], by_path)
+    assert by_name["last"].metadata["record"] == str(callback.records[1])
+    assert by_name["last"].metadata["weights"] == weight_hash(model)
+    assert by_name["last"].metadata["step"] == 8
+    record = callback.records[0] if "step=4" in keep.best_model_path else callback.records[1]
+    assert by_name["best"].metadata["record"] == str(record)
+
+
+def test_best_and_last_errors(model, run, tmp_path):
+    with pytest.raises(ValueError, match=r"ckpt_path='best'.*not attached"):
+        attribute(model, QUERIES, train_data=DATA, ckpt_path="best")
+    unkept = build(Classifier)
+    train(unkept, DATA, tmp_path, max_epochs=1)
+    with pytest.raises(ValueError, match=r"ckpt_path='last'.*save_last=True"):
+        attribute(unkept, QUERIES, train_data=DATA, ckpt_path="last")
+
+
+def test_checkpoints_that_cannot_be_read(model, tmp_path):
+    def ask(name):
+        return attribute(model, QUERIES, train_data=DATA, ckpt_path=tmp_path / name)
+
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nowhere\.ckpt"):
+        ask("nowhere.ckpt")
+    torch.save({"state_dict": model.state_dict(), "hyper_parameters": {"net": nn.Linear(1, 1)}}, tmp_path / "object.ckpt")
+    with pytest.raises(ValueError, match=r"object\.ckpt holds objects.*weights_only=False"):
+        ask("object.ckpt")
+    content = (tmp_path / "object.ckpt").read_bytes()
+    (tmp_path / "short.ckpt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"short\.ckpt cannot be read; it may be damaged"):
+        ask("short.ckpt")
+    torch.save(Classifier(width=9, dropout=0.3).state_dict(), tmp_path / "wide.ckpt")
+    with pytest.raises(ValueError, match=r"do not fit Classifier.*network\.0\.bias is \(9,\), the model has \(8,\)"):
+        ask("wide.ckpt")
+    torch.save(ConvNet().state_dict(), tmp_path / "conv.ckpt")
+    with pytest.raises(ValueError, match=r"missing: .*network\.3\.bias.*not in the model: network\.1\.bias"):
+        ask("conv.ckpt")
+
+
+def test_a_checkpoint_answers_whatever_the_model_holds_now(run):
+    model, _, keep, _ = run
+    blank = build(Classifier, seed=9)
+    assert weight_hash(blank) != weight_hash(model)
+    attributor = StrideAttributor(**FEW).fit(blank, DATA, ckpt_path=keep.last_model_path)
+    with torch.no_grad():
+        blank.network[0].weight.zero_()
+    same(attributor.attribute(QUERIES), attribute(model, QUERIES, train_data=DATA, **FEW))
+
+
+# ---- records ------------------------------------------------------------------------------------------------------------------
+
+
+def test_record_from_the_checkpoints_callback_state(run):
+    _, callback, keep, _ = run
+    metadata = attribute(build(Classifier), QUERIES, train_data=DATA, ckpt_path=keep.last_model_path, **FEW).metadata
+    assert metadata["record"] == str(callback.records[1])
+    assert "which has these weights" in metadata["record_note"]
+
+
+def test_record_from_the_attached_trainer(run):
+    model, callback, _, _ = run
+    metadata = attribute(model, QUERIES, train_data=DATA, show_progress=False).metadata
+    assert metadata["record"] == str(callback.records[1])
+    assert metadata["design"]["num_subsets"] == 16
+
+
+def test_record_from_the_trainer_for_a_checkpoint_without_callback_state(run, tmp_path):
+    model, callback, _, _ = run
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "weights.ckpt")
+    metadata = attribute(model, QUERIES, train_data=DATA, ckpt_path=tmp_path / "weights.ckpt", **FEW).metadata
+    assert metadata["record"] == str(callback.records[1])
+
+
+def test_moved_records(run, tmp_path):
+    model, _, keep, folder = run
+    moved = shutil.copytree(folder / "stride", tmp_path / "moved")
+    other = build(Classifier)
+    for record in (moved, moved / "step=8"):
+        metadata = attribute(other, QUERIES, train_data=DATA, ckpt_path=keep.last_model_path, record=record, **FEW).metadata
+        assert metadata["record"] == str(moved / "step=8")
+        assert metadata["record_note"] == "given by the caller"
+    with pytest.raises(FileNotFoundError):
+        attribute(model, QUERIES, train_data=DATA, record=tmp_path / "nowhere", **FEW)
+
+
+def test_record_of_other_weights_is_refused_with_both_hashes(run):
+    model, _, _, folder = run
+    other = build(Classifier, seed=3)
+    with pytest.raises(ValueError, match="is of the weights that are attributed") as caught:
+        attribute(other, QUERIES, train_data=DATA, record=folder / "stride")
+    assert weight_hash(other) in str(caught.value)
+    assert weight_hash(model) in str(caught.value)
+
+
+def changed_pixel():
+    x, y = (tensor.clone() for tensor in DATA.tensors)
+    x[17, 2] += 1e-3
+    return TensorDataset(x, y)
+
+
+OTHER_DATA = {
+    "one pixel": changed_pixel(),
+    "order": Subset(DATA, [1, 0, *range(2, NUM_TRAIN)]),
+    "length": Subset(DATA, range(NUM_TRAIN - 1)),
+    "label": TensorDataset(DATA.tensors[0], DATA.tensors[1].clone().index_fill_(0, torch.tensor([5]), 0)),
+}
+
+
+@pytest.mark.parametrize("data", OTHER_DATA.values(), ids=OTHER_DATA.keys())
+def test_record_of_other_data(run, data):
+    model, _, _, folder = run
+    with pytest.raises(ValueError, match="made with other training data") as caught:
+        attribute(model, QUERIES, train_data=data, record=folder / "stride", **FEW)
+    fingerprints = re.findall(r"(\d+) examples, content (\w{16}), targets (\w{16})", str(caught.value))
+    assert len(set(fingerprints)) == 2
+    assert fingerprints[1][0] == str(len(data))
+    attribution = attribute(model, QUERIES, train_data=data, **FEW)
+    assert attribution.metadata["record"] is None
+    assert "made with other training data" in attribution.metadata["record_note"]
+    alone = copy.deepcopy(model)
+    alone.trainer = None
+    same(attribution, attribute(alone, QUERIES, train_data=data, **FEW))
+
+
+def test_damaged_record(run, tmp_path):
+    model, callback, keep, folder = run
+    damaged = shutil.copytree(folder / "stride", tmp_path / "stride")
+    file = damaged / "step=8" / "basis.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(RecordError, match=r"basis\.safetensors"):
+        attribute(model, QUERIES, train_data=DATA, record=damaged, **FEW)
+    other = build(Classifier)
+    checkpoint = torch.load(keep.last_model_path, weights_only=True)
+    checkpoint["callbacks"][callback.state_key]["dirpath"] = str(damaged)
+    torch.save(checkpoint, tmp_path / "moved.ckpt")
+    found = attribute(other, QUERIES, train_data=DATA, ckpt_path=tmp_path / "moved.ckpt", **FEW)
+    assert found.metadata["record"] is None
+    assert "computed on the spot" in found.metadata["record_note"]
+    assert "basis.safetensors" in found.metadata["record_note"]
+    same(found, attribute(model, QUERIES, train_data=DATA, **FEW))
+
+
+def test_record_and_options_that_conflict(run):
+    model, _, _, folder = run
+    with pytest.raises(ValueError, match="has num_subsets=16, but num_subsets=30 was asked for"):
+        attribute(model, QUERIES, train_data=DATA, record=folder / "stride", num_subsets=30)
+    metadata = attribute(model, QUERIES, train_data=DATA, num_subsets=30, show_progress=False).metadata
+    assert metadata["record"] is None
+    assert "num_subsets=30" in metadata["record_note"]
+    with pytest.raises(ValueError, match="made with task Classification"):
+        attribute(model, QUERIES, train_data=DATA, record=folder / "stride", task=Tempered())
+
+
+class Tempered(Classification):
+    def outputs(self, model, inputs):
+        return model(inputs) / 2
+
+
+def test_no_record_says_so(expected):
+    assert expected.metadata["record"] is None
+    assert "computed on the spot" in expected.metadata["record_note"]
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_names_list_the_right_ones(model):
+    with pytest.raises(ValueError, match=r"Unknown method 'strid'. Known: .*stride"):
+        attribute(model, QUERIES, train_data=DATA, method="strid")
+    with pytest.raises(TypeError, match=r"Unknown option num_subset for method 'stride'.*layers.*num_subsets"):
+        attribute(model, QUERIES, train_data=DATA, num_subset=3)
+    with pytest.raises(ValueError, match=r"`basis` must be one of \('statistics', 'learned'\)"):
+        attribute(model, QUERIES, train_data=DATA, basis="other")
+    with pytest.raises(ValueError, match=r"`recovery` must be one of \('prior', 'lasso', 'ridge'\)"):
+        attribute(model, QUERIES, train_data=DATA, recovery="other")
+    with pytest.raises(ValueError, match=r"'label' or 'predicted', got 'other'"):
+        attribute(model, QUERIES, train_data=DATA, target="other", **FEW)
+    with pytest.raises(ValueError, match=r"'network\.7' is not a submodule.*'network\.0'"):
+        attribute(model, QUERIES, train_data=DATA, layers=["network.7"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"penalty": 0.1}, "`penalty` belongs to recovery="),
+        ({"rank": 4}, "`rank` belongs to basis='learned'"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1"),
+        ({"num_subsets": 4, "degree": 4}, "degree=4 with num_subsets=4"),
+        ({"ridge": -1.0}, "`ridge` must be positive"),
+    ],
+    ids=str,
+)
+def test_options_that_conflict(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        attribute(model, QUERIES, train_data=DATA, **options)
+
+
+def test_broken_weights_and_inputs(model):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.network[3].bias[1] = float("nan")
+    with pytest.raises(ValueError, match="outputs of example 0 are not finite.*did training diverge"):
+        attribute(broken, QUERIES, train_data=DATA, **FEW)
+    x, y = (tensor.clone() for tensor in DATA.tensors)
+    x[23] = float("inf")
+    with pytest.raises(ValueError, match="of example 23 are not finite"):
+        attribute(model, QUERIES, train_data=TensorDataset(x, y), **FEW)
+    with pytest.raises(ValueError, match="of example 46 are not finite"):
+        attribute(model, QUERIES, train_data=TensorDataset(x.roll(23, 0), y), train_indices=[4, 46, 3], **FEW)
+
+
+def test_one_example(model):
+    with pytest.raises(ValueError, match="at least 2 training examples, got 1"):
+        attribute(model, QUERIES, train_data=Subset(DATA, [0]), **FEW)
+
+
+def test_labels_out_of_range(model):
+    high = TensorDataset(DATA.tensors[0], DATA.tensors[1].clone().index_fill_(0, torch.tensor([59]), 7))
+    with pytest.raises(ValueError, match=r"0\.\.2 for a model with 3 outputs"):
+        attribute(model, QUERIES, train_data=high, **FEW)
+
+
+def test_queries_without_labels(model, expected):
+    unlabelled = TensorDataset(QUERIES.tensors[0])
+    with pytest.raises(ValueError, match="no targets.*target='predicted'"):
+        attribute(model, unlabelled, train_data=DATA, **FEW)
+    predicted = attribute(model, unlabelled, train_data=DATA, target="predicted", **FEW)
+    with torch.no_grad():
+        answers = model.eval()(QUERIES.tensors[0]).argmax(1)
+    assert predicted.query_targets.tolist() == answers.tolist()
+    same(predicted, attribute(model, TensorDataset(QUERIES.tensors[0], answers), train_data=DATA, **FEW))
+    assert predicted.metadata["target"] == "predicted"
+    with pytest.raises(ValueError, match="says nothing for a regression"):
+        attribute(build(Regressor), regression_data(3), train_data=regression_data(), target="predicted", **FEW)
+
+
+# ---- a fitted attributor -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_fitted_attributor_is_asked_again(model, expected, monkeypatch):
+    attributor = StrideAttributor(**FEW).fit(model, DATA)
+    monkeypatch.setattr(stride_attributor.StrideModule, "fit_operators", None)  # asking must not fit
+    same(attributor.attribute(QUERIES), expected)
+    same(attributor.attribute(Subset(QUERIES, [4, 1])), expected.scores[[4, 1]])
+
+
+def test_asking_before_fitting():
+    with pytest.raises(RuntimeError, match=r"Call fit\(model, train_data\) before"):
+        StrideAttributor().attribute(QUERIES)
+
+
+def test_weights_that_changed_since_fit(model):
+    changed = copy.deepcopy(model)
+    attributor = StrideAttributor(**FEW).fit(changed, DATA)
+    with torch.no_grad():
+        changed.network[0].bias += 1
+    with pytest.raises(ValueError, match=r"weights have changed since fit\(\)"):
+        attributor.attribute(QUERIES)
+
+
+def test_a_new_method_is_a_subclass(model):
+    class Constant(Attributor):
+        method = "constant for a test"
+
+        def __init__(self, *, value: float = 0.0, **common):
+            super().__init__(**common)
+            self.value = value
+
+        def _fit(self, model, device, record, checkpoint):
+            self.metadata["value"] = self.value
+
+        def _attribute(self, model, queries, device, target):
+            from stride_lightning import Attribution
+
+            return Attribution(torch.full((len(queries), len(self._train)), self.value))
+
+    try:
+        attribution = attribute(model, QUERIES, train_data=DATA, method=Constant.method, value=2.0)
+        assert (attribution.scores == 2).all()
+        assert attribution.metadata["value"] == 2
+        assert Constant.method in Attributor.methods()
+    finally:
+        del Attributor._registry[Constant.method]
+
+
+# ---- metadata ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_metadata_states_every_choice_and_is_plain(expected):
+    metadata = expected.metadata
+    assert json.loads(json.dumps(metadata)) == metadata
+    assert metadata["method"] == "stride"
+    assert metadata["options"] == {
+        "layers": ["network.0", "network.3"],
+        "basis": "statistics",
+        "recovery": "prior",
+        "stability": 0.0,
+    }
+    assert metadata["design"] == {"num_subsets": 16, "num_train": NUM_TRAIN, "degree": 8, "seed": 0}
+    assert metadata["operators"]["ridge"] > 0
+    assert metadata["recovered"].keys() == {"prior_agreement", "noise"}
+    assert metadata["seconds"]["total"] > 0
+    assert metadata["peak_memory_bytes"] > 0
+    assert metadata["num_queries"] == NUM_QUERIES
+    assert "dropout off" in metadata["mode"]
+
+
+def test_a_cost_estimate_comes_before_long_work(model, capsys, monkeypatch):
+    slow = stride_attributor.Cost(100.0, 3 * 2**20, 2**20)
+    monkeypatch.setattr(stride_attributor, "estimate_cost", lambda *_: slow)
+    attribute(model, QUERIES, train_data=DATA, num_subsets=8)
+    assert "STRIDE: about 100 s to fit, 3 MiB of memory, 1 MiB" in capsys.readouterr().err
+    attribute(model, QUERIES, train_data=DATA, num_subsets=8, show_progress=False)
+    assert capsys.readouterr().err == ""
+
+
+# ---- tasks, models, recoveries ----------------------------------------------------------------------------------------------------
+
+
+RUNS = {
+    "classification": (Classifier, DATA, QUERIES),
+    "regression": (Regressor, regression_data(), regression_data(4, seed=1)),
+    "binary": (BinaryClassifier, binary_data(), binary_data(4, seed=1)),
+    "conv": (ConvNet, picture_data(), picture_data(4, seed=1)),
+}
+
+
+@pytest.fixture(scope="module", params=RUNS.values(), ids=RUNS.keys())
+def trained(request, tmp_path_factory):
+    kind, data, queries = request.param
+    model = build(kind)
+    train(model, data, tmp_path_factory.mktemp("run"), max_epochs=8)
+    model.trainer = None
+    return model, data, queries
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"recovery": "lasso"}, {"recovery": "lasso", "penalty": 0.1}, {"recovery": "ridge"}]
+    + [{"basis": "learned"}, {"basis": "learned", "rank": 3, "recovery": "lasso"}, {"stability": 1.0}],
+    ids=str,
+)
+def test_end_to_end(trained, options):
+    model, data, queries = trained
+    attribution = attribute(model, queries, train_data=data, **FEW, **options)
+    again = attribute(model, queries, train_data=data, **FEW, **options)
+    assert torch.equal(attribution.scores, again.scores)
+    assert torch.isfinite(attribution.scores).all()
+    assert attribution.scores.abs().sum(1).min() > 0
+    assert (attribution.std is None) == (options.get("recovery") == "lasso")
+    assert json.loads(json.dumps(attribution.metadata)) == attribution.metadata
+
+
+def test_float64_model(model, expected):
+    double = copy.deepcopy(model).double()
+    attribution = attribute(double, QUERIES, train_data=DATA, **FEW)
+    assert attribution.scores.dtype == torch.float32
+    same(attribution, expected, rtol=2e-2)
+
+
+def test_half_precision_model(model, expected):
+    half = copy.deepcopy(model).bfloat16()
+    attribution = attribute(half, QUERIES, train_data=DATA, **FEW)
+    pairs = torch.stack([attribution.scores.flatten(), expected.scores.flatten()])
+    assert torch.corrcoef(pairs)[0, 1] > 0.9
+
+
+def test_custom_task_with_dictionaries(model, expected):
+    class DictTask(Classification):
+        def inputs(self, batch):
+            return batch["features"]
+
+        def targets(self, batch):
+            return batch["answer"]
+
+    with pytest.raises(TypeError, match="dict with keys.*`task=`"):
+        attribute(model, Dicts(QUERIES), train_data=Dicts(DATA), **FEW)
+    same(attribute(model, Dicts(QUERIES), train_data=Dicts(DATA), task=DictTask(), **FEW), expected)
+
+
+def test_noise_of_a_regression_scales_the_scores():
+    model, data, queries = build(Regressor), regression_data(), regression_data(3, seed=1)
+    one, two = (attribute(model, queries, train_data=data, task=Regression(s), **FEW) for s in (1.0, 0.5))
+    same(two, 4 * one.scores, rtol=1e-2)
+
+
+# ---- odd training sets ------------------------------------------------------------------------------------------------------------
+
+
+def test_one_class_only(model):
+    one = TensorDataset(DATA.tensors[0], torch.ones(NUM_TRAIN, dtype=torch.int64))
+    assert torch.isfinite(attribute(model, QUERIES, train_data=one, **FEW).scores).all()
+
+
+def test_constant_features(model):
+    x = DATA.tensors[0].clone()
+    x[:, 1], x[:, 2] = 0, 3
+    assert torch.isfinite(attribute(model, QUERIES, train_data=TensorDataset(x, DATA.tensors[1]), **FEW).scores).all()
+    blank = TensorDataset(torch.zeros_like(x), DATA.tensors[1])
+    assert torch.isfinite(attribute(model, QUERIES, train_data=blank, **FEW).scores).all()
+
+
+@pytest.mark.parametrize("recovery", ["prior", "lasso", "ridge"])
+def test_fewer_examples_than_subsets(model, recovery):
+    few = Subset(DATA, range(7))
+    attribution = attribute(model, QUERIES, train_data=few, num_subsets=40, recovery=recovery, show_progress=False)
+    assert attribution.scores.shape == (NUM_QUERIES, 7)
+    assert torch.isfinite(attribution.scores).all()
+
+
+def test_duplicates_get_similar_scores(model):
+    doubled = ConcatDataset([DATA, Subset(DATA, range(10))])
+    scores = attribute(model, QUERIES, train_data=doubled, num_subsets=100, show_progress=False).scores
+    gap = (scores[:, :10] - scores[:, NUM_TRAIN:]).abs().mean()
+    shuffled = (scores[:, :10] - scores[:, NUM_TRAIN:].flip(1)).abs().mean()
+    assert gap < 0.2 * shuffled
+
+
+def test_permuting_data_and_design_together_permutes_the_scores(model, expected, monkeypatch):
+    order = torch.randperm(NUM_TRAIN, generator=torch.Generator().manual_seed(0))
+
+    def permuted(*args, **kwargs):
+        design = sample_design(*args, **kwargs)
+        return Design.restore(design.info(), {"bits": design.bits[order]})
+
+    monkeypatch.setattr(stride_attributor, "sample_design", permuted)
+    attribution = attribute(model, QUERIES, train_data=Subset(DATA, order.tolist()), **FEW)
+    same(attribution, expected.scores[:, order], rtol=1e-2)
+    assert attribution.metadata["data"]["content"] != expected.metadata["data"]["content"]
+
+
+# ---- are the scores right? -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"recovery": "lasso"}], ids=str)
+def test_sign(tmp_path, options):
+    """A copy of the query helps it most, a copy with the wrong label harms it most."""
+    data, query = classification_data(), classification_data(1, seed=5)
+    x, y = (tensor.clone() for tensor in data.tensors)
+    x[11], y[11] = query.tensors[0][0], query.tensors[1][0]
+    x[42], y[42] = query.tensors[0][0], (query.tensors[1][0] + 1) % 3
+    planted, model = TensorDataset(x, y), build(Classifier)
+    train(model, planted, tmp_path, max_epochs=10)
+    top = attribute(model, query, train_data=planted, num_subsets=300, show_progress=False, **options).top(3)
+    assert 11 in top.proponents[0]
+    assert top.opponents[0, 0] == 42
+    assert top.proponent_scores[0, 0] > 0 > top.opponent_scores[0, 0]
+
+
+def logistic_regression(x, y, weight_decay, weights=None):
+    """The exact minimum, by Newton-like LBFGS in float64."""
+    model = nn.Linear(x.shape[1], 2).double()
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=100, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+    def objective():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y) + weight_decay * sum(p.square().sum() for p in model.parameters())
+        loss.backward()
+        return loss
+
+    optimizer.step(objective)
+    return model
+
+
+def test_scores_predict_retraining():
+    """On a convex problem, trained to the minimum, scores rank the losses of models retrained on random halves."""
+    x, noise = points(100, 5).double(), points(100, 1, seed=3)[:, 0].double()
+    y = (x[:, 0] - x[:, 1] + 0.7 * noise > 0).long()
+    asked_x = points(12, 5, seed=1).double()
+    asked_y = (asked_x[:, 0] - asked_x[:, 1] > 0).long()
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.stack([torch.randperm(100, generator=generator) < 50 for _ in range(60)])
+    losses = []
+    for mask in masks:
+        retrained = logistic_regression(x[mask], y[mask], 0.01)
+        with torch.no_grad():
+            losses.append(F.cross_entropy(retrained(asked_x), asked_y, reduction="none"))
+    model = logistic_regression(x, y, 0.01)
+    attribution = attribute(model, TensorDataset(asked_x, asked_y), train_data=TensorDataset(x, y), show_progress=False)
+    score = linear_datamodeling_score(attribution.scores, masks, torch.stack(losses))
+    assert score > 0.8
+    assert NUM_FEATURES  # the shared models have as many

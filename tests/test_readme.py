@@ -1,0 +1,64 @@
+"""The README's Python runs as it stands."""
+
+import re
+from pathlib import Path
+
+import lightning.pytorch as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+class Model(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Data(L.LightningDataModule):
+    def __init__(self, examples):
+        super().__init__()
+        self.examples = examples
+
+    def train_dataloader(self):
+        return DataLoader(self.examples, 16, shuffle=True)
+
+
+def test_every_block_runs(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    examples = TensorDataset(torch.randn(48, 4), torch.arange(48) % 3)
+    masks = torch.rand(8, 48) < 0.5
+    names = {"model": Model(), "datamodule": Data(examples), "queries": TensorDataset(*examples[:5])}
+    names |= {"masks": masks, "losses": torch.rand(8, 5)}
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), names)
+    assert (tmp_path / "scores" / "MANIFEST").is_file()
+    assert (tmp_path / "query.png").stat().st_size > 1000
+    assert names["attribution"].metadata["record"] is not None
+    assert names["second"].scores.shape == (5, 48)
+
+
+def test_every_file_named_exists():
+    tree = README.read_text().split("## Files")[1].split("```")[1]
+    package = README.parent / "stride_lightning"
+    named = re.findall(r"^ +([\w/]+\.py)", tree, re.MULTILINE)
+    assert len(named) > 15
+    for name in named:
+        assert list(package.rglob(name)), name
