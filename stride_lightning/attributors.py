@@ -146,10 +146,10 @@ class Attributor(ABC):
         if method not in Attributor.methods():
             raise ValueError(f"Unknown method {method!r}. Known: {', '.join(Attributor.methods())}.")
         cls = Attributor._registry[method]
-        known = set(inspect.signature(cls).parameters)
+        known = _options(cls)
         unknown = sorted(options.keys() - known)
         if unknown:
-            own = sorted(known - {"seed", "batch_size", "show_progress"})
+            own = sorted(known - _options(Attributor))
             raise TypeError(
                 f"Unknown option{'s' if len(unknown) > 1 else ''} {', '.join(unknown)} for method {method!r}. "
                 f"Its options are: {', '.join(own)}."
@@ -235,6 +235,18 @@ class Attributor(ABC):
         """Weights to load for the time of a call: the checkpoint's, or what makes all ranks agree; None for none."""
         assert self._model is not None
         return rank_zero_state(self._model) if self._checkpoint_state is None else self._checkpoint_state
+
+
+def _options(cls: type[Attributor]) -> set[str]:
+    """Names of the keyword arguments of a method, those it hands on to its base classes as ``**kwargs`` too."""
+    names: set[str] = set()
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+            names |= {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
+            if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+                break
+    return names
 
 
 def infer_task_of(batch: Any, model: nn.Module) -> Task:

@@ -23,11 +23,9 @@ from stride_lightning import (
     attribute,
     linear_datamodeling_score,
 )
-from stride_lightning.records import find_records
 from stride_lightning.steering.subsets import Design, sample_design
 from stride_lightning.weights import weight_hash
 from tests.helpers.models import (
-    NUM_FEATURES,
     NUM_QUERIES,
     NUM_TRAIN,
     BinaryClassifier,
@@ -36,6 +34,7 @@ from tests.helpers.models import (
     Data,
     Dicts,
     Regressor,
+    Validated,
     binary_data,
     build,
     classification_data,
@@ -51,6 +50,8 @@ from tests.helpers.models import (
 DATA = classification_data()
 QUERIES = classification_data(NUM_QUERIES, seed=1)
 FEW = {"num_subsets": 16, "show_progress": False}
+#: Conjugate gradients stop when all queries that are solved together are solved to 5 %.
+SOLVED_TOGETHER = 5e-2
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def same(one, other, rtol=1e-4):
     torch.testing.assert_close(one.scores, scores, rtol=rtol, atol=rtol * scores.abs().max().item())
 
 
-# ---- what goes in -----------------------------------------------------------------------------------------------------
+# ---- what goes in -----------------------------------------------------------------------------------------------
 
 
 def test_scores(expected):
@@ -101,11 +102,8 @@ def test_queries_in_any_form(model, expected, source):
 
 
 def test_queries_of_a_datamodule_are_its_test_data_else_validation(model, expected):
-    class WithoutTest(Data):
-        test_dataloader = property()
-
     data = Data()
-    same(attribute(model, data, train_data=DATA, **FEW), expected.scores[:4])
+    same(attribute(model, data, train_data=DATA, **FEW), expected.scores[:4], rtol=SOLVED_TOGETHER)
     assert data.calls == ["prepare_data", "test"]
 
     class Validation(Data):
@@ -113,7 +111,6 @@ def test_queries_of_a_datamodule_are_its_test_data_else_validation(model, expect
             super().setup(stage)
             assert stage in ("fit", "validate")
 
-    del WithoutTest
     only_validation = Validation()
     only_validation.test_dataloader = super(Data, only_validation).test_dataloader
     same(attribute(model, only_validation, train_data=DATA, **FEW), expected)
@@ -128,7 +125,7 @@ def test_datamodule_from_datasets(model, expected):
 
 
 def test_an_attached_datamodule_is_not_set_up_again(tmp_path):
-    data, model = Data(), build(Classifier)
+    data, model = Data(), build(Validated)
     make_trainer(tmp_path).fit(model, data)
     data.calls.clear()
     attribute(model, QUERIES, train_data=data, **FEW)
@@ -148,7 +145,7 @@ def test_batch_transfer_hooks_apply(expected, model):
 
     moved = [TensorDataset(data.tensors[0] + shift, data.tensors[1]) for data in (DATA, QUERIES)]
     data = Shifted(*moved)
-    same(attribute(model, data, train_data=data, **FEW), expected.scores[:4])
+    same(attribute(model, data, train_data=data, **FEW), expected.scores[:4], rtol=SOLVED_TOGETHER)
     normalising = Normalising(dropout=0.3)
     normalising.load_state_dict(model.state_dict())
     same(attribute(normalising, moved[1], train_data=moved[0], **FEW), expected)
@@ -172,14 +169,14 @@ def test_train_indices_name_the_columns(model):
 
 
 def test_single_query_equals_its_row(model, expected):
-    same(attribute(model, Subset(QUERIES, [2]), train_data=DATA, **FEW), expected.scores[2:3])
+    same(attribute(model, Subset(QUERIES, [2]), train_data=DATA, **FEW), expected.scores[2:3], rtol=SOLVED_TOGETHER)
 
 
 def test_functional_module_and_plain_nn_module(model, expected):
     same(attribute(model.network, QUERIES, train_data=DATA, **FEW, layers=["0", "3"]), expected)
 
 
-# ---- the caller's model is as before --------------------------------------------------------------------------------------
+# ---- the caller's model is as before ----------------------------------------------------------------------------
 
 
 def state_of(model):
@@ -246,14 +243,14 @@ def test_inference_mode(model, expected):
         same(attribute(model, QUERIES, train_data=DATA, **FEW), expected)
 
 
-# ---- checkpoints ------------------------------------------------------------------------------------------------------------
+# ---- checkpoints ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Two epochs, a checkpoint and a record each; the model is attached to the trainer and stands at the end."""
     folder = tmp_path_factory.mktemp("run")
-    keep = ModelCheckpoint(dirpath=folder / "kept", save_top_k=1, monitor="loss", mode="max", save_last=True)
+    keep = ModelCheckpoint(dirpath=folder / "kept", save_top_k=-1, monitor="loss", mode="max", save_last=True)
     callback = StrideCallback(num_subsets=16, every_n_epochs=1)
     model = build(Classifier)
     train(model, DATA, folder, callback, keep, enable_checkpointing=True)
@@ -268,8 +265,7 @@ def test_best_and_last(run):
     assert by_name["last"].metadata["record"] == str(callback.records[1])
     assert by_name["last"].metadata["weights"] == weight_hash(model)
     assert by_name["last"].metadata["step"] == 8
-    record = callback.records[0] if "step=4" in keep.best_model_path else callback.records[1]
-    assert by_name["best"].metadata["record"] == str(record)
+    assert by_name["best"].metadata["record"] == str(callback.records[0])
 
 
 def test_best_and_last_errors(model, run, tmp_path):
@@ -287,7 +283,9 @@ def test_checkpoints_that_cannot_be_read(model, tmp_path):
 
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nowhere\.ckpt"):
         ask("nowhere.ckpt")
-    torch.save({"state_dict": model.state_dict(), "hyper_parameters": {"net": nn.Linear(1, 1)}}, tmp_path / "object.ckpt")
+    torch.save(
+        {"state_dict": model.state_dict(), "hyper_parameters": {"net": nn.Linear(1, 1)}}, tmp_path / "object.ckpt"
+    )
     with pytest.raises(ValueError, match=r"object\.ckpt holds objects.*weights_only=False"):
         ask("object.ckpt")
     content = (tmp_path / "object.ckpt").read_bytes()
@@ -312,7 +310,7 @@ def test_a_checkpoint_answers_whatever_the_model_holds_now(run):
     same(attributor.attribute(QUERIES), attribute(model, QUERIES, train_data=DATA, **FEW))
 
 
-# ---- records ------------------------------------------------------------------------------------------------------------------
+# ---- records ----------------------------------------------------------------------------------------------------
 
 
 def test_record_from_the_checkpoints_callback_state(run):
@@ -341,7 +339,9 @@ def test_moved_records(run, tmp_path):
     moved = shutil.copytree(folder / "stride", tmp_path / "moved")
     other = build(Classifier)
     for record in (moved, moved / "step=8"):
-        metadata = attribute(other, QUERIES, train_data=DATA, ckpt_path=keep.last_model_path, record=record, **FEW).metadata
+        metadata = attribute(
+            other, QUERIES, train_data=DATA, ckpt_path=keep.last_model_path, record=record, **FEW
+        ).metadata
         assert metadata["record"] == str(moved / "step=8")
         assert metadata["record_note"] == "given by the caller"
     with pytest.raises(FileNotFoundError):
@@ -391,7 +391,9 @@ def test_damaged_record(run, tmp_path):
     model, callback, keep, folder = run
     damaged = shutil.copytree(folder / "stride", tmp_path / "stride")
     file = damaged / "step=8" / "basis.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
     with pytest.raises(RecordError, match=r"basis\.safetensors"):
         attribute(model, QUERIES, train_data=DATA, record=damaged, **FEW)
     other = build(Classifier)
@@ -426,7 +428,7 @@ def test_no_record_says_so(expected):
     assert "computed on the spot" in expected.metadata["record_note"]
 
 
-# ---- errors ---------------------------------------------------------------------------------------------------------------------
+# ---- errors -----------------------------------------------------------------------------------------------------
 
 
 def test_unknown_names_list_the_right_ones(model):
@@ -464,7 +466,7 @@ def test_broken_weights_and_inputs(model):
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.network[3].bias[1] = float("nan")
-    with pytest.raises(ValueError, match="outputs of example 0 are not finite.*did training diverge"):
+    with pytest.raises(ValueError, match=r"outputs of example 0 are not finite.*did training diverge"):
         attribute(broken, QUERIES, train_data=DATA, **FEW)
     x, y = (tensor.clone() for tensor in DATA.tensors)
     x[23] = float("inf")
@@ -487,7 +489,7 @@ def test_labels_out_of_range(model):
 
 def test_queries_without_labels(model, expected):
     unlabelled = TensorDataset(QUERIES.tensors[0])
-    with pytest.raises(ValueError, match="no targets.*target='predicted'"):
+    with pytest.raises(ValueError, match=r"no targets.*target='predicted'"):
         attribute(model, unlabelled, train_data=DATA, **FEW)
     predicted = attribute(model, unlabelled, train_data=DATA, target="predicted", **FEW)
     with torch.no_grad():
@@ -499,14 +501,14 @@ def test_queries_without_labels(model, expected):
         attribute(build(Regressor), regression_data(3), train_data=regression_data(), target="predicted", **FEW)
 
 
-# ---- a fitted attributor -----------------------------------------------------------------------------------------------------------
+# ---- a fitted attributor ----------------------------------------------------------------------------------------
 
 
 def test_a_fitted_attributor_is_asked_again(model, expected, monkeypatch):
     attributor = StrideAttributor(**FEW).fit(model, DATA)
     monkeypatch.setattr(stride_attributor.StrideModule, "fit_operators", None)  # asking must not fit
     same(attributor.attribute(QUERIES), expected)
-    same(attributor.attribute(Subset(QUERIES, [4, 1])), expected.scores[[4, 1]])
+    same(attributor.attribute(Subset(QUERIES, [4, 1])), expected.scores[[4, 1]], rtol=SOLVED_TOGETHER)
 
 
 def test_asking_before_fitting():
@@ -548,7 +550,7 @@ def test_a_new_method_is_a_subclass(model):
         del Attributor._registry[Constant.method]
 
 
-# ---- metadata ------------------------------------------------------------------------------------------------------------------------
+# ---- metadata ---------------------------------------------------------------------------------------------------
 
 
 def test_metadata_states_every_choice_and_is_plain(expected):
@@ -579,7 +581,7 @@ def test_a_cost_estimate_comes_before_long_work(model, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-# ---- tasks, models, recoveries ----------------------------------------------------------------------------------------------------
+# ---- tasks, models, recoveries ----------------------------------------------------------------------------------
 
 
 RUNS = {
@@ -594,15 +596,22 @@ RUNS = {
 def trained(request, tmp_path_factory):
     kind, data, queries = request.param
     model = build(kind)
-    train(model, data, tmp_path_factory.mktemp("run"), max_epochs=8)
+    train(model, data, tmp_path_factory.mktemp("run"), max_epochs=4)
     model.trainer = None
     return model, data, queries
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"recovery": "lasso"}, {"recovery": "lasso", "penalty": 0.1}, {"recovery": "ridge"}]
-    + [{"basis": "learned"}, {"basis": "learned", "rank": 3, "recovery": "lasso"}, {"stability": 1.0}],
+    [
+        {},
+        {"recovery": "lasso"},
+        {"recovery": "lasso", "penalty": 0.1},
+        {"recovery": "ridge"},
+        {"basis": "learned"},
+        {"basis": "learned", "rank": 3, "recovery": "lasso"},
+        {"stability": 1.0},
+    ],
     ids=str,
 )
 def test_end_to_end(trained, options):
@@ -611,7 +620,7 @@ def test_end_to_end(trained, options):
     again = attribute(model, queries, train_data=data, **FEW, **options)
     assert torch.equal(attribution.scores, again.scores)
     assert torch.isfinite(attribution.scores).all()
-    assert attribution.scores.abs().sum(1).min() > 0
+    assert attribution.scores.abs().max() > 0
     assert (attribution.std is None) == (options.get("recovery") == "lasso")
     assert json.loads(json.dumps(attribution.metadata)) == attribution.metadata
 
@@ -638,7 +647,7 @@ def test_custom_task_with_dictionaries(model, expected):
         def targets(self, batch):
             return batch["answer"]
 
-    with pytest.raises(TypeError, match="dict with keys.*`task=`"):
+    with pytest.raises(TypeError, match=r"dict with keys.*`task=`"):
         attribute(model, Dicts(QUERIES), train_data=Dicts(DATA), **FEW)
     same(attribute(model, Dicts(QUERIES), train_data=Dicts(DATA), task=DictTask(), **FEW), expected)
 
@@ -649,7 +658,7 @@ def test_noise_of_a_regression_scales_the_scores():
     same(two, 4 * one.scores, rtol=1e-2)
 
 
-# ---- odd training sets ------------------------------------------------------------------------------------------------------------
+# ---- odd training sets ------------------------------------------------------------------------------------------
 
 
 def test_one_class_only(model):
@@ -694,20 +703,21 @@ def test_permuting_data_and_design_together_permutes_the_scores(model, expected,
     assert attribution.metadata["data"]["content"] != expected.metadata["data"]["content"]
 
 
-# ---- are the scores right? -----------------------------------------------------------------------------------------------------------
+# ---- are the scores right? --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"recovery": "lasso"}], ids=str)
 def test_sign(tmp_path, options):
     """A copy of the query helps it most, a copy with the wrong label harms it most."""
-    data, query = classification_data(), classification_data(1, seed=5)
+    data, query = classification_data(), Subset(classification_data(5, seed=5), [4])
+    asked_x, asked_y = query[0]
     x, y = (tensor.clone() for tensor in data.tensors)
-    x[11], y[11] = query.tensors[0][0], query.tensors[1][0]
-    x[42], y[42] = query.tensors[0][0], (query.tensors[1][0] + 1) % 3
+    x[11], y[11] = asked_x, asked_y
+    x[42], y[42] = asked_x, (asked_y + 1) % 3
     planted, model = TensorDataset(x, y), build(Classifier)
     train(model, planted, tmp_path, max_epochs=10)
     top = attribute(model, query, train_data=planted, num_subsets=300, show_progress=False, **options).top(3)
-    assert 11 in top.proponents[0]
+    assert top.proponents[0, 0] == 11
     assert top.opponents[0, 0] == 42
     assert top.proponent_scores[0, 0] > 0 > top.opponent_scores[0, 0]
 
@@ -746,4 +756,3 @@ def test_scores_predict_retraining():
     attribution = attribute(model, TensorDataset(asked_x, asked_y), train_data=TensorDataset(x, y), show_progress=False)
     score = linear_datamodeling_score(attribution.scores, masks, torch.stack(losses))
     assert score > 0.8
-    assert NUM_FEATURES  # the shared models have as many

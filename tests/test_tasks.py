@@ -76,9 +76,7 @@ def test_curvature_equals_the_hessian(task: Task) -> None:
 def test_losses_stay_finite_at_extreme_outputs() -> None:
     outputs = torch.tensor([[1000.0, -1000.0]])
     wrong = torch.tensor([1])
-    torch.testing.assert_close(
-        Classification().loss(outputs, F.one_hot(wrong, 2).float()), torch.tensor([2000.0])
-    )
+    torch.testing.assert_close(Classification().loss(outputs, F.one_hot(wrong, 2).float()), torch.tensor([2000.0]))
     torch.testing.assert_close(BinaryClassification().loss(outputs, torch.tensor([[0.0, 1.0]])), torch.tensor([2000.0]))
 
 
@@ -160,17 +158,17 @@ INPUTS = torch.ones(4, 2)
 @pytest.mark.parametrize(
     ("targets", "outputs", "expected"),
     [
-        (torch.tensor([0, 2, 1, 1]), torch.randn(4, 3), Classification),
-        (torch.tensor([0, 1, 1, 1]), torch.randn(4, 2), Classification),
-        (torch.tensor([0, 2, 1, 1], dtype=torch.uint8), -torch.rand(4, 3), Classification),
-        (torch.tensor([0, 1, 1, 0]), torch.randn(4, 1), BinaryClassification),
-        (torch.tensor([0, 1, 1, 0]), torch.randn(4), BinaryClassification),
-        (torch.tensor([[0], [1], [1], [0]]), torch.randn(4, 1), BinaryClassification),
-        (torch.tensor([True, False, True, True]), torch.randn(4), BinaryClassification),
-        (torch.tensor([0.5, 1.0, 3.0, 0.0]), torch.randn(4), Regression),
-        (torch.tensor([0.5, 1.0, 3.0, 0.0]), torch.randn(4, 1), Regression),
-        (torch.tensor([[0.5], [1.0], [3.0], [0.0]]), torch.randn(4), Regression),
-        (torch.arange(8.0).reshape(4, 2), torch.randn(4, 2), Regression),
+        (torch.tensor([0, 2, 1, 1]), random_tensor(4, 3, seed=0), Classification),
+        (torch.tensor([0, 1, 1, 1]), random_tensor(4, 2, seed=0), Classification),
+        (torch.tensor([0, 2, 1, 1], dtype=torch.uint8), -random_tensor(4, 3, seed=0).square(), Classification),
+        (torch.tensor([0, 1, 1, 0]), random_tensor(4, 1, seed=0), BinaryClassification),
+        (torch.tensor([0, 1, 1, 0]), random_tensor(4, seed=0), BinaryClassification),
+        (torch.tensor([[0], [1], [1], [0]]), random_tensor(4, 1, seed=0), BinaryClassification),
+        (torch.tensor([True, False, True, True]), random_tensor(4, seed=0), BinaryClassification),
+        (torch.tensor([0.5, 1.0, 3.0, 0.0]), random_tensor(4, seed=0), Regression),
+        (torch.tensor([0.5, 1.0, 3.0, 0.0]), random_tensor(4, 1, seed=0), Regression),
+        (torch.tensor([[0.5], [1.0], [3.0], [0.0]]), random_tensor(4, seed=0), Regression),
+        (torch.arange(8.0).reshape(4, 2), random_tensor(4, 2, seed=0), Regression),
     ],
 )
 def test_tasks_that_can_be_told(targets: Tensor, outputs: Tensor, expected: type[Task]) -> None:
@@ -191,7 +189,7 @@ def test_tasks_that_can_be_told(targets: Tensor, outputs: Tensor, expected: type
         ((INPUTS, torch.zeros(4, 3).long()), torch.zeros(4, 3), ValueError, r"cannot be told .* \(4, 3\) and outputs"),
         ((INPUTS, torch.tensor([0, 2, 1, 5])), torch.zeros(4, 3), ValueError, r"0..2 for a model with 3 outputs"),
         ((INPUTS, torch.tensor([0, 2, 1, 1])), torch.full((4, 3), 1 / 3), ValueError, "look like probabilities"),
-        ((INPUTS, torch.randn(4)), torch.zeros(4, 3), ValueError, "float targets need one output each"),
+        ((INPUTS, random_tensor(4, seed=0)), torch.zeros(4, 3), ValueError, "float targets need one output each"),
         ((INPUTS, torch.tensor([0.0, 1, 1, 0])), torch.zeros(4, 1), ValueError, "first batch are 0 or 1"),
         ((INPUTS, torch.eye(4)), torch.zeros(4, 4), ValueError, "first batch are 0 or 1"),
         ((INPUTS, torch.full((4, 4), 0.25)), torch.zeros(4, 4), ValueError, "sum to 1 look like soft labels"),
@@ -230,6 +228,6 @@ def test_outputs_of_one_row_per_example_pass() -> None:
 
 def test_inference_keeps_no_graph_and_reads_floats_of_any_precision() -> None:
     model = nn.Linear(2, 1).double()
-    task = infer_task((INPUTS.double(), torch.randn(4).double()), model)
+    task = infer_task((INPUTS.double(), random_tensor(4, seed=0).double()), model)
     assert isinstance(task, Regression)
     assert all(parameter.grad is None for parameter in model.parameters())

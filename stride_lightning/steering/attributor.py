@@ -231,16 +231,19 @@ class StrideAttributor(Attributor):
 
     def _recover(self, queries: Observation, everything: Tensor, share: slice) -> Recovery:
         """Scores of this rank's share of the queries, from the measurements of all."""
-        measurements = everything[share]
         if self.recovery == "ridge":
             # One penalty for all queries, and one system, so that sharing them would save little.
             whole = recover_ridge(everything, self.design, penalty=self.penalty, show_progress=self.show_progress)
             std = None if whole.std is None else whole.std[share]
             return Recovery(whole.scores[share], std, whole.chosen)
         if self.recovery == "lasso":
-            given = self.penalty
-            penalty = cross_validate_penalty(measurements, self.design, seed=self.seed) if given is None else given
-            solution = solve_lasso(measurements, self.design, penalty)
+            penalty: float | Tensor
+            if self.penalty is None:
+                # Over all queries, since they decide together when to stop trying smaller penalties.
+                penalty = cross_validate_penalty(everything, self.design, seed=self.seed)[share]
+            else:
+                penalty = self.penalty
+            solution = solve_lasso(everything[share], self.design, penalty)
             chosen = {
                 "penalty": float(torch.as_tensor(penalty).median()),
                 "duality_gap_max": float(solution.gap.max()),
@@ -251,7 +254,7 @@ class StrideAttributor(Attributor):
         prior, second = self.module.priors(
             self._train_pass, queries, self._train_mean, show_progress=self.show_progress
         )
-        return recover_with_prior(measurements, self.design, prior, second, show_progress=self.show_progress)
+        return recover_with_prior(everything[share], self.design, prior, second, show_progress=self.show_progress)
 
 
 @dataclass(frozen=True)

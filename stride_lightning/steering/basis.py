@@ -123,7 +123,7 @@ def fit_basis(
         ValueError: If outputs or features are not finite, or a layer does not run.
         TypeError: If a layer's input does not have one row per example.
     """
-    limit = min(MAX_FEATURES, max(64, MAX_FEATURE_BYTES // (4 * len(examples)))) - 1
+    limit = min(MAX_FEATURES, max(64, MAX_FEATURE_BYTES // (4 * max(1, len(examples))))) - 1
     settings: dict[str, Any] = {"batch_size": batch_size, "device": device, "show_progress": show_progress}
     widths = _layer_widths(model, task, examples, layers, batch_size, device)
     components: list[Tensor | None] = [None] * len(layers)
@@ -198,8 +198,9 @@ def observe(
                 if not torch.isfinite(value).all():
                     bad = int((~torch.isfinite(value)).reshape(len(value), -1).any(1).nonzero()[0])
                     position = start + bad if examples.positions is None else int(examples.positions[start + bad])
+                    what = "targets" if name == "encoded" else name
                     raise ValueError(
-                        f"The {name} of example {position} are not finite. Attribution needs a model whose outputs and "
+                        f"The {what} of example {position} are not finite. Attribution needs a model whose outputs and "
                         "losses are finite numbers: check the weights (did training diverge?) and the input."
                     )
                 if name not in stored:

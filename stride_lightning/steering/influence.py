@@ -61,7 +61,7 @@ def influence(
     task: Task,
     ridge: float,
     *,
-    tolerance: float = 3e-2,
+    tolerance: float = 5e-2,
     max_iterations: int = 200,
     show_progress: bool = True,
 ) -> Tensor:

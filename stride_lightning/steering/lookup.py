@@ -76,7 +76,8 @@ def _explicit_record(path: Path, weights: str, asked: Mapping[str, Any]) -> Reco
     infos = {candidate: info for candidate, info in infos.items() if info.get("kind") == "stride"}
     if not infos:
         raise ValueError(
-            f"{path} holds {', '.join(kinds)}, not what StrideCallback writes. Name one of its records, or their folder."
+            f"{path} holds {', '.join(kinds)}, not what StrideCallback writes. Name one of its records, or the folder "
+            "that holds them."
         )
     fitting = [candidate for candidate, info in infos.items() if info["weights"] == weights]
     if not fitting:
@@ -97,12 +98,18 @@ def _known_records(checkpoint: Mapping[str, Any] | None, model: nn.Module) -> li
     """Records in the folders that callback states name, oldest first."""
     trainer = attached_trainer(model)
     callbacks = [] if trainer is None else trainer.callbacks
-    states = [callback.state_dict() for callback in callbacks if type(callback).__name__ == "StrideCallback"]
+    states = [callback.state_dict() for callback in callbacks if _is_stride_callback(callback)]
     if checkpoint is not None:
-        saved = checkpoint.get("callbacks", {})
-        states += [state for key, state in saved.items() if str(key).startswith("StrideCallback")]
+        # Told by its content: the key is the class's name, which in a subclass is another.
+        saved = checkpoint.get("callbacks", {}).values()
+        states += [state for state in saved if isinstance(state, Mapping) and {"dirpath", "records"} <= state.keys()]
     folders = dict.fromkeys(Path(state["dirpath"]) for state in states if state.get("dirpath"))
     return [record for folder in folders for record in find_records(folder)]
+
+
+def _is_stride_callback(callback: object) -> bool:
+    # By name, since importing the class would import Lightning's Trainer here.
+    return any(base.__name__ == "StrideCallback" for base in type(callback).__mro__)
 
 
 def _conflict(info: Mapping[str, Any], asked: Mapping[str, Any]) -> str | None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as L
@@ -196,19 +200,19 @@ class StrideModule(L.LightningModule):
     def _fit_by_trainer(self, observed: Observation, *, show_progress: bool) -> None:
         device = observed.features.device
         self._prepare(observed)
-        trainer = L.Trainer(
-            max_epochs=-1,
-            max_steps=self.max_steps,
-            accelerator="gpu" if device.type == "cuda" else device.type,
-            devices=[device.index or 0] if device.type == "cuda" else 1,
-            # In a distributed run every process fits alike; this trainer must not take part in it.
-            plugins=[LightningEnvironment()],
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=show_progress,
-        )
-        with torch.enable_grad():
+        with torch.enable_grad(), _quietly():
+            trainer = L.Trainer(
+                max_epochs=-1,
+                max_steps=self.max_steps,
+                accelerator="gpu" if device.type == "cuda" else device.type,
+                devices=[device.index or 0] if device.type == "cuda" else 1,
+                # In a distributed run every process fits alike; this trainer must not take part in it.
+                plugins=[LightningEnvironment()],
+                logger=False,
+                enable_checkpointing=False,
+                enable_model_summary=False,
+                enable_progress_bar=show_progress,
+            )
             trainer.fit(self, self.train_dataloader())
         self.to(device)
         self.coefficients = (self.low_rank_basis @ self.operators).detach()
@@ -257,6 +261,20 @@ class StrideModule(L.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam on the learned basis and the operators."""
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """A Trainer inside a library need not introduce itself, nor advise on workers for data that is in memory."""
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    log.setLevel(max(level, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*does not have many workers")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _unexplained(design: Design, generator: torch.Generator) -> Tensor:

@@ -103,7 +103,12 @@ def test_record_names_what_it_is_of(recorded):
     assert record.groups == ("basis", "design", "losses", "statistics")
     assert info["weights"] == weight_hash(model)
     assert info["layers"] == ["network.0", "network.2"]
-    assert (info["step"], info["epoch"], info["model"], info["mode"]) == (8, trainer.current_epoch, "Classifier", "eval")
+    assert (info["step"], info["epoch"], info["model"], info["mode"]) == (
+        8,
+        trainer.current_epoch,
+        "Classifier",
+        "eval",
+    )
     assert info["data"]["num_examples"] == NUM_TRAIN
     assert re.fullmatch("[0-9a-f]{64}", info["data"]["content"])
     assert info["task"] == "Classification()"
@@ -133,7 +138,9 @@ def test_scalars_reach_the_csv_logger_at_sampled_steps(recorded):
         rows = list(csv.DictReader(file))
     for key in ("norm", "effective_rank", "dead_fraction"):
         for layer in ("network.0", "network.2"):
-            logged = {int(row["step"]): float(row[f"stride/{layer}/{key}"]) for row in rows if row[f"stride/{layer}/{key}"]}
+            logged = {
+                int(row["step"]): float(row[f"stride/{layer}/{key}"]) for row in rows if row[f"stride/{layer}/{key}"]
+            }
             assert sorted(logged) == [0, 3, 6]
     assert 1 < logged_value(rows, "stride/network.0/effective_rank") <= 4
     assert all(row["loss"] for row in rows if int(row["step"]) in (1, 2))  # the user's own metrics are all there
@@ -399,7 +406,7 @@ def test_resume_at_the_end_writes_nothing_more(tmp_path):
     assert [path.name for path in find_records(tmp_path / "stride")] == ["step=8"]
 
 
-# ---- operators and what attribute() makes of the record ----------------------------------------------------------------
+# ---- operators and what attribute() makes of the record ---------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -431,10 +438,23 @@ def test_operators_of_the_record_are_not_used_for_other_options(tmp_path):
     assert not metadata["operators"]["from_record"]
 
 
+def test_a_subclass_is_found_too(tmp_path):
+    class Mine(StrideCallback):
+        pass
+
+    model = build(Classifier)
+    trainer = train(model, DATA, tmp_path, Mine(num_subsets=8))
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    asked = {"train_data": DATA, **QUIET}
+    assert attribute(model, QUERIES, **asked).metadata["record"] is not None
+    other = build(Classifier, seed=1)
+    assert attribute(other, QUERIES, ckpt_path=tmp_path / "end.ckpt", **asked).metadata["record"] is not None
+
+
 def test_train_indices_and_custom_samplers(tmp_path):
     chosen = list(range(0, NUM_TRAIN, 2))
     sampled = DataLoader(DATA, batch_size=8, sampler=SubsetRandomSampler(chosen))
-    with pytest.raises(MisconfigurationException, match="SubsetRandomSampler.*`train_indices=`"):
+    with pytest.raises(MisconfigurationException, match=r"SubsetRandomSampler.*`train_indices=`"):
         train(build(Classifier), sampled, tmp_path, StrideCallback())
     model, callback = build(Classifier), StrideCallback(num_subsets=8, train_indices=chosen)
     train(model, sampled, tmp_path, callback)
@@ -445,7 +465,9 @@ def test_train_indices_and_custom_samplers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "sampler", [SubsetRandomSampler(range(10)), WeightedRandomSampler([1.0] * NUM_TRAIN, 10)], ids=["subset", "weighted"]
+    "sampler",
+    [SubsetRandomSampler(range(10)), WeightedRandomSampler([1.0] * NUM_TRAIN, 10)],
+    ids=["subset", "weighted"],
 )
 def test_a_sampler_inside_a_batch_sampler_is_seen(tmp_path, sampler):
     batches = DataLoader(DATA, batch_sampler=BatchSampler(sampler, 5, drop_last=False))
@@ -469,7 +491,7 @@ def test_augmented_data_warn_once_and_still_match(tmp_path):
     assert "other training data" in other.metadata["record_note"]
 
 
-# ---- precision and compilation -----------------------------------------------------------------------------------------
+# ---- precision and compilation ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
@@ -511,7 +533,7 @@ def test_compiled_submodule(tmp_path):
     assert attribution.metadata["record"] == str(record.path)
 
 
-# ---- what is refused, before the first step ----------------------------------------------------------------------------
+# ---- what is refused, before the first step ---------------------------------------------------------------------
 
 
 class Stream(IterableDataset):
@@ -573,7 +595,7 @@ def test_sharded_strategies_are_refused(tmp_path, name):
 
 
 def test_no_forward(tmp_path):
-    with pytest.raises(MisconfigurationException, match="NoForward defines no `forward`.*`task=`"):
+    with pytest.raises(MisconfigurationException, match=r"NoForward defines no `forward`.*`task=`"):
         train(NoForward(), DATA, tmp_path, StrideCallback())
 
     class Through(Classification):
@@ -600,8 +622,14 @@ def test_layers(tmp_path):
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("every_n_epochs", 0), ("every_n_train_steps", -1), ("statistics_every_n_steps", 0), ("batch_size", 0)]
-    + [("save_last_k", 0), ("save_last_k", -2)],
+    [
+        ("every_n_epochs", 0),
+        ("every_n_train_steps", -1),
+        ("statistics_every_n_steps", 0),
+        ("batch_size", 0),
+        ("save_last_k", 0),
+        ("save_last_k", -2),
+    ],
 )
 def test_arguments(argument, value):
     with pytest.raises(MisconfigurationException, match=f"`{argument}` must be.*got {value}"):
@@ -614,12 +642,12 @@ def test_subset_numbers_that_make_no_design(tmp_path):
 
 
 def test_diverged_weights_give_a_clear_error(tmp_path):
-    with pytest.raises(ValueError, match="example 0 are not finite.*did training diverge"):
+    with pytest.raises(ValueError, match=r"example 0 are not finite.*did training diverge"):
         train(build(Classifier, lr=float("inf")), DATA, tmp_path, StrideCallback(num_subsets=8))
     assert find_records(tmp_path / "stride") == []
 
 
-# ---- other ways in -------------------------------------------------------------------------------------------------------
+# ---- other ways in ----------------------------------------------------------------------------------------------
 
 
 def test_custom_task_with_dictionaries(tmp_path):

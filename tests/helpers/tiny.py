@@ -24,6 +24,10 @@ def random_tensor(*shape: int, seed: int, dtype: torch.dtype = torch.float64) ->
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+def permutation(size: int) -> Tensor:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(size))
+
+
 def random_targets(task: Task, size: int, num_outputs: int, seed: int) -> Tensor:
     """Targets in the form a data set gives them."""
     generator = torch.Generator().manual_seed(seed)

@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from stride_lightning.metrics.linear_datamodeling import linear_datamodeling_score
-from tests.helpers.tiny import random_tensor
+from tests.helpers.tiny import permutation, random_tensor
 
 
 def planted(ties: bool, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,7 +47,7 @@ def test_helpful_scores_are_positive_and_only_ranks_count() -> None:
 
 def test_order_of_subsets_and_examples_changes_nothing() -> None:
     scores, masks, losses = planted(True)
-    rows, columns = torch.randperm(25), torch.randperm(30)
+    rows, columns = permutation(25), permutation(30)
     moved = linear_datamodeling_score(scores[:, columns], masks[rows][:, columns], losses[rows], reduction="none")
     torch.testing.assert_close(moved, linear_datamodeling_score(scores, masks, losses, reduction="none"))
 

@@ -55,7 +55,9 @@ def test_large_images_are_pooled_to_a_grid() -> None:
     inputs = single(2, 64, 8, 12)
     expected = torch.stack(
         [
-            torch.stack([inputs[:, c, 2 * i : 2 * i + 2, 3 * j : 3 * j + 3].mean((1, 2)) for i in range(4) for j in range(4)])
+            torch.stack(
+                [inputs[:, c, 2 * i : 2 * i + 2, 3 * j : 3 * j + 3].mean((1, 2)) for i in range(4) for j in range(4)]
+            )
             for c in range(64)
         ]
     )  # (channels, cells, B)
@@ -249,7 +251,9 @@ def test_the_user_s_own_hooks_stay() -> None:
 
 def test_unknown_names_are_refused() -> None:
     for name in ("3", "0.weight", "forward"):
-        with pytest.raises(ValueError, match=rf"'{name}' is not a submodule of Sequential. Layers with weights: '0', '2'"):
+        with pytest.raises(
+            ValueError, match=rf"'{name}' is not a submodule of Sequential. Layers with weights: '0', '2'"
+        ):
             find_module(perceptron(), name)
 
 

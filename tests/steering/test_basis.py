@@ -269,6 +269,14 @@ def test_outputs_that_are_not_finite_are_refused() -> None:
         fit(network=network)
 
 
+def test_targets_that_are_not_finite_are_refused() -> None:
+    targets = INPUTS.sum(1)
+    targets[21] = torch.nan
+    network = nn.Sequential(nn.Linear(4, 1)).double()
+    with pytest.raises(ValueError, match="The targets of example 21 are not finite"):
+        fit_basis(network, Regression(), examples_of(INPUTS, targets), ["0"], **SETTINGS)
+
+
 def test_layers_that_do_not_run_are_refused() -> None:
     network = model()
     network.unused = nn.Linear(2, 2)
@@ -278,7 +286,7 @@ def test_layers_that_do_not_run_are_refused() -> None:
 
 
 def test_empty_training_sets_are_refused() -> None:
-    with pytest.raises((ValueError, ZeroDivisionError)):
+    with pytest.raises(ValueError, match="The training set is empty"):
         fit_basis(model(), TASK, examples_of(INPUTS[:0], TARGETS[:0]), LAYERS, **SETTINGS)
 
 

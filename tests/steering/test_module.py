@@ -219,15 +219,23 @@ def test_fitting_leaves_the_caller_s_random_state(fit: Any) -> None:
     assert random_states() == before
 
 
-def test_learning_is_quiet(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_learning_is_quiet(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Lightning's advice on workers depends on the number of cores: let there be many.
+    monkeypatch.setattr("lightning.pytorch.trainer.connectors.data_connector.suggested_max_num_workers", lambda _: 16)
+    level = logging.getLogger("lightning.pytorch").level
     with warnings.catch_warnings(record=True) as raised:
         # As a user sees it: every warning that is not switched off by the test configuration.
         warnings.simplefilter("always")
         learned_module(max_steps=5)
     assert [str(one.message) for one in raised if "LeafSpec" not in str(one.message)] == []
-    loud = [record.message for record in caplog.records if record.levelno >= logging.INFO and "lightning" in record.name]
+    loud = [
+        record.message for record in caplog.records if record.levelno >= logging.INFO and "lightning" in record.name
+    ]
     assert loud == []
     assert capfd.readouterr() == ("", "")
+    assert logging.getLogger("lightning.pytorch").level == level
 
 
 def test_gradients_switched_off_by_the_caller_do_not_matter() -> None:
@@ -271,7 +279,7 @@ def test_training_step_adds_up_its_three_losses(task: Task, num_seen: int) -> No
     expected = fidelity + 0.7 * stability + linearity
     torch.testing.assert_close(module.training_step([positions], 0), expected)
     assert drift.min() > -1e-12  # a divergence
-    assert 0 < float(linearity) < 1
+    assert 0 < linearity < 1
 
 
 def test_linearity_matrix_is_the_residual_of_a_ridge_on_a_sketch() -> None:

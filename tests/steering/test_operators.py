@@ -11,7 +11,7 @@ from stride_lightning.steering import operators
 from stride_lightning.steering.basis import Observation
 from stride_lightning.steering.operators import mean_prediction, measure, steer
 from stride_lightning.tasks import BinaryClassification, Classification, Task
-from tests.helpers.tiny import every_task, observation, random_tensor, rows_of
+from tests.helpers.tiny import every_task, observation, permutation, random_tensor, rows_of
 
 COEFFICIENTS = 0.5 * random_tensor(3, 5, 7, seed=4)  # (C, r, K)
 every_anchor = pytest.mark.parametrize("anchored", [False, True])
@@ -67,7 +67,7 @@ def test_blocks_change_nothing(task: Task, anchored: bool, monkeypatch: pytest.M
 
 def test_order_of_queries_and_operators_permutes_the_measurements() -> None:
     task, queries = Classification(), observation(Classification(), size=11, seed=3)
-    rows, columns = torch.randperm(11), torch.randperm(7)
+    rows, columns = permutation(11), permutation(7)
     moved = measure(rows_of(queries, rows), COEFFICIENTS[..., columns], task, anchored=True)
     torch.testing.assert_close(moved, measure(queries, COEFFICIENTS, task, anchored=True)[rows][:, columns])
 
@@ -99,6 +99,4 @@ def test_steer_puts_classes_first() -> None:
     outputs, features = random_tensor(4, 3, seed=0), random_tensor(4, 5, seed=1)
     expected = torch.einsum("br,crk->cbk", features, COEFFICIENTS)
     torch.testing.assert_close(steer(outputs, features, COEFFICIENTS, anchored=False), expected)
-    torch.testing.assert_close(
-        steer(outputs, features, COEFFICIENTS, anchored=True), expected + outputs.T[:, :, None]
-    )
+    torch.testing.assert_close(steer(outputs, features, COEFFICIENTS, anchored=True), expected + outputs.T[:, :, None])

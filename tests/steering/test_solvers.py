@@ -189,10 +189,12 @@ def test_empty_subset_stays_at_zero(task: Task, stability: float) -> None:
     # Its only term, stability, holds the frozen model where it is.
     torch.testing.assert_close(fit.coefficients[..., 1], torch.zeros(3, 5).double(), rtol=0, atol=1e-8)
     assert fit.coefficients[..., [0, 2]].abs().amax((0, 1)).min() > 0.01
+    few = {**TIGHT, "tolerance": 1e-6, "max_iterations": 100}
     started = fit_operators(
-        observed, design, task, RIDGE, stability=stability, start=random_tensor(3, 5, seed=9), **TIGHT
+        observed, design, task, RIDGE, stability=stability, start=random_tensor(3, 5, seed=9), **few
     )
-    torch.testing.assert_close(started.coefficients, fit.coefficients, rtol=1e-6, atol=1e-8)
+    assert (started.coefficients[..., 1] == 0).all()
+    torch.testing.assert_close(started.coefficients, fit.coefficients, rtol=1e-3, atol=1e-4)
 
 
 def test_single_precision_solves_badly_scaled_features() -> None:
@@ -200,10 +202,10 @@ def test_single_precision_solves_badly_scaled_features() -> None:
     observed = observation(task, size=200, num_features=12, dtype=torch.float32)
     observed.features.mul_(torch.logspace(0, -3, 12))
     design = sample_design(200, 10, 5)
-    fit = fit_operators(observed, design, task, 1e-4, **QUIET)
-    assert fit.relative_gradient.max() <= 5e-3
+    fit = fit_operators(observed, design, task, 1e-6, tolerance=1e-5, **QUIET)
+    assert fit.relative_gradient.max() <= 1e-5
     assert fit.coefficients.dtype == torch.float32
-    assert fit.iterations < 300
+    assert fit.iterations <= 22
 
 
 def test_unsolved_operators_warn() -> None:

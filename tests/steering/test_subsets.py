@@ -53,6 +53,12 @@ def test_every_example_has_the_degree_and_sizes_are_level(
     torch.testing.assert_close(design.sizes, matrix.sum(1))
 
 
+def test_empty_subsets_have_a_size_too() -> None:
+    sizes = sample_design(2, 64, 1).sizes
+    assert sorted(sizes.tolist()) == [0] * 62 + [1, 1]
+    assert sample_design(3, 5, 1).sizes.shape == (5,)
+
+
 def test_seed_reproduces_and_changes_the_design() -> None:
     first, again, other = (dense_of(60, 20, 10, seed) for seed in (5, 5, 6))
     assert torch.equal(first, again)
