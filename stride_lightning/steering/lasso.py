@@ -12,6 +12,7 @@ from itertools import repeat
 import torch
 from torch import Tensor, nn
 
+from stride_lightning.progress import track
 from stride_lightning.steering.subsets import Design
 from stride_lightning.steering.working_sets import Batch, Fit, kept_mean
 
@@ -101,8 +102,9 @@ def cross_validate_penalty(
     penalties: Sequence[float] = PENALTY_GRID,
     num_folds: int = 5,
     seed: int = 0,
-    tolerance: float = 1e-3,
+    tolerance: float = 1e-2,
     max_iterations: int = 20_000,
+    show_progress: bool = False,
 ) -> Tensor:
     """Choose for each query the penalty that best predicts subsets left out of its fit.
 
@@ -119,6 +121,7 @@ def cross_validate_penalty(
         seed: Seed of the folds.
         tolerance: As in :func:`solve_lasso`; choosing needs less precision than the final fit.
         max_iterations: As in :func:`solve_lasso`, for each penalty.
+        show_progress: Show a progress bar.
 
     Returns:
         Chosen relative penalties ``(q,)``, to be passed to :func:`solve_lasso`.
@@ -148,7 +151,7 @@ def cross_validate_penalty(
     fits: Sequence[Fit | None] = [None] * len(batches)
     best = measurements.new_full((num_queries,), torch.inf)
     chosen, since_best = torch.zeros_like(best), 0
-    for penalty in sorted(penalties, reverse=True):
+    for penalty in track(sorted(penalties, reverse=True), "Choosing penalties", len(penalties), show=show_progress):
         fits = fitted = _fit_all(batches, _per_query(penalty, repeated), fits, tolerance, max_iterations)
         residual = repeated - torch.cat([fit.responses for fit in fitted])
         residual = (residual - kept_mean(residual, kept)) * (1 - kept)  # the intercept carries over to the fold

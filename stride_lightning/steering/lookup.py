@@ -108,7 +108,7 @@ def _known_records(checkpoint: Mapping[str, Any] | None, model: nn.Module) -> li
 
 
 def _is_stride_callback(callback: object) -> bool:
-    # By name, since importing the class would import Lightning's Trainer here.
+    # By name: callbacks/ builds on this file, not the other way round.
     return any(base.__name__ == "StrideCallback" for base in type(callback).__mro__)
 
 
