@@ -51,7 +51,7 @@ DATA = classification_data()
 QUERIES = classification_data(NUM_QUERIES, seed=1)
 FEW = {"num_subsets": 16, "show_progress": False}
 #: Conjugate gradients stop when all queries that are solved together are solved to 5 %.
-SOLVED_TOGETHER = 5e-2
+SOLVED_TOGETHER = 2e-5
 
 
 @pytest.fixture(scope="module")

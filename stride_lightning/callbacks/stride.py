@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # pyright: ignore[reportPrivateImportUsage]
-from lightning.pytorch.utilities.rank_zero import rank_zero_info  # pyright: ignore[reportPrivateImportUsage]
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 from typing_extensions import override
 
@@ -251,20 +251,24 @@ class StrideCallback(L.Callback):
             return
         self._recorded_step = step
         show = trainer.progress_bar_callback is not None
-        with borrowed(pl_module, rank_zero_state(pl_module), None) as device, torch.no_grad():
-            weights = weight_hash(pl_module)
-            basis, observed = fit_basis(
-                pl_module,
-                self._task,
-                self._examples,
-                self._watched,
-                batch_size=self.batch_size,
-                device=device,
-                show_progress=show,
-            )
-            module = StrideModule(self._design, self._task)
-            if fit_operators:
-                module.fit_operators(observed, show_progress=show)
+        try:
+            with borrowed(pl_module, rank_zero_state(pl_module), None) as device, torch.no_grad():
+                weights = weight_hash(pl_module)
+                basis, observed = fit_basis(
+                    pl_module,
+                    self._task,
+                    self._examples,
+                    self._watched,
+                    batch_size=self.batch_size,
+                    device=device,
+                    show_progress=show,
+                )
+                module = StrideModule(self._design, self._task)
+                if fit_operators:
+                    module.fit_operators(observed, show_progress=show)
+        except ValueError as error:  # diverged weights: no reason to end the user's run
+            rank_zero_warn(f"StrideCallback wrote no record at step {step}. {error}")
+            return
         if _is_dev_run(trainer):
             return
         if rank() == 0:

@@ -230,26 +230,27 @@ class StrideAttributor(Attributor):
         )
 
     def _recover(self, queries: Observation, everything: Tensor, share: slice) -> Recovery:
-        """Scores of this rank's share of the queries, from the measurements of all."""
+        """Scores of this rank's share of the queries, from the measurements of all.
+
+        The ridge is one system for all queries, and the lasso solves queries in batches: every rank does them whole,
+        so that the number of ranks changes nothing.
+        """
         if self.recovery == "ridge":
-            # One penalty for all queries, and one system, so that sharing them would save little.
             whole = recover_ridge(everything, self.design, penalty=self.penalty, show_progress=self.show_progress)
-            std = None if whole.std is None else whole.std[share]
-            return Recovery(whole.scores[share], std, whole.chosen)
+            return Recovery(whole.scores[share], None if whole.std is None else whole.std[share], whole.chosen)
         if self.recovery == "lasso":
-            penalty: float | Tensor
-            if self.penalty is None:
-                # Over all queries, since they decide together when to stop trying smaller penalties.
-                penalty = cross_validate_penalty(everything, self.design, seed=self.seed)[share]
-            else:
-                penalty = self.penalty
-            solution = solve_lasso(everything[share], self.design, penalty)
+            penalty: float | Tensor | None = self.penalty
+            if penalty is None:
+                penalty = cross_validate_penalty(
+                    everything, self.design, seed=self.seed, show_progress=self.show_progress
+                )
+            solution = solve_lasso(everything, self.design, penalty)
             chosen = {
                 "penalty": float(torch.as_tensor(penalty).median()),
                 "duality_gap_max": float(solution.gap.max()),
                 "nonzeros_mean": float((solution.scores != 0).sum(1).float().mean()),
             }
-            return Recovery(solution.scores, None, chosen)
+            return Recovery(solution.scores[share], None, chosen)
         assert self._train_mean is not None
         prior, second = self.module.priors(
             self._train_pass, queries, self._train_mean, show_progress=self.show_progress

@@ -14,6 +14,7 @@ from stride_lightning.data import Examples, Fingerprint
 from stride_lightning.progress import track
 from stride_lightning.steering.activations import capture_inputs
 from stride_lightning.tasks import Task, check_outputs
+from stride_lightning.weights import in_precision_of
 
 #: The features of the whole training set take at most this many bytes; beyond, principal components are kept.
 MAX_FEATURE_BYTES = 2**31
@@ -224,13 +225,12 @@ def _passes(
 
     Close it: until then hooks are in place and gradients are off.
     """
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     num_batches = -(-len(examples) // batch_size)
     with capture_inputs(model, list(layers)) as captured, torch.no_grad():
         batches = examples.batches(batch_size, device)
         for batch, digests, size in track(batches, description, num_batches, show=show_progress):
             captured.clear()
-            outputs = task.outputs(model, _cast(task.inputs(batch), dtype))
+            outputs = task.outputs(model, in_precision_of(model, task.inputs(batch)))
             check_outputs(outputs, size)
             _check_rows(captured, size)
             outputs = outputs.detach().reshape(size, -1)
@@ -318,14 +318,3 @@ def _allot(widths: list[int], limit: int) -> list[int]:
         kept[i] = max(1, min(widths[i], left // (len(waiting) + 1)))
         left -= kept[i]
     return kept
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Floating-point inputs in the precision of the weights (half-precision and double models)."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, tuple | list):
-        return type(value)(_cast(item, dtype) for item in value)
-    if isinstance(value, dict):
-        return {key: _cast(item, dtype) for key, item in value.items()}
-    return value

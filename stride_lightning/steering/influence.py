@@ -130,14 +130,16 @@ def _conjugate_gradients(
     scaled = preconditioner * residual
     direction, energy = scaled.clone(), (residual * scaled).sum((0, 1))
     for _ in range(max_iterations):
-        if bool((residual.square().sum((0, 1)).sqrt() <= target).all()):
+        # Solved columns rest, so that an answer does not depend on which others are solved beside it.
+        waiting = residual.square().sum((0, 1)).sqrt() > target
+        if not bool(waiting.any()):
             break
         mapped = product(direction)
-        step = energy / (direction * mapped).sum((0, 1)).clamp(min=1e-38)
+        step = waiting * energy / (direction * mapped).sum((0, 1)).clamp(min=1e-38)
         solution += step * direction
         residual -= step * mapped
         scaled = preconditioner * residual
         following = (residual * scaled).sum((0, 1))
-        direction = scaled + following / energy.clamp(min=1e-38) * direction
+        direction = torch.where(waiting, scaled + following / energy.clamp(min=1e-38) * direction, direction)
         energy = following
     return solution

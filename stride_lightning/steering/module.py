@@ -218,7 +218,7 @@ class StrideModule(L.LightningModule):
         self.coefficients = (self.low_rank_basis @ self.operators).detach()
         self.relative_gradient = torch.full_like(self.coefficients[0, 0], torch.nan)[:0]
         self.chosen["steps"] = self.max_steps
-        del self.low_rank_basis, self.operators, self._observed
+        del self.low_rank_basis, self.operators, self._observed, self._predicted, self._unexplained, self._sizes
 
     def _prepare(self, observed: Observation) -> None:
         """Parameters of the learned basis, and what its losses need."""
@@ -266,15 +266,18 @@ class StrideModule(L.LightningModule):
 @contextmanager
 def _quietly() -> Iterator[None]:
     """A Trainer inside a library need not introduce itself, nor advise on workers for data that is in memory."""
-    log = logging.getLogger("lightning.pytorch")
-    level = log.level
-    log.setLevel(max(level, logging.WARNING))
+    # Both trees: where both are imported they share one way of logging, and the later one names it.
+    logs = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(max(log.level, logging.WARNING))
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*does not have many workers")
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def _unexplained(design: Design, generator: torch.Generator) -> Tensor:

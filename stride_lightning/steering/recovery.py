@@ -43,8 +43,8 @@ def recover_with_prior(
 ) -> Recovery:
     r"""Recover what a first-order prior misses.
 
-    For each query ``w ~ N(c w0, t^2 V)`` with ``w0`` the prior, ``c`` its least-squares agreement with the
-    measurements, ``V = diag|w0|`` scaled to mean 1, and measurement noise ``noise`` times the mean diagonal of
+    For each query ``w ~ N(c w0, t^2 V)`` with ``w0`` the prior, ``c`` its (non-negative) least-squares agreement with
+    the measurements, ``V = diag|w0|`` scaled to mean 1, and measurement noise ``noise`` times the mean diagonal of
     ``M V M'``:
 
     .. math:: w = c w_0 + V M' (M V M' + \sigma^2 I)^{-1} (y - c M w_0),
@@ -84,7 +84,8 @@ def recover_with_prior(
     response = design.responses(prior)
     response -= response.mean(1, keepdim=True)
     energy = response.square().sum(1)
-    agreement = torch.where(energy > 0, (centred * response).sum(1) / energy.clamp(min=1e-38), 0.0)
+    # Measurements that contradict the prior give it no weight rather than a negative one.
+    agreement = torch.where(energy > 0, (centred * response).sum(1) / energy.clamp(min=1e-38), 0.0).clamp(min=0)
     variances = prior.abs()
     scale = variances.mean(1, keepdim=True)
     # A query without first-order influence (a perfect fit) has no preference among examples.

@@ -197,10 +197,12 @@ def _minimise(
     for iteration in range(max_iterations):
         if bool((relative <= tolerance).all()):
             return point, relative, iteration
-        new_iterate = point - objective.preconditioner * gradient / smoothness
+        # Solved operators rest, so that an answer does not depend on which others are solved beside it.
+        moving = relative > tolerance
+        new_iterate = point - objective.preconditioner * gradient * (moving / smoothness)
         following = (1 + (1 + 4 * momentum.square()).sqrt()) / 2
         uphill = _dot(gradient, new_iterate - iterate) > 0
-        extrapolation = torch.where(uphill, 0.0, (momentum - 1) / following)
+        extrapolation = torch.where(uphill | ~moving, 0.0, (momentum - 1) / following)
         momentum = torch.where(uphill, 1.0, following)
         new_point = torch.lerp(iterate, new_iterate, 1 + extrapolation)
         new_gradient = objective.gradient(new_point)
@@ -211,7 +213,7 @@ def _minimise(
         seen = torch.maximum(seen, torch.where(moved > 0, bent / moved.clamp(min=1e-38), 0.0))
         smoothness = torch.where(seen > 0, 1.1 * seen, smoothness)
         point, gradient, iterate = new_point, new_gradient, new_iterate
-        relative = _norm(gradient) / zero_norm.clamp(min=1e-30)
+        relative = torch.where(moving, _norm(gradient) / zero_norm.clamp(min=1e-30), relative)
     return point, relative, max_iterations
 
 
