@@ -13,8 +13,8 @@ from stride_lightning.steering.subsets import Design
 
 #: Bytes the K x K systems of queries solved together may take.
 SYSTEM_BYTES = 2**26
-#: Candidates for the noise variance, relative to what the prior explains.
-NOISES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+#: Candidates for the noise variance, relative to what the prior explains; the first wins a tie.
+NOISES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def _solve(system: Tensor, residual: Tensor, noise: float | None) -> tuple[Tenso
         if best is None:
             best, best_evidence = (factor, solved, noises), evidence
         else:
-            better = evidence > best_evidence
+            better = evidence > best_evidence + 1e-4  # two subsets leave all alike, but for rounding
             best_evidence = torch.where(better, evidence, best_evidence)
             kept = (better[:, None, None], better[:, None], better)
             new = (factor, solved, noises)
