@@ -192,7 +192,7 @@ def _solve(system: Tensor, residual: Tensor, noise: float | None) -> tuple[Tenso
         if best is None:
             best, best_evidence = (factor, solved, noises), evidence
         else:
-            better = evidence > best_evidence + 1e-4  # two subsets leave all alike, but for rounding
+            better = evidence > best_evidence + 1e-5  # two subsets leave all alike, but for rounding
             best_evidence = torch.where(better, evidence, best_evidence)
             kept = (better[:, None, None], better[:, None], better)
             new = (factor, solved, noises)
