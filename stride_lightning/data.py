@@ -1,8 +1,7 @@
-"""A data set in fixed order: positions, sequential reading, fingerprint."""
+"""A data set in fixed order: positions and sequential reading."""
 
 from __future__ import annotations
 
-import hashlib
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,8 @@ from torch.utils.data import (
     default_collate,
 )
 from torch.utils.data.distributed import DistributedSampler
+
+from stride_lightning.fingerprints import digest
 
 #: Examples that are read twice to find out whether reading is random.
 _NUM_PROBES = 16
@@ -71,7 +72,7 @@ class Examples:
             step = max(1, len(self) // _NUM_PROBES)
             probes = (range(len(self)) if self.positions is None else self.positions.tolist())[::step][:_NUM_PROBES]
             with _preserve_random_state():
-                self._random = any(_digest(self.dataset[i]) != _digest(self.dataset[i]) for i in probes)
+                self._random = any(digest(self.dataset[i]) != digest(self.dataset[i]) for i in probes)
             if self._random:
                 warnings.warn(
                     f"Two reads of one example of {type(self.dataset).__name__} differ (random augmentation). Examples "
@@ -125,41 +126,6 @@ def first_batch(examples: Examples, batch_size: int, device: torch.device) -> An
     head = examples.subset(range(min(batch_size, len(examples))))
     head.num_workers = 0
     return next(batch for batch, _, _ in head.batches(batch_size, device))
-
-
-class Fingerprint:
-    """What identifies a data set: its length, the content of its examples in order, and their shapes and targets.
-
-    Under random augmentation the content is left out, so that only length, shapes and targets identify it.
-
-    Example:
-        >>> fingerprint = Fingerprint(content=True)
-        >>> fingerprint.update(torch.zeros(2, 32, dtype=torch.uint8), torch.tensor([0, 1]))
-        >>> sorted(fingerprint.summary())
-        ['content', 'num_examples', 'shapes', 'targets']
-    """
-
-    def __init__(self, *, content: bool) -> None:
-        self._has_content = content
-        self._examples, self._targets = hashlib.sha256(), hashlib.sha256()
-        self._num_examples = 0
-
-    def update(self, digests: Tensor, targets: Tensor | None) -> None:
-        """Take in a batch: digests of its examples and its targets."""
-        self._num_examples += len(digests)
-        self._examples.update(digests.numpy().tobytes())
-        if targets is not None:
-            self._targets.update(targets.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-
-    def summary(self) -> dict[str, Any]:
-        """Plain values to store: ``num_examples``, ``content`` or ``shapes`` (the other is None), ``targets``."""
-        examples = self._examples.hexdigest()
-        return {
-            "num_examples": self._num_examples,
-            "content": examples if self._has_content else None,
-            "shapes": None if self._has_content else examples,
-            "targets": self._targets.hexdigest(),
-        }
 
 
 def resolve_train_data(
@@ -299,7 +265,7 @@ class _SeededReader(Dataset[Any]):
             np.random.seed(position % 2**32)  # noqa: NPY002 - augmentation uses the global generator
             random.seed(position)
         example = self.dataset[position]
-        return example, _digest(example, content=self.content)
+        return example, digest(example, content=self.content)
 
 
 class _CollateWithDigests:
@@ -311,43 +277,6 @@ class _CollateWithDigests:
     def __call__(self, items: list[tuple[Any, bytes]]) -> tuple[Any, Tensor]:
         digests = np.frombuffer(b"".join(digest for _, digest in items), np.uint8).reshape(len(items), 32)
         return self.collate_fn([example for example, _ in items]), torch.from_numpy(digests.copy())
-
-
-def _digest(example: Any, *, content: bool = True) -> bytes:
-    """SHA-256 of an example's leaves: types and shapes, and their values if ``content``."""
-    hasher = hashlib.sha256()
-    _feed(hasher, example, content=content)
-    return hasher.digest()
-
-
-def _feed(hasher: Any, value: Any, *, content: bool) -> None:
-    if isinstance(value, Tensor):
-        hasher.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        if content and value.numel():
-            hasher.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    elif isinstance(value, dict):
-        for key in value:
-            hasher.update(f"{{{key}:".encode())
-            _feed(hasher, value[key], content=content)
-    elif isinstance(value, tuple | list):
-        hasher.update(f"[{len(value)}".encode())
-        for item in value:
-            _feed(hasher, item, content=content)
-    elif isinstance(value, np.ndarray | np.generic):
-        hasher.update(f"{value.dtype}{value.shape}".encode())
-        if content:
-            hasher.update(np.ascontiguousarray(value).tobytes())
-    elif isinstance(value, bool | int | float | str | bytes) or value is None:
-        hasher.update(repr(value).encode() if content else type(value).__name__.encode())
-    elif hasattr(value, "tobytes") and hasattr(value, "size"):  # PIL images
-        hasher.update(f"{type(value).__name__}{value.size}".encode())
-        if content:
-            hasher.update(value.tobytes())
-    else:
-        raise TypeError(
-            f"A training example holds a {type(value).__name__}, whose content cannot be fingerprinted. Examples may "
-            "hold tensors, arrays, PIL images, numbers, strings, and tuples, lists or dicts of them."
-        )
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

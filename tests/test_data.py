@@ -21,7 +21,8 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from stride_lightning.data import Examples, Fingerprint, first_batch, resolve_queries, resolve_train_data
+from stride_lightning.data import Examples, first_batch, resolve_queries, resolve_train_data
+from stride_lightning.fingerprints import Fingerprint
 from tests.helpers.models import Augmented, Data, Dicts, classification_data
 
 CPU = torch.device("cpu")

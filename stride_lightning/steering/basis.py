@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stride_lightning.data import Examples, Fingerprint
+from stride_lightning.data import Examples
+from stride_lightning.fingerprints import Fingerprint
 from stride_lightning.progress import track
 from stride_lightning.steering.activations import capture_inputs
 from stride_lightning.tasks import Task, check_outputs

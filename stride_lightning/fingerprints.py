@@ -1,0 +1,85 @@
+"""What identifies a data set: digests of its examples, and the fingerprint they make."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Fingerprint:
+    """What identifies a data set: its length, the content of its examples in order, and their shapes and targets.
+
+    Under random augmentation the content is left out, so that only length, shapes and targets identify it.
+
+    Example:
+        >>> fingerprint = Fingerprint(content=True)
+        >>> fingerprint.update(torch.zeros(2, 32, dtype=torch.uint8), torch.tensor([0, 1]))
+        >>> sorted(fingerprint.summary())
+        ['content', 'num_examples', 'shapes', 'targets']
+    """
+
+    def __init__(self, *, content: bool) -> None:
+        self._has_content = content
+        self._examples, self._targets = hashlib.sha256(), hashlib.sha256()
+        self._num_examples = 0
+
+    def update(self, digests: Tensor, targets: Tensor | None) -> None:
+        """Take in a batch: digests of its examples and its targets."""
+        self._num_examples += len(digests)
+        self._examples.update(digests.numpy().tobytes())
+        if targets is not None:
+            self._targets.update(targets.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values to store: ``num_examples``, ``content`` or ``shapes`` (the other is None), ``targets``."""
+        examples = self._examples.hexdigest()
+        return {
+            "num_examples": self._num_examples,
+            "content": examples if self._has_content else None,
+            "shapes": None if self._has_content else examples,
+            "targets": self._targets.hexdigest(),
+        }
+
+
+def digest(example: Any, *, content: bool = True) -> bytes:
+    """SHA-256 of an example's leaves: types and shapes, and their values if ``content``."""
+    hasher = hashlib.sha256()
+    _feed(hasher, example, content=content)
+    return hasher.digest()
+
+
+def _feed(hasher: Any, value: Any, *, content: bool) -> None:
+    if isinstance(value, Tensor):
+        hasher.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        if content and value.numel():
+            hasher.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    elif isinstance(value, dict):
+        for key in value:
+            hasher.update(f"{{{key}:".encode())
+            _feed(hasher, value[key], content=content)
+    elif isinstance(value, tuple | list):
+        hasher.update(f"[{len(value)}".encode())
+        for item in value:
+            _feed(hasher, item, content=content)
+    elif isinstance(value, np.ndarray | np.generic):
+        hasher.update(f"{value.dtype}{value.shape}".encode())
+        if content:
+            hasher.update(np.ascontiguousarray(value).tobytes())
+    elif isinstance(value, bool | int | float | str | bytes) or value is None:
+        hasher.update(repr(value).encode() if content else type(value).__name__.encode())
+    elif hasattr(value, "tobytes") and hasattr(value, "size"):  # PIL images
+        hasher.update(f"{type(value).__name__}{value.size}".encode())
+        if content:
+            hasher.update(value.tobytes())
+    elif hasattr(value, "__dict__"):
+        hasher.update(type(value).__qualname__.encode())
+        _feed(hasher, vars(value), content=content)
+    else:
+        raise TypeError(
+            f"A training example holds a {type(value).__name__}, whose content cannot be fingerprinted. Examples may "
+            "hold tensors, arrays, PIL images, numbers, strings, and tuples, lists, dicts or plain objects of them."
+        )
