@@ -108,6 +108,7 @@ class StrideCallback(L.Callback):
         self.records: list[Path] = []
         self._written: list[Path] = []  # by this fit: only these are ever removed
         self._sampled_step = self._recorded_step = -1
+        self._recorded_weights = ""
         self._examples: Examples | None = None
         self._watched: list[str] = []
         self._task: Task | None = None
@@ -155,7 +156,7 @@ class StrideCallback(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._written, self._sampled_step, self._recorded_step = [], -1, -1
+        self._written, self._sampled_step, self._recorded_step, self._recorded_weights = [], -1, -1, ""
         try:
             examples = self._resolve_examples(trainer, pl_module)
             batch = first_batch(examples, min(self.batch_size, 64), pl_module.device)
@@ -246,14 +247,15 @@ class StrideCallback(L.Callback):
         assert self._design is not None
         step = trainer.global_step
         fit_operators = final and self.fit_operators
-        again = step == self._recorded_step
-        if again and not fit_operators:
-            return
-        self._recorded_step = step
         show = trainer.progress_bar_callback is not None
         try:
             with borrowed(pl_module, rank_zero_state(pl_module), None) as device, torch.no_grad():
                 weights = weight_hash(pl_module)
+                # Weights, not steps: weight averaging may have changed them since the record of the last step.
+                again = weights == self._recorded_weights
+                if again and not fit_operators:
+                    return
+                self._recorded_step, self._recorded_weights = step, weights
                 basis, observed = fit_basis(
                     pl_module,
                     self._task,

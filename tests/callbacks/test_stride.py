@@ -712,3 +712,20 @@ def test_data_module_hooks_apply_to_the_record(tmp_path):
     attribution = Attributor.create("stride", **QUIET).fit(model, data).attribute(data)
     assert attribution.metadata["record"] == str(callback.records[0])
     assert attribution.metadata["num_queries"] == 4
+
+
+def test_weights_that_changed_after_the_last_record_are_recorded(tmp_path):
+    """As weight averaging does, which is listed before this callback: it swaps weights in at the end."""
+
+    class Averaging(L.Callback):
+        def on_train_end(self, trainer, pl_module):
+            with torch.no_grad():
+                for weight in pl_module.parameters():
+                    weight.mul_(0.5)
+
+    model, stride = build(Classifier), StrideCallback(num_subsets=8, every_n_epochs=1)
+    trainer = make_trainer(tmp_path, Averaging(), stride, max_epochs=1)
+    trainer.fit(model, loader(DATA))
+    infos = [read_record(path).info for path in stride.records]
+    assert len(infos) == 2
+    assert infos[0]["weights"] != infos[1]["weights"] == weight_hash(model)
