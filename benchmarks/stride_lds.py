@@ -32,9 +32,10 @@ ROWS = [
     {"basis": "statistics", "recovery": "lasso"},
     {"basis": "statistics", "recovery": "ridge"},
     {"basis": "statistics", "recovery": "prior", "stability": 1.0},
-    {"basis": "statistics", "recovery": "lasso", "stability": 1.0},
-    {"basis": "learned", "recovery": "lasso", "layers": ["2"]},
-    {"basis": "learned", "recovery": "prior", "layers": ["2"]},
+    {"basis": "statistics", "recovery": "lasso", "stability": 0.0},
+    # The published form: the last hidden layer, few memberships.
+    {"basis": "learned", "recovery": "lasso", "layers": ["2"], "degree": 20},
+    {"basis": "learned", "recovery": "prior", "layers": ["2"], "degree": 20},
 ]
 RIDGES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
