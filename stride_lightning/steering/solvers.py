@@ -46,7 +46,7 @@ def fit_operators(
     stability: float = 0.0,
     start: Tensor | None = None,
     subsets: slice | None = None,
-    tolerance: float = 1e-3,
+    tolerance: float = 5e-4,
     max_iterations: int = 500,
     show_progress: bool = True,
 ) -> OperatorFit:
@@ -118,7 +118,7 @@ def fit_operators(
 
 
 def refit(
-    observed: Observation, task: Task, ridges: Tensor, *, tolerance: float = 1e-3, max_iterations: int = 500
+    observed: Observation, task: Task, ridges: Tensor, *, tolerance: float = 5e-4, max_iterations: int = 500
 ) -> Tensor:
     """Refit the readouts on the whole training set, for several ridges at once.
 
