@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from stride_lightning.distributed import all_equal, broadcast_object
+from stride_lightning.distributed import all_equal, broadcast_object, world_size
 from stride_lightning.steering.activations import plain_name
 
 
@@ -97,7 +97,7 @@ def rank_zero_state(model: nn.Module) -> dict[str, Any] | None:
 
     A collective call. Rank 0's weights are the ones that checkpoints hold.
     """
-    if all_equal(weight_hash(model)):
+    if world_size() == 1 or all_equal(weight_hash(model)):
         return None
     return cast("dict[str, Any]", broadcast_object(model.state_dict()))
 
