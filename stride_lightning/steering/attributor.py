@@ -244,7 +244,7 @@ class StrideAttributor(Attributor):
                 penalty = cross_validate_penalty(
                     everything, self.design, seed=self.seed, show_progress=self.show_progress
                 )
-            solution = solve_lasso(everything, self.design, penalty)
+            solution = solve_lasso(everything, self.design, penalty, show_progress=self.show_progress)
             chosen = {
                 "penalty": float(torch.as_tensor(penalty).median()),
                 "duality_gap_max": float(solution.gap.max()),

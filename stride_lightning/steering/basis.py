@@ -291,9 +291,12 @@ def _second_moments(
 def _principal_components(stacked: Tensor) -> tuple[Tensor, Tensor]:
     """Directions the examples span, strongest first, and the mean square of the examples along each."""
     width = stacked.shape[1]
-    moment = torch.zeros(width, width, dtype=torch.float64, device=stacked.device)
+    # In float64, or rounding would make directions of its own; on the CPU where the device has no float64.
+    device = torch.device("cpu") if stacked.device.type == "mps" else stacked.device
+    moment = torch.zeros(width, width, dtype=torch.float64, device=device)
     for block in stacked.split(8192):
-        moment += block.T @ block / len(stacked)
+        exact = block.to(device, torch.float64)
+        moment += exact.T @ exact / len(stacked)
     energies, directions = torch.linalg.eigh(moment)
     kept = (energies > MIN_ENERGY * energies.mean()).nonzero().flatten().flip(0)
     return directions[:, kept].to(stacked), energies[kept].to(stacked)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stride_lightning.progress import track
+from stride_lightning.parallel import even_slices, map_chunks
 from stride_lightning.steering.basis import Observation
 from stride_lightning.steering.solvers import BLOCK_BYTES, refit
 from stride_lightning.tasks import Task
@@ -23,7 +23,9 @@ def mean_curvature(observed: Observation, task: Task) -> float:
     return float((diagonal * energy).mean() / observed.features.shape[1])
 
 
-def imitation_ridge(observed: Observation, task: Task) -> tuple[float, dict[float, float]]:
+def imitation_ridge(
+    observed: Observation, task: Task, *, show_progress: bool = False
+) -> tuple[float, dict[float, float]]:
     """The ridge with which a refit of the readouts best imitates the frozen model.
 
     The model's readouts are trained anew on the whole training set, for a grid of ridges at once; the one whose
@@ -32,6 +34,7 @@ def imitation_ridge(observed: Observation, task: Task) -> tuple[float, dict[floa
     Args:
         observed: Evaluation pass over the training set in a rotated basis.
         task: The likelihood.
+        show_progress: Show progress bars.
 
     Returns:
         The ridge ``rho``, and the loss against the frozen model's predictions for every ridge tried (relative to the
@@ -42,7 +45,8 @@ def imitation_ridge(observed: Observation, task: Task) -> tuple[float, dict[floa
     tried: dict[float, float] = {}
 
     def try_out(factors: list[float]) -> float:
-        coefficients = refit(observed, task, torch.tensor(factors) * unit, tolerance=1e-2)
+        ridges = torch.tensor(factors) * unit
+        coefficients = refit(observed, task, ridges, tolerance=1e-2, show_progress=show_progress)
         for column, factor in enumerate(factors):
             outputs = observed.features @ coefficients[..., column].T
             tried[factor] = float(task.loss(outputs, predicted).mean())
@@ -73,7 +77,8 @@ def influence(
     with the exact Gauss-Newton matrix ``G`` of the predictions ``mu``, by preconditioned conjugate gradients for
     blocks of queries.
 
-    Memory beyond its arguments: the result; six arrays of ``64 C r`` floats; one block of directions (8 MB).
+    Memory beyond its arguments: the result, twice; and for each thread six arrays of ``64 C r`` floats and three
+    blocks of directions (8 MB each).
 
     Args:
         train: Evaluation pass over n training examples.
@@ -98,27 +103,27 @@ def influence(
     typical = task.curvature_diagonal(train_means).mean(0)  # (C,)
     energies = features.square().mean(0)
     preconditioner = 1 / (typical[:, None] * energies + ridge)[..., None]  # (C, r, 1)
-    result = features.new_empty(len(queries), size)
-    chunks = range(0, len(queries), QUERY_CHUNK)
-    for start in track(chunks, "Influence", len(chunks), show=show_progress):
-        chosen = slice(start, start + QUERY_CHUNK)
+
+    def solve(chosen: slice) -> Tensor:
         right = asked[chosen].T[:, None, :] * queries.features[chosen].T  # (C, r, q)
         block = max(64, BLOCK_BYTES // (right.element_size() * right.shape[0] * right.shape[2]))
+        blocks = [slice(first, first + block) for first in range(0, size, block)]
 
-        def product(direction: Tensor, block: int = block) -> Tensor:
+        def product(direction: Tensor) -> Tensor:
             total = ridge * direction
-            for first in range(0, size, block):
-                rows = slice(first, first + block)
+            for rows in blocks:
                 curved = task.curvature(means[:, rows, None], features[rows] @ direction, dim=0)
                 total += (features[rows].T / size) @ curved
             return total
 
         solution = _conjugate_gradients(product, right, preconditioner, tolerance, max_iterations)
-        for first in range(0, size, block):
-            rows = slice(first, first + block)
-            moved = features[rows] @ solution  # (C, b, q)
-            result[chosen, rows] = (moved * surprise[:, rows, None]).sum(0).T / size
-    return result
+        # (C, b, q) outputs moved, times what surprises about the examples
+        parts = [((features[rows] @ solution) * surprise[:, rows, None]).sum(0) for rows in blocks]
+        return torch.cat(parts).T / size
+
+    chunks = even_slices(len(queries), QUERY_CHUNK, features.device)
+    solved = map_chunks(solve, chunks, features.device, "Influence", show_progress=show_progress)
+    return torch.cat([features.new_empty(0, size), *solved])
 
 
 def _conjugate_gradients(

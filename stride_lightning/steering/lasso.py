@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import repeat
 
 import torch
 from torch import Tensor, nn
 
+from stride_lightning.parallel import map_chunks
 from stride_lightning.progress import track
 from stride_lightning.steering.subsets import Design
 from stride_lightning.steering.working_sets import Batch, Fit, kept_mean
@@ -46,6 +45,7 @@ def solve_lasso(
     *,
     tolerance: float = 1e-4,
     max_iterations: int = 20_000,
+    show_progress: bool = False,
 ) -> LassoSolution:
     """Find the scores that explain the measurements with few examples.
 
@@ -63,6 +63,7 @@ def solve_lasso(
         penalty: Penalty relative to the smallest that makes all scores zero: a number, or one per query ``(q,)``.
         tolerance: Largest duality gap to accept, relative to ``1/2 ||y_c||^2``. float32 reaches about 1e-6.
         max_iterations: Iterations a query may take in all; queries that need more are returned with a warning.
+        show_progress: Show a progress bar.
 
     Returns:
         Scores with their duality gaps.
@@ -83,7 +84,8 @@ def solve_lasso(
     measurements = _checked(measurements, design, tolerance, max_iterations)
     relative = _per_query(penalty, measurements)
     batches = _split(measurements, torch.ones_like(measurements), design)
-    fits = _fit_all(batches, relative, [None] * len(batches), tolerance, max_iterations)
+    nothing: list[Fit | None] = [None] * len(batches)
+    fits = _fit_all(batches, relative, nothing, tolerance, max_iterations, show_progress=show_progress)
     scores = measurements.new_zeros(len(measurements), design.num_train)
     for rows, fit in zip(scores.split([len(fit.gap) for fit in fits]), fits, strict=True):
         rows.scatter_(1, fit.examples, fit.weights)
@@ -152,7 +154,8 @@ def cross_validate_penalty(
     best = measurements.new_full((num_queries,), torch.inf)
     chosen, since_best = torch.zeros_like(best), 0
     for penalty in track(sorted(penalties, reverse=True), "Choosing penalties", len(penalties), show=show_progress):
-        fits = fitted = _fit_all(batches, _per_query(penalty, repeated), fits, tolerance, max_iterations)
+        relative = _per_query(penalty, repeated)
+        fits = fitted = _fit_all(batches, relative, fits, tolerance, max_iterations, show_progress=False)
         residual = repeated - torch.cat([fit.responses for fit in fitted])
         residual = (residual - kept_mean(residual, kept)) * (1 - kept)  # the intercept carries over to the fold
         error = residual.square().sum(1).view(num_folds, num_queries).sum(0)  # (q,)
@@ -181,20 +184,18 @@ def _fit_all(
     starts: Sequence[Fit | None],
     tolerance: float,
     max_iterations: int,
+    *,
+    show_progress: bool,
 ) -> list[Fit]:
-    """Fit all batches, warning of queries that miss the tolerance.
-
-    On a CPU each thread works on its own batch: an iteration is many products too small to share, and waiting for
-    a second thread in each takes ten times as long as the work where another process is running.
-    """
+    """Fit all batches, warning of queries that miss the tolerance."""
     parts = relative.split([len(batch.target) for batch in batches])
-    num_threads = torch.get_num_threads()
-    workers = num_threads if relative.device.type == "cpu" else 1
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            fits = list(pool.map(Batch.fit, batches, parts, starts, repeat(tolerance), repeat(max_iterations)))
-    finally:
-        torch.set_num_threads(num_threads)  # the workers' setting reaches this thread's BLAS too
+    jobs = list(zip(batches, parts, starts, strict=True))
+
+    def fit(job: tuple[Batch, Tensor, Fit | None]) -> Fit:
+        batch, penalty, start = job
+        return batch.fit(penalty, start, tolerance, max_iterations)
+
+    fits = list(map_chunks(fit, jobs, relative.device, "Lasso", show_progress=show_progress))
     gap = torch.cat([fit.gap for fit in fits])
     if (num_open := int((gap > tolerance).sum())) > 0:
         num_iterations = max(fit.num_iterations for fit in fits)

@@ -99,7 +99,7 @@ class StrideModule(L.LightningModule):
         """
         if len(observed) != self.design.num_train:
             raise ValueError(f"The design is for {self.design.num_train} examples, the pass saw {len(observed)}.")
-        self._choose_ridges(observed)
+        self._choose_ridges(observed, show_progress=show_progress)
         if self.basis == "learned":
             self._fit_by_trainer(observed, show_progress=show_progress)
             return self
@@ -123,7 +123,7 @@ class StrideModule(L.LightningModule):
         self.chosen["relative_gradient_max"] = float(self.relative_gradient.max())
         return self
 
-    def _choose_ridges(self, observed: Observation) -> None:
+    def _choose_ridges(self, observed: Observation, *, show_progress: bool) -> None:
         """``ridge`` of a fit on all data; ``operator_ridge`` on a subset; ``frozen_ridge`` at the frozen model."""
         unit = max(mean_curvature(observed, self.task), 1e-12)
         mean_size = self.design.num_train * self.design.degree / self.design.num_subsets
@@ -132,7 +132,7 @@ class StrideModule(L.LightningModule):
         elif self.anchored:
             ridge = 0.5 * (1 + self.stability) * unit
         else:
-            ridge, _ = imitation_ridge(observed, self.task)
+            ridge, _ = imitation_ridge(observed, self.task, show_progress=show_progress)
         self.chosen = {
             "mean_curvature": unit,
             "ridge": ridge,

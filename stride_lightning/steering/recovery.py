@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stride_lightning.progress import track
+from stride_lightning.parallel import even_slices, map_chunks
 from stride_lightning.steering.subsets import Design
 
-#: Bytes the K x K systems of queries solved together may take.
-SYSTEM_BYTES = 2**26
+#: Bytes the K x K systems of queries solved together may take, in each thread.
+SYSTEM_BYTES = 2**25
 #: Candidates for the noise variance, relative to what the prior explains; the first wins a tie.
 NOISES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 
@@ -56,7 +56,8 @@ def recover_with_prior(
     A second opinion, another first-order influence, counts as much as the recovered scores: the result is the equal
     mixture of both at the same norm, whose standard deviation includes half their disagreement.
 
-    Memory: ``6 K^2`` floats for each query of a block (64 MB in all), 8192 rows of memberships, and the result.
+    Memory: the result, twice; and for each thread ``6 K^2`` floats for each query of a block (32 MB in all, or one
+    query) and 8192 rows of memberships.
 
     Args:
         measurements: Shape ``(q, K)``, in nats.
@@ -144,28 +145,29 @@ def posterior(
     Returns:
         Mean and standard deviation, each of shape ``(q, n)``, and the noise of each query, shape ``(q,)``.
     """
-    num_queries, num_subsets = residual.shape
-    mean = residual.new_empty(num_queries, design.num_train)
-    std, noises = torch.empty_like(mean), residual.new_empty(num_queries)
-    at_once = max(1, SYSTEM_BYTES // (6 * residual.element_size() * num_subsets**2))
-    starts = range(0, num_queries, at_once)
-    for start in track(starts, "Recovering scores", len(starts), show=show_progress):
-        queries = slice(start, start + at_once)
+    num_subsets, device = residual.shape[1], residual.device
+    largest = max(1, SYSTEM_BYTES // (6 * residual.element_size() * num_subsets**2))
+
+    def solve(queries: slice) -> tuple[Tensor, Tensor, Tensor]:
         shared = variances if len(variances) == 1 else variances[queries]
-        system = _centre(design.gram(shared))
-        factor, solved, noises[queries] = _solve(system, residual[queries], noise)
-        mean[queries] = shared * design.backproject(solved)
+        factor, solved, noises = _solve(_centre(design.gram(shared)), residual[queries], noise)
+        mean = shared * design.backproject(solved)
         fit = (residual[queries] * solved).sum(1) / max(1, num_subsets - 1)  # maximum-likelihood t^2
         # L^-1, so that |L^-1 m|^2 = m' A^-1 m. (A batched `inv` of a triangle trips a bug in MKL.)
-        identity = torch.eye(num_subsets, device=factor.device, dtype=factor.dtype)
+        identity = torch.eye(num_subsets, device=device, dtype=factor.dtype)
         whitener = torch.linalg.solve_triangular(factor, identity, upper=False)
+        parts = []
         for first in range(0, design.num_train, 8192):
-            rows = slice(first, first + 8192)
-            members = design.block(first, first + 8192, residual.dtype).to(residual.device)
+            members = design.block(first, first + 8192, residual.dtype).to(device)
             members -= design.degree / num_subsets
             explained = torch.stack([(one @ members.T).square().sum(0) for one in whitener])  # (q, b)
-            prior = shared[:, rows]
-            std[queries, rows] = (fit[:, None] * (prior - prior.square() * explained).clamp(min=0)).sqrt()
+            prior = shared[:, first : first + 8192]
+            parts.append((fit[:, None] * (prior - prior.square() * explained).clamp(min=0)).sqrt())
+        return mean, torch.cat(parts, 1), noises
+
+    chunks = even_slices(len(residual), largest, device)
+    solved = list(map_chunks(solve, chunks, device, "Recovering scores", show_progress=show_progress))
+    mean, std, noises = (torch.cat(parts) for parts in zip(*solved, strict=True))
     return mean, std, noises
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stride_lightning.progress import track
+from stride_lightning.parallel import even_slices, map_chunks
 from stride_lightning.steering.basis import Observation
 from stride_lightning.steering.subsets import Design
 from stride_lightning.tasks import Task
@@ -66,8 +66,8 @@ def fit_operators(
     Both are strongly convex, so there is one answer. Nesterov's method with restarts finds it, preconditioned by the
     energies of the features, with a step taken from the curvature seen along the way.
 
-    Memory beyond its arguments: the operators, ``C r K`` floats; for each of ``ceil(K / 64)`` chunks nine arrays of
-    ``C r 64`` floats and ``64 n`` bytes of memberships; and one block of steered outputs (8 MB).
+    Memory beyond its arguments: the operators, ``C r K`` floats; and for each thread nine arrays of ``C r 64`` floats,
+    ``64 n`` bytes of memberships and three blocks of steered outputs (8 MB each).
 
     Args:
         observed: Evaluation pass over the training set in a rotated basis.
@@ -95,16 +95,19 @@ def fit_operators(
     coefficients = features.new_empty(observed.outputs.shape[1], features.shape[1], len(numbers))
     relative = features.new_zeros(len(numbers))
     sizes = design.sizes.to(features)
-    iterations, chunks = 0, range(0, len(numbers), MAX_CHUNK)
-    for first in track(chunks, "Fitting operators", len(chunks), show=show_progress):
-        chosen = slice(numbers.start + first, min(numbers.start + first + MAX_CHUNK, numbers.stop))
+
+    def solve(chunk: slice) -> tuple[Tensor, Tensor, int]:
+        chosen = slice(numbers.start + chunk.start, numbers.start + chunk.stop)
         blocks = [design.block(i, i + 8192, torch.uint8)[:, chosen] for i in range(0, len(observed), 8192)]
         # The same penalty per summed loss for every subset size, unless stability keeps all n examples in the sum.
         share = torch.ones_like(sizes[chosen]) if stability else len(observed) / sizes[chosen].clamp(min=1)
         objective = _Objective(observed, torch.cat(blocks), task, ridge * share, stability)
-        solution, norms, used = _minimise(objective, start, tolerance, max_iterations)
-        place = slice(first, first + solution.shape[2])
-        coefficients[..., place], relative[place] = solution, norms
+        return _minimise(objective, start, tolerance, max_iterations)
+
+    iterations, chunks = 0, even_slices(len(numbers), MAX_CHUNK, features.device)
+    solved = map_chunks(solve, chunks, features.device, "Fitting operators", show_progress=show_progress)
+    for chunk, (solution, norms, used) in zip(chunks, solved, strict=True):
+        coefficients[..., chunk], relative[chunk] = solution, norms
         iterations = max(iterations, used)
     unsolved = int((relative > tolerance).sum())
     if unsolved:
@@ -118,7 +121,13 @@ def fit_operators(
 
 
 def refit(
-    observed: Observation, task: Task, ridges: Tensor, *, tolerance: float = 5e-4, max_iterations: int = 500
+    observed: Observation,
+    task: Task,
+    ridges: Tensor,
+    *,
+    tolerance: float = 5e-4,
+    max_iterations: int = 500,
+    show_progress: bool = False,
 ) -> Tensor:
     """Refit the readouts on the whole training set, for several ridges at once.
 
@@ -128,13 +137,21 @@ def refit(
         ridges: Penalties ``rho``, shape ``(m,)``.
         tolerance: Largest relative gradient norm.
         max_iterations: Stop here at the latest.
+        show_progress: Show a progress bar.
 
     Returns:
         Coefficients, shape ``(C, r, m)``.
     """
-    everyone = torch.ones(len(observed), len(ridges), dtype=torch.uint8)
-    objective = _Objective(observed, everyone, task, ridges.to(observed.features), stability=0.0)
-    return _minimise(objective, None, tolerance, max_iterations)[0]
+
+    def solve(chunk: slice) -> Tensor:
+        chosen = ridges[chunk].to(observed.features)
+        everyone = torch.ones(len(observed), len(chosen), dtype=torch.uint8)
+        objective = _Objective(observed, everyone, task, chosen, stability=0.0)
+        return _minimise(objective, None, tolerance, max_iterations)[0]
+
+    device = observed.features.device
+    chunks = even_slices(len(ridges), MAX_CHUNK, device)
+    return torch.cat(list(map_chunks(solve, chunks, device, "Choosing the ridge", show_progress=show_progress)), 2)
 
 
 class _Objective:
