@@ -5,8 +5,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The stamp is written last, so an interrupted installation is repeated and a complete one is not.
 STAMP := $(VENV)/.installed
-# Two threads suit a small machine; more make the tiny models of the tests slower.
-export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench clean .venv
@@ -19,8 +17,9 @@ help:  ## Show this list
 demo: $(STAMP)  ## Attribute handwritten digits to their training examples
 	$(BIN)/python examples/attribute_digits.py
 
+# One thread: for the tiny models of the tests a second one only waits.
 test: $(STAMP)  ## Run the tests and the examples in the docstrings
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMP)  ## Check style, formatting and types
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,6 +117,8 @@ class Attribution:
 
     def __getitem__(self, query: int) -> Attribution:
         """The attribution of one query."""
+        if not isinstance(query, int):
+            raise TypeError(f"Queries are taken one at a time, by an integer; got {query!r}.")
         if not -self.num_queries <= query < self.num_queries:
             raise IndexError(f"Query {query} of {self.num_queries}.")
         rows = [query % self.num_queries]
@@ -228,6 +231,8 @@ class Attribution:
                 "query_info": self.query_info,
             }
             written = write_record(path.parent, path.name, info, {"attribution": tensors})
+            if written != path:
+                print(f"{path} exists and was kept: the scores were saved as {written}.", file=sys.stderr, flush=True)
         barrier()
         return Path(str(broadcast_object(str(written))))
 
@@ -268,7 +273,7 @@ class Attribution:
         """Log scalars to any Lightning logger, and histograms, tables and pictures where it can show them.
 
         Args:
-            loggers: A logger or a list of them, such as ``trainer.loggers``.
+            loggers: A logger or a list of them, such as ``trainer.loggers``, or the trainer.
             step: Global step to log at; the step the attributed record or trainer stands at by default.
             k: Proponents and opponents shown per query.
             max_queries: Queries shown; all are in the scalars.
@@ -277,6 +282,7 @@ class Attribution:
         from stride_lightning.views.loggers import log_attribution
 
         if rank() == 0:
+            loggers = getattr(loggers, "loggers", loggers)  # a trainer will do
             every: Iterable[Any] = loggers if isinstance(loggers, list | tuple) else [loggers]
             step = int(self.metadata.get("step") or 0) if step is None else step
             log_attribution(self, every, step=step, k=k, max_queries=max_queries, image_shape=image_shape)

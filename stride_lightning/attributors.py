@@ -20,7 +20,7 @@ from stride_lightning import __version__
 from stride_lightning.attribution import Attribution
 from stride_lightning.data import Examples, first_batch, resolve_queries, resolve_train_data
 from stride_lightning.distributed import rank
-from stride_lightning.tasks import Task, infer_task
+from stride_lightning.tasks import Task, check_task, infer_task
 from stride_lightning.weights import (
     attached_trainer,
     borrowed,
@@ -168,6 +168,9 @@ class Attributor(ABC):
         device: str | torch.device | None = None,
     ) -> Attributor:
         """Do everything that does not depend on the queries; arguments as in :func:`attribute`."""
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"`model` must be a module, got {model!r}.")
+        check_task(task)
         meter = _Meter()
         checkpoint = None if ckpt_path is None else load_checkpoint(resolve_ckpt_path(ckpt_path, model))
         self._model, self._device = model, None if device is None else torch.device(device)

@@ -184,7 +184,9 @@ def resolve_queries(source: Any, model: object | None = None) -> Examples:
 
 
 def _from_loader_or_dataset(source: Any, what: str, owners: tuple[Any, ...]) -> Examples:
-    if isinstance(source, tuple | dict):
+    if isinstance(source, tuple | dict) or (
+        isinstance(source, list) and any(isinstance(x, DataLoader) for x in source)
+    ):
         raise TypeError(
             f"`{what}` must be a Dataset, a DataLoader or a LightningDataModule, got {type(source).__name__}. Wrap "
             "tensors in torch.utils.data.TensorDataset; pass one of several loaders."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -277,6 +278,13 @@ def infer_task(batch: Any, model: nn.Module) -> Task:
         if num_outputs >= 2 and targets.ndim == 1:
             return _check_logits(outputs, Classification(), targets)
         if num_outputs == 1 and targets.numel() == len(targets) and int(targets.max()) <= 1:
+            if ((outputs >= 0) & (outputs <= 1)).all():
+                warnings.warn(
+                    "The model's outputs all lie between 0 and 1 and are read as logits. If they are probabilities "
+                    "(after a sigmoid), the scores would be wrong: pass a task whose `outputs` returns logits. "
+                    + _HOW_TO_PASS_TASK,
+                    stacklevel=2,
+                )
             return BinaryClassification()
         raise ValueError(f"The task cannot be told from {both}. {_HOW_TO_PASS_TASK}")
     if targets.numel() != outputs.numel():
@@ -295,11 +303,19 @@ def infer_task(batch: Any, model: nn.Module) -> Task:
 
 def check_forward(model: nn.Module) -> None:
     """Refuse a module without a ``forward`` of its own, with a hint how to attribute it all the same."""
+    model = getattr(model, "_orig_mod", model)
     if type(model).forward.__qualname__ in ("_forward_unimplemented", "LightningModule.forward"):
         raise ValueError(
             f"{type(model).__name__} defines no `forward`, so its outputs cannot be computed from a batch. Pass a task "
             f"whose `outputs(model, inputs)` calls the right method. {_HOW_TO_PASS_TASK}"
         )
+
+
+def check_task(task: object) -> None:
+    """Refuse what is not an instance of a task."""
+    if task is not None and not isinstance(task, Task):
+        came = f"the class {task.__name__}; make an instance" if isinstance(task, type) else repr(task)
+        raise TypeError(f"`task` must be an instance of Task, got {came}. {_HOW_TO_PASS_TASK}")
 
 
 def check_outputs(outputs: object, batch_size: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from stride_lightning.distributed import all_equal, broadcast_object, world_size
 from stride_lightning.steering.activations import plain_name
@@ -134,6 +135,10 @@ def borrowed(
         ValueError: If the weights do not fit the model, naming the parameters.
     """
     modes = {module: module.training for module in model.modules()}
+    # A forward pass may count or log: buffers and metrics are put back, and `self.log` does nothing meanwhile.
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    metrics = [(m, copy.deepcopy(m.metric_state), m._update_count) for m in model.modules() if isinstance(m, Metric)]
+    silenced = [name for name in ("log", "log_dict") if hasattr(model, name) and name not in vars(model)]
     home = next(
         (value.device for value in model.state_dict().values() if isinstance(value, Tensor)), torch.device("cpu")
     )
@@ -150,12 +155,23 @@ def borrowed(
         if device != home:
             model.to(device)
         model.eval()
+        for name in silenced:
+            setattr(model, name, lambda *_, **__: None)
         yield device
     finally:
+        for name in silenced:
+            vars(model).pop(name, None)
+        for metric, values, count in metrics:
+            for name, value in values.items():
+                setattr(metric, name, value)
+            metric._update_count, metric._computed = count, None
         if device != home:
             model.to(home)
         if saved is not None:
             model.load_state_dict(saved)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
         for module, training in modes.items():
             module.training = training
 

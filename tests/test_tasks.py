@@ -231,3 +231,10 @@ def test_inference_keeps_no_graph_and_reads_floats_of_any_precision() -> None:
     task = infer_task((INPUTS.double(), random_tensor(4, seed=0).double()), model)
     assert isinstance(task, Regression)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_probabilities_with_one_output_are_doubted():
+    model = nn.Sequential(nn.Linear(4, 1), nn.Sigmoid())
+    batch = torch.zeros(4, 4), torch.tensor([0, 1, 1, 0])
+    with pytest.warns(UserWarning, match="lie between 0 and 1 and are read as logits.*Pass `task=`"):
+        infer_task(batch, model)

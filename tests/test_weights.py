@@ -1,9 +1,13 @@
 """Weights: their hash, checkpoints, and models that are borrowed and given back."""
 
+import lightning.pytorch as L
 import pytest
 import torch
+import torchmetrics
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from stride_lightning import StrideCallback, attribute
 from stride_lightning.weights import (
     attached_trainer,
     borrowed,
@@ -208,3 +212,56 @@ def test_in_precision_of():
 
 def test_rank_zero_state_is_none_where_ranks_agree():
     assert rank_zero_state(build(ConvNet)) is None
+
+
+class Counting(L.LightningModule):
+    """Counts, measures and logs in its forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 3)
+        self.register_buffer("count", torch.zeros(()))
+        self.largest = torchmetrics.MaxMetric()
+
+    def forward(self, x):
+        self.count += 1
+        self.largest.update(x.shape[0])
+        self.log("size", float(x.shape[0]), on_step=False, on_epoch=True, reduce_fx="max")
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_what_a_forward_pass_changes_is_put_back(tmp_path):
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(48, 4), torch.arange(48) % 3)
+
+    def trained(*callbacks):
+        torch.manual_seed(1)
+        model = Counting()
+        trainer = L.Trainer(
+            max_epochs=1,
+            callbacks=list(callbacks),
+            logger=False,
+            default_root_dir=tmp_path,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(model, DataLoader(data, 16))
+        return model, trainer
+
+    plain, without = trained()
+    model, trainer = trained(StrideCallback(num_subsets=8, every_n_train_steps=1, statistics_every_n_steps=1))
+    assert model.count == plain.count == 3
+    assert model.largest.compute() == plain.largest.compute() == 16
+    assert trainer.callback_metrics["size"] == without.callback_metrics["size"] == 16
+    attribution = attribute(model, data, train_data=data, show_progress=False)
+    assert attribution.metadata["record"] is not None
+    assert model.count == 3
+    assert model.largest.compute() == 16
+    assert "log" not in vars(model)

@@ -21,7 +21,7 @@ from stride_lightning.steering.basis import Basis, Observation, fit_basis
 from stride_lightning.steering.module import StrideModule
 from stride_lightning.steering.statistics import StreamingStatistics
 from stride_lightning.steering.subsets import Design, sample_design
-from stride_lightning.tasks import Task
+from stride_lightning.tasks import Task, check_task
 from stride_lightning.weights import borrowed, in_precision_of, rank_zero_state, weight_hash
 
 #: Strategies under which every process holds the whole model.
@@ -85,6 +85,12 @@ class StrideCallback(L.Callback):
         batch_size: int = 256,
     ) -> None:
         super().__init__()
+        if isinstance(layers, str):
+            raise MisconfigurationException(f"`layers` must be a list of names: write layers=[{layers!r}].")
+        try:
+            check_task(task)
+        except TypeError as error:
+            raise MisconfigurationException(str(error)) from error
         counts = {
             "every_n_epochs": every_n_epochs,
             "every_n_train_steps": every_n_train_steps,

@@ -87,6 +87,8 @@ class StrideAttributor(Attributor):
             raise ValueError(f"`basis` must be one of {get_args(BasisName)}, got {basis!r}.")
         if recovery not in get_args(RecoveryName):
             raise ValueError(f"`recovery` must be one of {get_args(RecoveryName)}, got {recovery!r}.")
+        if isinstance(layers, str):
+            raise TypeError(f"`layers` must be a list of names, got the string {layers!r}: write layers=[{layers!r}].")
         if penalty is not None and recovery == "prior":
             raise ValueError("`penalty` belongs to recovery='lasso' or 'ridge'; recovery='prior' has none.")
         if rank is not None and basis != "learned":

@@ -173,6 +173,8 @@ def sample_design(
         200
     """
     num_subsets = default_num_subsets(num_train) if num_subsets is None else num_subsets
+    if not isinstance(num_subsets, int) or num_subsets < 2:
+        raise ValueError(f"`num_subsets` must be an integer of at least 2, got {num_subsets}.")
     if degree is None:
         degree = max(1, num_subsets // 2) if num_train * num_subsets <= DENSE_LIMIT else min(10, num_subsets // 2)
     if num_train < 2:

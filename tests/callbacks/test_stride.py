@@ -637,7 +637,7 @@ def test_arguments(argument, value):
 
 
 def test_subset_numbers_that_make_no_design(tmp_path):
-    with pytest.raises(MisconfigurationException, match="num_subsets=1"):
+    with pytest.raises(MisconfigurationException, match="`num_subsets` must be an integer of at least 2, got 1"):
         train(build(Classifier), DATA, tmp_path, StrideCallback(num_subsets=1))
 
 

@@ -210,7 +210,8 @@ def test_large_designs_are_sparse_by_default(monkeypatch: pytest.MonkeyPatch) ->
         ((1, 4, 2), "at least 2 training examples, got 1"),
         ((5, 4, 4), "at least 1 and fewer than all subsets: got degree=4 with num_subsets=4"),
         ((5, 4, 0), "got degree=0 with num_subsets=4"),
-        ((5, 1), "Raise `num_subsets` .at least 2."),
+        ((5, 1), "`num_subsets` must be an integer of at least 2, got 1"),
+        ((5, 10.5), "`num_subsets` must be an integer of at least 2, got 10.5"),
     ],
 )
 def test_impossible_designs_are_refused(arguments: tuple[int, ...], message: str) -> None:
