@@ -14,6 +14,7 @@ from stride_lightning.attribution import Attribution
 from stride_lightning.attributors import Attributor, announce
 from stride_lightning.data import Examples, first_batch
 from stride_lightning.distributed import all_equal, broadcast_object, gather, shard
+from stride_lightning.parallel import num_workers
 from stride_lightning.steering.activations import choose_layers
 from stride_lightning.steering.basis import Basis, Observation, fit_basis, observe
 from stride_lightning.steering.lasso import cross_validate_penalty, solve_lasso
@@ -48,8 +49,8 @@ class StrideAttributor(Attributor):
         show_progress: Show progress bars, and a cost estimate before long work.
 
     Memory beyond the model, for n training examples, r features, C outputs, K subsets and q queries asked at once:
-    ``4 (2 n r + n (3 C + 1) + C r K + 9 C r 64 + 8 q n) + 64 n`` bytes and 200 MB of blocks. Nothing is of size
-    ``n K C`` or ``n`` times the model's parameters.
+    ``4 (2 n r + n (3 C + 1) + C r K + 8 q n) + t (2304 C r + 64 n)`` bytes and 200 MB of blocks for each of t threads.
+    Nothing is of size ``n K C`` or ``n`` times the model's parameters.
 
     Example:
         Fit once, ask as often as you like:
@@ -278,7 +279,8 @@ class Cost:
 def estimate_cost(observed: Observation, num_subsets: int, recovery: str) -> Cost:
     """Estimate the cost of a fit from its arithmetic and this machine's measured speed of a matrix product.
 
-    Memory: ``4 (2 n r + n (3 C + 1) + C r K + 9 C r 64) + 64 n`` bytes and 200 MB of blocks; queries come on top.
+    Memory: ``4 (2 n r + n (3 C + 1) + C r K) + t (2304 C r + 64 n)`` bytes and 200 MB of blocks for each of t threads;
+    queries come on top.
     """
     (n, r), c, k = observed.features.shape, observed.outputs.shape[1], num_subsets
     probe = observed.features[:512, :512]
@@ -287,5 +289,6 @@ def estimate_cost(observed: Observation, num_subsets: int, recovery: str) -> Cos
         float((probe @ probe.T)[0, 0])
     rate = 8 * probe.shape[0] ** 2 * probe.shape[1] / max(time.perf_counter() - started, 1e-9)
     products = 25 * k + 300 + (k if recovery == "prior" else 0)  # gradients, the search for a ridge, the mean
-    memory = 4 * (2 * n * r + n * (3 * c + 1) + c * r * k + 9 * c * r * 64) + 64 * n + 200 * 2**20
+    threads = num_workers(observed.features.device)
+    memory = 4 * (2 * n * r + n * (3 * c + 1) + c * r * k) + threads * (2304 * c * r + 64 * n + 200 * 2**20)
     return Cost(4.0 * n * r * c * products / rate, memory, 4 * c * r * k + 4 * r * r + n * k // 8)
