@@ -573,10 +573,10 @@ def test_metadata_states_every_choice_and_is_plain(expected):
 
 
 def test_a_cost_estimate_comes_before_long_work(model, capsys, monkeypatch):
-    slow = stride_attributor.Cost(100.0, 3 * 2**20, 2**20)
+    slow = stride_attributor.Cost(100.0, 0.05, 3 * 2**20, 2**20)
     monkeypatch.setattr(stride_attributor, "estimate_cost", lambda *_: slow)
     attribute(model, QUERIES, train_data=DATA, num_subsets=8)
-    assert "STRIDE: about 100 s to fit, 3 MiB of memory, 1 MiB" in capsys.readouterr().err
+    assert "STRIDE: about 100 s to fit and 0.05 s per query, 3 MiB of memory, 1 MiB" in capsys.readouterr().err
     attribute(model, QUERIES, train_data=DATA, num_subsets=8, show_progress=False)
     assert capsys.readouterr().err == ""
 

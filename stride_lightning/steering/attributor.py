@@ -108,7 +108,7 @@ class StrideAttributor(Attributor):
         self._start_from_record(model, device, record, checkpoint)
         self._choose_design()
         cost = estimate_cost(self._train_pass, self.design.num_subsets, self.recovery)
-        announce(f"STRIDE: {cost}", show=self.show_progress and cost.seconds > 2)
+        announce(f"STRIDE: {cost}", show=self.show_progress and cost.is_long)
         passed = time.perf_counter()
         self.module = StrideModule(
             self.design,
@@ -263,15 +263,22 @@ class StrideAttributor(Attributor):
 
 @dataclass(frozen=True)
 class Cost:
-    """What a fit is expected to take: seconds, peak bytes of memory, and bytes on disk if a record is written."""
+    """What attribution is expected to take: seconds, peak bytes of memory, bytes on disk if operators are recorded."""
 
     seconds: float
+    seconds_per_query: float
     memory_bytes: int
     disk_bytes: int
 
+    @property
+    def is_long(self) -> bool:
+        """Whether someone will wait: seconds for the fit, or for a hundred queries."""
+        return self.seconds > 2 or 100 * self.seconds_per_query > 2
+
     def __str__(self) -> str:
         return (
-            f"about {self.seconds:.0f} s to fit, {self.memory_bytes / 2**20:.0f} MiB of memory, "
+            f"about {self.seconds:.0f} s to fit and {self.seconds_per_query:.1g} s per query, "
+            f"{self.memory_bytes / 2**20:.0f} MiB of memory, "
             f"{self.disk_bytes / 2**20:.0f} MiB if the operators are saved"
         )
 
@@ -291,4 +298,8 @@ def estimate_cost(observed: Observation, num_subsets: int, recovery: str) -> Cos
     products = 25 * k + 300 + (k if recovery == "prior" else 0)  # gradients, the search for a ridge, the mean
     threads = num_workers(observed.features.device)
     memory = 4 * (2 * n * r + n * (3 * c + 1) + c * r * k) + threads * (2304 * c * r + 64 * n + 200 * 2**20)
-    return Cost(4.0 * n * r * c * products / rate, memory, 4 * c * r * k + 4 * r * r + n * k // 8)
+    # Two conjugate gradient solves of some fifteen products each, and a system with its variances; or, with the lasso,
+    # five folds and eleven penalties of a hundred iterations, which wait for memory more than they compute.
+    prior, lasso = 30.0 * 4 * n * r * c + 4.0 * n * k**2, 5 * 5 * 11 * 100.0 * 4 * k * min(n, 2 * k)
+    per_query = {"prior": prior, "lasso": lasso, "ridge": 4.0 * n * k}[recovery] / rate
+    return Cost(4.0 * n * r * c * products / rate, per_query, memory, 4 * c * r * k + 4 * r * r + n * k // 8)
