@@ -24,6 +24,8 @@ from stride_lightning.steering.subsets import Design, sample_design
 from stride_lightning.tasks import Task, check_task
 from stride_lightning.weights import borrowed, in_precision_of, rank_zero_state, weight_hash
 
+#: Examples of a batch whose activations are sampled: statistics of wide layers cost more than the forward pass.
+STATISTICS_EXAMPLES = 128
 #: Strategies under which every process holds the whole model.
 _WHOLE_MODEL_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 
@@ -220,7 +222,7 @@ class StrideCallback(L.Callback):
             self._task.outputs(pl_module, self._task.inputs(batch))
         metrics = {}
         for name, features in captured.items():
-            self._statistics[name].update(features)
+            self._statistics[name].update(features[:STATISTICS_EXAMPLES])
             scalars = self._statistics[name].scalars()
             metrics |= {f"stride/{name or 'model'}/{key}": value for key, value in scalars.items()}
         for logger in trainer.loggers:
