@@ -729,3 +729,10 @@ def test_weights_that_changed_after_the_last_record_are_recorded(tmp_path):
     infos = [read_record(path).info for path in stride.records]
     assert len(infos) == 2
     assert infos[0]["weights"] != infos[1]["weights"] == weight_hash(model)
+
+
+def test_only_some_examples_of_a_batch_are_sampled(tmp_path, monkeypatch):
+    monkeypatch.setattr("stride_lightning.callbacks.stride.STATISTICS_EXAMPLES", 5)
+    stride = StrideCallback(num_subsets=8, statistics_every_n_steps=1)
+    train(build(Classifier), loader(DATA, batch_size=20), tmp_path, stride, max_epochs=1)
+    assert read_record(stride.records[-1]).tensors("statistics")["0.count"] == 3 * 5
