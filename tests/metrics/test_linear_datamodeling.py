@@ -10,7 +10,12 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from stride_lightning.metrics.linear_datamodeling import linear_datamodeling_score
+from stride_lightning.metrics.correlation import resampled_rank_correlations
+from stride_lightning.metrics.linear_datamodeling import (
+    LinearDatamodelingScore,
+    linear_datamodeling_interval,
+    linear_datamodeling_score,
+)
 from tests.helpers.tiny import permutation, random_tensor
 
 
@@ -81,9 +86,160 @@ def test_what_does_not_fit_is_refused() -> None:
             linear_datamodeling_score(scores, *wrong)
     with pytest.raises(ValueError, match="`reduction` must be 'mean' or 'none', got 'sum'"):
         linear_datamodeling_score(scores, masks, losses, reduction="sum")
-    losses[3, 2] = float("nan")
-    with pytest.raises(ValueError, match="The losses hold 1 values that are not finite"):
+    for few in (0, 1):
+        with pytest.raises(ValueError, match=rf"`masks` .* at least 2 subsets, got \({few}, 30\)"):
+            linear_datamodeling_score(scores, masks[:few], losses[:few])
+        with pytest.raises(ValueError, match="at least 2 subsets"):
+            LinearDatamodelingScore(masks[:few])
+    with pytest.raises(ValueError, match=r"`scores` of shape \(num_queries, num_train\) .* got \(30,\)"):
+        linear_datamodeling_score(scores[0], masks, losses)
+    with pytest.raises(TypeError, match=r"Expected `losses` to be a torch.Tensor, got list: use torch.as_tensor"):
+        linear_datamodeling_score(scores, masks, losses.tolist())
+    holes = masks.double()
+    holes[2, 5] = torch.inf
+    with pytest.raises(ValueError, match="finite `masks`, got 1 of 750 values that are not finite, in subsets 2"):
+        linear_datamodeling_score(scores, holes, losses)
+    losses[3, 1:3] = float("nan")
+    with pytest.raises(ValueError, match="finite `losses`, got 2 of 100 values that are not finite, in queries 1, 2:"):
         linear_datamodeling_score(scores, masks, losses)
     scores[0] = float("inf")
-    with pytest.raises(ValueError, match="The scores hold 30 values that are not finite"):
+    with pytest.raises(ValueError, match="finite `scores`, got 30 of 120 values that are not finite, in queries 0:"):
         linear_datamodeling_score(scores, masks, losses)
+
+
+def test_losses_that_never_vary_are_refused() -> None:
+    scores, masks, losses = planted(False)
+    losses[:] = losses[0]
+    message = "No query's loss varies over the subsets: all 25 losses of each of the 4 queries are equal"
+    for refused in (linear_datamodeling_score, linear_datamodeling_interval):
+        with pytest.raises(ValueError, match=message):
+            refused(scores, masks, losses)
+    metric = LinearDatamodelingScore(masks)
+    metric.update(scores, losses)
+    assert metric.num_constant == 4
+    for refused in (metric.compute, metric.interval):
+        with pytest.raises(ValueError, match=message):
+            refused()
+
+
+def test_sums_that_differ_by_rounding_are_equal() -> None:
+    """Multiples of a tenth have inexact sums; as whole numbers they are exact."""
+    scores, masks, losses = planted(True)
+    for order in (slice(None), permutation(30)):
+        torch.testing.assert_close(
+            linear_datamodeling_score(scores[:, order] / 10, masks[:, order], losses, reduction="none"),
+            reference(scores, masks, losses),
+        )
+
+
+def test_more_examples_than_are_taken_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = planted(True)
+    monkeypatch.setattr("stride_lightning.metrics.linear_datamodeling._COLUMNS", 7)
+    torch.testing.assert_close(linear_datamodeling_score(*data, reduction="none"), reference(*data))
+
+
+# ---- the class --------------------------------------------------------------------------------------------------
+
+
+def test_class_counts_constant_queries_and_warns() -> None:
+    scores, masks, losses = planted(False)
+    scores[1], losses[:, 2] = 0, 1.5
+    metric = LinearDatamodelingScore(masks)
+    assert metric.num_constant == 0
+    for query, expected in enumerate((0, 1, 2, 2)):
+        metric.update(scores[query : query + 1], losses[:, query : query + 1])
+        assert metric.num_constant == expected
+    with pytest.warns(UserWarning, match="2 of 4 queries have constant scores or losses and count 0") as caught:
+        obtained = metric.compute()
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="2 of 4") as caught:
+        torch.testing.assert_close(obtained, linear_datamodeling_score(scores, masks, losses))
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="2 of 4") as caught:
+        metric.interval(num_resamples=3)
+    assert caught[0].filename == __file__
+    metric.reset()
+    assert metric.num_constant == 0
+
+
+def test_class_keeps_no_scores() -> None:
+    scores, masks, losses = planted(False)
+    metric = LinearDatamodelingScore(masks)
+    metric.update(scores, losses)
+    kept = [value for state in metric.metric_state.values() for value in state]
+    assert [value.numel() for value in kept] == [4 * 25, 4 * 25]
+    with pytest.raises(ValueError, match=r"expected masks \(num_subsets, 29\) and losses"):
+        metric.update(scores[:, 1:], losses)
+    with pytest.raises(ValueError, match="`reduction` must be 'mean' or 'none', got 'sum'"):
+        LinearDatamodelingScore(masks, reduction="sum")
+    with pytest.raises(ValueError, match="has seen no data"):
+        LinearDatamodelingScore(masks).interval()
+
+
+# ---- the interval -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_resampled_correlations_equal_scipy(ties: bool) -> None:
+    one, other = random_tensor(5, 12, seed=0), random_tensor(5, 12, seed=1)
+    if ties:
+        one, other = one.round(), other.round()
+        one[3] = 2.0
+    counts = np.random.default_rng(0).multinomial(12, [1 / 12] * 12, size=20)
+    counts[0], counts[1] = 1, 0
+    counts[1, 4] = 12  # one subset only: nothing varies
+    obtained = resampled_rank_correlations(one, other, counts)
+    for resample, query in np.ndindex(20, 5):
+        columns = np.repeat(np.arange(12), counts[resample])
+        x, y = one[query].numpy()[columns], other[query].numpy()[columns]
+        constant = len(set(x)) == 1 or len(set(y)) == 1
+        expected = 0.0 if constant else spearmanr(x, y).statistic
+        assert obtained[resample, query] == pytest.approx(expected, abs=1e-12)
+
+
+def test_blocks_of_resamples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = random_tensor(2, 10, seed=0), random_tensor(2, 10, seed=1)
+    counts = np.random.default_rng(0).multinomial(10, [0.1] * 10, size=7)
+    together = resampled_rank_correlations(one, other, counts)
+    monkeypatch.setattr("stride_lightning.metrics.correlation._BLOCK", 30)
+    np.testing.assert_array_equal(resampled_rank_correlations(one, other, counts), together)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.filterwarnings("ignore:.*count 0")
+def test_interval_equals_scores_of_explicit_resamples(ties: bool) -> None:
+    scores, masks, losses = planted(ties)
+    scores[3] = 0
+    generator = np.random.default_rng(7)
+    subsets = generator.multinomial(25, np.full(25, 1 / 25), size=40)
+    queries = generator.multinomial(4, np.full(4, 1 / 4), size=40)
+    resampled = []
+    for subset_counts, query_counts in zip(subsets, queries, strict=True):
+        rows, columns = np.repeat(np.arange(25), subset_counts), np.repeat(np.arange(4), query_counts)
+        resampled.append(linear_datamodeling_score(scores[columns], masks[rows], losses[rows][:, columns]).item())
+    expected = torch.tensor(np.quantile(resampled, [0.05, 0.95]), dtype=torch.float32)
+    obtained = linear_datamodeling_interval(scores, masks, losses, confidence=0.9, num_resamples=40, seed=7)
+    torch.testing.assert_close(torch.stack(obtained), expected)
+
+
+def test_interval_of_the_class_and_its_seed() -> None:
+    scores, masks, losses = planted(True)
+    metric = LinearDatamodelingScore(masks)
+    for rows in (slice(0, 1), slice(1, 4)):
+        metric.update(scores[rows], losses[:, rows])
+    expected = linear_datamodeling_interval(scores, masks, losses, confidence=0.8, num_resamples=50, seed=1)
+    assert metric.interval(0.8, num_resamples=50, seed=1) == expected
+    assert metric.interval(0.8, num_resamples=50, seed=2) != expected
+    low, high = linear_datamodeling_interval(scores, masks, losses)
+    assert low < linear_datamodeling_score(scores, masks, losses) < high
+    narrow = linear_datamodeling_interval(scores, masks, losses, confidence=0.5)
+    assert low < narrow[0] < narrow[1] < high
+
+
+def test_interval_refuses_options_out_of_range() -> None:
+    data = planted(False)
+    for confidence in (0.0, 1.0, 95):
+        with pytest.raises(ValueError, match=f"`confidence` must be between 0 and 1, got {confidence}"):
+            linear_datamodeling_interval(*data, confidence=confidence)
+    with pytest.raises(ValueError, match="`num_resamples` must be a whole number, at least 1, got 0"):
+        linear_datamodeling_interval(*data, num_resamples=0)

@@ -1,0 +1,147 @@
+"""What every metric asks of its arguments; each refusal says what was expected, what came and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Refuse a value that is not one of the choices.
+
+    Args:
+        name: The argument, as the caller calls it.
+        value: What came.
+        choices: What may come.
+
+    Raises:
+        ValueError: If the value is none of the choices.
+    """
+    if value not in choices:
+        raise ValueError(f"`{name}` must be {' or '.join(map(repr, choices))}, got {value!r}.")
+
+
+def check_matrix(name: str, value: Any, columns: str = "num_train") -> None:
+    """Refuse what is not a finite tensor with a row per query.
+
+    Args:
+        name: The argument, as the caller calls it.
+        value: What came; shape ``(num_queries, columns)`` is right.
+        columns: What the columns are, for the message.
+
+    Raises:
+        TypeError: If it is no tensor.
+        ValueError: If the shape is wrong or empty, or something is not finite.
+    """
+    check_tensor(name, value)
+    if value.ndim != 2 or not value.numel():
+        raise ValueError(
+            f"Expected `{name}` of shape (num_queries, {columns}) with at least one of each, got {tuple(value.shape)}."
+        )
+    check_finite(name, value)
+
+
+def check_shape(name: str, value: Any, expected: tuple[int, ...], like: str) -> None:
+    """Refuse a tensor of another shape than expected.
+
+    Args:
+        name: The argument, as the caller calls it.
+        value: What came.
+        expected: Its shape if all is well.
+        like: Where that shape comes from, for the message: ``"the shape of `scores`"``.
+
+    Raises:
+        TypeError: If it is no tensor.
+        ValueError: If the shape is another.
+    """
+    check_tensor(name, value)
+    if value.shape != expected:
+        raise ValueError(f"Expected `{name}` of shape {tuple(expected)}, {like}, got {tuple(value.shape)}.")
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Refuse what is not a tensor, such as a NumPy array or a whole ``Attribution``.
+
+    Args:
+        name: The argument, as the caller calls it.
+        value: What came.
+
+    Raises:
+        TypeError: If it is no tensor.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"Expected `{name}` to be a torch.Tensor, got {type(value).__name__}: use torch.as_tensor.")
+
+
+def check_finite(name: str, values: Tensor, dim: int = 0, what: str = "queries") -> None:
+    """Refuse NaN and infinity, saying how many there are and where.
+
+    Args:
+        name: The argument, as the caller calls it.
+        values: Of any shape.
+        dim: Dimension along which the places are named.
+        what: What lies along it.
+
+    Raises:
+        ValueError: If something is not finite.
+    """
+    bad = ~torch.isfinite(values)
+    if bad.any():
+        places = listed(bad.movedim(dim, 0).reshape(bad.shape[dim], -1).any(1).nonzero().flatten().tolist())
+        raise ValueError(
+            f"Expected finite `{name}`, got {int(bad.sum())} of {bad.numel()} values that are not finite, in {what} "
+            f"{places}: leave these out, or find what made them so (a retraining that diverged?)."
+        )
+
+
+def check_flags(name: str, values: Tensor) -> None:
+    """Refuse flags that are neither booleans nor zeros and ones.
+
+    Args:
+        name: The argument, as the caller calls it.
+        values: Of any shape.
+
+    Raises:
+        ValueError: If a value is neither 0 nor 1.
+    """
+    bad = int(((values != 0) & (values != 1)).sum())
+    if bad:
+        raise ValueError(f"Expected `{name}` to hold booleans (or 0 and 1), got {bad} other values: compare first.")
+
+
+def check_count(name: str, value: Any, most: int | None = None, unit: str = "training examples") -> None:
+    """Refuse a count that is no whole number from 1 to ``most``.
+
+    Args:
+        name: The argument, as the caller calls it.
+        value: What came.
+        most: The largest count that makes sense, if known.
+        unit: What there are ``most`` of.
+
+    Raises:
+        ValueError: If it is no integer, below 1, or above ``most``.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (most is not None and value > most):
+        upper = "" if most is None else f" and at most {most}, the number of {unit}"
+        raise ValueError(f"`{name}` must be a whole number, at least 1{upper}, got {value!r}.")
+
+
+def listed(rows: Collection[int], limit: int = 10) -> str:
+    """Row numbers for a message, cut where there are many.
+
+    Args:
+        rows: The numbers.
+        limit: How many are written out.
+
+    Returns:
+        Text.
+
+    Example:
+        >>> listed([2, 5]), listed(range(100), limit=3)
+        ('2, 5', '0, 1, 2, ... (100 of them)')
+    """
+    written = ", ".join(str(row) for row in list(rows)[:limit])
+    return written if len(rows) <= limit else f"{written}, ... ({len(rows)} of them)"
