@@ -10,9 +10,21 @@ if TYPE_CHECKING:
     from stride_lightning.attribution import TopExamples as TopExamples
     from stride_lightning.attributors import Attributor as Attributor
     from stride_lightning.attributors import attribute as attribute
+    from stride_lightning.callbacks.further_training import FurtherTrainingCallback as FurtherTrainingCallback
     from stride_lightning.callbacks.stride import StrideCallback as StrideCallback
+    from stride_lightning.evaluation import Evaluation as Evaluation
+    from stride_lightning.evaluation import evaluate as evaluate
+    from stride_lightning.metrics.linear_datamodeling import LinearDatamodelingScore as LinearDatamodelingScore
     from stride_lightning.metrics.linear_datamodeling import linear_datamodeling_score as linear_datamodeling_score
     from stride_lightning.records import RecordError as RecordError
+    from stride_lightning.retraining.attributors import FurtherTrainingAttributor as FurtherTrainingAttributor
+    from stride_lightning.retraining.attributors import RetrainingAttributor as RetrainingAttributor
+    from stride_lightning.retraining.further_training import FurtherTraining as FurtherTraining
+    from stride_lightning.retraining.further_training import further_train as further_train
+    from stride_lightning.retraining.ground_truth import Counterfactual as Counterfactual
+    from stride_lightning.retraining.ground_truth import GroundTruth as GroundTruth
+    from stride_lightning.retraining.retrain import retrain as retrain
+    from stride_lightning.retraining.retrain import retrain_without as retrain_without
     from stride_lightning.steering.attributor import StrideAttributor as StrideAttributor
     from stride_lightning.steering.module import StrideModule as StrideModule
     from stride_lightning.tasks import BinaryClassification as BinaryClassification
@@ -26,15 +38,27 @@ _HOMES = {
     "Attributor": "attributors",
     "BinaryClassification": "tasks",
     "Classification": "tasks",
+    "Counterfactual": "retraining.ground_truth",
+    "Evaluation": "evaluation",
+    "FurtherTraining": "retraining.further_training",
+    "FurtherTrainingAttributor": "retraining.attributors",
+    "FurtherTrainingCallback": "callbacks.further_training",
+    "GroundTruth": "retraining.ground_truth",
+    "LinearDatamodelingScore": "metrics.linear_datamodeling",
     "RecordError": "records",
     "Regression": "tasks",
+    "RetrainingAttributor": "retraining.attributors",
     "StrideAttributor": "steering.attributor",
     "StrideCallback": "callbacks.stride",
     "StrideModule": "steering.module",
     "Task": "tasks",
     "TopExamples": "attribution",
     "attribute": "attributors",
+    "evaluate": "evaluation",
+    "further_train": "retraining.further_training",
     "linear_datamodeling_score": "metrics.linear_datamodeling",
+    "retrain": "retraining.retrain",
+    "retrain_without": "retraining.retrain",
 }
 __all__ = sorted(_HOMES)
 

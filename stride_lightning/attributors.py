@@ -136,6 +136,7 @@ class Attributor(ABC):
     def methods() -> list[str]:
         """Names of all methods."""
         # The methods of the package register themselves when imported; they import this file, so only now.
+        import stride_lightning.retraining.attributors
         import stride_lightning.steering.attributor  # noqa: F401
 
         return sorted(Attributor._registry)
@@ -221,10 +222,19 @@ class Attributor(ABC):
             "seconds": {"fit": fitting, "attribute": meter.seconds, "total": fitting + meter.seconds},
             "peak_memory_bytes": max(self.metadata["peak_memory_bytes"], meter.peak_memory),
         }
-        positions = self._train.positions
-        attribution.train_indices = torch.arange(len(self._train)) if positions is None else positions
-        attribution.train_data, attribution.queries = self._train, asked
+        scored = self._scored_examples()
+        attribution.train_indices = torch.arange(len(scored)) if scored.positions is None else scored.positions
+        attribution.train_data, attribution.queries = scored, asked
         return attribution
+
+    def take_over(self, other: Attributor) -> None:
+        """Work on what another attributor was fitted to, as part of it."""
+        self._model, self._device, self._checkpoint_state = other._model, other._device, other._checkpoint_state
+        self._train, self._task, self._weights = other._train, other._task, other._weights
+
+    def _scored_examples(self) -> Examples:
+        """The examples that columns of the scores stand for; all training examples unless a method scores a few."""
+        return self._train
 
     @abstractmethod
     def _fit(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:

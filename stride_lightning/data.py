@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -24,9 +23,21 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from stride_lightning.fingerprints import digest
+from stride_lightning.randomness import mix, preserved_random_state, seed_all
 
+#: Largest data set that is kept in memory while models train on it again and again.
+HELD_BYTES = 2**28
 #: Examples that are read twice to find out whether reading is random.
 _NUM_PROBES = 16
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a DataLoader makes batches: their size, whether in random order, whether a smaller last one is dropped."""
+
+    batch_size: int
+    shuffle: bool
+    drop_last: bool
 
 
 @dataclass(eq=False)
@@ -40,6 +51,7 @@ class Examples:
         num_workers: Worker processes that read.
         worker_init_fn: Passed on to the DataLoader.
         owners: Objects whose Lightning batch-transfer hooks apply, first match wins (data module, then model).
+        loading: How a DataLoader the data came from makes batches of them.
     """
 
     dataset: Any
@@ -48,7 +60,9 @@ class Examples:
     num_workers: int = 0
     worker_init_fn: Callable[[int], None] | None = None
     owners: tuple[Any, ...] = ()
+    loading: Loading | None = None
     _random: bool | None = field(default=None, init=False)
+    _held: Any = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
         """Number of examples that are read."""
@@ -71,7 +85,7 @@ class Examples:
         if self._random is None:
             step = max(1, len(self) // _NUM_PROBES)
             probes = (range(len(self)) if self.positions is None else self.positions.tolist())[::step][:_NUM_PROBES]
-            with _preserve_random_state():
+            with preserved_random_state():
                 self._random = any(digest(self.dataset[i]) != digest(self.dataset[i]) for i in probes)
             if self._random:
                 warnings.warn(
@@ -101,11 +115,51 @@ class Examples:
             num_workers=self.num_workers,
             worker_init_fn=self.worker_init_fn,
         )
-        with _preserve_random_state():
+        with preserved_random_state():
             for batch, digests in loader:
-                yield self._transfer(batch, device), digests, len(digests)
+                yield self.transfer(batch, device), digests, len(digests)
 
-    def _transfer(self, batch: Any, device: torch.device) -> Any:
+    def drawn(self, batches: Sequence[Tensor], seed: int, device: torch.device) -> Iterator[Any]:
+        """Read batches of the examples at given places of the reading order, as one epoch of training does.
+
+        Args:
+            batches: Places of the examples of each batch.
+            seed: Under random augmentation every example is read under a seed made of this one and its position.
+            device: Where to put the batches.
+
+        Yields:
+            One batch after the other on ``device``. Random augmentation leaves the global generators seeded.
+        """
+        if self._held is not None:
+            for batch in batches:
+                yield self.transfer(pytree.tree_map(lambda whole, batch=batch: whole[batch], self._held), device)
+            return
+        positions = [(batch if self.positions is None else self.positions[batch]).tolist() for batch in batches]
+        loader = DataLoader(
+            _Redrawn(self.dataset, seed) if self.is_random else self.dataset,
+            batch_sampler=positions,
+            collate_fn=self.collate_fn,
+            num_workers=self.num_workers,
+            worker_init_fn=self.worker_init_fn,
+            generator=torch.Generator().manual_seed(seed),  # for the seeds of workers, else drawn from the global one
+        )
+        for batch in loader:
+            yield self.transfer(batch, device)
+
+    def hold(self) -> None:
+        """Keep everything in memory for :meth:`drawn`, if that is small, not random, and collated by stacking alone.
+
+        Reading example by example takes longer than a training step of a small model.
+        """
+        if self._held is not None or self.is_random or self.collate_fn is not default_collate:
+            return
+        leaves = pytree.tree_leaves(default_collate([self[0]]))
+        if not all(isinstance(leaf, Tensor) and leaf.ndim > 0 for leaf in leaves):
+            return  # texts are collated into lists
+        if sum(leaf.numel() * leaf.element_size() for leaf in leaves) * len(self) <= HELD_BYTES:
+            self._held = default_collate([self[place] for place in range(len(self))])
+
+    def transfer(self, batch: Any, device: torch.device) -> Any:
         """Move a batch through the hooks a Trainer would call, so that the model sees what it saw in training."""
         batch = self._hook("on_before_batch_transfer", lambda value, _: value)(batch, 0)
         move = self._hook("transfer_batch_to_device", lambda value, where, _: _to_device(value, where))
@@ -146,6 +200,8 @@ def resolve_train_data(
         TypeError: If the source is not map-style data.
         ValueError: If it is empty, not batched, or drawn by a sampler whose positions are unknown.
     """
+    if isinstance(source, Examples):
+        return source
     owners = (source if hasattr(source, "train_dataloader") else datamodule, model)
     if hasattr(source, "train_dataloader"):
         if getattr(source, "trainer", None) is None:
@@ -165,6 +221,8 @@ def resolve_train_data(
 
 def resolve_queries(source: Any, model: object | None = None) -> Examples:
     """The queries behind a Dataset, a DataLoader or a LightningDataModule (its test data, else validation data)."""
+    if isinstance(source, Examples):
+        return source
     owners = (source, model) if hasattr(source, "train_dataloader") else (model,)
     if hasattr(source, "train_dataloader"):
         if getattr(source, "trainer", None) is None:
@@ -198,7 +256,8 @@ def _from_loader_or_dataset(source: Any, what: str, owners: tuple[Any, ...]) -> 
                 f"The `{what}` DataLoader has batch_size=None: its dataset makes batches by itself, so single examples "
                 "have no position. Give it a batch_size, or pass a dataset of examples."
             )
-        examples = Examples(dataset, source.collate_fn, None, source.num_workers, source.worker_init_fn, owners)
+        workers = source.num_workers, source.worker_init_fn
+        examples = Examples(dataset, source.collate_fn, None, *workers, owners, _loading(source))
     else:
         dataset = source
         examples = Examples(dataset, owners=owners)
@@ -214,6 +273,14 @@ def _from_loader_or_dataset(source: Any, what: str, owners: tuple[Any, ...]) -> 
     if len(dataset) == 0:  # type: ignore[arg-type]
         raise ValueError(f"`{what}` is empty.")
     return examples
+
+
+def _loading(loader: DataLoader[Any]) -> Loading | None:
+    sampler: Any = loader.batch_sampler
+    if type(sampler) is not BatchSampler:
+        return None
+    shuffles = not isinstance(sampler.sampler, SequentialSampler) and getattr(sampler.sampler, "shuffle", True)
+    return Loading(sampler.batch_size, bool(shuffles), sampler.drop_last)
 
 
 def _reads_everything(loader: DataLoader[Any]) -> bool:
@@ -263,11 +330,23 @@ class _SeededReader(Dataset[Any]):
 
     def __getitem__(self, position: int) -> tuple[Any, bytes]:
         if not self.content:  # three generators to seed, so only where reading is random
-            torch.manual_seed(position)
-            np.random.seed(position % 2**32)  # noqa: NPY002 - augmentation uses the global generator
-            random.seed(position)
+            seed_all(position)
         example = self.dataset[position]
         return example, digest(example, content=self.content)
+
+
+class _Redrawn(Dataset[Any]):
+    """Reads each example under a seed made from an epoch's and its position."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, position: int) -> Any:
+        seed_all(mix(self.seed, position))
+        return self.dataset[position]
 
 
 class _CollateWithDigests:
@@ -289,14 +368,3 @@ def _to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(_to_device(item, device) for item in value)
     return value.to(device) if hasattr(value, "to") else value
-
-
-@contextmanager
-def _preserve_random_state() -> Iterator[None]:
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])

@@ -90,6 +90,16 @@ class Task(ABC):
     def predict(self, outputs: Tensor) -> Tensor:
         """Most likely targets, for queries without labels (``target="predicted"``)."""
 
+    def margin(self, outputs: Tensor, encoded: Tensor) -> Tensor:
+        """Log-odds of the target, ``log p - log(1 - p)``, shape ``(B,)``; classifications have one.
+
+        Raises:
+            ValueError: If the task has no such thing.
+
+        Reference: arXiv:2303.14186 (TRAK), equation 4.
+        """
+        raise ValueError(f"A {self.name} has no margin; only classifications do. Use the loss.")
+
     @property
     def dispersion(self) -> float:
         """Scale ``s`` of the family: the gradient of the loss is ``(mean - target) / s``."""
@@ -136,6 +146,13 @@ class Classification(Task):
         return -(encoded * outputs.log_softmax(dim)).sum(dim)
 
     @override
+    def margin(self, outputs: Tensor, encoded: Tensor) -> Tensor:
+        target = encoded.bool()
+        return outputs.masked_fill(~target, -torch.inf).logsumexp(-1) - outputs.masked_fill(
+            target, -torch.inf
+        ).logsumexp(-1)
+
+    @override
     def curvature(self, mean: Tensor, direction: Tensor, dim: int = -1) -> Tensor:
         weighted = mean * direction
         return weighted - mean * weighted.sum(dim, keepdim=True)
@@ -174,6 +191,12 @@ class BinaryClassification(Task):
     @override
     def loss(self, outputs: Tensor, encoded: Tensor, dim: int = -1) -> Tensor:
         return (F.softplus(outputs) - encoded * outputs).sum(dim)
+
+    @override
+    def margin(self, outputs: Tensor, encoded: Tensor) -> Tensor:
+        if outputs.shape[-1] != 1:
+            raise ValueError("Several independent logits have no one margin. Use the loss.")
+        return ((2 * encoded - 1) * outputs)[:, 0]
 
     @override
     def curvature(self, mean: Tensor, direction: Tensor, dim: int = -1) -> Tensor:

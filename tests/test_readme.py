@@ -42,17 +42,18 @@ def test_every_block_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     examples = TensorDataset(torch.randn(48, 4), torch.arange(48) % 3)
-    masks = torch.rand(8, 48) < 0.5
-    names = {"model": Model(), "datamodule": Data(examples), "queries": TensorDataset(*examples[:5])}
-    names |= {"masks": masks, "losses": torch.rand(8, 5)}
+    names = {"model": Model(), "MyModel": Model, "datamodule": Data(examples), "queries": TensorDataset(*examples[:5])}
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
     assert (tmp_path / "scores" / "MANIFEST").is_file()
     assert (tmp_path / "query.png").stat().st_size > 1000
     assert names["attribution"].metadata["record"] is not None
     assert names["second"].scores.shape == (5, 48)
+    assert names["exact"].scores.shape == names["datamodel"].scores.shape == (5, 48)
+    assert -1 <= names["cosine"] <= 1
+    assert "noise ceiling" in str(names["evaluation"])
 
 
 def test_every_file_named_exists():

@@ -13,7 +13,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from stride_lightning.attributors import infer_task_of, versions
-from stride_lightning.data import Examples, first_batch, resolve_train_data
+from stride_lightning.callbacks.recording import RecordingCallback, is_dev_run
+from stride_lightning.data import Examples, first_batch
 from stride_lightning.distributed import barrier, rank
 from stride_lightning.records import remove_record, write_record
 from stride_lightning.steering.activations import capture_inputs, choose_layers
@@ -26,11 +27,9 @@ from stride_lightning.weights import borrowed, in_precision_of, rank_zero_state,
 
 #: Examples of a batch whose activations are sampled: statistics of wide layers cost more than the forward pass.
 STATISTICS_EXAMPLES = 128
-#: Strategies under which every process holds the whole model.
-_WHOLE_MODEL_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 
 
-class StrideCallback(L.Callback):
+class StrideCallback(RecordingCallback):
     """Watches training and writes subset-perturbation checkpoints, the records that attribution starts from.
 
     While the model trains, statistics of the activations that enter the chosen layers are streamed (in eval mode, on
@@ -69,6 +68,8 @@ class StrideCallback(L.Callback):
     Reference: arXiv:2606.05165 (STRIDE).
     """
 
+    folder = "stride"
+
     def __init__(
         self,
         dirpath: str | Path | None = None,
@@ -86,7 +87,7 @@ class StrideCallback(L.Callback):
         statistics_every_n_steps: int = 50,
         batch_size: int = 256,
     ) -> None:
-        super().__init__()
+        super().__init__(dirpath, train_indices)
         if isinstance(layers, str):
             raise MisconfigurationException(f"`layers` must be a list of names: write layers=[{layers!r}].")
         try:
@@ -104,16 +105,11 @@ class StrideCallback(L.Callback):
                 raise MisconfigurationException(f"`{name}` must be at least 1, got {value}.")
         if save_last_k < -1 or save_last_k == 0:
             raise MisconfigurationException(f"`save_last_k` must be -1 (keep all) or positive, got {save_last_k}.")
-        self._explicit_dirpath = None if dirpath is None else Path(dirpath)
-        self.dirpath = self._explicit_dirpath
         self.layers, self.task = layers, task
         self.num_subsets, self.degree, self.seed = num_subsets, degree, seed
-        self.train_indices = train_indices
         self.every_n_epochs, self.every_n_train_steps = every_n_epochs, every_n_train_steps
         self.save_last_k, self.fit_operators = save_last_k, fit_operators
         self.statistics_every_n_steps, self.batch_size = statistics_every_n_steps, batch_size
-        #: Records written so far, oldest first.
-        self.records: list[Path] = []
         self._written: list[Path] = []  # by this fit: only these are ever removed
         self._sampled_step = self._recorded_step = -1
         self._recorded_weights = ""
@@ -136,37 +132,13 @@ class StrideCallback(L.Callback):
             every_n_train_steps=self.every_n_train_steps,
         )
 
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        # Plain types only: anything else would break the user's own resume under weights_only loading.
-        return {"dirpath": None if self.dirpath is None else str(self.dirpath), "records": list(map(str, self.records))}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.records = [Path(path) for path in state_dict["records"]]
-
     # ---- before training ------------------------------------------------------------------------------------
-
-    @override
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        strategy = type(trainer.strategy).__name__
-        if strategy not in _WHOLE_MODEL_STRATEGIES:
-            raise MisconfigurationException(
-                f"StrideCallback needs the whole model in every process; {strategy} is not supported. Supported: "
-                f"{', '.join(_WHOLE_MODEL_STRATEGIES)}. Train without the callback and call attribute() afterwards."
-            )
-        log_dir = trainer.log_dir  # a collective call: every rank must make it
-        if self._explicit_dirpath is None:
-            # Absolute, because the checkpoint that names it may be read from another working directory.
-            self.dirpath = Path(log_dir or trainer.default_root_dir).absolute() / "stride"
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._written, self._sampled_step, self._recorded_step, self._recorded_weights = [], -1, -1, ""
         try:
-            examples = self._resolve_examples(trainer, pl_module)
+            examples = self._examples_of(trainer, pl_module)
             batch = first_batch(examples, min(self.batch_size, 64), pl_module.device)
             with borrowed(pl_module, None, None), torch.no_grad():
                 task = self.task or infer_task_of(batch, pl_module)
@@ -187,16 +159,9 @@ class StrideCallback(L.Callback):
         self._examples, self._task = examples, task
         self._statistics = {name: StreamingStatistics() for name in self._watched}
 
-    def _resolve_examples(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Examples:
-        loader = trainer.train_dataloader
-        if isinstance(loader, list | tuple | dict) or not hasattr(loader, "dataset"):
-            raise TypeError(
-                f"Training reads from a {type(loader).__name__}; expected one DataLoader over one map-style dataset. "
-                "With several loaders, positions in the training data are not defined."
-            )
-        owner = getattr(trainer, "datamodule", None)
-        examples = resolve_train_data(loader, self.train_indices, pl_module, owner)
-        if _is_dev_run(trainer):
+    def _examples_of(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Examples:
+        examples = self.training_examples(trainer, pl_module)
+        if is_dev_run(trainer):
             examples = examples.subset(range(min(self.batch_size, len(examples))))
         return examples
 
@@ -279,7 +244,7 @@ class StrideCallback(L.Callback):
         except ValueError as error:  # diverged weights: no reason to end the user's run
             rank_zero_warn(f"StrideCallback wrote no record at step {step}. {error}")
             return
-        if _is_dev_run(trainer):
+        if is_dev_run(trainer):
             return
         if rank() == 0:
             self._write(trainer, pl_module, weights, basis, observed, module if fit_operators else None)
@@ -344,7 +309,3 @@ class StrideCallback(L.Callback):
         for path in stale:
             self.records.remove(path)
             remove_record(path)
-
-
-def _is_dev_run(trainer: L.Trainer) -> bool:
-    return bool(getattr(trainer, "fast_dev_run", False))

@@ -14,11 +14,11 @@ from stride_lightning.attribution import Attribution
 from stride_lightning.attributors import Attributor, announce
 from stride_lightning.data import Examples, first_batch
 from stride_lightning.distributed import all_equal, broadcast_object, gather, shard
+from stride_lightning.lookup import choose_record, explain_mismatch
 from stride_lightning.parallel import num_workers
 from stride_lightning.steering.activations import choose_layers
 from stride_lightning.steering.basis import Basis, Observation, fit_basis, observe
 from stride_lightning.steering.lasso import cross_validate_penalty, solve_lasso
-from stride_lightning.steering.lookup import choose_record, explain_mismatch
 from stride_lightning.steering.module import BasisName, StrideModule
 from stride_lightning.steering.recovery import Recovery, check_measurements, recover_ridge, recover_with_prior
 from stride_lightning.steering.subsets import Design, sample_design

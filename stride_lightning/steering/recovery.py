@@ -159,7 +159,7 @@ def posterior(
         parts = []
         for first in range(0, design.num_train, 8192):
             members = design.block(first, first + 8192, residual.dtype).to(device)
-            members -= design.degree / num_subsets
+            members -= members.mean(1, keepdim=True)
             explained = torch.stack([(one @ members.T).square().sum(0) for one in whitener])  # (q, b)
             prior = shared[:, first : first + 8192]
             parts.append((fit[:, None] * (prior - prior.square() * explained).clamp(min=0)).sqrt())

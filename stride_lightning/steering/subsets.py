@@ -18,17 +18,17 @@ _DRAW_BLOCK = 4096
 
 @dataclass(frozen=True)
 class Design:
-    """A left-d-regular bipartite graph between training examples and subsets.
+    """A bipartite graph between training examples and subsets, left-d-regular where it was sampled here.
 
-    Every example is a member of exactly ``d`` of the ``K`` subsets and subset sizes differ by at most one.
+    Every example is then a member of exactly ``d`` of the ``K`` subsets and subset sizes differ by at most one.
     Memberships are kept bit-packed when the design is dense and as indices when it is sparse, whichever is
     smaller; the products below never hold the dense ``(K, n)`` matrix.
 
     Args:
         num_subsets: Number of subsets ``K``.
         num_train: Number of training examples ``n``.
-        degree: Number of subsets each example is in, ``d``.
-        seed: Seed the memberships were drawn with.
+        degree: Number of subsets each example is in, ``d`` (the mean, where it varies).
+        seed: Seed the memberships were drawn with; -1 if elsewhere.
         bits: Bit-packed memberships, uint8 of shape ``(n, ceil(K / 8))``, for a dense design.
         indices: Subsets of each example, int32 of shape ``(n, d)``, for a sparse design.
 
@@ -74,6 +74,21 @@ class Design:
     def restore(cls, info: dict[str, int], tensors: dict[str, Tensor]) -> Design:
         """The design again, from :meth:`info` and :meth:`tensors`."""
         return cls(**info, bits=tensors.get("bits"), indices=tensors.get("indices"))
+
+    @classmethod
+    def from_masks(cls, masks: Tensor) -> Design:
+        """A design of subsets drawn elsewhere, in which examples need not be in equally many of them.
+
+        Args:
+            masks: Memberships, bool of shape ``(K, n)``.
+
+        Example:
+            >>> Design.from_masks(torch.tensor([[True, False, True], [False, False, True]])).sizes
+            tensor([2, 1])
+        """
+        num_subsets, num_train = masks.shape
+        bits = torch.from_numpy(np.packbits(masks.cpu().numpy().T, axis=1))
+        return cls(num_subsets, num_train, round(float(masks.float().sum(0).mean())), seed=-1, bits=bits)
 
     @property
     def sizes(self) -> Tensor:

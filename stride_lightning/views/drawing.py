@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 #: Proponents and opponents of each query.
 Ranked: TypeAlias = "Sequence[tuple[list[RankedExample], list[RankedExample]]]"
 
-_GREEN, _RED, _INK, _GREY, _RULE = "#1a7f37", "#c4262e", "#1f2328", "#656d76", "#d0d7de"
+GREEN, RED, INK, GREY, RULE = "#1a7f37", "#c4262e", "#1f2328", "#656d76", "#d0d7de"
 # The picture grid, in inches.
 _PICTURE, _GAP, _GROUP_GAP, _MARGIN, _HEADER, _LINE = 0.92, 0.13, 0.34, 0.16, 0.42, 0.155
 # The bar charts, in inches.
@@ -46,10 +46,10 @@ def draw_pictures(
         lefts.append(lefts[-1] + count * (_PICTURE + _GAP) - _GAP * (count > 0) + _GROUP_GAP * (count > 0))
     width = lefts[2] + (columns[1] * (_PICTURE + _GAP) - _GAP if columns[1] else -_GROUP_GAP) + _MARGIN
     height = _HEADER + row_height * len(queries) + _MARGIN / 2
-    figure = _figure(width, height)
-    headers = (("Query", "", _INK, 1), ("Proponents", "lower its loss", _GREEN, columns[0]))
+    figure = blank_figure(width, height)
+    headers = (("Query", "", INK, 1), ("Proponents", "lower its loss", GREEN, columns[0]))
     for left, (title, meaning, color, count) in zip(
-        lefts, (*headers, ("Opponents", "raise its loss", _RED, columns[1])), strict=True
+        lefts, (*headers, ("Opponents", "raise its loss", RED, columns[1])), strict=True
     ):
         if count:
             _group_header(figure, left, count * (_PICTURE + _GAP) - _GAP, title, meaning if count > 1 else "", color)
@@ -64,12 +64,12 @@ def draw_pictures(
         for spine in axes.spines.values():
             spine.set(color=color, linewidth=1.3)
         for line, caption in enumerate(captions):
-            _write(
+            write_text(
                 figure,
                 left + _PICTURE / 2,
                 top + _PICTURE + 0.06 + line * _LINE,
                 _fitted(figure, caption, 7, _PICTURE + 0.7 * _GAP) if line else caption,
-                color=color if line == 0 else _GREY,
+                color=color if line == 0 else GREY,
                 size=8.2 if line == 0 else 7,
                 weight="bold" if line == 0 else "normal",
                 ha="center",
@@ -80,8 +80,8 @@ def draw_pictures(
         facts = query_facts(attribution, query)
         label = f"label {facts.pop('target')}" if "target" in facts else ""
         captions = [f"query {query}", label, " · ".join(facts.values())]
-        show(attribution.queries[query], lefts[0], row, _INK, captions)
-        for left, color, examples in zip(lefts[1:], (_GREEN, _RED), groups, strict=True):
+        show(attribution.queries[query], lefts[0], row, INK, captions)
+        for left, color, examples in zip(lefts[1:], (GREEN, RED), groups, strict=True):
             for place, example in enumerate(examples):
                 label = "" if example.target is None else f" · label {example.target}"
                 captions = [score_text(example.score), f"#{example.position}{label}"]
@@ -101,8 +101,8 @@ def draw_bars(attribution: Attribution, queries: Sequence[int], ranked: Ranked) 
     """
     heights = [_TITLE + _AXIS + _BAR * max(1, len(helpful) + len(harmful)) for helpful, harmful in ranked]
     labels = [_bar_label(example) for groups in ranked for examples in groups for example in examples]
-    figure = _figure(1, 1)
-    left = 0.25 + max([_text_width(figure, label, 8) for label in labels], default=0.0)
+    figure = blank_figure(1, 1)
+    left = 0.25 + max([text_width(figure, label, 8) for label in labels], default=0.0)
     width, height = left + _CHART + 0.25, sum(heights)
     figure.set_size_inches(width, height)
     top = 0.0
@@ -114,13 +114,13 @@ def draw_bars(attribution: Attribution, queries: Sequence[int], ranked: Ranked) 
         facts = query_facts(attribution, query)
         words = [f"label {facts.pop('target')}"] if "target" in facts else []
         note = shortened(" · ".join([*words, *facts.values()]), 60)
-        _write(figure, left, top + _TITLE - 0.12, f"Query {query}", color=_INK, size=10, weight="bold")
-        _write(
+        write_text(figure, left, top + _TITLE - 0.12, f"Query {query}", color=INK, size=10, weight="bold")
+        write_text(
             figure,
-            left + 0.2 + _text_width(figure, f"Query {query}", 10, "bold"),
+            left + 0.2 + text_width(figure, f"Query {query}", 10, "bold"),
             top + _TITLE - 0.12,
             note,
-            color=_GREY,
+            color=GREY,
             size=8.5,
         )
         _fill_chart(figure, axes, examples)
@@ -132,15 +132,15 @@ def _fill_chart(figure: Figure, axes: Axes, examples: list[RankedExample]) -> No
     scores = [example.score for example in examples]
     stds = [example.std or 0.0 for example in examples]
     places = range(len(examples))
-    axes.barh(places, scores, height=0.66, color=[_GREEN if score > 0 else _RED for score in scores])
+    axes.barh(places, scores, height=0.66, color=[GREEN if score > 0 else RED for score in scores])
     if any(stds):
-        axes.errorbar(scores, places, xerr=stds, fmt="none", ecolor=_INK, elinewidth=0.9, capsize=2)
+        axes.errorbar(scores, places, xerr=stds, fmt="none", ecolor=INK, elinewidth=0.9, capsize=2)
     texts = [interval_text(example.score, example.std) for example in examples]
     low = min([0.0, *(score - std for score, std in zip(scores, stds, strict=True))])
     high = max([0.0, *(score + std for score, std in zip(scores, stds, strict=True))])
     # Room for the longest text at each side that has bars, as a share of the chart.
     sides = [[text for text, score in zip(texts, scores, strict=True) if score * sign > 0] for sign in (-1, 1)]
-    rooms = [max([_text_width(figure, text, 7.5) + 0.12 for text in side], default=0.0) / _CHART for side in sides]
+    rooms = [max([text_width(figure, text, 7.5) + 0.12 for text in side], default=0.0) / _CHART for side in sides]
     span = ((high - low) or 1.0) / (1 - sum(rooms))
     axes.set_xlim(low - rooms[0] * span, low - rooms[0] * span + span)
     for place, example, std, text in zip(places, examples, stds, texts, strict=True):
@@ -154,18 +154,18 @@ def _fill_chart(figure: Figure, axes: Axes, examples: list[RankedExample]) -> No
             ha="left" if positive else "right",
             va="center",
             fontsize=7.5,
-            color=_GREEN if positive else _RED,
+            color=GREEN if positive else RED,
         )
     axes.set_ylim(len(examples) - 0.4 if examples else 1, -0.6)
-    axes.set_yticks(places, [_bar_label(example) for example in examples], fontsize=8, color=_INK, parse_math=False)
-    axes.set_xlabel("score (positive: training on the example lowers the query's loss)", fontsize=7.5, color=_GREY)
+    axes.set_yticks(places, [_bar_label(example) for example in examples], fontsize=8, color=INK, parse_math=False)
+    axes.set_xlabel("score (positive: training on the example lowers the query's loss)", fontsize=7.5, color=GREY)
     axes.tick_params(axis="y", length=0)
-    axes.tick_params(axis="x", labelsize=7.5, color=_RULE, labelcolor=_GREY)
-    axes.axvline(0, color=_INK, linewidth=0.9)
-    axes.grid(axis="x", color=_RULE, linewidth=0.5)
+    axes.tick_params(axis="x", labelsize=7.5, color=RULE, labelcolor=GREY)
+    axes.axvline(0, color=INK, linewidth=0.9)
+    axes.grid(axis="x", color=RULE, linewidth=0.5)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(_RULE)
+    axes.spines["bottom"].set_color(RULE)
 
 
 def _bar_label(example: RankedExample) -> str:
@@ -177,13 +177,13 @@ def _group_header(figure: Figure, left: float, width: float, title: str, meaning
     from matplotlib.lines import Line2D
 
     total_width, total_height = figure.get_size_inches()
-    _write(figure, left, 0.27, title, color=color, size=9.5, weight="bold")
-    _write(figure, left + width, 0.27, meaning, color=_GREY, size=7.5, ha="right")
+    write_text(figure, left, 0.27, title, color=color, size=9.5, weight="bold")
+    write_text(figure, left + width, 0.27, meaning, color=GREY, size=7.5, ha="right")
     ends = [left / total_width, (left + width) / total_width]
     figure.add_artist(Line2D(ends, [1 - 0.34 / total_height] * 2, color=color, linewidth=1.0))
 
 
-def _write(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
+def write_text(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
     """Text at ``x`` inches from the left and ``y`` from the top; a dollar sign is a dollar sign."""
     width, height = figure.get_size_inches()
     figure.text(x / width, 1 - y / height, text, parse_math=False, **style)
@@ -192,12 +192,12 @@ def _write(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
 def _fitted(figure: Figure, text: str, size: float, width: float) -> str:
     """The text on one line, cut with an ellipsis where it is wider than ``width`` inches."""
     text = shortened(text, 60)
-    while _text_width(figure, text, size) > width:
+    while text_width(figure, text, size) > width:
         text = shortened(text, len(text) - 1)
     return text
 
 
-def _text_width(figure: Figure, text: str, size: float, weight: str = "normal") -> float:
+def text_width(figure: Figure, text: str, size: float, weight: str = "normal") -> float:
     """Width in inches of one line of text as it will be drawn."""
     from matplotlib.font_manager import FontProperties
 
@@ -206,7 +206,8 @@ def _text_width(figure: Figure, text: str, size: float, weight: str = "normal") 
     return canvas.get_renderer().get_text_width_height_descent(text, font, ismath=False)[0] / figure.dpi
 
 
-def _figure(width: float, height: float) -> Figure:
+def blank_figure(width: float, height: float) -> Figure:
+    """A white figure without pyplot, in inches."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -39,6 +39,7 @@ def log_attribution(
 ) -> None:
     """Log scalars to every logger, and histograms, tables and pictures to those that can show them.
 
+    Names begin with the attribution's method, here ``stride``.
     Loggers are asked for what they can do, not for their class: TensorBoard gets the histograms ``stride/scores`` and
     ``stride/std``, the text ``stride/top_examples`` and the figure ``stride/top_pictures``; Weights & Biases gets the
     last two as a table and an image. Pictures need image inputs and matplotlib, and are left out otherwise.
@@ -61,7 +62,7 @@ def log_attribution(
         >>> logger.experiment.metrics[0]["stride/top_share"]
         0.75
     """
-    scalars = summarize(attribution, k)
+    scalars, tag = summarize(attribution, k), tag_of(attribution)
     queries = range(min(max_queries, attribution.num_queries))
     figure: Figure | None = None
     if queries and importlib.util.find_spec("matplotlib") and shows_images(attribution, image_shape=image_shape):
@@ -72,10 +73,15 @@ def log_attribution(
         logger.log_metrics(scalars, step)
         if queries and hasattr(logger, "log_table"):
             columns, rows = example_table(attribution, queries, k)
-            logger.log_table("stride/top_examples", columns=columns, data=rows, step=step)
+            logger.log_table(f"{tag}/top_examples", columns=columns, data=rows, step=step)
         if figure is not None and hasattr(logger, "log_image"):
-            logger.log_image("stride/top_pictures", [_pixels(figure)], step=step)
+            logger.log_image(f"{tag}/top_pictures", [pixels_of(figure)], step=step)
         _log_to_experiment(getattr(logger, "experiment", None), attribution, queries, k, step, figure)
+
+
+def tag_of(attribution: Attribution) -> str:
+    """What names in dashboards begin with: the method, so that several can be logged side by side."""
+    return str(attribution.metadata.get("method", "stride"))
 
 
 def summarize(attribution: Attribution, k: int) -> dict[str, float]:
@@ -97,21 +103,21 @@ def summarize(attribution: Attribution, k: int) -> dict[str, float]:
         >>> summarize(Attribution(torch.tensor([[3.0, -1.0, 0.0, 0.0]])), k=1)["stride/top_share"]
         0.75
     """
-    scores = attribution.scores.float()
+    scores, tag = attribution.scores.float(), tag_of(attribution)
     size = scores.abs()
     top = size.topk(min(k, attribution.num_train)).values.sum(1)
     scalars = {
-        "stride/score_std": scores.std(correction=0).item(),
-        "stride/top_share": (top / size.sum(1).clamp_min(1e-30)).mean().item(),
-        "stride/positive_fraction": (scores > 0).float().mean().item(),
-        "stride/nonzero_fraction": (scores != 0).float().mean().item(),
+        f"{tag}/score_std": scores.std(correction=0).item(),
+        f"{tag}/top_share": (top / size.sum(1).clamp_min(1e-30)).mean().item(),
+        f"{tag}/positive_fraction": (scores > 0).float().mean().item(),
+        f"{tag}/nonzero_fraction": (scores != 0).float().mean().item(),
     }
     if attribution.std is not None:
-        scalars["stride/posterior_std"] = attribution.std.float().mean().item()
-        scalars["stride/significant_fraction"] = (size > 2 * attribution.std).float().mean().item()
+        scalars[f"{tag}/posterior_std"] = attribution.std.float().mean().item()
+        scalars[f"{tag}/significant_fraction"] = (size > 2 * attribution.std).float().mean().item()
     for name, value in attribution.metadata.items():
         if name.startswith(("seconds", "peak_memory")):
-            scalars |= dict(_numbers(f"stride/{name}", value))
+            scalars |= dict(_numbers(f"{tag}/{name}", value))
     return scalars
 
 
@@ -131,10 +137,10 @@ def markdown_table(attribution: Attribution, queries: Iterable[int], k: int) -> 
         | opponent | 1 | 1 | -0.25 | &#60;i&#62; |
     """
     has_target = attribution.train_targets is not None
-    names = ["target"] * has_target + [_escape(name) for name in attribution.train_info]
+    names = ["target"] * has_target + [escaped(name) for name in attribution.train_info]
     parts = []
     for query in queries:
-        facts = [f"{_escape(name)} {_escape(value)}" for name, value in query_facts(attribution, query).items()]
+        facts = [f"{escaped(name)} {escaped(value)}" for name, value in query_facts(attribution, query).items()]
         lines = [
             "### " + " · ".join([f"Query {query}", *facts]),
             "",
@@ -143,7 +149,7 @@ def markdown_table(attribution: Attribution, queries: Iterable[int], k: int) -> 
         ]
         for side, rank, example in _ranked_rows(attribution, query, k):
             score = interval_text(example.score, example.std)
-            cells = [side, str(rank), str(example.position), score, *map(_escape, _texts(example))]
+            cells = [side, str(rank), str(example.position), score, *map(escaped, _texts(example))]
             lines.append("| " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
@@ -179,14 +185,15 @@ def _log_to_experiment(
     figure: Figure | None,
 ) -> None:
     """What a TensorBoard writer shows. Never `add_scalars` or `add_hparams`: they open runs of their own."""
+    tag = tag_of(attribution)
     if hasattr(experiment, "add_histogram"):
-        experiment.add_histogram("stride/scores", attribution.scores.float(), step)
+        experiment.add_histogram(f"{tag}/scores", attribution.scores.float(), step)
         if attribution.std is not None:
-            experiment.add_histogram("stride/std", attribution.std.float(), step)
+            experiment.add_histogram(f"{tag}/std", attribution.std.float(), step)
     if queries and hasattr(experiment, "add_text"):
-        experiment.add_text("stride/top_examples", markdown_table(attribution, queries, k), step)
+        experiment.add_text(f"{tag}/top_examples", markdown_table(attribution, queries, k), step)
     if figure is not None and hasattr(experiment, "add_figure"):
-        experiment.add_figure("stride/top_pictures", figure, step, close=False)
+        experiment.add_figure(f"{tag}/top_pictures", figure, step, close=False)
     if hasattr(experiment, "add_histogram") and hasattr(experiment, "flush"):
         experiment.flush()
 
@@ -201,7 +208,8 @@ def _texts(example: RankedExample) -> list[str]:
     return ([] if example.target is None else [example.target]) + list(example.info)
 
 
-def _escape(text: object) -> str:
+def escaped(text: object) -> str:
+    """Text from the data as one cell of a Markdown table."""
     return shortened(str(text), _CELL).translate(_ENTITIES)
 
 
@@ -214,7 +222,7 @@ def _numbers(tag: str, value: Any) -> Iterator[tuple[str, float]]:
         yield tag, float(value)
 
 
-def _pixels(figure: Figure) -> np.ndarray:
+def pixels_of(figure: Figure) -> np.ndarray:
     """The drawn figure, uint8 of shape ``(H, W, 3)``."""
     canvas: Any = figure.canvas
     canvas.draw()

@@ -228,3 +228,48 @@ def test_malformed_memberships_are_refused() -> None:
         Design(9, 3, 2, 0, bits=bits)
     with pytest.raises(ValueError, match=r"indices have shape \(3, 2\); expected \(4, 2\)"):
         Design(9, 4, 2, 0, indices=indices)
+
+
+# ---- subsets drawn elsewhere ------------------------------------------------------------------------------------
+
+
+def irregular_masks(num_subsets: int = 21, num_train: int = 45) -> torch.Tensor:
+    """Examples in none, some and all of the subsets, and a subset without any."""
+    generator = torch.Generator().manual_seed(4)
+    masks = torch.rand(num_subsets, num_train, generator=generator) < torch.linspace(0, 1, num_train)
+    masks[:, 0], masks[:, -1], masks[5] = False, True, False
+    return masks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("block_size", [1, 7, 8192])
+def test_masks_are_a_design(dtype: torch.dtype, block_size: int) -> None:
+    masks = irregular_masks()
+    design, matrix = Design.from_masks(masks), masks.to(dtype)
+    assert torch.equal(design.dense(dtype), matrix)
+    assert torch.equal(design.sizes, masks.sum(1))
+    assert torch.equal(design.rows(torch.tensor([44, 3, 3])), masks.T[[44, 3, 3]].float())
+    assert (design.num_subsets, design.num_train, design.seed) == (21, 45, -1)
+    assert design.degree == round(masks.sum(0).double().mean().item())
+    assert masks.sum(0).unique().numel() > 5  # or this would show nothing
+    scores = random_tensor(3, 45, seed=1, dtype=dtype)
+    measurements = random_tensor(3, 21, seed=2, dtype=dtype)
+    torch.testing.assert_close(design.responses(scores, block_size), scores @ matrix.T)
+    torch.testing.assert_close(design.backproject(measurements, block_size), measurements @ matrix)
+    expected = torch.einsum("kn,qn,ln->qkl", matrix, scores.square(), matrix)
+    torch.testing.assert_close(design.gram(scores.square(), block_size), expected)
+
+
+def test_masks_of_a_sampled_design_give_it_again() -> None:
+    for shape in STORAGES.values():
+        sampled = sample_design(*shape, seed=3)
+        design = Design.from_masks(sampled.dense().bool())
+        assert torch.equal(design.dense(), sampled.dense())
+        assert design.degree == sampled.degree
+        assert torch.equal(Design.restore(design.info(), design.tensors()).dense(), sampled.dense())
+
+
+def test_masks_of_other_layouts_and_types() -> None:
+    masks = irregular_masks()
+    for same in (masks.T.contiguous().T, masks.to(torch.uint8), masks.int()):
+        assert torch.equal(Design.from_masks(same).dense(torch.int64), masks.long())

@@ -151,6 +151,33 @@ def test_long_text_is_cut():
     assert len(markdown_table(attribution, [0], 1)) < 400
 
 
+def test_names_begin_with_the_method(attribution, tmp_path):
+    """Several methods side by side: nothing of one is under the name of the other."""
+    attribution.metadata["method"] = "further-training"
+    renamed = {tag.replace("stride/", "further-training/") for tag in summarize(Attribution(SCORES), k=1)}
+    assert renamed < set(summarize(attribution, k=1))
+    assert all(tag.startswith("further-training/") for tag in summarize(attribution, k=1))
+    assert summarize(attribution, k=1)["further-training/seconds/fit"] == 1.5
+    logger = WandbLike()
+    log_attribution(attribution, [logger], step=5, k=1)
+    metrics, *others = logger.calls
+    assert metrics[1] == summarize(attribution, k=1)
+    assert [call[0] for call in others][:1] == ["further-training/top_examples"]
+    assert all(call[0].startswith("further-training/") for call in others)
+    board = TensorBoardLogger(tmp_path)
+    attribution.log(board, step=7, k=1, max_queries=1)
+    tags = read_events(board).Tags()
+    assert tags["histograms"] == ["further-training/scores", "further-training/std"]
+    assert tags["tensors"] == ["further-training/top_examples/text_summary"]
+    assert [
+        tag for kind in ("scalars", "images") for tag in tags[kind] if not tag.startswith("further-training/")
+    ] == []
+
+
+def test_scores_without_a_method_are_named_as_ever():
+    assert set(summarize(Attribution(SCORES), k=1)) >= {"stride/score_std", "stride/top_share"}
+
+
 def test_csv_logger_gets_the_scalars(attribution, tmp_path):
     logger = CSVLogger(tmp_path)
     attribution.metadata["step"] = 30

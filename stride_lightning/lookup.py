@@ -11,6 +11,9 @@ from torch import nn
 from stride_lightning.records import Record, RecordError, find_records, read_info, read_record
 from stride_lightning.weights import attached_trainer
 
+#: Which callback writes which kind of record.
+_WRITERS = {"stride": "StrideCallback", "further-training": "FurtherTrainingCallback"}
+
 
 def choose_record(
     explicit: str | Path | None,
@@ -18,6 +21,7 @@ def choose_record(
     model: nn.Module,
     weights: str,
     asked: Mapping[str, Any],
+    kind: str = "stride",
 ) -> tuple[Record | None, str]:
     """The record to start from, and a sentence about it for the metadata.
 
@@ -26,7 +30,8 @@ def choose_record(
         checkpoint: The checkpoint whose weights are attributed; its callback state says where records are.
         model: The model; its attached trainer's callbacks say where records are.
         weights: Hash of the weights that are attributed.
-        asked: Options a record must agree with where they are not None: ``layers``, ``num_subsets``, ``degree``.
+        asked: Options a record must agree with where they are not None, such as ``layers`` or ``num_subsets``.
+        kind: What the record is to hold.
 
     Raises:
         FileNotFoundError: If the explicit path does not exist.
@@ -34,12 +39,12 @@ def choose_record(
         RecordError: If it is damaged.
     """
     if explicit is not None:
-        return _explicit_record(Path(explicit), weights, asked), "given by the caller"
+        return _explicit_record(Path(explicit), weights, asked, kind), "given by the caller"
     notes = []
     for path in reversed(_known_records(checkpoint, model)):
         try:
             info = read_info(path)
-            if info.get("kind") != "stride" or info["weights"] != weights:
+            if info.get("kind") != kind or info.get("weights") != weights:
                 continue
             conflict = _conflict(info, asked)
             if conflict is None:
@@ -67,21 +72,21 @@ def explain_mismatch(record: Record, fingerprint: Mapping[str, Any], task: str) 
     return None
 
 
-def _explicit_record(path: Path, weights: str, asked: Mapping[str, Any]) -> Record:
+def _explicit_record(path: Path, weights: str, asked: Mapping[str, Any], kind: str) -> Record:
     candidates = find_records(path) if path.is_dir() else []
     if not candidates:
         candidates = [path]  # a record itself; reading says what is wrong if it is not
     infos = {candidate: read_info(candidate) for candidate in candidates}
     kinds = sorted({repr(info.get("kind")) for info in infos.values()})
-    infos = {candidate: info for candidate, info in infos.items() if info.get("kind") == "stride"}
+    infos = {candidate: info for candidate, info in infos.items() if info.get("kind") == kind}
     if not infos:
         raise ValueError(
-            f"{path} holds {', '.join(kinds)}, not what StrideCallback writes. Name one of its records, or the folder "
-            "that holds them."
+            f"{path} holds {', '.join(kinds)}, not what {_WRITERS[kind]} writes. Name one of its records, or the "
+            "folder that holds them."
         )
-    fitting = [candidate for candidate, info in infos.items() if info["weights"] == weights]
+    fitting = [candidate for candidate, info in infos.items() if info.get("weights") == weights]
     if not fitting:
-        hashes = "\n".join(f"  record {candidate.name}: {info['weights']}" for candidate, info in infos.items())
+        hashes = "\n".join(f"  record {candidate.name}: {info.get('weights')}" for candidate, info in infos.items())
         raise ValueError(
             f"No record at {path} is of the weights that are attributed (SHA-256).\n{hashes}\n  model: {weights}\n"
             "Pass the checkpoint of the same step as ckpt_path=, or leave out `record` to compute everything on the "
@@ -98,7 +103,7 @@ def _known_records(checkpoint: Mapping[str, Any] | None, model: nn.Module) -> li
     """Records in the folders that callback states name, oldest first."""
     trainer = attached_trainer(model)
     callbacks = [] if trainer is None else trainer.callbacks
-    states = [callback.state_dict() for callback in callbacks if _is_stride_callback(callback)]
+    states = [callback.state_dict() for callback in callbacks if _writes_records(callback)]
     if checkpoint is not None:
         # Told by its content: the key is the class's name, which in a subclass is another.
         saved = checkpoint.get("callbacks", {}).values()
@@ -107,13 +112,13 @@ def _known_records(checkpoint: Mapping[str, Any] | None, model: nn.Module) -> li
     return [record for folder in folders for record in find_records(folder)]
 
 
-def _is_stride_callback(callback: object) -> bool:
+def _writes_records(callback: object) -> bool:
     # By name: callbacks/ builds on this file, not the other way round.
-    return any(base.__name__ == "StrideCallback" for base in type(callback).__mro__)
+    return any(base.__name__ in _WRITERS.values() for base in type(callback).__mro__)
 
 
 def _conflict(info: Mapping[str, Any], asked: Mapping[str, Any]) -> str | None:
-    stored = {"layers": info["layers"], **info["design"]}
+    stored = {**info, **info.get("design", {})}
     for name, value in asked.items():
         if value is not None and stored[name] != value:
             return f"has {name}={stored[name]!r}, but {name}={value!r} was asked for"

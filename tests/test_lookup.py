@@ -5,8 +5,8 @@ import shutil
 import pytest
 from torch import nn
 
+from stride_lightning.lookup import choose_record, explain_mismatch
 from stride_lightning.records import RecordError, find_records, read_record, write_record
-from stride_lightning.steering.lookup import choose_record, explain_mismatch
 
 DESIGN = {"num_subsets": 8, "num_train": 20, "degree": 4, "seed": 0}
 NOTHING = {"layers": None, "num_subsets": None, "degree": None}

@@ -1,0 +1,214 @@
+"""FurtherTrainingCallback: at the end of a fit, trains on without chosen examples and records what that does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException  # pyright: ignore[reportPrivateImportUsage]
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # pyright: ignore[reportPrivateImportUsage]
+from torch import Tensor
+from typing_extensions import override
+
+from stride_lightning.attributors import infer_task_of
+from stride_lightning.callbacks.recording import RecordingCallback, is_dev_run
+from stride_lightning.data import Examples, first_batch, resolve_queries
+from stride_lightning.distributed import barrier, rank
+from stride_lightning.randomness import preserved_random_state
+from stride_lightning.records import write_record
+from stride_lightning.retraining.further_training import (
+    FurtherTraining,
+    find_left_out,
+    make_leaving_out,
+    measure_effects,
+    read_amounts,
+)
+from stride_lightning.retraining.leaving_out import LeavingOut
+from stride_lightning.retraining.optimizers import MakeOptimizer
+from stride_lightning.retraining.recipe import encoded_batch, fingerprint_of
+from stride_lightning.tasks import Task, check_task
+from stride_lightning.weights import borrowed, rank_zero_state, weight_hash
+
+
+class FurtherTrainingCallback(RecordingCallback):
+    """Measures the gold standard at the end of a fit: how training on without an example changes chosen queries.
+
+    When training ends, copies of the model are trained on, each with the share of one example taken out of every
+    batch. Effects are logged to every logger, under ``further-training/``, and written into a record that
+    ``attribute(method="further-training")`` finds by the weights. The model and the rest of the fit stay as they are.
+
+    List it after callbacks that change the final weights, such as weight averaging.
+
+    Args:
+        queries: What is measured: a Dataset, DataLoader or LightningDataModule.
+        left_out: Positions in the training dataset; by default all, or 100 spread evenly if there are more.
+        epochs: After how many epochs of further training effects are measured; one number or several.
+        num_seeds: Orders of batches averaged over.
+        optimizer: Makes the optimizer of a model's parameters; by default the model's ``configure_optimizers``
+            without its schedule, at the initial learning rate.
+        batch_size: Examples of a batch; by default those of one optimizer step of the fit, over all processes.
+        dirpath: Folder of the records; by default ``further-training`` in the trainer's log folder.
+        task: What a batch means; inferred from the first batch by default.
+        seed: The first of the seeds.
+        train_indices: Positions in the dataset that are trained on, where the sampler does not tell.
+        memory_budget: Bytes that copies trained together may take.
+
+    Raises:
+        MisconfigurationException: If an argument, the strategy or the data cannot work; before the first step.
+
+    Example:
+        >>> import lightning.pytorch as L
+        >>> from torch.utils.data import TensorDataset
+        >>> queries = TensorDataset(torch.randn(3, 2), torch.tensor([0, 1, 1]))
+        >>> trainer = L.Trainer(callbacks=[FurtherTrainingCallback(queries, left_out=[0, 5])], logger=False)
+
+    Reference: arXiv:2412.03906, section 3.
+    """
+
+    folder = "further-training"
+
+    def __init__(
+        self,
+        queries: Any,
+        *,
+        left_out: Sequence[int] | None = None,
+        epochs: int | Sequence[int] = 1,
+        num_seeds: int = 5,
+        optimizer: MakeOptimizer | None = None,
+        batch_size: int | None = None,
+        dirpath: str | Path | None = None,
+        task: Task | None = None,
+        seed: int = 0,
+        train_indices: list[int] | None = None,
+        memory_budget: int | None = None,
+    ) -> None:
+        super().__init__(dirpath, train_indices)
+        try:
+            check_task(task)
+            self.epochs = read_amounts(epochs)
+        except (TypeError, ValueError) as error:
+            raise MisconfigurationException(str(error)) from error
+        for name, value in {"num_seeds": num_seeds, "batch_size": batch_size}.items():
+            if value is not None and value < 1:
+                raise MisconfigurationException(f"`{name}` must be at least 1, got {value}.")
+        self.queries, self.left_out, self.num_seeds, self.optimizer = queries, left_out, num_seeds, optimizer
+        self.batch_size, self.task, self.seed, self.memory_budget = batch_size, task, seed, memory_budget
+        #: What was measured at the end of the last fit.
+        self.result: FurtherTraining | None = None
+        self._examples: Examples | None = None
+        self._asked: Examples | None = None
+        self._task: Task | None = None
+
+    @property
+    @override
+    def state_key(self) -> str:
+        dirpath = None if self._explicit_dirpath is None else str(self._explicit_dirpath)
+        return self._generate_state_key(dirpath=dirpath, epochs=self.epochs, num_seeds=self.num_seeds, seed=self.seed)
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.result = None
+        try:
+            examples = self.training_examples(trainer, pl_module)
+            self._examples, self._asked = examples, resolve_queries(self.queries, pl_module)
+            find_left_out(self.left_out, examples)
+            with borrowed(pl_module, None, None), torch.no_grad():
+                head = first_batch(examples, 64, pl_module.device)
+                self._task = self.task or infer_task_of(head, pl_module)
+                # Tried out now: at the end of a long fit it would be too late.
+                asked = first_batch(self._asked, 64, pl_module.device)
+                encoded_batch(pl_module, self._task, asked, self._leaving_out(trainer, pl_module, head).num_outputs)
+        except (TypeError, ValueError) as error:
+            raise MisconfigurationException(
+                f"FurtherTrainingCallback cannot work with this model and data. {error}"
+            ) from error
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if is_dev_run(trainer):
+            return
+        try:
+            self.result = self._measure(trainer, pl_module)
+        except (TypeError, ValueError) as error:  # no reason to end the user's run
+            rank_zero_warn(f"FurtherTrainingCallback wrote no record. {error}")
+            return
+        if rank() == 0:
+            self._write(trainer, pl_module, self.result)
+            with preserved_random_state():  # pictures may be read at random
+                self._log(trainer, self.result)
+        barrier()
+
+    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> FurtherTraining:
+        examples, asked, task = self._examples, self._asked, self._task
+        assert examples is not None
+        assert asked is not None
+        assert task is not None
+        with borrowed(pl_module, rank_zero_state(pl_module), None) as device, torch.no_grad():
+            leaving_out = self._leaving_out(trainer, pl_module, first_batch(examples, 64, device))
+            batches = [
+                encoded_batch(pl_module, task, batch, leaving_out.num_outputs)
+                for batch, _, _ in asked.batches(256, device)
+            ]
+            weights = weight_hash(pl_module)
+        return measure_effects(
+            leaving_out,
+            batches,
+            left_out=self.left_out,
+            epochs=self.epochs,
+            seeds=range(self.seed, self.seed + self.num_seeds),
+            path=None,
+            metadata={"weights": weights, "query_data": fingerprint_of(asked, task), "step": trainer.global_step},
+            show_progress=trainer.progress_bar_callback is not None,
+        )
+
+    def _leaving_out(self, trainer: L.Trainer, pl_module: L.LightningModule, head: Any) -> LeavingOut:
+        assert self._examples is not None
+        assert self._task is not None
+        size, loading = self.batch_size, self._examples.loading
+        if size is None and loading is not None:  # what one optimizer step takes in
+            size = loading.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+        return make_leaving_out(
+            pl_module,
+            self._task,
+            self._examples,
+            head,
+            batch_size=size,
+            optimizer=self.optimizer,
+            memory_budget=self.memory_budget,
+        )
+
+    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, result: FurtherTraining) -> None:
+        assert self.dirpath is not None
+        info: dict[str, Any] = {
+            **result.info(),
+            "model": type(pl_module).__name__,
+            "epoch": trainer.current_epoch,
+            "step": trainer.global_step,
+        }
+        path = write_record(self.dirpath, f"step={trainer.global_step}", info, {"effects": result.tensors()})
+        rank_zero_info(f"FurtherTrainingCallback wrote {path}")
+        self.records.append(path)
+
+    def _log(self, trainer: L.Trainer, result: FurtherTraining) -> None:
+        """How large the effects are after each amount, and those after the last in full."""
+        metrics: dict[str, float] = {}
+        for epoch in result.epochs:
+            name = f"further-training/epochs={epoch}"
+            metrics[f"{name}/effect_rms"] = _rms(result.effects(epoch))
+            error = result.std_error(epoch)
+            if error is not None:
+                metrics[f"{name}/std_error_rms"] = _rms(error)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+        attribution = result.attribution()
+        attribution.queries = self._asked
+        assert self._examples is not None
+        attribution.train_data = self._examples.subset(find_left_out(result.left_out, self._examples)[1].tolist())
+        attribution.log(trainer.loggers, step=trainer.global_step)
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())

@@ -1,0 +1,1 @@
+"""Ground truth: many models trained at once, with and without examples."""

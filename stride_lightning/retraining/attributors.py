@@ -1,0 +1,317 @@
+"""The gold standards as methods of attribute(): "further-training" and "retraining"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stride_lightning.attribution import Attribution
+from stride_lightning.attributors import Attributor
+from stride_lightning.data import Examples, first_batch
+from stride_lightning.distributed import all_equal
+from stride_lightning.lookup import choose_record, explain_mismatch
+from stride_lightning.retraining.further_training import (
+    FurtherTraining,
+    find_left_out,
+    make_leaving_out,
+    measure_effects,
+)
+from stride_lightning.retraining.ground_truth import GroundTruth
+from stride_lightning.retraining.optimizers import MakeOptimizer
+from stride_lightning.retraining.recipe import encoded_batch, survey
+from stride_lightning.retraining.retrain import retrain
+from stride_lightning.steering.attributor import RecoveryName, StrideAttributor
+from stride_lightning.steering.lasso import cross_validate_penalty, solve_lasso
+from stride_lightning.steering.recovery import Recovery, recover_ridge, recover_with_prior
+from stride_lightning.steering.subsets import Design
+
+_NO_BATCH_SIZE = (
+    "The batch size decides what training gives, and cannot be told from `train_data`. Pass a DataLoader with a "
+    "batch_size, or `train_batch_size=`."
+)
+
+
+class FurtherTrainingAttributor(Attributor):
+    """Trains the final model on without each example, and scores the example by what that does to each query.
+
+    The gold standard of attribution to a final model: nothing is approximated, and it costs a short training run per
+    example and seed. A record that :class:`~stride_lightning.FurtherTrainingCallback` left of these weights, data and
+    queries is used, unless it was made with other options than those given.
+
+    Args:
+        left_out: Positions in the training dataset of the examples to score; by default those of the record, else all.
+        epochs: Epochs of further training; by default the last of the record's, else 1.
+        num_seeds: Orders of batches averaged over, by default the record's, else 5; the standard error over them is
+            the attribution's ``std``.
+        optimizer: Makes the optimizer of a model's parameters; by default the model's own, without its schedule.
+        train_batch_size: Examples of a training batch; by default that of the training DataLoader.
+        memory_budget: Bytes that copies trained together may take.
+        seed: The first of the seeds.
+        batch_size: Examples per forward pass when losses are measured.
+        show_progress: Show progress bars.
+
+    Reference: arXiv:2412.03906, section 3.
+    """
+
+    method = "further-training"
+
+    def __init__(
+        self,
+        *,
+        left_out: Sequence[int] | Tensor | None = None,
+        epochs: int | None = None,
+        num_seeds: int | None = None,
+        optimizer: MakeOptimizer | None = None,
+        train_batch_size: int | None = None,
+        memory_budget: int | None = None,
+        seed: int = 0,
+        batch_size: int = 256,
+        show_progress: bool = True,
+    ) -> None:
+        super().__init__(seed=seed, batch_size=batch_size, show_progress=show_progress)
+        if num_seeds is not None and num_seeds < 1:
+            raise ValueError(f"`num_seeds` must be at least 1, got {num_seeds}.")
+        if epochs is not None and (not isinstance(epochs, int) or epochs < 1):
+            raise ValueError(f"`epochs` must be an integer of at least 1, got {epochs!r}.")
+        self.left_out, self.epochs, self.num_seeds = left_out, epochs, num_seeds
+        self.optimizer, self.train_batch_size, self.memory_budget = optimizer, train_batch_size, memory_budget
+
+    def _fit(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
+        self._explicit = record is not None
+        found, self._note = choose_record(record, checkpoint, model, self._weights, {}, "further-training")
+        if not all_equal(None if found is None else dict(found.checksums)):
+            # They would go separate ways, and wait for each other forever.
+            found, self._note = None, "not every rank found the same record; computed on the spot"
+        self._fingerprint, self._targets = survey(self._train, self._task)
+        self._chosen = None if self.left_out is None else find_left_out(self.left_out, self._train)[0]
+        self._found, self._leaving_out = None, None
+        if found is not None:
+            self._found = FurtherTraining.from_record(found)
+            mismatch = explain_mismatch(found, self._fingerprint, repr(self._task))
+            mismatch = self._conflict(self._found, model) if mismatch is None else mismatch
+            if mismatch is not None:
+                if self._explicit:
+                    raise ValueError(mismatch)
+                self._found, self._note = None, mismatch
+        if self._found is None:
+            self._prepare(model, device)
+        self.metadata["data"] = self._fingerprint
+        self.metadata["record"] = None if found is None or self._found is None else str(found.path)
+
+    def _conflict(self, found: FurtherTraining, model: nn.Module) -> str | None:
+        """What a record was made with in place of what was asked for."""
+        stored = found.metadata
+        differing = []
+        if self._chosen is not None and not set(self._chosen.tolist()) <= set(found.left_out.tolist()):
+            differing.append("left_out")
+        if self.epochs is not None and self.epochs not in found.epochs:
+            differing.append(f"epochs ({found.epochs} there)")
+        if self.num_seeds is not None and self.num_seeds != len(found.seeds):
+            differing.append(f"num_seeds ({len(found.seeds)} there)")
+        if self.train_batch_size is not None and self.train_batch_size != stored["batch_size"]:
+            differing.append(f"train_batch_size ({stored['batch_size']} there)")
+        if self.optimizer is not None and repr(self.optimizer(model.parameters())) != stored["optimizer"]:
+            differing.append(f"optimizer ({' '.join(stored['optimizer'].split())} there)")
+        if not differing:
+            return None
+        return f"The record was made with other options: {', '.join(differing)}. Leave them out, or `record`."
+
+    def _prepare(self, model: nn.Module, device: torch.device) -> None:
+        if self.train_batch_size is None and self._train.loading is None:
+            raise ValueError(_NO_BATCH_SIZE)
+        self._leaving_out = make_leaving_out(
+            model,
+            self._task,
+            self._train,
+            first_batch(self._train, 64, device),
+            batch_size=self.train_batch_size,
+            optimizer=self.optimizer,
+            memory_budget=self.memory_budget,
+        )
+
+    def _attribute(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
+        query_data, query_targets = survey(queries, self._task)
+        result, note = self._found, self._note
+        if result is not None and (target != "label" or result.metadata["query_data"] != query_data):
+            if self._explicit:
+                raise ValueError("The record holds effects on other queries. Leave out `record` to compute them anew.")
+            result, note = None, "the record found is of other queries; computed on the spot"
+        record = None if result is None else self.metadata["record"]
+        if result is None:
+            result = self._measure(model, queries, query_data, device, target)
+        chosen, epochs = result.metadata, result.epochs[-1] if self.epochs is None else self.epochs
+        positions = result.left_out if self._chosen is None else self._chosen
+        place_of = {position: place for place, position in enumerate(result.left_out.tolist())}
+        columns, error = [place_of[position] for position in positions.tolist()], result.std_error(epochs)
+        self._scored = find_left_out(positions, self._train)[1]
+        return Attribution(
+            result.effects(epochs)[:, columns],
+            None if error is None else error[:, columns],
+            train_targets=None if self._targets is None else self._targets[self._scored],
+            query_targets=query_targets if target == "label" else None,
+            metadata={
+                "query_data": query_data,
+                "record": record,
+                "record_note": note,
+                "further_training": {
+                    **{name: chosen[name] for name in ("optimizer", "batch_size", "seeds", "one_by_one_because")},
+                    "epochs": epochs,
+                },
+            },
+        )
+
+    def _measure(
+        self, model: nn.Module, queries: Examples, query_data: dict[str, Any], device: torch.device, target: str
+    ) -> FurtherTraining:
+        if self._leaving_out is None:
+            self._prepare(model, device)
+        assert self._leaving_out is not None
+        num_outputs = self._leaving_out.num_outputs
+        batches = [
+            encoded_batch(model, self._task, batch, num_outputs, target)
+            for batch, _, _ in queries.batches(self.batch_size, device)
+        ]
+        every = torch.arange(len(self._train.dataset)) if self._train.positions is None else self._train.positions
+        return measure_effects(
+            self._leaving_out,
+            batches,
+            left_out=every if self._chosen is None else self._chosen,
+            epochs=1 if self.epochs is None else self.epochs,
+            seeds=range(self.seed, self.seed + (5 if self.num_seeds is None else self.num_seeds)),
+            path=None,
+            metadata={"weights": self._weights, "query_data": query_data, "data": self._fingerprint},
+            show_progress=self.show_progress,
+        )
+
+    def _scored_examples(self) -> Examples:
+        everything = self._scored.equal(torch.arange(len(self._train)))
+        return self._train if everything else self._train.subset(self._scored.tolist())
+
+
+class RetrainingAttributor(Attributor):
+    """Datamodels: scores recovered from the losses of models that were really retrained on random subsets.
+
+    Args:
+        truth: Retrained losses of the queries, or the folder they were saved in; by default models are retrained.
+        model_fn: Makes a fresh, untrained model, where there is no ``truth``.
+        max_epochs: Epochs of retraining.
+        num_subsets: Number of subsets K.
+        fraction: Share of the training examples in each.
+        num_seeds: Models per subset.
+        optimizer: Makes the optimizer of a model's parameters; by default the model's own.
+        train_batch_size: Examples of a training batch; by default that of the training DataLoader.
+        path: Folder for the retrained losses, from which a killed run goes on.
+        recovery: ``"prior"``: starts from the scores of STRIDE, which cost no retraining; or ``"lasso"``, as datamodels
+            were published, or ``"ridge"``.
+        penalty: Of the lasso or the ridge; by cross-validation over subsets by default.
+        memory_budget: Bytes that models trained together may take.
+        seed: Seed of everything random.
+        batch_size: Examples per forward pass.
+        show_progress: Show progress bars.
+
+    Reference: arXiv:2202.00622 (datamodels).
+    """
+
+    method = "retraining"
+
+    def __init__(
+        self,
+        *,
+        truth: GroundTruth | str | Path | None = None,
+        model_fn: Callable[[], nn.Module] | None = None,
+        max_epochs: int | None = None,
+        num_subsets: int = 200,
+        fraction: float = 0.5,
+        num_seeds: int = 1,
+        optimizer: MakeOptimizer | None = None,
+        train_batch_size: int | None = None,
+        path: str | Path | None = None,
+        recovery: RecoveryName = "prior",
+        penalty: float | None = None,
+        memory_budget: int | None = None,
+        seed: int = 0,
+        batch_size: int = 256,
+        show_progress: bool = True,
+    ) -> None:
+        super().__init__(seed=seed, batch_size=batch_size, show_progress=show_progress)
+        if truth is None and (model_fn is None or max_epochs is None):
+            raise ValueError(
+                "method='retraining' needs models retrained on subsets: pass `truth=`, what retrain() gave, or "
+                "`model_fn=` and `max_epochs=` to retrain now."
+            )
+        self._stride = StrideAttributor(
+            recovery=recovery, penalty=penalty, seed=seed, batch_size=batch_size, show_progress=show_progress
+        )
+        self.truth = GroundTruth.load(truth) if isinstance(truth, str | Path) else truth
+        self.recovery: RecoveryName = recovery
+        self.penalty = penalty
+        self._how: dict[str, Any] = {
+            "model_fn": model_fn,
+            "max_epochs": max_epochs,
+            "num_subsets": num_subsets,
+            "fraction": fraction,
+            "num_seeds": num_seeds,
+            "optimizer": optimizer,
+            "batch_size": train_batch_size,
+            "path": path,
+            "memory_budget": memory_budget,
+            "seed": seed,
+            "show_progress": show_progress,
+        }
+
+    def _fit(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
+        if record is not None and self.recovery != "prior":
+            raise ValueError("`record` is what recovery='prior' starts from; leave it out with other recoveries.")
+        self._fingerprint, self._targets = survey(self._train, self._task)
+        self.metadata |= {"data": self._fingerprint, "options": {"recovery": self.recovery}}
+        if self.truth is not None:
+            self.truth.check_data(self.metadata, "`train_data`")
+            if self.truth.num_train != len(self._train):
+                raise ValueError(f"`truth` is of {self.truth.num_train} training examples, got {len(self._train)}.")
+        elif self._how["batch_size"] is None and self._train.loading is None:
+            raise ValueError(_NO_BATCH_SIZE)
+        if self.recovery == "prior":
+            self._stride.take_over(self)
+            self._stride._fit(model, device, record, checkpoint)
+
+    def _attribute(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
+        if target != "label":
+            raise ValueError("method='retraining' measures losses of labelled queries: use target='label'.")
+        query_data, query_targets = survey(queries, self._task)
+        truth = self.truth
+        if truth is None:
+            how = {**self._how, "task": self._task}
+            truth = retrain(queries=queries, train_data=self._train, device=device, **how)
+        truth.check_data({"query_data": query_data}, "`queries`")
+        if truth.num_queries != len(queries):
+            raise ValueError(f"`truth` is of {truth.num_queries} queries, got {len(queries)}.")
+        # In double precision: with more subsets than examples the systems are close to singular.
+        measurements = -truth.losses_by_seed.double().mean(0).T.contiguous()
+        design = Design.from_masks(truth.masks)
+        recovered = self._recover(measurements, design, model, queries, device)
+        return Attribution(
+            recovered.scores.float().cpu(),
+            None if recovered.std is None else recovered.std.float().cpu(),
+            train_targets=self._targets,
+            query_targets=query_targets,
+            metadata={"query_data": query_data, "recovered": recovered.chosen, "retraining": truth.metadata},
+        )
+
+    def _recover(
+        self, measurements: Tensor, design: Design, model: nn.Module, queries: Examples, device: torch.device
+    ) -> Recovery:
+        show = self.show_progress
+        if self.recovery == "prior":
+            prior = self._stride._attribute(model, queries, device, "label").scores.double()
+            return recover_with_prior(measurements, design, prior, show_progress=show)
+        if self.recovery == "ridge":
+            return recover_ridge(measurements, design, penalty=self.penalty, show_progress=show)
+        penalty: float | Tensor | None = self.penalty
+        if penalty is None:
+            penalty = cross_validate_penalty(measurements, design, seed=self.seed, show_progress=show)
+        solution = solve_lasso(measurements, design, penalty, show_progress=show)
+        return Recovery(solution.scores, None, {"penalty": float(torch.as_tensor(penalty).median())})

@@ -1,0 +1,260 @@
+"""Whether models of a kind can train together, and if not, why."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.utils import _pytree as pytree
+
+from stride_lightning.randomness import seeded
+from stride_lightning.retraining.optimizers import CannotBatch
+from stride_lightning.tasks import Task
+from stride_lightning.weights import borrowed
+
+#: Hooks of a LightningModule through which it may change how it is trained.
+_HOOKS = (
+    *("backward", "configure_callbacks", "configure_gradient_clipping", "lr_scheduler_step", "optimizer_step"),
+    *("optimizer_zero_grad", "on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start"),
+    *("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step"),
+    *("on_train_batch_end", "on_train_epoch_end", "on_train_end", "on_fit_end", "setup", "configure_model"),
+)
+#: Difference between two ways to compute a loss that counts as rounding.
+_TOLERANCE = 1e-3
+
+
+def check_hooks(model: nn.Module) -> None:
+    """Refuse a LightningModule that takes part in its training in more ways than a loss.
+
+    Raises:
+        CannotBatch: If it does.
+    """
+    if not isinstance(model, L.LightningModule):
+        return
+    if not model.automatic_optimization:
+        raise CannotBatch("it optimizes by hand (automatic_optimization=False)")
+    own = [name for name in _HOOKS if getattr(type(model), name) is not getattr(L.LightningModule, name)]
+    if own:
+        raise CannotBatch(f"it has hooks that only a Trainer calls: {', '.join(own)}")
+
+
+def loss_factor(model: nn.Module, task: Task, batch: Any, prepared: tuple[Any, Tensor]) -> float:
+    """What the task's mean loss is multiplied with to give the loss that ``training_step`` returns.
+
+    1 for cross-entropy, 2 for ``mse_loss`` (the task's loss is half the squared error).
+
+    Args:
+        model: The model.
+        task: The task.
+        batch: A training batch.
+        prepared: Its inputs and encoded targets.
+
+    Raises:
+        CannotBatch: If the loss is not such a multiple: label smoothing, class weights, auxiliary losses.
+    """
+    if not isinstance(model, L.LightningModule):
+        return 1.0
+    size = len(prepared[1])
+    parts = [list(range(size)), *([i] for i in range(min(4, size)) if size > 1)]
+    pairs = []
+    with _tried_out(model), _without_trainer(model), torch.no_grad():
+        for number, rows in enumerate(parts):
+            (inputs, encoded), part = (_rows(value, rows, size) for value in (prepared, batch))
+            with seeded(0):  # dropout
+                own = task.loss(task.outputs(model, inputs).reshape(len(rows), -1), encoded)
+            try:
+                with seeded(0):
+                    pairs.append((_loss_of(_step(model, part, number)), float(own.mean())))
+            except Exception as error:
+                raise CannotBatch(
+                    f"its training_step cannot be called without a Trainer ({type(error).__name__}: {error})"
+                ) from error
+    factor = pairs[0][0] / pairs[0][1] if pairs[0][1] else 1.0
+    scale = max(abs(step) for step, _ in pairs)
+    if any(not abs(step - factor * own) <= _TOLERANCE * scale for step, own in pairs):
+        raise CannotBatch(
+            f"its training_step returns another loss than the mean of the {task.name} loss over examples (label "
+            "smoothing, weights or auxiliary losses?)"
+        )
+    # Factors are 1, 2 or 1 / noise_std^2: take off the rounding of the division.
+    plain, rounding = float(f"{factor:.3g}"), 20 * torch.finfo(prepared[1].dtype).eps
+    return plain if abs(plain - factor) < rounding * abs(factor) else factor
+
+
+def check_separate(model: nn.Module, task: Task, inputs: Any, size: int) -> None:
+    """Refuse a model that mixes the examples of a training batch: leaving one out would change the others.
+
+    Raises:
+        CannotBatch: If it does, as BatchNorm does.
+    """
+    if size < 2:
+        return
+    half = list(range(size // 2))
+    with _tried_out(model), torch.no_grad():
+
+        def first_half(rows: list[int]) -> Tensor:
+            with seeded(0):
+                return task.outputs(model, _rows(inputs, rows, size))[: len(half)]
+
+        try:
+            # Under dropout only batches of one size draw the same masks.
+            pairs = [[first_half(rows) for rows in (list(range(size)), [i % len(half) for i in range(size)])]]
+            _switch_dropout_off(model)
+            if not _differs_by_seed(model, task, inputs):
+                pairs.append([first_half(rows) for rows in (list(range(size)), half)])
+        except Exception as error:
+            raise CannotBatch(f"half a batch cannot be run ({type(error).__name__}: {error})") from error
+    for one, other in pairs:
+        if one.shape != other.shape or not torch.allclose(one, other, rtol=_TOLERANCE, atol=1e-4):
+            named = _named(model, nn.modules.batchnorm._BatchNorm)
+            raise CannotBatch(f"in training mode an example's output depends on the others in its batch{named}")
+
+
+def check_vectorises(
+    model: nn.Module,
+    task: Task,
+    prepared: tuple[Any, Tensor],
+    train_mode: Callable[[nn.Module], Any] = lambda model: None,
+) -> None:
+    """Refuse a model that ``torch.func`` cannot vectorise, or that gives something else when it is.
+
+    Args:
+        model: The model.
+        task: The task.
+        prepared: Inputs and encoded targets of a training batch.
+        train_mode: Puts the model in the modes it is trained in; by default those it is in, as a Trainer leaves them.
+
+    Raises:
+        CannotBatch: With the reason torch gives.
+    """
+    inputs, encoded = prepared
+    names = [name for name, value in model.named_parameters() if value.requires_grad]
+    caller = _Losses(model, task)
+
+    with _tried_out(model), torch.enable_grad():
+        train_mode(model)
+        state = {name: value.detach() for name, value in (*model.named_parameters(), *model.named_buffers())}
+
+        def total(parameters: dict[str, Tensor]) -> Tensor:
+            weights = {f"model.{name}": value for name, value in {**state, **parameters}.items()}
+            return functional_call(caller, weights, (inputs, encoded)).sum()
+
+        gradient = torch.func.grad(total)
+
+        one = {name: state[name] for name in names}
+        stacked = pytree.tree_map(lambda value: torch.stack([value, 0.9 * value]), one)
+        try:
+            with seeded(0):
+                both = vmap(gradient, randomness="same")(stacked)
+            with borrowed(model, None, None), torch.no_grad():  # an LSTM can be vectorised only with its gradient
+                vmap(total, randomness="same")(stacked)
+        except Exception as error:
+            detail = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+            named = _named(model, nn.modules.batchnorm._BatchNorm, nn.RNNBase)
+            raise CannotBatch(f"torch.func cannot vectorise it{named}: {detail}") from error
+        for index, scale in enumerate((1.0, 0.9)):
+            with seeded(0):
+                alone = gradient({name: scale * value for name, value in one.items()})
+            largest = max(float(value.abs().max()) for value in alone.values() if value.numel())
+            gaps = [float((both[name][index] - alone[name]).abs().max()) for name in names if alone[name].numel()]
+            if not max(gaps) <= _TOLERANCE * largest:
+                raise CannotBatch("vectorised, its gradients come out differently")
+
+
+def draws_random_numbers(
+    model: nn.Module, task: Task, inputs: Any, train_mode: Callable[[nn.Module], Any] = lambda model: None
+) -> bool:
+    """Whether two passes of a batch in training mode differ, as under dropout."""
+    with _tried_out(model), torch.no_grad():
+        train_mode(model)
+        return _differs_by_seed(model, task, inputs)
+
+
+class _Losses(nn.Module):
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, inputs: Any, encoded: Tensor) -> Tensor:
+        return self.task.loss(self.task.outputs(self.model, inputs).reshape(len(encoded), -1), encoded)
+
+
+class _NoTrainer:
+    """Stands where a Trainer would: without one, Lightning answers that this is epoch 0."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"it asks the Trainer for {name}")
+
+
+@contextmanager
+def _tried_out(model: nn.Module) -> Iterator[None]:
+    """The model in the modes it trains in, moved a little: where a layer starts at zero, all losses are alike."""
+    modes = {module: module.training for module in model.modules()}
+    trained, generator = dict(model.named_parameters()), torch.Generator().manual_seed(0)
+    state = model.state_dict()
+    for name in state.keys() & trained.keys():
+        value = state[name]
+        if value.is_floating_point():
+            spread = float(value.float().std()) if value.numel() > 1 else 0.0
+            noise = torch.randn(value.shape, generator=generator).to(value)
+            state[name] = value + (spread or 0.1) * noise
+    with borrowed(model, state, None):
+        for module, training in modes.items():
+            module.training = training
+        yield
+
+
+@contextmanager
+def _without_trainer(model: L.LightningModule) -> Iterator[None]:
+    before, model._trainer = model._trainer, cast("Any", _NoTrainer())
+    try:
+        yield
+    finally:
+        model._trainer = before
+
+
+def _differs_by_seed(model: nn.Module, task: Task, inputs: Any) -> bool:
+    outputs = []
+    for seed in (0, 1):
+        with seeded(seed):
+            outputs.append(task.outputs(model, inputs))
+    return not torch.equal(*outputs)
+
+
+def _switch_dropout_off(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.eval()
+
+
+def _step(model: L.LightningModule, batch: Any, number: int) -> Any:
+    """What ``training_step`` returns, with or without a ``batch_idx`` among its arguments."""
+    wanted = len(inspect.signature(model.training_step).parameters)
+    return model.training_step(*(batch, number)[:wanted])
+
+
+def _rows(batch: Any, rows: list[int], size: int) -> Any:
+    """Some examples of a batch; lists and tuples of texts too."""
+
+    def pick(value: Any) -> Any:
+        return value[rows] if isinstance(value, Tensor) and value.ndim > 0 and len(value) == size else value
+
+    return pytree.tree_map(pick, batch)
+
+
+def _loss_of(result: Any) -> float:
+    loss = result.get("loss") if isinstance(result, dict) else result
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise TypeError(f"training_step returned {type(loss).__name__}, expected a loss")
+    return float(loss)
+
+
+def _named(model: nn.Module, *kinds: type[nn.Module]) -> str:
+    names = [f"{name} ({type(module).__name__})" for name, module in model.named_modules() if isinstance(module, kinds)]
+    return f", likely by {', '.join(names[:3])}" if names else ""

@@ -1,0 +1,361 @@
+"""further_train(): the gold standard of attribution to a final model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stride_lightning.attribution import Attribution
+from stride_lightning.attributors import announce, infer_task_of, versions
+from stride_lightning.data import Examples, first_batch, resolve_queries, resolve_train_data
+from stride_lightning.distributed import barrier, broadcast_object, rank
+from stride_lightning.progress import counting
+from stride_lightning.randomness import preserved_random_state
+from stride_lightning.records import Record, RecordError, read_record, write_record
+from stride_lightning.retraining.leaving_out import LeavingOut
+from stride_lightning.retraining.optimizers import MakeOptimizer
+from stride_lightning.retraining.parts import Parts, Tensors, differences, remove_parts
+from stride_lightning.retraining.recipe import count_outputs, encoded_batch, fingerprint_of
+from stride_lightning.tasks import Task, check_task
+from stride_lightning.weights import borrowed, load_checkpoint, rank_zero_state, resolve_ckpt_path, weight_hash
+
+#: Examples left out where the caller names none and there are more.
+NUM_LEFT_OUT = 100
+
+
+@dataclass
+class FurtherTraining:
+    """What training on without an example does to the loss of a query, at several amounts of training.
+
+    Args:
+        effects_by_seed: Loss without the example minus loss with it, positive is helpful; shape ``(S, T, m, q)``.
+        left_out: Positions of the examples in the training dataset, shape ``(m,)``.
+        epochs: After how many epochs of further training, ``T`` of them.
+        seeds: Seeds of the order of batches, ``S`` of them.
+        metadata: Optimizer and settings, weight hash, fingerprints of both data sets, seconds, versions.
+    """
+
+    effects_by_seed: Tensor
+    left_out: Tensor
+    epochs: list[int]
+    seeds: list[int]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        expected = (len(self.seeds), len(self.epochs), len(self.left_out))
+        if self.effects_by_seed.ndim != 4 or self.effects_by_seed.shape[:3] != expected:
+            raise ValueError(f"Effects must have shape {(*expected, 'q')}, got {tuple(self.effects_by_seed.shape)}.")
+        bad = (~torch.isfinite(self.effects_by_seed)).nonzero()
+        if len(bad):
+            seed, epoch, example, query = bad[0].tolist()
+            raise ValueError(
+                f"Training on without example {int(self.left_out[example])} gave a loss that is not finite for query "
+                f"{query}, after {self.epochs[epoch]} epoch(s) with seed {self.seeds[seed]}. Lower the learning rate."
+            )
+
+    def effects(self, epoch: int | None = None) -> Tensor:
+        """Mean effect over seeds, shape ``(q, m)``.
+
+        Args:
+            epoch: One of :attr:`epochs`; the last by default.
+        """
+        return self._at(epoch).mean(0).T.float()
+
+    def std_error(self, epoch: int | None = None) -> Tensor | None:
+        """Standard error of the mean effect over seeds, shape ``(q, m)``; None for a single seed."""
+        effects = self._at(epoch)
+        return None if len(effects) < 2 else (effects.std(0) / len(effects) ** 0.5).T.float()
+
+    def attribution(self, epoch: int | None = None) -> Attribution:
+        """The effects as scores of the examples that were left out, with their standard error."""
+        return Attribution(
+            self.effects(epoch),
+            self.std_error(epoch),
+            train_indices=self.left_out,
+            metadata={"method": "further-training", **self.metadata},
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything into one folder, all or nothing; an existing one is kept and the new one gets a version."""
+        path = Path(path)
+        if rank() == 0:
+            path = write_record(path.parent, path.name, self.info(), {"effects": self.tensors()})
+        barrier()
+        return Path(str(broadcast_object(str(path))))
+
+    def info(self) -> dict[str, Any]:
+        """Plain values to store beside :meth:`tensors`."""
+        # What a record is found by stands at the top.
+        found_by = {name: self.metadata[name] for name in ("weights", "data", "task") if name in self.metadata}
+        own = {"kind": "further-training", "epochs": self.epochs, "seeds": self.seeds}
+        return {**own, **found_by, "metadata": self.metadata}
+
+    def tensors(self) -> Tensors:
+        """Tensors to store."""
+        return {"effects": self.effects_by_seed, "left_out": self.left_out}
+
+    @classmethod
+    def load(cls, path: str | Path) -> FurtherTraining:
+        """Read what :meth:`save` or :class:`~stride_lightning.FurtherTrainingCallback` wrote; every byte is checked.
+
+        Raises:
+            FileNotFoundError: If there is nothing.
+            RecordError: If it is damaged or something else.
+        """
+        return cls.from_record(read_record(path))
+
+    @classmethod
+    def from_record(cls, record: Record) -> FurtherTraining:
+        """The same of a record that is open already."""
+        info = record.info
+        if info.get("kind") != "further-training":
+            raise RecordError(f"{record.path} holds a {info.get('kind')!r} record, not one of further training.")
+        tensors = record.tensors("effects")
+        return cls(tensors["effects"], tensors["left_out"], info["epochs"], info["seeds"], info["metadata"])
+
+    def __repr__(self) -> str:
+        _, _, examples, queries = self.effects_by_seed.shape
+        return (
+            f"FurtherTraining({examples} examples left out, {queries} queries, {len(self.seeds)} seeds, after "
+            f"{', '.join(map(str, self.epochs))} epochs)"
+        )
+
+    def _at(self, epoch: int | None) -> Tensor:
+        epoch = self.epochs[-1] if epoch is None else epoch
+        if epoch not in self.epochs:
+            raise ValueError(f"Effects were measured after {self.epochs} epochs, not after {epoch}.")
+        return self.effects_by_seed[:, self.epochs.index(epoch)].double()
+
+
+def further_train(
+    model: nn.Module,
+    queries: Any,
+    *,
+    train_data: Any,
+    epochs: int | Sequence[int] = 1,
+    left_out: Sequence[int] | Tensor | None = None,
+    num_seeds: int = 10,
+    seed: int = 0,
+    path: str | Path | None = None,
+    ckpt_path: str | Path | None = None,
+    batch_size: int | None = None,
+    optimizer: MakeOptimizer | None = None,
+    task: Task | None = None,
+    train_indices: Sequence[int] | Tensor | None = None,
+    device: str | torch.device | None = None,
+    memory_budget: int | None = None,
+    show_progress: bool = True,
+) -> FurtherTraining:
+    """Train a final model on with and without examples, and measure what that does to queries.
+
+    An example is left out of every batch by subtracting its share of the training loss, ``l_i / n``; with and without
+    it, a seed's batches and dropout are the same. Copies train together where ``torch.func`` can vectorise the model,
+    else one by one, and it is said why. The model itself stays as it is. In a distributed run the processes share the
+    work.
+
+    Args:
+        model: The final model.
+        queries: What is measured: a Dataset, DataLoader or LightningDataModule.
+        train_data: What it was trained on, likewise. Its DataLoader says batch size and shuffling.
+        epochs: After how many epochs of further training effects are measured; one number or several.
+        left_out: Positions in the training dataset; by default all, or 100 spread evenly if there are more.
+        num_seeds: Orders of batches averaged over. Ten to twenty get most of what a hundred would.
+        seed: The first of the seeds.
+        path: Folder for the result; a killed run goes on from ``<path>.parts``.
+        ckpt_path: Checkpoint of the final model, or ``"best"`` or ``"last"``; by default the weights as they are.
+        batch_size: Examples of a batch.
+        optimizer: Makes the optimizer of a model's parameters; by default the model's ``configure_optimizers``
+            without its schedule, at the initial learning rate.
+        task: What a batch means; inferred by default.
+        train_indices: Positions in the dataset that are trained on, where the sampler does not tell.
+        device: Where to train; the model's device by default.
+        memory_budget: Bytes that copies trained together may take; by default 32 MiB on a CPU, 2 GiB on a GPU.
+        show_progress: Show a progress bar, and why copies train one by one.
+
+    Returns:
+        Effects of every example on every query, for every seed and amount of training.
+
+    Raises:
+        TypeError, ValueError: If an argument cannot work, saying how, or training diverges.
+        RecordError: If what is stored is damaged.
+
+    Example:
+        >>> from functools import partial
+        >>> from torch.utils.data import TensorDataset
+        >>> x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+        >>> data, sgd = TensorDataset(x, x.sum(1)), partial(torch.optim.SGD, lr=0.1)
+        >>> found = further_train(nn.Linear(3, 1), data, train_data=data, batch_size=5, optimizer=sgd, num_seeds=2)
+        >>> found.effects().shape
+        torch.Size([20, 20])
+
+    Reference: arXiv:2412.03906 (final-model-only data attribution), section 3.
+    """
+    check_task(task)
+    checkpoint = None if ckpt_path is None else load_checkpoint(resolve_ckpt_path(ckpt_path, model))
+    state = rank_zero_state(model) if checkpoint is None else checkpoint.get("state_dict", checkpoint)
+    train, asked = resolve_train_data(train_data, train_indices, model), resolve_queries(queries, model)
+    where = None if device is None else torch.device(device)
+    with borrowed(model, state, where) as home, torch.no_grad():
+        head = first_batch(train, 64, home)
+        task = infer_task_of(head, model) if task is None else task
+        leaving_out = make_leaving_out(
+            model, task, train, head, batch_size=batch_size, optimizer=optimizer, memory_budget=memory_budget
+        )
+        batches = [
+            encoded_batch(model, task, batch, leaving_out.num_outputs) for batch, _, _ in asked.batches(256, home)
+        ]
+        weights = weight_hash(model)
+    return measure_effects(
+        leaving_out,
+        batches,
+        left_out=left_out,
+        epochs=epochs,
+        seeds=range(seed, seed + num_seeds),
+        path=None if path is None else Path(path),
+        metadata={"weights": weights, "query_data": fingerprint_of(asked, task)},
+        show_progress=show_progress,
+    )
+
+
+def make_leaving_out(
+    model: nn.Module,
+    task: Task,
+    train: Examples,
+    head: Any,
+    *,
+    batch_size: int | None,
+    optimizer: MakeOptimizer | None,
+    memory_budget: int | None = None,
+) -> LeavingOut:
+    """What trains a model on, its batches made as the training data's DataLoader makes them."""
+    loading = train.loading
+    if batch_size is None and loading is None:
+        raise ValueError(
+            "The batch size cannot be told from the training data. Pass a DataLoader with a batch_size, or "
+            "`batch_size=`."
+        )
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    return LeavingOut(
+        model,
+        task,
+        train,
+        count_outputs(model, task, head),
+        batch_size or loading.batch_size,  # type: ignore[union-attr]
+        shuffle=True if loading is None else loading.shuffle,
+        drop_last=False if loading is None else loading.drop_last,
+        optimizer=optimizer,
+        memory_budget=memory_budget,
+    )
+
+
+def measure_effects(
+    leaving_out: LeavingOut,
+    queries: Sequence[tuple[Any, Tensor]],
+    *,
+    left_out: Sequence[int] | Tensor | None,
+    epochs: int | Sequence[int],
+    seeds: Iterable[int],
+    path: Path | None,
+    metadata: Mapping[str, Any],
+    show_progress: bool,
+) -> FurtherTraining:
+    """Measure all effects, part by part; arguments as in :func:`further_train`."""
+    started, train, seeds = time.perf_counter(), leaving_out.train, list(seeds)
+    positions, places = find_left_out(left_out, train)
+    amounts = read_amounts(epochs)
+    if not seeds:
+        raise ValueError("`num_seeds` must be at least 1.")
+    identity = {**metadata, **leaving_out.identity(), "epochs": amounts, "seeds": seeds}
+    if "data" not in identity:
+        identity["data"] = fingerprint_of(train, leaving_out.task)
+    if path is not None and path.exists():
+        return _existing(path, identity, positions)
+    reason = leaving_out.one_by_one_because
+    if reason:
+        announce(f"Copies of the model train on one by one, because {reason}.", show=show_progress)
+    size = min(leaving_out.chunk_size(len(places)), -(-len(seeds) * len(places) // leaving_out.num_threads))
+    size = cast("int", broadcast_object(size))  # ranks may have other numbers of threads
+    parts = Parts(path, {**identity, "chunk_size": size}, {"left_out": positions}, free=("chunk_size",))
+    size = parts.plan["chunk_size"]
+    chunks = [(number, start) for number in seeds for start in range(0, len(places), size)]
+    total = len(seeds) * (len(places) + -(-len(places) // size)) * amounts[-1]
+    with counting(total, "Further training (models x epochs)", show_progress) as bar:
+
+        def compute(number: int) -> Tensors:
+            seed, start = chunks[number]
+            chosen = places[start : start + size]
+            return {"effects": leaving_out.effects(chosen, queries, amounts, seed, bar.update)}
+
+        def done(number: int) -> None:
+            bar.update((len(places[chunks[number][1] :][:size]) + 1) * amounts[-1])
+
+        with preserved_random_state():
+            found = parts.do(len(chunks), compute, done, num_threads=leaving_out.num_threads)
+    per_seed = len(chunks) // len(seeds)
+    effects = torch.stack(
+        [torch.cat([part["effects"] for part in found[i : i + per_seed]], 1) for i in range(0, len(found), per_seed)]
+    )
+    how = {"one_by_one_because": reason, "seconds": {"total": time.perf_counter() - started}, "versions": versions()}
+    result = FurtherTraining(effects, positions, amounts, seeds, {**identity, **how, "chunk_size": size})
+    if path is not None:
+        result.save(path)
+        parts.remove()
+    return result
+
+
+def read_amounts(epochs: int | Sequence[int]) -> list[int]:
+    """Numbers of epochs, ascending.
+
+    Example:
+        >>> read_amounts([5, 1]), read_amounts(3)
+        ([1, 5], [3])
+    """
+    several = list(epochs) if isinstance(epochs, Iterable) else [epochs]
+    if not several or not all(isinstance(amount, int) and amount >= 1 for amount in several):
+        raise ValueError(f"`epochs` must be one or several integers of at least 1, got {epochs!r}.")
+    return sorted(set(several))
+
+
+def _existing(path: Path, identity: dict[str, Any], positions: Tensor) -> FurtherTraining:
+    found = FurtherTraining.load(path)
+    stored = {name: found.metadata.get(name) for name in identity}
+    differing = differences(stored, identity, {"left_out": found.left_out}, {"left_out": positions})
+    if differing:
+        raise ValueError(
+            f"{path} holds the result of other work, which differs in {differing}. Choose another path, or delete it."
+        )
+    if rank() == 0:
+        remove_parts(path.with_name(path.name + ".parts"))  # a run may have been killed just before
+    barrier()
+    return found
+
+
+def find_left_out(left_out: Sequence[int] | Tensor | None, train: Examples) -> tuple[Tensor, Tensor]:
+    """Positions in the dataset of the examples to leave out, and their places in the reading order.
+
+    Raises:
+        TypeError, ValueError: If they are not positions of training examples, each once.
+    """
+    every = torch.arange(len(train.dataset)) if train.positions is None else train.positions
+    if left_out is None:
+        places = torch.from_numpy(np.linspace(0, len(every) - 1, min(NUM_LEFT_OUT, len(every))).astype(np.int64))
+        return every[places], places
+    positions = torch.as_tensor(left_out).flatten()
+    if len(positions) == 0:
+        raise ValueError("`left_out` names no example. Leave it out to leave out all, or 100 spread evenly.")
+    if positions.is_floating_point() or positions.dtype == torch.bool:
+        raise TypeError(f"`left_out` must be integer positions in the training dataset, got {positions.dtype}.")
+    place_of = {position: place for place, position in enumerate(every.tolist())}
+    wrong = [position for position in positions.tolist() if position not in place_of]
+    if wrong or len(positions.unique()) < len(positions):
+        what = f"{wrong[:5]} are not among the {len(every)} training examples" if wrong else "some stand twice"
+        raise ValueError(f"`left_out` must name each example once, by its position in the training dataset: {what}.")
+    return positions.long(), torch.tensor([place_of[position] for position in positions.tolist()])

@@ -1,0 +1,256 @@
+"""Ground truth: what retraining on random subsets, or without chosen examples, does to the queries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from torch import Tensor
+from typing_extensions import Self
+
+from stride_lightning.distributed import barrier, rank
+from stride_lightning.records import RecordError, read_record, write_record
+
+
+@dataclass
+class Retrained:
+    """Losses of queries under models retrained on subsets; the base of what follows.
+
+    Args:
+        masks: Which training examples each model saw, bool of shape ``(K, n)``.
+        losses_by_seed: Loss of every query under every model, shape ``(S, K, q)``.
+        seeds: The seeds, ``S`` of them.
+        metadata: How the models were trained, fingerprints of both data sets, seconds, versions.
+    """
+
+    masks: Tensor
+    losses_by_seed: Tensor
+    seeds: list[int]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    #: What a record of it is called.
+    kind = "retrained"
+
+    def __post_init__(self) -> None:
+        if self.masks.ndim != 2 or self.losses_by_seed.shape[:2] != (len(self.seeds), len(self.masks)):
+            raise ValueError(
+                f"Expected masks (K, n) and losses (seeds, K, q) for {len(self.seeds)} seeds; got "
+                f"{tuple(self.masks.shape)} and {tuple(self.losses_by_seed.shape)}."
+            )
+        bad = (~torch.isfinite(self.losses_by_seed)).nonzero()
+        if len(bad):
+            seed, subset, query = bad[0].tolist()
+            raise ValueError(
+                f"{len(bad)} losses are not finite, the first that of query {query} under the model of subset {subset} "
+                f"and seed {self.seeds[seed]}. Did training diverge? Lower the learning rate."
+            )
+        self.masks = self.masks.bool()
+
+    @property
+    def losses(self) -> Tensor:
+        """Loss of every query under the models of every subset, mean over seeds, shape ``(K, q)``."""
+        return self.losses_by_seed.double().mean(0).float()
+
+    @property
+    def num_train(self) -> int:
+        """Number of training examples, columns of the masks."""
+        return self.masks.shape[1]
+
+    @property
+    def num_queries(self) -> int:
+        """Number of queries, columns of the losses."""
+        return self.losses_by_seed.shape[2]
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything into one folder, all or nothing; an existing one is kept and the new one gets a version."""
+        path = Path(path)
+        if rank() == 0:
+            info = {"kind": self.kind, "seeds": self.seeds, "metadata": self.metadata, **self._more_info()}
+            packed = torch.from_numpy(np.packbits(self.masks.numpy(), axis=1))
+            tensors = {"masks": packed, "losses": self.losses_by_seed, **self._more_tensors()}
+            path = write_record(path.parent, path.name, {**info, "num_train": self.num_train}, {"retrained": tensors})
+        barrier()
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what :meth:`save` wrote; every byte is checked.
+
+        Raises:
+            FileNotFoundError: If there is nothing.
+            RecordError: If it is damaged or something else.
+        """
+        record = read_record(path)
+        if record.info.get("kind") != cls.kind:
+            raise RecordError(f"{path} holds a {record.info.get('kind')!r} record, not a {cls.kind!r} record.")
+        tensors, info = record.tensors("retrained"), record.info
+        masks = np.unpackbits(tensors.pop("masks").numpy(), axis=1, count=info["num_train"])
+        more = cls._from_record(info, tensors)
+        return cls(torch.from_numpy(masks).bool(), tensors["losses"], info["seeds"], info["metadata"], **more)
+
+    def check_data(self, metadata: Mapping[str, Any], what: str = "The attribution") -> None:
+        """Refuse scores of other data, by their fingerprints.
+
+        Args:
+            metadata: Of an attribution: ``data`` and ``query_data`` are compared, as far as both sides have them.
+            what: How the message calls it.
+
+        Raises:
+            ValueError: Naming what differs.
+        """
+        names = {"data": "training data", "query_data": "queries"}
+        for key, name in names.items():
+            own, other = self.metadata.get(key), metadata.get(key)
+            if own is not None and other is not None and own != other:
+                raise ValueError(
+                    f"{what} is of other {name} than the ground truth: {_short(other)} against {_short(own)}. Both "
+                    "must be made with the same data in the same order."
+                )
+
+    def _more_info(self) -> dict[str, Any]:
+        return {}
+
+    def _more_tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    @classmethod
+    def _from_record(cls, info: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+        return {}
+
+
+@dataclass
+class GroundTruth(Retrained):
+    """Losses of queries under models retrained on random subsets: what scores are judged by.
+
+    Arguments as in :class:`Retrained`.
+
+    Example:
+        >>> truth = GroundTruth(torch.eye(3).bool(), torch.rand(2, 3, 1), seeds=[0, 1])
+        >>> truth.losses.shape
+        torch.Size([3, 1])
+    """
+
+    kind = "ground-truth"
+
+    @property
+    def split_half(self) -> float | None:
+        """How well half of the seeds predict the other half: mean Spearman correlation over queries and splits.
+
+        None for fewer than two seeds.
+        """
+        return split_half_correlation(self.losses_by_seed)
+
+    @property
+    def ceiling(self) -> float | None:
+        """The linear datamodeling score that a perfect predictor would get, by Spearman and Brown's formula.
+
+        ``sqrt(r)``, with ``r`` the reliability of the mean over all seeds; None for fewer than two seeds.
+        """
+        correlation = self.split_half
+        if correlation is None:
+            return None
+        half, whole = len(self.seeds) // 2, len(self.seeds)
+        correlation = max(correlation, 0.0)
+        single = correlation / (half - (half - 1) * correlation)
+        return float(np.sqrt(whole * single / (1 + (whole - 1) * single)))
+
+    def __repr__(self) -> str:
+        ceiling = f", noise ceiling {self.ceiling:.2f}" if self.ceiling is not None else ", noise ceiling unknown"
+        return (
+            f"GroundTruth({len(self.masks)} subsets of {self.num_train} examples x {len(self.seeds)} seeds, "
+            f"{self.num_queries} queries{ceiling})"
+        )
+
+
+@dataclass
+class Counterfactual(Retrained):
+    """Losses of queries under models retrained without the examples that scores call most helpful to each.
+
+    Arguments as in :class:`Retrained`; the first mask is the whole training set, then come the queries in order for
+    the first ``k``, then those for the second.
+
+    Args:
+        ks: Numbers of examples removed.
+    """
+
+    ks: Sequence[int] = ()
+
+    kind = "counterfactual"
+
+    @property
+    def losses_full(self) -> Tensor:
+        """Loss of every query under the model of the whole training set, shape ``(q,)``."""
+        return self.losses[0]
+
+    @property
+    def losses_removed(self) -> Tensor:
+        """Loss of each query under the model without its own top k, shape ``(len(ks), q)``."""
+        return self.losses[1:].reshape(len(self.ks), self.num_queries, self.num_queries).diagonal(dim1=1, dim2=2)
+
+    def __repr__(self) -> str:
+        rises = (self.losses_removed - self.losses_full).mean(1).tolist()
+        curve = ", ".join(f"top {k}: {rise:+.3g}" for k, rise in zip(self.ks, rises, strict=True))
+        return f"Counterfactual({self.num_queries} queries; mean rise of the loss without {curve})"
+
+    def _more_info(self) -> dict[str, Any]:
+        return {"ks": list(self.ks)}
+
+    @classmethod
+    def _from_record(cls, info: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+        return {"ks": info["ks"]}
+
+
+def split_half_correlation(losses_by_seed: Tensor, *, num_splits: int = 20) -> float | None:
+    """Mean over queries of the Spearman correlation between the means of two halves of the seeds.
+
+    Args:
+        losses_by_seed: Shape ``(S, K, q)``.
+        num_splits: Splits averaged over; every split if there are fewer.
+
+    Returns:
+        The correlation, or None for fewer than two seeds.
+
+    Example:
+        >>> losses = torch.tensor([[[0.1], [0.2], [0.3]], [[1.0], [2.0], [3.0]]])
+        >>> round(split_half_correlation(losses), 6)
+        1.0
+    """
+    num_seeds = len(losses_by_seed)
+    if num_seeds < 2:
+        return None
+    values = losses_by_seed.double()
+    found = []
+    for halves in _splits(num_seeds, num_splits):
+        one, other = (_centred_ranks(values[list(half)].mean(0).T) for half in halves)
+        norms = np.sqrt((one**2).sum(1) * (other**2).sum(1))
+        found.append(((one * other).sum(1) / np.where(norms == 0, 1, norms)).mean())
+    return float(np.mean(found))
+
+
+def _splits(num_seeds: int, num_splits: int) -> list[tuple[Sequence[int], Sequence[int]]]:
+    """Every way to draw two equal halves, or that many random ways if there are more."""
+    half = num_seeds // 2
+    if num_seeds <= 6:  # 15 ways at most
+        firsts = list(combinations(range(num_seeds), half))
+        pairs = [(one, other) for one in firsts for other in firsts if one < other and not {*one} & {*other}]
+        if len(pairs) <= num_splits:
+            return list(pairs)
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(num_seeds, generator=generator).tolist() for _ in range(num_splits)]
+    return [(order[:half], order[half : 2 * half]) for order in orders]
+
+
+def _centred_ranks(values: Tensor) -> np.ndarray:
+    ranks = rankdata(values.numpy(), axis=1)
+    return ranks - ranks.mean(1, keepdims=True)
+
+
+def _short(fingerprint: Mapping[str, Any]) -> str:
+    examples = fingerprint.get("content") or fingerprint.get("shapes") or ""
+    return f"{fingerprint.get('num_examples')} examples {str(examples)[:12]}"

@@ -1,0 +1,294 @@
+"""Training on from a final model with and without chosen examples."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from stride_lightning.data import Examples, first_batch
+from stride_lightning.parallel import num_workers
+from stride_lightning.randomness import mix, seeded
+from stride_lightning.retraining.batchability import (
+    _step,
+    _without_trainer,
+    check_vectorises,
+    draws_random_numbers,
+    loss_factor,
+)
+from stride_lightning.retraining.ensemble import Ensemble, bytes_per_model, chunk_size, keep_freed_memory
+from stride_lightning.retraining.optimizers import CannotBatch, MakeOptimizer, Optimization, read_optimization
+from stride_lightning.retraining.recipe import batch_order, encoded_batch
+from stride_lightning.tasks import Task
+from stride_lightning.weights import in_precision_of
+
+
+@dataclass
+class LeavingOut:
+    """Trains a model on, several copies at once, each without an example of its own.
+
+    Example i is left out of every batch by subtracting its share of the training loss: the objective is
+    ``mean over the batch of l_b - l_i / n``. All copies of a seed see the same batches and the same dropout.
+
+    Args:
+        model: The final model. It is copied, never changed.
+        task: What a batch means.
+        train: Training data.
+        num_outputs: Outputs of the model for one example.
+        batch_size, shuffle, drop_last: How batches are made.
+        optimizer: Makes the optimizer; by default the model's ``configure_optimizers``, at its initial learning rate.
+        memory_budget: Bytes that copies trained together may take.
+
+    BatchNorm layers keep their statistics. Where ``torch.func`` cannot vectorise the model, copies train one by one;
+    :attr:`one_by_one_because` says why.
+    """
+
+    model: nn.Module
+    task: Task
+    train: Examples
+    num_outputs: int
+    batch_size: int
+    shuffle: bool = True
+    drop_last: bool = False
+    optimizer: MakeOptimizer | None = None
+    memory_budget: int | None = None
+    #: Why copies train one by one, where they do.
+    one_by_one_because: str | None = field(default=None, init=False)
+    _kernels: dict[Hashable, Any] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self.model = model = _detached_copy(self.model)
+        self._device, self._factor = next(model.parameters()).device, 1.0
+        batch = first_batch(self.train, self.batch_size, self._device)
+        prepared = self._prepared(batch)
+        optimization = self._optimization(model)
+        try:
+            self._factor = loss_factor(model, self.task, in_precision_of(model, batch), prepared)
+            check_vectorises(model, self.task, prepared, _train_mode)
+        except CannotBatch as reason:
+            self.one_by_one_because = str(reason)
+        #: Whether the loss is what ``training_step`` returns, because it is not the task's.
+        self._is_step = self.one_by_one_because is not None and isinstance(model, L.LightningModule)
+        if self._is_step:
+            _check_step(copy.deepcopy(model), in_precision_of(model, batch))
+        self._is_random = self.train.is_random or draws_random_numbers(model, self.task, prepared[0], _train_mode)
+        self._bytes = bytes_per_model(model, optimization.optimizer, self._task_loss, prepared)
+        keep_freed_memory()
+        self.train.hold()
+
+    @property
+    def num_threads(self) -> int:
+        """Chunks that may train at once."""
+        return 1 if self._is_random or self.one_by_one_because else num_workers(self._device)
+
+    def chunk_size(self, num_left_out: int) -> int:
+        """Examples that are left out at once; one more copy leaves out none."""
+        if self.one_by_one_because:
+            return num_left_out
+        return max(1, chunk_size(num_left_out + 1, self._bytes, self._device, self.memory_budget) - 1)
+
+    def identity(self) -> dict[str, Any]:
+        """Plain values that decide what training on gives, beside weights and data."""
+        return {
+            "optimizer": self._optimization(self.model).describe(with_schedule=False),
+            "batch_size": self.batch_size,
+            "shuffle": self.shuffle,
+            "drop_last": self.drop_last,
+            "task": repr(self.task),
+        }
+
+    def effects(
+        self,
+        left_out: Tensor,
+        queries: Sequence[tuple[Any, Tensor]],
+        epochs: Sequence[int],
+        seed: int,
+        tick: Callable[[int], Any] = lambda models: None,
+    ) -> Tensor:
+        """What leaving out each example does to the loss of each query.
+
+        Args:
+            left_out: Places of the examples in the reading order of the training data, shape ``(m,)``.
+            queries: Inputs and encoded targets, batch by batch.
+            epochs: After which epochs the queries are measured, ascending.
+            seed: Decides the order of batches and dropout.
+            tick: Told after every epoch how many models went through it.
+
+        Returns:
+            Loss without the example minus loss with it, positive is helpful, shape ``(len(epochs), m, q)``.
+        """
+        # The copy that leaves out nothing is in every chunk: differences then hold no rounding of other shapes.
+        shares = torch.full((len(left_out) + 1,), 1 / len(self.train), dtype=torch.float64)
+        shares[0] = 0
+        own = torch.cat([left_out[:1], left_out])
+        if self.one_by_one_because:
+            values = [
+                self._train(own[i : i + 1], shares[i : i + 1], queries, epochs, seed, tick, alone=True)
+                for i in range(len(own))
+            ]
+            losses = torch.cat(values, 1)
+        else:
+            losses = self._train(own, shares, queries, epochs, seed, tick, alone=False)
+        return (losses[:, 1:] - losses[:, :1]).cpu()
+
+    def _train(
+        self,
+        own: Tensor,
+        shares: Tensor,
+        queries: Sequence[tuple[Any, Tensor]],
+        epochs: Sequence[int],
+        seed: int,
+        tick: Callable[[int], Any],
+        *,
+        alone: bool,
+    ) -> Tensor:
+        """Losses of the queries after the given epochs, shape ``(len(epochs), m, q)``."""
+        model = copy.deepcopy(self.model)
+        _train_mode(model)
+        optimization = self._optimization(model)
+        shares = shares.to(self._device, next(model.parameters()).dtype)
+        trained = self._single(model, optimization) if alone else self._ensemble(model, optimization, len(own), epochs)
+        found, steps, examples = [], 0, None
+        for epoch in range(epochs[-1]):
+            if examples is None or self.train.is_random:
+                examples = self._examples(own, mix(seed, epoch), alone=alone)
+            for batch in self.train.drawn(self._order(seed, epoch), mix(seed, epoch), self._device):
+                if self._is_random:
+                    torch.manual_seed(mix(seed, epoch, steps))
+                trained.step(self._shown(batch), (examples, shares))
+                steps += 1
+            tick(len(own))
+            if epoch + 1 in epochs:
+                model.eval()
+                found.append(torch.cat([trained.evaluate(self._losses, batch) for batch in queries], 1))
+                _train_mode(model)
+        return torch.stack(found)
+
+    def _ensemble(
+        self, model: nn.Module, optimization: Optimization, num_models: int, epochs: Sequence[int]
+    ) -> Ensemble:
+        num_steps = epochs[-1] * len(self._order(0, 0))
+        optimizer, loss, objective = optimization.optimizer, self._task_loss, _without_share
+        return Ensemble(model, optimizer, num_models, loss, objective, kernels=self._kernels, num_steps=num_steps)
+
+    def _single(self, model: nn.Module, optimization: Optimization) -> _Single:
+        return _Single(model, optimization.optimizer, _step_loss if self._is_step else self._task_loss)
+
+    def _examples(self, own: Tensor, seed: int, *, alone: bool) -> Any:
+        """The examples that are left out: a batch of one, or one such batch for each copy, stacked."""
+        (batch,) = self.train.drawn([own], seed, self._device)
+        shown = self._shown(batch)
+        return shown if alone else pytree.tree_map(lambda value: value[:, None], shown)
+
+    def _order(self, seed: int, epoch: int) -> list[Tensor]:
+        return batch_order(len(self.train), self.batch_size, self.shuffle, self.drop_last, seed, epoch)
+
+    def _shown(self, batch: Any) -> Any:
+        """What the training loss is computed of: inputs and encoded targets, or the batch for ``training_step``."""
+        return in_precision_of(self.model, batch) if self._is_step else self._prepared(batch)
+
+    def _prepared(self, batch: Any) -> tuple[Any, Tensor]:
+        return encoded_batch(self.model, self.task, batch, self.num_outputs)
+
+    def _optimization(self, model: nn.Module) -> Optimization:
+        try:
+            optimization = read_optimization(model, self.optimizer)
+        except CannotBatch as reason:
+            raise ValueError(
+                f"The model's own optimizer cannot be used for training on, because {reason}. Pass `optimizer=`, such "
+                "as functools.partial(torch.optim.SGD, lr=0.01)."
+            ) from reason
+        for group in optimization.optimizer.param_groups:
+            group["lr"] = group.get("initial_lr", group["lr"])  # a schedule may have begun with a warm-up
+        return optimization
+
+    def _losses(self, model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
+        outputs = self.task.outputs(model, batch[0]).reshape(len(batch[1]), -1)
+        return self.task.loss(outputs, batch[1])
+
+    def _task_loss(self, model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
+        return self._factor * self._losses(model, batch).mean()
+
+
+class _Single:
+    """One copy, trained without vectorising: stands where an :class:`Ensemble` of one would."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[nn.Module, Any], Tensor]
+    ) -> None:
+        self.model, self.optimizer, self.loss = model, optimizer, loss
+
+    def step(self, shared: Any, own: tuple[Any, Tensor]) -> None:
+        examples, shares = own
+        self.optimizer.zero_grad()
+        with torch.enable_grad():
+            (self.loss(self.model, shared) - shares[0] * self.loss(self.model, examples)).backward()
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def evaluate(self, function: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
+        return function(self.model, batch)[None]
+
+
+def _without_share(call: Callable[[Any], Tensor], shared: Any, own: tuple[Any, Tensor]) -> Tensor:
+    """A batch's mean loss, less the share of the example that is left out."""
+    example, share = own
+    return call(shared) - share * call(example)
+
+
+def _step_loss(model: nn.Module, batch: Any) -> Tensor:
+    result = _step(cast("L.LightningModule", model), batch, 0)
+    return result["loss"] if isinstance(result, dict) else result
+
+
+def _check_step(model: nn.Module, batch: Any) -> None:
+    """Refuse a ``training_step`` whose loss cannot be had without a Trainer."""
+    try:
+        with _without_trainer(cast("L.LightningModule", model)), seeded(0), torch.enable_grad():
+            (loss,) = _step_loss(model, batch).reshape(-1)
+            if not loss.requires_grad:
+                raise ValueError("it returned a loss without gradient")
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be trained on by its training_step without a Trainer "
+            f"({type(error).__name__}: {error}). Pass further_train() the network inside it, and `optimizer=`."
+        ) from error
+
+
+def _detached_copy(model: nn.Module) -> nn.Module:
+    """A copy without its Trainer, which holds the data, the loggers and the optimizer; nothing it logs is heard."""
+    attached = [(module, module._trainer) for module in model.modules() if isinstance(module, L.LightningModule)]
+    try:
+        for module, _ in attached:
+            module._trainer = None
+        copied = copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Does it keep a loss or "
+            "outputs of a training step, or an open file? Detach or drop them when training ends."
+        ) from error
+    finally:
+        for module, trainer in attached:
+            module._trainer = trainer
+    for module in copied.modules():
+        if isinstance(module, L.LightningModule):
+            vars(module).update(log=_unheard, log_dict=_unheard)
+    return copied
+
+
+def _unheard(*_: Any, **__: Any) -> None:
+    """Stands where ``self.log`` would."""
+
+
+def _train_mode(model: nn.Module) -> None:
+    """Training mode, but for BatchNorm: one example's share has no statistics of its own."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()

@@ -1,0 +1,144 @@
+"""Training one model after the other: a fresh Trainer, and fresh weights, for every subset."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from stride_lightning.data import Examples
+from stride_lightning.randomness import seeded
+from stride_lightning.retraining.recipe import Recipe
+from stride_lightning.weights import borrowed
+
+
+def train_alone(recipe: Recipe, mask: Tensor, seed: int) -> Tensor:
+    """Train one model on a subset with a Trainer of its own and measure the queries.
+
+    Weights and batches are those of :class:`~stride_lightning.retraining.together.Together`: the batches of the whole
+    training set, without the examples that are not in the subset.
+
+    Args:
+        recipe: How models are trained.
+        mask: Which examples it sees, bool of shape ``(n,)``.
+        seed: Decides the initial weights, the order of batches and dropout.
+
+    Returns:
+        What is measured of every query, shape ``(q,)``, on the CPU.
+    """
+    model = recipe.fresh_model(seed)
+    module = model if isinstance(model, L.LightningModule) else _Plain(model, recipe)
+    if recipe.optimizer is not None:  # the model is fresh and ours
+        make_optimizer = recipe.optimizer
+        module.configure_optimizers = lambda: make_optimizer(model.parameters())
+    trainer = _make_trainer(recipe, model)
+    if trainer.global_step or trainer.current_epoch:
+        raise ValueError(
+            "`trainer_fn` returned a Trainer that has trained before; it would not train the next model at all. Make "
+            "the Trainer inside the function."
+        )
+    if trainer.max_epochs != recipe.max_epochs:
+        raise ValueError(
+            f"`trainer_fn` makes a Trainer for {trainer.max_epochs} epochs, but `max_epochs` is {recipe.max_epochs}. "
+            "Make it with the same max_epochs."
+        )
+    # How many batches hold no example of the subset changes from epoch to epoch, and Lightning counts them once.
+    trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+    with seeded(seed), warnings.catch_warnings():
+        # The data module has all three hooks of a transfer, and calls the user's, the model's among them.
+        warnings.filterwarnings("ignore", "You have overridden `.*` in both `LightningModule` and")
+        trainer.fit(module, datamodule=_SubsetData(recipe, mask, seed))
+    model.eval()
+    device = next(model.parameters()).device if recipe.device is None else recipe.device
+    with borrowed(model, None, device), torch.no_grad():
+        parts = [
+            recipe.value(recipe.task.outputs(model, inputs).reshape(len(encoded), -1), encoded)
+            for inputs, encoded in recipe.query_batches(model, device)
+        ]
+    return torch.cat(parts).float().cpu()
+
+
+def _make_trainer(recipe: Recipe, model: nn.Module) -> L.Trainer:
+    if recipe.trainer_fn is not None:
+        return recipe.trainer_fn()
+    device = next(model.parameters()).device
+    return L.Trainer(
+        max_epochs=recipe.max_epochs,
+        accelerator={"cuda": "gpu"}.get(device.type, device.type),
+        devices=1 if device.index is None else [device.index],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+    )
+
+
+class _Plain(L.LightningModule):
+    """Trains a module that is no LightningModule on the task's loss."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        super().__init__()
+        self.model, self.recipe = model, recipe
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        inputs, encoded = self.recipe.prepared(self.model, batch)
+        outputs = self.recipe.task.outputs(self.model, inputs).reshape(len(encoded), -1)
+        return self.recipe.task.loss(outputs, encoded).mean()
+
+
+class _SubsetData(L.LightningDataModule):
+    """The batches of an order, without the examples outside a subset, moved as the user's own hooks would move them."""
+
+    def __init__(self, recipe: Recipe, mask: Tensor, seed: int) -> None:
+        super().__init__()
+        self.examples, self.sampler = recipe.train, _SubsetBatches(recipe, mask, seed)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        examples: Examples = self.examples
+        if self.trainer is not None:
+            self.sampler.epoch = self.trainer.current_epoch
+        return DataLoader(
+            examples.dataset,
+            batch_sampler=self.sampler,
+            collate_fn=examples.collate_fn,
+            num_workers=examples.num_workers,
+            worker_init_fn=examples.worker_init_fn,
+        )
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return self.examples.transfer(batch, device)  # all three hooks at once
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch
+
+
+class _SubsetBatches:
+    """Batch sampler; Lightning tells it the epoch."""
+
+    def __init__(self, recipe: Recipe, mask: Tensor, seed: int) -> None:
+        self.recipe, self.mask, self.seed, self.epoch = recipe, mask, seed, 0
+        self.sampler = self  # where Lightning looks for set_epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from self._batches()
+
+    def __len__(self) -> int:
+        return len(self._batches())
+
+    def _batches(self) -> list[list[int]]:
+        positions = self.recipe.train.positions
+        members = [batch[self.mask[batch]] for batch in self.recipe.order(self.seed, self.epoch)]
+        return [(batch if positions is None else positions[batch]).tolist() for batch in members if len(batch)]

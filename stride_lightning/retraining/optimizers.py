@@ -1,0 +1,139 @@
+"""What a model's ``configure_optimizers`` asks for, read without a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+#: Makes the optimizer of a model's parameters.
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+#: Optimizers whose updates are elementwise, so that they train stacked models as they would train each alone.
+TOGETHER = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+
+
+class CannotBatch(Exception):
+    """Why models cannot be trained together; the message is a clause that completes "because"."""
+
+
+@dataclass
+class Optimization:
+    """An optimizer, and the schedule of its learning rate if it has one.
+
+    Args:
+        optimizer: The optimizer.
+        scheduler: Its scheduler, stepped every ``frequency`` epochs or steps.
+        interval: ``"epoch"`` or ``"step"``.
+        frequency: Every how many of them.
+    """
+
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler | None = None
+    interval: str = "epoch"
+    frequency: int = 1
+
+    def advance(self, interval: str, count: int) -> None:
+        """Tell the scheduler that ``count`` epochs, or steps of this epoch, are done."""
+        if self.scheduler is not None and interval == self.interval and count % self.frequency == 0:
+            self.scheduler.step()
+
+    @property
+    def counts_steps(self) -> str | None:
+        """Name of what depends on how many steps a model has made, None if nothing does."""
+        groups = self.optimizer.param_groups
+        if any("betas" in group or group.get("dampening") for group in groups):
+            return type(self.optimizer).__name__
+        return type(self.scheduler).__name__ if self.scheduler is not None and self.interval == "step" else None
+
+    def describe(self, *, with_schedule: bool = True) -> str:
+        """All settings, to tell one run from another."""
+        if self.scheduler is None or not with_schedule:
+            return repr(self.optimizer)
+        state = {name: value for name, value in self.scheduler.state_dict().items() if _is_plain(value)}
+        return f"{self.optimizer!r} {type(self.scheduler).__name__} {state} every {self.frequency} {self.interval}"
+
+
+def read_optimization(
+    model: nn.Module, make_optimizer: MakeOptimizer | None, *, any_kind: bool = False
+) -> Optimization:
+    """The optimizer and scheduler that a model is to be trained with.
+
+    Args:
+        model: A LightningModule, or any module if ``make_optimizer`` is given.
+        make_optimizer: Makes the optimizer, in place of ``configure_optimizers``.
+        any_kind: Take optimizers that cannot train together too.
+
+    Raises:
+        TypeError: If there is nothing to make an optimizer with.
+        CannotBatch: If only a Trainer can deal with it.
+
+    Example:
+        >>> read_optimization(nn.Linear(2, 1), lambda parameters: torch.optim.SGD(parameters, lr=0.1)).scheduler
+    """
+    if make_optimizer is not None:
+        optimizer = make_optimizer(model.parameters())
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"`optimizer` must return a torch optimizer, got {type(optimizer).__name__}.")
+        return Optimization(optimizer) if any_kind else _checked(Optimization(optimizer), model)
+    if not isinstance(model, L.LightningModule):
+        raise TypeError(
+            f"{type(model).__name__} is no LightningModule, so its optimizer is not known. Pass `optimizer=`, such as "
+            "functools.partial(torch.optim.SGD, lr=0.1)."
+        )
+    try:
+        configured: Any = model.configure_optimizers()
+    except Exception as error:
+        raise CannotBatch(f"configure_optimizers needs a Trainer ({type(error).__name__}: {error})") from error
+    optimization = _read(configured)
+    return optimization if any_kind else _checked(optimization, model)
+
+
+def _read(configured: Any) -> Optimization:
+    """One optimizer with at most one scheduler, in any form that Lightning accepts."""
+    if isinstance(configured, torch.optim.Optimizer):
+        return Optimization(configured)
+    if isinstance(configured, dict):
+        schedule = configured.get("lr_scheduler")
+        return _scheduled(configured["optimizer"], [] if schedule is None else [schedule])
+    if isinstance(configured, tuple) and len(configured) == 2 and all(isinstance(x, list) for x in configured):
+        optimizers, schedulers = configured
+    elif isinstance(configured, list | tuple) and len(configured) == 1:
+        return _read(configured[0])
+    else:
+        optimizers, schedulers = (configured or []), []
+    if len(optimizers) != 1 or len(schedulers) > 1:
+        raise CannotBatch(f"configure_optimizers returns {len(optimizers)} optimizers and {len(schedulers)} schedulers")
+    return _scheduled(optimizers[0], list(schedulers))
+
+
+def _scheduled(optimizer: torch.optim.Optimizer, schedulers: list[Any]) -> Optimization:
+    if not schedulers:
+        return Optimization(optimizer)
+    config = schedulers[0] if isinstance(schedulers[0], dict) else {"scheduler": schedulers[0]}
+    scheduler = config["scheduler"]
+    if isinstance(scheduler, ReduceLROnPlateau) or not isinstance(scheduler, LRScheduler):
+        raise CannotBatch(f"its {type(scheduler).__name__} needs what a Trainer monitors")
+    return Optimization(optimizer, scheduler, config.get("interval", "epoch"), config.get("frequency", 1))
+
+
+def _checked(optimization: Optimization, model: nn.Module) -> Optimization:
+    optimizer = optimization.optimizer
+    if type(optimizer) not in TOGETHER:
+        names = ", ".join(kind.__name__ for kind in TOGETHER)
+        raise CannotBatch(f"{type(optimizer).__name__} is not one of the optimizers that train together ({names})")
+    own = {id(parameter) for parameter in model.parameters()}
+    if any(id(parameter) not in own for group in optimizer.param_groups for parameter in group["params"]):
+        raise CannotBatch("its optimizer holds parameters that are not the model's")
+    return optimization
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, bool | int | float | str) or (
+        isinstance(value, list | tuple) and all(_is_plain(item) for item in value)
+    )

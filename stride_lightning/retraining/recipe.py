@@ -1,0 +1,256 @@
+"""How models are trained: what makes a fresh one, its optimizer, the order of batches, and what is measured."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor, nn
+
+from stride_lightning.attributors import infer_task_of
+from stride_lightning.data import Examples, first_batch, resolve_queries, resolve_train_data
+from stride_lightning.fingerprints import Fingerprint
+from stride_lightning.randomness import mix, seeded
+from stride_lightning.retraining.optimizers import CannotBatch, MakeOptimizer, read_optimization
+from stride_lightning.tasks import Task, check_outputs, check_task
+from stride_lightning.weights import borrowed, in_precision_of, weight_hash
+
+Measure = Literal["loss", "margin"]
+
+
+@dataclass
+class Recipe:
+    """Everything that decides what a training run gives, but for the subset and the seed.
+
+    Models of one seed start from the same weights and see the same batches in the same order, but for the examples
+    that are left out (common random numbers), so that they differ by their data alone.
+
+    Args:
+        model_fn: Makes a fresh model; called under the seed.
+        train: Training data.
+        queries: Queries that are measured.
+        task: What a batch means.
+        num_outputs: Outputs of the model for one example.
+        max_epochs: Passes over the training data.
+        batch_size: Examples of a batch, before those left out are dropped.
+        shuffle: Draw a new order in every epoch.
+        drop_last: Drop the last batch of an epoch if it is smaller.
+        optimizer: Makes the optimizer; by default the model's ``configure_optimizers``.
+        trainer_fn: Makes a fresh Trainer; models are then trained one by one.
+        measure: ``"loss"``, or ``"margin"``: the log-odds of the target, with the sign of a loss.
+        device: Where to train; the model's own device when None.
+        memory_budget: Bytes that models trained together may take.
+    """
+
+    model_fn: Callable[[], nn.Module]
+    train: Examples
+    queries: Examples
+    task: Task
+    num_outputs: int
+    max_epochs: int
+    batch_size: int
+    shuffle: bool = True
+    drop_last: bool = False
+    optimizer: MakeOptimizer | None = None
+    trainer_fn: Callable[[], L.Trainer] | None = None
+    measure: Measure = "loss"
+    device: torch.device | None = None
+    memory_budget: int | None = None
+    _query_batches: list[tuple[Any, Tensor]] = field(default_factory=list, init=False)
+    _initial: dict[int, nn.Module] = field(default_factory=dict, init=False)
+
+    def fresh_model(self, seed: int) -> nn.Module:
+        """A new model with the initial weights of a seed."""
+        with seeded(seed):
+            model = self.model_fn()
+        return model if self.device is None else model.to(self.device)
+
+    def initial_model(self, seed: int) -> nn.Module:
+        """A copy of a model with the initial weights of a seed, made without drawing random numbers again."""
+        if seed not in self._initial:
+            self._initial[seed] = self.fresh_model(seed)
+        return copy.deepcopy(self._initial[seed])
+
+    def order(self, seed: int, epoch: int) -> list[Tensor]:
+        """Places of the examples of every batch of an epoch; the same for all models of a seed.
+
+        Example:
+            >>> from torch.utils.data import TensorDataset
+            >>> data = Examples(TensorDataset(torch.zeros(5)))
+            >>> recipe = Recipe(nn.Identity, data, data, None, 1, max_epochs=1, batch_size=2, shuffle=False)
+            >>> recipe.order(seed=0, epoch=0)
+            [tensor([0, 1]), tensor([2, 3]), tensor([4])]
+        """
+        return batch_order(len(self.train), self.batch_size, self.shuffle, self.drop_last, seed, epoch)
+
+    def query_batches(self, model: nn.Module, device: torch.device) -> list[tuple[Any, Tensor]]:
+        """Inputs and encoded targets of the queries on a device, read once."""
+        if not self._query_batches:
+            batches = self.queries.batches(256, device)
+            self._query_batches = [self.prepared(model, batch) for batch, _, _ in batches]
+        return self._query_batches
+
+    def prepared(self, model: nn.Module, batch: Any) -> tuple[Any, Tensor]:
+        """Inputs of a batch, and its encoded targets of shape ``(B, C)``, in the model's precision."""
+        return encoded_batch(model, self.task, batch, self.num_outputs)
+
+    def value(self, outputs: Tensor, encoded: Tensor) -> Tensor:
+        """What is measured of queries: lower is better, shape ``(b,)``."""
+        if self.measure == "margin":
+            return -self.task.margin(outputs, encoded)
+        return self.task.loss(outputs, encoded)
+
+    def identity(self, seeds: Sequence[int]) -> dict[str, Any]:
+        """Plain values that tell this recipe from others, to compare a stored run with."""
+        models = [self.initial_model(seed) for seed in seeds]
+        return {
+            "model": type(models[0]).__name__,
+            "initial_weights": [weight_hash(model) for model in models],
+            "optimizer": _described_optimizer(models[0], self.optimizer),
+            "trainer_fn": self.trainer_fn is not None,
+            "max_epochs": self.max_epochs,
+            "batch_size": self.batch_size,
+            "shuffle": self.shuffle,
+            "drop_last": self.drop_last,
+            "measure": self.measure,
+            "task": repr(self.task),
+            "seeds": list(seeds),
+            "data": fingerprint_of(self.train, self.task),
+            "query_data": fingerprint_of(self.queries, self.task),
+            "train_indices": None if self.train.positions is None else self.train.positions.tolist(),
+        }
+
+
+def make_recipe(
+    model_fn: Callable[[], nn.Module],
+    queries: Any,
+    *,
+    train_data: Any,
+    max_epochs: int,
+    batch_size: int | None = None,
+    optimizer: MakeOptimizer | None = None,
+    trainer_fn: Callable[[], L.Trainer] | None = None,
+    task: Task | None = None,
+    measure: str = "loss",
+    train_indices: Sequence[int] | Tensor | None = None,
+    device: str | torch.device | None = None,
+    memory_budget: int | None = None,
+) -> Recipe:
+    """A recipe from what a user passes, checked; arguments as in :func:`~stride_lightning.retrain`."""
+    if isinstance(model_fn, nn.Module) or not callable(model_fn):
+        raise TypeError(
+            f"`model_fn` must be a function that makes a fresh, untrained model, got {type(model_fn).__name__}. Pass "
+            "its class or a function, such as `lambda: MyModel(lr=0.1)`: retraining must not start from trained "
+            "weights."
+        )
+    check_task(task)
+    if measure not in get_args(Measure):
+        raise ValueError(f"`measure` must be one of {get_args(Measure)}, got {measure!r}.")
+    if not isinstance(max_epochs, int) or max_epochs < 1:
+        raise ValueError(f"`max_epochs` must be an integer of at least 1, got {max_epochs!r}.")
+    with seeded(0):
+        model, again = model_fn(), model_fn()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model_fn` must return a module, got {type(model).__name__}.")
+    if model is again or {id(p) for p in model.parameters()} & {id(p) for p in again.parameters()}:
+        raise ValueError(
+            "`model_fn` returned the same model, or the same parameters, twice: every subset must start from a fresh "
+            "model. Build the model inside the function."
+        )
+    train = resolve_train_data(train_data, train_indices, model)
+    loading = train.loading
+    if batch_size is None and loading is None:
+        raise ValueError(
+            "The batch size decides what training gives, and cannot be told from `train_data`. Pass a DataLoader with "
+            "a batch_size, or `batch_size=`."
+        )
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    where = next(model.parameters()).device if device is None else torch.device(device)
+    model.to(where)
+    head = first_batch(train, 64, where)
+    if task is None:
+        with borrowed(model, None, None), torch.no_grad():
+            task = infer_task_of(head, model)
+    num_outputs = count_outputs(model, task, head)
+    if measure == "margin":
+        task.margin(torch.zeros(1, num_outputs), torch.eye(1, num_outputs))  # refuses a task without margins now
+    return Recipe(
+        model_fn,
+        train,
+        resolve_queries(queries, model),
+        task,
+        num_outputs,
+        max_epochs,
+        batch_size or loading.batch_size,  # type: ignore[union-attr]
+        shuffle=True if loading is None else loading.shuffle,
+        drop_last=False if loading is None else loading.drop_last,
+        optimizer=optimizer,
+        trainer_fn=trainer_fn,
+        measure=measure,  # type: ignore[arg-type]
+        device=None if device is None else torch.device(device),
+        memory_budget=memory_budget,
+    )
+
+
+def batch_order(
+    num_examples: int, batch_size: int, shuffle: bool, drop_last: bool, seed: int, epoch: int
+) -> list[Tensor]:
+    """Places of the examples of every batch of an epoch."""
+    places = torch.arange(num_examples)
+    if shuffle:
+        places = torch.randperm(num_examples, generator=torch.Generator().manual_seed(mix(seed, epoch)))
+    batches = list(places.split(batch_size))
+    return batches[:-1] if drop_last and len(batches) > 1 and len(batches[-1]) < batch_size else batches
+
+
+def encoded_batch(
+    model: nn.Module, task: Task, batch: Any, num_outputs: int, target: str = "label"
+) -> tuple[Any, Tensor]:
+    """Inputs and encoded targets of a batch, in the model's precision; or what the model itself predicts.
+
+    Targets are encoded, and so checked, before any vectorised pass: checks look at values.
+    """
+    inputs, targets = in_precision_of(model, task.inputs(batch)), task.targets(batch)
+    if target == "predicted":
+        with torch.no_grad():
+            outputs = task.outputs(model, inputs)
+        targets = task.predict(outputs.reshape(len(outputs), -1))
+    if targets is None:
+        raise ValueError("The batch has no targets, so losses cannot be measured. Give every example a target.")
+    return inputs, in_precision_of(model, task.encode(targets, num_outputs))
+
+
+def count_outputs(model: nn.Module, task: Task, batch: Any) -> int:
+    """Number of outputs for one example; outputs of a wrong form are refused."""
+    with borrowed(model, None, None), torch.no_grad():
+        outputs = task.outputs(model, in_precision_of(model, task.inputs(batch)))
+    check_outputs(outputs, len(outputs))
+    return 1 if outputs.ndim == 1 else outputs.shape[1]
+
+
+def survey(examples: Examples, task: Task) -> tuple[dict[str, Any], Tensor | None]:
+    """What identifies a data set, and its targets if every example has one number, from one pass that reads it."""
+    fingerprint, targets = Fingerprint(content=not examples.is_random), []
+    for batch, digests, _ in examples.batches(1024, torch.device("cpu")):
+        target = task.targets(batch)
+        fingerprint.update(digests, target)
+        targets.append(target)
+    flat = [t.reshape(len(t), -1)[:, 0] for t in targets if t is not None and t.numel() == len(t)]
+    return fingerprint.summary(), torch.cat(flat) if len(flat) == len(targets) else None
+
+
+def fingerprint_of(examples: Examples, task: Task) -> dict[str, Any]:
+    """What identifies a data set."""
+    return survey(examples, task)[0]
+
+
+def _described_optimizer(model: nn.Module, optimizer: MakeOptimizer | None) -> str:
+    try:
+        return read_optimization(model, optimizer, any_kind=True).describe()
+    except CannotBatch as reason:
+        return f"its Trainer's: {reason}"

@@ -1,0 +1,322 @@
+"""retrain() and retrain_without(): ground truth by training many models."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning.pytorch as L
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stride_lightning.attribution import Attribution
+from stride_lightning.attributors import announce, versions
+from stride_lightning.distributed import barrier, rank
+from stride_lightning.progress import counting
+from stride_lightning.randomness import mix, preserved_random_state
+from stride_lightning.retraining.ground_truth import Counterfactual, GroundTruth, Retrained
+from stride_lightning.retraining.one_by_one import train_alone
+from stride_lightning.retraining.optimizers import CannotBatch, MakeOptimizer
+from stride_lightning.retraining.parts import Parts, Tensors, differences, remove_parts
+from stride_lightning.retraining.recipe import Recipe, make_recipe
+from stride_lightning.retraining.together import Together
+from stride_lightning.tasks import Task
+
+Truth = TypeVar("Truth", bound=Retrained)
+
+
+def retrain(
+    model_fn: Callable[[], nn.Module],
+    queries: Any,
+    *,
+    train_data: Any,
+    max_epochs: int,
+    num_subsets: int = 100,
+    fraction: float = 0.5,
+    num_seeds: int = 2,
+    seed: int = 0,
+    path: str | Path | None = None,
+    masks: Tensor | None = None,
+    batch_size: int | None = None,
+    optimizer: MakeOptimizer | None = None,
+    trainer_fn: Callable[[], L.Trainer] | None = None,
+    task: Task | None = None,
+    measure: str = "loss",
+    train_indices: Sequence[int] | Tensor | None = None,
+    device: str | torch.device | None = None,
+    memory_budget: int | None = None,
+    show_progress: bool = True,
+) -> GroundTruth:
+    """Losses of queries under models trained from scratch on random subsets of the training data.
+
+    All subsets of a seed share the initial weights and the order of batches, in which each model skips the examples
+    outside its subset. Models train together where ``torch.func`` can vectorise them; where it cannot, it is said why
+    and they train one by one, each with a fresh Trainer. In a distributed run the processes share the work.
+
+    Args:
+        model_fn: Makes a fresh, untrained model: a class, or a function without arguments.
+        queries: What is measured: a Dataset, DataLoader or LightningDataModule.
+        train_data: What is trained on, likewise. Its DataLoader says batch size and shuffling.
+        max_epochs: Passes over the training data.
+        num_subsets: Number of subsets K.
+        fraction: Share of the training examples in each subset.
+        num_seeds: Models per subset, that differ in initial weights and order. Two or more give a noise ceiling.
+        seed: Seed of the subsets and of everything else.
+        path: Folder for the result. Finished parts stand in ``<path>.parts`` meanwhile: a run that was killed goes on
+            from there when it is started again, and ends with the same numbers.
+        masks: Subsets of your own, bool of shape ``(K, n)``, in place of random ones.
+        batch_size: Examples of a batch, before those outside a subset are dropped.
+        optimizer: Makes the optimizer of a model's parameters; by default the model's ``configure_optimizers``.
+        trainer_fn: Makes a fresh Trainer for each model, for what else training needs (precision, clipping); models
+            then train one by one.
+        task: What a batch means; inferred by default.
+        measure: ``"loss"``, or ``"margin"`` for minus the log-odds of the target.
+        train_indices: Positions in the dataset that are trained on, where the sampler does not tell.
+        device: Where to train; the model's device by default.
+        memory_budget: Bytes that models trained together may take; by default 32 MiB on a CPU, what its caches hold,
+            and 2 GiB on a GPU. See :class:`~stride_lightning.retraining.ensemble.Ensemble` for the formula.
+        show_progress: Show a progress bar, and why models train one by one.
+
+    Returns:
+        Masks, losses and noise ceiling.
+
+    Raises:
+        TypeError, ValueError: If an argument cannot work, saying how, or training diverges, naming subset and seed.
+        RecordError: If what is stored is damaged.
+
+    Example:
+        >>> from functools import partial
+        >>> from torch.utils.data import TensorDataset
+        >>> x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+        >>> data = TensorDataset(x, (x[:, 0] > 0).long())
+        >>> truth = retrain(
+        ...     lambda: nn.Linear(3, 2), data, train_data=data, max_epochs=2, batch_size=10, num_subsets=6,
+        ...     optimizer=partial(torch.optim.SGD, lr=0.1),
+        ... )
+        >>> truth.masks.shape, truth.losses.shape
+        (torch.Size([6, 40]), torch.Size([6, 40]))
+
+    Reference: arXiv:2202.00622 (datamodels), section 2.
+    """
+    recipe = make_recipe(
+        model_fn,
+        queries,
+        train_data=train_data,
+        max_epochs=max_epochs,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        trainer_fn=trainer_fn,
+        task=task,
+        measure=measure,
+        train_indices=train_indices,
+        device=device,
+        memory_budget=memory_budget,
+    )
+    if num_seeds < 1:
+        raise ValueError(f"`num_seeds` must be at least 1, got {num_seeds}.")
+    if masks is None:
+        masks = sample_masks(len(recipe.train), num_subsets, fraction, seed=seed)
+    return _measured(GroundTruth, recipe, _checked_masks(masks, recipe), _seeds(seed, num_seeds), path, show_progress)
+
+
+def retrain_without(
+    attribution: Attribution,
+    model_fn: Callable[[], nn.Module],
+    queries: Any,
+    *,
+    train_data: Any,
+    max_epochs: int,
+    ks: Sequence[int] = (1, 10, 100),
+    num_seeds: int = 2,
+    seed: int = 0,
+    path: str | Path | None = None,
+    show_progress: bool = True,
+    **how: Any,
+) -> Counterfactual:
+    """Losses of each query under models trained without the examples that scores call most helpful to it.
+
+    ``len(ks) * q + 1`` models are trained for each seed. If the scores are right, losses rise with k.
+
+    Args:
+        attribution: The scores. Ties go by position.
+        model_fn: Makes a fresh, untrained model.
+        queries: The queries of the attribution.
+        train_data: The training data of the attribution.
+        max_epochs: Passes over the training data.
+        ks: Numbers of examples removed, each below the number of training examples.
+        num_seeds: Models per removal.
+        seed: Seed of everything.
+        path: Folder for the result, as in :func:`retrain`.
+        show_progress: Show a progress bar, and why models train one by one.
+        **how: How to train, as in :func:`retrain`: ``batch_size``, ``optimizer``, ``trainer_fn``, ``task``,
+            ``measure``, ``train_indices``, ``device``, ``memory_budget``.
+
+    Returns:
+        Losses with everything, and without each query's top k.
+
+    Reference: arXiv:2303.14186 (TRAK), section 5.2.
+    """
+    recipe = make_recipe(model_fn, queries, train_data=train_data, max_epochs=max_epochs, **how)
+    num_train, num_queries = len(recipe.train), len(recipe.queries)
+    if (attribution.num_queries, attribution.num_train) != (num_queries, num_train):
+        raise ValueError(
+            f"The attribution is of {attribution.num_queries} queries and {attribution.num_train} training examples; "
+            f"got {num_queries} queries and {num_train} training examples. Pass the data it was made with."
+        )
+    positions = torch.arange(num_train) if recipe.train.positions is None else recipe.train.positions
+    if not torch.equal(attribution.train_indices.sort().values, positions.sort().values):
+        raise ValueError(
+            "The attribution's train_indices are not the positions of the training data. Pass the data it was made "
+            "with."
+        )
+    # Columns in the order in which the training data are read.
+    scores = attribution.scores[:, attribution.train_indices.argsort()[positions.argsort().argsort()]]
+    ks = sorted(set(ks))
+    if not ks or ks[0] < 1 or ks[-1] >= num_train:
+        raise ValueError(f"`ks` must be numbers from 1 to {num_train - 1}, got {ks}.")
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    removed = [torch.ones(num_queries, num_train, dtype=torch.bool).scatter_(1, order[:, :k], False) for k in ks]
+    masks = torch.cat([torch.ones(1, num_train, dtype=torch.bool), *removed])
+    seeds = _seeds(seed, num_seeds)
+    return _measured(Counterfactual, recipe, masks, seeds, path, show_progress, attribution=attribution, ks=ks)
+
+
+def sample_masks(num_train: int, num_subsets: int, fraction: float = 0.5, *, seed: int = 0) -> Tensor:
+    """Random subsets, each of the same size.
+
+    Args:
+        num_train: Number of training examples n.
+        num_subsets: Number of subsets K.
+        fraction: Share of the examples in each.
+        seed: Seed of the draw.
+
+    Returns:
+        Which example is in which subset, bool of shape ``(K, n)``.
+
+    Example:
+        >>> sample_masks(10, 3, 0.3).sum(1)
+        tensor([3, 3, 3])
+    """
+    if num_subsets < 1:
+        raise ValueError(f"`num_subsets` must be at least 1, got {num_subsets}.")
+    size = round(fraction * num_train)
+    if not 0 < fraction < 1 or not 0 < size < num_train:
+        raise ValueError(
+            f"`fraction` must leave some of the {num_train} training examples in and some out, got {fraction}."
+        )
+    generator = torch.Generator().manual_seed(mix(seed))
+    ranks = torch.stack([torch.randperm(num_train, generator=generator) for _ in range(num_subsets)])
+    return ranks < size
+
+
+def _measured(
+    kind: type[Truth],
+    recipe: Recipe,
+    masks: Tensor,
+    seeds: list[int],
+    path: str | Path | None,
+    show_progress: bool,
+    *,
+    attribution: Attribution | None = None,
+    **more: Any,
+) -> Truth:
+    """Train every subset under every seed, part by part, and keep the result at ``path``."""
+    started = time.perf_counter()
+    path = None if path is None else Path(path)
+    identity = recipe.identity(seeds)
+    result = kind(masks, torch.zeros(len(seeds), len(masks), len(recipe.queries)), seeds, identity, **more)
+    if attribution is not None:
+        result.check_data(attribution.metadata)
+    if path is not None and path.exists():
+        return _existing(kind, path, identity, masks)
+    together, reason = _try_together(recipe, masks, seeds)
+    if reason:
+        announce(f"Models train one by one, each with its own Trainer, because {reason}.", show=show_progress)
+    size = 1
+    if together:  # at least one chunk for every thread
+        size = min(together.chunk_size(len(masks)), -(-len(seeds) * len(masks) // together.num_threads))
+    plan = {**identity, "kind": kind.kind, "together": together is not None, "chunk_size": size}
+    parts = Parts(path, plan, {"masks": masks.to(torch.uint8)}, free=("chunk_size",))
+    size = parts.plan["chunk_size"]
+    chunks = [(s, start) for s in seeds for start in range(0, len(masks), size)]
+    with counting(len(seeds) * len(masks) * recipe.max_epochs, "Retraining (models x epochs)", show_progress) as bar:
+
+        def compute(number: int) -> Tensors:
+            seed, start = chunks[number]
+            chunk = masks[start : start + size]
+            if together:
+                losses = together.train(chunk, seed, bar.update)
+            else:
+                losses = torch.stack([train_alone(recipe, mask, seed) for mask in chunk])
+                bar.update(len(chunk) * recipe.max_epochs)
+            _check_losses(losses, start, seed)
+            return {"losses": losses}
+
+        def done(number: int) -> None:
+            bar.update(len(masks[chunks[number][1] :][:size]) * recipe.max_epochs)
+
+        threads = together.num_threads if together else 1
+        with preserved_random_state():
+            values = [part["losses"] for part in parts.do(len(chunks), compute, done, num_threads=threads)]
+    losses = torch.cat(values).reshape(len(seeds), len(masks), -1)
+    seconds = time.perf_counter() - started
+    how = {"one_by_one_because": reason, "seconds": seconds, "versions": versions(), "chunk_size": size}
+    result = kind(masks, losses, seeds, {**identity, **how}, **more)
+    if path is not None:
+        result.save(path)
+        parts.remove()
+    return result
+
+
+def _try_together(recipe: Recipe, masks: Tensor, seeds: list[int]) -> tuple[Together | None, str | None]:
+    try:
+        together = Together(recipe, seeds[0])
+        together.check_steps(masks, seeds)
+    except CannotBatch as reason:
+        return None, str(reason)
+    return together, None
+
+
+def _existing(kind: type[Truth], path: Path, identity: dict[str, Any], masks: Tensor) -> Truth:
+    """The finished result of the same work, or a refusal."""
+    found = kind.load(path)
+    stored = {name: found.metadata.get(name) for name in identity}
+    differing = differences(stored, identity, {"masks": found.masks}, {"masks": masks})
+    if differing:
+        raise ValueError(
+            f"{path} holds the result of other work, which differs in {differing}. Choose another path, or delete it."
+        )
+    if rank() == 0:
+        remove_parts(path.with_name(path.name + ".parts"))  # a run may have been killed just before
+    barrier()
+    return found
+
+
+def _checked_masks(masks: Tensor, recipe: Recipe) -> Tensor:
+    num_train, masks = len(recipe.train), torch.as_tensor(masks)
+    if masks.ndim != 2 or masks.shape[1] != num_train or not ((masks == 0) | (masks == 1)).all():
+        raise ValueError(
+            f"`masks` must be 0/1 of shape (num_subsets, {num_train}), one column per training example; got "
+            f"{masks.dtype} {tuple(masks.shape)}."
+        )
+    empty = (~masks.bool().any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"`masks` has subsets without any example: {empty[:10]}.")
+    return masks.bool().cpu()
+
+
+def _check_losses(losses: Tensor, start: int, seed: int) -> None:
+    bad = (~torch.isfinite(losses)).any(1).nonzero().flatten().tolist()
+    if bad:
+        queries = (~torch.isfinite(losses[bad[0]])).nonzero().flatten().tolist()
+        raise ValueError(
+            f"Training on subset {start + bad[0]} with seed {seed} gave losses that are not finite for queries "
+            f"{queries[:5]}. Did training diverge? Lower the learning rate, or look at these queries."
+        )
+
+
+def _seeds(seed: int, num_seeds: int) -> list[int]:
+    return [int(number) for number in np.arange(seed, seed + num_seeds)]

@@ -1,0 +1,706 @@
+"""FurtherTrainingCallback on real Trainers."""
+
+import copy
+import csv
+import sys
+from functools import partial
+
+import lightning.pytorch as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
+
+from stride_lightning import (
+    BinaryClassification,
+    Classification,
+    FurtherTraining,
+    FurtherTrainingCallback,
+    StrideCallback,
+    attribute,
+    further_train,
+)
+from stride_lightning.records import find_records, read_record
+from stride_lightning.weights import weight_hash
+from tests.helpers.models import (
+    NUM_TRAIN,
+    Augmented,
+    Classifier,
+    ConvNet,
+    Data,
+    Dicts,
+    Validated,
+    build,
+    classification_data,
+    hooks_of,
+    loader,
+    make_trainer,
+    picture_data,
+    train,
+)
+from tests.test_distributed import run_two, start
+
+DATA, QUERIES, LEFT_OUT = classification_data(), classification_data(5, seed=1), [12, 3, 30]
+QUIET = {"show_progress": False}
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+
+def callback(queries=QUERIES, **more):
+    return FurtherTrainingCallback(queries, **({"left_out": LEFT_OUT, "num_seeds": 2} | more))
+
+
+def expected(model, data=None, queries=QUERIES, **more):
+    """What further_train() gives of the final weights."""
+    how = {"left_out": LEFT_OUT, "num_seeds": 2, **QUIET}
+    return further_train(model, queries, train_data=loader(DATA) if data is None else data, **(how | more))
+
+
+# ---- the record and what is logged --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A finished run with two loggers: model, trainer, callback."""
+    folder = tmp_path_factory.mktemp("run")
+    loggers = [CSVLogger(folder), TensorBoardLogger(folder, name="board")]
+    model, further = build(Classifier), callback(epochs=[2, 1], seed=5)
+    trainer = train(model, DATA, folder, further, logger=loggers, log_every_n_steps=1)
+    return model, trainer, further
+
+
+def test_record_holds_the_effects_at_the_final_weights(recorded):
+    model, trainer, further = recorded
+    (path,) = find_records(f"{trainer.log_dir}/further-training")
+    assert path.name == f"step={trainer.global_step}" == "step=8"
+    assert further.records == [path]
+    found = FurtherTraining.load(path)
+    own = expected(model, epochs=[1, 2], seed=5)
+    assert found.effects_by_seed.equal(own.effects_by_seed)
+    assert found.effects_by_seed.equal(further.result.effects_by_seed)
+    assert found.effects().abs().max() > 1e-4
+    assert (found.left_out.tolist(), found.epochs, found.seeds) == (LEFT_OUT, [1, 2], [5, 6])
+    for name in ("data", "query_data", "weights", "optimizer", "batch_size", "shuffle"):
+        assert found.metadata[name] == own.metadata[name], name
+
+
+def test_record_names_what_it_is_of(recorded):
+    model, trainer, further = recorded
+    info = read_record(further.records[0]).info
+    assert info["kind"] == "further-training"
+    assert info["weights"] == weight_hash(model)
+    assert (info["step"], info["epoch"], info["model"]) == (8, trainer.current_epoch, "Classifier")
+    assert info["task"] == "Classification()"
+    assert info["data"]["num_examples"] == NUM_TRAIN
+    assert info["metadata"]["step"] == 8
+    assert info["metadata"]["batch_size"] == 16
+
+
+def test_csv_logger_gets_sizes_of_effects_and_scalars_of_the_scores(recorded):
+    _, trainer, further = recorded
+    with open(f"{trainer.log_dir}/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    logged = {key: (float(row[key]), int(row["step"])) for row in rows for key in row if row[key]}
+    for epoch in (1, 2):
+        values = {"effect_rms": further.result.effects(epoch), "std_error_rms": further.result.std_error(epoch)}
+        for name, value in values.items():
+            own = value.square().mean().sqrt().item()
+            assert logged[f"further-training/epochs={epoch}/{name}"] == (pytest.approx(own), 8)
+    scores = further.result.effects(2)
+    assert logged["further-training/score_std"] == (pytest.approx(scores.std(correction=0).item()), 8)
+    assert logged["further-training/positive_fraction"][0] == pytest.approx((scores > 0).float().mean().item())
+    assert logged["further-training/seconds/total"][0] > 0
+    assert all(row["loss"] for row in rows if int(row["step"]) in (1, 2))  # the user's own metrics are all there
+
+
+def test_tensorboard_shows_scalars_and_the_table(recorded):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    _, trainer, further = recorded
+    events = accumulator.EventAccumulator(trainer.loggers[1].log_dir).Reload()
+    (event,) = events.Scalars("further-training/epochs=1/effect_rms")
+    assert (event.step, event.value) == (8, pytest.approx(further.result.effects(1).square().mean().sqrt().item()))
+    assert {"further-training/scores", "further-training/std"} <= set(events.Tags()["histograms"])
+    (text,) = events.Tensors("further-training/top_examples/text_summary")
+    table = text.tensor_proto.string_val[0].decode()
+    best = LEFT_OUT[further.result.effects()[0].argmax()]
+    assert f"| proponent | 1 | {best} |" in table
+
+
+def test_one_seed_logs_no_error(tmp_path):
+    further = callback(num_seeds=1)
+    train(build(Classifier), DATA, tmp_path, further, logger=CSVLogger(tmp_path, name="t", version=0))
+    text = (tmp_path / "t/version_0/metrics.csv").read_text()
+    assert "further-training/epochs=1/effect_rms" in text
+    assert "std_error_rms" not in text
+
+
+def test_pictures_of_what_was_left_out(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    pictures, drawn = picture_data(), []
+    monkeypatch.setattr(
+        "stride_lightning.views.loggers.plot_grid",
+        lambda attribution, *args, **kwargs: drawn.append((attribution, args)),
+    )
+    monkeypatch.setattr("stride_lightning.views.loggers._log_to_experiment", lambda *args: None)
+    further = callback(queries=picture_data(2, seed=3), left_out=[31, 2])
+    train(build(ConvNet), pictures, tmp_path, further, logger=CSVLogger(tmp_path))
+    ((attribution, _),) = drawn
+    for column, position in enumerate([31, 2]):
+        assert attribution.train_data[column][0].equal(pictures[position][0])
+    assert attribution.queries[1][0].equal(picture_data(2, seed=3)[1][0])
+
+
+def test_attribute_finds_it(recorded, monkeypatch):
+    model, _, further = recorded
+    monkeypatch.setattr("stride_lightning.retraining.attributors.measure_effects", None)
+    found = attribute(model, QUERIES, train_data=DATA, method="further-training", **QUIET)
+    assert found.scores.equal(further.result.effects())
+    assert found.metadata["record"] == str(further.records[0])
+
+
+def test_without_loggers_and_with_a_folder_of_its_own(tmp_path):
+    further = callback(dirpath=tmp_path / "elsewhere")
+    train(build(Classifier), DATA, tmp_path, further)
+    assert [path.name for path in find_records(tmp_path / "elsewhere")] == ["step=8"]
+    assert not (tmp_path / "further-training").exists()
+
+
+def test_by_default_a_hundred_examples_and_five_seeds(tmp_path):
+    data = classification_data(130)
+    further = FurtherTrainingCallback(Subset(QUERIES, [0]))
+    train(build(Classifier), loader(data, 65), tmp_path, further)
+    assert further.result.effects_by_seed.shape == (5, 1, 100, 1)
+    few = FurtherTrainingCallback(Subset(QUERIES, [0]))
+    train(build(Classifier), loader(Subset(data, range(9)), 9), tmp_path, few)
+    assert few.result.left_out.tolist() == list(range(9))
+
+
+# ---- batches ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "size"), [({}, 16), ({"accumulate_grad_batches": 3}, 48)])
+def test_a_batch_is_what_one_optimizer_step_takes_in(tmp_path, options, size):
+    model, further = build(Classifier), callback()
+    train(model, DATA, tmp_path, further, **options)
+    assert further.result.metadata["batch_size"] == size
+    assert further.result.effects_by_seed.equal(expected(model, batch_size=size).effects_by_seed)
+
+
+def test_order_and_size_are_those_of_the_loader_or_as_passed(tmp_path):
+    model, further = build(Classifier), callback()
+    sequential = DataLoader(DATA, 7, drop_last=True)
+    train(model, sequential, tmp_path, further)
+    metadata = further.result.metadata
+    assert (metadata["batch_size"], metadata["shuffle"], metadata["drop_last"]) == (7, False, True)
+    assert further.result.effects_by_seed.equal(expected(model, sequential).effects_by_seed)
+    own = callback(batch_size=5, optimizer=SGD)
+    train(model, DATA, tmp_path, own)
+    assert own.result.metadata["optimizer"] == repr(SGD(model.parameters()))
+    assert own.result.effects_by_seed.equal(expected(model, batch_size=5, optimizer=SGD).effects_by_seed)
+
+
+def test_train_indices(tmp_path):
+    chosen = [30, 4, 22, 9, 1, 16, 8, 3]
+    sampled = DataLoader(DATA, 4, sampler=SubsetRandomSampler(chosen))
+    with pytest.raises(MisconfigurationException, match=r"SubsetRandomSampler.*`train_indices=`"):
+        train(build(Classifier), sampled, tmp_path, callback())
+    model, further = build(Classifier), callback(left_out=[9, 30], train_indices=chosen)
+    train(model, sampled, tmp_path, further)
+    own = TensorDataset(*(tensor[chosen] for tensor in DATA.tensors))
+    assert further.result.left_out.tolist() == [9, 30]
+    torch.testing.assert_close(
+        further.result.effects(), expected(model, loader(own, 4), left_out=[3, 0]).effects(), rtol=1e-4, atol=1e-6
+    )
+    found = attribute(model, QUERIES, train_data=DATA, train_indices=chosen, method="further-training", **QUIET)
+    assert found.metadata["record"] == str(further.records[0])
+
+
+def test_data_modules(tmp_path):
+    """The queries of one that is not attached, and hooks that move a batch."""
+
+    class Shifted(Data):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return batch[0] + 3, batch[1]
+
+    model, further = build(Validated), callback(queries=Shifted())
+    make_trainer(tmp_path, further).fit(model, Shifted())
+    data, held_out = Shifted(), Shifted()
+    held_out.setup("test")
+    x, y = held_out.held_out.tensors
+    own = expected(model, data, TensorDataset(x[:4] + 3, y[:4]))
+    assert further.result.effects().shape == (4, 3)
+    torch.testing.assert_close(further.result.effects(), own.effects())
+
+
+def test_a_task_of_ones_own(tmp_path):
+    class DictTask(Classification):
+        def inputs(self, batch):
+            return batch["features"]
+
+        def targets(self, batch):
+            return batch["answer"]
+
+    class DictClassifier(Classifier):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch["features"], batch["answer"]), batch_idx)
+
+    model, further = build(DictClassifier), callback(queries=Dicts(QUERIES), task=DictTask())
+    train(model, Dicts(DATA), tmp_path, further)
+    plain = build(Classifier)
+    plain.load_state_dict(model.state_dict())
+    assert further.result.effects().equal(expected(plain).effects())
+    assert read_record(further.records[0]).info["task"] == "DictTask()"
+
+
+# ---- training goes on as if it were not there ---------------------------------------------------------------------
+
+
+def trajectory(folder, kind, data, *callbacks, **options):
+    """Final weights, and the next random numbers; dropout and shuffling draw from the global generator."""
+    model = build(kind, **({"dropout": 0.4} if kind is Classifier else {}))
+    train(model, data, folder, *callbacks, **options)
+    return weight_hash(model), torch.rand(3).tolist(), model
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "options"),
+    [
+        (Classifier, DATA, {}),
+        (ConvNet, picture_data(), {}),
+        (ConvNet, Augmented(picture_data()), {}),
+        (Classifier, DATA, {"precision": "bf16-mixed", "accumulate_grad_batches": 3}),
+    ],
+    ids=["dropout", "batchnorm", "augmentation", "bf16-mixed"],
+)
+@pytest.mark.filterwarnings("ignore:Two reads of one example")
+def test_training_is_bit_identical(tmp_path, kind, data, options):
+    further = callback(queries=picture_data(3, seed=5) if kind is ConvNet else QUERIES)
+    after = []
+
+    class Later(L.Callback):
+        def on_train_end(self, trainer, pl_module):
+            after.append((weight_hash(pl_module), pl_module.training, torch.rand(1).item(), hooks_of(pl_module)))
+
+    plain = trajectory(tmp_path / "without", kind, data, Later(), **options)
+    watched = trajectory(tmp_path / "with", kind, data, further, Later(), **options)
+    assert plain[:2] == watched[:2]
+    assert after[0] == after[1]
+    assert further.result.effects().abs().max() > 0
+    assert hooks_of(watched[2]) == []
+    assert all(parameter.requires_grad for parameter in watched[2].parameters())
+    assert set(vars(plain[2])) == set(vars(watched[2]))
+
+
+def test_optimizer_state_and_gradients_are_left_alone(tmp_path):
+    states = []
+
+    class Later(L.Callback):
+        def on_train_end(self, trainer, pl_module):
+            momentum = [state["momentum_buffer"].clone() for state in trainer.optimizers[0].state.values()]
+            states.append([*momentum, *(p.grad.clone() for p in pl_module.parameters() if p.grad is not None)])
+
+    for extra in ([], [callback()]):
+        train(build(Classifier), DATA, tmp_path, *extra, Later())
+    assert len(states[0]) >= 4
+    assert all(one.equal(other) for one, other in zip(*states, strict=True))
+
+
+def test_modes_are_put_back(tmp_path):
+    modes = []
+
+    class Frozen(ConvNet):
+        def on_train_start(self):
+            self.network[1].eval()
+
+        def on_train_end(self):
+            modes.append([module.training for module in self.modules()])
+
+    model = build(Frozen)
+    train(model, picture_data(), tmp_path, callback(queries=picture_data(2, seed=5)))
+    assert modes[0].count(False) == 1
+
+
+def test_fast_dev_run_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    further = callback()
+    train(build(Classifier), DATA, tmp_path, further, fast_dev_run=True)
+    assert further.result is None
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(MisconfigurationException, match="are not among the 60 training examples"):
+        train(build(Classifier), DATA, tmp_path, callback(left_out=[60]), fast_dev_run=True)
+
+
+# ---- state, resume, several ---------------------------------------------------------------------------------------
+
+
+def test_state_survives_weights_only_loading(tmp_path, recorded):
+    _, trainer, further = recorded
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    state = torch.load(tmp_path / "run.ckpt", weights_only=True)["callbacks"][further.state_key]
+    assert state == further.state_dict()
+    assert state == {"dirpath": f"{trainer.log_dir}/further-training", "records": [str(further.records[0])]}
+    other = callback(epochs=[1, 2], seed=5)
+    assert other.state_key == further.state_key
+    other.load_state_dict(state)
+    assert other.records == further.records
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_resume(tmp_path):
+    def callbacks():
+        keep = ModelCheckpoint(dirpath=tmp_path / "kept", every_n_epochs=1, save_top_k=-1, filename="{step}")
+        return callback(dirpath=tmp_path / "records"), keep
+
+    whole = build(Classifier)
+    first, keep = callbacks()
+    train(whole, DATA, tmp_path, first, keep, enable_checkpointing=True)
+    again, keep = callbacks()
+    model, checkpoint = build(Classifier, seed=1), tmp_path / "kept" / "step=4.ckpt"
+    trainer = train(model, DATA, tmp_path, again, keep, enable_checkpointing=True, max_epochs=3, ckpt_path=checkpoint)
+    assert trainer.global_step == 12
+    assert [path.name for path in find_records(tmp_path / "records")] == ["step=8", "step=12"]
+    assert read_record(again.records[-1]).info["weights"] == weight_hash(model)
+    assert again.result.effects().equal(expected(model).effects())
+    finished, keep = callbacks()
+    train(model, DATA, tmp_path, finished, keep, enable_checkpointing=True, ckpt_path=tmp_path / "kept" / "step=8.ckpt")
+    assert finished.result is None
+    assert len(find_records(tmp_path / "records")) == 2
+
+
+def test_second_fit_on_the_same_trainer(tmp_path):
+    model, further = build(Classifier), callback()
+    trainer = train(model, DATA, tmp_path, further, accumulate_grad_batches=2)
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(model, loader(DATA))
+    assert [path.name for path in further.records] == ["step=4", "step=8"]
+    assert read_record(further.records[1]).info["weights"] == weight_hash(model)
+    assert further.result.metadata["batch_size"] == 32
+
+
+def test_a_fit_without_a_result_does_not_show_that_of_the_last(tmp_path):
+    model, further = build(Classifier), callback(epochs=3)
+    trainer = train(model, DATA, tmp_path, further)
+    assert further.result is not None
+    further.optimizer, trainer.fit_loop.max_epochs = partial(torch.optim.SGD, lr=1e30), 4
+    with pytest.warns(UserWarning, match="FurtherTrainingCallback wrote no record"):
+        trainer.fit(model, loader(DATA))
+    assert further.result is None
+    assert len(further.records) == 1
+
+
+def test_several_instances_and_the_other_callback(tmp_path):
+    one, two, stride = callback(), callback(epochs=2), StrideCallback(num_subsets=8)
+    model = build(Classifier)
+    train(model, DATA, tmp_path, one, stride, two)
+    assert len({one.state_key, two.state_key, stride.state_key}) == 3
+    assert [path.name for path in find_records(tmp_path / "further-training")] == ["step=8", "step=8-v1"]
+    assert [path.name for path in find_records(tmp_path / "stride")] == ["step=8"]
+    assert one.result.effects().equal(expected(model).effects())
+    assert two.result.effects().equal(expected(model, epochs=2).effects())
+
+
+def test_weights_that_a_callback_listed_before_swaps_in(tmp_path):
+    class Averaging(L.Callback):
+        def on_train_end(self, trainer, pl_module):
+            with torch.no_grad():
+                for weight in pl_module.parameters():
+                    weight.mul_(0.5)
+
+    model, further = build(Classifier), callback()
+    make_trainer(tmp_path, Averaging(), further, max_epochs=1).fit(model, loader(DATA))
+    assert read_record(further.records[0]).info["weights"] == weight_hash(model)
+    assert further.result.effects().equal(expected(model).effects())
+
+
+# ---- what is refused, before the first step -------------------------------------------------------------------------
+
+
+ARGUMENTS = {
+    "num_seeds": ({"num_seeds": 0}, "`num_seeds` must be at least 1, got 0"),
+    "batch_size": ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+    "epochs": ({"epochs": [1, 0]}, r"`epochs` must be one or several integers of at least 1, got \[1, 0\]"),
+    "no epochs": ({"epochs": []}, r"`epochs` must be one or several integers.*got \[\]"),
+    "half an epoch": ({"epochs": 0.5}, r"`epochs` must be one or several integers of at least 1, got 0\.5"),
+    "task": ({"task": Classification}, "`task` must be an instance of Task, got the class Classification"),
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_arguments(name):
+    options, message = ARGUMENTS[name]
+    with pytest.raises(MisconfigurationException, match=message):
+        callback(**options)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(DATA)
+
+
+class NeedsSteps(Classifier):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1 / self.trainer.estimated_stepping_batches)
+
+
+class ByHand(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.optimizers().step()
+
+
+REFUSED = {
+    "combined": (CombinedLoader([loader(DATA), loader(DATA)]), {}, Classifier, "one DataLoader over one map-style"),
+    "iterable": (DataLoader(Stream(), batch_size=4), {}, Classifier, "Stream.*map-style dataset"),
+    "no position": (loader(DATA), {"left_out": [3, 60]}, Classifier, r"\[60\] are not among the 60 training examples"),
+    "no labels": (loader(DATA), {"queries": TensorDataset(QUERIES.tensors[0])}, Classifier, "has no targets"),
+    "queries": (loader(DATA), {"queries": Stream()}, Classifier, "`queries` is an IterableDataset"),
+    "no queries": (loader(DATA), {"queries": None}, Classifier, "`queries` must be a Dataset, a DataLoader"),
+    "other task": (
+        loader(DATA),
+        {"task": BinaryClassification()},
+        Classifier,
+        r"Expected 3 target\(s\) per example",
+    ),
+    "optimizer": (loader(DATA), {}, NeedsSteps, r"configure_optimizers needs a Trainer.*Pass `optimizer=`"),
+    "by hand": (loader(DATA), {}, ByHand, "ByHand cannot be trained on by its training_step without a Trainer"),
+    "batches": (
+        DataLoader(DATA, batch_sampler=[[0, 1], [2, 3]]),
+        {"train_indices": [0, 1, 2, 3], "left_out": [2]},
+        Classifier,
+        "batch size cannot be told.*or `batch_size=`",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_work_is_refused_before_training(tmp_path, name):
+    data, options, kind, message = REFUSED[name]
+    model, trainer = build(kind), make_trainer(tmp_path, callback(**options))
+    with pytest.raises(
+        MisconfigurationException, match=f"FurtherTrainingCallback cannot work with this model and data.*{message}"
+    ):
+        trainer.fit(model, data)
+    assert trainer.global_step == 0
+    assert hooks_of(model) == []
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
+def test_sharded_strategies_are_refused(tmp_path, name):
+    trainer = make_trainer(tmp_path)
+    strategy = type(name, (type(trainer.strategy),), {})(device="cpu")
+    trainer = make_trainer(tmp_path, callback(), strategy=strategy)
+    with pytest.raises(MisconfigurationException, match=f"FurtherTrainingCallback needs.*{name} is not supported"):
+        trainer.fit(build(Classifier), loader(DATA))
+    assert trainer.global_step == 0
+
+
+def test_further_training_that_diverges_only_warns(tmp_path):
+    model, later = build(Classifier), []
+
+    class Later(L.Callback):
+        def on_train_end(self, trainer, pl_module):
+            later.append(weight_hash(pl_module))
+
+    further = callback(optimizer=partial(torch.optim.SGD, lr=1e30), epochs=3)
+    with pytest.warns(
+        UserWarning, match="FurtherTrainingCallback wrote no record.*example 12 gave.*Lower the learning"
+    ):
+        train(model, DATA, tmp_path, further, Later())
+    assert further.result is None
+    assert further.records == []
+    assert find_records(tmp_path / "further-training") == []
+    assert later == [weight_hash(model)]
+
+
+def test_a_model_that_cannot_be_copied_in_the_end_only_warns(tmp_path):
+    class Keeping(Classifier):
+        def training_step(self, batch, batch_idx):
+            self.kept = super().training_step(batch, batch_idx)
+            return self.kept
+
+    further = callback()
+    with pytest.warns(UserWarning, match="wrote no record. Keeping cannot be copied"):
+        train(build(Keeping), DATA, tmp_path, further)
+    assert further.result is None
+
+
+def test_diverged_training_only_warns(tmp_path):
+    with pytest.warns(UserWarning, match="FurtherTrainingCallback wrote no record"):
+        train(build(Classifier, lr=float("inf")), DATA, tmp_path, callback())
+
+
+def test_one_by_one(tmp_path):
+    class Smoothed(Classifier):
+        def loss(self, outputs, targets):
+            return F.cross_entropy(outputs, targets, label_smoothing=0.2)
+
+    model, further = build(Smoothed), callback(left_out=[12, 3])
+    train(model, DATA, tmp_path, further)
+    assert "label smoothing" in further.result.metadata["one_by_one_because"]
+    assert further.result.effects().equal(expected(model, left_out=[12, 3]).effects())
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_precision(tmp_path, precision, smoothing):
+    class Smoothed(Classifier):
+        loss = staticmethod(partial(F.cross_entropy, label_smoothing=smoothing))
+
+    model, further = build(Smoothed), callback(left_out=[12, 3])
+    train(model, DATA, tmp_path, further, precision=precision)
+    assert further.result.effects_by_seed.dtype == {"bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
+    if precision == "64-true":
+        assert (further.result.metadata["one_by_one_because"] is None) is (smoothing == 0)
+    single = build(Smoothed)
+    single.load_state_dict(model.state_dict())
+    own = expected(single, left_out=[12, 3])
+    rough = 0.1 if precision == "bf16-true" else 1e-3
+    torch.testing.assert_close(further.result.effects(), own.effects(), rtol=rough, atol=rough / 10)
+
+
+# ---- two processes ----------------------------------------------------------------------------------------------
+
+
+def fit_on_two(number, port, folder):
+    """An uneven number of chunks, BatchNorm whose statistics differ, and a question of both ranks."""
+    start(number, port)
+    pictures, queries = picture_data(), picture_data(3, seed=5)
+    further = callback(dirpath=folder / "records", queries=queries, left_out=[7, 2, 31], num_seeds=3, memory_budget=1)
+    model = build(ConvNet)
+    trainer = make_trainer(folder, further, strategy="ddp", devices=2, logger=CSVLogger(folder), log_every_n_steps=1)
+    trainer.fit(model, loader(pictures, batch_size=4))
+    results = {"records": list(map(str, further.records)), "state": copy.deepcopy(model.state_dict())}
+    results["effects"], results["size"] = further.result.effects_by_seed, further.result.metadata["batch_size"]
+    asked = {"train_data": loader(pictures, 8), "method": "further-training", **QUIET}
+    found = attribute(model, queries, **asked)
+    results["found"], results["record"] = found.scores, found.metadata["record"]
+    if number == 1:  # as on a node with a disk of its own
+        further.dirpath = folder / "nowhere"
+    alone = attribute(model, queries, left_out=[7, 2, 31], num_seeds=3, **asked)
+    results["alone"], results["note"] = alone.scores, alone.metadata["record_note"]
+    torch.set_num_threads(1 + number)  # ranks that would cut the work otherwise
+    how = {"train_data": loader(pictures, 8), "left_out": [7, 2, 31], "num_seeds": 2, **QUIET}
+    for name in ("first", "again"):
+        result = further_train(model, queries, path=folder / "effects", **how)
+        results[name] = result.effects_by_seed
+    results["in memory"] = further_train(model, queries, **how).effects_by_seed
+    results["saved"] = [str(result.save(folder / "saved")) for _ in range(2)]
+    torch.save(results, folder / f"rank{number}.pt")
+
+
+@pytest.mark.distributed
+def test_two_processes_give_what_one_gives(tmp_path):
+    first, second = run_two(fit_on_two, tmp_path)
+    (path,) = find_records(tmp_path / "records")
+    assert (first["records"], second["records"]) == ([str(path)], [])
+    assert first["size"] == second["size"] == 8  # over both
+    differing = [name for name, value in first["state"].items() if not value.equal(second["state"][name])]
+    assert all("running" in name for name in differing)
+    assert differing
+    for key in ("effects", "found", "alone", "first", "again", "in memory"):
+        assert first[key].equal(second[key]), key
+    assert first["record"] == second["record"] == str(path)
+    assert "not every rank found the same record" in first["note"]
+    assert first["saved"] == second["saved"] == [str(tmp_path / "saved"), str(tmp_path / "saved-v1")]
+    model = build(ConvNet)
+    model.load_state_dict(first["state"])
+    assert read_record(path).info["weights"] == weight_hash(model)
+    how = {"left_out": [7, 2, 31], "num_seeds": 3}
+    own = expected(model, loader(picture_data(), 8), picture_data(3, seed=5), **how)
+    close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-6)
+    assert own.effects_by_seed.abs().max() > 1e-4
+    close(first["effects"], own.effects_by_seed)
+    close(FurtherTraining.load(path).effects_by_seed, own.effects_by_seed)
+    close(first["found"], own.effects())
+    close(first["alone"], own.effects())
+    for key in ("first", "again", "in memory"):
+        close(first[key], own.effects_by_seed[:2])
+    logged = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text()
+    assert logged.count("further-training/epochs=1/effect_rms") == 1
+
+
+# ---- the command line ---------------------------------------------------------------------------------------------
+
+
+CONFIG = """
+seed_everything: 0
+trainer:
+  max_epochs: 1
+  accelerator: cpu
+  devices: 1
+  logger: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  enable_checkpointing: false
+  default_root_dir: {folder}
+  callbacks:
+    - class_path: stride_lightning.FurtherTrainingCallback
+      init_args:
+        queries:
+          class_path: tests.helpers.models.Data
+        left_out: [3, 1]
+        epochs: [1, 2]
+        num_seeds: 2
+        optimizer:
+          class_path: torch.optim.SGD
+          init_args:
+            lr: 0.05
+"""
+
+
+class Wide(Validated):
+    def __init__(self, width: int = 8):
+        super().__init__(width=width)
+
+
+def test_yaml(tmp_path, monkeypatch):
+    cli = pytest.importorskip("lightning.pytorch.cli")
+    pytest.importorskip("jsonargparse")
+    # Lightning 2.6 calls names that jsonargparse 4.53 calls old.
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(CONFIG.format(folder=tmp_path))
+    monkeypatch.setattr(sys, "argv", ["train.py", "fit", "--config", "config.yaml"])
+    trainer = cli.LightningCLI(Wide, Data, save_config_callback=None).trainer
+    (further,) = (callback for callback in trainer.callbacks if isinstance(callback, FurtherTrainingCallback))
+    result = FurtherTraining.load(tmp_path / "further-training" / "step=4")
+    assert (result.left_out.tolist(), result.epochs, len(result.seeds)) == ([3, 1], [1, 2], 2)
+    assert result.effects().shape == (4, 2)
+    assert "lr: 0.05" in result.metadata["optimizer"]
+    assert further.result.effects().equal(result.effects())
+
+
+def test_pytorch_lightning_trainer(tmp_path):
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the other tree's import has warnings of its own
+        pl = pytest.importorskip("pytorch_lightning")
+
+    class Other(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.network = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.network(x)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+    model, further = build(Other), callback(optimizer=SGD)
+    model.configure_optimizers = lambda: SGD(model.parameters())
+    options = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(
+        callbacks=[further], max_epochs=1, accelerator="cpu", logger=False, default_root_dir=tmp_path, **options
+    )
+    trainer.fit(model, loader(DATA))
+    assert further.result.effects().equal(expected(model, optimizer=SGD).effects())

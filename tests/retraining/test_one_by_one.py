@@ -1,0 +1,144 @@
+"""A fresh Trainer for every subset: its batches, its hooks, its epochs."""
+
+import lightning.pytorch as L
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from stride_lightning.retraining.one_by_one import train_alone
+from stride_lightning.retraining.recipe import batch_order, make_recipe
+from stride_lightning.retraining.together import Together
+from tests.helpers.models import make_trainer
+from tests.retraining.cases import NUM_QUERIES, Net, by_hand, mlp, points, sgd, some_masks
+
+QUERIES = points(NUM_QUERIES, seed=1)
+
+
+def model_fn():
+    return Net(mlp(), sgd)
+
+
+def recipe_of(model_fn=model_fn, **more):
+    how = {"train_data": points(), "max_epochs": 3, "batch_size": 9} | more
+    return make_recipe(model_fn, QUERIES, **how)
+
+
+class Watching(Net):
+    """Notes what a Trainer shows it."""
+
+    seen = None
+
+    def __init__(self):
+        super().__init__(mlp(), sgd)
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append((self.current_epoch, batch[0][:, 0].tolist()))
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(("size", "drop_last"), [(9, False), (9, True), (2, False)])
+def test_batches_are_those_of_the_whole_order_without_the_others(size, drop_last):
+    """Also where the number of batches that hold an example of the subset changes from epoch to epoch."""
+    data, mask = points(), some_masks(1, fraction=0.2)[0]
+    loader = DataLoader(data, size, shuffle=True, drop_last=drop_last)
+    recipe = recipe_of(Watching, train_data=loader, batch_size=None, max_epochs=4)
+    Watching.seen = []
+    train_alone(recipe, mask, 2)
+    expected = []
+    for epoch in range(4):
+        batches = [places[mask[places]] for places in batch_order(25, size, True, drop_last, 2, epoch)]
+        expected += [(epoch, data.tensors[0][places, 0].tolist()) for places in batches if len(places)]
+    assert Watching.seen == expected
+    counts = [sum(epoch == number for epoch, _ in expected) for number in range(4)]
+    assert size == 9 or counts[0] < max(counts) or len(set(counts)) > 1  # or this would show less
+
+
+@pytest.mark.parametrize("size", [9, 2])
+@pytest.mark.parametrize("own", [False, True], ids=["default", "own trainer"])
+def test_losses_are_those_of_a_plain_loop(size, own, tmp_path):
+    trainer = (lambda: make_trainer(tmp_path, max_epochs=3)) if own else None
+    recipe, masks = recipe_of(batch_size=size, trainer_fn=trainer), some_masks(2, fraction=0.3)
+    found = torch.stack([train_alone(recipe, mask, 1) for mask in masks])
+    expected = by_hand(model_fn, points(), QUERIES, masks, 1, max_epochs=3, batch_size=size)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_plain_module_and_an_optimizer_of_its_own():
+    optimizer = lambda parameters: torch.optim.Adam(parameters, lr=0.05)  # noqa: E731
+    expected_fn = lambda: Net(mlp(), lambda model: optimizer(model.parameters()))  # noqa: E731
+    masks, how = some_masks(2), {"max_epochs": 3, "batch_size": 9}
+    expected = by_hand(expected_fn, points(), QUERIES, masks, 0, **how)
+    for kind in (mlp, model_fn):  # in place of its configure_optimizers
+        recipe = recipe_of(kind, optimizer=optimizer)
+        found = torch.stack([train_alone(recipe, mask, 0) for mask in masks])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_trainer_that_has_trained_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, max_epochs=3)
+    recipe = recipe_of(trainer_fn=lambda: trainer)
+    train_alone(recipe, some_masks(1)[0], 0)
+    with pytest.raises(ValueError, match="`trainer_fn` returned a Trainer that has trained before"):
+        train_alone(recipe, some_masks(1)[0], 0)
+
+
+def test_a_trainer_for_other_epochs_is_refused(tmp_path):
+    recipe = recipe_of(trainer_fn=lambda: make_trainer(tmp_path, max_epochs=5))
+    with pytest.raises(ValueError, match="makes a Trainer for 5 epochs, but `max_epochs` is 3"):
+        train_alone(recipe, some_masks(1)[0], 0)
+
+
+def test_random_states_are_left_alone_and_do_not_matter():
+    recipe, mask = recipe_of(), some_masks(1)[0]
+    torch.manual_seed(1)
+    first, after = train_alone(recipe, mask, 0), torch.rand(2)
+    torch.manual_seed(1)
+    assert after.equal(torch.rand(2))
+    assert first.equal(train_alone(recipe, mask, 0))
+
+
+class Doubling(L.LightningDataModule):
+    """Doubles the inputs on the device; twice would be four times."""
+
+    def train_dataloader(self):
+        return DataLoader(points(), 9, shuffle=True)
+
+    def test_dataloader(self):
+        return DataLoader(QUERIES, 4)
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return 2 * batch[0], batch[1]
+
+
+class DoublingModel(Net):
+    """The same as a hook of the model."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return 2 * batch[0], batch[1]
+
+
+@pytest.mark.parametrize("owner", ["data module", "model"])
+def test_hooks_of_the_data_are_applied_once(owner):
+    kind = DoublingModel if owner == "model" else Net
+    data = Doubling() if owner == "data module" else points()
+    queries = Doubling() if owner == "data module" else QUERIES
+    recipe = make_recipe(lambda: kind(mlp(), sgd), queries, train_data=data, max_epochs=2, batch_size=9)
+    twice = torch.utils.data.TensorDataset(2 * points().tensors[0], points().tensors[1])
+    asked = torch.utils.data.TensorDataset(2 * QUERIES.tensors[0], QUERIES.tensors[1])
+    masks = some_masks(2)
+    expected = by_hand(model_fn, twice, asked, masks, 0, max_epochs=2, batch_size=9)
+    alone = torch.stack([train_alone(recipe, mask, 0) for mask in masks])
+    torch.testing.assert_close(alone, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(Together(recipe, 0).train(masks, 0), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_is_in_eval_mode():
+    """With dropout after the last layer, where most losses of training are log 3."""
+
+    def with_dropout():
+        model = model_fn()
+        model.network.append(torch.nn.Dropout(0.99))
+        return model
+
+    losses = train_alone(recipe_of(with_dropout), some_masks(1)[0], 0)
+    assert ((losses - torch.tensor(3.0).log()).abs() > 1e-4).all()

@@ -1,0 +1,336 @@
+"""retrain() as users call it: their data, their mistakes, several processes."""
+
+import os
+from functools import partial
+
+import lightning.pytorch as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+from stride_lightning import BinaryClassification, Classification
+from stride_lightning.distributed import barrier, world_size
+from stride_lightning.records import write_record
+from stride_lightning.retraining.retrain import retrain, sample_masks
+from tests.helpers.models import Augmented, Dicts, make_trainer
+from tests.retraining.cases import (
+    NUM_QUERIES,
+    NUM_TRAIN,
+    Deciding,
+    Net,
+    by_hand,
+    cross_entropies,
+    in_double,
+    logistic_losses,
+    mean_logistic_loss,
+    mlp,
+    numbers,
+    points,
+    random,
+    sgd,
+    some_masks,
+    yes_or_no,
+)
+from tests.test_distributed import run_two, start
+
+QUERIES = points(NUM_QUERIES, seed=1)
+HOW = {"max_epochs": 2, "batch_size": 9}
+OPTIMIZER = partial(torch.optim.SGD, lr=0.1)
+
+
+def model_fn():
+    return Net(mlp(), sgd)
+
+
+def ask(model=model_fn, queries=QUERIES, **more):
+    how = {"train_data": points(), "num_subsets": 3, "num_seeds": 2, "show_progress": False} | HOW | more
+    return retrain(model, queries, **how)
+
+
+# ---- what comes back --------------------------------------------------------------------------------------------
+
+
+def test_random_subsets_and_seeds():
+    truth = ask(num_subsets=4, seed=7, fraction=0.4)
+    assert truth.masks.equal(sample_masks(NUM_TRAIN, 4, 0.4, seed=7))
+    assert truth.masks.sum(1).tolist() == [10] * 4
+    assert len({tuple(mask) for mask in truth.masks.tolist()}) == 4
+    assert truth.seeds == [7, 8]
+    for number, seed in enumerate(truth.seeds):
+        own = by_hand(model_fn, points(), QUERIES, truth.masks, seed, **HOW)
+        torch.testing.assert_close(truth.losses_by_seed[number], own, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(truth.losses, truth.losses_by_seed.mean(0))
+
+
+def test_sampled_masks():
+    masks = sample_masks(30, 2000, 0.3)
+    assert (masks.sum(1) == 9).all()
+    share = masks.float().mean(0)
+    assert (share - 0.3).abs().max() < 0.05  # every example alike
+    both = masks.float().T @ masks.float() / len(masks)
+    pairs = both[~torch.eye(30, dtype=torch.bool)]
+    assert (pairs - 0.3 * 8 / 29).abs().max() < 0.05  # and every pair
+    assert masks.equal(sample_masks(30, 2000, 0.3))
+    assert not masks.equal(sample_masks(30, 2000, 0.3, seed=1))
+
+
+def test_metadata():
+    truth = ask()
+    known = {"model": "Net", "max_epochs": 2, "batch_size": 9, "shuffle": True, "drop_last": False, "seeds": [0, 1]}
+    known |= {"measure": "loss", "task": "Classification()", "one_by_one_because": None, "trainer_fn": False}
+    assert {name: truth.metadata[name] for name in known} == known
+    assert truth.metadata["seconds"] > 0
+    assert "torch" in truth.metadata["versions"]
+    assert truth.metadata["data"]["num_examples"] == NUM_TRAIN
+    assert truth.metadata["query_data"]["num_examples"] == NUM_QUERIES
+    assert len(set(truth.metadata["initial_weights"])) == 2
+    assert "lr: 0.2" in truth.metadata["optimizer"]
+
+
+# ---- data -------------------------------------------------------------------------------------------------------
+
+
+class ByName(Classification):
+    def inputs(self, batch):
+        return batch["features"]
+
+    def targets(self, batch):
+        return batch["answer"]
+
+
+class OfDicts(Net):
+    def training_step(self, batch, batch_idx):
+        return self.loss(self(batch["features"]), batch["answer"])
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_batches_of_dicts(together, tmp_path):
+    trainer = None if together else lambda: make_trainer(tmp_path)
+    how = {"train_data": Dicts(points()), "task": ByName(), "trainer_fn": trainer}
+    truth = ask(lambda: OfDicts(mlp(), sgd), Dicts(QUERIES), **how)
+    assert (truth.metadata["one_by_one_because"] is None) is together
+    own = by_hand(model_fn, points(), QUERIES, truth.masks, 1, **HOW)
+    torch.testing.assert_close(truth.losses_by_seed[1], own, rtol=1e-4, atol=1e-5)
+
+
+class Module(L.LightningDataModule):
+    """Shuffled batches of nine; adds one to the inputs on the device."""
+
+    def train_dataloader(self):
+        return DataLoader(points(), 9, shuffle=True)
+
+    def test_dataloader(self):
+        return DataLoader(QUERIES, 4)
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch[0] + 1, batch[1]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_data_module_with_a_hook(together, tmp_path):
+    trainer = None if together else lambda: make_trainer(tmp_path)
+    data = Module()
+    truth = ask(queries=data, train_data=data, batch_size=None, trainer_fn=trainer)
+    moved, asked = (TensorDataset(d.tensors[0] + 1, d.tensors[1]) for d in (points(), QUERIES))
+    own = by_hand(model_fn, moved, asked, truth.masks, 0, **HOW)
+    torch.testing.assert_close(truth.losses_by_seed[0], own, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_positions_that_are_trained_on(together, tmp_path):
+    trainer = None if together else lambda: make_trainer(tmp_path)
+    chosen = [3, 1, 20, 15, 16, 8, 24, 2, 5, 6, 7, 11]
+    truth = ask(train_indices=chosen, trainer_fn=trainer)
+    assert truth.masks.shape == (3, 12)
+    part = TensorDataset(*points()[chosen])
+    own = by_hand(model_fn, part, QUERIES, truth.masks, 0, **HOW)
+    torch.testing.assert_close(truth.losses_by_seed[0], own, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "loss", "measure"),
+    [
+        (mlp, in_double(points()), nn.functional.cross_entropy, cross_entropies),
+        (partial(mlp, 1), yes_or_no(), mean_logistic_loss, logistic_losses),
+    ],
+)
+def test_losses_in_other_precisions_and_tasks(kind, data, loss, measure):
+    double = data.tensors[0].dtype == torch.float64
+    model = lambda: Net(kind(), sgd, loss).to(data.tensors[0].dtype)  # noqa: E731
+    truth = ask(model, data, train_data=data)
+    own = by_hand(model, data, data, truth.masks, 0, measure=measure, **HOW).float()
+    torch.testing.assert_close(truth.losses_by_seed[0], own, rtol=1e-6 if double else 1e-4, atol=1e-5)
+    expected = "BinaryClassification()" if loss is mean_logistic_loss else "Classification()"
+    assert truth.metadata["task"] == expected
+
+
+def test_masks_of_zeros_and_ones_and_of_numpy():
+    masks = some_masks(2)
+    for other in (masks.float(), masks.long(), masks.numpy()):
+        truth = ask(masks=other)
+        assert truth.masks.equal(masks)
+        assert truth.losses_by_seed.equal(ask(masks=masks).losses_by_seed)
+
+
+class Counting(Dataset):
+    """Noise on every read; notes how the draws of an epoch differ."""
+
+    def __init__(self, data):
+        self.data, self.read = data, []
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        x, y = self.data[i]
+        noise = torch.rand(1)
+        self.read.append((i, float(noise)))
+        return x + noise, y
+
+
+@pytest.mark.filterwarnings("ignore:Two reads of one example")
+def test_augmentation_draws_afresh_in_every_epoch_and_alike_for_all_subsets():
+    data = Counting(points())
+    ask(train_data=data, num_seeds=1, masks=some_masks(2), memory_budget=1)
+    epochs = [data.read[i : i + NUM_TRAIN] for i in range(len(data.read) - 4 * NUM_TRAIN, len(data.read), NUM_TRAIN)]
+    draws = [dict(epoch) for epoch in epochs]
+    assert [len(draw) for draw in draws] == [NUM_TRAIN] * 4
+    assert draws[0] == draws[2]  # two models, two epochs each
+    assert draws[1] == draws[3]
+    assert all(draws[0][i] != draws[1][i] for i in range(NUM_TRAIN))
+    assert len(set(draws[0].values())) == NUM_TRAIN
+
+
+@pytest.mark.filterwarnings("ignore:Two reads of one example")
+def test_augmentation_one_by_one_is_reproducible(tmp_path):
+    def once(masks):
+        data = Augmented(points())
+        return ask(train_data=data, masks=masks, trainer_fn=lambda: make_trainer(tmp_path))
+
+    masks = some_masks(3)
+    torch.testing.assert_close(once(masks[1:]).losses, once(masks).losses[1:])
+
+
+# ---- mistakes ---------------------------------------------------------------------------------------------------
+
+SAME = Net(mlp(), sgd)
+SHARED = mlp()
+MISTAKES = {
+    "fraction 0": ({"fraction": 0}, "`fraction` must leave some of the 25 training examples in and some out, got 0"),
+    "fraction 1": ({"fraction": 1.0}, "`fraction` must leave some"),
+    "fraction above 1": ({"fraction": 1.5}, "`fraction` must leave some .* got 1.5"),
+    "fraction too small": ({"fraction": 0.01}, "`fraction` must leave some"),
+    "no subsets": ({"num_subsets": 0}, "`num_subsets` must be at least 1, got 0"),
+    "no seeds": ({"num_seeds": 0}, "`num_seeds` must be at least 1, got 0"),
+    "masks too short": ({"masks": torch.ones(3, 24)}, r"`masks` must be 0/1 of shape \(num_subsets, 25\).* \(3, 24\)"),
+    "one mask": ({"masks": torch.ones(25)}, r"`masks` must be 0/1 of shape .* \(25,\)"),
+    "weights": ({"masks": torch.full((3, 25), 0.5)}, "`masks` must be 0/1"),
+    "empty subset": ({"masks": torch.eye(26, 25)}, r"`masks` has subsets without any example: \[25\]"),
+    "no epochs": ({"max_epochs": 0}, "`max_epochs` must be an integer of at least 1, got 0"),
+    "half an epoch": ({"max_epochs": 0.5}, "`max_epochs` must be an integer"),
+    "no batch size": ({"batch_size": None}, "The batch size decides what training gives.*Pass a DataLoader"),
+    "batch size 0": ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+    "measure": ({"measure": "accuracy"}, r"`measure` must be one of \('loss', 'margin'\), got 'accuracy'"),
+    "margin": (
+        {"measure": "margin", "train_data": numbers(), "model": lambda: Net(mlp(1), sgd, nn.functional.mse_loss)},
+        "A regression has no margin; only classifications do",
+    ),
+    "no labels": ({"queries": TensorDataset(random(4, 4))}, "has no targets, so losses cannot be measured"),
+    "the same model": ({"model": lambda: SAME}, "`model_fn` returned the same model, or the same parameters, twice"),
+    "shared weights": ({"model": lambda: Net(SHARED, sgd)}, "the same parameters, twice"),
+    "an instance": ({"model": SAME}, "`model_fn` must be a function .* got Net. Pass its class"),
+    "no function": ({"model": "net"}, "`model_fn` must be a function .* got str"),
+    "no module": ({"model": lambda: 3}, "`model_fn` must return a module, got int"),
+    "no optimizer": ({"model": mlp}, "Sequential is no LightningModule, so its optimizer is not known"),
+    "optimizer that is none": (
+        {"model": mlp, "optimizer": list},
+        "must return a torch optimizer, got list",
+    ),
+    "task class": ({"task": Classification}, "`task` must be an instance of Task, got the class Classification"),
+    "other task": ({"task": BinaryClassification()}, "Expected 3 target"),
+    "nothing to train on": ({"train_data": TensorDataset(torch.zeros(0, 4))}, "`train_data` is empty"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_named(case):
+    more, message = MISTAKES[case]
+    with pytest.raises((ValueError, TypeError), match=message):
+        ask(**more)
+
+
+@pytest.mark.parametrize("way", ["together", "one by one"])
+def test_training_that_diverges_names_subset_and_seed(way, tmp_path):
+    """The third subset alone: it holds an example that makes training diverge."""
+    x, y = numbers().tensors
+    x[7] *= 1e12
+    data, masks = TensorDataset(x, y), some_masks(4)
+    masks[:, 7] = False
+    masks[2, 7] = True
+    trainer = {"trainer_fn": lambda: make_trainer(tmp_path, max_epochs=4)} if way == "one by one" else {}
+    how = {"train_data": data, "masks": masks, "seed": 5, "max_epochs": 4, "memory_budget": 1}
+    with pytest.raises(ValueError, match=r"subset 2 with seed 5 gave losses .* not finite for queries \[0, 1, 2\]"):
+        ask(lambda: nn.Linear(4, 1), Subset(numbers(), range(3)), optimizer=OPTIMIZER, **how, **trainer)
+
+
+def test_a_huge_learning_rate():
+    data = numbers()
+    with pytest.raises(ValueError, match=r"subset 0 with seed 0 .* Did training diverge. Lower the learning rate"):
+        ask(lambda: nn.Linear(4, 1), data, train_data=data, optimizer=partial(torch.optim.SGD, lr=1e6), max_epochs=9)
+
+
+# ---- two processes ----------------------------------------------------------------------------------------------
+
+WAYS = {
+    "together": {"num_subsets": 5, "memory_budget": 1},
+    "one by one": {"model": lambda: Net(Deciding(), sgd), "num_subsets": 3, "num_seeds": 1},
+    "dropout": {"model": lambda: Net(mlp().append(nn.Dropout(0.3)), sgd), "num_subsets": 3, "memory_budget": 1},
+}
+
+
+def ask_in_each(number, port, folder):
+    """What each of the two processes does; rank r leaves its results in ``rank{r}.pt``."""
+    start(number, port)
+    torch.distributed.init_process_group("gloo", rank=number, world_size=2)
+    results = {"world": world_size()}
+    for name, how in WAYS.items():
+        results[name] = ask(**how).losses_by_seed
+        results[name, "path"] = ask(path=folder / name, **how).losses_by_seed
+        results[name, "parts left"] = [path.name for path in folder.iterdir() if path.name.endswith(".parts")]
+        barrier()
+        if number == 0:  # as if the run had been killed before it could delete its parts
+            for part in ["plan", *(f"part={number}" for number in range(30))]:
+                write_record(folder / f"{name}.parts", part, {}, {})
+            (folder / f"{name}.parts" / ".part=1.part-1-ab").mkdir()
+        barrier()
+        results[name, "again"] = ask(path=folder / name, **how).losses_by_seed
+        barrier()
+        results[name, "left"] = sorted(path.name for path in folder.iterdir() if path.name.startswith(name))
+    torch.save(results, folder / f"rank{number}.pt")
+    barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    before = dict(os.environ)
+    found = run_two(ask_in_each, tmp_path_factory.mktemp("two"))
+    assert dict(os.environ) == before
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_give_what_one_gives(both, way):
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = ask(**WAYS[way]).losses_by_seed
+    finally:
+        torch.set_num_threads(threads)
+    for results in both:
+        assert results["world"] == 2
+        for key in (way, (way, "path"), (way, "again")):
+            assert results[key].equal(alone), key
+        assert results[way, "left"] == [way]

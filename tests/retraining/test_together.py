@@ -1,0 +1,383 @@
+"""Models trained together against a plain loop that trains each alone."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader
+
+from stride_lightning import tasks
+from stride_lightning.retraining import together as module
+from stride_lightning.retraining.ensemble import Ensemble
+from stride_lightning.retraining.one_by_one import train_alone
+from stride_lightning.retraining.optimizers import CannotBatch
+from stride_lightning.retraining.recipe import batch_order, make_recipe
+from stride_lightning.retraining.retrain import retrain
+from stride_lightning.retraining.together import Together
+from tests.helpers.models import Augmented
+from tests.retraining.cases import (
+    NUM_QUERIES,
+    NUM_TRAIN,
+    Net,
+    Tied,
+    by_hand,
+    conv,
+    cross_entropies,
+    frozen,
+    half_squares,
+    in_double,
+    logistic_losses,
+    mean_logistic_loss,
+    mlp,
+    numbers,
+    pictures,
+    points,
+    sgd,
+    some_masks,
+    tokens,
+    train_by_hand,
+    words,
+    yes_or_no,
+)
+
+NETWORKS = {
+    "classes": (mlp, points, F.cross_entropy, cross_entropies),
+    "squares": (partial(mlp, 1), numbers, F.mse_loss, half_squares),
+    "one logit": (partial(mlp, 1), yes_or_no, mean_logistic_loss, logistic_losses),
+    "conv": (conv, pictures, F.cross_entropy, cross_entropies),
+    "tokens": (tokens, words, F.cross_entropy, cross_entropies),
+    "tied": (Tied, points, F.cross_entropy, cross_entropies),
+    "frozen": (frozen, points, F.cross_entropy, cross_entropies),
+}
+
+
+def scheduled(make, kind, model, **more):
+    optimizer = make(model.parameters())
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": kind(optimizer), **more} if more else kind(optimizer)}
+
+
+def grouped(model):
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    biases = [p for p in model.parameters() if p.ndim == 1]
+    return torch.optim.AdamW([{"params": weights, "weight_decay": 0.2}, {"params": biases, "lr": 0.03}], lr=0.01)
+
+
+SGD, ADAM = partial(torch.optim.SGD, lr=0.2, momentum=0.7), partial(torch.optim.Adam, lr=0.02)
+STEP_LR = partial(lr_scheduler.StepLR, step_size=1, gamma=0.4)
+ONE_CYCLE = partial(lr_scheduler.OneCycleLR, max_lr=0.3, total_steps=20)
+OPTIMIZERS = {
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.3),
+    "momentum": lambda model: torch.optim.SGD(
+        model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.05
+    ),
+    "dampening": lambda model: torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, dampening=0.3),
+    "adam": lambda model: ADAM(model.parameters()),
+    "adamw amsgrad": lambda model: torch.optim.AdamW(model.parameters(), lr=0.03, amsgrad=True, weight_decay=0.1),
+    "groups": grouped,
+    "every epoch": lambda model: scheduled(SGD, STEP_LR, model),
+    "every other epoch": lambda model: scheduled(ADAM, STEP_LR, model, frequency=2),
+    "one cycle": lambda model: scheduled(SGD, ONE_CYCLE, model, interval="step"),
+    "one cycle of adam": lambda model: scheduled(ADAM, ONE_CYCLE, model, interval="step"),
+    "every other step": lambda model: scheduled(SGD, STEP_LR, model, interval="step", frequency=2),
+}
+EPOCHS, BATCH = 4, 9  # three batches of 9, 9 and 7
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The ensembles that were trained, whose weights are not rounded to 32 bits as losses are."""
+    found = []
+
+    class Spied(Ensemble):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            found.append(self)
+
+    monkeypatch.setattr(module, "Ensemble", Spied)
+    return found
+
+
+def double_net(network, optimize, loss):
+    return Net(network(), optimize, loss).double()
+
+
+def check_by_hand(trained, model_fn, data, queries, masks, measure=cross_entropies, tolerance=1e-10, **how):
+    """Weights and losses of every model, for two seeds."""
+    recipe = make_recipe(model_fn, queries, train_data=data, **how)
+    together = Together(recipe, 0)
+    together.check_steps(masks, [0, 1])
+    expected_keys = {"max_epochs": EPOCHS, "batch_size": BATCH} | how
+    for number, seed in enumerate([0, 1]):
+        losses = together.train(masks, seed)
+        for k, mask in enumerate(masks):
+            model = train_by_hand(model_fn, data, mask, seed, **expected_keys)
+            for name, value in trained[number].parameters.items():
+                own = dict(model.named_parameters())[name].detach()
+                torch.testing.assert_close(value[k], own, rtol=tolerance, atol=tolerance)
+                assert not own.allclose(dict(recipe.initial_model(seed).named_parameters())[name])
+            with torch.no_grad():
+                own = measure(model.eval()(queries.tensors[0]), queries.tensors[1])
+            torch.testing.assert_close(losses[k], own.float(), rtol=max(tolerance, 1e-6), atol=max(tolerance, 1e-6))
+    return together
+
+
+@pytest.mark.parametrize(
+    ("network", "optimizer"),
+    [*(("classes", name) for name in OPTIMIZERS), *((name, "momentum") for name in NETWORKS if name != "classes")],
+)
+def test_weights_and_losses_are_those_of_each_alone(trained, network, optimizer):
+    build, data, loss, measure = NETWORKS[network]
+    model_fn = partial(double_net, build, OPTIMIZERS[optimizer], loss)
+    queries, masks = in_double(data(NUM_QUERIES, seed=1)), some_masks(3)
+    check_by_hand(trained, model_fn, in_double(data()), queries, masks, measure, max_epochs=EPOCHS, batch_size=BATCH)
+
+
+@pytest.mark.parametrize("network", ["classes", "squares", "conv"])
+def test_single_precision(trained, network):
+    build, data, loss, measure = NETWORKS[network]
+    model_fn = lambda: Net(build(), OPTIMIZERS["momentum"], loss)  # noqa: E731
+    queries, masks = data(NUM_QUERIES, seed=1), some_masks(3)
+    check_by_hand(trained, model_fn, data(), queries, masks, measure, 1e-4, max_epochs=EPOCHS, batch_size=BATCH)
+
+
+@pytest.mark.parametrize("how", [{"shuffle": False}, {"drop_last": True}, {"shuffle": False, "drop_last": True}])
+def test_batches_are_the_loaders(trained, how):
+    model_fn, data = partial(double_net, mlp, sgd, F.cross_entropy), in_double(points())
+    recipe = make_recipe(
+        model_fn, data, train_data=DataLoader(data, BATCH, **({"shuffle": True} | how)), max_epochs=EPOCHS
+    )
+    losses, masks = [], some_masks(3)
+    losses = Together(recipe, 0).train(masks, 0)
+    own = by_hand(model_fn, data, data, masks, 0, max_epochs=EPOCHS, batch_size=BATCH, **how)
+    torch.testing.assert_close(losses, own.float(), rtol=1e-6, atol=1e-6)
+    other = by_hand(model_fn, data, data, masks, 0, max_epochs=EPOCHS, batch_size=BATCH)
+    assert not losses.allclose(other.float(), rtol=1e-3, atol=1e-3)  # or this would show nothing
+
+
+def test_many_steps_are_traced(trained):
+    model_fn, data, masks = partial(double_net, mlp, sgd, F.cross_entropy), in_double(points()), some_masks(3)
+    together = check_by_hand(trained, model_fn, data, data, masks, max_epochs=20, batch_size=BATCH, tolerance=1e-8)
+    kernels = list(together._kernels.values())
+    assert len(kernels) == 2  # batches of 9 and of 7
+    assert None not in kernels
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "every epoch"])
+def test_batches_without_any_example_are_skipped(trained, optimizer):
+    """Batches of two, of which every subset misses some, from the first step on."""
+    model_fn = partial(double_net, mlp, OPTIMIZERS[optimizer], F.cross_entropy)
+    data, masks = in_double(points()), some_masks(4, fraction=0.4)
+    missed = [~masks[:, batch].any(1) for batch in batch_order(NUM_TRAIN, 2, True, False, 0, 0)]
+    assert missed[0].any()
+    assert not missed[0].all()
+    check_by_hand(trained, model_fn, data, data, masks, max_epochs=2, batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "named"),
+    [("adam", "Adam"), ("adamw amsgrad", "AdamW"), ("dampening", "SGD"), ("one cycle", "OneCycleLR")],
+)
+def test_where_steps_are_counted_none_may_be_skipped(optimizer, named, capsys):
+    model_fn = partial(double_net, mlp, OPTIMIZERS[optimizer], F.cross_entropy)
+    data, masks = in_double(points()), some_masks(3, fraction=0.2)
+    how = {"max_epochs": 1, "batch_size": 2}
+    truth = retrain(model_fn, data, train_data=data, masks=masks, num_seeds=1, **how)
+    reason = f"some batches hold no example of some subsets, and {named} counts its steps"
+    assert truth.metadata["one_by_one_because"] == reason
+    assert f"one by one, each with its own Trainer, because {reason}." in capsys.readouterr().err
+    own = by_hand(model_fn, data, data, masks, 0, **how)
+    torch.testing.assert_close(truth.losses, own.float(), rtol=1e-6, atol=1e-6)
+
+
+def test_dampening_of_one_group_counts_too():
+    def optimize(model):
+        return torch.optim.SGD([{"params": list(model.parameters()), "dampening": 0.5}], lr=0.1, momentum=0.9)
+
+    recipe = make_recipe(
+        lambda: Net(mlp(), optimize), points(), train_data=points(), max_epochs=1, batch_size=2, task=None
+    )
+    with pytest.raises(CannotBatch, match="SGD counts its steps"):
+        Together(recipe, 0).check_steps(some_masks(3, 0.2), [0])
+
+
+def test_margins():
+    data, queries, masks = points(), points(NUM_QUERIES, seed=1), some_masks(3)
+    how = {"max_epochs": 2, "batch_size": BATCH}
+
+    def margins(outputs, targets):
+        p = outputs.softmax(1).gather(1, targets[:, None])[:, 0]
+        return -(p / (1 - p)).log()
+
+    model_fn = lambda: Net(mlp(), sgd)  # noqa: E731
+    truth = retrain(model_fn, queries, train_data=data, masks=masks, measure="margin", num_seeds=1, **how)
+    own = by_hand(model_fn, data, queries, masks, 0, measure=margins, **how)
+    torch.testing.assert_close(truth.losses, own, rtol=1e-4, atol=1e-4)
+
+
+def test_margins_of_one_logit():
+    data, masks, how = yes_or_no(), some_masks(3), {"max_epochs": 2, "batch_size": BATCH}
+    model_fn = lambda: Net(mlp(1), sgd, mean_logistic_loss)  # noqa: E731
+    truth = retrain(model_fn, data, train_data=data, masks=masks, measure="margin", num_seeds=1, **how)
+    signed = lambda outputs, targets: (outputs * (1 - 2 * targets))[:, 0]  # noqa: E731
+    own = by_hand(model_fn, data, data, masks, 0, measure=signed, **how)
+    torch.testing.assert_close(truth.losses, own, rtol=1e-4, atol=1e-4)
+
+
+def test_a_plain_module_is_trained_on_the_tasks_loss():
+    """Half the squared error, where a LightningModule with mse_loss trains on all of it."""
+    data, masks, how = numbers(), some_masks(3), {"max_epochs": 2, "batch_size": BATCH}
+    optimizer = partial(torch.optim.SGD, lr=0.1)
+    truth = retrain(partial(mlp, 1), data, train_data=data, masks=masks, num_seeds=1, optimizer=optimizer, **how)
+    assert truth.metadata["one_by_one_because"] is None
+    model_fn = lambda: Net(mlp(1), lambda m: optimizer(m.parameters()), lambda o, y: half_squares(o, y).mean())  # noqa: E731
+    own = by_hand(model_fn, data, data, masks, 0, measure=half_squares, **how)
+    torch.testing.assert_close(truth.losses, own, rtol=1e-4, atol=1e-4)
+
+
+def test_the_noise_of_a_regression_scales_what_is_measured_but_not_training():
+    data, masks, how = numbers(), some_masks(3), {"max_epochs": 2, "batch_size": BATCH}
+    model_fn = lambda: Net(mlp(1), sgd, F.mse_loss)  # noqa: E731
+    task = tasks.Regression(noise_std=0.5)
+    truth = retrain(model_fn, data, train_data=data, masks=masks, num_seeds=1, task=task, **how)
+    own = by_hand(model_fn, data, data, masks, 0, measure=half_squares, **how)
+    torch.testing.assert_close(truth.losses, 4 * own, rtol=1e-4, atol=1e-4)
+
+
+# ---- chunks, threads, order, dropout ----------------------------------------------------------------------------
+
+
+def dropout_net():
+    return Net(nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 3)), sgd)
+
+
+class Functional(nn.Module):
+    """Dropout as a function, as attention does it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.second(F.dropout(torch.tanh(self.first(x)), 0.5, self.training))
+
+
+def functional_net():
+    return Net(Functional(), sgd)
+
+
+def augmented():
+    return Augmented(points())
+
+
+def plain_net():
+    return Net(mlp(), sgd)
+
+
+KINDS = {"plain": (plain_net, points), "dropout": (dropout_net, points), "functional": (functional_net, points)}
+KINDS |= {"augmented": (plain_net, augmented)}
+
+
+def ask(kind, masks, **more):
+    model_fn, data = KINDS[kind]
+    how = {"train_data": data(), "max_epochs": 3, "batch_size": BATCH, "num_seeds": 2, "masks": masks} | more
+    return retrain(model_fn, points(NUM_QUERIES, seed=1), show_progress=False, **how)
+
+
+@pytest.mark.filterwarnings("ignore:Two reads of one example")
+@pytest.mark.parametrize("kind", KINDS)
+def test_neither_chunks_nor_threads_nor_the_order_of_subsets_matter(kind):
+    masks, threads = some_masks(7), torch.get_num_threads()
+    whole = ask(kind, masks, memory_budget=2**40)
+    assert whole.metadata["one_by_one_because"] is None
+    torch.testing.assert_close(whole.losses_by_seed[0, 0], ask(kind, masks[:1]).losses_by_seed[0, 0])
+    chunked = ask(kind, masks, memory_budget=1)
+    assert chunked.metadata["chunk_size"] == 1
+    assert whole.metadata["chunk_size"] == 7 if kind != "plain" else whole.metadata["chunk_size"] >= 7
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(1))
+    permuted = ask(kind, masks[order], memory_budget=3 * 2**12)
+    assert 1 < permuted.metadata["chunk_size"] < 7
+    found = [chunked.losses_by_seed, permuted.losses_by_seed[:, order.argsort()]]
+    if kind == "plain":  # the others train in one thread
+        try:
+            torch.set_num_threads(1 if threads > 1 else 2)
+            found.append(ask(kind, masks).losses_by_seed)
+            assert torch.get_num_threads() == (1 if threads > 1 else 2)
+        finally:
+            torch.set_num_threads(threads)
+    for other in found:
+        torch.testing.assert_close(other, whole.losses_by_seed, rtol=1e-4, atol=1e-5)
+    assert not whole.losses_by_seed[0].allclose(whole.losses_by_seed[1], atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["dropout", "functional"])
+def test_dropout_is_on_shared_by_all_and_in_one_thread(kind):
+    masks, data = some_masks(1).expand(3, -1), points()
+    recipe = make_recipe(KINDS[kind][0], data, train_data=data, max_epochs=3, batch_size=BATCH)
+    together = Together(recipe, 0)
+    assert together.is_random
+    assert together.num_threads == 1
+    losses = together.train(masks, 0)
+    torch.testing.assert_close(losses[1:], losses[:1].expand(2, -1))  # one subset three times, one mask of dropout
+    off = by_hand(lambda: KINDS[kind][0]().eval(), data, data, masks[:1], 0, max_epochs=3, batch_size=BATCH)
+    assert not losses[:1].allclose(off, atol=1e-2)
+
+
+def test_global_random_numbers_do_not_matter_and_are_left_alone():
+    masks = some_masks(3)
+    torch.manual_seed(1)
+    first, after = ask("dropout", masks), torch.rand(3)
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.rand(3))
+    assert first.losses_by_seed.equal(ask("dropout", masks).losses_by_seed)
+
+
+def test_several_threads_where_nothing_is_random():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        together = Together(make_recipe(plain_net, points(), train_data=points(), max_epochs=1, batch_size=5), 0)
+        assert not together.is_random
+        assert together.num_threads == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+# ---- against a Trainer ------------------------------------------------------------------------------------------
+
+
+def eval_dropout():
+    """Dropout that is off, as a frozen part of a model has it: a Trainer leaves the modes of layers alone."""
+    model = dropout_net()
+    model.network[2].eval()
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:Found . module.s. in eval mode")
+@pytest.mark.parametrize("name", ["classes", "squares", "frozen", "every other step", "adamw amsgrad", "empty", "eval"])
+def test_a_trainer_gives_the_same(name):
+    network, data, loss, _ = NETWORKS.get(name, NETWORKS["classes"])
+    model_fn = lambda: Net(network(), OPTIMIZERS.get(name, sgd), loss)  # noqa: E731
+    model_fn = eval_dropout if name == "eval" else model_fn
+    masks, size = (some_masks(3), BATCH) if name != "empty" else (some_masks(3, fraction=0.2), 2)
+    recipe = make_recipe(model_fn, data(NUM_QUERIES, seed=1), train_data=data(), max_epochs=3, batch_size=size)
+    together = Together(recipe, 0).train(masks, 1)
+    alone = torch.stack([train_alone(recipe, mask, 1) for mask in masks])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+# ---- the order of batches ---------------------------------------------------------------------------------------
+
+
+def test_orders():
+    for epoch in range(3):
+        batches = batch_order(25, 9, True, False, 0, epoch)
+        assert [len(batch) for batch in batches] == [9, 9, 7]
+        assert sorted(torch.cat(batches).tolist()) == list(range(25))
+        assert [len(batch) for batch in batch_order(25, 9, True, True, 0, epoch)] == [9, 9]
+        assert torch.cat(batch_order(25, 9, False, False, 0, epoch)).equal(torch.arange(25))
+    assert [len(batch) for batch in batch_order(5, 9, True, True, 0, 0)] == [5]  # not dropped: it is all there is
+    orders = {tuple(torch.cat(batch_order(25, 9, True, False, *key)).tolist()) for key in [(0, 0), (0, 1), (1, 0)]}
+    assert len(orders) == 3
