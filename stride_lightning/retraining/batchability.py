@@ -25,8 +25,11 @@ _HOOKS = (
     *("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step"),
     *("on_train_batch_end", "on_train_epoch_end", "on_train_end", "on_fit_end", "setup", "configure_model"),
 )
-#: Difference between two ways to compute a loss that counts as rounding.
-_TOLERANCE = 1e-3
+
+
+def _tolerance(value: Tensor) -> float:
+    """Difference between two ways to compute something that counts as rounding."""
+    return max(1e-3, 8 * torch.finfo(value.dtype).eps)
 
 
 def check_hooks(model: nn.Module) -> None:
@@ -77,7 +80,7 @@ def loss_factor(model: nn.Module, task: Task, batch: Any, prepared: tuple[Any, T
                 ) from error
     factor = pairs[0][0] / pairs[0][1] if pairs[0][1] else 1.0
     scale = max(abs(step) for step, _ in pairs)
-    if any(not abs(step - factor * own) <= _TOLERANCE * scale for step, own in pairs):
+    if any(not abs(step - factor * own) <= _tolerance(prepared[1]) * scale for step, own in pairs):
         raise CannotBatch(
             f"its training_step returns another loss than the mean of the {task.name} loss over examples (label "
             "smoothing, weights or auxiliary losses?)"
@@ -111,7 +114,7 @@ def check_separate(model: nn.Module, task: Task, inputs: Any, size: int) -> None
         except Exception as error:
             raise CannotBatch(f"half a batch cannot be run ({type(error).__name__}: {error})") from error
     for one, other in pairs:
-        if one.shape != other.shape or not torch.allclose(one, other, rtol=_TOLERANCE, atol=1e-4):
+        if one.shape != other.shape or not torch.allclose(one, other, rtol=_tolerance(one), atol=_tolerance(one) / 10):
             named = _named(model, nn.modules.batchnorm._BatchNorm)
             raise CannotBatch(f"in training mode an example's output depends on the others in its batch{named}")
 
@@ -163,7 +166,7 @@ def check_vectorises(
                 alone = gradient({name: scale * value for name, value in one.items()})
             largest = max(float(value.abs().max()) for value in alone.values() if value.numel())
             gaps = [float((both[name][index] - alone[name]).abs().max()) for name in names if alone[name].numel()]
-            if not max(gaps) <= _TOLERANCE * largest:
+            if not max(gaps) <= max(_tolerance(value) for value in one.values()) * largest:
                 raise CannotBatch("vectorised, its gradients come out differently")
 
 

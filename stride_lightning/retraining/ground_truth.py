@@ -14,7 +14,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 from typing_extensions import Self
 
-from stride_lightning.distributed import barrier, rank
+from stride_lightning.distributed import barrier, broadcast_object, rank
 from stride_lightning.records import RecordError, read_record, write_record
 
 
@@ -76,7 +76,7 @@ class Retrained:
             tensors = {"masks": packed, "losses": self.losses_by_seed, **self._more_tensors()}
             path = write_record(path.parent, path.name, {**info, "num_train": self.num_train}, {"retrained": tensors})
         barrier()
-        return path
+        return Path(str(broadcast_object(str(path))))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

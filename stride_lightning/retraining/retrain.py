@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import lightning.pytorch as L
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stride_lightning.attribution import Attribution
 from stride_lightning.attributors import announce, versions
-from stride_lightning.distributed import barrier, rank
+from stride_lightning.distributed import barrier, broadcast_object, rank
 from stride_lightning.progress import counting
 from stride_lightning.randomness import mix, preserved_random_state
 from stride_lightning.retraining.ground_truth import Counterfactual, GroundTruth, Retrained
@@ -238,6 +238,7 @@ def _measured(
     size = 1
     if together:  # at least one chunk for every thread
         size = min(together.chunk_size(len(masks)), -(-len(seeds) * len(masks) // together.num_threads))
+    size = cast("int", broadcast_object(size))  # ranks may have other numbers of threads
     plan = {**identity, "kind": kind.kind, "together": together is not None, "chunk_size": size}
     parts = Parts(path, plan, {"masks": masks.to(torch.uint8)}, free=("chunk_size",))
     size = parts.plan["chunk_size"]

@@ -21,6 +21,7 @@ from stride_lightning.retraining.batchability import (
 from stride_lightning.retraining.ensemble import Ensemble, bytes_per_model, chunk_size, keep_freed_memory
 from stride_lightning.retraining.optimizers import CannotBatch, read_optimization
 from stride_lightning.retraining.recipe import Recipe
+from stride_lightning.weights import in_precision_of
 
 
 class Together:
@@ -48,7 +49,7 @@ class Together:
         prepared = recipe.prepared(model, batch)
         check_separate(model, recipe.task, prepared[0], len(prepared[1]))
         check_vectorises(model, recipe.task, prepared)
-        self.factor = loss_factor(model, recipe.task, batch, prepared)
+        self.factor = loss_factor(model, recipe.task, in_precision_of(model, batch), prepared)
         #: Whether training draws random numbers beside the order: then one thread at a time may train.
         self.is_random = recipe.train.is_random or draws_random_numbers(model, recipe.task, prepared[0])
         recipe.query_batches(model, device)
