@@ -21,6 +21,7 @@ from stride_lightning.randomness import preserved_random_state
 from stride_lightning.records import write_record
 from stride_lightning.retraining.further_training import (
     FurtherTraining,
+    check_num_seeds,
     find_left_out,
     make_leaving_out,
     measure_effects,
@@ -40,7 +41,9 @@ class FurtherTrainingCallback(RecordingCallback):
     batch. Effects are logged to every logger, under ``further-training/``, and written into a record that
     ``attribute(method="further-training")`` finds by the weights. The model and the rest of the fit stay as they are.
 
-    List it after callbacks that change the final weights, such as weight averaging.
+    List it after callbacks that change the final weights, such as weight averaging. Copies are trained on without
+    gradient clipping and without the model's hooks that change gradients, which is warned of when the fit begins; if
+    training on fails when it ends, that is warned of too, and no record is written.
 
     Args:
         queries: What is measured: a Dataset, DataLoader or LightningDataModule.
@@ -57,7 +60,8 @@ class FurtherTrainingCallback(RecordingCallback):
         memory_budget: Bytes that copies trained together may take.
 
     Raises:
-        MisconfigurationException: If an argument, the strategy or the data cannot work; before the first step.
+        MisconfigurationException: If an argument, the strategy, the loss or the data cannot work, or the loss of a
+            query is not finite; before the first step.
 
     Example:
         >>> import lightning.pytorch as L
@@ -88,12 +92,12 @@ class FurtherTrainingCallback(RecordingCallback):
         super().__init__(dirpath, train_indices)
         try:
             check_task(task)
+            check_num_seeds(num_seeds)
             self.epochs = read_amounts(epochs)
         except (TypeError, ValueError) as error:
             raise MisconfigurationException(str(error)) from error
-        for name, value in {"num_seeds": num_seeds, "batch_size": batch_size}.items():
-            if value is not None and value < 1:
-                raise MisconfigurationException(f"`{name}` must be at least 1, got {value}.")
+        if batch_size is not None and batch_size < 1:
+            raise MisconfigurationException(f"`batch_size` must be at least 1, got {batch_size}.")
         self.queries, self.left_out, self.num_seeds, self.optimizer = queries, left_out, num_seeds, optimizer
         self.batch_size, self.task, self.seed, self.memory_budget = batch_size, task, seed, memory_budget
         #: What was measured at the end of the last fit.
@@ -119,12 +123,17 @@ class FurtherTrainingCallback(RecordingCallback):
                 head = first_batch(examples, 64, pl_module.device)
                 self._task = self.task or infer_task_of(head, pl_module)
                 # Tried out now: at the end of a long fit it would be too late.
-                asked = first_batch(self._asked, 64, pl_module.device)
-                encoded_batch(pl_module, self._task, asked, self._leaving_out(trainer, pl_module, head).num_outputs)
+                leaving_out = self._leaving_out(trainer, pl_module, head, warn=True)
+                leaving_out.check_queries(self._query_batches(pl_module, leaving_out, pl_module.device))
         except (TypeError, ValueError) as error:
             raise MisconfigurationException(
                 f"FurtherTrainingCallback cannot work with this model and data. {error}"
             ) from error
+        if trainer.gradient_clip_val:
+            rank_zero_warn(
+                f"The Trainer clips gradients (gradient_clip_val={trainer.gradient_clip_val}). Further training does "
+                "not; effects are of training without."
+            )
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -132,7 +141,7 @@ class FurtherTrainingCallback(RecordingCallback):
             return
         try:
             self.result = self._measure(trainer, pl_module)
-        except (TypeError, ValueError) as error:  # no reason to end the user's run
+        except (TypeError, ValueError, RuntimeError) as error:  # no reason to end the user's run
             rank_zero_warn(f"FurtherTrainingCallback wrote no record. {error}")
             return
         if rank() == 0:
@@ -147,11 +156,8 @@ class FurtherTrainingCallback(RecordingCallback):
         assert asked is not None
         assert task is not None
         with borrowed(pl_module, rank_zero_state(pl_module), None) as device, torch.no_grad():
-            leaving_out = self._leaving_out(trainer, pl_module, first_batch(examples, 64, device))
-            batches = [
-                encoded_batch(pl_module, task, batch, leaving_out.num_outputs)
-                for batch, _, _ in asked.batches(256, device)
-            ]
+            leaving_out = self._leaving_out(trainer, pl_module, first_batch(examples, 64, device), warn=False)
+            batches = self._query_batches(pl_module, leaving_out, device)
             weights = weight_hash(pl_module)
         return measure_effects(
             leaving_out,
@@ -164,7 +170,14 @@ class FurtherTrainingCallback(RecordingCallback):
             show_progress=trainer.progress_bar_callback is not None,
         )
 
-    def _leaving_out(self, trainer: L.Trainer, pl_module: L.LightningModule, head: Any) -> LeavingOut:
+    def _query_batches(
+        self, pl_module: L.LightningModule, leaving_out: LeavingOut, device: torch.device
+    ) -> list[tuple[Any, Tensor]]:
+        assert self._asked is not None
+        batches = self._asked.batches(256, device)
+        return [encoded_batch(pl_module, leaving_out.task, batch, leaving_out.num_outputs) for batch, _, _ in batches]
+
+    def _leaving_out(self, trainer: L.Trainer, pl_module: L.LightningModule, head: Any, *, warn: bool) -> LeavingOut:
         assert self._examples is not None
         assert self._task is not None
         size, loading = self.batch_size, self._examples.loading
@@ -178,6 +191,7 @@ class FurtherTrainingCallback(RecordingCallback):
             batch_size=size,
             optimizer=self.optimizer,
             memory_budget=self.memory_budget,
+            warn=warn,
         )
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, result: FurtherTraining) -> None:

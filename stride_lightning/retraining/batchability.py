@@ -33,11 +33,15 @@ def _tolerance(value: Tensor) -> float:
 
 
 def check_hooks(model: nn.Module) -> None:
-    """Refuse a LightningModule that takes part in its training in more ways than a loss.
+    """Refuse a model that takes part in its training in more ways than a loss.
 
     Raises:
         CannotBatch: If it does.
     """
+    if any(parameter._backward_hooks for parameter in model.parameters()) or any(
+        module._backward_hooks or module._backward_pre_hooks for module in model.modules()
+    ):
+        raise CannotBatch("it has hooks on gradients")
     if not isinstance(model, L.LightningModule):
         return
     if not model.automatic_optimization:
@@ -47,16 +51,21 @@ def check_hooks(model: nn.Module) -> None:
         raise CannotBatch(f"it has hooks that only a Trainer calls: {', '.join(own)}")
 
 
-def loss_factor(model: nn.Module, task: Task, batch: Any, prepared: tuple[Any, Tensor]) -> float:
+def loss_factor(
+    model: nn.Module, task: Task, batch: Any, prepared: tuple[Any, Tensor], *, num_batches: int = 64
+) -> float:
     """What the task's mean loss is multiplied with to give the loss that ``training_step`` returns.
 
-    1 for cross-entropy, 2 for ``mse_loss`` (the task's loss is half the squared error).
+    1 for cross-entropy, 2 for ``mse_loss`` (the task's loss is half the squared error). Values and gradients are
+    compared on the batch and on single examples, at the model's weights and at larger ones, under which examples differ
+    more, and values under many a ``batch_idx``.
 
     Args:
         model: The model.
         task: The task.
-        batch: A training batch.
+        batch: A training batch in which every kind of example occurs.
         prepared: Its inputs and encoded targets.
+        num_batches: Batches of an epoch.
 
     Raises:
         CannotBatch: If the loss is not such a multiple: label smoothing, class weights, auxiliary losses.
@@ -65,29 +74,81 @@ def loss_factor(model: nn.Module, task: Task, batch: Any, prepared: tuple[Any, T
         return 1.0
     size = len(prepared[1])
     parts = [list(range(size)), *([i] for i in range(min(4, size)) if size > 1)]
-    pairs = []
-    with _tried_out(model), _without_trainer(model), torch.no_grad():
-        for number, rows in enumerate(parts):
-            (inputs, encoded), part = (_rows(value, rows, size) for value in (prepared, batch))
-            with seeded(0):  # dropout
-                own = task.loss(task.outputs(model, inputs).reshape(len(rows), -1), encoded)
-            try:
-                with seeded(0):
-                    pairs.append((_loss_of(_step(model, part, number)), float(own.mean())))
-            except Exception as error:
-                raise CannotBatch(
-                    f"its training_step cannot be called without a Trainer ({type(error).__name__}: {error})"
-                ) from error
-    factor = pairs[0][0] / pairs[0][1] if pairs[0][1] else 1.0
-    scale = max(abs(step) for step, _ in pairs)
-    if any(not abs(step - factor * own) <= _tolerance(prepared[1]) * scale for step, own in pairs):
-        raise CannotBatch(
-            f"its training_step returns another loss than the mean of the {task.name} loss over examples (label "
-            "smoothing, weights or auxiliary losses?)"
-        )
-    # Factors are 1, 2 or 1 / noise_std^2: take off the rounding of the division.
-    plain, rounding = float(f"{factor:.3g}"), 20 * torch.finfo(prepared[1].dtype).eps
+    compared = [(number, rows) for number, rows in enumerate(parts)]
+    compared += [(number, parts[-1]) for number in range(0, num_batches, max(1, num_batches // 12))]
+    factor = None
+    with tried_out(model), without_trainer(model):
+        for scale in (1.0, 4.0):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(scale)
+            for number, rows in compared:
+                (inputs, encoded), part = (_rows(value, rows, size) for value in (prepared, batch))
+                with seeded(0), torch.enable_grad():  # seeded for dropout
+                    own = task.loss(task.outputs(model, inputs).reshape(len(rows), -1), encoded).mean()
+                try:
+                    with seeded(0), torch.enable_grad():
+                        step = _loss_of(call_step(model, part, number))
+                except Exception as error:
+                    raise CannotBatch(
+                        f"its training_step cannot be called without a Trainer ({type(error).__name__}: {error})"
+                    ) from error
+                if scale > 1 and not torch.isfinite(own):
+                    continue
+                if factor is None:
+                    factor = _plain(float(step.detach() / own.detach()) if own else 1.0, own.dtype)
+                with torch.enable_grad():
+                    same = _same_loss(model, step, own * factor, gradients=len(rows) > 1)
+                if not same:
+                    raise CannotBatch(
+                        f"its training_step returns another loss than the mean of the {task.name} loss over examples "
+                        "(label smoothing, weights or auxiliary losses?)"
+                    )
+    assert factor is not None
+    return factor
+
+
+def _plain(factor: float, dtype: torch.dtype) -> float:
+    """Factors are 1, 2 or 1 / noise_std^2: take off the rounding of the division."""
+    plain, rounding = float(f"{factor:.3g}"), 20 * torch.finfo(dtype).eps
     return plain if abs(plain - factor) < rounding * abs(factor) else factor
+
+
+def _same_loss(model: nn.Module, step: Tensor, own: Tensor, *, gradients: bool) -> bool:
+    """Whether two losses are the same to rounding, and if wanted their gradients in the parameters."""
+    rounding = 8 * max(torch.finfo(own.dtype).eps, torch.finfo(step.dtype).eps)
+    if not abs(step - own) <= max(2e-5, rounding) * max(abs(step), abs(own)) + rounding:
+        return False
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not gradients or not trained:
+        return True
+    pair = []
+    for loss in (step, own):
+        if not loss.requires_grad:
+            return False
+        found = torch.autograd.grad(loss, trained, allow_unused=True)
+        pair.append([torch.zeros_like(p) if g is None else g for p, g in zip(trained, found, strict=True)])
+    largest = max(float(g.abs().max()) for g in pair[1] if g.numel())
+    gaps = [float((one - other).abs().max()) for one, other in zip(*pair, strict=True) if one.numel()]
+    return max(gaps) <= max(1e-4, rounding) * largest + rounding
+
+
+def mixed_places(targets: Tensor | None, num_examples: int, size: int) -> Tensor:
+    """Places of a batch in which every kind of example occurs: one of each target, as far as they fit, and others.
+
+    Example:
+        >>> places = mixed_places(torch.tensor([0] * 50 + [1]), 51, size=4)
+        >>> len(places), 50 in places
+        (4, True)
+    """
+    places = torch.randperm(num_examples, generator=torch.Generator().manual_seed(0))
+    if targets is not None:
+        kinds: dict[float, int] = {}
+        for place in places.tolist():
+            kinds.setdefault(float(targets[place]), place)
+        one_of_each = torch.tensor(list(kinds.values())[: max(1, size // 2)])
+        places = torch.cat([one_of_each, places[~torch.isin(places, one_of_each)]])
+    return places[:size]
 
 
 def check_separate(model: nn.Module, task: Task, inputs: Any, size: int) -> None:
@@ -99,7 +160,7 @@ def check_separate(model: nn.Module, task: Task, inputs: Any, size: int) -> None
     if size < 2:
         return
     half = list(range(size // 2))
-    with _tried_out(model), torch.no_grad():
+    with tried_out(model), torch.no_grad():
 
         def first_half(rows: list[int]) -> Tensor:
             with seeded(0):
@@ -108,7 +169,7 @@ def check_separate(model: nn.Module, task: Task, inputs: Any, size: int) -> None
         try:
             # Under dropout only batches of one size draw the same masks.
             pairs = [[first_half(rows) for rows in (list(range(size)), [i % len(half) for i in range(size)])]]
-            _switch_dropout_off(model)
+            switch_dropout_off(model)
             if not _differs_by_seed(model, task, inputs):
                 pairs.append([first_half(rows) for rows in (list(range(size)), half)])
         except Exception as error:
@@ -140,7 +201,7 @@ def check_vectorises(
     names = [name for name, value in model.named_parameters() if value.requires_grad]
     caller = _Losses(model, task)
 
-    with _tried_out(model), torch.enable_grad():
+    with tried_out(model), torch.enable_grad():
         train_mode(model)
         state = {name: value.detach() for name, value in (*model.named_parameters(), *model.named_buffers())}
 
@@ -174,7 +235,7 @@ def draws_random_numbers(
     model: nn.Module, task: Task, inputs: Any, train_mode: Callable[[nn.Module], Any] = lambda model: None
 ) -> bool:
     """Whether two passes of a batch in training mode differ, as under dropout."""
-    with _tried_out(model), torch.no_grad():
+    with tried_out(model), torch.no_grad():
         train_mode(model)
         return _differs_by_seed(model, task, inputs)
 
@@ -196,7 +257,7 @@ class _NoTrainer:
 
 
 @contextmanager
-def _tried_out(model: nn.Module) -> Iterator[None]:
+def tried_out(model: nn.Module) -> Iterator[None]:
     """The model in the modes it trains in, moved a little: where a layer starts at zero, all losses are alike."""
     modes = {module: module.training for module in model.modules()}
     trained, generator = dict(model.named_parameters()), torch.Generator().manual_seed(0)
@@ -214,7 +275,8 @@ def _tried_out(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _without_trainer(model: L.LightningModule) -> Iterator[None]:
+def without_trainer(model: L.LightningModule) -> Iterator[None]:
+    """In the block, what asks the model for its Trainer fails instead of being told that this is epoch 0."""
     before, model._trainer = model._trainer, cast("Any", _NoTrainer())
     try:
         yield
@@ -230,13 +292,14 @@ def _differs_by_seed(model: nn.Module, task: Task, inputs: Any) -> bool:
     return not torch.equal(*outputs)
 
 
-def _switch_dropout_off(model: nn.Module) -> None:
+def switch_dropout_off(model: nn.Module) -> None:
+    """Put dropout layers in eval mode."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.eval()
 
 
-def _step(model: L.LightningModule, batch: Any, number: int) -> Any:
+def call_step(model: L.LightningModule, batch: Any, number: int) -> Any:
     """What ``training_step`` returns, with or without a ``batch_idx`` among its arguments."""
     wanted = len(inspect.signature(model.training_step).parameters)
     return model.training_step(*(batch, number)[:wanted])
@@ -251,11 +314,11 @@ def _rows(batch: Any, rows: list[int], size: int) -> Any:
     return pytree.tree_map(pick, batch)
 
 
-def _loss_of(result: Any) -> float:
+def _loss_of(result: Any) -> Tensor:
     loss = result.get("loss") if isinstance(result, dict) else result
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise TypeError(f"training_step returned {type(loss).__name__}, expected a loss")
-    return float(loss)
+    return loss.reshape(())
 
 
 def _named(model: nn.Module, *kinds: type[nn.Module]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -13,6 +14,9 @@ from torch.utils import _pytree as pytree
 
 from stride_lightning.randomness import seeded
 from stride_lightning.retraining.capture import capture
+
+# What an operation without a batching rule costs is measured by the user, who cannot add the rule.
+warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented")
 
 #: What is computed of one model and a batch: ``(model, batch) -> tensor``.
 BatchFunction = Callable[[nn.Module, Any], Tensor]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from stride_lightning.attribution import Attribution
 from stride_lightning.attributors import announce, infer_task_of, versions
-from stride_lightning.data import Examples, first_batch, resolve_queries, resolve_train_data
+from stride_lightning.data import Examples, check_loading, first_batch, resolve_queries, resolve_train_data
 from stride_lightning.distributed import barrier, broadcast_object, rank
 from stride_lightning.progress import counting
 from stride_lightning.randomness import preserved_random_state
@@ -23,11 +24,14 @@ from stride_lightning.retraining.leaving_out import LeavingOut
 from stride_lightning.retraining.optimizers import MakeOptimizer
 from stride_lightning.retraining.parts import Parts, Tensors, differences, remove_parts
 from stride_lightning.retraining.recipe import count_outputs, encoded_batch, fingerprint_of
+from stride_lightning.retraining.step_losses import gradient_hooks
 from stride_lightning.tasks import Task, check_task
 from stride_lightning.weights import borrowed, load_checkpoint, rank_zero_state, resolve_ckpt_path, weight_hash
 
 #: Examples left out where the caller names none and there are more.
 NUM_LEFT_OUT = 100
+#: About how many parts of each thread's work are stored one by one, and the fewest models in one.
+NUM_PARTS, SMALLEST_PART = 16, 16
 
 
 @dataclass
@@ -57,7 +61,8 @@ class FurtherTraining:
             seed, epoch, example, query = bad[0].tolist()
             raise ValueError(
                 f"Training on without example {int(self.left_out[example])} gave a loss that is not finite for query "
-                f"{query}, after {self.epochs[epoch]} epoch(s) with seed {self.seeds[seed]}. Lower the learning rate."
+                f"{query}, after {self.epochs[epoch]} epoch(s) with seed {self.seeds[seed]}. Lower the "
+                "learning rate; or does the data hold NaN?"
             )
 
     def effects(self, epoch: int | None = None) -> Tensor:
@@ -160,6 +165,10 @@ def further_train(
     else one by one, and it is said why. The model itself stays as it is. In a distributed run the processes share the
     work.
 
+    Steps are those of the optimizer alone: gradients are not clipped, and hooks that change them are not called (which
+    is warned of). Where the loss is what ``training_step`` returns, that of a batch must be the mean of the losses of
+    its examples. Losses of queries are measured in double precision.
+
     Args:
         model: The final model.
         queries: What is measured: a Dataset, DataLoader or LightningDataModule.
@@ -168,7 +177,8 @@ def further_train(
         left_out: Positions in the training dataset; by default all, or 100 spread evenly if there are more.
         num_seeds: Orders of batches averaged over. Ten to twenty get most of what a hundred would.
         seed: The first of the seeds.
-        path: Folder for the result; a killed run goes on from ``<path>.parts``.
+        path: Folder for the result; a killed run goes on from ``<path>.parts``, which hold about a sixteenth of the
+            work each.
         ckpt_path: Checkpoint of the final model, or ``"best"`` or ``"last"``; by default the weights as they are.
         batch_size: Examples of a batch.
         optimizer: Makes the optimizer of a model's parameters; by default the model's ``configure_optimizers``
@@ -183,7 +193,8 @@ def further_train(
         Effects of every example on every query, for every seed and amount of training.
 
     Raises:
-        TypeError, ValueError: If an argument cannot work, saying how, or training diverges.
+        TypeError, ValueError: If an argument, the model or its loss cannot work, saying how, if the loss of a query
+            is not finite, or if training diverges.
         RecordError: If what is stored is damaged.
 
     Example:
@@ -197,7 +208,11 @@ def further_train(
 
     Reference: arXiv:2412.03906 (final-model-only data attribution), section 3.
     """
+    if not isinstance(model, nn.Module):
+        came = f"the class {model.__name__}; make an instance" if isinstance(model, type) else repr(model)
+        raise TypeError(f"`model` must be the final model, a torch module, got {came}.")
     check_task(task)
+    check_num_seeds(num_seeds)
     checkpoint = None if ckpt_path is None else load_checkpoint(resolve_ckpt_path(ckpt_path, model))
     state = rank_zero_state(model) if checkpoint is None else checkpoint.get("state_dict", checkpoint)
     train, asked = resolve_train_data(train_data, train_indices, model), resolve_queries(queries, model)
@@ -233,24 +248,43 @@ def make_leaving_out(
     batch_size: int | None,
     optimizer: MakeOptimizer | None,
     memory_budget: int | None = None,
+    warn: bool = True,
 ) -> LeavingOut:
-    """What trains a model on, its batches made as the training data's DataLoader makes them."""
-    loading = train.loading
-    if batch_size is None and loading is None:
-        raise ValueError(
-            "The batch size cannot be told from the training data. Pass a DataLoader with a batch_size, or "
-            "`batch_size=`."
+    """What trains a model on, its batches made as the training data's DataLoader makes them.
+
+    Args:
+        model: The final model.
+        task: What a batch means.
+        train: Training data.
+        head: Its first batch.
+        batch_size: Examples of a batch, if not those of the DataLoader.
+        optimizer: Makes the optimizer, if not ``configure_optimizers``.
+        memory_budget: Bytes that copies trained together may take.
+        warn: Warn of hooks that are not called.
+    """
+    is_made = isinstance(optimizer, torch.optim.Optimizer)
+    if optimizer is not None and (is_made or not callable(optimizer)):
+        came = f"an instance of {type(optimizer).__name__}" if is_made else repr(optimizer)
+        raise TypeError(
+            f"`optimizer` must be a function that makes the optimizer of a model's parameters, got {came}. Every copy "
+            "needs one of its own: pass functools.partial(torch.optim.SGD, lr=0.1)."
         )
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    hooks = gradient_hooks(model)
+    if hooks and warn:
+        warnings.warn(
+            f"{type(model).__name__} overrides {', '.join(hooks)}. Further training does not call them; effects are of "
+            "training without.",
+            stacklevel=3,
+        )
+    loading = check_loading(train, batch_size)
     return LeavingOut(
         model,
         task,
         train,
         count_outputs(model, task, head),
-        batch_size or loading.batch_size,  # type: ignore[union-attr]
-        shuffle=True if loading is None else loading.shuffle,
-        drop_last=False if loading is None else loading.drop_last,
+        loading.batch_size,
+        shuffle=loading.shuffle,
+        drop_last=loading.drop_last,
         optimizer=optimizer,
         memory_budget=memory_budget,
     )
@@ -278,10 +312,14 @@ def measure_effects(
         identity["data"] = fingerprint_of(train, leaving_out.task)
     if path is not None and path.exists():
         return _existing(path, identity, positions)
+    leaving_out.check_queries(queries)
     reason = leaving_out.one_by_one_because
     if reason:
         announce(f"Copies of the model train on one by one, because {reason}.", show=show_progress)
-    size = min(leaving_out.chunk_size(len(places)), -(-len(seeds) * len(places) // leaving_out.num_threads))
+    threads = leaving_out.num_threads
+    size = min(leaving_out.chunk_size(len(places)), -(-len(seeds) * len(places) // threads))
+    if path is not None:  # so that a kill loses little
+        size = min(size, max(SMALLEST_PART, -(-len(seeds) * len(places) // (NUM_PARTS * threads))))
     size = cast("int", broadcast_object(size))  # ranks may have other numbers of threads
     parts = Parts(path, {**identity, "chunk_size": size}, {"left_out": positions}, free=("chunk_size",))
     size = parts.plan["chunk_size"]
@@ -298,7 +336,7 @@ def measure_effects(
             bar.update((len(places[chunks[number][1] :][:size]) + 1) * amounts[-1])
 
         with preserved_random_state():
-            found = parts.do(len(chunks), compute, done, num_threads=leaving_out.num_threads)
+            found = parts.do(len(chunks), compute, done, num_threads=threads)
     per_seed = len(chunks) // len(seeds)
     effects = torch.stack(
         [torch.cat([part["effects"] for part in found[i : i + per_seed]], 1) for i in range(0, len(found), per_seed)]
@@ -319,9 +357,19 @@ def read_amounts(epochs: int | Sequence[int]) -> list[int]:
         ([1, 5], [3])
     """
     several = list(epochs) if isinstance(epochs, Iterable) else [epochs]
-    if not several or not all(isinstance(amount, int) and amount >= 1 for amount in several):
+    if not several or not all(_is_count(amount) for amount in several):
         raise ValueError(f"`epochs` must be one or several integers of at least 1, got {epochs!r}.")
     return sorted(set(several))
+
+
+def check_num_seeds(num_seeds: object) -> None:
+    """Refuse what is not a number of seeds."""
+    if not _is_count(num_seeds):
+        raise ValueError(f"`num_seeds` must be an integer of at least 1, got {num_seeds!r}.")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _existing(path: Path, identity: dict[str, Any], positions: Tensor) -> FurtherTraining:
@@ -348,7 +396,12 @@ def find_left_out(left_out: Sequence[int] | Tensor | None, train: Examples) -> t
     if left_out is None:
         places = torch.from_numpy(np.linspace(0, len(every) - 1, min(NUM_LEFT_OUT, len(every))).astype(np.int64))
         return every[places], places
-    positions = torch.as_tensor(left_out).flatten()
+    try:
+        positions = torch.as_tensor(left_out).flatten()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"`left_out` must be integer positions in the training dataset, such as [3, 17], got {left_out!r}."
+        ) from error
     if len(positions) == 0:
         raise ValueError("`left_out` names no example. Leave it out to leave out all, or 100 spread evenly.")
     if positions.is_floating_point() or positions.dtype == torch.bool:

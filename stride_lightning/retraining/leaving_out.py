@@ -5,28 +5,27 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from stride_lightning.data import Examples, first_batch
 from stride_lightning.parallel import num_workers
 from stride_lightning.randomness import mix, seeded
-from stride_lightning.retraining.batchability import (
-    _step,
-    _without_trainer,
-    check_vectorises,
-    draws_random_numbers,
-    loss_factor,
-)
+from stride_lightning.retraining.batchability import check_vectorises, draws_random_numbers, loss_factor
 from stride_lightning.retraining.ensemble import Ensemble, bytes_per_model, chunk_size, keep_freed_memory
 from stride_lightning.retraining.optimizers import CannotBatch, MakeOptimizer, Optimization, read_optimization
 from stride_lightning.retraining.recipe import batch_order, encoded_batch
+from stride_lightning.retraining.step_losses import check_additive, check_step, detached_copy, step_loss, train_mode
 from stride_lightning.tasks import Task
-from stride_lightning.weights import in_precision_of
+from stride_lightning.weights import borrowed, in_precision_of
+
+#: Examples on which it is checked that a batch's loss is the mean of those of its examples, and those they are of.
+_NUM_CHECKED, _NUM_CANDIDATES = 16, 64
 
 
 @dataclass
@@ -45,8 +44,13 @@ class LeavingOut:
         optimizer: Makes the optimizer; by default the model's ``configure_optimizers``, at its initial learning rate.
         memory_budget: Bytes that copies trained together may take.
 
-    BatchNorm layers keep their statistics. Where ``torch.func`` cannot vectorise the model, copies train one by one;
-    :attr:`one_by_one_because` says why.
+    BatchNorm layers keep their statistics; weights of half precision are trained in float32. Losses of queries are
+    measured in double precision where the device has it. Where ``torch.func`` cannot vectorise the model, copies train
+    one by one; :attr:`one_by_one_because` says why.
+
+    Raises:
+        TypeError, ValueError: If the model optimizes by hand, if its optimizer or ``training_step`` cannot be used
+            without a Trainer, or if the loss of a batch is not the mean of the losses of its examples.
     """
 
     model: nn.Module
@@ -63,21 +67,34 @@ class LeavingOut:
     _kernels: dict[Hashable, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self.model = model = _detached_copy(self.model)
+        if not getattr(self.model, "automatic_optimization", True):
+            raise ValueError(
+                f"{type(self.model).__name__} optimizes by hand (automatic_optimization=False), so it has no loss to "
+                "take an example's share from. Pass further_train() the network inside it, and `optimizer=`."
+            )
+        self.model = model = detached_copy(self.model)
+        if any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters()):
+            model.float()  # one example's share of a step is below the rounding of half precision
         self._device, self._factor = next(model.parameters()).device, 1.0
         batch = first_batch(self.train, self.batch_size, self._device)
         prepared = self._prepared(batch)
         optimization = self._optimization(model)
         try:
-            self._factor = loss_factor(model, self.task, in_precision_of(model, batch), prepared)
-            check_vectorises(model, self.task, prepared, _train_mode)
+            mixed, num_batches = self._mixed_batch(), len(self._order(0, 0))
+            kinds = in_precision_of(model, mixed), self._prepared(mixed)
+            with torch.enable_grad():  # gradients are compared too; of a copy, as a step may keep its loss
+                self._factor = loss_factor(copy.deepcopy(model), self.task, *kinds, num_batches=num_batches)
+            check_vectorises(model, self.task, prepared, train_mode)
+            self._check_single_examples(prepared)
         except CannotBatch as reason:
             self.one_by_one_because = str(reason)
         #: Whether the loss is what ``training_step`` returns, because it is not the task's.
         self._is_step = self.one_by_one_because is not None and isinstance(model, L.LightningModule)
         if self._is_step:
-            _check_step(copy.deepcopy(model), in_precision_of(model, batch))
-        self._is_random = self.train.is_random or draws_random_numbers(model, self.task, prepared[0], _train_mode)
+            check_step(copy.deepcopy(model), in_precision_of(model, batch))
+            check_additive(copy.deepcopy(model), self._mixed_examples(_NUM_CHECKED), self._device)
+        self._in_double = self._device.type != "mps" and _takes_double(self.task, prepared[1])
+        self._is_random = self.train.is_random or draws_random_numbers(model, self.task, prepared[0], train_mode)
         self._bytes = bytes_per_model(model, optimization.optimizer, self._task_loss, prepared)
         keep_freed_memory()
         self.train.hold()
@@ -123,6 +140,7 @@ class LeavingOut:
         Returns:
             Loss without the example minus loss with it, positive is helpful, shape ``(len(epochs), m, q)``.
         """
+        queries = [in_precision_of(self.model, batch) for batch in queries]
         # The copy that leaves out nothing is in every chunk: differences then hold no rounding of other shapes.
         shares = torch.full((len(left_out) + 1,), 1 / len(self.train), dtype=torch.float64)
         shares[0] = 0
@@ -135,7 +153,30 @@ class LeavingOut:
             losses = torch.cat(values, 1)
         else:
             losses = self._train(own, shares, queries, epochs, seed, tick, alone=False)
-        return (losses[:, 1:] - losses[:, :1]).cpu()
+        # Of losses close to zero only double precision tells the differences; single precision can hold them.
+        kept = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
+        return (losses[:, 1:] - losses[:, :1]).to(kept).cpu()
+
+    def check_queries(self, queries: Sequence[tuple[Any, Tensor]]) -> None:
+        """Refuse queries whose loss is not finite before any further training.
+
+        Args:
+            queries: Inputs and encoded targets, batch by batch.
+
+        Raises:
+            ValueError: Naming the places of such queries.
+        """
+        with borrowed(self.model, None, None), torch.no_grad(), seeded(0):
+            losses = torch.cat(
+                [self._query_losses(self.model, in_precision_of(self.model, batch)) for batch in queries]
+            )
+        bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+        if bad:
+            more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+            raise ValueError(
+                f"Before any further training, the loss is not finite for the queries at positions {bad[:5]}{more}. "
+                "For each, check its input and target; or has training itself diverged?"
+            )
 
     def _train(
         self,
@@ -150,7 +191,7 @@ class LeavingOut:
     ) -> Tensor:
         """Losses of the queries after the given epochs, shape ``(len(epochs), m, q)``."""
         model = copy.deepcopy(self.model)
-        _train_mode(model)
+        train_mode(model)
         optimization = self._optimization(model)
         shares = shares.to(self._device, next(model.parameters()).dtype)
         trained = self._single(model, optimization) if alone else self._ensemble(model, optimization, len(own), epochs)
@@ -166,8 +207,8 @@ class LeavingOut:
             tick(len(own))
             if epoch + 1 in epochs:
                 model.eval()
-                found.append(torch.cat([trained.evaluate(self._losses, batch) for batch in queries], 1))
-                _train_mode(model)
+                found.append(torch.cat([trained.evaluate(self._query_losses, batch) for batch in queries], 1))
+                train_mode(model)
         return torch.stack(found)
 
     def _ensemble(
@@ -178,13 +219,13 @@ class LeavingOut:
         return Ensemble(model, optimizer, num_models, loss, objective, kernels=self._kernels, num_steps=num_steps)
 
     def _single(self, model: nn.Module, optimization: Optimization) -> _Single:
-        return _Single(model, optimization.optimizer, _step_loss if self._is_step else self._task_loss)
+        return _Single(model, optimization.optimizer, step_loss if self._is_step else self._task_loss)
 
     def _examples(self, own: Tensor, seed: int, *, alone: bool) -> Any:
         """The examples that are left out: a batch of one, or one such batch for each copy, stacked."""
         (batch,) = self.train.drawn([own], seed, self._device)
         shown = self._shown(batch)
-        return shown if alone else pytree.tree_map(lambda value: value[:, None], shown)
+        return shown if alone else _stacked(shown)
 
     def _order(self, seed: int, epoch: int) -> list[Tensor]:
         return batch_order(len(self.train), self.batch_size, self.shuffle, self.drop_last, seed, epoch)
@@ -212,8 +253,60 @@ class LeavingOut:
         outputs = self.task.outputs(model, batch[0]).reshape(len(batch[1]), -1)
         return self.task.loss(outputs, batch[1])
 
+    def _query_losses(self, model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
+        outputs, encoded = self.task.outputs(model, batch[0]).reshape(len(batch[1]), -1), batch[1]
+        return (
+            self.task.loss(outputs.double(), encoded.double()) if self._in_double else self.task.loss(outputs, encoded)
+        )
+
     def _task_loss(self, model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
         return self._factor * self._losses(model, batch).mean()
+
+    def _check_single_examples(self, prepared: tuple[Any, Tensor]) -> None:
+        """Make one step of two copies: with the weights, each copy's own example is vectorised.
+
+        Raises:
+            CannotBatch: With the reason torch gives.
+        """
+        part = self._part([0, len(self.train) - 1])
+        model = copy.deepcopy(self.model)
+        train_mode(model)
+        optimizer = self._optimization(model).optimizer
+        try:
+            with seeded(0), torch.enable_grad():
+                (batch,) = part.drawn([torch.arange(2)], 0, self._device)
+                shares = torch.full((2,), 1 / len(self.train)).to(prepared[1])
+                two = Ensemble(model, optimizer, 2, self._task_loss, _without_share)
+                two.step(prepared, (_stacked(self._prepared(batch)), shares))
+        except Exception as error:
+            detail = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+            raise CannotBatch(f"torch.func cannot vectorise single examples: {detail}") from error
+
+    def _mixed_batch(self) -> Any:
+        """A batch of examples of all kinds, of the size of a training batch."""
+        part = self._mixed_examples(self.batch_size)
+        with seeded(0):
+            (batch,) = part.drawn([torch.arange(len(part))], 0, self._device)
+        return batch
+
+    def _mixed_examples(self, size: int) -> Examples:
+        """Some examples from all over the training data, with as many values of the target as there are."""
+        num = len(self.train)
+        places = torch.linspace(0, num - 1, min(max(_NUM_CANDIDATES, size), num), dtype=torch.float64).long()
+        places = places[torch.randperm(len(places), generator=torch.Generator().manual_seed(0))]
+        part = self._part(places.tolist())
+        with seeded(0):
+            (batch,) = part.drawn([torch.arange(len(part))], 0, self._device)
+        _, kind = self._prepared(batch)[1].cpu().unique(dim=0, return_inverse=True)
+        earlier = F.one_hot(kind).cumsum(0).gather(1, kind[:, None])[:, 0]  # of the same target, with itself
+        return self._part(places[earlier.argsort(stable=True)[:size]].tolist())
+
+    def _part(self, places: list[int]) -> Examples:
+        """Some training examples, read in this process."""
+        _ = self.train.is_random  # asked of all examples, not of these
+        part = self.train.subset(places)
+        part.num_workers = 0
+        return part
 
 
 class _Single:
@@ -236,59 +329,21 @@ class _Single:
         return function(self.model, batch)[None]
 
 
+def _stacked(shown: Any) -> Any:
+    """A batch as batches of one, one for each copy."""
+    return pytree.tree_map(lambda value: value[:, None], shown)
+
+
+def _takes_double(task: Task, encoded: Tensor) -> bool:
+    """Whether a task's loss can be computed in double precision; weights that one holds may not let it."""
+    try:
+        task.loss(torch.zeros_like(encoded, dtype=torch.float64), encoded.double())
+    except Exception:
+        return False
+    return True
+
+
 def _without_share(call: Callable[[Any], Tensor], shared: Any, own: tuple[Any, Tensor]) -> Tensor:
     """A batch's mean loss, less the share of the example that is left out."""
     example, share = own
     return call(shared) - share * call(example)
-
-
-def _step_loss(model: nn.Module, batch: Any) -> Tensor:
-    result = _step(cast("L.LightningModule", model), batch, 0)
-    return result["loss"] if isinstance(result, dict) else result
-
-
-def _check_step(model: nn.Module, batch: Any) -> None:
-    """Refuse a ``training_step`` whose loss cannot be had without a Trainer."""
-    try:
-        with _without_trainer(cast("L.LightningModule", model)), seeded(0), torch.enable_grad():
-            (loss,) = _step_loss(model, batch).reshape(-1)
-            if not loss.requires_grad:
-                raise ValueError("it returned a loss without gradient")
-    except Exception as error:
-        raise ValueError(
-            f"{type(model).__name__} cannot be trained on by its training_step without a Trainer "
-            f"({type(error).__name__}: {error}). Pass further_train() the network inside it, and `optimizer=`."
-        ) from error
-
-
-def _detached_copy(model: nn.Module) -> nn.Module:
-    """A copy without its Trainer, which holds the data, the loggers and the optimizer; nothing it logs is heard."""
-    attached = [(module, module._trainer) for module in model.modules() if isinstance(module, L.LightningModule)]
-    try:
-        for module, _ in attached:
-            module._trainer = None
-        copied = copy.deepcopy(model)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Does it keep a loss or "
-            "outputs of a training step, or an open file? Detach or drop them when training ends."
-        ) from error
-    finally:
-        for module, trainer in attached:
-            module._trainer = trainer
-    for module in copied.modules():
-        if isinstance(module, L.LightningModule):
-            vars(module).update(log=_unheard, log_dict=_unheard)
-    return copied
-
-
-def _unheard(*_: Any, **__: Any) -> None:
-    """Stands where ``self.log`` would."""
-
-
-def _train_mode(model: nn.Module) -> None:
-    """Training mode, but for BatchNorm: one example's share has no statistics of its own."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as L
@@ -21,7 +23,8 @@ def train_alone(recipe: Recipe, mask: Tensor, seed: int) -> Tensor:
     """Train one model on a subset with a Trainer of its own and measure the queries.
 
     Weights and batches are those of :class:`~stride_lightning.retraining.together.Together`: the batches of the whole
-    training set, without the examples that are not in the subset.
+    training set, without the examples that are not in the subset. Batches that hold none of it are left out, and under
+    BatchNorm those that hold only one.
 
     Args:
         recipe: How models are trained.
@@ -36,6 +39,13 @@ def train_alone(recipe: Recipe, mask: Tensor, seed: int) -> Tensor:
     if recipe.optimizer is not None:  # the model is fresh and ours
         make_optimizer = recipe.optimizer
         module.configure_optimizers = lambda: make_optimizer(model.parameters())
+    with _quiet():
+        return _trained_and_measured(recipe, model, module, mask, seed)
+
+
+def _trained_and_measured(
+    recipe: Recipe, model: nn.Module, module: L.LightningModule, mask: Tensor, seed: int
+) -> Tensor:
     trainer = _make_trainer(recipe, model)
     if trainer.global_step or trainer.current_epoch:
         raise ValueError(
@@ -52,7 +62,9 @@ def train_alone(recipe: Recipe, mask: Tensor, seed: int) -> Tensor:
     with seeded(seed), warnings.catch_warnings():
         # The data module has all three hooks of a transfer, and calls the user's, the model's among them.
         warnings.filterwarnings("ignore", "You have overridden `.*` in both `LightningModule` and")
-        trainer.fit(module, datamodule=_SubsetData(recipe, mask, seed))
+        # One example has no statistics: BatchNorm refuses a batch that the subset has thinned to it.
+        normalises = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())
+        trainer.fit(module, datamodule=_SubsetData(recipe, mask, seed, smallest=2 if normalises else 1))
     model.eval()
     device = next(model.parameters()).device if recipe.device is None else recipe.device
     with borrowed(model, None, device), torch.no_grad():
@@ -61,6 +73,20 @@ def train_alone(recipe: Recipe, mask: Tensor, seed: int) -> Tensor:
             for inputs, encoded in recipe.query_batches(model, device)
         ]
     return torch.cat(parts).float().cpu()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning's greetings once per model would bury everything else."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _make_trainer(recipe: Recipe, model: nn.Module) -> L.Trainer:
@@ -96,9 +122,9 @@ class _Plain(L.LightningModule):
 class _SubsetData(L.LightningDataModule):
     """The batches of an order, without the examples outside a subset, moved as the user's own hooks would move them."""
 
-    def __init__(self, recipe: Recipe, mask: Tensor, seed: int) -> None:
+    def __init__(self, recipe: Recipe, mask: Tensor, seed: int, smallest: int) -> None:
         super().__init__()
-        self.examples, self.sampler = recipe.train, _SubsetBatches(recipe, mask, seed)
+        self.examples, self.sampler = recipe.train, _SubsetBatches(recipe, mask, seed, smallest)
 
     def train_dataloader(self) -> DataLoader[Any]:
         examples: Examples = self.examples
@@ -125,8 +151,8 @@ class _SubsetData(L.LightningDataModule):
 class _SubsetBatches:
     """Batch sampler; Lightning tells it the epoch."""
 
-    def __init__(self, recipe: Recipe, mask: Tensor, seed: int) -> None:
-        self.recipe, self.mask, self.seed, self.epoch = recipe, mask, seed, 0
+    def __init__(self, recipe: Recipe, mask: Tensor, seed: int, smallest: int) -> None:
+        self.recipe, self.mask, self.seed, self.smallest, self.epoch = recipe, mask, seed, smallest, 0
         self.sampler = self  # where Lightning looks for set_epoch
 
     def set_epoch(self, epoch: int) -> None:
@@ -141,4 +167,5 @@ class _SubsetBatches:
     def _batches(self) -> list[list[int]]:
         positions = self.recipe.train.positions
         members = [batch[self.mask[batch]] for batch in self.recipe.order(self.seed, self.epoch)]
-        return [(batch if positions is None else positions[batch]).tolist() for batch in members if len(batch)]
+        kept = [batch for batch in members if len(batch) >= self.smallest]
+        return [(batch if positions is None else positions[batch]).tolist() for batch in kept]

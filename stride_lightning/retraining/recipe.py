@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.attributors import infer_task_of
-from stride_lightning.data import Examples, first_batch, resolve_queries, resolve_train_data
+from stride_lightning.data import Examples, check_loading, first_batch, resolve_queries, resolve_train_data
 from stride_lightning.fingerprints import Fingerprint
 from stride_lightning.randomness import mix, seeded
 from stride_lightning.retraining.optimizers import CannotBatch, MakeOptimizer, read_optimization
@@ -44,6 +46,7 @@ class Recipe:
         measure: ``"loss"``, or ``"margin"``: the log-odds of the target, with the sign of a loss.
         device: Where to train; the model's own device when None.
         memory_budget: Bytes that models trained together may take.
+        one_by_one: Train every model with a Trainer of its own, whether it could train with others or not.
     """
 
     model_fn: Callable[[], nn.Module]
@@ -60,6 +63,9 @@ class Recipe:
     measure: Measure = "loss"
     device: torch.device | None = None
     memory_budget: int | None = None
+    one_by_one: bool = False
+    #: Targets of the training examples, if each has one number; known once :meth:`identity` has read them.
+    train_targets: Tensor | None = field(default=None, init=False)
     _query_batches: list[tuple[Any, Tensor]] = field(default_factory=list, init=False)
     _initial: dict[int, nn.Module] = field(default_factory=dict, init=False)
 
@@ -98,8 +104,29 @@ class Recipe:
         """Inputs of a batch, and its encoded targets of shape ``(B, C)``, in the model's precision."""
         return encoded_batch(model, self.task, batch, self.num_outputs)
 
+    def check_queries(self, model: nn.Module) -> None:
+        """Refuse queries whose loss is no number even under an untrained model.
+
+        Raises:
+            ValueError: Naming them.
+        """
+        device = next(model.parameters()).device
+        with borrowed(model, None, None), torch.no_grad():
+            values = [
+                self.value(self.task.outputs(model, inputs).reshape(len(encoded), -1), encoded)
+                for inputs, encoded in self.query_batches(model, device)
+            ]
+        bad = (~torch.isfinite(torch.cat(values))).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(
+                f"The loss of queries {bad[:10]} is not finite even under an untrained model ({len(bad)} of "
+                f"{len(torch.cat(values))}). Check their inputs and targets for NaN."
+            )
+
     def value(self, outputs: Tensor, encoded: Tensor) -> Tensor:
         """What is measured of queries: lower is better, shape ``(b,)``."""
+        if outputs.device.type != "mps":  # which has no float64; elsewhere small losses keep their digits
+            outputs, encoded = outputs.double(), encoded.double()
         if self.measure == "margin":
             return -self.task.margin(outputs, encoded)
         return self.task.loss(outputs, encoded)
@@ -107,8 +134,10 @@ class Recipe:
     def identity(self, seeds: Sequence[int]) -> dict[str, Any]:
         """Plain values that tell this recipe from others, to compare a stored run with."""
         models = [self.initial_model(seed) for seed in seeds]
+        data, self.train_targets = survey(self.train, self.task)
         return {
             "model": type(models[0]).__name__,
+            "model_code": code_hash(models[0]),
             "initial_weights": [weight_hash(model) for model in models],
             "optimizer": _described_optimizer(models[0], self.optimizer),
             "trainer_fn": self.trainer_fn is not None,
@@ -119,7 +148,7 @@ class Recipe:
             "measure": self.measure,
             "task": repr(self.task),
             "seeds": list(seeds),
-            "data": fingerprint_of(self.train, self.task),
+            "data": data,
             "query_data": fingerprint_of(self.queries, self.task),
             "train_indices": None if self.train.positions is None else self.train.positions.tolist(),
         }
@@ -139,6 +168,7 @@ def make_recipe(
     train_indices: Sequence[int] | Tensor | None = None,
     device: str | torch.device | None = None,
     memory_budget: int | None = None,
+    one_by_one: bool = False,
 ) -> Recipe:
     """A recipe from what a user passes, checked; arguments as in :func:`~stride_lightning.retrain`."""
     if isinstance(model_fn, nn.Module) or not callable(model_fn):
@@ -148,12 +178,22 @@ def make_recipe(
             "weights."
         )
     check_task(task)
+    if optimizer is not None and (isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer)):
+        raise TypeError(
+            f"`optimizer` must be a function of a model's parameters, got {type(optimizer).__name__}. Pass "
+            "functools.partial(torch.optim.SGD, lr=0.1): every model needs an optimizer of its own."
+        )
     if measure not in get_args(Measure):
         raise ValueError(f"`measure` must be one of {get_args(Measure)}, got {measure!r}.")
     if not isinstance(max_epochs, int) or max_epochs < 1:
         raise ValueError(f"`max_epochs` must be an integer of at least 1, got {max_epochs!r}.")
-    with seeded(0):
-        model, again = model_fn(), model_fn()
+    try:
+        with seeded(0):
+            model, again = model_fn(), model_fn()
+    except TypeError as error:
+        raise TypeError(
+            f"`model_fn` must work without arguments; calling it gave: {error}. Wrap it: `lambda: MyModel(lr=0.1)`."
+        ) from error
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model_fn` must return a module, got {type(model).__name__}.")
     if model is again or {id(p) for p in model.parameters()} & {id(p) for p in again.parameters()}:
@@ -162,14 +202,7 @@ def make_recipe(
             "model. Build the model inside the function."
         )
     train = resolve_train_data(train_data, train_indices, model)
-    loading = train.loading
-    if batch_size is None and loading is None:
-        raise ValueError(
-            "The batch size decides what training gives, and cannot be told from `train_data`. Pass a DataLoader with "
-            "a batch_size, or `batch_size=`."
-        )
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    loading = check_loading(train, batch_size)
     where = next(model.parameters()).device if device is None else torch.device(device)
     model.to(where)
     head = first_batch(train, 64, where)
@@ -186,14 +219,15 @@ def make_recipe(
         task,
         num_outputs,
         max_epochs,
-        batch_size or loading.batch_size,  # type: ignore[union-attr]
-        shuffle=True if loading is None else loading.shuffle,
-        drop_last=False if loading is None else loading.drop_last,
+        loading.batch_size,
+        shuffle=loading.shuffle,
+        drop_last=loading.drop_last,
         optimizer=optimizer,
         trainer_fn=trainer_fn,
         measure=measure,  # type: ignore[arg-type]
         device=None if device is None else torch.device(device),
         memory_budget=memory_budget,
+        one_by_one=one_by_one,
     )
 
 
@@ -231,6 +265,21 @@ def count_outputs(model: nn.Module, task: Task, batch: Any) -> int:
         outputs = task.outputs(model, in_precision_of(model, task.inputs(batch)))
     check_outputs(outputs, len(outputs))
     return 1 if outputs.ndim == 1 else outputs.shape[1]
+
+
+def code_hash(model: nn.Module) -> str:
+    """What tells one model from another beside its weights: its code, the settings of its layers and its own.
+
+    Example:
+        >>> code_hash(nn.Dropout(0.1)) == code_hash(nn.Dropout(0.2))
+        False
+    """
+    try:
+        code = inspect.getsource(type(model))
+    except (OSError, TypeError):  # typed into an interpreter
+        code = type(model).__qualname__
+    settings = {name: value for name, value in vars(model).items() if isinstance(value, bool | int | float | str)}
+    return hashlib.sha256(f"{code}{model!r}{sorted(settings.items())}".encode()).hexdigest()
 
 
 def survey(examples: Examples, task: Task) -> tuple[dict[str, Any], Tensor | None]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -34,7 +36,7 @@ def retrain(
     *,
     train_data: Any,
     max_epochs: int,
-    num_subsets: int = 100,
+    num_subsets: int | None = None,
     fraction: float = 0.5,
     num_seeds: int = 2,
     seed: int = 0,
@@ -48,6 +50,7 @@ def retrain(
     train_indices: Sequence[int] | Tensor | None = None,
     device: str | torch.device | None = None,
     memory_budget: int | None = None,
+    one_by_one: bool = False,
     show_progress: bool = True,
 ) -> GroundTruth:
     """Losses of queries under models trained from scratch on random subsets of the training data.
@@ -61,12 +64,12 @@ def retrain(
         queries: What is measured: a Dataset, DataLoader or LightningDataModule.
         train_data: What is trained on, likewise. Its DataLoader says batch size and shuffling.
         max_epochs: Passes over the training data.
-        num_subsets: Number of subsets K.
+        num_subsets: Number of subsets K; 100 by default.
         fraction: Share of the training examples in each subset.
         num_seeds: Models per subset, that differ in initial weights and order. Two or more give a noise ceiling.
         seed: Seed of the subsets and of everything else.
-        path: Folder for the result. Finished parts stand in ``<path>.parts`` meanwhile: a run that was killed goes on
-            from there when it is started again, and ends with the same numbers.
+        path: Folder for the result. Finished parts, of 16 models or more, stand in ``<path>.parts`` meanwhile: a run
+            that was killed goes on from there when it is started again, and ends with the same numbers.
         masks: Subsets of your own, bool of shape ``(K, n)``, in place of random ones.
         batch_size: Examples of a batch, before those outside a subset are dropped.
         optimizer: Makes the optimizer of a model's parameters; by default the model's ``configure_optimizers``.
@@ -77,7 +80,9 @@ def retrain(
         train_indices: Positions in the dataset that are trained on, where the sampler does not tell.
         device: Where to train; the model's device by default.
         memory_budget: Bytes that models trained together may take; by default 32 MiB on a CPU, what its caches hold,
-            and 2 GiB on a GPU. See :class:`~stride_lightning.retraining.ensemble.Ensemble` for the formula.
+            and 2 GiB on a GPU. See :class:`~stride_lightning.retraining.ensemble.Ensemble` for the formula. The
+            training data come on top where they are less than 256 MiB, as do one model per seed and the queries.
+        one_by_one: Train every model with a Trainer of its own, whether it could train with others or not.
         show_progress: Show a progress bar, and why models train one by one.
 
     Returns:
@@ -101,6 +106,7 @@ def retrain(
 
     Reference: arXiv:2202.00622 (datamodels), section 2.
     """
+    seeds = _seeds(seed, num_seeds)
     recipe = make_recipe(
         model_fn,
         queries,
@@ -114,12 +120,13 @@ def retrain(
         train_indices=train_indices,
         device=device,
         memory_budget=memory_budget,
+        one_by_one=one_by_one,
     )
-    if num_seeds < 1:
-        raise ValueError(f"`num_seeds` must be at least 1, got {num_seeds}.")
     if masks is None:
-        masks = sample_masks(len(recipe.train), num_subsets, fraction, seed=seed)
-    return _measured(GroundTruth, recipe, _checked_masks(masks, recipe), _seeds(seed, num_seeds), path, show_progress)
+        masks = sample_masks(len(recipe.train), 100 if num_subsets is None else num_subsets, fraction, seed=seed)
+    elif num_subsets is not None:
+        raise ValueError("`masks` says which subsets there are: leave out `num_subsets`.")
+    return _measured(GroundTruth, recipe, _checked_masks(masks, recipe), seeds, path, show_progress)
 
 
 def retrain_without(
@@ -129,7 +136,7 @@ def retrain_without(
     *,
     train_data: Any,
     max_epochs: int,
-    ks: Sequence[int] = (1, 10, 100),
+    ks: int | Sequence[int] = (1, 10, 100),
     num_seeds: int = 2,
     seed: int = 0,
     path: str | Path | None = None,
@@ -152,13 +159,21 @@ def retrain_without(
         path: Folder for the result, as in :func:`retrain`.
         show_progress: Show a progress bar, and why models train one by one.
         **how: How to train, as in :func:`retrain`: ``batch_size``, ``optimizer``, ``trainer_fn``, ``task``,
-            ``measure``, ``train_indices``, ``device``, ``memory_budget``.
+            ``measure``, ``train_indices``, ``device``, ``memory_budget``, ``one_by_one``.
 
     Returns:
         Losses with everything, and without each query's top k.
 
     Reference: arXiv:2303.14186 (TRAK), section 5.2.
     """
+    known = set(inspect.signature(make_recipe).parameters)
+    if unknown := sorted(how.keys() - known):
+        raise TypeError(f"retrain_without() takes no {', '.join(unknown)}; it takes {', '.join(sorted(known))}.")
+    if not isinstance(attribution, Attribution):
+        raise TypeError(f"`attribution` must be an Attribution, got {type(attribution).__name__}: wrap its scores.")
+    if not torch.isfinite(attribution.scores).all():
+        bad = (~torch.isfinite(attribution.scores)).any(1).nonzero().flatten().tolist()
+        raise ValueError(f"The scores of queries {bad[:10]} are not finite.")
     recipe = make_recipe(model_fn, queries, train_data=train_data, max_epochs=max_epochs, **how)
     num_train, num_queries = len(recipe.train), len(recipe.queries)
     if (attribution.num_queries, attribution.num_train) != (num_queries, num_train):
@@ -174,7 +189,7 @@ def retrain_without(
         )
     # Columns in the order in which the training data are read.
     scores = attribution.scores[:, attribution.train_indices.argsort()[positions.argsort().argsort()]]
-    ks = sorted(set(ks))
+    ks = [ks] if isinstance(ks, int) else sorted(set(ks))
     if not ks or ks[0] < 1 or ks[-1] >= num_train:
         raise ValueError(f"`ks` must be numbers from 1 to {num_train - 1}, got {ks}.")
     order = scores.argsort(dim=1, descending=True, stable=True)
@@ -200,8 +215,8 @@ def sample_masks(num_train: int, num_subsets: int, fraction: float = 0.5, *, see
         >>> sample_masks(10, 3, 0.3).sum(1)
         tensor([3, 3, 3])
     """
-    if num_subsets < 1:
-        raise ValueError(f"`num_subsets` must be at least 1, got {num_subsets}.")
+    if not isinstance(num_subsets, int) or num_subsets < 2:
+        raise ValueError(f"`num_subsets` must be an integer of at least 2, got {num_subsets!r}.")
     size = round(fraction * num_train)
     if not 0 < fraction < 1 or not 0 < size < num_train:
         raise ValueError(
@@ -232,12 +247,23 @@ def _measured(
         result.check_data(attribution.metadata)
     if path is not None and path.exists():
         return _existing(kind, path, identity, masks)
+    recipe.check_queries(recipe.initial_model(seeds[0]))
+    if len(seeds) > 1 and len(set(identity["initial_weights"])) == 1:
+        warnings.warn(
+            "`model_fn` gives the same initial weights under every seed: it seeds itself, or loads weights. Seeds then "
+            "differ in the order of batches alone, and the noise ceiling counts only that. If the weights were trained "
+            "on these data, this is no retraining.",
+            stacklevel=3,
+        )
     together, reason = _try_together(recipe, masks, seeds)
     if reason:
         announce(f"Models train one by one, each with its own Trainer, because {reason}.", show=show_progress)
     size = 1
     if together:  # at least one chunk for every thread
-        size = min(together.chunk_size(len(masks)), -(-len(seeds) * len(masks) // together.num_threads))
+        total, threads = len(seeds) * len(masks), together.num_threads
+        size = min(together.chunk_size(len(masks)), -(-total // threads))
+        if path is not None:  # parts are what survives being killed; smaller ones than 16 would cost time
+            size = min(size, max(16, -(-total // (16 * threads))))
     size = cast("int", broadcast_object(size))  # ranks may have other numbers of threads
     plan = {**identity, "kind": kind.kind, "together": together is not None, "chunk_size": size}
     parts = Parts(path, plan, {"masks": masks.to(torch.uint8)}, free=("chunk_size",))
@@ -315,9 +341,13 @@ def _check_losses(losses: Tensor, start: int, seed: int) -> None:
         queries = (~torch.isfinite(losses[bad[0]])).nonzero().flatten().tolist()
         raise ValueError(
             f"Training on subset {start + bad[0]} with seed {seed} gave losses that are not finite for queries "
-            f"{queries[:5]}. Did training diverge? Lower the learning rate, or look at these queries."
+            f"{queries[:5]}. Did training diverge? Lower the learning rate. Or do the training data hold NaN?"
         )
 
 
 def _seeds(seed: int, num_seeds: int) -> list[int]:
+    if not isinstance(num_seeds, int) or num_seeds < 1:
+        raise ValueError(f"`num_seeds` must be an integer of at least 1, got {num_seeds!r}.")
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"`seed` must be an integer of at least 0, got {seed!r}.")
     return [int(number) for number in np.arange(seed, seed + num_seeds)]

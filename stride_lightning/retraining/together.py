@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stride_lightning.data import first_batch
 from stride_lightning.parallel import num_workers
 from stride_lightning.randomness import mix, seed_torch
 from stride_lightning.retraining.batchability import (
@@ -17,6 +16,7 @@ from stride_lightning.retraining.batchability import (
     check_vectorises,
     draws_random_numbers,
     loss_factor,
+    mixed_places,
 )
 from stride_lightning.retraining.ensemble import Ensemble, bytes_per_model, chunk_size, keep_freed_memory
 from stride_lightning.retraining.optimizers import CannotBatch, read_optimization
@@ -41,15 +41,19 @@ class Together:
     def __init__(self, recipe: Recipe, seed: int) -> None:
         if recipe.trainer_fn is not None:
             raise CannotBatch("`trainer_fn` was given")
-        self.recipe, model = recipe, recipe.initial_model(seed)
+        if recipe.one_by_one:
+            raise CannotBatch("one_by_one=True was asked for")
+        self.recipe, model = recipe, recipe.fresh_model(seed)  # a copy would have lost hooks on its parameters
         check_hooks(model)
         self.optimization = read_optimization(model, recipe.optimizer)
         device = next(model.parameters()).device
-        batch = first_batch(recipe.train, recipe.batch_size, device)
+        places = mixed_places(recipe.train_targets, len(recipe.train), recipe.batch_size)
+        (batch,) = recipe.train.drawn([places], 0, device)
         prepared = recipe.prepared(model, batch)
         check_separate(model, recipe.task, prepared[0], len(prepared[1]))
         check_vectorises(model, recipe.task, prepared)
-        self.factor = loss_factor(model, recipe.task, in_precision_of(model, batch), prepared)
+        num_batches = len(recipe.order(seed, 0))
+        self.factor = loss_factor(model, recipe.task, in_precision_of(model, batch), prepared, num_batches=num_batches)
         #: Whether training draws random numbers beside the order: then one thread at a time may train.
         self.is_random = recipe.train.is_random or draws_random_numbers(model, recipe.task, prepared[0])
         recipe.query_batches(model, device)

@@ -420,7 +420,9 @@ def test_weights_that_a_callback_listed_before_swaps_in(tmp_path):
 
 
 ARGUMENTS = {
-    "num_seeds": ({"num_seeds": 0}, "`num_seeds` must be at least 1, got 0"),
+    "num_seeds": ({"num_seeds": 0}, "`num_seeds` must be an integer of at least 1, got 0"),
+    "half a seed": ({"num_seeds": 2.5}, r"`num_seeds` must be an integer of at least 1, got 2\.5"),
+    "true": ({"epochs": True}, "`epochs` must be one or several integers of at least 1, got True"),
     "batch_size": ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
     "epochs": ({"epochs": [1, 0]}, r"`epochs` must be one or several integers of at least 1, got \[1, 0\]"),
     "no epochs": ({"epochs": []}, r"`epochs` must be one or several integers.*got \[\]"),
@@ -456,6 +458,14 @@ class ByHand(Classifier):
         self.optimizers().step()
 
 
+class Weighted(Classifier):
+    loss = staticmethod(partial(F.cross_entropy, weight=torch.tensor([1.0, 2.0, 5.0])))
+
+
+WITH_NAN = classification_data(80, seed=1)
+WITH_NAN.tensors[0][70] = torch.nan
+
+
 REFUSED = {
     "combined": (CombinedLoader([loader(DATA), loader(DATA)]), {}, Classifier, "one DataLoader over one map-style"),
     "iterable": (DataLoader(Stream(), batch_size=4), {}, Classifier, "Stream.*map-style dataset"),
@@ -470,7 +480,11 @@ REFUSED = {
         r"Expected 3 target\(s\) per example",
     ),
     "optimizer": (loader(DATA), {}, NeedsSteps, r"configure_optimizers needs a Trainer.*Pass `optimizer=`"),
-    "by hand": (loader(DATA), {}, ByHand, "ByHand cannot be trained on by its training_step without a Trainer"),
+    "by hand": (loader(DATA), {}, ByHand, "ByHand optimizes by hand.*no loss to take an example's share from"),
+    "class weights": (loader(DATA), {}, Weighted, r"not the mean of the losses of its examples \(class weights\?\)"),
+    "NaN": (loader(DATA), {"queries": WITH_NAN}, Classifier, r"not finite for the queries at positions \[70\]"),
+    "made": (loader(DATA), {"optimizer": SGD(nn.Linear(1, 1).parameters())}, Classifier, "got an instance of SGD"),
+    "text": (loader(DATA), {"left_out": "abc"}, Classifier, "`left_out` must be integer positions.*got 'abc'"),
     "batches": (
         DataLoader(DATA, batch_sampler=[[0, 1], [2, 3]]),
         {"train_indices": [0, 1, 2, 3], "left_out": [2]},
@@ -532,6 +546,34 @@ def test_a_model_that_cannot_be_copied_in_the_end_only_warns(tmp_path):
     assert further.result is None
 
 
+def test_an_error_of_torch_in_the_end_only_warns(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("stride_lightning.callbacks.further_training.measure_effects", fails)
+    further = callback()
+    with pytest.warns(UserWarning, match="FurtherTrainingCallback wrote no record. out of memory"):
+        trainer = train(build(Classifier), DATA, tmp_path, further)
+    assert trainer.state.finished
+    assert (further.result, further.records) == (None, [])
+
+
+def test_clipping_and_hooks_that_change_gradients_are_warned_of_once(tmp_path):
+    class Hooked(Classifier):
+        def on_after_backward(self):
+            torch.nn.utils.clip_grad_value_(self.parameters(), 0.1)
+
+    model, further = build(Hooked), callback()
+    with pytest.warns(UserWarning, match="urther training does not") as seen:
+        train(model, DATA, tmp_path, further, gradient_clip_val=0.5)
+    texts = [str(one.message) for one in seen]
+    assert sum("Hooked overrides on_after_backward. Further training does not call" in text for text in texts) == 1
+    assert sum("clips gradients (gradient_clip_val=0.5). Further training does not" in text for text in texts) == 1
+    plain = build(Classifier)
+    plain.load_state_dict(model.state_dict())
+    assert further.result.effects().equal(expected(plain).effects())
+
+
 def test_diverged_training_only_warns(tmp_path):
     with pytest.warns(UserWarning, match="FurtherTrainingCallback wrote no record"):
         train(build(Classifier, lr=float("inf")), DATA, tmp_path, callback())
@@ -556,7 +598,7 @@ def test_precision(tmp_path, precision, smoothing):
 
     model, further = build(Smoothed), callback(left_out=[12, 3])
     train(model, DATA, tmp_path, further, precision=precision)
-    assert further.result.effects_by_seed.dtype == {"bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
+    assert further.result.effects_by_seed.dtype == {"bf16-true": torch.float32, "64-true": torch.float64}[precision]
     if precision == "64-true":
         assert (further.result.metadata["one_by_one_because"] is None) is (smoothing == 0)
     single = build(Smoothed)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader, TensorDataset
 
 from stride_lightning.data import Examples
 from stride_lightning.retraining.batchability import check_separate, check_vectorises, loss_factor
@@ -327,3 +328,84 @@ def test_a_trainer_does_what_only_it_can(tmp_path):
 def test_a_batch_of_one_is_separate():
     data = Examples(points())
     assert check_separate(batchnorm(), Classification(), data[0][0][None], 1) is None
+
+
+# ---- losses that are the task's on some examples only -----------------------------------------------------------
+
+
+def rare_data():
+    """Sorted by target, as image folders are; the third class is rare."""
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(3))
+    return TensorDataset(x, torch.tensor([0] * 30 + [1] * 29 + [2]))
+
+
+def mined(model, outputs, targets):
+    losses = F.cross_entropy(outputs, targets, reduction="none")
+    return losses[losses > 0.2].mean() if (losses > 0.2).any() else losses.mean()
+
+
+def without_gradient(model, batch, batch_idx):
+    with torch.no_grad():
+        hidden = model.network[:2](batch[0])
+    return F.cross_entropy(model.network[2](hidden), batch[1])
+
+
+def late(model, batch, batch_idx):
+    return F.cross_entropy(model(batch[0]), batch[1]) * (10 if batch_idx >= 5 else 1)
+
+
+def hooked():
+    model = Net(mlp(), sgd)
+    model.network[0].weight.register_hook(lambda gradient: gradient * 0)
+    return model
+
+
+SUBTLE = {
+    "weights of a rare class": net(training_step=smoothed(torch.tensor([1.0, 1.0, 10.0]))),
+    "an ignored class": net(training_step=step(lambda m, o, y: F.cross_entropy(o, y, ignore_index=2))),
+    "hard examples only": net(training_step=step(mined)),
+    "part of the network without gradient": net(training_step=without_gradient),
+    "another loss from the sixth batch on": net(training_step=late),
+    "a hook on a parameter": hooked,
+    "a weak penalty": net(
+        training_step=step(lambda m, o, y: F.cross_entropy(o, y) + 1e-4 * sum((p**2).sum() for p in m.parameters()))
+    ),
+    "slight smoothing": net(training_step=smoothed(smoothing=0.001)),
+}
+
+
+@pytest.mark.parametrize("case", SUBTLE)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_subtle_differences_of_the_loss_are_noticed(case, shuffle):
+    loader = DataLoader(rare_data(), batch_size=6, shuffle=shuffle)
+    truth = retrain(
+        SUBTLE[case], rare_data(), train_data=loader, max_epochs=1, num_subsets=2, num_seeds=1, show_progress=False
+    )
+    because = truth.metadata["one_by_one_because"] or "nothing"
+    assert "returns another loss" in because or "hooks on gradients" in because
+
+
+def test_the_plain_loss_on_such_data_trains_together():
+    loader = DataLoader(rare_data(), batch_size=6)
+    how = {"train_data": loader, "max_epochs": 1, "num_subsets": 2, "num_seeds": 1, "show_progress": False}
+    assert retrain(net(), rare_data(), **how).metadata["one_by_one_because"] is None
+    forced = retrain(net(), rare_data(), one_by_one=True, **how)
+    assert forced.metadata["one_by_one_because"] == "one_by_one=True was asked for"
+    torch.testing.assert_close(forced.losses, retrain(net(), rare_data(), **how).losses, rtol=1e-4, atol=1e-6)
+
+
+def test_batchnorm_passes_over_batches_of_one():
+    def model():
+        return Net(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)), sgd)
+
+    truth = retrain(model, rare_data(), train_data=rare_data(), batch_size=2, max_epochs=1, num_subsets=2, num_seeds=1)
+    assert torch.isfinite(truth.losses).all()
+
+
+def test_one_initialisation_for_all_seeds_is_said():
+    def model():
+        torch.manual_seed(0)
+        return Net(mlp(), sgd)
+
+    with pytest.warns(UserWarning, match="same initial weights under every seed"):
+        retrain(model, rare_data(), train_data=rare_data(), batch_size=20, max_epochs=1, num_subsets=2)

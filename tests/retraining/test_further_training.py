@@ -193,6 +193,26 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch, budget):
     assert FurtherTraining.load(tmp_path / "effects").effects_by_seed.equal(found.effects_by_seed)
 
 
+@pytest.mark.parametrize(("num", "parts"), [(60, 3 * 4), (600, 3 * 6)])
+def test_a_run_that_is_stored_is_cut_finer(tmp_path, monkeypatch, num, parts):
+    """Into sixteen parts about, of no fewer than sixteen models."""
+    monkeypatch.setattr(module, "NUM_LEFT_OUT", num)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        how = {"data": points(num), "left_out": None, "memory_budget": 2**40, "epochs": 1}
+        calls = count_work(monkeypatch)
+        found = run(path=tmp_path / "effects", **how)
+        assert len(calls) == parts
+        assert max(len(args[0]) for args in calls) == max(16, -(-3 * num // 16))
+        calls.clear()
+        whole = run(**how)
+        assert len(calls) == 3
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(found.effects_by_seed, whole.effects_by_seed, rtol=1e-3, atol=1e-6)
+
+
 def test_parts_that_a_killed_run_left_beside_its_result_are_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(module.Parts, "remove", lambda self: None)
     run(path=tmp_path / "effects")
@@ -243,7 +263,7 @@ def test_a_progress_bar_counts_models_and_epochs(monkeypatch):
     for more in (
         {},
         {"memory_budget": 1},
-        {"model": Net(mlp(), sgd, lambda o, y: F.cross_entropy(o, y) + o.mean() ** 2)},
+        {"model": Net(mlp(), sgd, lambda o, y: F.cross_entropy(o, y, label_smoothing=0.1))},
     ):
         seen.clear()
         run(**more)

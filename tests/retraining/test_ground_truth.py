@@ -212,7 +212,7 @@ def test_scores_of_other_data_are_refused():
         without(Attribution(random(2, NUM_TRAIN), None))
     with pytest.raises(ValueError, match="of 3 queries and 24 training examples"):
         without(Attribution(random(3, 24), None))
-    made = retrain(model_fn, QUERIES, train_data=points(), num_subsets=1, num_seeds=1, **HOW).metadata
+    made = retrain(model_fn, QUERIES, train_data=points(), num_subsets=2, num_seeds=1, **HOW).metadata
     assert without(some_scores(data=made["data"], query_data=made["query_data"]), num_seeds=1).num_queries == 3
     with pytest.raises(ValueError, match="of other training data"):
         without(some_scores(data=made["query_data"]))

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorDataset
 
-from stride_lightning import Regression
+from stride_lightning import Classification, Regression
 from stride_lightning.randomness import mix, seed_all
 from stride_lightning.retraining.further_training import further_train
 from stride_lightning.retraining.recipe import batch_order
@@ -437,13 +437,205 @@ class ByHand(Net):
         self.optimizers().step()
 
 
-@pytest.mark.parametrize("kind", [AsksForTheEpoch, ByHand])
-def test_a_training_step_that_needs_its_trainer_is_refused_with_a_way_out(kind):
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (AsksForTheEpoch, "AsksForTheEpoch cannot be trained on by its training_step without a Train"),
+        (ByHand, r"ByHand optimizes by hand \(automatic_optimization=False\), so it has no loss to take.*Pass further"),
+    ],
+)
+def test_a_training_step_that_needs_its_trainer_is_refused_with_a_way_out(kind, message):
     model, data = make_net(mlp, kind=kind), in_double(points())
-    with pytest.raises(ValueError, match=f"{kind.__name__} cannot be trained on by its training_step without a Train"):
+    with pytest.raises(ValueError, match=message):
         ask(model, batches_of(data), data)
     found = ask(model.network, batches_of(data), data, optimizer=SGD)  # the way out
     check(found, by_hand(make_net(mlp, lambda m: SGD(m.parameters())), data, data))
+
+
+# ---- losses of which an example has no share ----------------------------------------------------------------------
+
+
+def by_class(num=NUM_TRAIN):
+    """In the order of their classes: the first batch holds one class alone."""
+    x, y = points(num).tensors
+    order = y.argsort(stable=True)
+    return in_double(TensorDataset(x[order], y[order]))
+
+
+class NoisyStep(Net):
+    """Dropout that is no module, and noise that is always there."""
+
+    noise = 0.0
+
+    def training_step(self, batch, batch_idx):
+        x = F.dropout(batch[0], 0.3, self.training) + self.noise * torch.randn_like(batch[0])
+        return self.loss(self.network(x), batch[1])
+
+
+class NoisierStep(NoisyStep):
+    noise = 0.1
+
+
+class Pairwise(Net):
+    """A loss of pairs of examples."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + torch.cdist(*2 * [self(batch[0])]).mean()
+
+
+WEIGHTED = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0]).double())
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss"),
+    [
+        (Net, WEIGHTED),
+        (NoisyStep, WEIGHTED),
+        (Pairwise, F.cross_entropy),
+        (Net, nn.CrossEntropyLoss(reduction="sum", label_smoothing=0.1)),
+    ],
+    ids=["class weights", "under dropout", "pairs", "sum"],
+)
+@pytest.mark.parametrize("data", [by_class, lambda: in_double(points())], ids=["sorted", "mixed"])
+def test_a_loss_that_is_not_a_mean_over_examples_is_refused(kind, loss, data):
+    with pytest.raises(
+        ValueError, match=r"is not the mean of the losses of its examples \(class weights\?\).*task of your own"
+    ):
+        ask(make_net(mlp, loss=loss, kind=kind), batches_of(data()), data())
+
+
+@pytest.mark.parametrize("kind", [Net, NoisyStep, NoisierStep])
+def test_a_loss_that_is_a_mean_over_examples_passes_whatever_is_drawn(kind):
+    data = by_class()
+    found = ask(make_net(mlp, loss=SMOOTHED, kind=kind), batches_of(data), data)
+    assert "training_step" in found.metadata["one_by_one_because"]
+
+
+def test_a_training_step_that_takes_no_single_example_is_refused():
+    class Squeezing(Net):
+        def training_step(self, batch, batch_idx):
+            return SMOOTHED(self(batch[0]).squeeze(0), batch[1])
+
+    data = in_double(points())
+    with pytest.raises(ValueError, match=r"Squeezing cannot be trained on.*does not take a single example"):
+        ask(make_net(mlp, kind=Squeezing), batches_of(data), data)
+
+
+HOOKS = {
+    "backward": lambda self, loss: loss.backward(),
+    "optimizer_step": lambda self, *args: None,
+    "optimizer_zero_grad": lambda self, *args: None,
+    "configure_gradient_clipping": lambda self, *args, **kwargs: None,
+    "on_before_backward": lambda self, loss: None,
+    "on_after_backward": lambda self: None,
+    "on_before_optimizer_step": lambda self, optimizer: None,
+    "on_before_zero_grad": lambda self, optimizer: None,
+}
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_hooks_that_change_gradients_are_warned_of(name):
+    data, kind = in_double(points()), type("Hooked", (Net,), {name: HOOKS[name]})
+    inherited = type("Inherits", (kind,), {"on_train_start": lambda self: None})
+    with pytest.warns(UserWarning, match=f"Inherits overrides {name}. Further training does not call them; effects"):
+        found = ask(make_net(mlp, kind=inherited), batches_of(data), data)
+    assert found.effects_by_seed.equal(ask(make_net(mlp), batches_of(data), data).effects_by_seed)
+
+
+# ---- single examples, and losses close to zero ----------------------------------------------------------------------
+
+
+class Sentences(torch.utils.data.Dataset):
+    """Dictionaries as a tokenizer gives them, padded; the first word tells the label."""
+
+    def __init__(self, num, seed=0):
+        draw = torch.Generator().manual_seed(seed)
+        self.words = torch.randint(3, 20, (num, 5), generator=draw)
+        self.mask = (torch.arange(5) < torch.randint(2, 6, (num, 1), generator=draw)).long()
+
+    def __len__(self):
+        return len(self.words)
+
+    def __getitem__(self, i):
+        words = self.words[i] * self.mask[i]
+        return {"input_ids": words, "attention_mask": self.mask[i], "labels": self.words[i, 0] % 2}
+
+
+class SentenceTask(Classification):
+    def inputs(self, batch):
+        return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+    def targets(self, batch):
+        return batch["labels"]
+
+    def outputs(self, model, inputs):
+        return model(**inputs).logits
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_transformer_that_looks_at_the_values_of_its_mask_trains_one_by_one():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(
+        **sizes, intermediate_size=16, max_position_embeddings=8, hidden_dropout_prob=0, attention_probs_dropout_prob=0
+    )
+    model, data, queries = transformers.BertForSequenceClassification(config).double(), Sentences(12), Sentences(3, 1)
+    how = {"left_out": [4, 0], "optimizer": partial(torch.optim.SGD, lr=0.1), "task": SentenceTask(), "num_seeds": 1}
+    found = ask(model, DataLoader(data, 5, shuffle=True), queries, **how)
+    assert found.metadata["one_by_one_because"].startswith("torch.func cannot vectorise single examples: ")
+    assert len(found.metadata["one_by_one_because"]) < 210
+
+    def losses(trained, places, read=data):
+        batch = torch.utils.data.default_collate([read[int(i)] for i in places])
+        return F.cross_entropy(trained(**SentenceTask().inputs(batch)).logits, batch["labels"], reduction="none")
+
+    values = []
+    for place in (None, 4, 0):
+        trained, rows = copy.deepcopy(model), []
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+        for epoch in range(EPOCHS[-1]):
+            for batch in batch_order(12, 5, True, False, 0, epoch):
+                loss = losses(trained, batch).mean()
+                if place is not None:
+                    loss = loss - losses(trained, [place]).mean() / 12
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            if epoch + 1 in EPOCHS:
+                rows.append(losses(trained.eval(), range(3), queries).detach())
+        values.append(torch.stack(rows))
+    check(found, (torch.stack(values[1:], 1) - values[0][:, None])[None])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2], ids=["together", "one by one"])
+def test_effects_on_confidently_classified_queries_are_not_quantised(smoothing):
+    data = TensorDataset(points().tensors[0], (points().tensors[0][:, 0] > 0).long())
+    x = torch.zeros(5, 4)
+    x[:, 0] = torch.linspace(20, 21, 5)
+    queries = TensorDataset(x, torch.ones(5, dtype=torch.long))
+    slow = lambda m: torch.optim.SGD(m.parameters(), lr=0.03)  # noqa: E731
+    single = make_net(lambda: nn.Linear(4, 2), slow, nn.CrossEntropyLoss(label_smoothing=smoothing)).float()
+    with torch.no_grad():
+        single.network.weight.copy_(torch.tensor([[-0.5, 0, 0, 0], [0.5, 0, 0, 0]]))
+        single.network.bias.zero_()
+        assert 0 < cross_entropies(single.double().network(x.double()), queries.tensors[1]).max() < 3e-9
+    expected = ask(copy.deepcopy(single), batches_of(in_double(data)), in_double(queries), epochs=1).effects_by_seed
+    found = ask(single.float(), batches_of(data), queries, epochs=1).effects_by_seed
+    assert found.dtype == torch.float32
+    assert (found.diff(dim=-1) != 0).all()
+    assert expected.abs().max() < 1e-8
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=0)
+
+
+def test_a_tasks_loss_that_holds_single_precision_weights_is_measured_in_that():
+    class Weighted(Classification):
+        def loss(self, outputs, encoded, dim=-1):
+            return F.cross_entropy(outputs, encoded.argmax(-1), torch.tensor([1.0, 2, 5]), reduction="none")
+
+    data = points()
+    found = ask(make_net(mlp).float(), batches_of(data), data, task=Weighted(), optimizer=SGD)
+    assert found.effects().abs().max() > 1e-4
 
 
 class NeedsSteps(Net):
@@ -572,8 +764,20 @@ ARGUMENTS = {
     "not one": ({"epochs": []}, ValueError, r"`epochs` must be one or several integers of at least 1, got \[\]"),
     "half": ({"epochs": 1.5}, ValueError, r"`epochs` must be one or several integers of at least 1, got 1\.5"),
     "some wrong": ({"epochs": [2, 0]}, ValueError, r"`epochs` must be one or several.*got \[2, 0\]"),
-    "no seeds": ({"num_seeds": 0}, ValueError, "`num_seeds` must be at least 1"),
-    "no batch": ({"batch_size": 0}, ValueError, "`batch_size` must be at least 1, got 0"),
+    "no seeds": ({"num_seeds": 0}, ValueError, "`num_seeds` must be an integer of at least 1, got 0"),
+    "half a seed": ({"num_seeds": 1.5}, ValueError, r"`num_seeds` must be an integer of at least 1, got 1\.5"),
+    "true seeds": ({"num_seeds": True}, ValueError, "`num_seeds` must be an integer of at least 1, got True"),
+    "true": ({"epochs": True}, ValueError, "`epochs` must be one or several integers of at least 1, got True"),
+    "text": ({"left_out": "abc"}, TypeError, r"`left_out` must be integer positions.*such as \[3, 17\], got 'abc'"),
+    "made": (
+        {"optimizer": torch.optim.SGD(mlp().parameters(), lr=0.1)},
+        TypeError,
+        r"got an instance of SGD\..*pass functools\.partial\(torch\.optim\.SGD, lr=",
+    ),
+    "a name": ({"optimizer": "sgd"}, TypeError, r"`optimizer` must be a function.*got 'sgd'.*functools\.partial"),
+    "a class": ({"model": Net}, TypeError, "`model` must be the final model.*got the class Net; make an instance"),
+    "no model": ({"model": None}, TypeError, "`model` must be the final model.*got None"),
+    "no batch": ({"batch_size": 0}, ValueError, "`batch_size` must be an integer of at least 1, got 0"),
     "class": ({"task": Regression}, TypeError, "`task` must be an instance of Task"),
     "no optimizer": ({"optimizer": lambda p: "sgd"}, TypeError, "must return a torch optimizer, got str"),
     "no labels": ({"queries": TensorDataset(points().tensors[0].double())}, ValueError, "has no targets, so losses"),
@@ -586,7 +790,22 @@ def test_arguments_that_cannot_work_are_refused(name):
     more, error, message = ARGUMENTS[name]
     data = in_double(points())
     with pytest.raises(error, match=message):
-        ask(make_net(mlp), **({"data": batches_of(data), "queries": data} | more))
+        ask(**({"model": make_net(mlp), "data": batches_of(data), "queries": data} | more))
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, SMOOTHED], ids=["together", "one by one"])
+def test_queries_without_a_finite_loss_are_named_before_training(loss):
+    data, queries = in_double(points()), in_double(points())
+    queries.tensors[0][3, 1] = queries.tensors[0][7, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"queries at positions \[3, 7\]\..*check its input and target"):
+        ask(make_net(mlp, loss=loss), batches_of(data), queries)
+
+
+def test_data_with_nan_is_asked_about():
+    data = in_double(points())
+    data.tensors[0][20] = torch.nan
+    with pytest.raises(ValueError, match="Lower the learning rate; or does the data hold NaN"):
+        ask(make_net(mlp), batches_of(data), in_double(points(4, seed=1)))
 
 
 def test_a_batch_size_that_is_not_known():

@@ -84,6 +84,8 @@ def ask(path=None, **more):
         "model": model_fn,
     }
     how |= {"queries": points(5, seed=1), "show_progress": False} | more
+    if "masks" in how:
+        del how["num_subsets"]
     return retrain(how.pop("model"), how.pop("queries"), path=path, **how)
 
 
@@ -158,10 +160,30 @@ def test_other_work_is_refused_by_the_result_and_by_the_parts(case, tmp_path, in
         ask(tmp_path / "truth", **more)
 
 
+def test_a_model_with_other_settings_and_the_same_weights_is_other_work(tmp_path):
+    """Dropout rates leave initial weights alone; so does another loss."""
+
+    def dropping(rate):
+        return lambda: Net(mlp().append(nn.Dropout(rate)), sgd)
+
+    ask(tmp_path / "truth", model=dropping(0.0))
+    with pytest.raises(ValueError, match="differs in model_code"):
+        ask(tmp_path / "truth", model=dropping(0.9))
+
+
+def test_a_kill_loses_few_models(tmp_path, epochs_trained):
+    """With a path, parts are of 16 models where more would train at once."""
+    ask(tmp_path / "truth", num_subsets=48)
+    assert len(epochs_trained) == 3
+    epochs_trained.clear()
+    ask(num_subsets=48)
+    assert len(epochs_trained) <= 2
+
+
 def test_settings_of_an_optimizer_that_only_a_trainer_takes(tmp_path):
     def ask_with(lr):
         optimizer = lambda parameters: torch.optim.RMSprop(parameters, lr=lr)  # noqa: E731
-        return ask(tmp_path / "truth", optimizer=optimizer, num_subsets=1, max_epochs=1)
+        return ask(tmp_path / "truth", optimizer=optimizer, num_subsets=2, max_epochs=1)
 
     ask_with(0.01)
     assert ask_with(0.01).metadata["one_by_one_because"]

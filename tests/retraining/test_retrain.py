@@ -7,7 +7,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset, TensorDataset
 
 from stride_lightning import BinaryClassification, Classification
 from stride_lightning.distributed import barrier, world_size
@@ -44,7 +44,9 @@ def model_fn():
 
 
 def ask(model=model_fn, queries=QUERIES, **more):
-    how = {"train_data": points(), "num_subsets": 3, "num_seeds": 2, "show_progress": False} | HOW | more
+    how = {"train_data": points(), "num_seeds": 2, "show_progress": False} | HOW | more
+    if "masks" not in how:
+        how.setdefault("num_subsets", 3)
     return retrain(model, queries, **how)
 
 
@@ -221,16 +223,28 @@ MISTAKES = {
     "fraction 1": ({"fraction": 1.0}, "`fraction` must leave some"),
     "fraction above 1": ({"fraction": 1.5}, "`fraction` must leave some .* got 1.5"),
     "fraction too small": ({"fraction": 0.01}, "`fraction` must leave some"),
-    "no subsets": ({"num_subsets": 0}, "`num_subsets` must be at least 1, got 0"),
-    "no seeds": ({"num_seeds": 0}, "`num_seeds` must be at least 1, got 0"),
+    "no subsets": ({"num_subsets": 0}, "`num_subsets` must be an integer of at least 2, got 0"),
+    "no seeds": ({"num_seeds": 0}, "`num_seeds` must be an integer of at least 1, got 0"),
     "masks too short": ({"masks": torch.ones(3, 24)}, r"`masks` must be 0/1 of shape \(num_subsets, 25\).* \(3, 24\)"),
     "one mask": ({"masks": torch.ones(25)}, r"`masks` must be 0/1 of shape .* \(25,\)"),
     "weights": ({"masks": torch.full((3, 25), 0.5)}, "`masks` must be 0/1"),
     "empty subset": ({"masks": torch.eye(26, 25)}, r"`masks` has subsets without any example: \[25\]"),
+    "masks and a number": ({"masks": torch.ones(3, 25), "num_subsets": 3}, "`masks` says which subsets there are"),
+    "a negative seed": ({"seed": -1}, "`seed` must be an integer of at least 0, got -1"),
+    "an optimizer": ({"optimizer": OPTIMIZER(mlp().parameters())}, r"`optimizer` must be a function .* got SGD"),
+    "a model with arguments": ({"model": Net}, "`model_fn` must work without arguments.*Wrap it"),
+    "a sampler with replacement": (
+        {"train_data": DataLoader(points(), 9, sampler=RandomSampler(points(), replacement=True))},
+        "RandomSampler draws with replacement",
+    ),
+    "a query without number": (
+        {"queries": TensorDataset(torch.full((2, 4), torch.nan), torch.zeros(2).long())},
+        r"loss of queries \[0, 1\] is not finite even under an untrained model",
+    ),
     "no epochs": ({"max_epochs": 0}, "`max_epochs` must be an integer of at least 1, got 0"),
     "half an epoch": ({"max_epochs": 0.5}, "`max_epochs` must be an integer"),
-    "no batch size": ({"batch_size": None}, "The batch size decides what training gives.*Pass a DataLoader"),
-    "batch size 0": ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+    "no batch size": ({"batch_size": None}, "The batch size cannot be told .*Pass a DataLoader"),
+    "batch size 0": ({"batch_size": 0}, "`batch_size` must be an integer of at least 1, got 0"),
     "measure": ({"measure": "accuracy"}, r"`measure` must be one of \('loss', 'margin'\), got 'accuracy'"),
     "margin": (
         {"measure": "margin", "train_data": numbers(), "model": lambda: Net(mlp(1), sgd, nn.functional.mse_loss)},

@@ -1,0 +1,152 @@
+"""The loss of a ``training_step`` without its Trainer, and whether every example has a share in it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, cast
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor, nn
+
+from stride_lightning.data import Examples
+from stride_lightning.randomness import seeded
+from stride_lightning.retraining.batchability import call_step, switch_dropout_off, tried_out, without_trainer
+from stride_lightning.weights import in_precision_of
+
+#: Hooks of a LightningModule that may change gradients or steps; only a Trainer calls them.
+_GRADIENT_HOOKS = (
+    *("backward", "optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping", "on_before_backward"),
+    *("on_after_backward", "on_before_optimizer_step", "on_before_zero_grad"),
+)
+
+
+def step_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The loss that ``training_step`` returns for a batch."""
+    result = call_step(cast("L.LightningModule", model), batch, 0)
+    return result["loss"] if isinstance(result, dict) else result
+
+
+def check_step(model: nn.Module, batch: Any) -> None:
+    """Refuse a ``training_step`` whose loss cannot be had without a Trainer."""
+    try:
+        with without_trainer(cast("L.LightningModule", model)), seeded(0), torch.enable_grad():
+            (loss,) = step_loss(model, batch).reshape(-1)
+            if not loss.requires_grad:
+                raise ValueError("it returned a loss without gradient")
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be trained on by its training_step without a Trainer "
+            f"({type(error).__name__}: {error}). Pass further_train() the network inside it, and `optimizer=`."
+        ) from error
+
+
+def check_additive(model: nn.Module, examples: Examples, device: torch.device) -> None:
+    """Refuse a loss in which an example has no share of its own.
+
+    Args:
+        model: The model.
+        examples: A few training examples of all kinds.
+        device: Where they go.
+
+    Raises:
+        ValueError: If the loss of a batch is not the mean of the losses of its examples.
+    """
+    train_mode(model)
+    switch_dropout_off(model)
+    places, eps = torch.arange(len(examples)), torch.finfo(next(model.parameters()).dtype).eps
+    tolerance = max(1e-4 if device.type == "cpu" else 1e-3, 8 * eps)  # convolutions on a GPU use TF32
+
+    def losses(batches: Sequence[Tensor], seed: int) -> Tensor:
+        found = []
+        with seeded(seed), torch.enable_grad():
+            for batch in examples.drawn(batches, 0, device):
+                with seeded(seed):
+                    found.append(step_loss(model, in_precision_of(model, batch)).detach().cpu().double().flatten())
+        return torch.cat(found)
+
+    def draws() -> bool:
+        return not losses([places], 0).equal(losses([places], 1))
+
+    def is_additive() -> bool:
+        whole, *single = losses([places, *places.split(1)], 0)
+        gap, largest = (whole - torch.stack(single).mean()).abs(), torch.stack([whole, *single]).abs().max()
+        return not gap > tolerance * largest  # what is not finite is not this check's affair
+
+    try:
+        with without_trainer(cast("L.LightningModule", model)):
+            if draws():  # dropout that is no module
+                model.eval()
+                if draws():
+                    return
+            with tried_out(model):
+                fits = is_additive()
+            fits = fits or is_additive()
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be trained on by its training_step, because that does not take a "
+            f"single example ({type(error).__name__}: {error}). Pass further_train() the network inside it, and "
+            "`optimizer=`."
+        ) from error
+    if not fits:
+        raise ValueError(
+            f"The loss that {type(model).__name__}.training_step gives of a batch is not the mean of the losses of "
+            "its examples (class weights?), so an example's share is not defined. Use a loss that is, such as "
+            "one with a weight for each example, by a task of your own."
+        )
+
+
+def gradient_hooks(model: nn.Module) -> list[str]:
+    """Hooks of a LightningModule's own that may change its gradients, and that further training does not call.
+
+    Example:
+        >>> class Clipped(L.LightningModule):
+        ...     def on_after_backward(self):
+        ...         torch.nn.utils.clip_grad_value_(self.parameters(), 0.1)
+        >>> gradient_hooks(Clipped()), gradient_hooks(nn.Linear(1, 1))
+        (['on_after_backward'], [])
+    """
+    model = getattr(model, "_orig_mod", model)
+    if not hasattr(model, "automatic_optimization"):
+        return []
+    own = []
+    for name in _GRADIENT_HOOKS:
+        kind = next((kind for kind in type(model).__mro__ if name in vars(kind)), None)
+        is_lightnings = kind is None or kind.__module__.split(".")[0] in ("lightning", "pytorch_lightning")
+        if name in vars(model) or not is_lightnings:
+            own.append(name)
+    return own
+
+
+def detached_copy(model: nn.Module) -> nn.Module:
+    """A copy without its Trainer, which holds the data, the loggers and the optimizer; nothing it logs is heard."""
+    attached = [(module, module._trainer) for module in model.modules() if isinstance(module, L.LightningModule)]
+    try:
+        for module, _ in attached:
+            module._trainer = None
+        copied = copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Does it keep a loss or "
+            "outputs of a training step, or an open file? Detach or drop them when training ends."
+        ) from error
+    finally:
+        for module, trainer in attached:
+            module._trainer = trainer
+    for module in copied.modules():
+        if isinstance(module, L.LightningModule):
+            vars(module).update(log=_unheard, log_dict=_unheard)
+    return copied
+
+
+def _unheard(*_: Any, **__: Any) -> None:
+    """Stands where ``self.log`` would."""
+
+
+def train_mode(model: nn.Module) -> None:
+    """Training mode, but for BatchNorm: one example's share has no statistics of its own."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
