@@ -5,6 +5,7 @@ import socket
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch.utils.data import Subset
 
 from stride_lightning import StrideCallback, attribute
@@ -132,11 +133,19 @@ def train_with_batchnorm(number, port, folder):
     torch.save(results, folder / f"rank{number}.pt")
 
 
+def _end_together(number, target, port, folder):
+    """A process whose peer has gone may be aborted while it clears up."""
+    target(number, port, folder)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def run_two(target, folder):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(target, (port, folder), nprocs=2)
+    torch.multiprocessing.spawn(_end_together, (target, port, folder), nprocs=2)
     return [torch.load(folder / f"rank{number}.pt") for number in range(2)]
 
 
