@@ -23,23 +23,13 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from stride_lightning.fingerprints import digest
+from stride_lightning.loading import Loading, loading_of
 from stride_lightning.randomness import mix, preserved_random_state, seed_all
 
 #: Largest data set that is kept in memory while models train on it again and again.
 HELD_BYTES = 2**28
 #: Examples that are read twice to find out whether reading is random.
 _NUM_PROBES = 16
-
-
-@dataclass(frozen=True)
-class Loading:
-    """How a DataLoader makes batches: their size, whether in random order, whether a smaller last one is dropped."""
-
-    batch_size: int
-    shuffle: bool
-    drop_last: bool
-    #: Whether an epoch reads every example once, not some of them or with replacement.
-    is_whole: bool = True
 
 
 @dataclass(eq=False)
@@ -259,7 +249,7 @@ def _from_loader_or_dataset(source: Any, what: str, owners: tuple[Any, ...]) -> 
                 "have no position. Give it a batch_size, or pass a dataset of examples."
             )
         workers = source.num_workers, source.worker_init_fn
-        examples = Examples(dataset, source.collate_fn, None, *workers, owners, _loading(source))
+        examples = Examples(dataset, source.collate_fn, None, *workers, owners, loading_of(source))
     else:
         dataset = source
         examples = Examples(dataset, owners=owners)
@@ -275,44 +265,6 @@ def _from_loader_or_dataset(source: Any, what: str, owners: tuple[Any, ...]) -> 
     if len(dataset) == 0:  # type: ignore[arg-type]
         raise ValueError(f"`{what}` is empty.")
     return examples
-
-
-def _loading(loader: DataLoader[Any]) -> Loading | None:
-    sampler: Any = loader.batch_sampler
-    if type(sampler) is not BatchSampler:
-        return None
-    shuffles = not isinstance(sampler.sampler, SequentialSampler) and getattr(sampler.sampler, "shuffle", True)
-    inner = sampler.sampler
-    is_whole = not isinstance(inner, RandomSampler) or (
-        not inner.replacement and inner.num_samples == len(inner.data_source)  # type: ignore[arg-type]
-    )
-    return Loading(sampler.batch_size, bool(shuffles), sampler.drop_last, is_whole)
-
-
-def check_loading(examples: Examples, batch_size: int | None) -> Loading:
-    """How training makes batches of the examples, where that can be repeated.
-
-    Raises:
-        ValueError: If it cannot: the batch size is not known, or an epoch is not every example once.
-    """
-    loading = examples.loading
-    if loading is not None and not loading.is_whole:
-        raise ValueError(
-            "The training DataLoader's RandomSampler draws with replacement, or only some examples in each epoch. "
-            "Training is repeated with every example once per epoch: pass a DataLoader that does so too, or the "
-            "dataset and `batch_size=`."
-        )
-    if batch_size is None and loading is None:
-        raise ValueError(
-            "The batch size cannot be told from the training data, and decides what training gives. Pass a DataLoader "
-            "with a batch_size, or `batch_size=`."
-        )
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
-    if loading is None:
-        assert batch_size is not None
-        return Loading(batch_size, shuffle=True, drop_last=False)
-    return loading if batch_size is None else replace(loading, batch_size=batch_size)
 
 
 def _reads_everything(loader: DataLoader[Any]) -> bool:

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 from stride_lightning.attribution import Attribution
 from stride_lightning.attributors import announce, infer_task_of, versions
-from stride_lightning.data import Examples, check_loading, first_batch, resolve_queries, resolve_train_data
+from stride_lightning.data import Examples, first_batch, resolve_queries, resolve_train_data
 from stride_lightning.distributed import barrier, broadcast_object, rank
+from stride_lightning.loading import check_loading
 from stride_lightning.progress import counting
 from stride_lightning.randomness import preserved_random_state
 from stride_lightning.records import Record, RecordError, read_record, write_record
 from stride_lightning.retraining.leaving_out import LeavingOut
 from stride_lightning.retraining.optimizers import MakeOptimizer
-from stride_lightning.retraining.parts import Parts, Tensors, differences, remove_parts
+from stride_lightning.retraining.parts import Parts, Tensors, check_same_work
 from stride_lightning.retraining.recipe import count_outputs, encoded_batch, fingerprint_of
 from stride_lightning.retraining.step_losses import gradient_hooks
 from stride_lightning.tasks import Task, check_task
@@ -374,15 +375,7 @@ def _is_count(value: object) -> bool:
 
 def _existing(path: Path, identity: dict[str, Any], positions: Tensor) -> FurtherTraining:
     found = FurtherTraining.load(path)
-    stored = {name: found.metadata.get(name) for name in identity}
-    differing = differences(stored, identity, {"left_out": found.left_out}, {"left_out": positions})
-    if differing:
-        raise ValueError(
-            f"{path} holds the result of other work, which differs in {differing}. Choose another path, or delete it."
-        )
-    if rank() == 0:
-        remove_parts(path.with_name(path.name + ".parts"))  # a run may have been killed just before
-    barrier()
+    check_same_work(path, found.metadata, identity, {"left_out": found.left_out}, {"left_out": positions})
     return found
 
 

@@ -133,6 +133,32 @@ def remove_parts(folder: Path) -> None:
         folder.rmdir()
 
 
+def check_same_work(
+    path: Path, stored: Mapping[str, Any], asked: Mapping[str, Any], stored_tensors: Tensors, asked_tensors: Tensors
+) -> None:
+    """Refuse a finished result of other work; of the same work, delete what parts a killed run left.
+
+    Args:
+        path: Where the result stands.
+        stored: Plain values that decided it, perhaps among others.
+        asked: Those that are asked for now.
+        stored_tensors: Tensors that decided it.
+        asked_tensors: Those that are asked for now.
+
+    Raises:
+        ValueError: Naming what differs.
+    """
+    decisive = {name: stored.get(name) for name in asked}
+    differing = differences(decisive, asked, stored_tensors, asked_tensors)
+    if differing:
+        raise ValueError(
+            f"{path} holds the result of other work, which differs in {differing}. Choose another path, or delete it."
+        )
+    if rank() == 0:
+        remove_parts(path.with_name(path.name + ".parts"))
+    barrier()
+
+
 def differences(
     stored: Mapping[str, Any], asked: Mapping[str, Any], stored_tensors: Tensors, asked_tensors: Tensors
 ) -> str:

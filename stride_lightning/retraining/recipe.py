@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.attributors import infer_task_of
-from stride_lightning.data import Examples, check_loading, first_batch, resolve_queries, resolve_train_data
+from stride_lightning.data import Examples, first_batch, resolve_queries, resolve_train_data
 from stride_lightning.fingerprints import Fingerprint
+from stride_lightning.loading import check_loading
 from stride_lightning.randomness import mix, seeded
 from stride_lightning.retraining.optimizers import CannotBatch, MakeOptimizer, read_optimization
 from stride_lightning.tasks import Task, check_outputs, check_task

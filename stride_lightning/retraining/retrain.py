@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from stride_lightning.attribution import Attribution
 from stride_lightning.attributors import announce, versions
-from stride_lightning.distributed import barrier, broadcast_object, rank
+from stride_lightning.distributed import broadcast_object
 from stride_lightning.progress import counting
 from stride_lightning.randomness import mix, preserved_random_state
 from stride_lightning.retraining.ground_truth import Counterfactual, GroundTruth, Retrained
 from stride_lightning.retraining.one_by_one import train_alone
 from stride_lightning.retraining.optimizers import CannotBatch, MakeOptimizer
-from stride_lightning.retraining.parts import Parts, Tensors, differences, remove_parts
+from stride_lightning.retraining.parts import Parts, Tensors, check_same_work
 from stride_lightning.retraining.recipe import Recipe, make_recipe
 from stride_lightning.retraining.together import Together
 from stride_lightning.tasks import Task
@@ -310,15 +310,7 @@ def _try_together(recipe: Recipe, masks: Tensor, seeds: list[int]) -> tuple[Toge
 def _existing(kind: type[Truth], path: Path, identity: dict[str, Any], masks: Tensor) -> Truth:
     """The finished result of the same work, or a refusal."""
     found = kind.load(path)
-    stored = {name: found.metadata.get(name) for name in identity}
-    differing = differences(stored, identity, {"masks": found.masks}, {"masks": masks})
-    if differing:
-        raise ValueError(
-            f"{path} holds the result of other work, which differs in {differing}. Choose another path, or delete it."
-        )
-    if rank() == 0:
-        remove_parts(path.with_name(path.name + ".parts"))  # a run may have been killed just before
-    barrier()
+    check_same_work(path, found.metadata, identity, {"masks": found.masks}, {"masks": masks})
     return found
 
 
