@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from stride_lightning.data import Examples, first_batch
 from stride_lightning.parallel import num_workers
-from stride_lightning.randomness import mix, seeded
+from stride_lightning.randomness import mix, seed_torch, seeded
 from stride_lightning.retraining.batchability import check_vectorises, draws_random_numbers, loss_factor
 from stride_lightning.retraining.ensemble import Ensemble, bytes_per_model, chunk_size, keep_freed_memory
 from stride_lightning.retraining.optimizers import CannotBatch, MakeOptimizer, Optimization, read_optimization
@@ -201,7 +201,7 @@ class LeavingOut:
                 examples = self._examples(own, mix(seed, epoch), alone=alone)
             for batch in self.train.drawn(self._order(seed, epoch), mix(seed, epoch), self._device):
                 if self._is_random:
-                    torch.manual_seed(mix(seed, epoch, steps))
+                    seed_torch(mix(seed, epoch, steps))
                 trained.step(self._shown(batch), (examples, shares))
                 steps += 1
             tick(len(own))
