@@ -7,13 +7,17 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from stride_lightning.attribution import Attribution as Attribution
-    from stride_lightning.attribution import TopExamples as TopExamples
     from stride_lightning.attributors import Attributor as Attributor
     from stride_lightning.attributors import attribute as attribute
+    from stride_lightning.attributors import self_influence as self_influence
     from stride_lightning.callbacks.further_training import FurtherTrainingCallback as FurtherTrainingCallback
     from stride_lightning.callbacks.stride import StrideCallback as StrideCallback
+    from stride_lightning.callbacks.tracin import TracInCallback as TracInCallback
     from stride_lightning.evaluation import Evaluation as Evaluation
     from stride_lightning.evaluation import evaluate as evaluate
+    from stride_lightning.gradients.attributor import GradientAttributor as GradientAttributor
+    from stride_lightning.gradients.tuning import DampingSearch as DampingSearch
+    from stride_lightning.gradients.tuning import tune_damping as tune_damping
     from stride_lightning.metrics.linear_datamodeling import LinearDatamodelingScore as LinearDatamodelingScore
     from stride_lightning.metrics.linear_datamodeling import linear_datamodeling_score as linear_datamodeling_score
     from stride_lightning.records import RecordError as RecordError
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
     from stride_lightning.tasks import Classification as Classification
     from stride_lightning.tasks import Regression as Regression
     from stride_lightning.tasks import Task as Task
+    from stride_lightning.top_attribution import TopAttribution as TopAttribution
+    from stride_lightning.top_examples import TopExamples as TopExamples
 
 # Names are looked up on first use: importing Lightning takes seconds that a reader of records need not wait.
 _HOMES = {
@@ -39,10 +45,12 @@ _HOMES = {
     "BinaryClassification": "tasks",
     "Classification": "tasks",
     "Counterfactual": "retraining.ground_truth",
+    "DampingSearch": "gradients.tuning",
     "Evaluation": "evaluation",
     "FurtherTraining": "retraining.further_training",
     "FurtherTrainingAttributor": "retraining.attributors",
     "FurtherTrainingCallback": "callbacks.further_training",
+    "GradientAttributor": "gradients.attributor",
     "GroundTruth": "retraining.ground_truth",
     "LinearDatamodelingScore": "metrics.linear_datamodeling",
     "RecordError": "records",
@@ -52,13 +60,17 @@ _HOMES = {
     "StrideCallback": "callbacks.stride",
     "StrideModule": "steering.module",
     "Task": "tasks",
-    "TopExamples": "attribution",
+    "TopAttribution": "top_attribution",
+    "TopExamples": "top_examples",
+    "TracInCallback": "callbacks.tracin",
     "attribute": "attributors",
     "evaluate": "evaluation",
     "further_train": "retraining.further_training",
     "linear_datamodeling_score": "metrics.linear_datamodeling",
     "retrain": "retraining.retrain",
     "retrain_without": "retraining.retrain",
+    "self_influence": "attributors",
+    "tune_damping": "gradients.tuning",
 }
 __all__ = sorted(_HOMES)
 

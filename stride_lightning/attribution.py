@@ -7,7 +7,7 @@ import sys
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,39 +15,14 @@ from torch import Tensor
 from stride_lightning.data import Examples, resolve_queries, resolve_train_data
 from stride_lightning.distributed import barrier, broadcast_object, rank
 from stride_lightning.records import RecordError, read_record, write_record
+from stride_lightning.top_examples import TopExamples, rank_columns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
 
-@dataclass(frozen=True)
-class TopExamples:
-    """The most helpful and the most harmful training examples of each query.
-
-    Args:
-        proponents: Positions in the training dataset, most helpful first, shape ``(q, k)``.
-        proponent_scores: Their scores, same shape.
-        opponents: Positions in the training dataset, most harmful first, shape ``(q, k)``.
-        opponent_scores: Their scores, same shape.
-    """
-
-    proponents: Tensor
-    proponent_scores: Tensor
-    opponents: Tensor
-    opponent_scores: Tensor
-
-    def __repr__(self) -> str:
-        lines = []
-        for query in range(min(len(self.proponents), 10)):
-            helpful = _listed(self.proponents[query], self.proponent_scores[query], sign=1)
-            harmful = _listed(self.opponents[query], self.opponent_scores[query], sign=-1)
-            lines.append(f"query {query}: helped by {helpful}\n{' ' * len(f'query {query}:')} harmed by {harmful}")
-        more = len(self.proponents) - 10
-        return "\n".join([*lines, f"... and {more} more queries"] if more > 0 else lines)
-
-
-@dataclass
+@dataclass(eq=False)
 class Attribution:
     """Scores that say which training examples made the model do this.
 
@@ -69,6 +44,9 @@ class Attribution:
                  harmed by 1 (-0.25)
     """
 
+    #: Kind of record that :meth:`save` writes, by which :meth:`load` knows it again.
+    kind: ClassVar[str] = "attribution"
+
     scores: Tensor
     std: Tensor | None = None
     train_indices: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
@@ -86,6 +64,10 @@ class Attribution:
             raise ValueError(f"Scores must have shape (num_queries, num_train), got {tuple(self.scores.shape)}.")
         if self.std is not None and self.std.shape != self.scores.shape:
             raise ValueError(f"`std` must have the shape of the scores, got {tuple(self.std.shape)}.")
+        self._check_lengths()
+
+    def _check_lengths(self) -> None:
+        """Refuse what does not fit the rows and columns."""
         if len(self.train_indices) == 0:
             self.train_indices = torch.arange(self.num_train)
         rows = {
@@ -112,6 +94,16 @@ class Attribution:
         """Number of training examples, columns of the scores."""
         return self.scores.shape[1]
 
+    @property
+    def num_ranked(self) -> int:
+        """How many proponents, and how many opponents, of each query are known."""
+        return self.num_train
+
+    @property
+    def has_std(self) -> bool:
+        """Whether scores come with a posterior standard deviation."""
+        return self.std is not None
+
     def __len__(self) -> int:
         return self.num_queries
 
@@ -123,35 +115,36 @@ class Attribution:
             raise IndexError(f"Query {query} of {self.num_queries}.")
         rows = [query % self.num_queries]
         one = copy.copy(self)
-        one.scores = self.scores[rows]
-        one.std = None if self.std is None else self.std[rows]
+        one._keep(rows)
         one.query_targets = None if self.query_targets is None else self.query_targets[rows]
         one.query_info = {name: [values[rows[0]]] for name, values in self.query_info.items()}
         if self.queries is not None:
             one.queries = self.queries.subset(rows)
         return one
 
-    def top(self, k: int = 10) -> TopExamples:
-        """Proponents and opponents of every query.
+    def _keep(self, rows: list[int]) -> None:
+        self.scores, self.std = self.scores[rows], None if self.std is None else self.std[rows]
+
+    def top(self, k: int | None = None) -> TopExamples:
+        """Proponents and opponents of every query; ties come in order of columns.
 
         Args:
-            k: How many of each; all examples if there are fewer.
+            k: How many of each, by default 10; all examples if there are fewer.
 
         Returns:
             Positions in the training dataset and scores, each of shape ``(num_queries, k)``.
         """
+        return self.top_columns(k).renamed(self.train_indices)
+
+    def top_columns(self, k: int | None = None) -> TopExamples:
+        """As :meth:`top`, with columns of the scores in place of positions in the training dataset."""
+        k = max(1, min(10, self.num_ranked)) if k is None else k
         if k < 1:
             raise ValueError(f"`k` must be at least 1, got {k}.")
-        k = min(k, self.num_train)
-        # Stable sorts, so that ties (the zeros of a lasso) come in order of position.
-        helpful = self.scores.sort(dim=1, descending=True, stable=True)
-        harmful = self.scores.sort(dim=1, stable=True)
-        return TopExamples(
-            self.train_indices[helpful.indices[:, :k]],
-            helpful.values[:, :k],
-            self.train_indices[harmful.indices[:, :k]],
-            harmful.values[:, :k],
-        )
+        return self._ranked(min(k, self.num_train))
+
+    def _ranked(self, k: int) -> TopExamples:
+        return rank_columns(self.scores, k, self.std)
 
     def sum_by(self, groups: Sequence[Hashable] | Tensor | str) -> tuple[list[Any], Tensor]:
         """Sum the scores over groups of training examples.
@@ -167,6 +160,7 @@ class Attribution:
             >>> Attribution(torch.tensor([[0.5, -0.25, 1.0]])).sum_by(["web", "book", "web"])
             (['web', 'book'], tensor([[ 1.5000, -0.2500]]))
         """
+        scores = self.scores
         if isinstance(groups, str):
             if groups == "target" and self.train_targets is not None:
                 groups = self.train_targets
@@ -180,34 +174,32 @@ class Attribution:
         names = list(dict.fromkeys(labels))
         number = {name: i for i, name in enumerate(names)}
         index = torch.tensor([number[label] for label in labels])
-        return names, self.scores.new_zeros(self.num_queries, len(names)).index_add_(1, index, self.scores)
+        return names, scores.new_zeros(self.num_queries, len(names)).index_add_(1, index, scores)
 
     def to_dataframe(self, k: int | None = None) -> DataFrame:
         """A table with one row per query and training example (the top ``k`` proponents and opponents if given)."""
-        try:
-            import pandas as pd
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("to_dataframe() needs pandas: pip install 'stride-lightning[pandas]'.") from error
-        if k is not None and k < 1:
-            raise ValueError(f"`k` must be at least 1, got {k}.")
+        from stride_lightning.views.tables import dataframe
+
+        return dataframe(self, k)
+
+    def pairs(self, k: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries and training examples with their scores, each pair once; arguments as in :meth:`to_dataframe`.
+
+        Returns:
+            Rows, columns, scores and standard deviations if there are any, each of shape ``(num_pairs,)``.
+        """
         columns = torch.arange(self.num_train).expand(self.num_queries, -1)
         if k is not None and 2 * k < self.num_train:
             order = self.scores.argsort(dim=1, descending=True, stable=True)
             columns = torch.cat([order[:, :k], order[:, -k:]], 1)
         rows = torch.arange(self.num_queries)[:, None].expand_as(columns).flatten()
         columns = columns.flatten()
-        table: dict[str, Any] = {"query": rows, "train_index": self.train_indices[columns]}
-        table["score"] = self.scores[rows, columns]
-        if self.std is not None:
-            table["std"] = self.std[rows, columns]
-        if self.train_targets is not None and self.train_targets.ndim == 1:
-            table["target"] = self.train_targets[columns]
-        frame = pd.DataFrame({name: value.numpy() for name, value in table.items()})
-        for name, values in self.train_info.items():
-            frame[name] = [values[i] for i in columns.tolist()]
-        for name, values in self.query_info.items():
-            frame[f"query_{name}"] = [values[i] for i in rows.tolist()]
-        return frame
+        return rows, columns, self.scores[rows, columns], None if self.std is None else self.std[rows, columns]
+
+    @property
+    def distributions(self) -> dict[str, Tensor]:
+        """What there is a value of for every query and training example, by name."""
+        return {"scores": self.scores} | ({} if self.std is None else {"std": self.std})
 
     def save(self, path: str | Path) -> Path:
         """Write everything but the data into one folder of safetensors and JSON, all or nothing.
@@ -221,11 +213,11 @@ class Attribution:
         path = Path(path)
         written = path
         if rank() == 0:
-            optional = {"std": self.std, "train_targets": self.train_targets, "query_targets": self.query_targets}
-            tensors = {"scores": self.scores, "train_indices": self.train_indices}
+            optional = {"train_targets": self.train_targets, "query_targets": self.query_targets}
+            tensors = {**self._tensors(), "train_indices": self.train_indices}
             tensors |= {name: value for name, value in optional.items() if value is not None}
             info = {
-                "kind": "attribution",
+                "kind": self.kind,
                 "metadata": self.metadata,
                 "train_info": self.train_info,
                 "query_info": self.query_info,
@@ -236,9 +228,16 @@ class Attribution:
         barrier()
         return Path(str(broadcast_object(str(written))))
 
+    def _tensors(self) -> dict[str, Tensor]:
+        return self.distributions
+
+    @classmethod
+    def _from_tensors(cls, tensors: dict[str, Tensor], info: dict[str, Any]) -> Attribution:
+        return cls(**tensors, **info)
+
     @classmethod
     def load(cls, path: str | Path, *, train_data: Any = None, queries: Any = None) -> Attribution:
-        """Read what :meth:`save` wrote; every byte is checked.
+        """Read what :meth:`save` wrote, in the class that wrote it; every byte is checked.
 
         Args:
             path: The folder.
@@ -249,11 +248,15 @@ class Attribution:
             RecordError: If the folder is damaged or not an attribution.
             ValueError: If the data given again are not as many as there are columns or rows.
         """
+        from stride_lightning.top_attribution import TopAttribution  # which imports this file
+
         record = read_record(path)
-        if record.info.get("kind") != "attribution":
-            raise RecordError(f"{path} holds a {record.info.get('kind')!r} record, not a saved attribution.")
+        written_by = {known.kind: known for known in (Attribution, TopAttribution)}.get(record.info.get("kind", ""))
+        if written_by is None or not issubclass(written_by, cls):
+            expected = "a saved attribution" if cls is Attribution else f"a saved {cls.__name__}"
+            raise RecordError(f"{path} holds a {record.info.get('kind')!r} record, not {expected}.")
         info = {name: record.info[name] for name in ("metadata", "train_info", "query_info")}
-        loaded = cls(**record.tensors("attribution"), **info)
+        loaded = written_by._from_tensors(record.tensors("attribution"), info)
         if train_data is not None:
             loaded.train_data = resolve_train_data(train_data, loaded.train_indices)
         loaded.queries = None if queries is None else resolve_queries(queries)
@@ -301,14 +304,12 @@ class Attribution:
 
     def __repr__(self) -> str:
         method = self.metadata.get("method", "scores")
-        spread = f"std {self.scores.std():.2g}" if self.scores.numel() > 1 else f"sum {self.scores.sum():.2g}"
         seconds = self.metadata.get("seconds", {}).get("total")
         took = f", {seconds:.1f} s" if seconds is not None else ""
-        certain = ", with posterior std" if self.std is not None else ""
-        shape = f"{self.num_queries} queries x {self.num_train} training examples"
-        return f"Attribution({method}: {shape}, {spread}{certain}{took})"
 
+        return f"{type(self).__name__}({method}: {self._summary()}{took})"
 
-def _listed(indices: Tensor, scores: Tensor, sign: int) -> str:
-    shown = [f"{i} ({s:+.2g})" for i, s in zip(indices.tolist(), scores.tolist(), strict=True) if s * sign > 0]
-    return ", ".join(shown) if shown else "nothing"
+    def _summary(self) -> str:
+        spread = f"std {self.scores.std():.2g}" if self.scores.numel() > 1 else f"sum {self.scores.sum():.2g}"
+        certain = ", with posterior std" if self.has_std else ""
+        return f"{self.num_queries} queries x {self.num_train} training examples, {spread}{certain}"

@@ -1,14 +1,13 @@
-"""The front door: attribute(), and what every method is built on."""
+"""The front door: attribute() and self_influence(), and what every method is built on."""
 
 from __future__ import annotations
 
 import inspect
 import platform
-import resource
 import sys
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +19,8 @@ from stride_lightning import __version__
 from stride_lightning.attribution import Attribution
 from stride_lightning.data import Examples, first_batch, resolve_queries, resolve_train_data
 from stride_lightning.distributed import rank
+from stride_lightning.metering import Meter
+from stride_lightning.progress import track
 from stride_lightning.tasks import Task, check_task, infer_task
 from stride_lightning.weights import (
     attached_trainer,
@@ -105,6 +106,55 @@ def attribute(
     return attributor.attribute(queries, target=target)
 
 
+def self_influence(
+    model: nn.Module,
+    *,
+    train_data: Any,
+    method: str = "stride",
+    ckpt_path: str | Path | None = None,
+    record: str | Path | None = None,
+    task: Task | None = None,
+    train_indices: Sequence[int] | Tensor | None = None,
+    batch_size: int = 256,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    show_progress: bool = True,
+    **options: Any,
+) -> Tensor:
+    """How much did training on each example help the model with that very example?
+
+    Where this is high, the model has memorised the example: it owes its answer to this one more than to others. Sorted
+    from high to low, mislabelled and unusual examples come first, which makes it a way to find wrong labels;
+    :func:`~stride_lightning.metrics.mislabel_detection` says how well. Arguments as in :func:`attribute`.
+
+    Returns:
+        float32, shape ``(num_train,)``, in nats: the score of each training example for its own loss, the diagonal of
+        the attribution of the training data to themselves; in the order of ``train_indices``, by default that of the
+        dataset. A method that scores only some examples (``left_out``) gives those, in that order. What a method
+        chooses over all queries of a call, such as the penalty of a lasso, it chooses for each ``batch_size`` of them.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+        >>> data = TensorDataset(x, (x[:, 0] > 0).long())
+        >>> self_influence(nn.Linear(4, 2), train_data=data, num_subsets=20, show_progress=False).shape
+        torch.Size([60])
+
+    Reference: arXiv:2002.08484 (TracIn), section 4.1.
+    """
+    attributor = Attributor.create(method, seed=seed, batch_size=batch_size, show_progress=show_progress, **options)
+    attributor.fit(
+        model,
+        train_data,
+        task=task,
+        ckpt_path=ckpt_path,
+        record=record,
+        train_indices=train_indices,
+        device=device,
+    )
+    return attributor.self_influence()
+
+
 class Attributor(ABC):
     """A method: fit it to a model and its training data, then ask it about queries, as often as you like.
 
@@ -118,6 +168,8 @@ class Attributor(ABC):
 
     #: Name by which :func:`attribute` finds the method.
     method: ClassVar[str]
+    #: Whether all queries of a call share work too long to do again, such as training: then they are asked at once.
+    _shares_work: ClassVar[bool] = False
     _registry: ClassVar[dict[str, type[Attributor]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -136,17 +188,23 @@ class Attributor(ABC):
     def methods() -> list[str]:
         """Names of all methods."""
         # The methods of the package register themselves when imported; they import this file, so only now.
+        import stride_lightning.gradients.presets
         import stride_lightning.retraining.attributors
         import stride_lightning.steering.attributor  # noqa: F401
 
         return sorted(Attributor._registry)
 
     @staticmethod
-    def create(method: str, **options: Any) -> Attributor:
-        """The attributor of that name with these options; wrong names are refused with the right ones."""
+    def class_of(method: str) -> type[Attributor]:
+        """The class of a method; wrong names are refused with the right ones."""
         if method not in Attributor.methods():
             raise ValueError(f"Unknown method {method!r}. Known: {', '.join(Attributor.methods())}.")
-        cls = Attributor._registry[method]
+        return Attributor._registry[method]
+
+    @staticmethod
+    def create(method: str, **options: Any) -> Attributor:
+        """The attributor of that name with these options; wrong names are refused with the right ones."""
+        cls = Attributor.class_of(method)
         known = _options(cls)
         unknown = sorted(options.keys() - known)
         if unknown:
@@ -172,7 +230,7 @@ class Attributor(ABC):
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a module, got {model!r}.")
         check_task(task)
-        meter = _Meter()
+        meter = Meter()
         checkpoint = None if ckpt_path is None else load_checkpoint(resolve_ckpt_path(ckpt_path, model))
         self._model, self._device = model, None if device is None else torch.device(device)
         self._checkpoint_state = None if checkpoint is None else checkpoint.get("state_dict", checkpoint)
@@ -200,19 +258,13 @@ class Attributor(ABC):
 
     def attribute(self, queries: Any, *, target: str = "label") -> Attribution:
         """Scores of every training example for the queries; needs :meth:`fit` once before."""
-        if self._model is None:
-            raise RuntimeError("Call fit(model, train_data) before attribute(queries).")
+        self._check_fitted("attribute(queries)")
         if target not in ("label", "predicted"):
             raise ValueError(f"`target` must be 'label' or 'predicted', got {target!r}.")
-        meter = _Meter()
+        meter = Meter()
         asked = resolve_queries(queries, self._model)
-        with borrowed(self._model, self._state(), self._device) as where, torch.no_grad():
-            if weight_hash(self._model) != self._weights:
-                raise ValueError(
-                    "The model's weights have changed since fit(). Call fit() again, or attribute a checkpoint with "
-                    "ckpt_path=, which is remembered."
-                )
-            attribution = self._attribute(self._model, asked, where, target)
+        with self._borrowed_model() as (model, where):
+            attribution = self._attribute(model, asked, where, target)
         fitting = self.metadata["seconds"]["fit"]
         attribution.metadata = {
             **self.metadata,
@@ -223,9 +275,35 @@ class Attributor(ABC):
             "peak_memory_bytes": max(self.metadata["peak_memory_bytes"], meter.peak_memory),
         }
         scored = self._scored_examples()
-        attribution.train_indices = torch.arange(len(scored)) if scored.positions is None else scored.positions
+        attribution.train_indices = _positions(scored)
         attribution.train_data, attribution.queries = scored, asked
         return attribution
+
+    def self_influence(self) -> Tensor:
+        """Score of every training example for its own loss; needs :meth:`fit` once before.
+
+        Returns:
+            float32, shape ``(num_train,)``, as :func:`self_influence` describes it.
+        """
+        self._check_fitted("self_influence()")
+        with self._borrowed_model() as (model, where):
+            return self._self_influence(model, where).float()
+
+    def _check_fitted(self, call: str) -> None:
+        if self._model is None:
+            raise RuntimeError(f"Call fit(model, train_data) before {call}.")
+
+    @contextmanager
+    def _borrowed_model(self) -> Iterator[tuple[nn.Module, torch.device]]:
+        """The model as it was fitted, and its device; afterwards the caller's model is as it was."""
+        assert self._model is not None
+        with borrowed(self._model, self._state(), self._device) as where, torch.no_grad():
+            if weight_hash(self._model) != self._weights:
+                raise ValueError(
+                    "The model's weights have changed since fit(). Call fit() again, or attribute a checkpoint with "
+                    "ckpt_path=, which is remembered."
+                )
+            yield self._model, where
 
     def take_over(self, other: Attributor) -> None:
         """Work on what another attributor was fitted to, as part of it."""
@@ -244,10 +322,27 @@ class Attributor(ABC):
     def _attribute(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
         """Scores for the queries, on the CPU; ``metadata`` holds what was chosen for them."""
 
+    def _self_influence(self, model: nn.Module, device: torch.device) -> Tensor:
+        """Scores of the scored examples for themselves, on the CPU; by asking about the training data, part by part."""
+        found: list[tuple[Tensor, Tensor]] = []
+        parts = torch.arange(len(self._train)).split(len(self._train) if self._shares_work else self.batch_size)
+        for part in track(parts, "Self-influence", show=self.show_progress):
+            asked = self._train.subset(part.tolist())
+            scores = self._attribute(model, asked, device, "label").scores
+            # Columns may be some of the training examples, in an order of their own.
+            rows, columns = (_positions(asked)[:, None] == _positions(self._scored_examples())).nonzero(as_tuple=True)
+            found.append((columns, scores[rows, columns]))
+        columns, influence = (torch.cat(pieces) for pieces in zip(*found, strict=True))
+        return influence[columns.argsort()]
+
     def _state(self) -> Mapping[str, Any] | None:
         """Weights to load for the time of a call: the checkpoint's, or what makes all ranks agree; None for none."""
         assert self._model is not None
         return rank_zero_state(self._model) if self._checkpoint_state is None else self._checkpoint_state
+
+
+def _positions(examples: Examples) -> Tensor:
+    return torch.arange(len(examples)) if examples.positions is None else examples.positions
 
 
 def _options(cls: type[Attributor]) -> set[str]:
@@ -288,30 +383,3 @@ def _step(checkpoint: Any, model: nn.Module) -> int | None:
         return None if step is None else int(step)
     trainer = attached_trainer(model)
     return None if trainer is None else int(trainer.global_step)
-
-
-class _Meter:
-    """Seconds and peak memory (resident set, and device memory if any) since it was made."""
-
-    def __init__(self) -> None:
-        self._start, self._resident = time.perf_counter(), _resident_bytes()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._start
-
-    @property
-    def peak_memory(self) -> int:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        return max(0, peak - self._resident, device)
-
-
-def _resident_bytes() -> int:
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except OSError:  # no procfs: count from zero
-        return 0

@@ -37,6 +37,15 @@ def gather(part: Tensor, length: int, dim: int = 0) -> Tensor:
     return whole.to(part.device).movedim(0, dim)
 
 
+def total(part: Tensor) -> Tensor:
+    """The sum of the ranks' tensors, on every rank."""
+    if world_size() == 1:
+        return part
+    whole = part.cuda() if dist.get_backend() == "nccl" else part.clone()
+    dist.all_reduce(whole)
+    return whole.to(part.device)
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if _running():

@@ -238,7 +238,10 @@ def _checked(name: str, attribution: Attribution, truth: GroundTruth) -> Tensor:
             f"{what} has scores of {attribution.num_train} training examples, the ground truth is of "
             f"{truth.num_train}: the linear datamodeling score needs a score for every training example, and no others."
         )
-    scores = attribution.scores.detach().cpu()
+    try:
+        scores = attribution.scores.detach().cpu()
+    except ValueError as error:  # a TopAttribution says why it has none
+        raise ValueError(f"{what} cannot be evaluated. {error}") from error
     bad = (~torch.isfinite(scores)).nonzero().tolist()
     if bad:
         query, column = bad[0]

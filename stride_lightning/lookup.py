@@ -12,7 +12,7 @@ from stride_lightning.records import Record, RecordError, find_records, read_inf
 from stride_lightning.weights import attached_trainer
 
 #: Which callback writes which kind of record.
-_WRITERS = {"stride": "StrideCallback", "further-training": "FurtherTrainingCallback"}
+_WRITERS = {"stride": "StrideCallback", "further-training": "FurtherTrainingCallback", "tracin": "TracInCallback"}
 
 
 def choose_record(
@@ -56,13 +56,27 @@ def choose_record(
     return None, "; ".join([computed, *notes])
 
 
+def attached_states(model: nn.Module) -> list[Mapping[str, Any]]:
+    """States of the callbacks with records among those of the trainer that a model is attached to."""
+    trainer = attached_trainer(model)
+    callbacks = [] if trainer is None else trainer.callbacks
+    return [callback.state_dict() for callback in callbacks if _writes_records(callback)]
+
+
+def saved_states(checkpoint: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """States of callbacks with records that a checkpoint holds."""
+    # Told by its content: the key is the class's name, which in a subclass is another.
+    saved = {} if checkpoint is None else checkpoint.get("callbacks", {})
+    return [state for state in saved.values() if isinstance(state, Mapping) and {"dirpath", "records"} <= state.keys()]
+
+
 def explain_mismatch(record: Record, fingerprint: Mapping[str, Any], task: str) -> str | None:
     """Why a record is not of this data and task, or None if it is."""
     if record.info["data"] != dict(fingerprint):
         return (
-            f"The record {record.path} was made with other training data.\n  record: {_show(record.info['data'])}\n"
-            f"  given:  {_show(fingerprint)}\nPass the data (in the same order) that the model was trained on, or "
-            "leave out `record`."
+            f"The record {record.path} was made with other training data.\n"
+            f"  record: {show_fingerprint(record.info['data'])}\n  given:  {show_fingerprint(fingerprint)}\n"
+            "Pass the data (in the same order) that the model was trained on, or leave out `record`."
         )
     if record.info["task"] != task:
         return (
@@ -101,13 +115,7 @@ def _explicit_record(path: Path, weights: str, asked: Mapping[str, Any], kind: s
 
 def _known_records(checkpoint: Mapping[str, Any] | None, model: nn.Module) -> list[Path]:
     """Records in the folders that callback states name, oldest first."""
-    trainer = attached_trainer(model)
-    callbacks = [] if trainer is None else trainer.callbacks
-    states = [callback.state_dict() for callback in callbacks if _writes_records(callback)]
-    if checkpoint is not None:
-        # Told by its content: the key is the class's name, which in a subclass is another.
-        saved = checkpoint.get("callbacks", {}).values()
-        states += [state for state in saved if isinstance(state, Mapping) and {"dirpath", "records"} <= state.keys()]
+    states = attached_states(model) + saved_states(checkpoint)
     folders = dict.fromkeys(Path(state["dirpath"]) for state in states if state.get("dirpath"))
     return [record for folder in folders for record in find_records(folder)]
 
@@ -125,7 +133,8 @@ def _conflict(info: Mapping[str, Any], asked: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _show(fingerprint: Mapping[str, Any]) -> str:
+def show_fingerprint(fingerprint: Mapping[str, Any]) -> str:
+    """A fingerprint of data, in a line of a message."""
     kind = "content" if fingerprint["content"] else "shapes (random augmentation: content not compared)"
     examples = fingerprint["content"] or fingerprint["shapes"]
     return f"{fingerprint['num_examples']} examples, {kind} {examples[:16]}, targets {fingerprint['targets'][:16]}"

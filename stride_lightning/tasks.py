@@ -86,6 +86,13 @@ class Task(ABC):
     def curvature_diagonal(self, mean: Tensor) -> Tensor:
         """Diagonal of that second derivative, the shape of ``mean``."""
 
+    def curvature_root(self, mean: Tensor, direction: Tensor) -> Tensor:
+        """A root ``R`` of that second derivative, ``R R'``, times a direction; shapes ``(B, C)``."""
+        identity = torch.eye(mean.shape[1], dtype=mean.dtype, device=mean.device)
+        matrix = torch.stack([self.curvature(mean, unit.expand_as(mean)) for unit in identity], 2)  # (B, C, C)
+        values, vectors = torch.linalg.eigh(matrix)
+        return (vectors @ (values.clamp(min=0).sqrt() * direction)[..., None])[..., 0]
+
     @abstractmethod
     def predict(self, outputs: Tensor) -> Tensor:
         """Most likely targets, for queries without labels (``target="predicted"``)."""
@@ -162,6 +169,12 @@ class Classification(Task):
         return mean * (1 - mean)
 
     @override
+    def curvature_root(self, mean: Tensor, direction: Tensor) -> Tensor:
+        # One column per class c, sqrt(p_c) (e_c - p): the gradient at the label c, weighted by its probability.
+        weighted = mean.sqrt() * direction
+        return weighted - mean * weighted.sum(1, keepdim=True)
+
+    @override
     def predict(self, outputs: Tensor) -> Tensor:
         return outputs.argmax(-1)
 
@@ -205,6 +218,10 @@ class BinaryClassification(Task):
     @override
     def curvature_diagonal(self, mean: Tensor) -> Tensor:
         return mean * (1 - mean)
+
+    @override
+    def curvature_root(self, mean: Tensor, direction: Tensor) -> Tensor:
+        return self.curvature_diagonal(mean).sqrt() * direction
 
     @override
     def predict(self, outputs: Tensor) -> Tensor:
@@ -255,6 +272,10 @@ class Regression(Task):
     @override
     def curvature_diagonal(self, mean: Tensor) -> Tensor:
         return torch.full_like(mean, 1 / self.dispersion)
+
+    @override
+    def curvature_root(self, mean: Tensor, direction: Tensor) -> Tensor:
+        return direction / self.noise_std
 
     @override
     def predict(self, outputs: Tensor) -> Tensor:

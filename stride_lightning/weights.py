@@ -28,10 +28,15 @@ def weight_hash(model: nn.Module) -> str:
         >>> before == weight_hash(layer)
         False
     """
+    return state_hash(model.state_dict())
+
+
+def state_hash(state: Mapping[str, Any]) -> str:
+    """What :func:`weight_hash` gives of a model that holds this state."""
     hasher = hashlib.sha256()
-    state = {plain_name(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    for name in sorted(state):
-        value = state[name].detach().cpu().contiguous()
+    tensors = {plain_name(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
         hasher.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
         hasher.update(value.flatten().view(torch.uint8).numpy().tobytes())
     return hasher.hexdigest()
@@ -137,6 +142,13 @@ def borrowed(
     modes = {module: module.training for module in model.modules()}
     # A forward pass may count or log: buffers and metrics are put back, and `self.log` does nothing meanwhile.
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    # Old weight_norm keeps the weight it computed as an attribute.
+    attributes = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    ]
     metrics = [(m, copy.deepcopy(m.metric_state), m._update_count) for m in model.modules() if isinstance(m, Metric)]
     silenced = [name for name in ("log", "log_dict") if hasattr(model, name) and name not in vars(model)]
     home = next(
@@ -169,6 +181,8 @@ def borrowed(
             model.to(home)
         if saved is not None:
             model.load_state_dict(saved)
+        for module, name, value in attributes:
+            setattr(module, name, value)
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
@@ -176,10 +190,24 @@ def borrowed(
             module.training = training
 
 
+def check_fits(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Refuse weights of another architecture, without loading them.
+
+    Raises:
+        ValueError: Naming the parameters.
+
+    Example:
+        >>> check_fits(nn.Linear(2, 1), nn.Linear(2, 1).state_dict())
+    """
+    _matched(model, state)
+
+
 def _matched(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The given weights under the model's own names; both sides may or may not be compiled."""
     own = {plain_name(name): name for name in model.state_dict()}
-    given = {plain_name(name): value for name, value in state.items()}
+    # What is no tensor (`get_extra_state`) a record does not hold: the model keeps its own.
+    extra = {plain_name(name): value for name, value in model.state_dict().items() if not isinstance(value, Tensor)}
+    given = extra | {plain_name(name): value for name, value in state.items()}
     missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     wrong = [

@@ -45,6 +45,22 @@ def test_top_of_more_than_there_are():
         example().top(0)
 
 
+def test_top_is_ten_by_default():
+    scores = torch.randn(2, 30, generator=torch.Generator().manual_seed(0))
+    assert Attribution(scores).top().proponents.shape == (2, 10)
+    assert example().top().proponents.shape == (2, 4)
+
+
+def test_top_columns_and_their_standard_deviations():
+    columns, top = example().top_columns(2), example().top(2)
+    assert columns.proponents.tolist() == [[3, 0], [0, 1]]
+    assert columns.renamed(example().train_indices).opponents.equal(top.opponents)
+    assert top.proponent_stds.equal(example().std.gather(1, columns.proponents))
+    assert top.opponent_stds.equal(example().std.gather(1, columns.opponents))
+    assert example(std=None).top(2).proponent_stds is None
+    assert (example().has_std, example(std=None).has_std) == (True, False)
+
+
 def test_top_against_a_plain_sort():
     scores = torch.randn(5, 30, generator=torch.Generator().manual_seed(0))
     top = Attribution(scores).top(4)

@@ -3,10 +3,14 @@
 import shutil
 
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from stride_lightning.lookup import choose_record, explain_mismatch
+from stride_lightning import StrideCallback
+from stride_lightning.callbacks.tracin import TracInCallback
+from stride_lightning.lookup import attached_states, choose_record, explain_mismatch, saved_states
 from stride_lightning.records import RecordError, find_records, read_record, write_record
+from tests.helpers.models import Classifier, build, make_trainer
 
 DESIGN = {"num_subsets": 8, "num_train": 20, "degree": 4, "seed": 0}
 NOTHING = {"layers": None, "num_subsets": None, "degree": None}
@@ -100,6 +104,32 @@ def test_paths_that_hold_no_record(tmp_path):
     assert choose(tmp_path)[0].path == record
     assert choose(record)[0].path == record
     assert choose(saved=checkpoint(tmp_path))[0].path == record
+
+
+def test_records_of_several_kinds_in_one_folder(tmp_path):
+    """Each kind is found among the others, from a checkpoint that knows of all their callbacks."""
+    kinds = ("stride", "tracin", "further-training")
+    paths = {kind: write(tmp_path, "step=1", kind=kind) for kind in kinds}
+    saved = checkpoint(tmp_path)
+    saved["callbacks"]["TracInCallback"] = {"dirpath": str(tmp_path), "records": [], "run": "r", "learning_rates": []}
+    for kind in kinds:
+        for explicit, known in ((tmp_path, None), (None, saved)):
+            record, _ = choose_record(explicit, known, nn.Identity(), "w", {}, kind)
+            assert record.path == paths[kind]
+    with pytest.raises(ValueError, match="holds 'tracin', not what StrideCallback writes"):
+        choose(paths["tracin"])
+    with pytest.raises(ValueError, match="holds 'stride', not what TracInCallback writes"):
+        choose_record(paths["stride"], None, nn.Identity(), "w", {}, "tracin")
+
+
+def test_states_that_name_records(tmp_path):
+    saved = checkpoint(tmp_path)
+    assert saved_states(saved) == [{"dirpath": str(tmp_path), "records": []}]
+    assert saved_states(None) == saved_states({"state_dict": {}}) == attached_states(nn.Identity()) == []
+    model = build(Classifier)
+    callbacks = StrideCallback(tmp_path / "a"), TracInCallback(tmp_path / "b"), ModelCheckpoint(tmp_path / "c")
+    model.trainer = make_trainer(tmp_path, *callbacks, enable_checkpointing=True)
+    assert [state["dirpath"] for state in attached_states(model)] == [str(tmp_path / "a"), str(tmp_path / "b")]
 
 
 def test_explain_mismatch(tmp_path):

@@ -54,9 +54,9 @@ class RecordingCallback(L.Callback):
                 "attribute() afterwards."
             )
         log_dir = trainer.log_dir  # a collective call: every rank must make it
-        if self._explicit_dirpath is None:
-            # Absolute, because the checkpoint that names it may be read from another working directory.
-            self.dirpath = Path(log_dir or trainer.default_root_dir).absolute() / self.folder
+        dirpath = self._explicit_dirpath or Path(log_dir or trainer.default_root_dir) / self.folder
+        # Absolute, because the checkpoint that names it may be read from another working directory.
+        self.dirpath = dirpath.absolute()
 
     def training_examples(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Examples:
         """The examples that a trainer trains on.

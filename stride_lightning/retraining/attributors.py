@@ -58,6 +58,7 @@ class FurtherTrainingAttributor(Attributor):
     """
 
     method = "further-training"
+    _shares_work = True
 
     def __init__(
         self,
@@ -217,6 +218,7 @@ class RetrainingAttributor(Attributor):
     """
 
     method = "retraining"
+    _shares_work = True
 
     def __init__(
         self,

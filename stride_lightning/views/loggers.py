@@ -85,7 +85,7 @@ def tag_of(attribution: Attribution) -> str:
 
 
 def summarize(attribution: Attribution, k: int) -> dict[str, float]:
-    """Scalars that describe all scores.
+    """Scalars that describe all scores, where the attribution holds all, and what they cost.
 
     Args:
         attribution: The scores.
@@ -103,18 +103,21 @@ def summarize(attribution: Attribution, k: int) -> dict[str, float]:
         >>> summarize(Attribution(torch.tensor([[3.0, -1.0, 0.0, 0.0]])), k=1)["stride/top_share"]
         0.75
     """
-    scores, tag = attribution.scores.float(), tag_of(attribution)
-    size = scores.abs()
-    top = size.topk(min(k, attribution.num_train)).values.sum(1)
-    scalars = {
-        f"{tag}/score_std": scores.std(correction=0).item(),
-        f"{tag}/top_share": (top / size.sum(1).clamp_min(1e-30)).mean().item(),
-        f"{tag}/positive_fraction": (scores > 0).float().mean().item(),
-        f"{tag}/nonzero_fraction": (scores != 0).float().mean().item(),
-    }
-    if attribution.std is not None:
-        scalars[f"{tag}/posterior_std"] = attribution.std.float().mean().item()
-        scalars[f"{tag}/significant_fraction"] = (size > 2 * attribution.std).float().mean().item()
+    tag, distributions = tag_of(attribution), attribution.distributions
+    scalars: dict[str, float] = {}
+    if "scores" in distributions:
+        scores = distributions["scores"].float()
+        size = scores.abs()
+        top = size.topk(min(k, attribution.num_train)).values.sum(1)
+        scalars = {
+            f"{tag}/score_std": scores.std(correction=0).item(),
+            f"{tag}/top_share": (top / size.sum(1).clamp_min(1e-30)).mean().item(),
+            f"{tag}/positive_fraction": (scores > 0).float().mean().item(),
+            f"{tag}/nonzero_fraction": (scores != 0).float().mean().item(),
+        }
+        if "std" in distributions:
+            scalars[f"{tag}/posterior_std"] = distributions["std"].float().mean().item()
+            scalars[f"{tag}/significant_fraction"] = (size > 2 * distributions["std"]).float().mean().item()
     for name, value in attribution.metadata.items():
         if name.startswith(("seconds", "peak_memory")):
             scalars |= dict(_numbers(f"{tag}/{name}", value))
@@ -165,7 +168,7 @@ def example_table(attribution: Attribution, queries: Iterable[int], k: int) -> t
         (['query', 'side', 'rank', 'position', 'score'], [[0, 'proponent', 1, 0, 0.5], [0, 'opponent', 1, 1, -0.25]])
     """
     columns = ["query"] + [f"query_{name}" for name in query_facts(attribution, 0)]
-    columns += ["side", "rank", "position", "score"] + ["std"] * (attribution.std is not None)
+    columns += ["side", "rank", "position", "score"] + ["std"] * attribution.has_std
     columns += ["target"] * (attribution.train_targets is not None) + list(attribution.train_info)
     rows = []
     for query in queries:
@@ -187,9 +190,8 @@ def _log_to_experiment(
     """What a TensorBoard writer shows. Never `add_scalars` or `add_hparams`: they open runs of their own."""
     tag = tag_of(attribution)
     if hasattr(experiment, "add_histogram"):
-        experiment.add_histogram(f"{tag}/scores", attribution.scores.float(), step)
-        if attribution.std is not None:
-            experiment.add_histogram(f"{tag}/std", attribution.std.float(), step)
+        for name, values in attribution.distributions.items():
+            experiment.add_histogram(f"{tag}/{name}", values.float(), step)
     if queries and hasattr(experiment, "add_text"):
         experiment.add_text(f"{tag}/top_examples", markdown_table(attribution, queries, k), step)
     if figure is not None and hasattr(experiment, "add_figure"):

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -42,43 +41,44 @@ def rank_examples(attribution: Attribution, query: int, k: int) -> tuple[list[Ra
     Args:
         attribution: The scores.
         query: Row of the scores.
-        k: At most how many of each.
+        k: At most how many of each; fewer where the attribution holds fewer.
 
     Returns:
         Proponents and opponents, at most ``k`` of each.
 
     Example:
+        >>> import torch
         >>> from stride_lightning.attribution import Attribution
         >>> proponents, opponents = rank_examples(Attribution(torch.tensor([[0.0, -0.25, 0.5]])), query=0, k=2)
         >>> [example.position for example in proponents], [example.position for example in opponents]
         ([2], [1])
     """
     one = attribution[query]
-    positions = one.train_indices
-    one.train_indices = torch.arange(one.num_train)  # a copy, so that `top` names columns
-    top = one.top(k)
+    top = one.top_columns(min(k, one.num_ranked))
 
-    def examples(columns: Tensor, scores: Tensor, sign: int) -> list[RankedExample]:
+    def examples(columns: Tensor, scores: Tensor, stds: Tensor | None, sign: int) -> list[RankedExample]:
         return [
             RankedExample(
                 column,
-                int(positions[column]),
+                int(one.train_indices[column]),
                 score,
-                None if one.std is None else one.std[0, column].item(),
+                None if stds is None else stds[0, rank].item(),
                 target_text(one.train_targets, column),
                 tuple(str(values[column]) for values in one.train_info.values()),
             )
-            for column, score in zip(columns[0].tolist(), scores[0].tolist(), strict=True)
+            for rank, (column, score) in enumerate(zip(columns[0].tolist(), scores[0].tolist(), strict=True))
             if score * sign > 0
         ]
 
-    return examples(top.proponents, top.proponent_scores, 1), examples(top.opponents, top.opponent_scores, -1)
+    proponents = examples(top.proponents, top.proponent_scores, top.proponent_stds, 1)
+    return proponents, examples(top.opponents, top.opponent_scores, top.opponent_stds, -1)
 
 
 def query_facts(attribution: Attribution, query: int) -> dict[str, str]:
     """What is known of a query beside its scores: its target, then the columns of ``query_info``, as text.
 
     Example:
+        >>> import torch
         >>> from stride_lightning.attribution import Attribution
         >>> attribution = Attribution(torch.ones(1, 2), query_targets=torch.tensor([7]), query_info={"id": ["a"]})
         >>> query_facts(attribution, 0)
@@ -93,6 +93,7 @@ def target_text(targets: Tensor | None, index: int) -> str | None:
     """One target as text; the first three numbers of a vector.
 
     Example:
+        >>> import torch
         >>> target_text(torch.tensor([3, 4]), 1), target_text(torch.tensor([[0.25, 1.0]]), 0)
         ('4', '(0.25, 1)')
     """

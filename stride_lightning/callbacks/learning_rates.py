@@ -1,0 +1,112 @@
+"""The learning rates by which optimizers took their last steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from stride_lightning.steering.activations import plain_name
+
+
+class LearningRates:
+    """Notes the learning rate of every parameter group right after each step of its optimizer.
+
+    By the time a callback is called, schedulers may have moved on. Nothing is done per parameter until
+    :meth:`by_name` asks.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        >>> rates = LearningRates()
+        >>> rates.watch([optimizer])
+        >>> _ = optimizer.step()
+        >>> optimizer.param_groups[0]["lr"] = 0.1
+        >>> rates.by_name(model)
+        {'weight': 0.5, 'bias': 0.5}
+        >>> rates.unwatch()
+    """
+
+    def __init__(self) -> None:
+        self._optimizers: Sequence[torch.optim.Optimizer] = []
+        self._noted: dict[int, list[Any]] = {}  # by the optimizer's place; the one that stepped last stands last
+        self._handles: list[RemovableHandle] = []
+
+    def watch(self, optimizers: Sequence[Any]) -> None:
+        """Take note from now on; until an optimizer steps, its rates are those restored, or else as they are.
+
+        Raises:
+            TypeError, ValueError: If an optimizer has no learning rates.
+        """
+        _check(optimizers)
+        self.unwatch()
+        noted = {index: _rates_of(optimizer) for index, optimizer in enumerate(optimizers)}
+        for index, rates in self._noted.items():
+            if len(rates) == len(noted.get(index, [])):
+                noted.pop(index)
+                noted[index] = rates
+        self._optimizers, self._noted = optimizers, noted
+        # After the step, since the module may still set rates in hooks that run before it; and not in Lightning's
+        # own hook, which is not called where a module steps the bare optimizer.
+        self._handles = [
+            optimizer.register_step_post_hook(_noting(index, noted)) for index, optimizer in enumerate(optimizers)
+        ]
+
+    def unwatch(self) -> None:
+        """Leave the optimizers as they were."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def forget(self) -> None:
+        """Begin anew, for another run."""
+        self._noted = {}
+
+    def by_group(self) -> list[float]:
+        """Rates of all groups of all optimizers, in order."""
+        return [float(rate) for _, rates in sorted(self._noted.items()) for rate in rates]
+
+    def by_name(self, model: nn.Module) -> dict[str, float]:
+        """Rate of every trainable parameter that an optimizer holds; of the last to step, if several hold it."""
+        names = {id(p): plain_name(name) for name, p in model.named_parameters() if p.requires_grad}
+        found: dict[int, float] = {}
+        for index, rates in self._noted.items():
+            optimizer = self._optimizers[index]
+            rates = [*rates, *_rates_of(optimizer)[len(rates) :]]  # with groups that were added since the step
+            for group, rate in zip(optimizer.param_groups, rates, strict=False):
+                found |= {id(parameter): float(rate) for parameter in group["params"]}
+        return {name: found[key] for key, name in names.items() if key in found}
+
+    def state(self) -> list[Any]:
+        """Plain values for a checkpoint."""
+        return [[index, [float(rate) for rate in rates]] for index, rates in self._noted.items()]
+
+    def restore(self, state: list[Any]) -> None:
+        """Take up what :meth:`state` gave."""
+        self._noted = {index: list(rates) for index, rates in state}
+
+
+def _check(optimizers: Sequence[Any]) -> None:
+    if not any(getattr(optimizer, "param_groups", True) for optimizer in optimizers):  # Lightning has a stand-in
+        raise ValueError("It has no optimizer, so there are no learning rates. Return one in configure_optimizers().")
+    for optimizer in optimizers:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"Optimizers must be torch.optim.Optimizer, got {type(optimizer).__name__}.")
+        if any("lr" not in group for group in optimizer.param_groups):
+            raise ValueError(f"A parameter group of {type(optimizer).__name__} has no 'lr', which TracIn weights by.")
+
+
+def _rates_of(optimizer: torch.optim.Optimizer) -> list[Any]:
+    # A tensor is not read, which would wait for the device at every step; but schedulers change it in place.
+    return [rate.clone() if isinstance(rate := group["lr"], Tensor) else rate for group in optimizer.param_groups]
+
+
+def _noting(index: int, noted: dict[int, list[Any]]) -> Callable[..., None]:
+    def note(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        noted.pop(index, None)  # so that it stands last
+        noted[index] = _rates_of(optimizer)
+
+    return note

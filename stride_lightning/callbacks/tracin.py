@@ -1,0 +1,330 @@
+"""TracInCallback: saves the weights and learning rates along training that TracIn needs."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import secrets
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException  # pyright: ignore[reportPrivateImportUsage]
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # pyright: ignore[reportPrivateImportUsage]
+from torch import Tensor
+from typing_extensions import override
+
+from stride_lightning.attributors import infer_task_of, versions
+from stride_lightning.callbacks.learning_rates import LearningRates
+from stride_lightning.callbacks.recording import RecordingCallback, is_dev_run
+from stride_lightning.data import first_batch
+from stride_lightning.distributed import broadcast_object, rank
+from stride_lightning.records import RecordError, read_info, read_record, remove_record, write_record
+from stride_lightning.retraining.recipe import fingerprint_of
+from stride_lightning.steering.activations import plain_name
+from stride_lightning.tasks import Task, check_task
+from stride_lightning.weights import borrowed, weight_hash
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A record of this run: where it is, and the step and weights it is of."""
+
+    path: Path
+    step: int
+    weights: str
+
+
+class TracInCallback(RecordingCallback):
+    """Saves the weights at chosen epochs or steps, and the learning rates in force there, which TracIn starts from.
+
+    Each record holds the whole state dict, the learning rate by which the last optimizer step moved every parameter
+    (read at the step itself, before schedulers go on), a fingerprint of the training data, and the records of this
+    run before it. The end of training is recorded too. Learning rates are logged to every logger at each record as
+    ``tracin/learning_rate``, with the number of the parameter group behind it if there are several.
+
+    A resumed run goes on in the folder of the run that it resumes, as long as that exists and no ``dirpath`` says
+    otherwise. What a killed run wrote after the checkpoint is taken over if training comes to the same weights
+    again; otherwise new records are written beside it, and only those count.
+
+    The training data are read once when the fit begins. List the callback after those that change the final weights,
+    such as weight averaging.
+
+    Args:
+        dirpath: Folder of the records; by default ``tracin`` in the trainer's log folder.
+        every_n_epochs: Write a record at the end of every n-th epoch; by default of each, unless
+            ``every_n_train_steps`` is given.
+        every_n_train_steps: Write a record after every n-th optimizer step.
+        save_last_k: Keep only the last k records of this run; -1 keeps all.
+        task: What a batch means, to tell the targets of the data; inferred from the first batch by default.
+        train_indices: Positions in the dataset that are trained on, where the sampler does not tell.
+
+    Raises:
+        MisconfigurationException: If an argument, the strategy, the optimizers or the training data cannot work. It
+            comes before the first training step.
+
+    Example:
+        >>> import lightning.pytorch as L
+        >>> trainer = L.Trainer(callbacks=[TracInCallback(every_n_epochs=5)], logger=False)
+
+    Reference: arXiv:2002.08484 (TracInCP, section 3.3).
+    """
+
+    folder = "tracin"
+
+    def __init__(
+        self,
+        dirpath: str | Path | None = None,
+        *,
+        every_n_epochs: int | None = None,
+        every_n_train_steps: int | None = None,
+        save_last_k: int = -1,
+        task: Task | None = None,
+        train_indices: list[int] | None = None,
+    ) -> None:
+        super().__init__(dirpath, train_indices)
+        try:
+            check_task(task)
+        except TypeError as error:
+            raise MisconfigurationException(str(error)) from error
+        for name, value in {"every_n_epochs": every_n_epochs, "every_n_train_steps": every_n_train_steps}.items():
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise MisconfigurationException(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        if not isinstance(save_last_k, int) or save_last_k < -1 or save_last_k == 0:
+            raise MisconfigurationException(f"`save_last_k` must be -1 (keep all) or positive, got {save_last_k!r}.")
+        if every_n_epochs is None and every_n_train_steps is None:
+            every_n_epochs = 1
+        self.every_n_epochs, self.every_n_train_steps = every_n_epochs, every_n_train_steps
+        self.save_last_k, self.task = save_last_k, task
+        # Made once, since Lightning asks for it at every hook of every step. Not of how often records are written: a
+        # run that is resumed with another frequency is the same run.
+        self._key = self._generate_state_key(dirpath=None if dirpath is None else str(dirpath))
+        self._run: str | None = None  # what the records of one run have in common, over all its resumptions
+        self._rates = LearningRates()
+        self._resumed_dirpath: Path | None = None
+        self._path: list[_Saved] = []  # like `records`, which the state stores
+        self._seen_step = 0
+        self._due_epoch: int | None = None  # all its steps are taken, and its end is to be recorded
+        self._data: dict[str, Any] = {}
+        self._task_name = ""
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._key
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        own = {"run": self._run, "learning_rates": self._rates.state(), "due_epoch": self._due_epoch}
+        return super().state_dict() | own
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._run, self._due_epoch = state_dict["run"], state_dict["due_epoch"]
+        self._rates.restore(state_dict["learning_rates"])
+        self._resumed_dirpath = None if state_dict["dirpath"] is None else Path(state_dict["dirpath"])
+
+    # ---- before training ------------------------------------------------------------------------------------
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        try:
+            examples = self.training_examples(trainer, pl_module)
+            if is_dev_run(trainer):
+                examples = examples.subset(range(min(64, len(examples))))
+            with borrowed(pl_module, None, None), torch.no_grad():
+                task = self.task or infer_task_of(first_batch(examples, 64, pl_module.device), pl_module)
+            self._data, self._task_name = fingerprint_of(examples, task), repr(task)
+            if trainer.global_step == 0:  # a callback may be used for one fit after the other
+                self._run, self._due_epoch, self.records = None, None, []
+                self._rates.forget()
+            self._rates.watch(trainer.optimizers)
+        except (TypeError, ValueError) as error:
+            raise MisconfigurationException(f"TracInCallback cannot work with this model and data. {error}") from error
+        self._take_up(trainer.global_step)
+        step, n = trainer.global_step, self.every_n_train_steps
+        self._seen_step = step
+        # The checkpoint may have been saved between a step and its record. From one that was saved at an epoch's last
+        # batch, Lightning goes on with the next epoch and calls no hook for the end of this one.
+        due = self._due_epoch is not None or (n is not None and step > 0 and step % n == 0)
+        if due and (not self._path or self._path[-1].step != step):
+            self._record(trainer, pl_module)
+        self._due_epoch = None
+
+    def _take_up(self, step: int) -> None:
+        """Go on with the run whose state was loaded, or with that of the last fit, or begin one."""
+        if self._run is None:
+            if step > 0:
+                rank_zero_warn(
+                    f"Training starts at step {step}, and its checkpoint holds no state of this TracInCallback. Its "
+                    "records begin here, and TracIn will not know of the steps before. To go on with an earlier run, "
+                    "pass the same `dirpath` as there."
+                )
+            self.records = []
+            self._run = cast("str", broadcast_object(secrets.token_hex(8)))  # from the system: no generator is used
+        found = broadcast_object(self._find_path(step) if rank() == 0 else None)
+        self.dirpath, self._path, gone = cast("tuple[Path, list[_Saved], list[Path]]", found)
+        self.records = [saved.path for saved in self._path]
+        if gone:
+            rank_zero_warn(
+                f"{len(gone)} records of the run that is resumed are damaged or no longer where they were written: "
+                f"{', '.join(map(str, gone))}. Training goes on, and TracIn will leave them out. Move them to "
+                f"{self.dirpath} before you resume if you want to keep them."
+            )
+
+    def _find_path(self, step: int) -> tuple[Path, list[_Saved], list[Path]]:
+        """The folder to go on in, the records of this run up to a step, and those that are gone."""
+        assert self.dirpath is not None
+        dirpath, path, gone = self.dirpath, [], []
+        if self._explicit_dirpath is None and self._resumed_dirpath is not None and self._resumed_dirpath.is_dir():
+            dirpath = self._resumed_dirpath
+        for listed in self.records:
+            saved = self._look_up(listed) or self._look_up(dirpath / listed.name)
+            if saved is None:
+                gone.append(listed)
+            elif saved.step <= step:
+                path.append(saved)
+        return dirpath, path, gone
+
+    def _look_up(self, path: Path) -> _Saved | None:
+        with suppress(FileNotFoundError, RecordError):
+            info = read_info(path)
+            if info.get("run") == self._run:
+                return _Saved(path, info["step"], info["weights"])
+        return None
+
+    # ---- while training -------------------------------------------------------------------------------------
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.every_n_epochs is not None and trainer.is_last_batch:
+            self._due_epoch = trainer.current_epoch if (trainer.current_epoch + 1) % self.every_n_epochs == 0 else None
+        if self.every_n_train_steps is None:
+            return
+        step, seen = trainer.global_step, self._seen_step
+        self._seen_step = step
+        # A batch may take several steps (several optimizers), so that a multiple may lie between two batches.
+        if step // self.every_n_train_steps > seen // self.every_n_train_steps:
+            self._record(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._record(trainer, pl_module)
+        self._due_epoch = None
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._record(trainer, pl_module, final=True)
+        self._rates.unwatch()
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._rates.unwatch()
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._rates.unwatch()
+
+    # ---- the record -----------------------------------------------------------------------------------------
+
+    def _record(self, trainer: L.Trainer, pl_module: L.LightningModule, *, final: bool = False) -> None:
+        """Write a record of the weights as they are; every rank takes part."""
+        if is_dev_run(trainer):
+            return
+        # Rank 0 alone looks at the weights: its own are those that records hold where ranks differ (BatchNorm).
+        saved = self._save(trainer, pl_module, final=final) if rank() == 0 else None
+        saved = cast("_Saved | None", broadcast_object(saved))
+        if saved is None:
+            return
+        path = [*self._path, saved]
+        self._path = path if self.save_last_k < 0 else path[-self.save_last_k :]
+        self.records = [kept.path for kept in self._path]
+        if rank() == 0:
+            for stale in path[: -len(self._path)]:
+                with suppress(FileNotFoundError):  # a run that was killed may have come further
+                    remove_record(stale.path)
+            self._log(trainer)
+
+    def _save(self, trainer: L.Trainer, pl_module: L.LightningModule, *, final: bool) -> _Saved | None:
+        """The record of these weights, written now or by this run before it was killed; None if there need be none."""
+        step, weights = trainer.global_step, weight_hash(pl_module)
+        last = self._path[-1] if self._path else None
+        if last is not None and last.weights == weights and (final or last.step == step):
+            return None
+        rates = self._rates.by_name(pl_module)
+        finite = all(bool(p.isfinite().all()) for p in pl_module.parameters())  # buffers may hold masks of -inf
+        if not finite or not all(map(math.isfinite, rates.values())):  # no reason to end the user's run
+            rank_zero_warn(
+                f"TracInCallback wrote no record at step {step}: weights or learning rates are not finite. Training "
+                "has diverged; lower the learning rate."
+            )
+            return None
+        assert self.dirpath is not None
+        kept = self._path if self.save_last_k < 0 else self._path[max(0, len(self._path) + 1 - self.save_last_k) :]
+        info = {
+            "kind": "tracin",
+            "run": self._run,
+            "model": type(pl_module).__name__,
+            "epoch": trainer.current_epoch if self._due_epoch is None else self._due_epoch,
+            "step": step,
+            "weights": weights,
+            "data": self._data,
+            "task": self._task_name,
+            "learning_rates": rates,
+            "versions": versions(),
+        }
+        # By their place relative to the record, so that folders may be moved together.
+        trajectory = [{"name": _relative(known.path, self.dirpath), "step": known.step} for known in kept]
+        path = self._written_before(info, trajectory)
+        if path is None:
+            name = _free_name(self.dirpath, f"step={step}")
+            state = {
+                plain_name(key): value for key, value in pl_module.state_dict().items() if isinstance(value, Tensor)
+            }
+            info["trajectory"] = [*trajectory, {"name": name, "step": step}]
+            path = write_record(self.dirpath, name, info, {"weights": state})
+            rank_zero_info(f"TracInCallback wrote {path}")
+        return _Saved(path, step, weights)
+
+    def _written_before(self, info: dict[str, Any], trajectory: list[dict[str, Any]]) -> Path | None:
+        """The same record of this run, sound, if a fit that was killed later came this far before."""
+        assert self.dirpath is not None
+        same = ("run", "step", "weights", "learning_rates", "data", "task")
+        for path in sorted(self.dirpath.glob(f"step={info['step']}*")):
+            with suppress(FileNotFoundError, RecordError):
+                found = read_info(path)
+                before = [entry for entry in found.get("trajectory", [])[:-1] if (path.parent / entry["name"]).exists()]
+                # Records of a path that was abandoned may be among those before it; then it is not the same.
+                if all(found.get(key) == info[key] for key in same) and before == trajectory:
+                    return read_record(path).path
+        return None
+
+    def _log(self, trainer: L.Trainer) -> None:
+        rates = self._rates.by_group()
+        names = [f"/{number}" for number in range(len(rates))] if len(rates) > 1 else [""]
+        metrics = {f"tracin/learning_rate{name}": rate for name, rate in zip(names, rates, strict=True)}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+
+def _relative(path: Path, folder: Path) -> str:
+    try:
+        return Path(os.path.relpath(path, folder)).as_posix()
+    except ValueError:  # another drive on Windows
+        return path.as_posix()
+
+
+def _free_name(folder: Path, name: str) -> str:
+    taken = {path.name for path in folder.glob(f"{name}*") if re.fullmatch(rf"{name}(-v\d+)?", path.name)}
+    version = 0
+    while (candidate := name if version == 0 else f"{name}-v{version}") in taken:
+        version += 1
+    return candidate

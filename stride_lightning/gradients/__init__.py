@@ -1,0 +1,1 @@
+"""The gradient family: features of gradients, a curvature, and checkpoints."""

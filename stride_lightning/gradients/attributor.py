@@ -1,0 +1,244 @@
+"""GradientAttributor: features of gradients, a curvature and checkpoints, put together into scores."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from stride_lightning.attribution import Attribution
+from stride_lightning.data import Examples
+from stride_lightning.distributed import gather
+from stride_lightning.gradients.blocks import Gradients, concatenated
+from stride_lightning.gradients.capture import Capture
+from stride_lightning.gradients.checkpoints import Checkpoint, read_checkpoints
+from stride_lightning.gradients.curvature import Curvature, TrainingSide
+from stride_lightning.gradients.features import Batch, Reader, run_batches
+from stride_lightning.gradients.planned import PlannedAttributor
+from stride_lightning.gradients.projection import Projection
+from stride_lightning.weights import borrowed
+
+#: Bytes of the queries' gradients that are held at once.
+QUERY_BYTES = 2**29
+
+
+@dataclass
+class Fitted:
+    """What is known of the model at one checkpoint.
+
+    Args:
+        checkpoint: Where its weights are; None for the attributed weights.
+        rates: Learning rate of each parameter, where scores are weighted by it.
+        curvature: Fitted.
+        side: The training examples.
+        example_weights: Factors of the training examples of this process.
+    """
+
+    checkpoint: Checkpoint | None
+    rates: Mapping[str, float] | None
+    curvature: Curvature
+    side: TrainingSide
+    example_weights: Tensor | None
+
+
+class GradientAttributor(PlannedAttributor):
+    r"""Inner products of gradients: one design for a family of methods.
+
+    .. math:: s_{qi} = \sum_c g_q' (H_c + \lambda_c I)^{-1} g_i
+
+    over checkpoints c, with features g (gradients in which parameters, of what, projected or not) and a curvature H.
+    A new method is a subclass with a name that overrides one or two of :meth:`_curvature`, :meth:`_features`,
+    :meth:`_projection` and :meth:`_example_weights`.
+
+    Gradients of training examples are made batch by batch and used at once; those of queries are held, as factors of
+    each layer where products of factors are cheaper (``T T' (L + R) < L R`` for matrices of shape ``(L, R)`` and
+    T and T' places), else as vectors. Memory beyond the model, for p parameters, q queries of n training examples:
+    ``4 q n`` bytes for the scores, ``min(4 c q p, 2^29)`` for the queries (c is 2, or 8 with conjugate gradients;
+    more queries are done in turn), the activations of a batch and 64 MiB. Projected to k features, ``4 (n + q) k``
+    in place of the queries'.
+
+    Args:
+        checkpoints: Weights that scores are averaged over, in place of the attributed ones: a folder of checkpoints,
+            or a list of files.
+        kwargs: Arguments of :class:`PlannedAttributor`: ``layers``, ``top_k``, ``seed``, ``batch_size`` and
+            ``show_progress``.
+    """
+
+    #: Copies of a query's gradient that are needed at once.
+    copies: ClassVar[int] = 2
+
+    def __init__(
+        self,
+        *,
+        checkpoints: str | Path | Sequence[str | Path] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.checkpoints = checkpoints
+        self._fitted: list[Fitted] = []
+
+    # ---- what a method chooses --------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _curvature(self) -> Curvature:
+        """A curvature to fit, one for each checkpoint."""
+
+    def _features(self, batch: Batch) -> Gradients:
+        """Gradients that are compared, of training examples and queries alike."""
+        return batch.loss()
+
+    def _projection(self, capture: Capture) -> Projection | None:
+        """What makes features so few that those of all training examples are kept; None to keep none."""
+        return None
+
+    def _example_weights(self, batch: Batch) -> Tensor | None:
+        """Factors of the examples whose features are kept, shape ``(B,)``; averaged over checkpoints by themselves."""
+        return None
+
+    def _starts(self, model: nn.Module, record: Any, checkpoint: Any) -> list[tuple[Checkpoint | None, Any]]:
+        """The checkpoints and the learning rates that weight them; None for the attributed weights, or no weights."""
+        if record is not None:
+            raise ValueError(f"method={self.method!r} reads no record. Leave out `record`.")
+        if self.checkpoints is None:
+            return [(None, None)]
+        return [(found, None) for found in read_checkpoints(self.checkpoints, model)]
+
+    def _scale(self) -> float:
+        """Factor of all scores: the mean over checkpoints, of the effect of one of n examples on a mean loss."""
+        return 1 / (len(self._fitted) * len(self._train))
+
+    # ---- fit --------------------------------------------------------------------------------------------------
+
+    @override
+    def _fit(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
+        starts = self._starts(model, record, checkpoint)
+        self._plan(model, device)
+        self._map = self._projection(self._capture)
+        self._fitted = [self._fit_one(model, found, rates) for found, rates in starts]
+        weights = [fitted.example_weights for fitted in self._fitted if fitted.example_weights is not None]
+        self._column_weights = torch.stack(weights).mean(0) if weights else None
+        self.metadata["checkpoints"] = [
+            {"name": fitted.checkpoint.name, "step": fitted.checkpoint.step, "learning_rates": _shown(fitted.rates)}
+            for fitted in self._fitted
+            if fitted.checkpoint is not None
+        ]
+
+    def _fit_one(self, model: nn.Module, checkpoint: Checkpoint | None, rates: Any) -> Fitted:
+        curvature = self._curvature()
+        with self._at(model, checkpoint):
+            side = TrainingSide(
+                self._capture, self._task, self._reader, self._share, self._compared, self.seed, self._projected
+            )
+            kept, weights = [], []
+            if self._map is not None:
+                for batch in side.batches("Features"):
+                    kept.append(self._compared(batch))
+                    weights.append(self._example_weights(batch))
+                side.kept = concatenated(kept)
+            curvature.fit(side)
+        given = [weight for weight in weights if weight is not None]
+        return Fitted(checkpoint, rates, curvature, side, torch.cat(given) if given else None)
+
+    @contextmanager
+    def _at(self, model: nn.Module, checkpoint: Checkpoint | None) -> Iterator[None]:
+        """The model with the weights of a checkpoint."""
+        if checkpoint is None:
+            yield
+            return
+        with borrowed(model, checkpoint.load(), None):
+            yield
+
+    def _compared(self, batch: Batch) -> Gradients:
+        """The features of a batch, projected if they are."""
+        return self._projected(self._features(batch))
+
+    def _projected(self, gradients: Gradients) -> Gradients:
+        return gradients if self._map is None else self._map(gradients)
+
+    # ---- attribute --------------------------------------------------------------------------------------------
+
+    @override
+    def _attribute(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
+        asked = self._read(model, queries, device, target)
+
+        def tiles(chunk: slice) -> Callable[[slice], Tensor]:
+            sides: dict[int, Gradients] = {}
+            return lambda columns: self._tile(model, asked, chunk, columns, sides)
+
+        attribution = self._collect(asked, self._query_chunks(len(asked)), tiles)
+        attribution.metadata["curvature"] = [fitted.curvature.described() for fitted in self._fitted]
+        return attribution
+
+    def _query_chunks(self, num_queries: int) -> list[slice]:
+        """Queries whose gradients are held at once."""
+        bytes_per_query = 4 * self.copies * self._capture.num_parameters
+        step = num_queries if self._map is not None else max(1, QUERY_BYTES // bytes_per_query)
+        return [slice(start, min(start + step, num_queries)) for start in range(0, num_queries, step)]
+
+    def _tile(
+        self, model: nn.Module, asked: Reader, chunk: slice, columns: slice, sides: dict[int, Gradients]
+    ) -> Tensor:
+        """Scores of some queries for some training examples, shape ``(q, columns)``."""
+        double = self._reader.encoded.dtype == torch.float64
+        part = torch.zeros(
+            (chunk.stop - chunk.start, columns.stop - columns.start),
+            dtype=torch.float64 if double else torch.float32,
+            device=self._reader.device,
+        )
+        for number, fitted in enumerate(self._fitted):
+            with self._at(model, fitted.checkpoint):
+                side = sides.get(number)
+                if side is None:
+                    side = self._query_side(fitted, asked, chunk)
+                for places, gradients in fitted.side.gradients("Scores", columns):
+                    side = side.prepared(gradients)
+                    part[:, places.start - columns.start : places.stop - columns.start] += side.inner(gradients)
+                if len(self._fitted) == 1:  # with more, they are made again for each tile
+                    sides[number] = side
+        if self._column_weights is not None:
+            part *= self._column_weights[columns.start - self._share.start : columns.stop - self._share.start]
+        return part * self._scale()
+
+    def _query_side(self, fitted: Fitted, asked: Reader, chunk: slice) -> Gradients:
+        """Gradients of queries, times the inverse of the curvature and the learning rates."""
+        batches = run_batches(self._capture, self._task, asked, chunk, "Queries")
+        return self._solved(fitted, concatenated([self._compared(batch) for batch in batches]))
+
+    def _solved(self, fitted: Fitted, gradients: Gradients) -> Gradients:
+        solved = fitted.curvature.solve(gradients)
+        if fitted.rates is None:
+            return solved
+        layouts = self._capture.layouts
+        return Gradients({name: layouts[name].times(block, fitted.rates) for name, block in solved.items()})
+
+    # ---- self-influence ---------------------------------------------------------------------------------------
+
+    @override
+    def _self_influence(self, model: nn.Module, device: torch.device) -> Tensor:
+        own = torch.zeros(len(self._train))
+        for fitted in self._fitted:
+            share = slice(0, len(self._train)) if fitted.curvature.is_collective else self._share
+            with self._at(model, fitted.checkpoint):
+                for places, gradients in fitted.side.gradients("Self-influence", share):
+                    for rows in self._query_chunks(gradients.num_examples):
+                        some = gradients.rows(rows)
+                        found = self._solved(fitted, some).row_inner(some).float().cpu()
+                        own[places.start + rows.start :][: len(found)] += found
+        mine = own[self._share] * self._scale()
+        if self._column_weights is not None:
+            mine *= self._column_weights.float().cpu()
+        return gather(mine, len(self._train))
+
+
+def _shown(rates: Mapping[str, float] | None) -> float | dict[str, float] | None:
+    """Learning rates for the metadata: one number if all are the same."""
+    if rates is None:
+        return None
+    return next(iter(rates.values())) if len(set(rates.values())) == 1 else dict(rates)

@@ -1,0 +1,276 @@
+"""The checkpoints along training that TracIn sums over: records of TracInCallback, or plain Lightning files."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from stride_lightning.gradients.stored_rates import stored_rates
+from stride_lightning.lookup import attached_states, saved_states
+from stride_lightning.records import RecordError, find_records, read_info, read_record
+from stride_lightning.weights import check_fits, load_checkpoint, state_hash, weight_hash
+
+PathLike: TypeAlias = str | os.PathLike[str]
+
+_SUFFIXES = (".ckpt", ".pt", ".pth")
+_KIND = "tracin"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights at one moment of training; they stay on disk until they are asked for.
+
+    Args:
+        name: Name of the record or file, for messages and metadata.
+        path: Where it is.
+        learning_rates: By plain parameter name; None where the file does not tell.
+        step: Optimizer steps taken; None where the file does not tell.
+    """
+
+    name: str
+    path: Path
+    learning_rates: Mapping[str, float] | None
+    step: int | None
+
+    def load(self) -> dict[str, Tensor]:
+        """The state dict on the CPU, verified; nothing is unpickled.
+
+        Raises:
+            FileNotFoundError: If it was removed since.
+            RecordError, ValueError: If it is damaged.
+        """
+        if self.path.is_dir():
+            return read_record(self.path).tensors("weights")
+        return _state_of(load_checkpoint(self.path), self.path)
+
+
+def read_checkpoints(source: PathLike | Sequence[PathLike], model: nn.Module) -> list[Checkpoint]:
+    """Find and verify checkpoints, and refuse those that do not fit the model, before long work starts.
+
+    One is in memory at a time. A folder of records stands for one run's: the newest record with those before it, or,
+    if a record has the model's weights, the newest of the records that come after it in its run. A record by itself
+    stands for itself. Of a folder of files all are read; a ``.ckpt`` holds the learning rates at saving, which a
+    scheduler may already have moved on since the last step. Where two have the same step and identical weights, as
+    ``last.ckpt`` and the file it repeats have, the first by name counts.
+
+    Args:
+        source: A folder of records or of ``.ckpt``, ``.pt`` or ``.pth`` files, one of those, or a list of any.
+        model: The model; its own weights stay as they are.
+
+    Returns:
+        The checkpoints by step, those without one last, then by name.
+
+    Raises:
+        FileNotFoundError: If there is nothing at a path.
+        RecordError: If a record is damaged.
+        ValueError: If there is nothing to read, a file is damaged, or weights are of another architecture.
+
+    Example:
+        >>> import tempfile, torch
+        >>> model = nn.Linear(2, 1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for step in (10, 2):
+        ...         torch.save({"state_dict": model.state_dict(), "global_step": step}, f"{folder}/{step}.ckpt")
+        ...         _ = torch.nn.init.zeros_(model.bias)
+        ...     [checkpoint.step for checkpoint in read_checkpoints(folder, model)]
+        [2, 10]
+
+    Reference: arXiv:2002.08484 (TracInCP, section 3.3).
+    """
+    sources = list(source) if isinstance(source, list | tuple) else [source]
+    if not sources:
+        raise ValueError("Expected checkpoints, got an empty list. Name a folder of them, files or records.")
+    paths = [path for one in sources for path in _expand(Path(os.fspath(one)), model)]  # type: ignore[arg-type]
+    found = [_read(path, model) for path in dict.fromkeys(paths)]
+    return _without_repeats(sorted(found, key=_place))
+
+
+def tracin_checkpoints(
+    record: PathLike | Sequence[PathLike] | None, checkpoint: Mapping[str, Any] | None, model: nn.Module
+) -> tuple[list[Checkpoint], dict[str, Any] | None, str | None, str] | None:
+    """What TracIn starts from.
+
+    Args:
+        record: What the user names, as for :func:`read_checkpoints`.
+        checkpoint: The checkpoint whose weights are attributed; its callback state names the records up to it.
+        model: The model, holding the weights that are attributed; the callbacks of its attached trainer name the
+            records of the whole fit. They are not asked if the weights come from a checkpoint of another run.
+
+    Returns:
+        The checkpoints, the fingerprint of the training data and the task's repr (None where plain files do not
+        tell), and a sentence about them for the metadata; or None if no records are known.
+
+    Raises:
+        FileNotFoundError, RecordError, ValueError: As :func:`read_checkpoints`.
+    """
+    if record is not None:
+        found = read_checkpoints(record, model)
+        return found, *_data_and_task(found), f"{len(found)} checkpoints given by the caller"
+    weights = weight_hash(model)
+    for state in saved_states(checkpoint):
+        paths = _records_up_to(weights, state)
+        if paths:
+            found = read_checkpoints(paths, model)
+            return found, *_data_and_task(found), f"{len(found)} records of the run that the checkpoint is of"
+    for state in attached_states(model):
+        paths = _listed(state)
+        if paths and (checkpoint is None or weights in [read_info(path)["weights"] for path in paths]):
+            found = read_checkpoints(paths, model)
+            return found, *_data_and_task(found), f"{len(found)} records of the attached trainer's fit"
+    return None
+
+
+def _listed(state: Mapping[str, Any]) -> list[Path]:
+    """Records of TracInCallback that its state lists."""
+    return _existing([Path(path) for path in state["records"]]) if "run" in state else []
+
+
+def _records_up_to(weights: str, state: Mapping[str, Any]) -> list[Path]:
+    """Records that a checkpoint's state lists; with that of its own weights, which may be written right after it."""
+    for record in reversed(find_records(state["dirpath"]) if "run" in state and state["dirpath"] else []):
+        with suppress(RecordError):  # a damaged one is named when it turns out to be needed
+            info = read_info(record)
+            if info.get("kind") == _KIND and info["run"] == state["run"] and info["weights"] == weights:
+                return _existing(_trajectory(record, info))
+    return _listed(state)
+
+
+def _expand(path: Path, model: nn.Module) -> list[Path]:
+    """The records or files that a path stands for."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"There are no checkpoints at {path}: nothing is there.")
+    infos = {record: read_info(record) for record in find_records(path)}
+    records = {record: info for record, info in infos.items() if info.get("kind") == _KIND}
+    if records:
+        return _trajectory_of_one_run(records, model)
+    files = [file for file in sorted(path.iterdir()) if file.is_file() and file.suffix in _SUFFIXES]
+    files = [file for file in files if not file.name.startswith(".")]
+    if files:
+        return files
+    if infos or not any((path / name).exists() for name in ("MANIFEST", "record.json")):
+        raise ValueError(f"{path} holds {_content_of(path, infos)}, {_expected(path)}")
+    return [path]
+
+
+def _trajectory_of_one_run(records: dict[Path, dict[str, Any]], model: nn.Module) -> list[Path]:
+    """Paths of a run's records, from all in a folder, oldest first."""
+    weights, newest = weight_hash(model), list(records)[-1]
+    own = next((record for record in reversed(records) if records[record]["weights"] == weights), None)
+    if own is not None:
+        # A record of its run that it is not before is of a path that was abandoned, or that left this one.
+        after = [record for record in records if own in _trajectory(record, records[record])]
+        newest = [record for record in after if records[record]["run"] == records[own]["run"]][-1]
+    return _existing(_trajectory(newest, records[newest]))
+
+
+def _trajectory(record: Path, info: Mapping[str, Any]) -> list[Path]:
+    # A record is the last of its own, under whatever name it now has.
+    before = [Path(os.path.normpath(record.parent / entry["name"])) for entry in info["trajectory"][:-1]]
+    return [*before, record]
+
+
+def _existing(paths: list[Path]) -> list[Path]:
+    gone = [str(path) for path in paths if not path.exists()]
+    if gone:
+        warnings.warn(
+            f"{len(gone)} of the {len(paths)} records of this run are no longer there and are left out: "
+            f"{', '.join(gone)}.",
+            stacklevel=2,
+        )
+    return [path for path in paths if path.exists()]
+
+
+def _read(path: Path, model: nn.Module) -> Checkpoint:
+    """One checkpoint, every byte verified, and fitting the model."""
+    if path.is_dir():
+        record = read_record(path)
+        if record.info.get("kind") != _KIND:
+            raise ValueError(f"{path} holds {record.info.get('kind')!r}, {_expected(path)}")
+        _check_fits(model, record.tensors("weights"), path)
+        return Checkpoint(path.name, path, record.info["learning_rates"], record.info["step"])
+    content = load_checkpoint(path)
+    _check_fits(model, _state_of(content, path), path)
+    if "state_dict" not in content:
+        return Checkpoint(path.name, path, None, None)
+    step = content.get("global_step")
+    rates = stored_rates(content, model, str(path))
+    return Checkpoint(path.name, path, rates, None if step is None else int(step))
+
+
+def _check_fits(model: nn.Module, state: Mapping[str, Any], path: Path) -> None:
+    try:
+        check_fits(model, state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _state_of(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    state = content.get("state_dict", content)
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ValueError(
+            f"{path} holds no weights: expected a Lightning checkpoint with 'state_dict' or a state dict, found a "
+            f"dictionary of {sorted(map(str, content))[:5]}."
+        )
+    return tensors
+
+
+def _without_repeats(found: list[Checkpoint]) -> list[Checkpoint]:
+    kept: dict[tuple[Any, ...], Checkpoint] = {}
+    steps = [checkpoint.step for checkpoint in found]
+    for checkpoint in found:
+        alone = checkpoint.step is None or steps.count(checkpoint.step) == 1
+        kept.setdefault((checkpoint.path,) if alone else (checkpoint.step, state_hash(checkpoint.load())), checkpoint)
+    return list(kept.values())
+
+
+def _data_and_task(found: Sequence[Checkpoint]) -> tuple[dict[str, Any] | None, str | None]:
+    """What the last of the records says of the data and the task."""
+    for checkpoint in reversed(found):
+        if checkpoint.path.is_dir():
+            info = read_info(checkpoint.path)
+            return info["data"], info["task"]
+    return None, None
+
+
+def _place(checkpoint: Checkpoint) -> tuple[Any, ...]:
+    by_number = [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", checkpoint.name)]
+    return checkpoint.step is None, checkpoint.step or 0, by_number
+
+
+def _content_of(path: Path, infos: Mapping[Path, Mapping[str, Any]]) -> str:
+    if infos:
+        return f"records of {', '.join(sorted({repr(info.get('kind')) for info in infos.values()}))}"
+    names = sorted(entry.name for entry in path.iterdir())
+    return f"other things ({', '.join(names[:5])})" if names else "nothing"
+
+
+def _expected(path: Path) -> str:
+    """The end of a message about a folder, with a hint if one of its own folders looks right."""
+    hints = [
+        child
+        for child in (sorted(path.iterdir()) if path.is_dir() else [])
+        if child.is_dir() and any(_is_tracin(inner) or inner.suffix == ".ckpt" for inner in child.iterdir())
+    ]
+    hint = f" Did you mean {hints[0]}?" if hints else ""
+    return (
+        "expected records of TracInCallback or .ckpt, .pt or .pth files. Name the folder that they are in, such as "
+        f"ModelCheckpoint's dirpath.{hint}"
+    )
+
+
+def _is_tracin(path: Path) -> bool:
+    try:
+        return path.is_dir() and read_info(path).get("kind") == _KIND
+    except (RecordError, FileNotFoundError):
+        return False

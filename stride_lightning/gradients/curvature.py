@@ -1,0 +1,246 @@
+"""What stands between two gradients: the identity, a diagonal, Fisher matrices of features, the average of DataInf."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from stride_lightning.distributed import gather, total
+from stride_lightning.gradients.blocks import Block, Gradients
+from stride_lightning.gradients.capture import Capture
+from stride_lightning.gradients.damping import Damped, DampedKernel, DampedMatrix, singular
+from stride_lightning.gradients.features import Batch, Reader, run_batches
+from stride_lightning.tasks import Task
+
+
+@dataclass
+class TrainingSide:
+    """The training examples as a curvature sees them.
+
+    Args:
+        capture: Reads gradients of the model.
+        task: What a batch means.
+        reader: Training data.
+        share: The training examples of this process.
+        features: The gradients that are compared, of a batch.
+        seed: Seed of everything random.
+        project: The projection that is part of the features.
+        kept: Those of all examples of this process, where they are kept.
+    """
+
+    capture: Capture
+    task: Task
+    reader: Reader
+    share: slice
+    features: Callable[[Batch], Gradients]
+    seed: int
+    project: Callable[[Gradients], Gradients]
+    kept: Gradients | None = None
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def batches(self, description: str = "", share: slice | None = None) -> Iterator[Batch]:
+        """This process's batches, or those of a part of them, run forward."""
+        return run_batches(self.capture, self.task, self.reader, share or self.share, description)
+
+    def gradients(self, description: str = "", share: slice | None = None) -> Iterator[tuple[slice, Gradients]]:
+        """The gradients that are compared, and the places of their examples, batch by batch."""
+        share = share or self.share
+        if self.kept is not None:
+            yield share, self.kept.rows(slice(share.start - self.share.start, share.stop - self.share.start))
+            return
+        for batch in self.batches(description, share):
+            yield batch.places, self.features(batch)
+
+
+class Curvature(ABC):
+    """``(H + damping)^-1`` for a matrix H that belongs to the mean loss of the training examples.
+
+    A new one is a subclass with :meth:`fit` and :meth:`solve`.
+
+    Args:
+        damping: Relative to the mean eigenvalue of H, over all its blocks.
+    """
+
+    #: Whether all processes solve for the same gradients together, each with its share of the training examples.
+    is_collective: ClassVar[bool] = False
+
+    def __init__(self, damping: float = 0.0) -> None:
+        self.damping = damping
+        #: Mean eigenvalue of H, its trace by the number of features; found by :meth:`fit`.
+        self.mean_eigenvalue = 0.0
+        #: What was found besides, for the metadata.
+        self.chosen: dict[str, Any] = {}
+
+    @property
+    def absolute_damping(self) -> float:
+        """What is added to the eigenvalues."""
+        return self.damping * self.mean_eigenvalue
+
+    def described(self) -> dict[str, Any]:
+        """What was found, for the metadata."""
+        return {"mean_eigenvalue": self.mean_eigenvalue, "damping": self.absolute_damping, **self.chosen}
+
+    @abstractmethod
+    def fit(self, train: TrainingSide) -> None:
+        """Do everything that does not depend on the damping or on queries; every process fits to its share."""
+
+    @abstractmethod
+    def solve(self, gradients: Gradients) -> Gradients:
+        """``(H + damping)^-1`` times each gradient."""
+
+
+class Identity(Curvature):
+    """No curvature: the inner product of gradients."""
+
+    @override
+    def fit(self, train: TrainingSide) -> None:
+        pass
+
+    @override
+    def solve(self, gradients: Gradients) -> Gradients:
+        return gradients
+
+
+class Diagonal(Curvature):
+    """The diagonal of the empirical Fisher matrix."""
+
+    @override
+    def fit(self, train: TrainingSide) -> None:
+        sums: dict[str, Tensor] = {}
+        for _, gradients in train.gradients("Diagonal of the Fisher matrix"):
+            for name, block in gradients.items():
+                found = block.sum_of_squares().double()
+                sums[name] = sums[name] + found if name in sums else found
+        self._diagonals = {name: total(values) / len(train) for name, values in sums.items()}
+        self.mean_eigenvalue = float(torch.cat(list(self._diagonals.values())).mean())
+
+    @override
+    def solve(self, gradients: Gradients) -> Gradients:
+        damped = {name: diagonal + self.absolute_damping for name, diagonal in self._diagonals.items()}
+        lost = [name for name, diagonal in damped.items() if float(diagonal.min()) <= 0]
+        if lost:
+            raise ValueError(singular(f"the diagonal of {lost[0]}", self.damping))
+        return Gradients(
+            {name: Block(block.dense() / damped[name].to(block.like)) for name, block in gradients.items()}
+        )
+
+
+class GaussNewtonBlocks(Curvature):
+    """The Gauss-Newton matrix of (projected) gradients in each block, with nothing between blocks.
+
+    The mean eigenvalue is over the ``min(k, n)`` that can be non-zero. ``k^2`` values for a block of k features.
+    """
+
+    @override
+    def fit(self, train: TrainingSide) -> None:
+        sums: dict[str, Tensor] = {}
+        for batch in train.batches("Gauss-Newton blocks"):
+            for gradients in batch.curvature(train.seed):
+                for name, block in train.project(gradients).items():
+                    dense = block.dense()
+                    found = (dense.T @ dense).double()
+                    sums[name] = sums[name].add_(found) if name in sums else found
+        self._set_blocks({name: DampedMatrix(total(sums[name]) / len(train), name) for name in sums}, len(train))
+
+    def _set_blocks(self, blocks: Mapping[str, Damped], num_train: int) -> None:
+        self._blocks = blocks
+        ranks = [min(block.size, num_train) for block in blocks.values()]
+        self.mean_eigenvalue = sum(block.trace for block in blocks.values()) / sum(ranks)
+
+    @override
+    def solve(self, gradients: Gradients) -> Gradients:
+        damping = self.absolute_damping
+        return Gradients(
+            {name: Block(self._blocks[name].solve(block.dense(), damping)) for name, block in gradients.items()}
+        )
+
+
+class Fisher(GaussNewtonBlocks):
+    """The empirical Fisher matrix of features in each block: the mean of their outer products.
+
+    Where there are fewer examples than features, and all features are kept, by the kernel of the examples.
+
+    Args:
+        damping: Relative to the mean eigenvalue.
+        weights: Factors of the outer products, from a batch; 1 by default.
+    """
+
+    def __init__(self, damping: float = 0.0, weights: Callable[[Batch], Tensor] | None = None) -> None:
+        super().__init__(damping)
+        self.weights = weights
+
+    @override
+    def fit(self, train: TrainingSide) -> None:
+        assert train.kept is not None
+        kept = train.kept if self.weights is None else train.kept.scaled(self._roots(train))
+        blocks: dict[str, Damped] = {}
+        for name, block in kept.items():
+            rows = block.dense()
+            if len(train) < block.size:
+                blocks[name] = DampedKernel(gather(rows, len(train)), name)
+            else:
+                blocks[name] = DampedMatrix(total((rows.T @ rows).double()) / len(train), name)
+        self._set_blocks(blocks, len(train))
+
+    def _roots(self, train: TrainingSide) -> Tensor:
+        assert self.weights is not None
+        return torch.cat([self.weights(batch) for batch in train.batches()]).sqrt()
+
+
+class DataInf(Curvature):
+    r"""The mean over examples of the damped inverse in place of the damped inverse of the mean, in each block.
+
+    The damping is relative to the mean eigenvalue of each block, its mean squared gradient entry.
+
+    .. math:: \frac{1}{n} \sum_j (g_j g_j' + \lambda I)^{-1} v
+              = \frac{1}{\lambda} \Big( v - \frac{1}{n} \sum_j \frac{g_j' v}{\lambda + |g_j|^2} g_j \Big)
+
+    Every call of :meth:`solve` passes over the training set once.
+
+    Reference: arXiv:2310.00902 (DataInf), equation 5.
+    """
+
+    is_collective = True
+
+    @override
+    def fit(self, train: TrainingSide) -> None:
+        sums: dict[str, Tensor] = {}
+        for _, gradients in train.gradients("Norms of gradients"):
+            for name, block in gradients.items():
+                found = block.squared_norms().double().sum() / block.size
+                sums[name] = sums[name] + found if name in sums else found
+        self._train = train
+        self._means = {name: float(total(value)) / len(train) for name, value in sums.items()}
+
+    @override
+    def solve(self, gradients: Gradients) -> Gradients:
+        if self.damping == 0:
+            raise ValueError(singular("a single example", self.damping))
+        damping = self._dampings()
+        taken = {name: torch.zeros_like(block.dense()) for name, block in gradients.items()}
+        for _, theirs in self._train.gradients("Inverse for every example"):
+            for name, block in theirs.items():
+                products = gradients[name].inner(block) / (damping[name] + block.squared_norms())
+                taken[name] += block.combined(products)
+        return Gradients(
+            {
+                name: Block((block.dense() - total(taken[name]) / len(self._train)) / damping[name])
+                for name, block in gradients.items()
+            }
+        )
+
+    @override
+    def described(self) -> dict[str, Any]:
+        return {"mean_eigenvalue": self._means, "damping": self._dampings()}
+
+    def _dampings(self) -> dict[str, float]:
+        tiny = torch.finfo(torch.float32).tiny  # a block without gradients has no curvature, and nothing to solve
+        return {name: max(self.damping * mean, tiny) for name, mean in self._means.items()}

@@ -1,0 +1,101 @@
+"""Damping: relative to the mean eigenvalue, and never an answer from a singular matrix."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+_CURE = (
+    "Give a larger `damping=` (it is relative to the mean eigenvalue: 0.1 is a tenth of it), or fewer features "
+    "(a smaller `projection_dim=`)."
+)
+
+
+def check_damping(damping: float) -> float:
+    """Refuse what is not a non-negative number."""
+    if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 <= damping < math.inf:
+        raise ValueError(
+            "`damping` must be a number of at least 0, relative to the mean eigenvalue of the curvature; "
+            f"got {damping!r}."
+        )
+    return float(damping)
+
+
+def singular(what: str, damping: float) -> str:
+    """The message about a curvature that is singular with some damping."""
+    return f"The curvature of {what} is singular with a damping of {damping:g}: scores would be noise. {_CURE}"
+
+
+class Damped(ABC):
+    """A symmetric positive semi-definite matrix H and the damped systems it makes.
+
+    Args:
+        factored: What is factorised, float64, shape ``(m, m)``.
+        name: What it is, for messages.
+    """
+
+    #: Number of features, and the sum of eigenvalues.
+    size: int
+    trace: float
+
+    def __init__(self, factored: Tensor, name: str) -> None:
+        self._matrix, self._name = factored, name
+        self._factor: tuple[float, Tensor] | None = None
+        self.trace = float(factored.trace())
+
+    @abstractmethod
+    def solve(self, vectors: Tensor, damping: float) -> Tensor:
+        """``(H + damping I)^-1 v`` for each row v of ``vectors``, shape ``(q, k)``.
+
+        Raises:
+            ValueError: If the damped matrix is singular to the precision of the features.
+        """
+
+    def _solved(self, right: Tensor, damping: float, precision: float) -> Tensor:
+        if self._factor is None or self._factor[0] != damping:
+            self._factor = (damping, self._factorized(damping, precision))
+        return torch.cholesky_solve(right, self._factor[1])
+
+    def _factorized(self, damping: float, precision: float) -> Tensor:
+        damped = self._matrix.clone()
+        damped.diagonal().add_(damping)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        # The smallest pivot bounds the smallest eigenvalue from above; below the rounding of the features it is noise.
+        pivots = factor.diagonal().square()
+        if int(failed) or float(pivots.min()) <= len(damped) * precision * float(damped.diagonal().max()):
+            raise ValueError(singular(f"{self._name} ({self.size} features)", damping))
+        return factor
+
+
+class DampedMatrix(Damped):
+    """The matrix itself, shape ``(k, k)``."""
+
+    def __init__(self, matrix: Tensor, name: str) -> None:
+        super().__init__(matrix, name)
+        self.size = len(matrix)
+
+    @override
+    def solve(self, vectors: Tensor, damping: float) -> Tensor:
+        return self._solved(vectors.T.double(), damping, torch.finfo(vectors.dtype).eps).T.to(vectors)
+
+
+class DampedKernel(Damped):
+    """The mean of the outer products of n rows of k features, by their ``(n, n)`` kernel, for n < k."""
+
+    def __init__(self, rows: Tensor, name: str) -> None:
+        super().__init__((rows @ rows.T).double() / len(rows), name)
+        self._rows = rows
+        self.size = rows.shape[1]
+
+    @override
+    def solve(self, vectors: Tensor, damping: float) -> Tensor:
+        if damping == 0:
+            raise ValueError(singular(f"{self._name} ({self.size} features of {len(self._rows)} examples)", damping))
+        products = (vectors @ self._rows.T).double()  # (q, n)
+        inner = self._solved(products.T, damping, torch.finfo(vectors.dtype).eps).T / len(self._rows)
+        # In double precision: what is left along the rows is small beside what is subtracted.
+        return ((vectors.double() - inner @ self._rows.double()) / damping).to(vectors)

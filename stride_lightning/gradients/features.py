@@ -1,0 +1,235 @@
+"""Reading data for gradients: batches on the device, and the gradients of losses, margins and curvature of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from stride_lightning.data import HELD_BYTES, Examples
+from stride_lightning.fingerprints import Fingerprint
+from stride_lightning.gradients.blocks import Gradients
+from stride_lightning.gradients.capture import Backward, Capture
+from stride_lightning.progress import counting, track
+from stride_lightning.retraining.recipe import encoded_batch
+from stride_lightning.tasks import Task
+from stride_lightning.weights import in_precision_of
+
+#: With more outputs than this, curvature is averaged over random directions, not summed over all outputs.
+MAX_EXACT_OUTPUTS = 32
+#: Random directions per example.
+NUM_DIRECTIONS = 8
+
+
+class Reader:
+    """A data set as batches of inputs and encoded targets on a device, read once and kept if it is small.
+
+    Args:
+        examples: The data.
+        model: In eval mode on the device; with ``target="predicted"`` its weights decide the targets.
+        task: What a batch means.
+        num_outputs: C.
+        batch_size: Examples per batch.
+        device: Where batches are put.
+        target: ``"label"`` or ``"predicted"``.
+        show_progress: Show progress bars.
+
+    Raises:
+        ValueError: If a target is missing, does not fit the task, or is not finite.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        model: nn.Module,
+        task: Task,
+        num_outputs: int,
+        *,
+        batch_size: int,
+        device: torch.device,
+        target: str = "label",
+        show_progress: bool = True,
+    ) -> None:
+        self.examples, self._model, self._task = examples, model, task
+        self.batch_size, self.device, self.show_progress = batch_size, device, show_progress
+        fingerprint, encoded, held, size = Fingerprint(content=not examples.is_random), [], [], 0
+        batches = examples.batches(batch_size, device)
+        for batch, digests, length in track(batches, "Reading", -(-len(self) // batch_size), show=show_progress):
+            fingerprint.update(digests, task.targets(batch))
+            inputs, targets = encoded_batch(model, task, batch, num_outputs, target)
+            encoded.append(targets)
+            size += _num_bytes(inputs, length)
+            if size <= HELD_BYTES:
+                held.append(inputs)
+        #: Encoded targets of all examples, shape ``(n, C)``.
+        self.encoded = torch.cat(encoded)
+        #: What identifies the data.
+        self.fingerprint = fingerprint.summary()
+        self._held: list[Any] | None = held if size <= HELD_BYTES else None
+        bad = (~torch.isfinite(self.encoded)).any(1).nonzero()
+        if len(bad):
+            raise ValueError(f"The target of example {self.name(int(bad[0]))} is not finite.")
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def name(self, place: int) -> int:
+        """Position in the dataset of the example at a place of the reading order."""
+        return place if self.examples.positions is None else int(self.examples.positions[place])
+
+    def batches(self, share: slice | None = None, description: str = "") -> Iterator[tuple[slice, Any]]:
+        """Inputs of some examples in order, with their places; a progress bar if there is a description."""
+        start, stop, _ = (share or slice(None)).indices(len(self))
+        with counting(stop - start, description, show=self.show_progress and bool(description)) as bar:
+            for places, inputs in self._held_batches(start, stop) if self._held else self._read(start, stop):
+                yield places, inputs
+                bar.update(places.stop - places.start)
+
+    def _held_batches(self, start: int, stop: int) -> Iterator[tuple[slice, Any]]:
+        assert self._held is not None
+        for first in range(start - start % self.batch_size, stop, self.batch_size):
+            inputs, last = self._held[first // self.batch_size], min(first + self.batch_size, len(self))
+            low, high = max(first, start), min(last, stop)
+            if low >= high:
+                continue
+            if (low, high) != (first, last):
+                part = slice(low - first, high - first)
+                inputs = pytree.tree_map(lambda leaf, part=part: leaf[part], inputs)
+            yield slice(low, high), inputs
+
+    def _read(self, start: int, stop: int) -> Iterator[tuple[slice, Any]]:
+        place, examples = start, self.examples.subset(range(start, stop))
+        for batch, _, length in examples.batches(self.batch_size, self.device):
+            yield slice(place, place + length), in_precision_of(self._model, self._task.inputs(batch))
+            place += length
+
+
+@dataclass
+class Batch:
+    """Examples that have been run forward, and gradients of functions of their outputs.
+
+    Args:
+        places: Their places in the reading order.
+        outputs: Shape ``(B, C)``.
+        encoded: Encoded targets, shape ``(B, C)``.
+    """
+
+    places: slice
+    outputs: Tensor
+    encoded: Tensor
+    _task: Task
+    _backward: Backward
+
+    def __len__(self) -> int:
+        return len(self.outputs)
+
+    def loss(self) -> Gradients:
+        """Gradients of each example's loss."""
+        return self._of(lambda outputs: self._task.loss(outputs, self.encoded))
+
+    def margin(self, *, last: bool = True) -> Gradients:
+        """Gradients of each example's margin, or of its outputs towards the target where a task has no margin.
+
+        Args:
+            last: Whether these are the last gradients of this batch, so that the graph may be freed.
+        """
+        return self._backward.gradients(self._margin[0], last=last)
+
+    @property
+    def margin_weights(self) -> Tensor:
+        """What turns these into gradients of minus the loss, ``1 - p`` for a margin; shape ``(B,)``."""
+        return self._margin[1]
+
+    @property
+    def margin_curvature(self) -> Tensor:
+        """Second derivative of each example's loss in its margin, ``p (1 - p)``; shape ``(B,)``."""
+        return self._margin[2]
+
+    @cached_property
+    def _margin(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Derivative of the margin in the outputs, ``(B, C)``, first of minus and second of the loss in the margin."""
+        try:
+            margin = self._task.margin(self.outputs, self.encoded)
+        except ValueError:
+            downhill = -self._derivative(lambda outputs: self._task.loss(outputs, self.encoded))
+            size = downhill.norm(dim=1)
+            unit = downhill / size.clamp(min=torch.finfo(size.dtype).tiny)[:, None]
+            return unit, size, (unit * self._task.curvature(self._task.mean(self.outputs), unit)).sum(1)
+        derivative = self._derivative(lambda outputs: self._task.margin(outputs, self.encoded))
+        return derivative, torch.sigmoid(-margin), torch.sigmoid(-margin) * torch.sigmoid(margin)
+
+    def curvature(self, seed: int, *, last: bool = True) -> Iterator[Gradients]:
+        """Gradients whose outer products sum to the Gauss-Newton matrix of each example's loss.
+
+        One for every output up to ``MAX_EXACT_OUTPUTS``; beyond, ``NUM_DIRECTIONS`` along random signs, which are made
+        of the seed and the place of an example and give that matrix on average.
+        """
+        mean, num_outputs = self._task.mean(self.outputs), self.outputs.shape[1]
+        exact = num_outputs <= MAX_EXACT_OUTPUTS
+        count = num_outputs if exact else NUM_DIRECTIONS
+        for column in range(count):
+            if exact:
+                direction = torch.zeros_like(mean)
+                direction[:, column] = 1
+            else:
+                direction = random_signs(self.places, column, num_outputs, seed, mean) / NUM_DIRECTIONS**0.5
+            root = self._task.curvature_root(mean, direction)
+            yield self._backward.gradients(root, last=last and column == count - 1)
+
+    def _of(self, function: Callable[[Tensor], Tensor]) -> Gradients:
+        return self._backward.gradients(self._derivative(function))
+
+    def _derivative(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        with torch.enable_grad():
+            outputs = self.outputs.detach().requires_grad_()
+            (direction,) = torch.autograd.grad(function(outputs).sum(), outputs)
+        return direction
+
+
+def run_batches(
+    capture: Capture, task: Task, reader: Reader, share: slice | None = None, description: str = ""
+) -> Iterator[Batch]:
+    """Run a model forward over some examples.
+
+    Raises:
+        ValueError: If an output or a loss is not finite, naming the example.
+    """
+    with capture.watch() as backward:
+        for places, inputs in reader.batches(share, description):
+            outputs, encoded = backward.run(inputs, places.stop - places.start), reader.encoded[places]
+            bad = ~(torch.isfinite(outputs).all(1) & torch.isfinite(task.loss(outputs, encoded)))
+            if bad.any():
+                raise ValueError(
+                    f"The loss of example {reader.name(places.start + int(bad.nonzero()[0]))} is not finite. "
+                    "Attribution needs a model whose outputs and losses are finite numbers: check the weights (did "
+                    "training diverge?) and the input."
+                )
+            yield Batch(places, outputs, encoded, task, backward)
+
+
+def random_signs(places: slice, column: int, width: int, seed: int, like: Tensor) -> Tensor:
+    """Signs of shape ``(B, width)`` that depend on nothing but the seed, the column and each example's place."""
+    rows = torch.arange(places.start, places.stop, device=like.device)[:, None]
+    keys = (rows * NUM_DIRECTIONS + column) * width + torch.arange(width, device=like.device)
+    return ((_scrambled(keys + _scrambled(torch.tensor(seed, device=like.device))) & 1) * 2 - 1).to(like)
+
+
+def _scrambled(keys: Tensor) -> Tensor:
+    """The finaliser of SplitMix64, in wrapping 64-bit arithmetic."""
+    keys = keys + -7046029254386353131
+    keys = (keys ^ (keys >> 30 & 0x3FFFFFFFF)) * -4658895280553007687
+    keys = (keys ^ (keys >> 27 & 0x1FFFFFFFFF)) * -7723592293110705685
+    return keys ^ (keys >> 31 & 0x1FFFFFFFF)
+
+
+def _num_bytes(inputs: Any, num_examples: int) -> int:
+    """Bytes of inputs that can be cut into examples; more than may be held if they cannot."""
+    leaves = pytree.tree_leaves(inputs)
+    if not all(isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == num_examples for leaf in leaves):
+        return HELD_BYTES + 1
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves)

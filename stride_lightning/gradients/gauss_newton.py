@@ -1,0 +1,246 @@
+"""Inverse Gauss-Newton products without the matrix: conjugate gradients and LiSSA."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator, cg
+from torch import Tensor
+from torch.func import functional_call, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from typing_extensions import override
+
+from stride_lightning.distributed import total
+from stride_lightning.gradients.blocks import Block, Gradients
+from stride_lightning.gradients.curvature import Curvature, TrainingSide
+from stride_lightning.gradients.kronecker import EKFAC
+from stride_lightning.progress import counting
+from stride_lightning.randomness import mix
+from stride_lightning.steering.activations import uncompiled
+
+#: Values of the tangents that are held at once while a batch is multiplied.
+CHUNK_VALUES = 2**24
+
+
+class GaussNewton(Curvature):
+    """What both solvers share: products with the Gauss-Newton matrix of the mean loss.
+
+    It is ``(1/n) sum_i J_i' l''(o_i) J_i``, where ``J_i`` are the derivatives of the outputs of example i in all
+    parameters, across layers; nothing is approximated. The mean eigenvalue, which the damping is relative to, is the
+    trace over ``min(n, p)``: with more parameters than examples most eigenvalues are zero.
+    """
+
+    @override
+    def fit(self, train: TrainingSide) -> None:
+        self._train = train
+        self._sizes = {name: layout.num_parameters for name, layout in train.capture.layouts.items()}
+        trace = 0.0
+        for batch in train.batches("Trace of the Gauss-Newton matrix"):
+            for gradients in batch.curvature(train.seed):
+                trace += float(gradients.squared_norms().double().sum())
+        summed = float(total(torch.tensor(trace, dtype=torch.float64)))
+        self.mean_eigenvalue = summed / len(train) / min(len(train), sum(self._sizes.values()))
+
+    def product(self, vectors: Tensor, places: slice | None = None) -> Tensor:
+        """The matrix times each row of ``vectors``, shape ``(q, p)``; of the examples at some places if given."""
+        share = self._train.share if places is None else places
+        count = len(self._train) if places is None else places.stop - places.start
+        tangents = self._by_parameter(vectors)
+        summed = {name: torch.zeros_like(tangent) for name, tangent in tangents.items()}
+        for inputs in self._inputs(share):
+            for name, value in self._batch_product(inputs, tangents).items():
+                summed[name] += value
+        result = self._flat(summed) / count
+        return total(result) if places is None else result
+
+    def _inputs(self, share: slice) -> Iterator[Any]:
+        for _, inputs in self._train.reader.batches(share):
+            yield inputs
+
+    def _batch_product(self, inputs: Any, tangents: dict[str, Tensor]) -> dict[str, Tensor]:
+        module, task = self._train.capture.outputs, self._train.task
+        parameters = {name: value.detach() for name, value in self._train.capture.parameters.items()}
+
+        def outputs_of(given: dict[str, Tensor]) -> Tensor:
+            return functional_call(module, {f"model.{name}": value for name, value in given.items()}, (inputs,))
+
+        with uncompiled(), sdpa_kernel(SDPBackend.MATH):
+            outputs, pull = vjp(outputs_of, parameters)[:2]
+            mean = task.mean(outputs)
+
+            def one(tangent: dict[str, Tensor]) -> dict[str, Tensor]:
+                # The transpose of the transpose: forward mode knows fewer operations, and counts padding rows.
+                (moved,) = vjp(lambda back: pull(back)[0], torch.zeros_like(outputs))[1](tangent)
+                return pull(task.curvature(mean, moved))[0]
+
+            return vmap(one, chunk_size=max(1, CHUNK_VALUES // (len(outputs) * self._width)))(tangents)
+
+    @property
+    def _width(self) -> int:
+        """Values per example in a forward pass, roughly: the outputs of all layers."""
+        return sum((layout.shapes[0] or (1,))[0] for layout in self._train.capture.layouts.values())
+
+    def _by_parameter(self, vectors: Tensor) -> dict[str, Tensor]:
+        parts: dict[str, Tensor] = {}
+        blocks = vectors.split(list(self._sizes.values()), dim=1)
+        for layout, block in zip(self._train.capture.layouts.values(), blocks, strict=True):
+            parts |= layout.split(block)
+        # In the order of the parameters, as tangents must have the layout of what they are tangents of.
+        parameters = self._train.capture.parameters
+        return {name: parts[name].contiguous().to(parameters[name].dtype) for name in parameters}
+
+    def _flat(self, parts: dict[str, Tensor]) -> Tensor:
+        joined = torch.cat([layout.join(parts) for layout in self._train.capture.layouts.values()], 1)
+        return joined if joined.dtype == torch.float64 else joined.float()
+
+    def _gradients(self, vectors: Tensor) -> Gradients:
+        blocks = vectors.split(list(self._sizes.values()), dim=1)
+        return Gradients({name: Block(block) for name, block in zip(self._sizes, blocks, strict=True)})
+
+
+class ConjugateGradient(GaussNewton):
+    """Damped Gauss-Newton systems by scipy's conjugate gradients, preconditioned by EK-FAC.
+
+    The systems of several queries are solved together, as one with a block for each; every query is scaled to unit
+    norm first, so that none is solved less well than another.
+
+    Args:
+        damping: Relative to the mean eigenvalue.
+        tolerance: Largest norm of the residual relative to that of the gradients.
+        max_iterations: Products at most; reaching them is warned of.
+    """
+
+    is_collective = True
+
+    def __init__(self, damping: float = 0.0, *, tolerance: float = 1e-3, max_iterations: int = 200) -> None:
+        super().__init__(damping)
+        if not 0 < tolerance < 1 or max_iterations < 1:
+            raise ValueError(
+                "Expected a `tolerance` between 0 and 1 and `max_iterations` of at least 1, got "
+                f"{tolerance!r} and {max_iterations!r}."
+            )
+        self.tolerance, self.max_iterations = tolerance, max_iterations
+
+    @override
+    def fit(self, train: TrainingSide) -> None:
+        super().fit(train)
+        self._preconditioner = EKFAC()
+        self._preconditioner.fit(train)
+
+    @override
+    def solve(self, gradients: Gradients) -> Gradients:
+        dense = gradients.dense()
+        norms = dense.norm(dim=1, keepdim=True).clamp(min=torch.finfo(dense.dtype).tiny)
+        start, damping = dense / norms, self.absolute_damping
+
+        def from_scipy(vector: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(vector)).view(dense.shape).to(dense)
+
+        def to_scipy(vectors: Tensor) -> np.ndarray:
+            return vectors.flatten().cpu().numpy()
+
+        def matvec(vector: np.ndarray) -> np.ndarray:
+            given = from_scipy(vector)
+            return to_scipy(self.product(given) + damping * given)
+
+        def precondition(vector: np.ndarray) -> np.ndarray:
+            return to_scipy(self._preconditioner.solve_damped(self._gradients(from_scipy(vector)), damping).dense())
+
+        right = to_scipy(start)
+        shape = (right.size, right.size)
+        iterations = 0
+        with counting(self.max_iterations, "Conjugate gradients", self._train.reader.show_progress) as bar:
+
+            def count(_: object) -> None:
+                nonlocal iterations
+                iterations += 1
+                bar.update(1)
+
+            solution, failed = cg(
+                LinearOperator(shape, matvec, dtype=right.dtype),  # pyright: ignore[reportCallIssue]  # scipy's stubs
+                right,
+                rtol=self.tolerance,
+                maxiter=self.max_iterations,
+                M=LinearOperator(shape, precondition, dtype=right.dtype),  # pyright: ignore[reportCallIssue]
+                callback=count,
+            )
+        self.chosen["iterations"] = max(iterations, self.chosen.get("iterations", 0))
+        if failed:
+            warnings.warn(
+                f"Conjugate gradients did not reach a residual of {self.tolerance:g} in {self.max_iterations} "
+                "iterations, so scores are those of a stronger damping in the directions that are left. Give a larger "
+                "`damping=`, or more `max_iterations=`.",
+                stacklevel=2,
+            )
+        return self._gradients(from_scipy(solution) * norms)
+
+
+class LiSSA(GaussNewton):
+    """Damped Gauss-Newton systems by a Neumann series over random batches.
+
+    ``v <- g + (I - (H_b + damping I) / s) v`` for one batch b after another ends near ``s (H + damping I)^-1 g``. The
+    scale s is above the largest eigenvalue of every batch, found by power iteration: the series cannot diverge. The
+    second half of the terms is averaged, as the last alone keeps the noise of the last batches.
+
+    Args:
+        damping: Relative to the mean eigenvalue.
+        depth: Number of terms.
+
+    Reference: arXiv:1602.03943 (LiSSA); arXiv:1703.04730, section 3.
+    """
+
+    def __init__(self, damping: float = 0.0, *, depth: int = 200) -> None:
+        super().__init__(damping)
+        if depth < 1:
+            raise ValueError(f"`depth` must be at least 1, got {depth!r}.")
+        self.depth = depth
+
+    @override
+    def fit(self, train: TrainingSide) -> None:
+        super().fit(train)
+        size = train.reader.batch_size
+        self._batches = [slice(i, min(i + size, len(train))) for i in range(0, len(train), size)]
+        largest = max(self._largest_eigenvalue(places) for places in self._batches)
+        self._scale = 1.1 * largest  # power iteration comes from below
+        self.chosen["scale"] = self._scale
+
+    def _largest_eigenvalue(self, places: slice) -> float:
+        like = next(iter(self._train.capture.parameters.values()))
+        generator = torch.Generator().manual_seed(self._train.seed)
+        vector = torch.randn(1, sum(self._sizes.values()), generator=generator).to(like)
+        for _ in range(20):
+            vector = self.product(vector / vector.norm(), places)
+        return float(vector.norm())
+
+    @override
+    def solve(self, gradients: Gradients) -> Gradients:
+        start = gradients.dense()
+        scale, damping = self._scale + self.absolute_damping, self.absolute_damping
+        vectors, later = start, torch.zeros_like(start)
+        order: list[int] = []
+        with counting(self.depth, "LiSSA", self._train.reader.show_progress) as bar:
+            for step in range(self.depth):
+                epoch, place = divmod(step, len(self._batches))
+                if place == 0:
+                    generator = torch.Generator().manual_seed(mix(self._train.seed, epoch))
+                    order = torch.randperm(len(self._batches), generator=generator).tolist()
+                places = self._batches[order[place]]
+                vectors = start + vectors - (self.product(vectors, places) + damping * vectors) / scale
+                if step >= self.depth // 2:
+                    later += vectors / (self.depth - self.depth // 2)
+                bar.update(1)
+        found = later / scale
+        left = (start - self.product(found) - damping * found).norm(dim=1) / start.norm(dim=1).clamp(min=1e-30)
+        self.chosen["residual_max"] = max(float(left.max()), self.chosen.get("residual_max", 0.0))
+        if float(left.max()) > 0.1:
+            warnings.warn(
+                f"LiSSA ended with residuals of up to {float(left.max()):.0%} of the gradients after {self.depth} "
+                "terms, so scores are those of a stronger damping in some directions. Give a larger `damping=`, more "
+                "`depth=`, or use method='influence-cg'.",
+                stacklevel=2,
+            )
+        return self._gradients(found)

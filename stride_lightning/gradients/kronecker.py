@@ -1,0 +1,171 @@
+"""EK-FAC: the Gauss-Newton matrix in the eigenbasis of Kronecker factors, one block per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from stride_lightning.distributed import total
+from stride_lightning.gradients.blocks import Block, Gradients, Outer
+from stride_lightning.gradients.curvature import Curvature, TrainingSide
+from stride_lightning.gradients.damping import singular
+from stride_lightning.gradients.features import Batch
+
+#: A side of a matrix wider than this is left in its own basis: its covariance would not fit.
+MAX_SIDE = 4096
+#: So is a block without factors that has more parameters.
+MAX_VECTOR = 2048
+
+
+@dataclass
+class Basis:
+    """An orthonormal basis for the rows and one for the columns of a block's matrices; None for their own.
+
+    Args:
+        shape: ``(L, R)``; vectors have one column.
+        left: Shape ``(L, L)``.
+        right: Shape ``(R, R)``.
+    """
+
+    shape: tuple[int, int]
+    left: Tensor | None
+    right: Tensor | None
+
+    def rotated(self, block: Block) -> Block:
+        """The block in the basis."""
+        if block.is_dense:
+            return Block(self._both(block.dense(), None if self.left is None else self.left.T, self.right))
+        return Block(None, tuple(Outer(self.rows(o), self.columns(o), o.num_rows) for o in block.outers))
+
+    def rows(self, outer: Outer) -> Tensor:
+        """The left factor in the basis."""
+        return outer.left if self.left is None else outer.left_dense() @ self.left
+
+    def columns(self, outer: Outer) -> Tensor:
+        """The right factor in the basis."""
+        return outer.right if self.right is None else outer.right @ self.right
+
+    def restored(self, vectors: Tensor) -> Tensor:
+        """Vectors in the basis as they were."""
+        return self._both(vectors, self.left, None if self.right is None else self.right.T)
+
+    def _both(self, vectors: Tensor, before: Tensor | None, after: Tensor | None) -> Tensor:
+        matrices = vectors.view(len(vectors), *self.shape)
+        if before is not None:
+            matrices = before @ matrices
+        if after is not None:
+            matrices = matrices @ after
+        return matrices.flatten(1)
+
+
+class EKFAC(Curvature):
+    """Gauss-Newton blocks ``(U_S kron U_A) diag(Lambda) (U_S kron U_A)'``, eigenvalues corrected.
+
+    ``U_A`` and ``U_S`` are the eigenvectors of the covariances of what enters a layer and what comes back to it,
+    ``Lambda`` the mean squared gradient in that basis. Gradients come back from the loss's Gauss-Newton matrix at the
+    outputs itself, summed over all of up to 32 outputs (eight random directions beyond), so that no labels are drawn.
+    Embeddings keep their rows as they are, where the covariance is diagonal. A side wider than ``MAX_SIDE`` keeps
+    its own basis; parameters without factors have a full matrix up to ``MAX_VECTOR`` of them, else its diagonal.
+
+    Memory: ``L^2 + R^2 + L R`` values for a block of matrices of shape ``(L, R)``.
+
+    Reference: arXiv:1806.03884 (EK-FAC); arXiv:2308.03296, section 2.2.
+    """
+
+    @override
+    def fit(self, train: TrainingSide) -> None:
+        self._bases = self._fit_bases(train)
+        sums: dict[str, Tensor] = {}
+        for batch in train.batches("EK-FAC eigenvalues"):
+            for name, found in self._squares(batch, train):
+                sums[name] = sums[name].add_(found) if name in sums else found
+        self._eigenvalues = {name: total(values) / len(train) for name, values in sums.items()}
+        self.mean_eigenvalue = float(torch.cat(list(self._eigenvalues.values())).double().mean())
+
+    @override
+    def solve(self, gradients: Gradients) -> Gradients:
+        smallest = min(float(values.min()) for values in self._eigenvalues.values()) + self.absolute_damping
+        if smallest <= torch.finfo(next(iter(gradients.values())).like.dtype).eps * self.mean_eigenvalue:
+            raise ValueError(singular("a layer", self.damping))
+        return self.solve_damped(gradients, self.absolute_damping)
+
+    def solve_damped(self, gradients: Gradients, damping: float) -> Gradients:
+        """The same with a damping that is not relative to anything."""
+        solved = {}
+        for name, block in gradients.items():
+            basis = self._bases[name]
+            rotated = basis.rotated(block).dense() / (self._eigenvalues[name] + damping)
+            solved[name] = Block(basis.restored(rotated))
+        return Gradients(solved)
+
+    def _squares(self, batch: Batch, train: TrainingSide) -> Iterator[tuple[str, Tensor]]:
+        """Sums over examples and functions of the outputs of the squared gradients in the bases."""
+        entered: dict[str, Tensor] = {}
+        came_back: dict[str, Tensor] = {}
+        for gradients in batch.curvature(train.seed):
+            for name, block in gradients.items():
+                basis, side = self._bases[name], train.capture.layouts[name].constant_side
+                if block.num_places != 1 or block.outers[0].is_lookup or side is None:
+                    yield name, basis.rotated(block).sum_of_squares()
+                    continue
+                # Squares of a single outer product are products of squares: what entered is the same for all outputs.
+                (outer,) = block.outers
+                if name not in entered:
+                    entered[name] = (basis.rows(outer) if side == "left" else basis.columns(outer))[:, 0].square()
+                varying = (basis.columns(outer) if side == "left" else basis.rows(outer))[:, 0].square()
+                came_back[name] = came_back[name].add_(varying) if name in came_back else varying
+        for name, varying in came_back.items():
+            left, right = varying, entered[name]
+            if train.capture.layouts[name].constant_side == "left":
+                left, right = right, left
+            yield name, (left.T @ right).flatten()
+
+    def _fit_bases(self, train: TrainingSide) -> dict[str, Basis]:
+        lefts: dict[str, Tensor] = {}
+        rights: dict[str, Tensor] = {}
+        constant = {name: layout.constant_side for name, layout in train.capture.layouts.items()}
+        shapes: dict[str, tuple[int, int]] = {}
+        for batch in train.batches("EK-FAC factors"):
+            for column, gradients in enumerate(batch.curvature(train.seed)):
+                for name, block in gradients.items():
+                    shapes[name] = block.shape
+                    if column == 0 or constant[name] != "left":
+                        _add_covariance(lefts, name, _left_factors(block))
+                    if column == 0 or constant[name] != "right":
+                        _add_covariance(rights, name, _right_factors(block))
+        return {
+            name: Basis(shape, _eigenvectors(lefts.get(name)), _eigenvectors(rights.get(name)))
+            for name, shape in shapes.items()
+        }
+
+
+def _left_factors(block: Block) -> list[Tensor]:
+    """What the basis of the rows is made of; nothing where they keep their own."""
+    if block.is_dense:
+        return [block.dense()] if block.size <= MAX_VECTOR else []
+    if block.shape[0] > MAX_SIDE or all(outer.is_lookup for outer in block.outers):
+        return []
+    return [outer.left_dense().flatten(0, 1) for outer in block.outers]
+
+
+def _right_factors(block: Block) -> list[Tensor]:
+    if block.is_dense or block.shape[1] > MAX_SIDE:
+        return []
+    return [outer.right.flatten(0, 1) for outer in block.outers]
+
+
+def _add_covariance(sums: dict[str, Tensor], name: str, factors: list[Tensor]) -> None:
+    for factor in factors:
+        found = factor.T @ factor
+        sums[name] = sums[name].add_(found) if name in sums else found
+
+
+def _eigenvectors(covariance: Tensor | None) -> Tensor | None:
+    if covariance is None:
+        return None
+    summed = total(covariance)
+    return torch.linalg.eigh(summed.double())[1].to(covariance)

@@ -1,0 +1,235 @@
+"""Choosing how each parameter's gradient is read, and checking it against ordinary gradients of single examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from stride_lightning.gradients.capture import WHOLE, Backward, Capture, Watch, watching
+from stride_lightning.gradients.layers import lengths, rule_for
+from stride_lightning.gradients.layout import Layout, Source
+from stride_lightning.steering.activations import find_module, plain_name
+from stride_lightning.tasks import Task
+
+#: Examples on which rules are checked.
+NUM_PROBES = 2
+
+_BY_ITSELF = (
+    "In eval mode every example must be evaluated by itself: no BatchNorm without running statistics, no random "
+    "numbers, no padding that changes outputs. Or name the modules whose parameters count with `layers=[...]`."
+)
+
+
+def plan_capture(
+    model: nn.Module, task: Task, examples: Sequence[Any], together: Any = None, layers: Sequence[str] | None = None
+) -> Capture:
+    """Find out how to read the gradient of every trainable parameter.
+
+    For each parameter the first of these is taken whose gradients equal those of single examples: the rule of its
+    layer; running the nearest module again that runs in the forward pass, vectorised; the whole model, vectorised;
+    the whole model, example by example.
+
+    Args:
+        model: The model in eval mode.
+        task: What its outputs are.
+        examples: Inputs of a few single examples, as batches of one.
+        together: The same examples as one batch; by default they are concatenated.
+        layers: Names of modules whose parameters count; all trainable ones when None.
+
+    Raises:
+        ValueError: If no way gives the right gradients, as where examples of a batch influence each other.
+    """
+    if together is None:
+        together = pytree.tree_map(lambda *parts: torch.cat(parts), *examples)
+    capture = Capture(model, task, layers)
+    probe = _Probe(capture, examples, together)
+    pending = {group[0]: iter(_candidates(capture, group, probe.ran)) for group in _groups(capture, probe.ran)}
+    chosen: dict[str, Layout] = {}
+    while pending:
+        tried = {name: next(candidates, None) for name, candidates in pending.items()}
+        probe.check_any_left(tried)
+        right = probe.agreeing({name: layout for name, layout in tried.items() if layout is not None})
+        chosen |= right
+        pending = {name: candidates for name, candidates in pending.items() if name not in right}
+    capture.layouts = {name: chosen[name] for name in capture.parameters if name in chosen}
+    return capture
+
+
+class _Probe:
+    """A few examples, and the gradients of random functions of their outputs, one example at a time."""
+
+    def __init__(self, capture: Capture, examples: Sequence[Any], together: Any) -> None:
+        self._capture, self._together, self._size = capture, together, len(examples)
+        self._reasons: dict[str, str] = {}
+        names = {plain_name(name): module for name, module in capture.model.named_modules() if name}
+        parameters = list(capture.parameters.values())
+        directions, outputs, gradients = [], [], []
+        with watching({WHOLE: capture.outputs, **names}) as watch:
+            for place, example in enumerate(examples):
+                outputs.append(self._outputs(watch, example))
+                # Of a random function: the loss of an example that is sure has no gradient to compare.
+                generator = torch.Generator().manual_seed(place)
+                direction = torch.randn(outputs[-1].shape, generator=generator, dtype=torch.float64)
+                directions.append(direction.to(outputs[-1]))
+                gradients.append(torch.autograd.grad(outputs[-1], parameters, directions[-1], allow_unused=True))
+            #: Modules that run in the forward pass.
+            self.ran = {name for name, calls in watch.calls.items() if calls}
+            self._lengths_of_one = {name: [lengths(call) for call in calls] for name, calls in watch.calls.items()}
+        self._directions, self._outputs_of_each = torch.cat(directions), torch.cat(outputs).detach()
+        self._expected = {
+            name: torch.stack([_dense(each[i], p) for each in gradients])
+            for i, (name, p) in enumerate(capture.parameters.items())
+        }
+        self._largest = max(float(expected.abs().max()) for expected in self._expected.values())
+
+    def _outputs(self, watch: Watch, example: Any) -> Tensor:
+        try:
+            outputs = watch.run(lambda: self._capture.outputs(example))
+        except ValueError as error:  # as BatchNorm without running statistics does
+            raise ValueError(f"The model cannot evaluate a single example: {error} {_BY_ITSELF}") from error
+        if not outputs.requires_grad:
+            raise ValueError(
+                f"The outputs of {type(self._capture.model).__name__} do not depend on "
+                f"{', '.join(list(self._capture.parameters)[:5])} (are they detached, or computed without gradients?), "
+                "so there is nothing to compare examples by. Name modules that they depend on with `layers=[...]`."
+            )
+        return outputs
+
+    def agreeing(self, tried: dict[str, Layout]) -> dict[str, Layout]:
+        """The layouts whose gradients are those of single examples."""
+        sources = [source for layout in tried.values() for source in layout.sources]
+        right = {}
+        with watching({source.module: self._capture.module(source.module) for source in sources}) as watch:
+            backward = Backward(self._capture, watch)
+            outputs = backward.run(self._together, self._size)
+            if not _close(outputs, self._outputs_of_each, float(self._outputs_of_each.abs().max())):
+                self._reasons |= dict.fromkeys(tried, "the outputs for an example change with the rest of its batch")
+                return {}
+            for source in sources:
+                source.is_cut = [
+                    [one == 1 and both == self._size for one, both in zip(alone, lengths(call), strict=True)]
+                    for alone, call in zip(self._lengths_of_one[source.module], watch.calls[source.module], strict=True)
+                ]
+            backward.pull(self._directions)
+            for name, layout in tried.items():
+                try:
+                    found = layout.split(backward.read(layout).dense())
+                except Exception as error:  # whatever a module that is run in an unusual way may raise
+                    self._reasons[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                    continue
+                if all(self._equal(found[parameter], parameter) for parameter in found):
+                    right[name] = layout
+                else:
+                    self._reasons[name] = "gradients of a batch are not those of its examples"
+        return right
+
+    def _equal(self, found: Tensor, parameter: str) -> bool:
+        expected = self._expected[parameter]
+        return _close(found, expected, max(float(expected.abs().max()), 1e-3 * self._largest))
+
+    def check_any_left(self, tried: dict[str, Layout | None]) -> None:
+        """Refuse parameters that nothing reads.
+
+        Raises:
+            ValueError: Names them, and says what to do.
+        """
+        lost = [name for name, layout in tried.items() if layout is None]
+        if lost:
+            owners = dict.fromkeys(type(find_module(self._capture.model, n.rpartition(".")[0])).__name__ for n in lost)
+            shown = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+            raise ValueError(
+                f"The gradients of single examples in {shown} (of {', '.join(owners)}) cannot be told: "
+                f"{self._reasons[lost[0]]}. {_BY_ITSELF}"
+            )
+
+
+def _dense(gradient: Tensor | None, parameter: Tensor) -> Tensor:
+    if gradient is None:
+        return torch.zeros_like(parameter)
+    return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+def _close(found: Tensor, expected: Tensor, scale: float) -> bool:
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-3}.get(expected.dtype, 0.1)
+    return bool((found - expected).abs().max() <= tolerance * scale)
+
+
+def _groups(capture: Capture, ran: set[str]) -> list[tuple[str, ...]]:
+    """Parameters that make up a block: a matrix with the bias of its layer, or one alone."""
+    owners = _owners(capture)
+    names = {id(parameter): name for name, parameter in capture.parameters.items()}
+    groups: list[tuple[str, ...]] = []
+    joined: set[str] = set()
+    for name, parameter in capture.parameters.items():
+        (module_name, own), *others = owners[id(parameter)]
+        module = find_module(capture.model, module_name)
+        bias = getattr(module, "bias", None)
+        joins = (
+            own == "weight"
+            and not others
+            and module_name in ran
+            and rule_for(module) is not None
+            and id(bias) in names
+            and len(owners[id(bias)]) == 1
+        )
+        if joins:
+            joined.add(names[id(bias)])
+        groups.append((name, names[id(bias)]) if joins else (name,))
+    return [group for group in groups if not (len(group) == 1 and group[0] in joined)]
+
+
+def _candidates(capture: Capture, group: tuple[str, ...], ran: set[str]) -> Iterator[Layout]:
+    parameters = tuple(group)
+    shapes = tuple(capture.parameters[name].shape for name in group)
+    owners = _owners(capture)[id(capture.parameters[group[0]])]
+    rules = {module: rule_for(find_module(capture.model, module)) for module, _ in owners if module in ran}
+    if rules and all(rules.values()) and all(own == "weight" for _, own in owners):
+        made = [
+            Source(name, rule(find_module(capture.model, name), has_bias=len(group) == 2))
+            for name, rule in rules.items()
+            if rule is not None
+        ]
+        yield Layout(parameters, shapes, made[0].rule.bias_axis if made[0].rule else 1, made)
+    nearest = list(dict.fromkeys(_nearest(module, ran) for module, _ in owners))
+    if nearest != [WHOLE]:
+        yield Layout(parameters, shapes, 1, [Source(name, None) for name in nearest])
+    yield Layout(parameters, shapes, 1, [Source(WHOLE, None)])
+    yield Layout(parameters, shapes, 1, [Source(WHOLE, None, vectorized=False)])
+
+
+def _owners(capture: Capture) -> dict[int, list[tuple[str, str]]]:
+    """The modules that hold each parameter, and its name there."""
+    owners: dict[int, list[tuple[str, str]]] = {id(parameter): [] for parameter in capture.parameters.values()}
+    for name, module in capture.model.named_modules():
+        for own, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in owners:
+                owners[id(parameter)].append((plain_name(name), own))
+    return owners
+
+
+def _nearest(module: str, ran: set[str]) -> str:
+    """The module itself or the nearest above it that runs in the forward pass."""
+    while module and module not in ran:
+        module = module.rpartition(".")[0]
+    return module or WHOLE
+
+
+def last_layer(model: nn.Module, task: Task, inputs: Any) -> str:
+    """The module with trainable parameters of its own that runs last in the forward pass.
+
+    Raises:
+        ValueError: If no module with parameters of its own runs.
+    """
+    capture = Capture(model, task)
+    owners = {name for held in _owners(capture).values() for name, _ in held}
+    with watching({name: find_module(model, name) for name in owners}) as watch:
+        watch.run(lambda: capture.outputs(inputs))
+    if not watch.order:
+        raise ValueError(
+            f"Found no layer of {type(model).__name__} with parameters that runs. Name it: `layers=[...]`."
+        )
+    return watch.order[-1]

@@ -1,0 +1,135 @@
+"""PlannedAttributor: what methods that read gradients share: the plan, reading data, and scores tile by tile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stride_lightning.attribution import Attribution
+from stride_lightning.attributors import Attributor, announce
+from stride_lightning.data import Examples, first_batch
+from stride_lightning.distributed import gather, shard, world_size
+from stride_lightning.gradients.features import Reader
+from stride_lightning.gradients.plan import NUM_PROBES, plan_capture
+from stride_lightning.retraining.recipe import count_outputs
+from stride_lightning.top_attribution import TopAttribution, TopCollector
+from stride_lightning.top_examples import joined
+from stride_lightning.weights import in_precision_of
+
+#: Bytes of a tile of scores where only the best are kept.
+TILE_BYTES = 2**26
+
+
+class PlannedAttributor(Attributor):
+    """A method that reads per-example gradients; see the classes built on it.
+
+    Args:
+        layers: Names of the modules whose parameters count; all trainable ones by default.
+        top_k: Keep only so many proponents and opponents of each query, for data where all scores are too many.
+        seed: Seed of everything random.
+        batch_size: Examples per forward pass.
+        show_progress: Show progress bars.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: Sequence[str] | None = None,
+        top_k: int | None = None,
+        seed: int = 0,
+        batch_size: int = 256,
+        show_progress: bool = True,
+    ) -> None:
+        super().__init__(seed=seed, batch_size=batch_size, show_progress=show_progress)
+        if isinstance(layers, str):
+            raise TypeError(f"`layers` must be a list of names, got the string {layers!r}: write layers=[{layers!r}].")
+        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+            raise ValueError(f"`top_k` must be an integer of at least 1, got {top_k!r}.")
+        self.layers, self.top_k = layers, top_k
+
+    def _layers(self, model: nn.Module, inputs: Any) -> Sequence[str] | None:
+        """Names of the modules whose parameters count; ``inputs`` are those of a batch."""
+        return self.layers
+
+    def _check_data(self, fingerprint: dict[str, Any]) -> None:
+        """Refuse training data that are not those of a record."""
+
+    def _options(self) -> dict[str, Any]:
+        """Options and automatic choices, for the metadata."""
+        return {"layers": None if self.layers is None else list(self.layers), "top_k": self.top_k}
+
+    def _plan(self, model: nn.Module, device: torch.device) -> None:
+        """Find out how gradients are read, and read the training data once."""
+        probes = [self._train.subset([place]) for place in range(min(NUM_PROBES, len(self._train)))]
+        head = first_batch(self._train, len(probes), device)
+        self._num_outputs = count_outputs(model, self._task, head)
+        single = [self._inputs(model, first_batch(probe, 1, device)) for probe in probes]
+        together = self._inputs(model, head)
+        self._capture = plan_capture(model, self._task, single, together, self._layers(model, together))
+        announce(self._capture.warning, show=self.show_progress and bool(self._capture.warning))
+        self._reader = self._read(model, self._train, device, "label")
+        self._check_data(self._reader.fingerprint)
+        if len(self._train) < world_size():
+            raise ValueError(f"{len(self._train)} training examples cannot be shared by {world_size()} processes.")
+        self._share = shard(len(self._train))
+        self.metadata |= {
+            "data": self._reader.fingerprint,
+            "options": self._options(),
+            "gradients": self._capture.described(),
+        }
+
+    def _read(self, model: nn.Module, examples: Examples, device: torch.device, target: str) -> Reader:
+        return Reader(
+            examples,
+            model,
+            self._task,
+            self._num_outputs,
+            batch_size=self.batch_size,
+            device=device,
+            target=target,
+            show_progress=self.show_progress,
+        )
+
+    def _inputs(self, model: nn.Module, batch: Any) -> Any:
+        return in_precision_of(model, self._task.inputs(batch))
+
+    def _collect(
+        self, asked: Reader, chunks: Sequence[slice], tiles: Callable[[slice], Callable[[slice], Tensor]]
+    ) -> Attribution:
+        """Scores of this process's training examples for chunks of queries, gathered; or the top of each query.
+
+        Args:
+            asked: The queries.
+            chunks: Which of them are done at once.
+            tiles: For a chunk, what gives scores of shape ``(chunk, columns)`` for some training examples.
+        """
+        mine = self._share.stop - self._share.start
+        k = None if self.top_k is None else min(self.top_k, len(self._train))
+        scores = torch.empty(len(asked), mine) if k is None else torch.empty(0)
+        collectors: list[TopCollector] = []
+        longest = -(-len(self._train) // world_size())
+        for chunk in chunks:
+            size, tile = chunk.stop - chunk.start, tiles(chunk)
+            step = longest if k is None else max(1, TILE_BYTES // (4 * size))
+            collectors.append(TopCollector(size, k or 1))
+            # As many tiles on every rank, as some curvatures solve together.
+            for start in range(self._share.start, self._share.start + longest, step):
+                columns = slice(min(start, self._share.stop), min(start + step, self._share.stop))
+                part = tile(columns)
+                if k is None:
+                    scores[chunk] = part.float().cpu()
+                else:
+                    collectors[-1].update(part, torch.arange(columns.start, columns.stop))
+        about: dict[str, Any] = {
+            "train_targets": self._task.decode(self._reader.encoded).cpu(),
+            "query_targets": self._task.decode(asked.encoded).cpu(),
+            "metadata": {"query_data": asked.fingerprint},
+        }
+        if k is None:
+            return Attribution(gather(scores, len(self._train), dim=1), **about)
+        for collector in collectors:
+            collector.gather()
+        return TopAttribution(joined([collector.compute() for collector in collectors]), len(self._train), **about)

@@ -1,0 +1,129 @@
+"""Random projections of gradients: reproducible by seed, made of the factors, one pass over the examples."""
+
+from __future__ import annotations
+
+import zlib
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from stride_lightning.gradients.blocks import Block, Gradients, Outer
+from stride_lightning.randomness import mix
+
+#: Name of the one block of a projection of all blocks together.
+EVERYTHING = "all parameters"
+
+
+class Projection(ABC):
+    """A linear map of gradients to fewer features, the same for every example.
+
+    Args:
+        seed: Seed of the map.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._matrices: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    @abstractmethod
+    def __call__(self, gradients: Gradients) -> Gradients:
+        """The projected gradients, as vectors."""
+
+    def _signs(self, name: str, rows: int, columns: int, like: Tensor) -> Tensor:
+        """Random signs, shape ``(rows, columns)``, made of the seed and a name."""
+        key = (name, like.device, like.dtype)
+        if key not in self._matrices:
+            # The checksum of the name: Python's hash of a string differs from process to process.
+            generator = torch.Generator().manual_seed(mix(self.seed, zlib.crc32(name.encode())))
+            signs = torch.randint(0, 2, (rows, columns), generator=generator, dtype=torch.int8)
+            self._matrices[key] = (signs * 2 - 1).to(like)
+        return self._matrices[key]
+
+    def _count_sketch(self, name: str, block: Block, size: int) -> Tensor:
+        """Vectors with each parameter added, with a random sign, to one of ``size`` sums."""
+        values, signs = block.dense(), self._signs(f"{name}/sign", 1, block.size, block.dense())
+        generator = torch.Generator().manual_seed(mix(self.seed, zlib.crc32(f"{name}/bucket".encode())))
+        bucket = torch.randint(size, (block.size,), generator=generator).to(values.device)
+        return values.new_zeros(len(values), size).index_add_(1, bucket, values * signs)
+
+
+class JointProjection(Projection):
+    r"""All blocks together onto ``dim`` features, by products of random signs of the two factors.
+
+    .. math:: \phi_r = \frac{1}{\sqrt{m}} \sum_l \sum_t (s_{lr}' \delta_{lt}) (u_{lr}' a_{lt})
+
+    so that no gradient is ever made: ``m (L + R)`` operations per place and layer in place of ``m L R``. Inner
+    products are kept on average. Blocks without factors are added by a count sketch. The signs take ``4 m (L + R)``
+    bytes for a layer.
+
+    Args:
+        dim: Number of features m; with as many parameters or fewer, all of them are kept as they are.
+        seed: Seed of the signs.
+        num_parameters: Parameters in all blocks.
+
+    Reference: arXiv:2303.14186 (TRAK), section 3.2, for the projection; the product form is that of tensor sketches.
+    """
+
+    def __init__(self, dim: int, seed: int, num_parameters: int) -> None:
+        super().__init__(seed)
+        self.dim = dim
+        self._keeps_all = num_parameters <= dim
+
+    @override
+    def __call__(self, gradients: Gradients) -> Gradients:
+        if self._keeps_all:
+            return Gradients({EVERYTHING: Block(gradients.dense())})
+        total: Tensor | None = None
+        for name, block in gradients.items():
+            part = self._count_sketch(name, block, self.dim) if block.is_dense else self._of_factors(name, block)
+            total = part if total is None else total + part
+        assert total is not None
+        return Gradients({EVERYTHING: Block(total)})
+
+    def _of_factors(self, name: str, block: Block) -> Tensor:
+        left = self._signs(f"{name}/left", block.shape[0], self.dim, block.outers[0].right)
+        right = self._signs(f"{name}/right", block.shape[1], self.dim, block.outers[0].right)
+        parts = [_sketched(outer, left, right) for outer in block.outers]
+        return torch.stack(parts).sum(0) / self.dim**0.5
+
+
+class LayerProjection(Projection):
+    """Each block onto ``dim x dim`` features: both sides of its matrices by random signs, ``P_S G P_A'``.
+
+    Args:
+        dim: Rows and columns that are left; a narrower side is kept as it is.
+        seed: Seed of the signs.
+
+    Reference: arXiv:2405.13954 (LoGra), section 3.
+    """
+
+    def __init__(self, dim: int, seed: int) -> None:
+        super().__init__(seed)
+        self.dim = dim
+
+    @override
+    def __call__(self, gradients: Gradients) -> Gradients:
+        return Gradients({name: self._projected(name, block) for name, block in gradients.items()})
+
+    def _projected(self, name: str, block: Block) -> Block:
+        if block.is_dense:
+            size = self.dim**2
+            return block if block.size <= size else Block(self._count_sketch(name, block, size))
+        outers = []
+        for outer in block.outers:
+            left, right = outer.left, outer.right
+            if block.shape[0] > self.dim:
+                signs = self._signs(f"{name}/left", block.shape[0], self.dim, right) / self.dim**0.5
+                left = signs[outer.left] if outer.is_lookup else outer.left @ signs
+            if block.shape[1] > self.dim:
+                right = right @ self._signs(f"{name}/right", block.shape[1], self.dim, right) / self.dim**0.5
+            outers.append(Outer(left, right, min(self.dim, block.shape[0])))
+        return Block(Block(None, tuple(outers)).dense())
+
+
+def _sketched(outer: Outer, left: Tensor, right: Tensor) -> Tensor:
+    """Sum over places of products of the projected factors, shape ``(B, dim)``."""
+    places = left[outer.left] if outer.is_lookup else outer.left @ left
+    return places.mul_(outer.right @ right).sum(1)

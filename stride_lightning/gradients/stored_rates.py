@@ -1,0 +1,117 @@
+"""The learning rate of every parameter, from what a plain Lightning checkpoint stores of its optimizers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from stride_lightning.randomness import preserved_random_state
+from stride_lightning.steering.activations import plain_name
+
+
+class _UnknownError(Exception):
+    """Why it cannot be told which parameters are in which group; a clause that completes "because"."""
+
+
+def stored_rates(checkpoint: Mapping[str, Any], model: nn.Module, where: str) -> dict[str, float] | None:
+    """Learning rates by plain parameter name, as they were when the checkpoint was saved.
+
+    A scheduler may have moved them on since the last optimizer step. Parameters are told by the names that torch
+    stores if the optimizer was made with named parameters; else, if all groups have one rate, it is that of every
+    trainable parameter; else by their order in the optimizers that ``configure_optimizers`` makes for the model.
+
+    Args:
+        checkpoint: What the file holds.
+        model: The model it is of.
+        where: The file, for messages.
+
+    Returns:
+        None where the file stores no optimizer.
+
+    Raises:
+        ValueError: If rates differ and it cannot be told whose they are.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        >>> stored_rates({"optimizer_states": [optimizer.state_dict()]}, model, "run.ckpt")
+        {'weight': 0.5, 'bias': 0.5}
+    """
+    groups = [list(state["param_groups"]) for state in checkpoint.get("optimizer_states") or []]
+    rates = [group.get("lr") for of_one in groups for group in of_one]
+    if not rates or any(rate is None for rate in rates):
+        return None
+    trainable = [plain_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    named = _by_stored_names(groups, model)
+    if named is not None:
+        return named
+    alike = len({float(rate) for rate in rates}) == 1
+    if alike and sum(len(group["params"]) for of_one in groups for group in of_one) == len(trainable):
+        return dict.fromkeys(trainable, float(rates[0]))
+    try:
+        return _by_order(groups, model)
+    except _UnknownError as reason:
+        if alike:
+            warnings.warn(
+                f"{where}: its optimizers hold other parameters than {type(model).__name__} has trainable ones, and "
+                f"which cannot be told because {reason}. Its learning rate {float(rates[0]):g} is taken for all.",
+                stacklevel=2,
+            )
+            return dict.fromkeys(trainable, float(rates[0]))
+        raise ValueError(
+            f"{where} has several learning rates ({', '.join(f'{float(rate):g}' for rate in rates)}), and which "
+            f"parameters they are of cannot be told because {reason}. Use the records of TracInCallback, which name "
+            "them, or make the optimizer with model.named_parameters(), so that the checkpoint does."
+        ) from reason
+
+
+def _by_stored_names(groups: Sequence[Sequence[Mapping[str, Any]]], model: nn.Module) -> dict[str, float] | None:
+    """By the names in the groups, if they are the model's; a user may have named a part's parameters."""
+    own = {plain_name(name) for name, _ in model.named_parameters()}
+    found = {}
+    for group in (group for of_one in groups for group in of_one):
+        names = [plain_name(name) for name in group.get("param_names") or []]
+        if len(names) != len(group["params"]) or not own.issuperset(names):
+            return None
+        found |= dict.fromkeys(names, float(group["lr"]))
+    return found
+
+
+def _by_order(groups: Sequence[Sequence[Mapping[str, Any]]], model: Any) -> dict[str, float]:
+    """By the order of parameters in freshly configured optimizers."""
+    if not hasattr(model, "configure_optimizers"):
+        raise _UnknownError(f"{type(model).__name__} has no configure_optimizers")
+    try:
+        with preserved_random_state():
+            optimizers = _optimizers_of(model.configure_optimizers())
+    except Exception as error:
+        raise _UnknownError(f"configure_optimizers() gave {type(error).__name__}: {error}") from error
+    stored = [[len(group["params"]) for group in of_one] for of_one in groups]
+    made = [[len(group["params"]) for group in optimizer.param_groups] for optimizer in optimizers]
+    if stored != made:
+        raise _UnknownError(
+            f"configure_optimizers() makes groups of {made} parameters (by optimizer), the file has {stored}"
+        )
+    names = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
+    return {
+        names[id(parameter)]: float(group["lr"])
+        for of_one, optimizer in zip(groups, optimizers, strict=True)
+        for group, fresh in zip(of_one, optimizer.param_groups, strict=True)
+        for parameter in fresh["params"]
+        if id(parameter) in names
+    }
+
+
+def _optimizers_of(configured: Any) -> list[torch.optim.Optimizer]:
+    """The optimizers in any form that Lightning lets ``configure_optimizers`` return."""
+    if isinstance(configured, torch.optim.Optimizer):
+        return [configured]
+    if isinstance(configured, dict):
+        return [configured["optimizer"]]
+    if isinstance(configured, tuple) and len(configured) == 2 and all(isinstance(part, list) for part in configured):
+        configured = configured[0]
+    return [optimizer for part in configured or [] for optimizer in _optimizers_of(part)]

@@ -1,0 +1,41 @@
+"""An attribution as a pandas table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from stride_lightning.attribution import Attribution
+
+
+def dataframe(attribution: Attribution, k: int | None = None) -> DataFrame:
+    """One row per query and training example, as :meth:`Attribution.to_dataframe` describes them.
+
+    Args:
+        attribution: The scores.
+        k: Only the top ``k`` proponents and opponents of each query.
+
+    Raises:
+        ModuleNotFoundError: If pandas is not installed.
+        ValueError: If ``k`` is below 1.
+    """
+    try:
+        import pandas as pd
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("to_dataframe() needs pandas: pip install 'stride-lightning[pandas]'.") from error
+    if k is not None and k < 1:
+        raise ValueError(f"`k` must be at least 1, got {k}.")
+    rows, columns, scores, std = attribution.pairs(k)
+    table: dict[str, Any] = {"query": rows, "train_index": attribution.train_indices[columns], "score": scores}
+    if std is not None:
+        table["std"] = std
+    if attribution.train_targets is not None and attribution.train_targets.ndim == 1:
+        table["target"] = attribution.train_targets[columns]
+    frame = pd.DataFrame({name: value.numpy() for name, value in table.items()})
+    for name, values in attribution.train_info.items():
+        frame[name] = [values[i] for i in columns.tolist()]
+    for name, values in attribution.query_info.items():
+        frame[f"query_{name}"] = [values[i] for i in rows.tolist()]
+    return frame

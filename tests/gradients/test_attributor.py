@@ -1,0 +1,399 @@
+"""What must change nothing: batches, order, chunks, tiles, processes, precision; and the caller's model."""
+
+import tempfile
+import warnings
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from stride_lightning import Attribution, Classification, TopAttribution, attribute
+from stride_lightning.attributors import self_influence
+from stride_lightning.gradients import attributor as module
+from stride_lightning.gradients import features, planned
+from tests.helpers.gradient_models import (
+    EXACT,
+    QUIET,
+    TASKS,
+    TokenModel,
+    check_same_condition,
+    close_scores,
+    condition_of,
+    fitted,
+    mlp,
+    pictures_for,
+    points_for,
+    seeded,
+    targets_for,
+    words_for,
+)
+from tests.helpers.tiny import permutation
+from tests.test_distributed import run_two, start
+
+pytestmark = [
+    #: Torch's own, of the first forward-mode derivatives.
+    pytest.mark.filterwarnings(r"ignore:.torch\.jit\.script. is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:LiSSA ended with residuals"),
+]
+DATA, QUERIES = points_for(num=13), points_for(num=5, seed=1)
+#: Random batches are part of this method: with batches of everything it is like the others.
+WHOLE = {"influence-lissa": {"batch_size": 13}}
+every_method = pytest.mark.parametrize("method", EXACT)
+
+
+def options_of(method, **more):
+    return QUIET | EXACT[method] | WHOLE.get(method, {}) | more
+
+
+def ask(method, model=None, data=DATA, queries=QUERIES, **more):
+    return attribute(
+        mlp() if model is None else model, queries, train_data=data, method=method, **options_of(method, **more)
+    )
+
+
+# ---- invariance -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [method for method in EXACT if method != "influence-lissa"])
+def test_batch_size(method):
+    full = ask(method).scores
+    for size in (1, 5):
+        close_scores(ask(method, batch_size=size).scores, full)
+
+
+@pytest.mark.parametrize("method", ["grad-dot", "datainf", "ekfac", "logra", "trak"])
+@pytest.mark.parametrize("many", [False, True])
+def test_batch_size_of_tokens(method, many, monkeypatch):
+    """Of several places, with all outputs or random directions of them."""
+    if many:
+        monkeypatch.setattr(features, "MAX_EXACT_OUTPUTS", 2)
+    model, data = seeded(TokenModel), words_for(13)
+    full, parts = (ask(method, model, data, data, batch_size=size).scores for size in (13, 4))
+    close_scores(parts, full)
+
+
+@every_method
+def test_order(method):
+    order = permutation(13)
+    shuffled = TensorDataset(*(t[order] for t in DATA.tensors))
+    full = ask(method).scores
+    tolerance = 1e-4 if method == "influence-lissa" else 1e-5
+    close_scores(ask(method, data=shuffled).scores, full[:, order], tolerance)
+    rows = permutation(5)
+    close_scores(ask(method, queries=TensorDataset(*(t[rows] for t in QUERIES.tensors))).scores, full[rows])
+    close_scores(ask(method, train_indices=order.tolist()).scores, full[:, order], tolerance)
+
+
+@pytest.mark.parametrize("method", ["grad-cos", "ekfac", "trak"])
+def test_data_in_any_form(method):
+    full = ask(method).scores
+    close_scores(ask(method, data=DataLoader(DATA, 4, shuffle=True), queries=DataLoader(QUERIES, 2)).scores, full)
+    part = ask(method, data=DATA, train_indices=[7, 2, 11, 5, 0, 4]).scores
+    close_scores(part, ask(method, data=Subset(DATA, [7, 2, 11, 5, 0, 4])).scores)
+
+
+@every_method
+def test_queries_in_chunks(method, monkeypatch):
+    """Two at a time: also those of conjugate gradients, which are solved to a tolerance together."""
+    full = ask(method).scores
+    size = 4 * 2 * (8 if "influence" in method or method == "last-layer" else 2) * 43
+    monkeypatch.setattr(module, "QUERY_BYTES", size if method != "last-layer" else size * 18 // 43)
+    attributor = fitted(mlp(), DATA, method, **options_of(method))
+    projected = method in ("logra", "trak", "trak-newton")
+    assert [c.stop - c.start for c in attributor._query_chunks(5)] == ([5] if projected else [2, 2, 1])
+    close_scores(attributor.attribute(QUERIES).scores, full)
+    close_scores(
+        attributor.self_influence(), self_influence(mlp(), train_data=DATA, method=method, **options_of(method))
+    )
+
+
+@every_method
+def test_seed(method):
+    """Where nothing is random it changes nothing; the same seed gives the same."""
+    same = ask(method, seed=3).scores
+    assert torch.equal(ask(method, seed=3).scores, same)
+    close_scores(same, ask(method, seed=4).scores, 1e-4)
+
+
+@every_method
+def test_float32(method):
+    found = ask(method, model=mlp().float()).scores
+    close_scores(found, ask(method).scores, 1e-2 if method == "influence-cg" else 1e-3)
+
+
+@every_method
+def test_bfloat16(method):
+    options = {"damping": 3.0} if "damping" in EXACT[method] else {}
+    options |= {"tolerance": 1e-2} if "tolerance" in EXACT[method] else {}
+    found = ask(method, model=mlp().bfloat16(), **options).scores
+    close_scores(found, ask(method, **options).scores, 0.15)
+
+
+@pytest.mark.parametrize("method", ["grad-dot", "ekfac", "influence-cg", "trak"])
+@pytest.mark.parametrize("kind", ["binary", "regression"])
+def test_outputs_without_an_axis(method, kind):
+    """``(B,)`` in place of ``(B, 1)``."""
+    model, data = mlp(num_outputs=1), points_for(kind)
+    flat = TensorDataset(data.tensors[0], data.tensors[1].flatten())
+    found = ask(method, nn.Sequential(*model, nn.Flatten(0)), flat, flat, task=TASKS[kind][0]).scores
+    close_scores(found, ask(method, model, data, data, task=TASKS[kind][0]).scores)
+
+
+@pytest.mark.parametrize("method", ["ekfac", "influence-cg"])
+def test_compiled_models(method):
+    close_scores(ask(method, torch.compile(mlp())).scores, ask(method).scores)
+
+
+@pytest.mark.parametrize("method", ["grad-dot", "ekfac", "trak"])
+def test_predicted_targets(method):
+    model = mlp()
+    labelled = TensorDataset(QUERIES.tensors[0], model(QUERIES.tensors[0]).argmax(1))
+    expected = ask(method, model, queries=labelled).scores
+    found = attribute(
+        model,
+        TensorDataset(QUERIES.tensors[0]),
+        train_data=DATA,
+        method=method,
+        target="predicted",
+        **options_of(method),
+    ).scores
+    close_scores(found, expected)
+
+
+@pytest.mark.parametrize("method", ["grad-dot", "ekfac", "influence-cg", "logra", "trak"])
+def test_chosen_layers(method):
+    """The same as freezing the others."""
+    frozen = mlp()
+    frozen[0].requires_grad_(False)
+    close_scores(ask(method, layers=["2"]).scores, ask(method, frozen).scores)
+    assert (ask(method).scores - ask(method, frozen).scores).abs().max() > 1e-3
+
+
+# ---- the top alone ----------------------------------------------------------------------------------------------
+
+
+@every_method
+@pytest.mark.parametrize("tile", [2**26, 4 * 5 * 4], ids=["one tile", "tiles of 4"])
+def test_top_k(method, tile, monkeypatch):
+    monkeypatch.setattr(planned, "TILE_BYTES", tile)
+    full, top = ask(method), ask(method, top_k=4)
+    assert isinstance(top, TopAttribution)
+    assert not isinstance(full, TopAttribution)
+    mine, theirs = top.top(4), full.top(4)
+    for name in ("proponents", "opponents"):
+        assert torch.equal(getattr(mine, name), getattr(theirs, name))
+        scores = f"{name.removesuffix('s')}_scores"
+        close_scores(getattr(mine, scores), getattr(theirs, scores), 1e-6)
+    with pytest.raises(ValueError, match=r"top\(\).*without `top_k=`"):
+        _ = top.scores
+    assert (top.num_queries, top.num_train) == (5, 13)
+    assert torch.equal(top.train_targets, full.train_targets)
+
+
+@pytest.mark.parametrize("method", ["ekfac", "datainf", "trak"])
+def test_top_k_over_checkpoints_in_tiles_and_chunks(method, monkeypatch, tmp_path):
+    for seed in range(2):
+        torch.save(mlp(seed=seed).state_dict(), tmp_path / f"{seed}.pt")
+    full = ask(method, checkpoints=tmp_path).top(13)
+    monkeypatch.setattr(planned, "TILE_BYTES", 4 * 2 * 3)
+    monkeypatch.setattr(module, "QUERY_BYTES", 4 * 2 * 2 * 43)
+    top = ask(method, checkpoints=tmp_path, top_k=20).top(13)
+    assert torch.equal(top.proponents, full.proponents)
+    close_scores(top.opponent_scores, full.opponent_scores)
+
+
+# ---- self-influence ---------------------------------------------------------------------------------------------
+
+
+@every_method
+@pytest.mark.parametrize("batch_size", [13, 4])
+def test_self_influence_is_the_diagonal(method, batch_size):
+    if method == "influence-lissa" and batch_size == 4:
+        pytest.skip("other batches, another series")
+    expected = ask(method, queries=DATA).scores.diagonal()
+    found = self_influence(mlp(), train_data=DATA, method=method, **options_of(method, batch_size=batch_size))
+    assert found.dtype == torch.float32
+    close_scores(found, expected)
+    assert found.std() > 0 or method == "grad-cos"
+
+
+@pytest.mark.parametrize("method", ["grad-dot", "ekfac", "trak"])
+def test_self_influence_over_checkpoints(method, tmp_path):
+    for seed in range(2):
+        torch.save(mlp(seed=seed).state_dict(), tmp_path / f"{seed}.pt")
+    expected = ask(method, queries=DATA, checkpoints=tmp_path).scores.diagonal()
+    found = self_influence(
+        mlp(), train_data=DATA, method=method, **options_of(method, checkpoints=tmp_path, batch_size=4)
+    )
+    close_scores(found, expected)
+
+
+# ---- the caller's model -----------------------------------------------------------------------------------------
+
+
+class Everything(nn.Module):
+    """Dropout, BatchNorm and an in-place activation; frozen in part."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.dropout = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5)
+        self.frozen, self.last = nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.last(self.dropout(torch.relu_(self.frozen(self.norm(self.first(x))))))
+
+
+@every_method
+def test_model_is_as_before(method):
+    model = seeded(Everything)
+    expected = ask(method, model).scores
+    model.train()
+    model.norm.eval()
+    torch.nn.functional.cross_entropy(model(DATA.tensors[0]), DATA.tensors[1]).backward()
+    before = condition_of(model)
+    found = ask(method, model).scores
+    check_same_condition(before, model)
+    close_scores(found, expected)
+    self_influence(model, train_data=DATA, method=method, **options_of(method))
+    check_same_condition(before, model)
+
+
+@pytest.mark.parametrize("method", ["grad-dot", "ekfac", "trak"])
+def test_model_is_as_before_when_something_fails(method):
+    class Failing(Classification):
+        def curvature_root(self, mean, direction):
+            raise RuntimeError("out of luck")
+
+        margin = loss = curvature_root
+
+    model = seeded(Everything).train()
+    before = condition_of(model)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        ask(method, model, task=Failing())
+    check_same_condition(before, model)
+
+
+def test_weight_norm_of_the_old_kind_is_as_before():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3)).double()
+        before = model[0].weight.detach().clone()
+        ask("grad-dot", model)
+    assert torch.equal(model[0].weight.detach(), before)
+    assert model[0].weight.detach().tolist() == before.tolist()
+
+
+@pytest.mark.parametrize("kind", [{"sparse": True}, {"scale_grad_by_freq": True}], ids=lambda kind: next(iter(kind)))
+def test_embeddings_with_gradients_of_another_kind(kind):
+    """Sparse gradients are the same numbers; so are those by frequency where no word comes twice."""
+    words = torch.stack([permutation(11).roll(i)[:3] for i in range(13)])
+    data = TensorDataset(words, targets_for(Classification(), 3, 13, 0))
+
+    def scores(options):
+        model = seeded(lambda: nn.Sequential(nn.Embedding(11, 4, **options), nn.Flatten(), nn.Linear(12, 3)))
+        return ask("grad-dot", model, data, data).scores
+
+    close_scores(scores(kind), scores({}))
+
+
+def test_batch_statistics_are_refused():
+    norm = nn.BatchNorm1d(2, track_running_stats=False)
+    model = seeded(lambda: nn.Sequential(nn.Conv1d(2, 2, 1), norm, nn.Flatten(), nn.Linear(8, 3)))
+    with pytest.raises(ValueError, match="without running statistics"):
+        ask("grad-dot", model, pictures_for(), pictures_for(4, seed=1))
+
+
+def test_metadata_and_saving(tmp_path):
+    found = ask("trak", layers=["2"])
+    assert found.metadata["method"] == "trak"
+    assert found.metadata["options"] == {"layers": ["2"], "top_k": None, "damping": 0.3}
+    assert found.metadata["gradients"] == {"num_parameters": 18, "blocks": {"factors": 1}}
+    assert found.metadata["data"]["num_examples"] == 13
+    again = Attribution.load(found.save(tmp_path / "scores"))
+    assert torch.equal(again.scores, found.scores)
+    assert again.metadata["curvature"] == found.metadata["curvature"]
+
+
+def test_progress_is_quiet_when_told(capsys):
+    for method in ("grad-dot", "influence-cg", "trak"):
+        ask(method)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("method", ["grad-dot", "ekfac", "trak"])
+def test_one_training_example_and_one_query(method):
+    one = TensorDataset(*(t[:1] for t in DATA.tensors))
+    found = ask(method, data=one, queries=TensorDataset(*(t[:1] for t in QUERIES.tensors))).scores
+    assert found.shape == (1, 1)
+    assert found.isfinite().all()
+
+
+# ---- two processes ----------------------------------------------------------------------------------------------
+
+SHARED = ["grad-dot", "diagonal", "datainf", "ekfac", "influence-cg", "logra", "trak"]
+
+
+def on_each(number, port, folder):
+    start(number, port)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=2)
+    torch.save(everything(), folder / f"rank{number}.pt")
+
+
+def everything():
+    """Scores, tops and self-influences, also of data where random directions are drawn."""
+    warnings.simplefilter("ignore")
+    found = {}
+    for method in SHARED:
+        found[method] = ask(method, batch_size=3).scores
+        found[method, "self"] = self_influence(
+            mlp(), train_data=DATA, method=method, **options_of(method, batch_size=3)
+        )
+        top = ask(method, top_k=4, batch_size=3).top(4)
+        found[method, "top"] = top.proponents
+        found[method, "top scores"] = top.proponent_scores
+    words = words_for(13)
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(features, "MAX_EXACT_OUTPUTS", 2)
+        for method in ("ekfac", "logra"):
+            found[method, "many outputs"] = ask(method, seeded(TokenModel), words, words, batch_size=3).scores
+        patch.undo()
+        patch.setattr(planned, "TILE_BYTES", 4 * 5 * 6)  # two tiles of the 7 examples of rank 0, one of the 6 of rank 1
+        for seed in range(2):
+            torch.save(mlp(seed=seed).state_dict(), f"{folder}/{seed}.pt")
+        for method in ("datainf", "influence-cg", "trak"):
+            found[method, "checkpoints"] = ask(method, top_k=13, checkpoints=folder).top(13).proponent_scores
+    return found
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    return run_two(on_each, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def alone():
+    with warnings.catch_warnings():
+        return everything()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("what", ["", "self", "top", "top scores"])
+@pytest.mark.parametrize("method", SHARED)
+def test_two_processes(both, alone, method, what):
+    key = (method, what) if what else method
+    (first, second), expected = (part[key] for part in both), alone[key]
+    assert torch.equal(first, second)
+    close_scores(first, expected, 0 if what == "top" else 1e-5)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("method", "what"),
+    [(method, "many outputs") for method in ("ekfac", "logra")]
+    + [(method, "checkpoints") for method in ("datainf", "influence-cg", "trak")],
+)
+def test_more_of_two_processes(both, alone, method, what):
+    assert torch.equal(both[0][method, what], both[1][method, what])
+    close_scores(both[0][method, what], alone[method, what])

@@ -1,0 +1,233 @@
+"""Reading data for gradients, and gradients of losses, margins and curvature, against loops."""
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from stride_lightning import BinaryClassification, Classification, Regression, attribute
+from stride_lightning.gradients import features
+from stride_lightning.gradients.features import Reader, random_signs, run_batches
+from tests.helpers.gradient_models import (
+    QUIET,
+    TASKS,
+    DictModel,
+    DictTask,
+    cnn,
+    fitted,
+    gauss_newton_of,
+    gradients_of,
+    jacobians_of,
+    margin_of,
+    mlp,
+    pictures_for,
+    points_for,
+    second_derivatives,
+    seeded,
+    targets_for,
+    tokens,
+)
+from tests.helpers.tiny import DictData, examples_of, random_tensor
+
+CPU = torch.device("cpu")
+
+
+def reader_of(data, model, task=None, num_outputs=3, batch_size=4, **options):
+    task = Classification() if task is None else task
+    options |= {"batch_size": batch_size, "device": CPU, "show_progress": False}
+    return Reader(examples_of(*data.tensors), model, task, num_outputs, **options)
+
+
+def order_of(capture):
+    """From vectors of blocks to vectors of parameters."""
+    start, at = 0, {}
+    for layout in capture.layouts.values():
+        places = torch.arange(start, start + layout.num_parameters, dtype=torch.float64)[None]
+        at |= {name: part.flatten() for name, part in layout.split(places).items()}
+        start += layout.num_parameters
+    return torch.cat([at[name] for name in capture.parameters]).long()
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@torch.no_grad()
+def read(model, task, data, what, batch_size=4, seed=0):
+    """Vectors of all examples in the order of the parameters."""
+    attributor = fitted(model, data, "grad-dot", task=task)
+    reader = attributor._reader
+    reader.batch_size = batch_size
+    reader._held = None
+    rows = [list(what(batch)) for batch in run_batches(attributor._capture, task, reader)]
+    return [
+        torch.cat([g.dense()[:, order_of(attributor._capture)] for g in column]) for column in zip(*rows, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_losses(kind):
+    task, num_outputs = TASKS[kind]
+    model, data = mlp(num_outputs=num_outputs), points_for(kind)
+    for size in (14, 4, 1):
+        (found,) = read(model, task, data, lambda batch: [batch.loss()], size)
+        close(found, gradients_of(model, task, data))
+
+
+@pytest.mark.parametrize("kind", ["classification", "binary"])
+def test_margins(kind):
+    task, num_outputs = TASKS[kind]
+    model, data = mlp(num_outputs=num_outputs), points_for(kind)
+    weights = []
+    (found,) = read(model, task, data, lambda batch: [weights.append(batch.margin_weights) or batch.margin()])
+    close(found, gradients_of(model, task, data, margin_of))
+    # (1 - p) times the gradient of the margin is that of minus the loss.
+    close(found * torch.cat(weights)[:, None], -gradients_of(model, task, data))
+
+
+@pytest.mark.parametrize("kind", ["regression", "two real outputs"])
+def test_without_a_margin(kind):
+    task, num_outputs = TASKS[kind]
+    model, data = mlp(num_outputs=num_outputs), points_for(kind)
+    weights = []
+    (found,) = read(model, task, data, lambda batch: [weights.append(batch.margin_weights) or batch.margin()])
+    close(found * torch.cat(weights)[:, None], -gradients_of(model, task, data))
+    assert (torch.cat(weights) > 0).all()
+    residuals = data.tensors[1] - model(data.tensors[0]).detach()
+    close(torch.cat(weights), residuals.norm(dim=1) / task.noise_std**2)
+
+
+@pytest.mark.parametrize("kind", [*TASKS, "pictures"])
+def test_curvature_sums_to_the_gauss_newton_matrix(kind):
+    task, num_outputs = TASKS.get(kind, (Classification(), 3))
+    model, data = (cnn(), pictures_for()) if kind == "pictures" else (mlp(num_outputs=num_outputs), points_for(kind))
+    columns = read(model, task, data, lambda batch: batch.curvature(0))
+    assert len(columns) == num_outputs
+    explicit = torch.einsum(
+        "ncp,ncd,ndq->npq", jacobians_of(model, data), second_derivatives(model, task, data), jacobians_of(model, data)
+    )
+    close(sum(column[:, :, None] * column[:, None] for column in columns), explicit)
+
+
+@pytest.mark.parametrize("task", [Classification(), BinaryClassification(), Regression(0.5)], ids=repr)
+def test_curvature_root(task):
+    """A root of the second derivative, for built-in families and for one that only says what its curvature is."""
+    outputs = random_tensor(4, 3, seed=0)
+    mean = task.mean(outputs)
+    from stride_lightning.tasks import Task
+
+    for root_of in (task.curvature_root, lambda m, d: Task.curvature_root(task, m, d)):
+        identity = torch.eye(3, dtype=torch.float64)
+        root = torch.stack([root_of(mean, unit.expand(4, 3)) for unit in identity], 2)
+        explicit = torch.stack([task.curvature(mean, unit.expand(4, 3)) for unit in identity], 2)
+        close(root @ root.transpose(1, 2), explicit)
+
+
+# ---- random directions ------------------------------------------------------------------------------------------
+
+
+def test_random_directions_give_the_matrix_on_average(monkeypatch):
+    monkeypatch.setattr(features, "MAX_EXACT_OUTPUTS", 2)
+    model, task, data = mlp(width=2), Classification(), points_for(num=4)
+    exact = gauss_newton_of(model, task, data)
+    drawn = []
+    for seed in range(80):
+        columns = read(model, task, data, lambda batch, seed=seed: batch.curvature(seed))
+        assert len(columns) == features.NUM_DIRECTIONS
+        drawn.append(sum(column.T @ column for column in columns) / len(data))
+    drawn = torch.stack(drawn)
+    error = drawn.std(0) / len(drawn) ** 0.5
+    assert ((drawn.mean(0) - exact).abs() <= 5 * error + 1e-12).all()
+    assert error.max() < 0.2 * exact.abs().max()
+
+
+def test_signs_are_made_of_seed_column_and_place():
+    like = torch.ones(1, dtype=torch.float64)
+    whole = random_signs(slice(0, 40), 3, 50, 7, like)
+    assert whole.dtype == torch.float64
+    assert set(whole.unique().tolist()) == {-1.0, 1.0}
+    assert torch.equal(torch.cat([random_signs(slice(i, i + 8), 3, 50, 7, like) for i in range(0, 40, 8)]), whole)
+    # Others for another seed, column or place; no more alike than chance has it: 2000 signs, four standard errors.
+    others = [random_signs(slice(0, 40), 3, 50, 8, like), random_signs(slice(0, 40), 4, 50, 7, like)]
+    others += [random_signs(slice(1, 41), 3, 50, 7, like), whole.roll(1, 1)]
+    for other in others:
+        assert (whole * other).mean().abs() < 4 / 2000**0.5
+    assert whole.mean().abs() < 4 / 2000**0.5
+    covariance = whole.T @ whole / 40
+    assert (covariance - torch.eye(50)).abs().max() < 6 / 40**0.5
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [None, slice(0, 14), slice(3, 11), slice(5, 6), slice(4, 8), slice(13, 14)])
+@pytest.mark.parametrize("held", [True, False])
+def test_any_part_of_the_data(share, held):
+    data = points_for()
+    reader = reader_of(data, mlp())
+    if not held:
+        reader._held = None
+    places, inputs = zip(*reader.batches(share), strict=True)
+    rows = range(14)[share] if share else range(14)
+    assert [i for p in places for i in range(p.start, p.stop)] == list(rows)
+    assert torch.equal(torch.cat(inputs), data.tensors[0][share or slice(None)])
+
+
+def test_large_data_is_read_again(monkeypatch):
+    monkeypatch.setattr(features, "HELD_BYTES", 100)
+    reader = reader_of(points_for(), mlp())
+    assert reader._held is None
+    assert torch.equal(torch.cat([x for _, x in reader.batches()]), points_for().tensors[0])
+
+
+def test_predicted_targets():
+    model, data = mlp(), points_for()
+    reader = reader_of(data, model, target="predicted")
+    assert torch.equal(reader.encoded.argmax(1), model(data.tensors[0]).argmax(1))
+    unlabelled = TensorDataset(data.tensors[0])
+    with pytest.raises(ValueError, match="no targets"):
+        reader_of(unlabelled, model)
+
+
+def test_example_that_is_not_finite_is_named():
+    x, y = points_for().tensors
+    x = x.clone()
+    x[9] = torch.inf
+    with pytest.raises(ValueError, match="loss of example 9 is not finite"):
+        attribute(mlp(), points_for(), train_data=TensorDataset(x, y), method="grad-dot", **QUIET)
+    with pytest.raises(ValueError, match="loss of example 21 is not finite"):
+        attribute(
+            mlp(), points_for(), train_data=TensorDataset(x.roll(12, 0).repeat(2, 1), y.repeat(2)), method="grad-dot",
+            train_indices=[0, 3, 21], **QUIET,
+        )  # fmt: skip
+    targets = random_tensor(14, 1, seed=0)
+    targets[4] = torch.nan
+    with pytest.raises(ValueError, match="target of example 4 is not finite"):
+        attribute(
+            mlp(num_outputs=1), points_for(), train_data=TensorDataset(points_for().tensors[0], targets),
+            task=Regression(), method="grad-dot", **QUIET,
+        )  # fmt: skip
+
+
+def test_dictionaries():
+    """Inputs that are a dictionary, and batches that are one."""
+
+    class Data(DictData):
+        def __getitem__(self, i):
+            return {"words": self.images[0][i], "numbers": self.images[1][i], "label": self.labels[i]}
+
+        def __len__(self):
+            return len(self.labels)
+
+    words, numbers, labels = tokens(9, 3), random_tensor(9, 6, seed=0), targets_for(Classification(), 3, 9, 1)
+    data, model = Data((words, numbers), labels), seeded(DictModel)
+    for batch_size in (9, 4):
+        found = attribute(
+            model, data, train_data=data, task=DictTask(), method="grad-dot", batch_size=batch_size, **QUIET
+        ).scores
+        rows = []
+        for i in range(9):
+            outputs = model({"words": words[i : i + 1], "numbers": numbers[i : i + 1]})
+            loss = torch.nn.functional.cross_entropy(outputs, labels[i : i + 1])
+            rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*model.parameters()])]))
+        explicit = torch.stack(rows) @ torch.stack(rows).T
+        torch.testing.assert_close(found.double(), explicit, rtol=1e-5, atol=1e-5)

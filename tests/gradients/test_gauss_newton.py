@@ -1,0 +1,193 @@
+"""Products with the Gauss-Newton matrix and systems of it, against the matrix itself."""
+
+import warnings
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from stride_lightning import Attributor, attribute
+from stride_lightning.gradients import features, gauss_newton
+from tests.helpers.gradient_models import (
+    GPT2,
+    QUIET,
+    TASKS,
+    Attention,
+    Recurrent,
+    Scaled,
+    TiedHead,
+    TokenModel,
+    Transformer,
+    cnn,
+    exact_scores,
+    fitted,
+    gauss_newton_of,
+    gradients_of,
+    mlp,
+    pictures_for,
+    points_for,
+    seeded,
+    targets_for,
+    tokens,
+    words_for,
+)
+from tests.helpers.tiny import random_tensor
+
+#: Torch's own, of the first forward-mode derivatives.
+pytestmark = pytest.mark.filterwarnings(r"ignore:.torch\.jit\.script. is deprecated:DeprecationWarning")
+CLASSES = TASKS["classification"][0]
+LABELS = targets_for(CLASSES, 3, 8, 1)
+CASES = {
+    **{name: (lambda name=name: mlp(num_outputs=TASKS[name][1]), points_for(name), TASKS[name][0]) for name in TASKS},
+    "pictures": (cnn, pictures_for(), CLASSES),
+    "words": (lambda: seeded(TokenModel), words_for(), CLASSES),
+    "attention": (lambda: seeded(Attention), TensorDataset(random_tensor(8, 3, 4, seed=0), LABELS), CLASSES),
+    "transformer": (lambda: seeded(Transformer), words_for(8), CLASSES),
+    "tied head": (lambda: seeded(TiedHead), TensorDataset(tokens(8, 4), tokens(8, seed=3)), CLASSES),
+    "gpt2": (lambda: seeded(GPT2), TensorDataset(tokens(8, 3, size=7), tokens(8, size=7, seed=3)), CLASSES),
+    "lstm": (lambda: seeded(Recurrent), TensorDataset(random_tensor(8, 3, 4, seed=0), LABELS), CLASSES),
+    "raw parameters": (lambda: seeded(Scaled), TensorDataset(random_tensor(8, 6, seed=0), LABELS), CLASSES),
+}
+
+
+def expected_scores(attributor, model, task, data):
+    """Times n, with the damping that the attributor found."""
+    matrix, grads = gauss_newton_of(model, task, data), gradients_of(model, task, data)
+    damping = attributor._fitted[0].curvature.absolute_damping
+    return grads @ torch.linalg.solve(matrix + damping * torch.eye(len(matrix), dtype=matrix.dtype), grads.T)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_conjugate_gradients(name):
+    make, data, task = CASES[name]
+    model = make()
+    attributor = fitted(model, data, "influence-cg", damping=0.3, tolerance=1e-10, task=task, batch_size=5)
+    found, expected = exact_scores(attributor, data), expected_scores(attributor, model, task, data)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-7 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["classification", "regression", "attention"])
+def test_products(name):
+    """The matrix itself, column by column; of some examples too."""
+    make, data, task = CASES[name]
+    model = make()
+    attributor = fitted(model, data, "influence-cg", damping=1.0, task=task, batch_size=5)
+    curvature, layouts = attributor._fitted[0].curvature, attributor._capture.layouts
+    size = sum(layout.num_parameters for layout in layouts.values())
+    with torch.no_grad():
+        matrix = curvature.product(torch.eye(size, dtype=torch.float64))
+        part = curvature.product(torch.eye(size, dtype=torch.float64), slice(2, 5))
+    torch.testing.assert_close(matrix, matrix.T, rtol=0, atol=1e-12)
+    assert torch.linalg.eigvalsh(matrix).min() > -1e-10
+    for found, rows in ((matrix, slice(None)), (part, slice(2, 5))):
+        explicit = gauss_newton_of(model, task, TensorDataset(*(t[rows] for t in data.tensors)))
+        torch.testing.assert_close(torch.linalg.eigvalsh(found), torch.linalg.eigvalsh(explicit), rtol=1e-9, atol=1e-10)
+
+
+def test_chunks_of_tangents(monkeypatch):
+    make, data, task = CASES["words"]
+    scores = []
+    for size in (2**24, 1):
+        monkeypatch.setattr(gauss_newton, "CHUNK_VALUES", size)
+        scores.append(exact_scores(fitted(make(), data, "influence-cg", damping=1.0, task=task), data))
+    torch.testing.assert_close(scores[0], scores[1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("tolerance", [0.3, 1e-3, 1e-6])
+def test_every_query_is_solved_as_well_as_the_tolerance_says(tolerance):
+    """Also one whose gradient is small beside the others'."""
+    model, data = mlp(), points_for()
+    attributor = fitted(model, data, "influence-cg", damping=0.3, tolerance=tolerance)
+    curvature = attributor._fitted[0].curvature
+    batch = next(iter(attributor._fitted[0].side.gradients()))[1]
+    factors = torch.logspace(0, -6, batch.num_examples, dtype=torch.float64)
+    gradients = batch.scaled(factors)
+    with torch.no_grad():
+        solved = curvature.solve(gradients).dense()
+        residual = curvature.product(solved) + curvature.absolute_damping * solved - gradients.dense()
+    relative = (residual.norm(dim=1) / gradients.dense().norm(dim=1)).square().mean().sqrt()
+    assert 0 < relative <= tolerance * (1 + 1e-6)
+
+
+def test_slow_convergence_warns():
+    with pytest.warns(
+        UserWarning, match=r"did not reach a residual of 1e-09 in 2 iterations.*`damping=`.*max_iterations"
+    ):
+        attribute(
+            mlp(), points_for(), train_data=points_for(), method="influence-cg", damping=0.01, tolerance=1e-9,
+            max_iterations=2, **QUIET,
+        )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        attribute(mlp(), points_for(), train_data=points_for(), method="influence-cg", damping=3.0, **QUIET)
+
+
+def test_iterations_are_told():
+    found = attribute(
+        mlp(), points_for(), train_data=points_for(), method="influence-cg", damping=0.1, tolerance=1e-8, **QUIET
+    )
+    assert 2 < found.metadata["curvature"][0]["iterations"] <= 200
+
+
+@pytest.mark.filterwarnings("ignore:LiSSA ended with residuals")  # random batches leave some
+@pytest.mark.parametrize("batch_size", [14, 5])
+@pytest.mark.parametrize("name", ["classification", "regression"])
+def test_lissa(name, batch_size):
+    """A long series; random batches leave some noise, the whole training set none."""
+    make, data, task = CASES[name]
+    model = make()
+    attributor = fitted(model, data, "influence-lissa", damping=10.0, depth=300, task=task, batch_size=batch_size)
+    found, expected = exact_scores(attributor, data), expected_scores(attributor, model, task, data)
+    tolerance = 1e-6 if batch_size == 14 else 0.2
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+
+
+@pytest.mark.filterwarnings("ignore:LiSSA ended with residuals")
+def test_lissa_cannot_diverge():
+    """Also where a batch has a far larger eigenvalue than the mean of the training set."""
+    x, y = points_for(num=12).tensors
+    x = torch.cat([x[:2] * 30, x[2:] * 0.1])
+    scores = attribute(
+        mlp(), points_for(), train_data=TensorDataset(x, y), method="influence-lissa", damping=0.1, depth=200,
+        batch_size=2, **QUIET,
+    ).scores  # fmt: skip
+    assert scores.isfinite().all()
+    short = attribute(
+        mlp(), points_for(), train_data=TensorDataset(x, y), method="influence-lissa", damping=0.1, depth=20,
+        batch_size=2, **QUIET,
+    ).scores  # fmt: skip
+    assert scores.abs().max() < 20 * short.abs().max()
+
+
+def test_a_short_series_warns():
+    with pytest.warns(UserWarning, match=r"LiSSA ended with residuals.*`damping=`.*`depth=`"):
+        attribute(
+            mlp(), points_for(), train_data=points_for(), method="influence-lissa", damping=0.01, depth=3, **QUIET
+        )
+
+
+def test_random_directions_change_the_trace_alone(monkeypatch):
+    """Products are exact whatever the number of outputs."""
+    make, data, task = CASES["classification"]
+    exact = fitted(make(), data, "influence-cg", damping=1.0, task=task)._fitted[0].curvature
+    monkeypatch.setattr(features, "MAX_EXACT_OUTPUTS", 2)
+    drawn = [
+        fitted(make(), data, "influence-cg", damping=1.0, task=task, seed=seed)._fitted[0].curvature.mean_eigenvalue
+        for seed in range(20)
+    ]
+    error = torch.tensor(drawn).std() / 20**0.5
+    assert torch.tensor(drawn).mean() == pytest.approx(exact.mean_eigenvalue, abs=float(4 * error))
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("influence-cg", {"tolerance": 0.0}),
+        ("influence-cg", {"tolerance": -1.0}),
+        ("influence-cg", {"max_iterations": 0}),
+        ("influence-lissa", {"depth": 0}),
+    ],
+)
+def test_wrong_options(method, options):
+    with pytest.raises(ValueError, match=f"`{next(iter(options))}`"):
+        Attributor.create(method, **options)

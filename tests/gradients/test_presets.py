@@ -1,0 +1,507 @@
+"""Every method against explicit matrices made of gradients that were taken one example after the other."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from stride_lightning import Attributor, BinaryClassification, Classification, Regression, attribute
+from tests.helpers.gradient_models import (
+    EXACT,
+    QUIET,
+    TASKS,
+    TokenModel,
+    blocks_of,
+    close_scores,
+    cnn,
+    exact_scores,
+    fitted,
+    gauss_newton_of,
+    gradients_of,
+    jacobians_of,
+    loss_of,
+    margin_of,
+    mlp,
+    pictures_for,
+    points_for,
+    second_derivatives,
+    seeded,
+    words_for,
+)
+from tests.helpers.tiny import random_tensor
+
+NUM_QUERIES = 5
+#: Torch's own, of the first forward-mode derivatives.
+pytestmark = pytest.mark.filterwarnings(r"ignore:.torch\.jit\.script. is deprecated:DeprecationWarning")
+
+
+def case(kind):
+    """A task, a model, training data and queries."""
+    if kind == "pictures":
+        return Classification(), cnn(), pictures_for(), pictures_for(NUM_QUERIES, seed=1)
+    if kind == "words":
+        return Classification(), seeded(TokenModel), words_for(), words_for(NUM_QUERIES, seed=1)
+    task, num_outputs = TASKS[kind]
+    return task, mlp(num_outputs=num_outputs), points_for(kind), points_for(kind, NUM_QUERIES, seed=1)
+
+
+def by_blocks(model, data, queries, gradients, inverse):
+    """``g_q' H^-1 g_i`` with an inverse for each block."""
+    mine, theirs = gradients
+    return sum(mine[:, at] @ inverse(at) @ theirs[:, at].T for at in blocks_of(model).values())
+
+
+def diagonal(model, task, data, grads, damping, found):
+    squares = grads[1].square().mean(0)
+    return grads[0] / (squares + damping * squares.mean()) @ grads[1].T
+
+
+def datainf(model, task, data, grads, damping, found):
+    """The literal formula: an inverse for every example, and the mean of them."""
+
+    def inverse(at):
+        rows = grads[1][:, at]
+        identity = torch.eye(len(at), dtype=rows.dtype)
+        damped = damping * rows.square().mean() * identity
+        return sum(torch.linalg.inv(torch.outer(row, row) + damped) for row in rows) / len(rows)
+
+    return by_blocks(model, data, None, grads, inverse)
+
+
+def gauss_newton(model, task, data, grads, damping, found, layers=None):
+    matrix = gauss_newton_of(model, task, data, layers)
+    damped = matrix + found["damping"] * torch.eye(len(matrix), dtype=matrix.dtype)
+    return grads[0] @ torch.linalg.solve(damped, grads[1].T)
+
+
+def blocks_of_gauss_newton(model, task, data, grads, damping, found):
+    matrix = gauss_newton_of(model, task, data)
+
+    def inverse(at):
+        return torch.linalg.inv(matrix[at][:, at] + found["damping"] * torch.eye(len(at), dtype=matrix.dtype))
+
+    return by_blocks(model, data, None, grads, inverse)
+
+
+REFERENCES = {
+    "grad-dot": lambda model, task, data, grads, damping, found: grads[0] @ grads[1].T * len(data),
+    "grad-cos": lambda model, task, data, grads, damping, found: (
+        F.normalize(grads[0], dim=1) @ F.normalize(grads[1], dim=1).T * len(data)
+    ),
+    "diagonal": diagonal,
+    "datainf": datainf,
+    "influence-cg": gauss_newton,
+    "influence-lissa": gauss_newton,
+    "logra": blocks_of_gauss_newton,
+}
+
+
+@pytest.mark.parametrize("kind", [*TASKS, "pictures", "words"])
+@pytest.mark.parametrize("method", REFERENCES)
+def test_scores_by_hand(method, kind):
+    task, model, data, queries = case(kind)
+    options = EXACT[method] | ({"batch_size": len(data)} if method == "influence-lissa" else {})
+    found = attribute(model, queries, train_data=data, task=task, method=method, **QUIET | options)
+    grads = [gradients_of(model, task, part) for part in (queries, data)]
+    described = found.metadata["curvature"][0]
+    expected = REFERENCES[method](model, task, data, grads, options.get("damping"), described) / len(data)
+    close_scores(found.scores, expected, 1e-4 if method == "influence-lissa" else 1e-5)
+
+
+@pytest.mark.parametrize("kind", [*TASKS, "pictures", "words"])
+def test_last_layer_by_hand(kind):
+    task, model, data, queries = case(kind)
+    last = "out" if kind == "words" else "3" if kind == "pictures" else "2"
+    found = attribute(model, queries, train_data=data, task=task, method="last-layer", **QUIET | EXACT["last-layer"])
+    grads = [gradients_of(model, task, part, layers=[last]) for part in (queries, data)]
+    expected = gauss_newton(model, task, data, grads, 0.3, found.metadata["curvature"][0], [last]) / len(data)
+    close_scores(found.scores, expected)
+    named = attribute(
+        model, queries, train_data=data, task=task, method="last-layer", layers=[last], **QUIET | EXACT["last-layer"]
+    )
+    assert torch.equal(named.scores, found.scores)
+
+
+def test_last_layer_is_the_one_that_runs_last():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.runs_last, self.runs_first = nn.Linear(5, 3), nn.Linear(4, 5)
+            self.frozen = nn.Linear(3, 3).requires_grad_(False)
+
+        def forward(self, x):
+            return self.frozen(self.runs_last(torch.tanh(self.runs_first(x))))
+
+    attributor = fitted(seeded(Backwards), points_for(), "last-layer", **EXACT["last-layer"])
+    assert set(attributor._capture.parameters) == {"runs_last.weight", "runs_last.bias"}
+
+
+#: What each damping is relative to: a sum of eigenvalues, and by how many it is divided.
+@pytest.mark.parametrize("kind", ["points", "pictures"])
+@pytest.mark.parametrize("method", ["diagonal", "ekfac", "influence-cg", "influence-lissa", "last-layer", "logra"])
+def test_mean_eigenvalue(method, kind):
+    kind = "classification" if kind == "points" else kind
+    task, model, data, queries = case(kind)
+    layers = ["3" if kind == "pictures" else "2"] if method == "last-layer" else None
+    found = attribute(model, queries, train_data=data, task=task, method=method, **QUIET | EXACT[method])
+    described = found.metadata["curvature"][0]
+    if method == "diagonal":
+        mean = gradients_of(model, task, data).square().mean()
+    else:
+        trace, sizes = gauss_newton_of(model, task, data, layers).trace(), map(len, blocks_of(model, layers).values())
+        size = sum(sizes) if method not in ("ekfac", "logra") else None
+        if method == "logra":
+            size = sum(min(len(data), len(at)) for at in blocks_of(model).values())
+        elif method == "ekfac":
+            size = sum(p.numel() for p in model.parameters())
+        else:
+            size = min(len(data), size)
+        mean = trace / size
+    assert described["mean_eigenvalue"] == pytest.approx(float(mean), rel=1e-6)
+    assert described["damping"] == pytest.approx(EXACT[method]["damping"] * float(mean), rel=1e-6)
+
+
+# ---- TRAK -------------------------------------------------------------------------------------------------------
+
+
+def margins_by_hand(model, task, data):
+    """Features, weights of examples and weights of the kernel."""
+    jacobians, derivatives = jacobians_of(model, data), second_derivatives(model, task, data)
+    if isinstance(task, Classification | BinaryClassification):
+        probability = torch.stack(
+            [margin_of(task, model(x[None]), y[None]).sigmoid() for x, y in zip(*data.tensors, strict=True)]
+        ).flatten()
+        weights = (1 - probability).detach()
+        return gradients_of(model, task, data, margin_of), weights, weights * (1 - weights)
+    residuals = (data.tensors[1].reshape(len(data), -1) - model(data.tensors[0])).detach() / task.noise_std**2
+    sizes = residuals.norm(dim=1)
+    directions = residuals / sizes[:, None]
+    curved = torch.einsum("nc,ncd,nd->n", directions, derivatives, directions)
+    return torch.einsum("nc,ncp->np", directions, jacobians), sizes, curved
+
+
+@pytest.mark.parametrize("kind", [*TASKS, "pictures", "words"])
+@pytest.mark.parametrize("method", ["trak", "trak-newton"])
+def test_trak_with_all_features(method, kind):
+    task, model, data, queries = case(kind)
+    (features, weights, curved), (asked, *_) = (margins_by_hand(model, task, part) for part in (data, queries))
+    kernel = features.T @ (curved[:, None] ** (method == "trak-newton") * features) / len(data)
+    damping = 0.3 * kernel.trace() / min(kernel.shape[0], len(data))
+    damped = kernel + damping * torch.eye(len(kernel), dtype=kernel.dtype)
+    expected = asked @ torch.linalg.solve(damped, features.T) * weights / len(data)
+    found = attribute(model, queries, train_data=data, task=task, method=method, **QUIET | EXACT[method])
+    close_scores(found.scores, expected)
+    assert found.metadata["curvature"][0]["damping"] == pytest.approx(float(damping), rel=1e-5)
+
+
+def projection_matrix(attributor, model):
+    """The map of an attributor as a matrix ``(p, k)``, from what it does to gradients.
+
+    The gradients of examples and random functions span those that there are, so that the map is told by least squares.
+    """
+    from stride_lightning.gradients.blocks import Block, Gradients
+
+    identity, names = {}, attributor._capture.layouts
+    sizes = [layout.num_parameters for layout in names.values()]
+    start = 0
+    for name, size in zip(names, sizes, strict=True):
+        values = torch.zeros(sum(sizes), size, dtype=torch.float64)
+        values[start : start + size] = torch.eye(size, dtype=torch.float64)
+        layout = names[name]
+        if not layout.is_matrix:
+            identity[name] = Block(values)
+        else:
+            identity[name] = as_matrices(values, layout)
+        start += size
+    return Gradients(identity), attributor._map(Gradients(identity))
+
+
+def as_matrices(values, layout):
+    """Vectors of a block as sums of outer products with the columns of the identity."""
+    from stride_lightning.gradients.blocks import Block, Outer
+
+    rows = layout.shapes[0][0]
+    matrices = values.view(len(values), rows, -1)
+    columns = matrices.shape[2]
+    right = torch.eye(columns, dtype=values.dtype).expand(len(values), columns, columns)
+    return Block(None, (Outer(matrices.transpose(1, 2), right, rows),))
+
+
+@pytest.mark.parametrize("dim", [7, 20])
+def test_trak_projected(dim):
+    task, model, data, queries = case("classification")
+    attributor = fitted(model, data, "trak", projection_dim=dim, damping=0.3, task=task)
+    _, matrix = projection_matrix(attributor, model)
+    assert matrix["all parameters"].dense().shape == (43, dim)
+    (features, weights, _), (asked, *_) = (margins_by_hand(model, task, part) for part in (data, queries))
+    order = torch.cat([joined_places(model, name) for name in attributor._capture.layouts])
+    project = matrix["all parameters"].dense()
+    features, asked = features[:, order] @ project, asked[:, order] @ project
+    kernel = features.T @ features / len(data)
+    damping = 0.3 * kernel.trace() / min(dim, len(data))
+    inverse = torch.linalg.inv(kernel + damping * torch.eye(dim, dtype=kernel.dtype))
+    found = attributor.attribute(queries)
+    close_scores(found.scores, asked @ inverse @ features.T * weights / len(data))
+
+
+@pytest.mark.parametrize("dim", [2, 4])
+def test_logra_projected(dim):
+    task, model, data, queries = case("classification")
+    attributor = fitted(model, data, "logra", projection_dim=dim, damping=0.3, task=task)
+    _, matrices = projection_matrix(attributor, model)
+    grads = [gradients_of(model, task, part) for part in (queries, data)]
+    gauss_newton = gauss_newton_of(model, task, data)
+    projected, start = {}, 0
+    for name, layout in attributor._capture.layouts.items():
+        own = matrices[name].dense()[start : start + layout.num_parameters]
+        start += layout.num_parameters
+        at = joined_places(model, name)
+        projected[name] = [g[:, at] @ own for g in grads], own.T @ gauss_newton[at][:, at] @ own
+        assert own.shape == (len(at), min(dim, layout.shapes[0][0]) * min(dim, len(at) // layout.shapes[0][0]))
+    ranks = sum(min(len(data), len(matrix)) for _, matrix in projected.values())
+    damping = 0.3 * sum(float(matrix.trace()) for _, matrix in projected.values()) / ranks
+    expected = sum(
+        mine @ torch.linalg.inv(matrix + damping * torch.eye(len(matrix), dtype=matrix.dtype)) @ theirs.T
+        for (mine, theirs), matrix in projected.values()
+    )
+    close_scores(attributor.attribute(queries).scores, expected / len(data))
+
+
+def joined_places(model, name):
+    """Places in a vector of all parameters, in the order of a block's matrix with the bias as its last column."""
+    at, rows = blocks_of(model)[name], model.get_parameter(name).shape[0]
+    weight = model.get_parameter(name).numel()
+    return torch.cat([at[:weight].view(rows, -1), at[weight:].view(rows, -1)], 1).flatten()
+
+
+def test_trak_over_models_averages_kernels_and_probabilities_by_themselves(tmp_path):
+    task, _, data, queries = case("classification")
+    kernels, weights = [], []
+    for seed in range(2):
+        model = mlp(seed=seed)
+        torch.save(model.state_dict(), tmp_path / f"{seed}.pt")
+        (features, weight, _), (asked, *_) = (margins_by_hand(model, task, part) for part in (data, queries))
+        kernel = features.T @ features / len(data)
+        damping = 0.3 * kernel.trace() / min(len(data), len(kernel))
+        damped = kernel + damping * torch.eye(len(kernel), dtype=kernel.dtype)
+        kernels.append(asked @ torch.linalg.solve(damped, features.T) / len(data))
+        weights.append(weight)
+    expected = torch.stack(kernels).mean(0) * torch.stack(weights).mean(0)
+    found = attribute(
+        mlp(seed=5), queries, train_data=data, method="trak", damping=0.3, checkpoints=tmp_path, task=task, **QUIET
+    )
+    close_scores(found.scores, expected)
+    assert [one["name"] for one in found.metadata["checkpoints"]] == ["0.pt", "1.pt"]
+
+
+# ---- checkpoints ------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path, model, step, rates):
+    """A Lightning checkpoint with one learning rate, or one for each parameter."""
+    named = dict(model.named_parameters())
+    groups = [{"params": [(name, named[name])], "lr": rate} for name, rate in rates.items()]
+    optimizer = torch.optim.SGD(groups)
+    torch.save(
+        {"state_dict": model.state_dict(), "global_step": step, "optimizer_states": [optimizer.state_dict()]}, path
+    )
+
+
+RATES = {
+    "one rate": [dict.fromkeys(("0.weight", "0.bias", "2.weight", "2.bias"), rate) for rate in (0.5, 0.1, 0.02)],
+    "rates by parameter": [
+        {"0.weight": 0.5, "0.bias": 0.1, "2.weight": 0.3, "2.bias": 0.3},
+        {"0.weight": 0.0, "0.bias": 0.2, "2.weight": 0.1, "2.bias": 0.4},
+        {"0.weight": 0.1, "0.bias": 0.1, "2.weight": 0.0, "2.bias": 0.0},
+    ],
+}
+
+
+@pytest.mark.parametrize("rates", RATES.values(), ids=RATES)
+@pytest.mark.parametrize("kind", TASKS)
+def test_tracin(tmp_path, kind, rates):
+    task, model, data, queries = case(kind)
+    num_outputs, expected = TASKS[kind][1], 0.0
+    for step, of_step in enumerate(rates):
+        then = mlp(num_outputs=num_outputs, seed=step + 1)
+        save_checkpoint(tmp_path / f"{step}.ckpt", then, step, of_step)
+        factors = torch.cat([torch.full((p.numel(),), of_step[name]) for name, p in then.named_parameters()]).double()
+        mine, theirs = (gradients_of(then, task, part) for part in (queries, data))
+        expected = expected + mine * factors @ theirs.T
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = attribute(model, queries, train_data=data, task=task, method="tracin", record=tmp_path, **QUIET)
+    close_scores(found.scores, expected)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    listed = attribute(
+        model,
+        queries,
+        train_data=data,
+        task=task,
+        method="tracin",
+        checkpoints=[tmp_path / f"{step}.ckpt" for step in (2, 0, 1)],
+        **QUIET,
+    )
+    close_scores(listed.scores, found.scores)
+
+
+def test_tracin_leaves_parameters_alone_that_no_optimizer_had(tmp_path):
+    task, model, data, queries = case("classification")
+    rates = {"2.weight": 0.3, "2.bias": 0.1}
+    save_checkpoint(tmp_path / "a.ckpt", model, 1, rates)
+    factors = torch.cat([torch.full((p.numel(),), rates.get(name, 0)) for name, p in model.named_parameters()]).double()
+    mine, theirs = (gradients_of(model, task, part) for part in (queries, data))
+    found = attribute(model, queries, train_data=data, method="tracin", record=tmp_path, **QUIET)
+    close_scores(found.scores, mine * factors @ theirs.T)
+
+
+def test_tracin_without_checkpoints_or_rates(tmp_path):
+    _task, model, data, queries = case("classification")
+    with pytest.raises(ValueError, match=r"TracInCallback\(\).*`record=`"):
+        attribute(model, queries, train_data=data, method="tracin", **QUIET)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"weights\.pt hold no learning rates.*method='grad-dot'"):
+        attribute(model, queries, train_data=data, method="tracin", record=tmp_path, **QUIET)
+    with pytest.raises(ValueError, match="`record` and `checkpoints`"):
+        attribute(model, queries, train_data=data, method="tracin", record=tmp_path, checkpoints=tmp_path, **QUIET)
+
+
+@pytest.mark.parametrize("method", ["grad-dot", "ekfac", "datainf"])
+def test_the_mean_over_checkpoints(tmp_path, method):
+    _task, _, data, queries = case("classification")
+    single = []
+    for seed in range(2):
+        model = mlp(seed=seed)
+        torch.save(model.state_dict(), tmp_path / f"{seed}.pt")
+        single.append(attribute(model, queries, train_data=data, method=method, **QUIET | EXACT[method]).scores)
+    found = attribute(
+        mlp(seed=7), queries, train_data=data, method=method, checkpoints=tmp_path, **QUIET | EXACT[method]
+    )
+    close_scores(found.scores, torch.stack(single).mean(0))
+
+
+# ---- what scores mean -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["influence-cg", "ekfac", "logra", "last-layer"])
+def test_leaving_out_one_example_of_a_ridge_regression(method):
+    """A linear model fitted in closed form, and again without each example: the sign and the size of every score."""
+    num, size, ridge = 30, 2, 1.0
+    x, asked_x, truth = random_tensor(num, size, seed=0), random_tensor(8, size, seed=3), random_tensor(size, 1, seed=1)
+    y = x @ truth + 0.3 * random_tensor(num, 1, seed=2)
+    asked_y = asked_x @ truth + 0.3 * random_tensor(8, 1, seed=4)
+
+    def solved(kept):
+        matrix = x[kept].T @ x[kept] + num * ridge * torch.eye(size, dtype=x.dtype)
+        return torch.linalg.solve(matrix, x[kept].T @ y[kept])
+
+    def losses(weights):
+        return (asked_x @ weights - asked_y).square()[:, 0] / 2
+
+    everything = torch.arange(num)
+    full = losses(solved(everything))
+    change = torch.stack([losses(solved(everything[everything != i])) - full for i in range(num)], 1)
+    model = nn.Linear(size, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(solved(everything).T)
+    options = EXACT[method] | {"damping": float(ridge / (x.T @ x / num).trace() * size)}
+    found = attribute(
+        model, TensorDataset(asked_x, asked_y), train_data=TensorDataset(x, y), method=method, **QUIET | options
+    ).scores.double()
+    assert torch.corrcoef(torch.stack([found.flatten(), change.flatten()]))[0, 1] > 0.99
+    large = change.abs() > 0.05 * change.abs().max()
+    assert (found.sign() == change.sign())[large].all()
+    assert float(found[large].abs().sum() / change[large].abs().sum()) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_an_example_helps_itself(method):
+    """The sign of every method: an example lowers its own loss."""
+    _task, model, data, _ = case("classification")
+    scores = attribute(model, data, train_data=data, method=method, **QUIET | EXACT[method]).scores
+    assert (scores.diagonal() > 0).all()
+
+
+def test_no_gradient_has_no_cosine():
+    """An example that the model is sure of, to rounding."""
+    model = mlp().float()
+    with torch.no_grad():
+        model[2].bias.copy_(torch.tensor([300.0, 0, 0]))
+    data = TensorDataset(points_for().tensors[0], torch.arange(14) % 2)
+    scores = attribute(model, data, train_data=data, method="grad-cos", **QUIET).scores
+    assert scores.isfinite().all()
+    assert (scores[::2] == 0).all()
+    assert scores[1, 1] == pytest.approx(1)
+
+
+# ---- options ----------------------------------------------------------------------------------------------------
+
+
+def test_every_method_is_tested_here():
+    from stride_lightning.gradients.attributor import GradientAttributor
+
+    made = {m for m in Attributor.methods() if issubclass(Attributor._registry[m], GradientAttributor)}
+    assert made == {*EXACT, "tracin"}
+
+
+@pytest.mark.parametrize("method", ["trak", "logra"])
+@pytest.mark.parametrize("dim", [0, -1, 2.0, True, "8"])
+def test_wrong_projection_dim(method, dim):
+    with pytest.raises(ValueError, match="`projection_dim` must be an integer of at least 1"):
+        Attributor.create(method, projection_dim=dim)
+
+
+@pytest.mark.parametrize("method", [m for m in EXACT if m not in ("grad-dot", "grad-cos")])
+@pytest.mark.parametrize("damping", [-0.1, float("nan"), float("inf"), True, "0.1"])
+def test_wrong_damping(method, damping):
+    with pytest.raises(ValueError, match="`damping` must be a number of at least 0"):
+        Attributor.create(method, damping=damping)
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 2.0, True])
+def test_wrong_top_k(top_k):
+    with pytest.raises(ValueError, match="`top_k` must be an integer of at least 1"):
+        Attributor.create("grad-dot", top_k=top_k)
+
+
+def test_layers_must_be_a_list():
+    with pytest.raises(TypeError, match=r"write layers=\['0'\]"):
+        Attributor.create("grad-dot", layers="0")
+
+
+def test_options_of_others_are_refused():
+    with pytest.raises(TypeError, match="Unknown option damping for method 'grad-dot'"):
+        Attributor.create("grad-dot", damping=0.1)
+    with pytest.raises(ValueError, match="reads no record"):
+        attribute(mlp(), points_for(), train_data=points_for(), method="ekfac", record="somewhere", **QUIET)
+
+
+def test_several_logits_have_no_margin_and_use_the_loss():
+    """Binary outputs that stand for several questions: TRAK takes the direction of the loss."""
+    data = TensorDataset(points_for().tensors[0], torch.randint(2, (14, 3), generator=torch.Generator().manual_seed(0)))
+    model, task = mlp(), BinaryClassification()
+    found = attribute(model, data, train_data=data, task=task, method="trak", damping=0.3, **QUIET).scores
+    outputs = model(data.tensors[0]).detach()
+    downhill = data.tensors[1] - outputs.sigmoid()
+    sizes = downhill.norm(dim=1)
+    features = -gradients_of(model, task, data, loss_of) / sizes[:, None]
+    inverse = torch.linalg.inv(
+        features.T @ features / 14 + 0.3 * features.square().sum() / 14 / 14 * torch.eye(43, dtype=torch.float64)
+    )
+    close_scores(found, features @ inverse @ features.T * sizes / 14)
+
+
+def test_regression_noise_scales_scores():
+    _task, model, data, queries = case("regression")
+    one, other = (
+        attribute(model, queries, train_data=data, task=Regression(noise_std=s), method="grad-dot", **QUIET).scores
+        for s in (1.0, 2.0)
+    )
+    close_scores(other, one / 16)
+
+
+def test_exact_scores_of_the_helper():
+    task, model, data, queries = case("classification")
+    scores = exact_scores(fitted(model, data, "grad-dot"), queries)
+    mine, theirs = (gradients_of(model, task, part) for part in (queries, data))
+    torch.testing.assert_close(scores, mine @ theirs.T, rtol=1e-9, atol=1e-12)

@@ -1,0 +1,128 @@
+"""The scripts that a newcomer runs do run, and say what they promise."""
+
+import importlib.util
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+@pytest.fixture
+def as_before(monkeypatch, tmp_path):
+    """Runs in an empty folder; what scripts set for the whole process is put back."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.setenv(name, "0")  # so that it is put back
+    logger = logging.getLogger("lightning.pytorch")
+    level, threads, generator = logger.level, torch.get_num_threads(), torch.get_rng_state()
+    yield
+    logger.setLevel(level)
+    torch.set_num_threads(threads)
+    torch.set_rng_state(generator)
+
+
+@pytest.mark.usefixtures("as_before")
+def test_wrong_labels_are_found(monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    script = load_script("examples/find_mislabelled.py")
+    for name, value in {"NUM_TRAIN": 400, "NUM_WRONG": 40, "EPOCHS": 12, "EVERY_N_EPOCHS": 3}.items():
+        monkeypatch.setattr(script, name, value)
+    script.main()
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^(loss|mean loss|tracin|grad-dot|ekfac) +(\.?\d\S*)  (\S+) +(\d+)  ", printed, re.MULTILINE)
+    assert len(rows) == 2 * 5, printed
+    # Twelve epochs are too few to learn wrong labels by heart: everything finds them.
+    assert min(float(auroc) for _, auroc, *_ in rows) > 0.9, printed
+    assert min(int(found) for *_, found in rows) > 20, printed
+    assert {path.name for path in Path("runs/mislabelled").glob("*.png")} == {"regularised.png", "memorised.png"}
+
+
+@pytest.mark.usefixtures("as_before")
+def test_wrong_labels_are_wrong_and_as_many_as_said():
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    script = load_script("examples/find_mislabelled.py")
+    train, true = script.digits_with_wrong_labels()
+    images, given = train.tensors
+    assert images.shape == (1000, 1, 8, 8)
+    assert int((given != true).sum()) == script.NUM_WRONG == 100
+    assert set(given.tolist()) <= set(range(10))
+
+
+# ---- benchmarks/methods.py ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def truth_folder(tmp_path):
+    """A truth file in which nothing was retrained: losses are noise."""
+    generator = np.random.default_rng(0)
+    layers = nn.Linear(5, 8), nn.Linear(8, 3)
+    arrays = {
+        "x_train": generator.standard_normal((60, 5), dtype=np.float32),
+        "x_test": generator.standard_normal((6, 5), dtype=np.float32),
+        "y_train": np.arange(60) % 3,
+        "y_test": np.arange(6) % 3,
+        "masks": np.packbits(generator.permuted(np.arange(60) < np.full((10, 1), 30), axis=1), axis=1),
+        "losses": generator.random((10, 6), dtype=np.float32),
+    }
+    for place, layer in enumerate(layers):
+        arrays[f"p{2 * place}"] = layer.weight.detach().numpy().T
+        arrays[f"p{2 * place + 1}"] = layer.bias.detach().numpy()[None]
+    np.savez(tmp_path / "tiny.npz", **arrays)
+    return tmp_path
+
+
+def test_methods_are_compared(truth_folder):
+    script = ROOT / "benchmarks" / "methods.py"
+    options = ["--methods", "tracin,trak", "--epochs", "2", "--threads", "1", "--sweep"]
+    done = subprocess.run(
+        [sys.executable, str(script), "--truth", "tiny", *options],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "STRIDE_TRUTH": str(truth_folder)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    table, sweep = done.stdout.split("tiny: LDS by damping")
+    number = r"-?\d\.\d{3}"
+    assert re.search(rf"^tracin +{number} +\d+\.\d\d +\d+ +-$", table, re.MULTILINE), done.stdout
+    assert re.search(rf"^trak +{number} +\d+\.\d\d +\d+ +[\d.]+$", table, re.MULTILINE), done.stdout
+    assert re.search(rf"^trak.* \[{number}\].*   \d\.\d{{3}}$", sweep, re.MULTILINE), done.stdout
+    (scored,) = re.findall(rf"^trak +({number})", table, re.MULTILINE)
+    assert f"[{scored}]" in sweep  # the same method at the same damping
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["--help"], 0, "--sweep"),
+        (["--truth", "nowhere"], 2, "Expected the path of an .npz file, or the name of one"),
+        (["--truth", __file__, "--methods", "tracing"], 2, "unknown: tracing. Known: stride, "),
+    ],
+)
+def test_methods_say_what_they_expect(monkeypatch, capsys, arguments, status, said):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as if it were run: scripts import from their folder
+    monkeypatch.delenv("STRIDE_TRUTH", raising=False)
+    script = load_script("benchmarks/methods.py")
+    monkeypatch.setattr(sys, "argv", ["methods.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == status
+    assert said in " ".join("".join(capsys.readouterr()).split())

@@ -1,0 +1,261 @@
+"""self_influence(): the diagonal of the attribution of the training data to themselves."""
+
+import copy
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+import stride_lightning.attributors as module
+from stride_lightning import (
+    Attribution,
+    Attributor,
+    GroundTruth,
+    StrideAttributor,
+    attribute,
+)
+from stride_lightning.attributors import self_influence
+from stride_lightning.metrics import mislabel_detection
+from stride_lightning.retraining.attributors import FurtherTrainingAttributor
+from tests.helpers.models import Classifier, ConvNet, build, classification_data, picture_data, train
+from tests.test_attribute import SOLVED_TOGETHER, half_frozen, state_of
+from tests.test_distributed import run_two, start
+
+DATA = classification_data()
+FEW = {"num_subsets": 16, "show_progress": False}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A trained classifier that no trainer is attached to; tests leave it as they found it."""
+    model = build(Classifier, dropout=0.3)
+    train(model, DATA, tmp_path_factory.mktemp("run"), max_epochs=8)
+    model.trainer = None
+    return model
+
+
+def close(one, other, rtol=SOLVED_TOGETHER):
+    torch.testing.assert_close(one, other, rtol=rtol, atol=rtol * other.abs().max().item())
+
+
+class Product(Attributor):
+    """The score of example i for query j is the product of their first features, plus a constant; counts calls."""
+
+    shift = 1.0
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.asked = []
+
+    def _fit(self, model, device, record, checkpoint):
+        pass
+
+    def _attribute(self, model, queries, device, target):
+        assert (target, model.training) == ("label", False)
+        assert not torch.is_grad_enabled()
+        self.asked.append(len(queries))
+        rows, columns = (torch.stack([data[i][0][0] for i in range(len(data))]) for data in (queries, self._scored()))
+        return Attribution((rows[:, None] * columns + self.shift).double())
+
+    def _scored(self):
+        return self._scored_examples()
+
+
+Product.method = "product for a test"  # after the class was made, so that it is not registered
+
+
+class Few(Product):
+    """Scores some of the examples, in an order of its own."""
+
+    places = (50, 3, 17, 4)
+
+    def _scored_examples(self):
+        return self._train.subset(self.places)
+
+
+# ---- which numbers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [256, 7, 1])
+@pytest.mark.parametrize("options", [{}, {"recovery": "ridge", "penalty": 0.1}], ids=["prior", "ridge"])
+def test_the_diagonal(model, batch_size, options):
+    found = self_influence(model, train_data=DATA, batch_size=batch_size, **FEW, **options)
+    expected = attribute(model, DATA, train_data=DATA, **FEW, **options).scores.diagonal()
+    assert found.shape == (len(DATA),)
+    assert found.dtype == torch.float32
+    assert found.std() > 0
+    close(found, expected)
+
+
+def test_train_indices_give_the_order(model):
+    chosen = [50, 3, 7, 20, 41, 9, 33, 12]
+    found = self_influence(model, train_data=DATA, train_indices=chosen, batch_size=3, **FEW)
+    of_subset = self_influence(model, train_data=Subset(DATA, chosen), **FEW)
+    attribution = attribute(model, Subset(DATA, chosen), train_data=DATA, train_indices=chosen, **FEW)
+    close(found, attribution.scores.diagonal())
+    close(found, of_subset)
+
+
+def test_parts_and_order_by_hand(model):
+    squares = DATA.tensors[0][:, 0].square() + Product.shift
+    attributor = Product(batch_size=25, show_progress=False)
+    attributor.fit(model, DATA)
+    found = attributor.self_influence()
+    torch.testing.assert_close(found, squares)
+    assert found.dtype == torch.float32
+    assert attributor.asked == [25, 25, 10]
+    torch.testing.assert_close(
+        attributor.fit(model, DATA, train_indices=[9, 2, 30]).self_influence(), squares[[9, 2, 30]]
+    )
+
+
+@pytest.mark.parametrize("batch_size", [60, 8])
+def test_a_method_that_scores_some_examples_gives_those(model, batch_size):
+    attributor = Few(batch_size=batch_size, show_progress=False).fit(model, DATA)
+    found = attributor.self_influence()
+    columns = attributor.attribute(Subset(DATA, [0])).train_indices
+    assert columns.tolist() == list(Few.places)
+    torch.testing.assert_close(found, DATA.tensors[0][columns, 0].square() + Product.shift)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    attributor.fit(model, DATA, train_indices=order)
+    columns = order[list(Few.places)]
+    torch.testing.assert_close(attributor.self_influence(), DATA.tensors[0][columns, 0].square() + Product.shift)
+
+
+def test_a_method_whose_queries_share_work_is_asked_once(model, monkeypatch):
+    monkeypatch.setattr(Product, "_shares_work", True)
+    attributor = Product(batch_size=7, show_progress=False).fit(model, DATA)
+    attributor.self_influence()
+    assert attributor.asked == [60]
+
+
+def test_a_method_may_know_better(model):
+    class Known(Product):
+        def _self_influence(self, model, device):
+            return torch.arange(len(self._train), device=device).double()
+
+    found = Known().fit(model, DATA).self_influence()
+    assert found.tolist() == list(range(60))
+    assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("left_out", [None, [31, 2, 17, 9]], ids=["all", "some"])
+def test_further_training(left_out):
+    model, data = build(Classifier), classification_data(40)
+    options = {"num_seeds": 1, "left_out": left_out, "train_batch_size": 10, "show_progress": False}
+    found = self_influence(model, train_data=data, method="further-training", batch_size=64, **options)
+    attribution = attribute(model, data, train_data=data, method="further-training", **options)
+    torch.testing.assert_close(found, attribution.scores[attribution.train_indices].diagonal())
+    assert (found > 0).float().mean() > 0.7  # training on an example helps it
+    if left_out is not None:
+        in_parts = FurtherTrainingAttributor(batch_size=16, **options).fit(model, data).self_influence()
+        torch.testing.assert_close(in_parts, found, rtol=1e-3, atol=1e-6)
+
+
+def test_truth_of_other_queries_is_refused(model):
+    truth = GroundTruth(
+        torch.rand(20, 60, generator=torch.Generator().manual_seed(0)) < 0.5,
+        torch.rand(1, 20, 6, generator=torch.Generator().manual_seed(1)),
+        [0],
+        {"query_data": {"num_examples": 6, "content": "a" * 64}},
+    )
+    with pytest.raises(ValueError, match="`queries`"):
+        self_influence(model, train_data=DATA, method="retraining", truth=truth, recovery="ridge", show_progress=False)
+
+
+def test_wrong_labels_are_found(tmp_path):
+    """The usual use."""
+    x = torch.randn(120, 4, generator=torch.Generator().manual_seed(3))
+    wrong = torch.arange(120) % 10 == 0
+    data = TensorDataset(x, ((x[:, 0] + x[:, 1] > 0) ^ wrong).long())
+    model = build(Classifier, num_classes=2)
+    train(model, data, tmp_path, max_epochs=15)
+    found = self_influence(model, train_data=data, num_subsets=200, show_progress=False)
+    assert mislabel_detection(found, wrong) > 0.85
+
+
+def ask_on_two(number, port, folder):
+    start(number, port)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=2)
+    torch.save(self_influence(build(Classifier), train_data=DATA, batch_size=25, **FEW), folder / f"rank{number}.pt")
+
+
+@pytest.mark.distributed
+def test_two_processes_give_the_same(tmp_path):
+    first, second = run_two(ask_on_two, tmp_path)
+    assert first.equal(second)
+    close(first, self_influence(build(Classifier), train_data=DATA, **FEW), rtol=1e-4)
+
+
+# ---- the front door and the model -------------------------------------------------------------------------------
+
+
+def test_function_and_method_agree(model, tmp_path):
+    other = build(Classifier, seed=1, dropout=0.3)
+    torch.save(other.state_dict(), tmp_path / "other.pt")
+    plain = copy.deepcopy(other)
+    arguments = {"train_data": DataLoader(DATA, 7, shuffle=True), "train_indices": range(0, 60, 2), "seed": 3}
+    arguments |= {"ckpt_path": tmp_path / "other.pt", "device": "cpu", "layers": ["network.0"]}
+    found = self_influence(model, **arguments, **FEW)
+    by_hand = StrideAttributor(seed=3, layers=["network.0"], **FEW).fit(plain, DATA, train_indices=range(0, 60, 2))
+    assert found.equal(by_hand.self_influence())
+    assert found.equal(by_hand.self_influence())  # asked again
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_model_is_as_before(tmp_path, fails):
+    class Failing(ConvNet):
+        def forward(self, inputs):
+            if fails and len(inputs) == 1:  # the last part
+                raise RuntimeError("out of luck")
+            return super().forward(inputs)
+
+    torch.save(build(ConvNet, seed=1).state_dict(), tmp_path / "other.pt")
+    model, data = half_frozen(Failing), picture_data()
+    attributor = StrideAttributor(batch_size=13, num_subsets=8, layers=["network.6"], show_progress=False)
+    before, random = state_of(model), torch.get_rng_state()
+    with torch.random.fork_rng():
+        if fails:
+            fails = False
+            attributor.fit(model, data, ckpt_path=tmp_path / "other.pt")
+            fails = True
+            with pytest.raises(RuntimeError, match="out of luck"):
+                attributor.self_influence()
+        else:
+            attributor.fit(model, data, ckpt_path=tmp_path / "other.pt").self_influence()
+            assert torch.equal(torch.get_rng_state(), random)
+    assert state_of(model) == before
+
+
+def test_before_fit_and_after_a_change(model):
+    with pytest.raises(RuntimeError, match=r"Call fit\(model, train_data\) before self_influence\(\)"):
+        StrideAttributor().self_influence()
+    changed = copy.deepcopy(model)
+    attributor = StrideAttributor(**FEW).fit(changed, DATA)
+    with torch.no_grad():
+        changed.network[0].bias += 1
+    with pytest.raises(ValueError, match=r"weights have changed since fit\(\)"):
+        attributor.self_influence()
+
+
+def test_wrong_arguments(model):
+    with pytest.raises(ValueError, match=r"Unknown method 'other'\. Known: .*stride"):
+        self_influence(model, train_data=DATA, method="other")
+    with pytest.raises(TypeError, match="Unknown option num_subset for method 'stride'"):
+        self_influence(model, train_data=DATA, num_subset=3)
+    with pytest.raises(TypeError, match="task cannot be told"):
+        self_influence(model, train_data=TensorDataset(DATA.tensors[0]), **FEW)
+
+
+@pytest.mark.parametrize("show", [True, False])
+def test_progress(model, monkeypatch, show):
+    seen = []
+
+    def track(items, description, *, show):
+        seen.append((description, len(items), show))
+        return iter(items)
+
+    monkeypatch.setattr(module, "track", track)
+    Product(batch_size=20, show_progress=show).fit(model, DATA).self_influence()
+    assert seen == [("Self-influence", 3, show)]
