@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from stride_lightning.gradients.attributor import GradientAttributor as GradientAttributor
     from stride_lightning.gradients.tuning import DampingSearch as DampingSearch
     from stride_lightning.gradients.tuning import tune_damping as tune_damping
+    from stride_lightning.information.attributor import InformationGainAttributor as InformationGainAttributor
+    from stride_lightning.information.attributor import InformationLossAttributor as InformationLossAttributor
+    from stride_lightning.information.index import InformationIndex as InformationIndex
+    from stride_lightning.information.retrieval import build_index as build_index
+    from stride_lightning.information.retrieval import search_index as search_index
     from stride_lightning.metrics.linear_datamodeling import LinearDatamodelingScore as LinearDatamodelingScore
     from stride_lightning.metrics.linear_datamodeling import linear_datamodeling_score as linear_datamodeling_score
     from stride_lightning.records import RecordError as RecordError
@@ -52,6 +57,9 @@ _HOMES = {
     "FurtherTrainingCallback": "callbacks.further_training",
     "GradientAttributor": "gradients.attributor",
     "GroundTruth": "retraining.ground_truth",
+    "InformationGainAttributor": "information.attributor",
+    "InformationIndex": "information.index",
+    "InformationLossAttributor": "information.attributor",
     "LinearDatamodelingScore": "metrics.linear_datamodeling",
     "RecordError": "records",
     "Regression": "tasks",
@@ -64,11 +72,13 @@ _HOMES = {
     "TopExamples": "top_examples",
     "TracInCallback": "callbacks.tracin",
     "attribute": "attributors",
+    "build_index": "information.retrieval",
     "evaluate": "evaluation",
     "further_train": "retraining.further_training",
     "linear_datamodeling_score": "metrics.linear_datamodeling",
     "retrain": "retraining.retrain",
     "retrain_without": "retraining.retrain",
+    "search_index": "information.retrieval",
     "self_influence": "attributors",
     "tune_damping": "gradients.tuning",
 }

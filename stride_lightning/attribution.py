@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -58,6 +58,8 @@ class Attribution:
     #: The data behind rows and columns, for pictures; not saved.
     queries: Examples | None = field(default=None, repr=False)
     train_data: Examples | None = field(default=None, repr=False)
+    #: Chooses examples that differ: from queries, their target, candidate columns and k; set by methods that can.
+    diversify: Callable[[Examples, str, Tensor, int], TopExamples] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.scores.ndim != 2:
@@ -125,16 +127,33 @@ class Attribution:
     def _keep(self, rows: list[int]) -> None:
         self.scores, self.std = self.scores[rows], None if self.std is None else self.std[rows]
 
-    def top(self, k: int | None = None) -> TopExamples:
+    def top(self, k: int | None = None, *, diverse: bool = False) -> TopExamples:
         """Proponents and opponents of every query; ties come in order of columns.
 
         Args:
             k: How many of each, by default 10; all examples if there are fewer.
+            diverse: Choose proponents one after the other, each for what it tells beyond those before it, from the
+                500 (or ``10 k``) with the highest scores; there are no opponents then, and the scores are what each
+                adds, in nats, if labels had no noise. For unsigned information methods, as long as their attributor
+                and the model are as they were; in a distributed run every process must call it.
 
         Returns:
             Positions in the training dataset and scores, each of shape ``(num_queries, k)``.
+
+        Raises:
+            ValueError: If ``k`` is below 1, or diverse examples were asked of a method that cannot choose them.
         """
-        return self.top_columns(k).renamed(self.train_indices)
+        return (self._diverse(k) if diverse else self.top_columns(k)).renamed(self.train_indices)
+
+    def _diverse(self, k: int | None) -> TopExamples:
+        if self.diversify is None or self.queries is None:
+            raise ValueError(
+                "diverse=True needs method='information-loss' or 'information-gain' without `signed`, and the result "
+                "of attribute() itself: a saved attribution does not keep the model. Use top() without it."
+            )
+        size = self.top_columns(k).proponents.shape[1]
+        candidates = self.top_columns(min(self.num_ranked, max(500, 10 * size))).proponents
+        return self.diversify(self.queries, self.metadata["target"], candidates, size)
 
     def top_columns(self, k: int | None = None) -> TopExamples:
         """As :meth:`top`, with columns of the scores in place of positions in the training dataset."""

@@ -76,7 +76,8 @@ def attribute(
         **options: Options of the method, such as ``num_subsets``, ``layers``, ``basis``, ``recovery``.
 
     Returns:
-        Scores of shape ``(num_queries, num_train)`` and all that can be done with them.
+        Scores of shape ``(num_queries, num_train)`` and all that can be done with them; positive is helpful. Their unit
+        is the method's: see its class.
 
     Raises:
         TypeError: If an option is unknown or the data are not map-style.
@@ -128,10 +129,11 @@ def self_influence(
     :func:`~stride_lightning.metrics.mislabel_detection` says how well. Arguments as in :func:`attribute`.
 
     Returns:
-        float32, shape ``(num_train,)``, in nats: the score of each training example for its own loss, the diagonal of
-        the attribution of the training data to themselves; in the order of ``train_indices``, by default that of the
-        dataset. A method that scores only some examples (``left_out``) gives those, in that order. What a method
-        chooses over all queries of a call, such as the penalty of a lasso, it chooses for each ``batch_size`` of them.
+        float32, shape ``(num_train,)``, in the unit of the method: the score of each training example for itself, the
+        diagonal of the attribution of the training data to themselves; in the order of ``train_indices``, by default
+        that of the dataset. A method that scores only some examples (``left_out``) gives those, in that order. What a
+        method chooses over all queries of a call, such as the penalty of a lasso, it chooses for each ``batch_size``
+        of them.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -178,8 +180,10 @@ class Attributor(ABC):
             Attributor._registry[cls.method] = cls
 
     def __init__(self, *, seed: int = 0, batch_size: int = 256, show_progress: bool = True) -> None:
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"`seed` must be an integer of at least 0, got {seed!r}.")
         self.seed, self.batch_size, self.show_progress = seed, batch_size, show_progress
         self.metadata: dict[str, Any] = {}
         self._model: nn.Module | None = None
@@ -189,6 +193,7 @@ class Attributor(ABC):
         """Names of all methods."""
         # The methods of the package register themselves when imported; they import this file, so only now.
         import stride_lightning.gradients.presets
+        import stride_lightning.information.attributor
         import stride_lightning.retraining.attributors
         import stride_lightning.steering.attributor  # noqa: F401
 
@@ -235,7 +240,7 @@ class Attributor(ABC):
         self._model, self._device = model, None if device is None else torch.device(device)
         self._checkpoint_state = None if checkpoint is None else checkpoint.get("state_dict", checkpoint)
         self._train = resolve_train_data(train_data, train_indices, model)
-        with borrowed(model, self._state(), self._device) as where, torch.no_grad():
+        with torch.inference_mode(False), borrowed(model, self._state(), self._device) as where, torch.no_grad():
             self._weights = weight_hash(model)
             head = None if task is not None else first_batch(self._train, min(self.batch_size, 64), where)
             self._task = infer_task_of(head, model) if task is None else task
@@ -297,7 +302,7 @@ class Attributor(ABC):
     def _borrowed_model(self) -> Iterator[tuple[nn.Module, torch.device]]:
         """The model as it was fitted, and its device; afterwards the caller's model is as it was."""
         assert self._model is not None
-        with borrowed(self._model, self._state(), self._device) as where, torch.no_grad():
+        with torch.inference_mode(False), borrowed(self._model, self._state(), self._device) as where, torch.no_grad():
             if weight_hash(self._model) != self._weights:
                 raise ValueError(
                     "The model's weights have changed since fit(). Call fit() again, or attribute a checkpoint with "

@@ -36,7 +36,8 @@ def state_hash(state: Mapping[str, Any]) -> str:
     hasher = hashlib.sha256()
     tensors = {plain_name(name): value for name, value in state.items() if isinstance(value, Tensor)}
     for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
+        # A clone, as a tensor of one element may count as contiguous with any stride.
+        value = tensors[name].detach().cpu().clone(memory_format=torch.contiguous_format)
         hasher.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
         hasher.update(value.flatten().view(torch.uint8).numpy().tobytes())
     return hasher.hexdigest()

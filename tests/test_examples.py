@@ -66,6 +66,37 @@ def test_wrong_labels_are_wrong_and_as_many_as_said():
     assert set(given.tolist()) <= set(range(10))
 
 
+@pytest.mark.usefixtures("as_before")
+def test_labels_are_spent(monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    script = load_script("examples/choose_coreset.py")
+    for name, value in {"BUDGETS": (5, 60), "NUM_SEEDS": 2, "EPOCHS": 30}.items():
+        monkeypatch.setattr(script, name, value)
+    script.main()
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^(information|k-centre|least sure|random) +(\S+) +(\S+) +(\d+)$", printed, re.MULTILINE)
+    assert len(rows) == 4, printed
+    (before,) = re.findall(r"accuracy (\S+)\.", printed)
+    assert all(float(before) - 0.05 < float(few) < float(many) for _, few, many, _ in rows), printed
+    found = {name: int(rare) for name, *_, rare in rows}
+    assert min(found["information"], found["k-centre"], found["least sure"]) > 2 * found["random"], printed
+    assert Path("runs/coreset/accuracy.png").stat().st_size > 0
+
+
+@pytest.mark.usefixtures("as_before")
+def test_digits_with_rare_classes_are_split():
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    script = load_script("examples/choose_coreset.py")
+    labelled, pool, test = script.digits()
+    assert len(labelled) == script.NUM_LABELLED
+    assert torch.cat([labelled.tensors[1], pool.tensors[1]]).bincount()[5:].tolist() == [script.NUM_RARE] * 5
+    assert test.tensors[1].bincount().min() > 30
+    pixels = torch.cat([part.tensors[0] for part in (labelled, pool, test)]).flatten(1)
+    assert len(pixels.unique(dim=0)) == len(pixels)  # no digit is in two parts
+
+
 # ---- benchmarks/methods.py ------------------------------------------------------------------------------------------
 
 
@@ -126,3 +157,26 @@ def test_methods_say_what_they_expect(monkeypatch, capsys, arguments, status, sa
         script.main()
     assert ended.value.code == status
     assert said in " ".join("".join(capsys.readouterr()).split())
+
+
+# ---- benchmarks/information.py --------------------------------------------------------------------------------------
+
+
+def test_information_is_compared_with_refits_and_drawn(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("STRIDE_DATA", str(tmp_path))  # where there is none
+    script = load_script("benchmarks/information.py")
+    assert script.default_data() is None
+    threads = str(torch.get_num_threads())
+    monkeypatch.setattr(sys, "argv", ["information.py", "--sections", "refits", "--threads", threads])
+    script.main()
+    values = re.findall(r" (\d\.\d\d) \+- \d\.\d\d$", capsys.readouterr().out, re.MULTILINE)
+    growth, falling, change, influence = map(float, values)
+    assert 0.3 < growth < change < 0.9 < influence <= 1
+    assert 0.3 < falling < 0.5
+    monkeypatch.setattr(
+        sys, "argv", ["information.py", "--threads", threads, "--picture", str(tmp_path / "information.png")]
+    )
+    script.main()
+    assert (tmp_path / "information.png").stat().st_size > 0

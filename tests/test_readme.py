@@ -44,7 +44,7 @@ def test_every_block_runs(tmp_path, monkeypatch):
     examples = TensorDataset(torch.randn(48, 4), torch.arange(48) % 3)
     names = {"model": Model(), "MyModel": Model, "datamodule": Data(examples), "queries": TensorDataset(*examples[:5])}
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
     assert (tmp_path / "scores" / "MANIFEST").is_file()
@@ -57,6 +57,10 @@ def test_every_block_runs(tmp_path, monkeypatch):
     assert len(names["tracin"].metadata["checkpoints"]) == 3
     assert names["strongest"].top(5).proponents.shape == (5, 5)
     assert names["suspicious"].shape == (48,)
+    assert (names["loss"].scores >= 0).all()
+    assert names["different"].proponents.shape == (5, 5)
+    assert len(names["subset"].unique()) == 10
+    assert (names["found"].positions % 3 != 0).all()
     assert "noise ceiling" in str(names["evaluation"])
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from stride_lightning.gradients.blocks import Block, Gradients, Outer
-from stride_lightning.gradients.layers import Call, gradients_through, output_tensors
+from stride_lightning.gradients.layers import Call, LayerRule, UnusualShape, gradients_through, output_tensors
 from stride_lightning.gradients.layout import Layout, Source
 from stride_lightning.steering.activations import find_module, plain_name, uncompiled
 from stride_lightning.tasks import Task, check_outputs
@@ -57,6 +57,8 @@ class Capture:
         self.model = model
         self.parameters = chosen_parameters(model, layers)
         self.layouts: dict[str, Layout] = {}
+        #: Whether embeddings that are looked up once for all examples are repeated for each.
+        self.repeats = True
 
     @property
     def num_parameters(self) -> int:
@@ -105,21 +107,23 @@ class Capture:
             torch.Size([5, 8])
         """
         names = {source.module for layout in self.layouts.values() for source in layout.sources}
-        with watching({name: self.module(name) for name in names}) as watch:
+        with watching({name: self.module(name) for name in names}, repeats=self.repeats) as watch:
             yield Backward(self, watch)
 
 
 class Watch:
     """The calls of some modules during :meth:`run`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, repeats: bool = False) -> None:
+        self.repeats, self._num_examples = repeats, 1
         self.calls: dict[str, list[Call]] = {}
         #: Names of the modules in the order in which calls ended.
         self.order: list[str] = []
         self._open = False
 
-    def run(self, function: Callable[[], Tensor]) -> Tensor:
+    def run(self, function: Callable[[], Tensor], num_examples: int = 1) -> Tensor:
         """Run a function and keep the calls made in it; those of the last run are forgotten."""
+        self._num_examples = num_examples
         for calls in (*self.calls.values(), self.order):
             calls.clear()
         self._open = True
@@ -136,6 +140,9 @@ class Watch:
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
             if self._open:
+                if self.repeats and isinstance(module, nn.Embedding) and len(outputs) == 1 < self._num_examples:
+                    # Positions, looked up once for all examples: apart, each has a gradient of its own.
+                    outputs = outputs.expand(self._num_examples, *outputs.shape[1:])
                 if isinstance(outputs, Tensor) and outputs._is_view():
                     outputs = outputs.clone()  # an operation in place would rewrite the history of a view
                 tensors = output_tensors(outputs)
@@ -149,9 +156,14 @@ class Watch:
 
 
 @contextmanager
-def watching(modules: Mapping[str, nn.Module]) -> Iterator[Watch]:
-    """Watch modules inside the block, in which compiled modules run eagerly."""
-    watch, handles = Watch(), []
+def watching(modules: Mapping[str, nn.Module], *, repeats: bool = False) -> Iterator[Watch]:
+    """Watch modules inside the block, in which compiled modules run eagerly.
+
+    Args:
+        modules: By name.
+        repeats: Repeat what an embedding gives for all examples at once, as of positions, for each of them.
+    """
+    watch, handles = Watch(repeats=repeats), []
     try:
         for name, module in modules.items():
             handles.append(module.register_forward_hook(watch.hook_for(name), with_kwargs=True))
@@ -168,11 +180,13 @@ class Backward:
     def __init__(self, capture: Capture, watch: Watch) -> None:
         self._capture, self._watch, self._calls = capture, watch, watch.calls
         self._outputs: Tensor | None = None
+        #: Gradients of parameters that are read by running a module again: by module, way and call.
+        self._again: dict[tuple[str, bool, int], dict[str, Tensor]] = {}
         self._back: dict[str, list[list[Tensor | None]]] = {}
 
     def run(self, inputs: Any, num_examples: int) -> Tensor:
         """Run the model on a batch; outputs of shape ``(B, C)``, detached."""
-        self._outputs = self._watch.run(lambda: self._capture.outputs(inputs))
+        self._outputs = self._watch.run(lambda: self._capture.outputs(inputs), num_examples)
         check_outputs(self._outputs, num_examples)
         return self._outputs.detach()
 
@@ -190,6 +204,7 @@ class Backward:
         """Run backward, for :meth:`read`."""
         assert self._outputs is not None
         self._direction = direction
+        self._again.clear()
         edges = [edge for calls in self._calls.values() for call in calls for edge in call.edges if edge is not None]
         came = iter(
             torch.autograd.grad(self._outputs, edges, direction, retain_graph=not last, allow_unused=True)
@@ -215,7 +230,7 @@ class Backward:
                 if source.rule is not None:
                     (gradient,) = came
                     assert gradient is not None
-                    outer = source.rule.outer(call, gradient, num_examples)
+                    outer = self._outer(source, source.rule, call, gradient)
                     left = outer.left if outer.is_lookup else _at_least_single(outer.left)
                     outers.append(Outer(left, _at_least_single(outer.right), outer.num_rows))
                     continue
@@ -227,18 +242,48 @@ class Backward:
             total = _at_least_single(self._direction.new_zeros(num_examples, layout.num_parameters))
         return Block(total)
 
+    def _outer(self, source: Source, rule: LayerRule, call: Call, gradient: Tensor) -> Outer:
+        try:
+            return rule.outer(call, gradient, len(self._direction))
+        except UnusualShape as error:
+            raise self._unusual(source) from error
+
     def _run_again(self, layout: Layout, source: Source, number: int, came: list[Tensor | None]) -> Tensor:
-        own = self._capture.own_names(source.module, layout.parameters)
-        found = gradients_through(
-            self._capture.module(source.module),
-            self._calls[source.module][number],
-            came,
-            {own[name]: self._capture.parameters[name].detach() for name in layout.parameters},
-            len(self._direction),
-            source.is_cut[number],
-            vectorized=source.vectorized,
+        key = (source.module, source.vectorized, number)
+        if key not in self._again or any(name not in self._again[key] for name in layout.parameters):
+            # All parameters that are read off this module together: running it again is what takes time.
+            same = [
+                name
+                for other in self._capture.layouts.values()
+                if any(
+                    (s.module, s.vectorized, s.rule) == (source.module, source.vectorized, None) for s in other.sources
+                )
+                for name in other.parameters
+            ]
+            names = same if set(layout.parameters) <= set(same) else list(layout.parameters)
+            own = self._capture.own_names(source.module, names)
+            try:
+                found = gradients_through(
+                    self._capture.module(source.module),
+                    self._calls[source.module][number],
+                    came,
+                    {own[name]: self._capture.parameters[name].detach() for name in names},
+                    len(self._direction),
+                    source.is_cut[number],
+                    vectorized=source.vectorized,
+                )
+            except UnusualShape as error:
+                raise self._unusual(source) from error
+            self._again[key] = {name: found[own[name]] for name in names}
+        return layout.join({name: self._again[key][name] for name in layout.parameters})
+
+    def _unusual(self, source: Source) -> ValueError:
+        kind = type(self._capture.module(source.module)).__name__
+        return UnusualShape(
+            f"In a batch of {len(self._direction)} examples the module {source.module!r} ({kind}) does not see one "
+            "part per example along its first axis, as it did for the first examples. Use batch_size=1, or name the "
+            "modules whose parameters count with `layers=[...]`."
         )
-        return layout.join({name: found[own[name]] for name in layout.parameters})
 
 
 def _at_least_single(values: Tensor) -> Tensor:
@@ -253,6 +298,8 @@ def chosen_parameters(model: nn.Module, layers: Sequence[str] | None) -> dict[st
         TypeError: If ``layers`` is a string.
         ValueError: If a name is not a submodule or nothing is trainable.
     """
+    if layers is not None and len(layers) == 0:
+        raise ValueError("`layers` is empty: name at least one module, or leave it out for all that are trainable.")
     if isinstance(layers, str):
         raise TypeError(f"`layers` must be a list of names, got the string {layers!r}: write layers=[{layers!r}].")
     chosen = None

@@ -33,12 +33,14 @@ class Checkpoint:
         path: Where it is.
         learning_rates: By plain parameter name; None where the file does not tell.
         step: Optimizer steps taken; None where the file does not tell.
+        is_scheduled: Whether learning rates were stored beside a scheduler, which may have moved them on already.
     """
 
     name: str
     path: Path
     learning_rates: Mapping[str, float] | None
     step: int | None
+    is_scheduled: bool = False
 
     def load(self) -> dict[str, Tensor]:
         """The state dict on the CPU, verified; nothing is unpickled.
@@ -128,6 +130,11 @@ def tracin_checkpoints(
     return None
 
 
+def recorded_weights(checkpoint: Checkpoint) -> str:
+    """Hash of a checkpoint's weights."""
+    return read_info(checkpoint.path)["weights"] if checkpoint.path.is_dir() else state_hash(checkpoint.load())
+
+
 def _listed(state: Mapping[str, Any]) -> list[Path]:
     """Records of TracInCallback that its state lists."""
     return _existing([Path(path) for path in state["records"]]) if "run" in state else []
@@ -204,7 +211,8 @@ def _read(path: Path, model: nn.Module) -> Checkpoint:
         return Checkpoint(path.name, path, None, None)
     step = content.get("global_step")
     rates = stored_rates(content, model, str(path))
-    return Checkpoint(path.name, path, rates, None if step is None else int(step))
+    is_scheduled = bool(content.get("lr_schedulers"))
+    return Checkpoint(path.name, path, rates, None if step is None else int(step), is_scheduled)
 
 
 def _check_fits(model: nn.Module, state: Mapping[str, Any], path: Path) -> None:

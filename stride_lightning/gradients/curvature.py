@@ -92,6 +92,20 @@ class Curvature(ABC):
     def fit(self, train: TrainingSide) -> None:
         """Do everything that does not depend on the damping or on queries; every process fits to its share."""
 
+    def set_mean_eigenvalue(self, mean: float) -> None:
+        """What the damping is relative to.
+
+        Raises:
+            ValueError: If it is zero, so that no damping helps.
+        """
+        if not mean > 0:
+            raise ValueError(
+                f"The curvature is {mean:g} in all directions: the outputs of the model are sure of every training "
+                "example, or do not depend on these parameters, so there is nothing to divide by. "
+                "method='grad-dot' needs no curvature."
+            )
+        self.mean_eigenvalue = mean
+
     @abstractmethod
     def solve(self, gradients: Gradients) -> Gradients:
         """``(H + damping)^-1`` times each gradient."""
@@ -120,7 +134,7 @@ class Diagonal(Curvature):
                 found = block.sum_of_squares().double()
                 sums[name] = sums[name] + found if name in sums else found
         self._diagonals = {name: total(values) / len(train) for name, values in sums.items()}
-        self.mean_eigenvalue = float(torch.cat(list(self._diagonals.values())).mean())
+        self.set_mean_eigenvalue(float(torch.cat(list(self._diagonals.values())).mean()))
 
     @override
     def solve(self, gradients: Gradients) -> Gradients:
@@ -153,7 +167,7 @@ class GaussNewtonBlocks(Curvature):
     def _set_blocks(self, blocks: Mapping[str, Damped], num_train: int) -> None:
         self._blocks = blocks
         ranks = [min(block.size, num_train) for block in blocks.values()]
-        self.mean_eigenvalue = sum(block.trace for block in blocks.values()) / sum(ranks)
+        self.set_mean_eigenvalue(sum(block.trace for block in blocks.values()) / sum(ranks))
 
     @override
     def solve(self, gradients: Gradients) -> Gradients:

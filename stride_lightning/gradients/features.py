@@ -82,6 +82,12 @@ class Reader:
         """Position in the dataset of the example at a place of the reading order."""
         return place if self.examples.positions is None else int(self.examples.positions[place])
 
+    def positions(self, places: slice) -> Tensor:
+        """Positions in the dataset of the examples at some places."""
+        if self.examples.positions is None:
+            return torch.arange(places.start, places.stop)
+        return self.examples.positions[places]
+
     def batches(self, share: slice | None = None, description: str = "") -> Iterator[tuple[slice, Any]]:
         """Inputs of some examples in order, with their places; a progress bar if there is a description."""
         start, stop, _ = (share or slice(None)).indices(len(self))
@@ -100,7 +106,7 @@ class Reader:
             if (low, high) != (first, last):
                 part = slice(low - first, high - first)
                 inputs = pytree.tree_map(lambda leaf, part=part: leaf[part], inputs)
-            yield slice(low, high), inputs
+            yield slice(low, high), cloned(inputs)
 
     def _read(self, start: int, stop: int) -> Iterator[tuple[slice, Any]]:
         place, examples = start, self.examples.subset(range(start, stop))
@@ -115,11 +121,13 @@ class Batch:
 
     Args:
         places: Their places in the reading order.
+        positions: Their positions in the dataset.
         outputs: Shape ``(B, C)``.
         encoded: Encoded targets, shape ``(B, C)``.
     """
 
     places: slice
+    positions: Tensor
     outputs: Tensor
     encoded: Tensor
     _task: Task
@@ -167,7 +175,7 @@ class Batch:
         """Gradients whose outer products sum to the Gauss-Newton matrix of each example's loss.
 
         One for every output up to ``MAX_EXACT_OUTPUTS``; beyond, ``NUM_DIRECTIONS`` along random signs, which are made
-        of the seed and the place of an example and give that matrix on average.
+        of the seed and the position of an example and give that matrix on average.
         """
         mean, num_outputs = self._task.mean(self.outputs), self.outputs.shape[1]
         exact = num_outputs <= MAX_EXACT_OUTPUTS
@@ -177,7 +185,7 @@ class Batch:
                 direction = torch.zeros_like(mean)
                 direction[:, column] = 1
             else:
-                direction = random_signs(self.places, column, num_outputs, seed, mean) / NUM_DIRECTIONS**0.5
+                direction = random_signs(self.positions, column, num_outputs, seed, mean) / NUM_DIRECTIONS**0.5
             root = self._task.curvature_root(mean, direction)
             yield self._backward.gradients(root, last=last and column == count - 1)
 
@@ -209,12 +217,17 @@ def run_batches(
                     "Attribution needs a model whose outputs and losses are finite numbers: check the weights (did "
                     "training diverge?) and the input."
                 )
-            yield Batch(places, outputs, encoded, task, backward)
+            yield Batch(places, reader.positions(places), outputs, encoded, task, backward)
 
 
-def random_signs(places: slice, column: int, width: int, seed: int, like: Tensor) -> Tensor:
-    """Signs of shape ``(B, width)`` that depend on nothing but the seed, the column and each example's place."""
-    rows = torch.arange(places.start, places.stop, device=like.device)[:, None]
+def cloned(inputs: Any) -> Any:
+    """Inputs that a model may change in place, as one that normalises them does."""
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
+
+
+def random_signs(positions: Tensor, column: int, width: int, seed: int, like: Tensor) -> Tensor:
+    """Signs of shape ``(B, width)`` that depend on nothing but the seed, the column and each example's position."""
+    rows = positions.to(like.device)[:, None]
     keys = (rows * NUM_DIRECTIONS + column) * width + torch.arange(width, device=like.device)
     return ((_scrambled(keys + _scrambled(torch.tensor(seed, device=like.device))) & 1) * 2 - 1).to(like)
 

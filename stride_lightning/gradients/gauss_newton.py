@@ -18,7 +18,7 @@ from stride_lightning.distributed import total
 from stride_lightning.gradients.blocks import Block, Gradients
 from stride_lightning.gradients.curvature import Curvature, TrainingSide
 from stride_lightning.gradients.kronecker import EKFAC
-from stride_lightning.progress import counting
+from stride_lightning.progress import counting, track
 from stride_lightning.randomness import mix
 from stride_lightning.steering.activations import uncompiled
 
@@ -34,6 +34,8 @@ class GaussNewton(Curvature):
     trace over ``min(n, p)``: with more parameters than examples most eigenvalues are zero.
     """
 
+    is_collective = True
+
     @override
     def fit(self, train: TrainingSide) -> None:
         self._train = train
@@ -43,7 +45,7 @@ class GaussNewton(Curvature):
             for gradients in batch.curvature(train.seed):
                 trace += float(gradients.squared_norms().double().sum())
         summed = float(total(torch.tensor(trace, dtype=torch.float64)))
-        self.mean_eigenvalue = summed / len(train) / min(len(train), sum(self._sizes.values()))
+        self.set_mean_eigenvalue(summed / len(train) / min(len(train), sum(self._sizes.values())))
 
     def product(self, vectors: Tensor, places: slice | None = None) -> Tensor:
         """The matrix times each row of ``vectors``, shape ``(q, p)``; of the examples at some places if given."""
@@ -113,8 +115,6 @@ class ConjugateGradient(GaussNewton):
         tolerance: Largest norm of the residual relative to that of the gradients.
         max_iterations: Products at most; reaching them is warned of.
     """
-
-    is_collective = True
 
     def __init__(self, damping: float = 0.0, *, tolerance: float = 1e-3, max_iterations: int = 200) -> None:
         super().__init__(damping)
@@ -204,7 +204,8 @@ class LiSSA(GaussNewton):
         super().fit(train)
         size = train.reader.batch_size
         self._batches = [slice(i, min(i + size, len(train))) for i in range(0, len(train), size)]
-        largest = max(self._largest_eigenvalue(places) for places in self._batches)
+        every = track(self._batches, "LiSSA: largest eigenvalues", show=train.reader.show_progress)
+        largest = max(self._largest_eigenvalue(places) for places in every)
         self._scale = 1.1 * largest  # power iteration comes from below
         self.chosen["scale"] = self._scale
 

@@ -84,7 +84,7 @@ class EKFAC(Curvature):
             for name, found in self._squares(batch, train):
                 sums[name] = sums[name].add_(found) if name in sums else found
         self._eigenvalues = {name: total(values) / len(train) for name, values in sums.items()}
-        self.mean_eigenvalue = float(torch.cat(list(self._eigenvalues.values())).double().mean())
+        self.set_mean_eigenvalue(float(torch.cat(list(self._eigenvalues.values())).double().mean()))
 
     @override
     def solve(self, gradients: Gradients) -> Gradients:

@@ -106,8 +106,10 @@ class EmbeddingRule(LayerRule):
     def outer(self, call: Call, coming_back: Tensor, num_examples: int) -> Outer:
         (tokens,) = call.args or tuple(call.kwargs.values())
         back = _places(coming_back, num_examples)
-        tokens = tokens.reshape(num_examples, -1)
-        if tokens.shape[1] != back.shape[1]:
+        if len(tokens) == 1:  # positions, the same for all examples: what came out was repeated
+            tokens = tokens.expand(num_examples, *tokens.shape[1:])
+        tokens = tokens.flatten(1) if tokens.ndim > 1 else tokens[:, None]
+        if tokens.shape != back.shape[:2]:
             raise UnusualShape
         if self.module.padding_idx is not None:
             back = back * (tokens != self.module.padding_idx)[..., None]
@@ -115,7 +117,7 @@ class EmbeddingRule(LayerRule):
 
 
 class UnusualShape(ValueError):
-    """What entered a layer does not have one part per example along its first axis."""
+    """What entered a layer, or came back to it, does not have one part per example along its first axis."""
 
 
 def rule_for(module: nn.Module) -> type[LayerRule] | None:
@@ -124,7 +126,7 @@ def rule_for(module: nn.Module) -> type[LayerRule] | None:
         return LinearRule
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1:
         return ConvolutionRule
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding) and not module.scale_grad_by_freq:  # which looks at the whole batch
         return EmbeddingRule
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers, which need not be installed
         return TransposedLinearRule
@@ -163,24 +165,34 @@ def gradients_through(
     if any(len(back) != num_examples for back in used):
         raise UnusualShape
 
-    def one(pieces: list[Tensor], back: list[Tensor]) -> dict[str, Tensor]:
+    def outputs(given: dict[str, Tensor], pieces: list[Tensor]) -> list[Tensor]:
         remaining = iter(pieces)
         own = [next(remaining)[None] if yes else leaf for leaf, yes in zip(leaves, is_cut, strict=True)]
         args, kwargs = pytree.tree_unflatten(own, layout)
+        made = output_tensors(functional_call(module, given, args, kwargs))
+        return [tensor for tensor, b in zip(made, coming_back, strict=True) if b is not None]
 
-        def outputs(given: dict[str, Tensor]) -> list[Tensor]:
-            made = output_tensors(functional_call(module, given, args, kwargs))
-            return [tensor for tensor, b in zip(made, coming_back, strict=True) if b is not None]
-
-        pull = vjp(outputs, dict(parameters))[1]
+    def one(pieces: list[Tensor], back: list[Tensor]) -> dict[str, Tensor]:
+        pull = vjp(lambda given: outputs(given, pieces), dict(parameters))[1]
         return pull([piece[None] for piece in back])[0]
 
+    def one_alone(pieces: list[Tensor], back: list[Tensor]) -> dict[str, Tensor]:
+        # Plain autograd: torch.func cannot differentiate everything, such as an LSTM in single precision.
+        given = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+        with torch.enable_grad():
+            made = outputs(given, pieces)
+        found = torch.autograd.grad(made, list(given.values()), [piece[None] for piece in back], allow_unused=True)
+        return {
+            name: torch.zeros_like(given[name]) if gradient is None else gradient
+            for name, gradient in zip(given, found, strict=True)
+        }
+
+    if not vectorized:
+        each = [one_alone([leaf[i] for leaf in cut], [b[i] for b in used]) for i in range(num_examples)]
+        return {name: torch.stack([gradients[name] for gradients in each]) for name in parameters}
     # Attention has a vectorised form in this backend only.
     with sdpa_kernel(SDPBackend.MATH):
-        if vectorized:
-            return vmap(one)(cut, used)
-        each = [one([leaf[i] for leaf in cut], [b[i] for b in used]) for i in range(num_examples)]
-    return {name: torch.stack([gradients[name] for gradients in each]) for name in parameters}
+        return vmap(one)(cut, used)
 
 
 def lengths(call: Call) -> list[int | None]:
@@ -196,8 +208,11 @@ def output_tensors(outputs: Any) -> list[Tensor]:
 
 
 def _places(values: Tensor, num_examples: int) -> Tensor:
-    """Shape ``(B, places, features)``; layers may see ``(B, d)``, ``(B, ..., d)`` or the rows of all examples."""
-    if values.ndim < 2 or len(values) % num_examples:
+    """Shape ``(B, places, features)``, of ``(B, d)`` or ``(B, ..., d)``.
+
+    Rows of all examples after one another are not taken: how many each has may differ.
+    """
+    if values.ndim < 2 or len(values) != num_examples:
         raise UnusualShape
     return values.reshape(num_examples, -1, values.shape[-1])
 

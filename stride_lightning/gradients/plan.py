@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stride_lightning.gradients.capture import WHOLE, Backward, Capture, Watch, watching
+from stride_lightning.gradients.features import cloned
 from stride_lightning.gradients.layers import lengths, rule_for
 from stride_lightning.gradients.layout import Layout, Source
 from stride_lightning.steering.activations import find_module, plain_name
 from stride_lightning.tasks import Task
 
-#: Examples on which rules are checked.
-NUM_PROBES = 2
+#: Examples on which rules are checked: so many, or fewer if their gradients take more bytes, but two at least.
+NUM_PROBES, PROBE_BYTES = 8, 2**28
 
 _BY_ITSELF = (
     "In eval mode every example must be evaluated by itself: no BatchNorm without running statistics, no random "
@@ -25,7 +26,12 @@ _BY_ITSELF = (
 
 
 def plan_capture(
-    model: nn.Module, task: Task, examples: Sequence[Any], together: Any = None, layers: Sequence[str] | None = None
+    model: nn.Module,
+    task: Task,
+    examples: Sequence[Any],
+    together: Any = None,
+    layers: Sequence[str] | None = None,
+    names: Sequence[int] | None = None,
 ) -> Capture:
     """Find out how to read the gradient of every trainable parameter.
 
@@ -39,6 +45,7 @@ def plan_capture(
         examples: Inputs of a few single examples, as batches of one.
         together: The same examples as one batch; by default they are concatenated.
         layers: Names of modules whose parameters count; all trainable ones when None.
+        names: What the examples are called in messages.
 
     Raises:
         ValueError: If no way gives the right gradients, as where examples of a batch influence each other.
@@ -46,7 +53,7 @@ def plan_capture(
     if together is None:
         together = pytree.tree_map(lambda *parts: torch.cat(parts), *examples)
     capture = Capture(model, task, layers)
-    probe = _Probe(capture, examples, together)
+    probe = _Probe(capture, examples, together, range(len(examples)) if names is None else names)
     pending = {group[0]: iter(_candidates(capture, group, probe.ran)) for group in _groups(capture, probe.ran)}
     chosen: dict[str, Layout] = {}
     while pending:
@@ -59,18 +66,30 @@ def plan_capture(
     return capture
 
 
+def probe_places(num_train: int, num_parameters: int) -> list[int]:
+    """Places of the examples on which rules are checked, spread over the data.
+
+    Example:
+        >>> probe_places(100, 1000), probe_places(3, 10**9)
+        ([0, 14, 28, 42, 56, 70, 84, 99], [0, 2])
+    """
+    count = min(num_train, max(2, min(NUM_PROBES, PROBE_BYTES // (4 * num_parameters))))
+    return sorted({place * (num_train - 1) // max(1, count - 1) for place in range(count)})
+
+
 class _Probe:
     """A few examples, and the gradients of random functions of their outputs, one example at a time."""
 
-    def __init__(self, capture: Capture, examples: Sequence[Any], together: Any) -> None:
+    def __init__(self, capture: Capture, examples: Sequence[Any], together: Any, names: Sequence[int]) -> None:
+        self._names = names
         self._capture, self._together, self._size = capture, together, len(examples)
         self._reasons: dict[str, str] = {}
-        names = {plain_name(name): module for name, module in capture.model.named_modules() if name}
+        modules = {plain_name(name): module for name, module in capture.model.named_modules() if name}
         parameters = list(capture.parameters.values())
         directions, outputs, gradients = [], [], []
-        with watching({WHOLE: capture.outputs, **names}) as watch:
+        with watching({WHOLE: capture.outputs, **modules}) as watch:
             for place, example in enumerate(examples):
-                outputs.append(self._outputs(watch, example))
+                outputs.append(self._outputs(watch, example, place))
                 # Of a random function: the loss of an example that is sure has no gradient to compare.
                 generator = torch.Generator().manual_seed(place)
                 direction = torch.randn(outputs[-1].shape, generator=generator, dtype=torch.float64)
@@ -86,11 +105,16 @@ class _Probe:
         }
         self._largest = max(float(expected.abs().max()) for expected in self._expected.values())
 
-    def _outputs(self, watch: Watch, example: Any) -> Tensor:
+    def _outputs(self, watch: Watch, example: Any, place: int) -> Tensor:
         try:
-            outputs = watch.run(lambda: self._capture.outputs(example))
+            outputs = watch.run(lambda: self._capture.outputs(cloned(example)))
         except ValueError as error:  # as BatchNorm without running statistics does
             raise ValueError(f"The model cannot evaluate a single example: {error} {_BY_ITSELF}") from error
+        if not torch.isfinite(outputs).all():
+            raise ValueError(
+                f"The outputs for example {self._names[place]} are not finite. Attribution needs a model whose outputs "
+                "and losses are finite numbers: check the weights (did training diverge?) and the input."
+            )
         if not outputs.requires_grad:
             raise ValueError(
                 f"The outputs of {type(self._capture.model).__name__} do not depend on "
@@ -103,9 +127,16 @@ class _Probe:
         """The layouts whose gradients are those of single examples."""
         sources = [source for layout in tried.values() for source in layout.sources]
         right = {}
-        with watching({source.module: self._capture.module(source.module) for source in sources}) as watch:
+        modules = {source.module: self._capture.module(source.module) for source in sources}
+        with watching(modules, repeats=self._capture.repeats) as watch:
             backward = Backward(self._capture, watch)
-            outputs = backward.run(self._together, self._size)
+            try:
+                outputs = backward.run(cloned(self._together), self._size)
+            except Exception:
+                if not self._capture.repeats:
+                    raise
+                self._capture.repeats = False  # the model cannot do with positions repeated for every example
+                return self.agreeing(tried)
             if not _close(outputs, self._outputs_of_each, float(self._outputs_of_each.abs().max())):
                 self._reasons |= dict.fromkeys(tried, "the outputs for an example change with the rest of its batch")
                 return {}

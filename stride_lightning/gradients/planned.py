@@ -12,8 +12,8 @@ from stride_lightning.attribution import Attribution
 from stride_lightning.attributors import Attributor, announce
 from stride_lightning.data import Examples, first_batch
 from stride_lightning.distributed import gather, shard, world_size
-from stride_lightning.gradients.features import Reader
-from stride_lightning.gradients.plan import NUM_PROBES, plan_capture
+from stride_lightning.gradients.features import Reader, cloned
+from stride_lightning.gradients.plan import plan_capture, probe_places
 from stride_lightning.retraining.recipe import count_outputs
 from stride_lightning.top_attribution import TopAttribution, TopCollector
 from stride_lightning.top_examples import joined
@@ -63,12 +63,15 @@ class PlannedAttributor(Attributor):
 
     def _plan(self, model: nn.Module, device: torch.device) -> None:
         """Find out how gradients are read, and read the training data once."""
-        probes = [self._train.subset([place]) for place in range(min(NUM_PROBES, len(self._train)))]
-        head = first_batch(self._train, len(probes), device)
-        self._num_outputs = count_outputs(model, self._task, head)
+        num_parameters = sum(value.numel() for value in model.parameters() if value.requires_grad)
+        places = probe_places(len(self._train), max(1, num_parameters))
+        probes = [self._train.subset([place]) for place in places]
+        head = first_batch(self._train.subset(places), len(places), device)
         single = [self._inputs(model, first_batch(probe, 1, device)) for probe in probes]
-        together = self._inputs(model, head)
-        self._capture = plan_capture(model, self._task, single, together, self._layers(model, together))
+        together = cloned(self._inputs(model, head))  # models may change their inputs
+        self._num_outputs = count_outputs(model, self._task, head)
+        names = places if self._train.positions is None else self._train.positions[places].tolist()
+        self._capture = plan_capture(model, self._task, single, together, self._layers(model, together), names)
         announce(self._capture.warning, show=self.show_progress and bool(self._capture.warning))
         self._reader = self._read(model, self._train, device, "label")
         self._check_data(self._reader.fingerprint)
@@ -119,6 +122,14 @@ class PlannedAttributor(Attributor):
             for start in range(self._share.start, self._share.start + longest, step):
                 columns = slice(min(start, self._share.stop), min(start + step, self._share.stop))
                 part = tile(columns)
+                if not torch.isfinite(part).all():
+                    query, column = (~torch.isfinite(part)).nonzero()[0].tolist()
+                    raise ValueError(
+                        f"The score of query {asked.name(chunk.start + query)} for training example "
+                        f"{self._reader.name(columns.start + column)} is not finite: its gradient is too large for the "
+                        "precision, or the curvature too small. Check the weights, or give a larger `damping=` (or "
+                        "`ridge=`)."
+                    )
                 if k is None:
                     scores[chunk] = part.float().cpu()
                 else:

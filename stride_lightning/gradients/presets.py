@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from stride_lightning.gradients.attributor import GradientAttributor
 from stride_lightning.gradients.blocks import Gradients
 from stride_lightning.gradients.capture import Capture, chosen_parameters
-from stride_lightning.gradients.checkpoints import Checkpoint, tracin_checkpoints
+from stride_lightning.gradients.checkpoints import Checkpoint, recorded_weights, tracin_checkpoints
 from stride_lightning.gradients.curvature import Curvature, DataInf, Diagonal, Fisher, GaussNewtonBlocks, Identity
 from stride_lightning.gradients.damping import check_damping
 from stride_lightning.gradients.features import Batch
@@ -21,6 +23,9 @@ from stride_lightning.gradients.kronecker import EKFAC
 from stride_lightning.gradients.plan import last_layer
 from stride_lightning.gradients.projection import JointProjection, LayerProjection, Projection
 from stride_lightning.lookup import show_fingerprint
+
+#: Parameters of a last layer whose curvature is made and factorised.
+MAX_FACTORISED = 4096
 
 
 class GradDotAttributor(GradientAttributor):
@@ -51,6 +56,10 @@ class GradCosAttributor(GradDotAttributor):
     method = "grad-cos"
 
     @override
+    def _self_influence(self, model: nn.Module, device: torch.device) -> Tensor:
+        raise ValueError("The cosine of every gradient with itself is 1: use the self-influence of another method.")
+
+    @override
     def _features(self, batch: Batch) -> Gradients:
         gradients = batch.loss()
         norms = gradients.squared_norms().sqrt()
@@ -61,7 +70,9 @@ class TracInAttributor(GradDotAttributor):
     """TracIn: inner products of loss gradients at checkpoints along training, weighted by the learning rate then.
 
     Parameters with learning rates of their own are weighted by theirs. With one checkpoint per epoch the unit is nats
-    of query loss times the batch size; momentum and the scaling of adaptive optimizers are not part of the method.
+    of query loss times the batch size; momentum and the scaling of adaptive optimizers are not part of the method. A
+    ``.ckpt`` holds the learning rate after its scheduler's last move, which is warned of; TracInCallback records the
+    one that was used.
 
     Args:
         record: Given to ``attribute()``: a folder of records of ``TracInCallback``, or of ``.ckpt`` files. By default
@@ -85,6 +96,19 @@ class TracInAttributor(GradDotAttributor):
             )
         checkpoints, self._recorded_data, _, note = found
         self.metadata["record_note"] = note
+        if record is None and self.checkpoints is None and self._weights not in map(recorded_weights, checkpoints):
+            warnings.warn(
+                f"{note}, but none of them has the weights of the model as it is now: scores say what that training "
+                "did, not how the model came to be as it is.",
+                stacklevel=2,
+            )
+        scheduled = [one.name for one in checkpoints if one.is_scheduled]
+        if scheduled:
+            warnings.warn(
+                f"The learning rates in {', '.join(scheduled[:3])} were stored beside a scheduler, which may have "
+                "moved them on after the last step. TracInCallback records the ones that were used.",
+                stacklevel=2,
+            )
         without = [one.name for one in checkpoints if one.learning_rates is None]
         if without:
             raise ValueError(
@@ -93,6 +117,13 @@ class TracInAttributor(GradDotAttributor):
             )
         # What no optimizer held was not trained.
         names = chosen_parameters(model, self.layers)
+        frozen = {name for one in checkpoints for name in one.learning_rates or {}} - names.keys()
+        if frozen and self.layers is None:
+            warnings.warn(
+                f"{', '.join(sorted(frozen)[:5])} had a learning rate in training and are frozen now, so they do not "
+                "count. Set requires_grad=True if they should.",
+                stacklevel=2,
+            )
         return [(one, {name: (one.learning_rates or {}).get(name, 0.0) for name in names}) for one in checkpoints]
 
     @override
@@ -112,7 +143,8 @@ class TracInAttributor(GradDotAttributor):
 class InfluenceAttributor(GradientAttributor):
     r"""What influence functions share: a damped curvature, ``g_q' (H + \lambda I)^{-1} g_i / n``.
 
-    Unit: nats of query loss, to first order, for taking the example out of the training set.
+    Unit: nats of query loss, to first order, for taking the example out of the training set; damping, and what the
+    curvature leaves out, shrink or stretch it, so that it is a ranking rather than a prediction.
 
     Args:
         damping: Relative to the mean eigenvalue of the curvature.
@@ -209,7 +241,7 @@ class ConjugateGradientAttributor(InfluenceAttributor):
     def __init__(self, *, tolerance: float = 1e-3, max_iterations: int = 200, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.tolerance, self.max_iterations = tolerance, max_iterations
-        self._undamped()  # refuses what cannot be, before any work
+        ConjugateGradient(tolerance=tolerance, max_iterations=max_iterations)  # refuses what cannot be, before any work
 
     @override
     def _undamped(self) -> Curvature:
@@ -240,13 +272,21 @@ class LiSSAAttributor(InfluenceAttributor):
 
 
 class LastLayerAttributor(ConjugateGradientAttributor):
-    """Influence in the last layer alone, with its whole Gauss-Newton matrix: exact for a model frozen before it."""
+    """Influence in the last layer alone, with its whole Gauss-Newton matrix: exact for a model frozen before it.
+
+    Up to 4096 parameters the matrix is factorised; beyond, systems are solved by conjugate gradients.
+    """
 
     method, default_damping = "last-layer", 1.0
 
     @override
     def _layers(self, model: nn.Module, inputs: Any) -> Sequence[str] | None:
         return [last_layer(model, self._task, inputs)] if self.layers is None else self.layers
+
+    @override
+    def _undamped(self) -> Curvature:
+        is_small = len(self._capture.layouts) == 1 and self._capture.num_parameters <= MAX_FACTORISED
+        return GaussNewtonBlocks() if is_small else super()._undamped()
 
 
 class LoGraAttributor(InfluenceAttributor):

@@ -136,8 +136,7 @@ CASES = {
     "gpt2": (
         GPT2,
         tokens(NUM, 3, size=7),
-        {"model.transformer.wpe.weight": VECTORIZED}
-        | {
+        {
             f"model.transformer.{norm}.{name}": VECTORIZED
             for norm in ("h.0.ln_1", "h.0.ln_2", "ln_f")
             for name in ("weight", "bias")

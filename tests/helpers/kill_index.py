@@ -55,13 +55,13 @@ def build(path, send, stop):
 
 def main(root):
     rng, killed = random.Random(0), []
-    for trial in range(4):
+    for trial in range(3):
         receive, send = os.pipe()
         pid = os.fork()
         if not pid:
             status = 1
             try:
-                build(root / "index", send, stop=(trial + 1) * ROWS // BATCH // 5)
+                build(root / "index", send, stop=(trial + 1) * ROWS // BATCH // 4)
                 status = 0
             finally:
                 os._exit(status)
@@ -77,6 +77,10 @@ def main(root):
 
 
 if __name__ == "__main__":
-    import stride_lightning.information.vectors  # noqa: F401 - here once, and not in every child
+    # Here once, and not in every child.
+    import pyarrow  # noqa: F401
+    import pydantic  # noqa: F401
+
+    import stride_lightning.information.vectors  # noqa: F401
 
     main(Path(sys.argv[1]))

@@ -1,0 +1,1 @@
+"""Bayesian information: what an example contributed to resolving the uncertainty of a prediction."""

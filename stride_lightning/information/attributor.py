@@ -1,0 +1,264 @@
+"""method="information-loss" and "information-gain": what an example contributes to knowing a query, in nats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from stride_lightning.attribution import Attribution
+from stride_lightning.data import Examples
+from stride_lightning.distributed import gather, total
+from stride_lightning.gradients.features import Reader
+from stride_lightning.gradients.planned import PlannedAttributor
+from stride_lightning.information.coreset import Coreset, choose_coreset
+from stride_lightning.information.evidence import Evidence, fit_evidence
+from stride_lightning.information.forms import Form, index_vectors, nats, query_vectors
+from stride_lightning.information.greedy import greedy_sets
+from stride_lightning.information.loss import pair_nats
+from stride_lightning.information.posterior import Posterior, check_ridge
+from stride_lightning.information.tangent import Likelihood, TangentFeatures, Tangents
+from stride_lightning.tasks import Regression
+from stride_lightning.top_examples import TopExamples
+
+#: Bytes of the features of training examples that are kept between calls.
+KEPT_BYTES = 2**29
+#: Where diverse examples are chosen: variance of an example's output under the prior, in units of its noise.
+_SIGNAL_TO_NOISE = 1e6
+
+
+@dataclass
+class Searched:
+    """Queries as they are compared with training examples.
+
+    Args:
+        vectors: Shape ``(q, C, k)``.
+        downhill: Whitened gradients of minus their losses, ``(q, k)``, where scores are signed.
+    """
+
+    vectors: Tensor
+    downhill: Tensor | None
+
+    def at(self, chunk: slice) -> Searched:
+        """Some of them."""
+        return Searched(self.vectors[chunk], None if self.downhill is None else self.downhill[chunk])
+
+
+class InformationAttributor(PlannedAttributor):
+    r"""What both share: a Gaussian process on tangent features, whose posterior says what is known of a query.
+
+    The model is linearised at its weights; its weights have a Gaussian prior and a posterior given the training data.
+    Scores are **unsigned**, in nats of the entropy of the predicted output of a query: they say how much an example
+    tells about a query, not whether it helps. No labels enter, but through the weights.
+
+    Memory beyond the model: ``24 k^2`` bytes for k features, ``4 C k`` for each query, the features of the training
+    examples (``4 n C k`` bytes, if that is at most 512 MiB, else they are made again in every pass), and ``4 q n`` for
+    the scores.
+
+    Args:
+        likelihood: ``"gauss-newton"``, the noise of all outputs; or ``"margin"``, that of the target's log-odds alone,
+            which takes C times less work.
+        projection_dim: Number of features k.
+        ridge: Prior precision of the weights where the noise is 1; by default where the evidence is largest.
+        signed: Give scores the sign of the first-order influence: positive where the example lowers the query's loss.
+        kwargs: Arguments of :class:`~stride_lightning.gradients.planned.PlannedAttributor`.
+
+    Reference: arXiv:2604.03858, with derivations of our own.
+    """
+
+    #: Which information.
+    form: ClassVar[Form]
+
+    def __init__(
+        self,
+        *,
+        likelihood: Likelihood = "gauss-newton",
+        projection_dim: int = 512,
+        ridge: float | None = None,
+        signed: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        TangentFeatures.check(likelihood, projection_dim)
+        if not isinstance(signed, bool):
+            raise ValueError(f"`signed` must be True or False, got {signed!r}.")
+        self.likelihood: Likelihood = likelihood
+        self.projection_dim, self.signed = projection_dim, signed
+        self.ridge = None if ridge is None else check_ridge(ridge)
+        if self.ridge == 0 and self.form == "gain":
+            raise ValueError("A gain is relative to a prior, and `ridge=0` is none: give a positive number.")
+        #: How probable each prior precision is, where it was not given.
+        self.evidence: Evidence | None = None
+
+    @override
+    def _options(self) -> dict[str, Any]:
+        own = {"likelihood": self.likelihood, "projection_dim": self.projection_dim, "signed": self.signed}
+        return {**super()._options(), **own}
+
+    # ---- fit --------------------------------------------------------------------------------------------------
+
+    @override
+    def _fit(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
+        if record is not None:
+            raise ValueError(f"method={self.method!r} reads no record. Leave out `record`.")
+        self._plan(model, device)
+        self._tangents = TangentFeatures(
+            self._capture, self._task, self.likelihood, self.projection_dim, self.seed, signed=self.signed
+        )
+        self._kept: list[Tangents] | None = []
+        gram = torch.zeros(self._tangents.dim, self._tangents.dim, dtype=torch.float64, device=device)
+        losses, size = torch.zeros((), dtype=torch.float64, device=device), 0
+        for batch in self._tangents.batches(self._reader, self._share, "Tangent features"):
+            rows = batch.rows.flatten(0, 1)
+            gram.addmm_(rows.T.double(), rows.double())
+            losses += batch.losses.double().sum()
+            size += batch.num_bytes
+            if self._kept is not None:
+                self._kept.append(batch)
+                self._kept = self._kept if size <= KEPT_BYTES else None
+        gram, losses = total(gram), total(losses)
+        precision = max(torch.finfo(weight.dtype).eps for weight in self._capture.parameters.values())
+        ridge = self._choose_ridge(gram, float(losses)) if self.ridge is None else self.ridge
+        self.posterior = Posterior(gram, ridge, num_examples=len(self._train), precision=precision)
+        self.metadata["posterior"] = {
+            "ridge": ridge,
+            "mean_squared_feature": float(gram.trace()) / len(self._train),
+            **({} if self.evidence is None else self.evidence.described()),
+        }
+
+    def _choose_ridge(self, gram: Tensor, losses: float) -> float:
+        weights = sum(float(weight.detach().double().square().sum()) for weight in self._capture.parameters.values())
+        # The noise of labels is that of their distribution; that of a regression is unknown.
+        noise = None if isinstance(self._task, Regression) else 1.0
+        num_rows = len(self._train) * self._num_outputs
+        self.evidence = fit_evidence(gram, weights, 2 * losses, num_rows, noise_variance=noise)
+        return self.evidence.ridge
+
+    # ---- attribute --------------------------------------------------------------------------------------------
+
+    @override
+    def _attribute(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
+        asked = self._read(model, queries, device, target)
+        searched = self._asked(asked)
+
+        def tiles(chunk: slice) -> Callable[[slice], Tensor]:
+            return lambda columns: self._tile(searched.at(chunk), columns)
+
+        attribution = self._collect(asked, [slice(0, len(asked))], tiles)
+        attribution.metadata["unit"] = f"nats{'' if self.signed else ', unsigned'}"
+        if not self.signed:
+            attribution.diversify = partial(self._diversify, self.posterior, self._train)
+        return attribution
+
+    def _asked(self, asked: Reader) -> Searched:
+        batches = list(self._tangents.batches(asked, None, "Queries", asked=True))
+        vectors = torch.cat([query_vectors(batch.rows, self.posterior, self.form) for batch in batches])
+        if not self.signed:
+            return Searched(vectors, None)
+        downhill = torch.cat([batch.downhill for batch in batches if batch.downhill is not None])
+        return Searched(vectors, self.posterior.whiten(downhill))
+
+    def _tile(self, searched: Searched, columns: slice) -> Tensor:
+        """Information of some training examples about the queries, shape ``(q, columns)``."""
+        parts = [searched.vectors.new_empty(len(searched.vectors), 0)]
+        for batch in self._training(columns):
+            found = pair_nats(searched.vectors, index_vectors(batch.rows, self.posterior, self.form), self.form)
+            if searched.downhill is not None and batch.downhill is not None:
+                found = found * torch.sign(searched.downhill @ self.posterior.whiten(batch.downhill).T)
+            parts.append(found)
+        return torch.cat(parts, 1)
+
+    def _training(self, columns: slice) -> Iterator[Tangents]:
+        """Features of some training examples of this process, batch by batch."""
+        if self._kept is not None:
+            return (batch.between(columns) for batch in self._kept)
+        # Whole batches: those that are cut elsewhere are rounded differently.
+        size = self._reader.batch_size
+        stop = min(-(-columns.stop // size) * size, len(self._train))
+        share = slice(columns.start - columns.start % size, stop)
+        return (batch.between(columns) for batch in self._tangents.batches(self._reader, share, "Information"))
+
+    def _diversify(
+        self, posterior: Posterior, train: Examples, queries: Examples, target: str, candidates: Tensor, k: int
+    ) -> TopExamples:
+        """Greedy sets of the most information gained about each query, among candidate columns ``(q, m)``."""
+        if posterior is not self.posterior or train is not self._train:
+            raise ValueError("The attributor has been fitted again since: call attribute(queries) again.")
+        with self._borrowed_model() as (model, device):
+            asked = self._read(model, queries, device, target)
+            searched = torch.cat([batch.rows for batch in self._tangents.batches(asked, asked=True)])
+            every, places = candidates.unique(return_inverse=True)
+            chosen = self._read(model, self._train.subset(every.tolist()), device, "label")
+            features = torch.cat([batch.rows for batch in self._tangents.batches(chosen)])
+        # As if seen without the noise of their labels: a copy would halve it, and so seem to tell something new.
+        mean = float(self.posterior.gram.trace()) / len(self._train)
+        features = features * (_SIGNAL_TO_NOISE * self.posterior.ridge / mean if mean > 0 else 1.0) ** 0.5
+        found = [
+            greedy_sets(features[own], query[None], self.posterior, k, form="gain")
+            for query, own in zip(searched, places, strict=True)
+        ]
+        columns = [every[own[sets.places[0].cpu()]] for own, sets in zip(places, found, strict=True)]
+        gains = [torch.diff(sets.nats[0], prepend=sets.nats.new_zeros(1)).float().cpu() for sets in found]
+        none = torch.empty(len(found), 0)
+        return TopExamples(torch.stack(columns), torch.stack(gains), none.long(), none)
+
+    def coreset(self, size: int) -> Coreset:
+        """Training examples chosen one after the other for most information about all weights; needs :meth:`fit`.
+
+        A greedy set has at least 63 % of the information of the best set of its size. Every process must call it, and
+        does all of it; memory: ``8 n C k`` bytes.
+
+        Args:
+            size: How many.
+
+        Returns:
+            Positions in the training dataset, in order of choice, and what each adds in nats.
+        """
+        self._check_fitted("coreset()")
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise ValueError(f"`size` must be an integer, got {size!r}.")
+        with self._borrowed_model():
+            everything = slice(0, len(self._train))
+            whole = self._training(everything) if self._share == everything else self._tangents.batches(self._reader)
+            features = torch.cat([batch.rows for batch in whole])
+        chosen = choose_coreset(features, size, self.posterior.prior())
+        positions = torch.arange(len(self._train)) if self._train.positions is None else self._train.positions
+        return chosen._replace(places=positions[chosen.places.cpu()])
+
+    @override
+    def _self_influence(self, model: nn.Module, device: torch.device) -> Tensor:
+        own = []
+        exact = self._tangents.is_exact
+        asked = () if exact else self._tangents.batches(self._reader, self._share, "Self-influence", asked=True)
+        rows = None if exact else torch.cat([batch.rows for batch in asked])
+        for batch in self._training(self._share):
+            own_places = slice(batch.places.start - self._share.start, batch.places.stop - self._share.start)
+            searched = query_vectors(batch.rows if rows is None else rows[own_places], self.posterior, self.form)
+            own.append(nats(searched @ index_vectors(batch.rows, self.posterior, self.form).mT, self.form))
+        return gather(torch.cat(own).float().cpu(), len(self._train))
+
+
+class InformationLossAttributor(InformationAttributor):
+    """Information loss: how much less would be known of a query without the example, in nats.
+
+    ``1/2 log(1 + c^2 / ((1 - s) (1 + v)))`` for one output, with the posterior covariance c of example and query and
+    their variances s and v. One of several copies of an example scores low, since the others tell the same.
+    """
+
+    method, form = "information-loss", "loss"
+
+
+class InformationGainAttributor(InformationAttributor):
+    """Information gain: how much the example alone tells of a query, before any other is known, in nats.
+
+    ``-1/2 log(1 - c^2 / ((1 + s) (1 + v)))`` for one output, with covariances of the prior: the squared cosine of the
+    two gradients, damped by the ridge.
+    """
+
+    method, form = "information-gain", "gain"

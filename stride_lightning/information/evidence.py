@@ -1,0 +1,189 @@
+"""Noise and prior by the evidence: how probable the targets are under a ridge, all weights averaged over."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+
+_GRID = 97  # ridges of the whole profile, eight a decade
+_FINE = 61  # further ones about the best, where many data decide within a step of the others
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """The log marginal likelihood of targets over the ridge, and where it is largest.
+
+    Args:
+        ridge: Prior precision of a weight in units where the noise is 1: the ridge of a :class:`Posterior` of the
+            same features.
+        noise_variance: That of the targets.
+        log_evidence: In nats, at this ridge and noise.
+        ridges: The grid of the profile, float64 ``(g,)``.
+        log_evidences: Its nats, the noise variance that suits each ridge best unless it was given.
+        num_rows: How many numbers the targets are.
+        num_effective: Number of weights that the data determine rather than the prior, ``sum S / (S + ridge)``.
+        at_edge: ``"lower"`` or ``"upper"`` where the evidence is largest at an end of the grid.
+    """
+
+    ridge: float
+    noise_variance: float
+    log_evidence: float
+    ridges: Tensor
+    log_evidences: Tensor
+    num_rows: int
+    num_effective: float
+    at_edge: str | None = None
+
+    def plausible(self, drop: float = 2.0) -> tuple[float, float]:
+        """The smallest and the largest ridge of the grid (or the best) within ``drop`` nats of the best."""
+        near = self.ridges[self.log_evidences >= self.log_evidence - drop].tolist()
+        return min([*near, self.ridge]), max([*near, self.ridge])
+
+    def described(self) -> dict[str, float | str | None]:
+        """Plain values for the metadata."""
+        return {
+            "noise_variance": self.noise_variance,
+            "log_evidence": self.log_evidence,
+            "num_effective": self.num_effective,
+            "at_edge": self.at_edge,
+        }
+
+    def plot(self) -> Figure:
+        """The profile: nats below the best over the ridge.
+
+        Returns:
+            A figure without pyplot: ``figure.savefig("evidence.png")`` writes it, nothing needs closing.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+        """
+        from stride_lightning.views.drawing import GREEN, GREY, INK, RULE, blank_figure
+
+        figure = blank_figure(4.8, 3.0)
+        axes = figure.add_axes((0.14, 0.19, 0.82, 0.7))
+        low, high = self.plausible()
+        axes.axvspan(low, high, color=GREEN, alpha=0.12, linewidth=0)
+        axes.plot(self.ridges.tolist(), (self.log_evidences - self.log_evidence).tolist(), color=INK, linewidth=1.3)
+        axes.plot([self.ridge], [0.0], "o", color=GREEN)
+        axes.set_xscale("log")
+        # Far from the best a profile falls by thousands of nats: show where it decides something.
+        shown = self.plausible(60.0)
+        axes.set_xlim(min(shown[0], self.ridge / 30), max(shown[1], self.ridge * 30))
+        axes.minorticks_off()
+        axes.set_ylim(-62.0, 3.0)
+        axes.set_title(f"ridge {self.ridge:.3g}, noise variance {self.noise_variance:.3g}", fontsize=9, color=INK)
+        axes.set_xlabel("ridge (shaded: within 2 nats)", fontsize=7.5, color=GREY)
+        axes.set_ylabel("log evidence less its largest (nats)", fontsize=7.5, color=GREY)
+        axes.tick_params(labelsize=7.5, color=RULE, labelcolor=GREY)
+        axes.grid(color=RULE, linewidth=0.5)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        return figure
+
+    def __repr__(self) -> str:
+        low, high = self.plausible()
+        edge = f", at the {self.at_edge} end of the grid" if self.at_edge else ""
+        return (
+            f"Evidence(ridge={self.ridge:.3g} ({low:.3g} to {high:.3g} within 2 nats{edge}), "
+            f"noise_variance={self.noise_variance:.3g}, log_evidence={self.log_evidence:.6g}, "
+            f"num_effective={self.num_effective:.3g} of {self.num_rows} rows)"
+        )
+
+
+def fit_evidence(
+    gram: Tensor,
+    squared_norm: float,
+    squared_residuals: float,
+    num_rows: int,
+    *,
+    noise_variance: float | None = None,
+) -> Evidence:
+    r"""Choose the prior precision, and the noise variance, under which the data are most probable.
+
+    Laplace's approximation at the trained weights w of a linearised model with features X: the targets' noise has
+    variance s2, the weights' prior s2 / ridge.
+
+    .. math:: -\frac{1}{2} \Big( N \log 2 \pi s^2 + \frac{|r|^2 + \mathrm{ridge} \, |w|^2}{s^2}
+              + \log \det (I + X'X / \mathrm{ridge}) \Big)
+
+    The best s2 of each ridge is known in closed form. Ridges from 1e-8 to 1e4 times the largest eigenvalue are tried,
+    then refined.
+
+    Args:
+        gram: ``X'X`` over all data, shape ``(k, k)``.
+        squared_norm: ``|w|^2``, of all weights that the features stand for.
+        squared_residuals: ``|r|^2``, twice the sum of losses in units where the noise is 1.
+        num_rows: N, how many numbers the targets are.
+        noise_variance: Fix it: 1 for classifications, whose noise is that of their labels. By default it is estimated.
+
+    Raises:
+        ValueError: If there is nothing to choose by: all features or all weights zero, or not finite.
+
+    Warns:
+        UserWarning: If the evidence is largest at an end of the grid, and what that means.
+
+    Example:
+        >>> evidence = fit_evidence(100 * torch.eye(3).double(), 3.0, 50.0, 100)
+        >>> evidence.num_rows, evidence.at_edge
+        (100, None)
+
+    Reference: MacKay 1992, A practical Bayesian framework for backpropagation networks; arXiv:2104.04975, equation 6.
+    """
+    if noise_variance is not None and not 0 < noise_variance < math.inf:
+        raise ValueError(f"`noise_variance` must be a positive number, got {noise_variance}.")
+    if not (math.isfinite(squared_norm + squared_residuals) and bool(gram.isfinite().all())):
+        raise ValueError("Features, weights or losses hold NaN or infinite values: did training diverge?")
+    if squared_norm <= 0 or float(gram.trace()) <= 0:
+        raise ValueError(
+            f"All {'features' if squared_norm > 0 else 'weights'} are zero, so no ridge is more probable than another: "
+            "give `ridge=`."
+        )
+    values = np.linalg.eigvalsh(gram.double().cpu().numpy())
+    values = values[values > len(values) * np.finfo(float).eps * values[-1]]
+
+    def evaluated(ridge: float) -> tuple[float, float]:
+        quadratic = squared_residuals + ridge * squared_norm
+        noise = quadratic / num_rows if noise_variance is None else noise_variance
+        log_det = num_rows * math.log(2 * math.pi * noise) + float(np.log1p(values / ridge).sum())
+        return -0.5 * (log_det + quadratic / noise), noise
+
+    ridges = values[-1] * np.logspace(-8, 4, _GRID)
+    profile = np.array([evaluated(ridge)[0] for ridge in ridges])
+    best = int(profile.argmax())
+    ridge, at_edge = float(ridges[best]), None
+    if 0 < best < _GRID - 1:
+        bounds = math.log(ridges[best - 1]), math.log(ridges[best + 1])
+        found: Any = minimize_scalar(
+            lambda log_ridge: -evaluated(math.exp(log_ridge))[0],
+            bounds=bounds,
+            method="bounded",
+            options={"xatol": 1e-6},
+        )
+        ridge = max(ridge, math.exp(found.x), key=lambda ridge: evaluated(ridge)[0])
+        ridges = np.unique(np.concatenate([ridges, np.geomspace(ridges[best - 1], ridges[best + 1], _FINE)]))
+        profile = np.array([evaluated(ridge)[0] for ridge in ridges])
+    else:
+        at_edge = "lower" if best == 0 else "upper"
+        meaning = (
+            "the weights are so small beside what the data tell of them that no prior is needed. Give `ridge=`"
+            if at_edge == "lower"
+            else "the weights are so large that nothing the data tell of them counts: are the features those of this "
+            "model? Give `ridge=`"
+        )
+        warnings.warn(
+            f"The evidence is largest at the {at_edge} end of the ridges, {ridge:.3g}: {meaning}.", stacklevel=2
+        )
+    log_evidence, noise = evaluated(ridge)
+    num_effective = float((values / (values + ridge)).sum())
+    grid = torch.from_numpy(ridges), torch.from_numpy(profile)
+    return Evidence(ridge, noise, log_evidence, *grid, num_rows, num_effective, at_edge)

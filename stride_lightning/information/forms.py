@@ -1,0 +1,158 @@
+"""The forms of information between two examples: vectors whose inner products are information, whatever the query."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from stride_lightning.information.posterior import Posterior, check_features
+
+#: ``"loss"``: lost about a query when the example is removed from the data. ``"gain"``: told by the example when
+#: nothing else is known. ``"copy"``: told by one more copy of it, given the data.
+Form: TypeAlias = Literal["loss", "gain", "copy"]
+
+#: A share of at least this of an example's outputs is left to noise, however alone the example stands.
+MARGIN = 1e-6
+
+
+def index_vectors(features: Tensor, posterior: Posterior, form: Form = "loss") -> Tensor:
+    """Training examples as vectors to be stored: ``(I - S)^(-1/2) B L``, or with ``I + S`` for the gains.
+
+    ``A^-1 = L L'`` is the posterior (the prior for a gain), ``S = B A^-1 B'`` the variance of the example's outputs.
+    With the vectors ``x`` of :func:`query_vectors`, one output each, information is a function of ``(x . y)^2``: an
+    inner-product search with ``x`` and with ``-x``, merged, ranks all examples. With several outputs there is one
+    vector per output, and the exact value needs the products of all (:func:`nats`); the sum of their squares, t,
+    bounds the loss from below by ``1/2 log(1 + t)`` and from above by ``r/2 log(1 + t / r)``, r the smaller number of
+    outputs.
+
+    Args:
+        features: Noise-whitened, shape ``(b, C, k)``; for a loss these must be among the data of the posterior.
+        posterior: Of all data.
+        form: Which information.
+
+    Returns:
+        Shape ``(b, C, k)``, of the features' precision (float32 at least). Eigenvalues of ``S`` are taken as
+        ``1 - 1e-6`` at most in a loss: an example that alone determines a direction loses 6.6 nats about itself, not
+        infinitely many.
+
+    Raises:
+        ValueError: If an example cannot be among the data of the posterior, or there is no such form.
+
+    Example:
+        >>> train = torch.tensor([[[1.0, 0.0]], [[0.0, 2.0]]])
+        >>> posterior = Posterior.fit(train, ridge=1.0)
+        >>> dots = query_vectors(train[:1], posterior) @ index_vectors(train, posterior).mT
+        >>> nats(dots)  # log(4 / 3) / 2: the variance of the first rises from 1/2 to 1, that of the noise is 1
+        tensor([0.1438, 0.0000])
+    """
+    check_features(features)
+    whitened = known(posterior, form).whiten(features.double())
+    variance = whitened @ whitened.mT
+    if form == "loss":
+        check_members(variance)
+    scaled = small_product(inverse_root(noise_given(variance, form)), whitened)
+    return scaled.to(torch.promote_types(features.dtype, torch.float32))
+
+
+def query_vectors(queries: Tensor, posterior: Posterior, form: Form = "loss") -> Tensor:
+    """Queries as vectors to search with: ``(I + V)^(-1/2) B L``, ``V`` the variance of a query's outputs.
+
+    Args:
+        queries: Features, shape ``(q, C', k)``; C' need not be the C of training examples.
+        posterior: Of all data.
+        form: That of the index vectors.
+    """
+    check_features(queries)
+    whitened = known(posterior, form).whiten(queries.double())
+    scaled = small_product(inverse_root(noise_with(whitened @ whitened.mT)), whitened)
+    return scaled.to(torch.promote_types(queries.dtype, torch.float32))
+
+
+def nats(products: Tensor, form: Form = "loss") -> Tensor:
+    """Information from inner products X of query and index vectors: ``+-1/2 logdet(I +- X X')``, plus for a loss.
+
+    Precise however small it is; a gain of one output is resolved up to 8 nats in float32 and 18 in float64.
+
+    Args:
+        products: Shape ``(..., C', C)``: outputs of a query by outputs of a training example.
+        form: That of the vectors.
+
+    Returns:
+        Shape ``(...)``.
+
+    Example:
+        >>> nats(torch.tensor([[1.0]])), nats(torch.tensor([[0.5]]), "gain")
+        (tensor(0.3466), tensor(0.1438))
+    """
+    if products.shape[-2] > products.shape[-1]:
+        products = products.mT
+    # Pairs last: every step of the elimination is then one pass over long rows.
+    outputs = products.flatten(0, -3).permute(1, 2, 0) if products.ndim > 2 else products[..., None]
+    squares = [[(row * other).sum(0) for other in outputs[: place + 1]] for place, row in enumerate(outputs)]
+    sign, least = (1.0, 0.0) if form == "loss" else (-1.0, torch.finfo(products.dtype).eps - 1)
+    total = outputs.new_zeros(outputs.shape[2:])
+    # Pivots of I +- X X' less one, by elimination: of the size of X X', they are never lost beside the one.
+    for place in range(len(squares)):
+        pivot = (sign * squares[place][place]).clamp(min=least)
+        total += sign * pivot.log1p()
+        column = {row: squares[row][place] for row in range(place + 1, len(squares))}
+        for row, entry in column.items():
+            scaled = entry * (sign / (1 + pivot))
+            for other in range(place + 1, row + 1):
+                squares[row][other] = squares[row][other] - scaled * column[other]
+    return (0.5 * total).reshape(products.shape[:-2])
+
+
+def known(posterior: Posterior, form: Form) -> Posterior:
+    """What is known before the example comes or goes: the data, or for a gain nothing."""
+    if form not in get_args(Form):
+        raise ValueError(f"`form` must be one of {', '.join(get_args(Form))}; got {form!r}.")
+    return posterior.prior() if form == "gain" else posterior
+
+
+def check_members(variance: Tensor) -> None:
+    """Refuse variances ``(b, C, C)`` of outputs that cannot be among the data: larger than the noise alone allows."""
+    # The largest eigenvalue of a positive semi-definite matrix is at most its trace; most examples end here.
+    suspects = variance[variance.diagonal(dim1=1, dim2=2).sum(1) > 1.01]
+    largest = torch.linalg.eigvalsh(suspects)[:, -1]
+    if bool((largest > 1.01).any()):
+        raise ValueError(
+            f"The leverage of an example is {float(largest.max()):.3g}, and cannot exceed 1 for one of the data: fit "
+            "the posterior on the same features as are scored, each example as often as it is removed."
+        )
+
+
+def noise_given(variance: Tensor, form: Form) -> Tensor:
+    """What scales an example of variance S: ``I + S``; for a loss ``I - S``, its eigenvalues at least ``1e-6``."""
+    if form != "loss":
+        return noise_with(variance)
+    identity = torch.eye(variance.shape[-1], dtype=variance.dtype, device=variance.device)
+    remaining = identity - variance
+    if variance.shape[-1] == 1:
+        return remaining.clamp(min=MARGIN)
+    failed = torch.linalg.cholesky_ex(remaining - MARGIN * identity).info != 0
+    if bool(failed.any()):
+        values, axes = torch.linalg.eigh(remaining[failed])
+        remaining[failed] = (axes * values.clamp(min=MARGIN)[..., None, :]) @ axes.mT
+    return remaining
+
+
+def noise_with(variance: Tensor) -> Tensor:
+    """``I + S``, the predictive variance of outputs whose noise is 1."""
+    return torch.eye(variance.shape[-1], dtype=variance.dtype, device=variance.device) + variance
+
+
+def inverse_root(matrices: Tensor) -> Tensor:
+    """``G^-1`` of every ``G G'``, shape ``(..., C, C)``, G lower triangular."""
+    if matrices.shape[-1] == 1:
+        return matrices.rsqrt()
+    factors = torch.linalg.cholesky(matrices)
+    identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    return torch.linalg.solve_triangular(factors, identity.expand_as(factors), upper=False)
+
+
+def small_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``, without a call per pair where what is summed over is one number."""
+    return left * right if left.shape[-1] == 1 else left @ right

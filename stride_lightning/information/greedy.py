@@ -1,0 +1,133 @@
+"""Sets of training examples chosen one after the other: which to remove, or which to see, for most information."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stride_lightning.information.forms import (
+    Form,
+    check_members,
+    inverse_root,
+    known,
+    nats,
+    noise_given,
+    noise_with,
+    small_product,
+)
+from stride_lightning.information.posterior import Features, Posterior, check_features, feature_batches
+
+TIE = 1e-9  # relative difference of scores that are taken as equal
+_ELEMENTS = 1 << 22  # of the state of the queries that are worked on together
+
+
+class GreedySets(NamedTuple):
+    """A set per query, in order of choice.
+
+    Args:
+        places: Rows of the training features, shape ``(q, t)``.
+        nats: Information lost or gained with the first 1, 2, ... of them together, float64 of the same shape.
+    """
+
+    places: Tensor
+    nats: Tensor
+
+
+def greedy_sets(
+    train: Features, queries: Tensor, posterior: Posterior, size: int, *, form: Form = "loss"
+) -> GreedySets:
+    """For each query the training examples that one would remove, or show, one after the other.
+
+    Each is the one that changes the entropy of the query most, given those before. A ``"gain"`` explains a query by
+    examples that differ, for a copy tells little that is new; a ``"loss"`` gathers copies, for only without all of
+    them something is lost. Neither is submodular for single queries, so that greedy sets need not be near the best
+    ones; :func:`choose_coreset` has a guarantee, about all weights.
+
+    Nothing is fitted again: a choice is a rank-C update of all covariances, ``O(n C^2 (k + C))`` per query. Memory:
+    the whitened features in double precision, and for the queries worked on together ``O(n C (C + C'))``.
+
+    Args:
+        train: Noise-whitened features of the candidates, ``(n, C, k)`` or batches of them.
+        queries: Those of the queries, ``(q, C', k)``.
+        posterior: Of all training data; a ``"gain"`` uses no more of it than the prior.
+        size: How many to choose, at most n.
+        form: ``"loss"`` to remove them from the data, ``"gain"`` when nothing else is known, ``"copy"`` for further
+            copies given all data, each once.
+
+    Raises:
+        ValueError: If there are fewer candidates, or for a loss they cannot be among the data.
+
+    Example:
+        >>> train = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 0.8]]])
+        >>> posterior, query = Posterior.fit(train, ridge=0.1), torch.tensor([[[1.0, 0.7]]])
+        >>> greedy_sets(train, query, posterior, 2, form="gain").places  # a copy would tell little that is new
+        tensor([[0, 2]])
+        >>> greedy_sets(train, query, posterior, 2).places
+        tensor([[2, 0]])
+    """
+    before = known(posterior, form)
+    check_features(queries)
+    parts, variances = [], []
+    for batch in feature_batches(train):
+        rows = before.whiten(batch.double())
+        variances.append(rows @ rows.mT)
+        parts.append(rows)
+    num_train = sum(map(len, parts))
+    if not 1 <= size <= num_train:
+        raise ValueError(f"`size` must be in 1..{num_train}, the number of training examples; got {size}.")
+    whitened, variance = torch.cat(parts), torch.cat(variances)
+    if form == "loss":
+        check_members(variance)
+    searched = before.whiten(queries.double())
+    width = variance.shape[-1] + queries.shape[1]
+    step = max(1, _ELEMENTS // (num_train * variance.shape[-1] * width))
+    sets = [_choose(whitened, variance, some, size, form) for some in searched.split(step)]
+    places, gains = (torch.cat(tensors) for tensors in zip(*sets, strict=True))
+    return GreedySets(places, gains.cumsum(1))
+
+
+def _choose(whitened: Tensor, variance: Tensor, queries: Tensor, size: int, form: Form) -> tuple[Tensor, Tensor]:
+    """Places and marginal nats, ``(q, t)``, for whitened features ``(n, C, k)`` and queries ``(q, C', k)``."""
+    sign = -1.0 if form == "loss" else 1.0
+    every = torch.arange(len(queries), device=queries.device)
+    # Covariances of the outputs given what has been chosen: with the query, of their own, of the query.
+    covariance = torch.einsum("ncf,qdf->qncd", whitened, queries)
+    variance = variance.expand(len(queries), *variance.shape).clone()
+    query_variance = queries @ queries.mT
+    # The posterior covariance in whitened space is I - sign * basis' basis, one block of rows per choice.
+    basis = whitened.new_zeros(len(queries), 0, whitened.shape[2])
+    taken = torch.zeros(variance.shape[:2], dtype=torch.bool, device=queries.device)
+    places, gains = [], []
+    for _ in range(size):
+        root = inverse_root(noise_given(variance, form))  # (q, n, C, C)
+        scaled = small_product(root, covariance)  # (q, n, C, C')
+        query_root = inverse_root(noise_with(query_variance))[:, None]  # (q, 1, C', C')
+        scores = nats(small_product(query_root, scaled.mT), form).masked_fill_(taken, -torch.inf)
+        chosen = first_best(scores)
+        places.append(chosen)
+        gains.append(scores[every, chosen])
+        taken[every, chosen] = True
+
+        rows = whitened[chosen]  # (q, C, k)
+        rows = rows - sign * (rows @ basis.mT) @ basis
+        rows = small_product(root[every, chosen], rows)
+        basis = torch.cat([basis, rows], 1)
+        column, step = torch.einsum("ncf,qbf->qncb", whitened, rows), scaled[every, chosen]
+        covariance -= sign * small_product(column, step[:, None])
+        variance -= sign * small_product(column, column.mT)
+        query_variance -= sign * step.mT @ step
+    return torch.stack(places, 1), torch.stack(gains, 1)
+
+
+def first_best(scores: Tensor) -> Tensor:
+    """Place of the largest score of each row ``(..., n)``, the first of those that rounding alone may set apart.
+
+    Example:
+        >>> first_best(torch.tensor([1.0, 3.0 - 1e-12, 3.0], dtype=torch.float64))
+        tensor(1)
+    """
+    largest = scores.max(-1, keepdim=True).values
+    # Copies of an example need not have the same score to the last digit: that depends on how a product is cut.
+    return (scores >= largest - TIE * largest.abs()).to(torch.uint8).argmax(-1)

@@ -1,0 +1,193 @@
+"""The Gaussian posterior of linear weights: what the features of the data leave unknown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+#: Noise-whitened features, shape ``(n, C, k)``, or batches of them. What can be iterated twice can be passed twice.
+Features: TypeAlias = "Tensor | Iterable[Tensor]"
+
+_ROWS = 4096  # of features in double precision at a time
+
+
+class Posterior:
+    """Weights ``w ~ N(0, I / ridge)`` seen through outputs ``B_i w`` with unit noise: covariance ``A^-1``.
+
+    ``A = ridge I + sum_i B_i' B_i``, where ``B_i`` of shape ``(C, k)`` holds the features of example i divided by the
+    root of its noise: gradients over ``sigma`` for a regression, times ``sqrt(p (1 - p))`` for a margin (both C = 1),
+    or ``Lambda^(1/2) J`` for the linearised Laplace form of a softmax. No labels enter. Everything about A is computed
+    in double precision; :meth:`fit` is the usual way to make one.
+
+    Args:
+        gram: ``sum_i B_i' B_i``, float64 of shape ``(k, k)``.
+        ridge: Prior precision of every weight, in the unit of ``gram``; 0 where the data determine all weights.
+        num_examples: How many examples are in ``gram``.
+        precision: Relative rounding of the features, which decides when ``A`` counts as singular.
+
+    Raises:
+        ValueError: If ``A`` is singular, or features were not finite.
+
+    Example:
+        >>> posterior = Posterior.fit(torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]]]), ridge=1.0)
+        >>> posterior
+        Posterior(num_examples=2, num_features=2, ridge=1)
+        >>> posterior.variance(torch.eye(2)[:, None])[:, 0, 0]  # seen twice, and never
+        tensor([0.3333, 1.0000], dtype=torch.float64)
+    """
+
+    def __init__(
+        self, gram: Tensor, ridge: float, *, num_examples: int, precision: float = torch.finfo(torch.float64).eps
+    ) -> None:
+        self.gram, self.ridge, self.num_examples, self.precision = gram, check_ridge(ridge), num_examples, precision
+        self.num_features = len(gram)
+        if not bool(gram.isfinite().all()):
+            raise ValueError("Features hold NaN or infinite values, or overflow when squared: did training diverge?")
+        if num_examples == 0:
+            # The root of the prior is a number: nothing to factorise or to multiply by.
+            self._root, self._log_det = None, self.num_features * math.log(self._prior_ridge())
+            return
+        matrix = gram.clone()
+        matrix.diagonal().add_(self.ridge)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        # Rounded features span directions of their own, squared in A: below that a pivot is noise.
+        noise = max(self.num_features * torch.finfo(torch.float64).eps, precision**2) * float(matrix.diagonal().max())
+        if int(failed) or float(factor.diagonal().square().min()) <= noise:
+            raise ValueError(
+                f"The posterior precision of {num_examples} examples and {self.num_features} features is singular "
+                f"with a ridge of {self.ridge:g}: some direction of the weights is determined by nothing. Give a "
+                f"larger `ridge=` (the mean eigenvalue of the data is {float(gram.trace()) / self.num_features:.3g}), "
+                "or fewer features (a smaller `projection_dim=`)."
+            )
+        identity = torch.eye(self.num_features, dtype=factor.dtype, device=factor.device)
+        self._root = torch.linalg.solve_triangular(factor, identity, upper=False).mT.contiguous()
+        self._log_det = 2 * float(factor.diagonal().log().sum())
+
+    @classmethod
+    def fit(cls, features: Features, *, ridge: float) -> Posterior:
+        """Accumulate a stream of features, in one pass.
+
+        Args:
+            features: Shape ``(n, C, k)``, or batches ``(b, C, k)``; C may differ between batches.
+            ridge: Prior precision of every weight.
+        """
+        gram, num_examples, precision = _gram(features)
+        return cls(gram, ridge, num_examples=num_examples, precision=precision)
+
+    @classmethod
+    def without_data(cls, num_features: int, *, ridge: float, device: torch.device | str = "cpu") -> Posterior:
+        """The prior: nothing seen yet; ``ridge`` must be positive."""
+        gram = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
+        return cls(gram, ridge, num_examples=0)
+
+    def prior(self) -> Posterior:
+        """The same weights before any data."""
+        return self.without_data(self.num_features, ridge=self._prior_ridge(), device=self.gram.device)
+
+    def with_ridge(self, ridge: float) -> Posterior:
+        """The same data with another prior precision; needs no pass."""
+        return Posterior(self.gram, ridge, num_examples=self.num_examples, precision=self.precision)
+
+    def added(self, features: Features) -> Posterior:
+        """With more examples."""
+        return self._changed(features, 1)
+
+    def removed(self, features: Features) -> Posterior:
+        """Without examples that it holds, whose features are given."""
+        return self._changed(features, -1)
+
+    @property
+    def information(self) -> float:
+        """Nats that the data tell about all weights, ``1/2 logdet(A / ridge)``; infinite without a prior."""
+        if self.ridge == 0:
+            return math.inf
+        return 0.5 * (self._log_det - self.num_features * math.log(self.ridge))
+
+    def whiten(self, features: Tensor) -> Tensor:
+        """Features times ``L`` with ``A^-1 = L L'``: their inner products are posterior covariances.
+
+        Args:
+            features: Shape ``(..., k)``.
+
+        Returns:
+            Same shape, of the features' precision (float32 at least), rounded after a product in double precision.
+        """
+        if features.shape[-1] != self.num_features:
+            raise ValueError(
+                f"Expected features of size {self.num_features}, those of the posterior; got {tuple(features.shape)}."
+            )
+        exact = features.double()
+        whitened = exact * self.ridge**-0.5 if self._root is None else exact @ self._root
+        return whitened.to(torch.promote_types(features.dtype, torch.float32))
+
+    def variance(self, features: Tensor) -> Tensor:
+        """Posterior covariance of the outputs, ``B A^-1 B'``, in units of the noise; float64 ``(b, C, C)``."""
+        check_features(features)
+        whitened = self.whiten(features.double())
+        return whitened @ whitened.mT
+
+    def leverage(self, features: Tensor) -> Tensor:
+        """Trace of the variance, ``(b,)``; over all of the data it adds up to the number of weights they determine."""
+        return self.variance(features).diagonal(dim1=1, dim2=2).sum(1)
+
+    def _changed(self, features: Features, sign: int) -> Posterior:
+        gram, count, precision = _gram(features)
+        if gram.shape != self.gram.shape or self.num_examples + sign * count < 0:
+            raise ValueError(f"{count} examples of {len(gram)} features do not fit {self!r}.")
+        num_examples = self.num_examples + sign * count
+        total = self.gram + sign * gram
+        return Posterior(total, self.ridge, num_examples=num_examples, precision=max(precision, self.precision))
+
+    def _prior_ridge(self) -> float:
+        if self.ridge == 0:
+            raise ValueError("Without data a `ridge` of 0 leaves all weights undetermined: give a positive `ridge=`.")
+        return self.ridge
+
+    def __repr__(self) -> str:
+        return f"Posterior(num_examples={self.num_examples}, num_features={self.num_features}, ridge={self.ridge:g})"
+
+
+def check_ridge(ridge: float) -> float:
+    """Refuse what is not a non-negative number."""
+    if isinstance(ridge, bool) or not isinstance(ridge, int | float) or not 0 <= ridge < math.inf:
+        raise ValueError(f"`ridge` must be a number of at least 0, the prior precision of a weight; got {ridge!r}.")
+    return float(ridge)
+
+
+def check_features(features: object) -> None:
+    """Refuse what is not one matrix of real features per example."""
+    if not isinstance(features, Tensor) or features.ndim != 3 or not features.is_floating_point():
+        came = f"{features.dtype} of shape {tuple(features.shape)}" if isinstance(features, Tensor) else repr(features)
+        raise ValueError(
+            "Expected features of shape (examples, outputs, features), floating point (one output: "
+            f"`features[:, None]`); got {came}."
+        )
+
+
+def feature_batches(features: Features) -> Iterator[Tensor]:
+    """Consecutive batches ``(b, C, k)`` that are small enough to be copied in double precision."""
+    for batch in [features] if isinstance(features, Tensor) else features:
+        check_features(batch)
+        if len(batch):
+            yield from batch.split(max(1, _ROWS // max(1, batch.shape[1])))
+
+
+def _gram(features: Features) -> tuple[Tensor, int, float]:
+    """Sum of ``B' B`` in double precision, the number of examples, and the relative rounding of their features."""
+    gram, num_examples, precision = None, 0, torch.finfo(torch.float64).eps
+    for batch in feature_batches(features):
+        rows = batch.flatten(0, 1).double()
+        if gram is None:
+            gram = rows.new_zeros(rows.shape[1], rows.shape[1])
+        elif rows.shape[1] != len(gram):
+            raise ValueError(f"Batches must have the same number of features, got {len(gram)} and {rows.shape[1]}.")
+        gram.addmm_(rows.T, rows)
+        num_examples += len(batch)
+        precision = max(precision, torch.finfo(batch.dtype).eps)
+    if gram is None:
+        raise ValueError("There are no features: give at least one example, or use `Posterior.without_data`.")
+    return gram, num_examples, precision

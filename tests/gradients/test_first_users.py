@@ -1,0 +1,180 @@
+"""What first users ran into: examples that are not where they seem to be, and weights that nothing follows from."""
+
+import lightning.pytorch as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from stride_lightning import attribute
+from stride_lightning.tasks import Classification
+from tests.helpers.models import Classifier, classification_data
+
+QUIET = {"show_progress": False}
+
+
+def grad_dot_by_hand(model, train, queries):
+    def gradients(data):
+        rows = []
+        for x, y in data:
+            loss = nn.functional.cross_entropy(model(x[None].clone()), y[None])
+            rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+        return torch.stack(rows)
+
+    return gradients(queries) @ gradients(train).T
+
+
+class SortedInside(nn.Module):
+    """Evaluates the examples of a batch in another order, as packed sequences do."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        order = x[:, 0].argsort()
+        return self.outer(torch.tanh(self.inner(x[order]))[order.argsort()])
+
+
+class OnlySome(nn.Module):
+    """A layer that sees the rows of some examples alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.expert = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        outputs, chosen = self.first(x), x[:, 0] > 0
+        return outputs.index_add(0, chosen.nonzero()[:, 0], self.expert(x[chosen]))
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x /= 2
+        return self.layer(x)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.recurrent, self.out = nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.out(self.recurrent(x[:, None])[0][:, -1])
+
+
+@pytest.mark.parametrize("kind", [SortedInside, OnlySome, InPlace, Recurrent])
+def test_scores_are_right_whatever_a_model_does_inside(kind):
+    torch.manual_seed(0)
+    model, train, queries = kind(), classification_data(30), classification_data(6, seed=1)
+    expected = grad_dot_by_hand(model, train, queries)
+    found = attribute(model, queries, train_data=train, method="grad-dot", batch_size=7, **QUIET).scores
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_examples_that_influence_each_other_late_are_refused():
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            outputs, special = self.layer(x), x[:, 0] > 0
+            return outputs - outputs[special].mean(0) if special.sum() > 1 else outputs
+
+    x, y = classification_data(40).tensors
+    x[:2, 0] = -1
+    data = TensorDataset(x, y)
+    with pytest.raises(ValueError, match="change with the rest of its batch"):
+        attribute(Late(), data, train_data=data, method="grad-dot", **QUIET)
+
+
+@pytest.mark.parametrize("method", ["ekfac", "influence-cg", "influence-lissa", "last-layer", "logra", "diagonal"])
+def test_a_model_that_is_sure_of_everything_has_no_curvature(method):
+    data = TensorDataset(torch.ones(12, 4), torch.zeros(12).long())
+    model = nn.Linear(4, 3)
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.copy_(torch.tensor([1e6, 0.0, 0.0]))
+    with pytest.raises(ValueError, match=r"nothing to divide by.*grad-dot"):
+        attribute(model, data, train_data=data, method=method, **QUIET)
+
+
+def test_inside_of_a_test_loop():
+    """Where Lightning is in inference mode."""
+    found = {}
+
+    class Asking(Classifier):
+        def test_step(self, batch, batch_idx):
+            found["scores"] = attribute(
+                self, classification_data(4), train_data=classification_data(20), method="ekfac", **QUIET
+            ).scores
+
+    model, data = Asking(), torch.utils.data.DataLoader(classification_data(4), 4)
+    trainer = L.Trainer(
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    )
+    trainer.test(model, data, verbose=False)
+    expected = attribute(model, classification_data(4), train_data=classification_data(20), method="ekfac", **QUIET)
+    torch.testing.assert_close(found["scores"], expected.scores)
+
+
+def test_a_tensor_of_one_element_with_any_stride():
+    model = nn.Linear(3, 1)
+    model.bias.data = torch.arange(5.0)[::5]
+    data = TensorDataset(torch.randn(6, 3), torch.randn(6))
+    assert attribute(model, data, train_data=data, method="grad-dot", **QUIET).scores.isfinite().all()
+
+
+def test_weights_that_no_record_has_are_warned_of(tmp_path):
+    from stride_lightning import TracInCallback
+
+    model = Classifier()
+    trainer = L.Trainer(
+        max_epochs=1,
+        callbacks=[TracInCallback()],
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    )
+    data = classification_data(20)
+    trainer.fit(model, torch.utils.data.DataLoader(data, 10))
+    attribute(model, data, train_data=data, method="tracin", **QUIET)
+    with torch.no_grad():
+        model.network[0].bias.add_(1.0)
+    with pytest.warns(UserWarning, match="none of them has the weights"):
+        attribute(model, data, train_data=data, method="tracin", **QUIET)
+    model.network[0].bias.data.sub_(1.0)
+    model.network[0].bias.requires_grad_(False)
+    with pytest.warns(UserWarning, match="network.0.bias had a learning rate"):
+        attribute(model, data, train_data=data, method="tracin", record=tmp_path / "tracin", **QUIET)
+
+
+def test_positions_looked_up_once_for_all_examples_stay_fast():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.places, self.out = nn.Embedding(9, 4), nn.Embedding(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            hidden = self.tokens(x) + self.places(torch.arange(x.shape[1])[None])
+            return self.out(torch.tanh(hidden)).mean(1)
+
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 9, (14, 5))
+    data = TensorDataset(tokens, torch.arange(14) % 3)
+    model = Positions()
+    found = attribute(model, data, train_data=data, method="grad-dot", task=Classification(), batch_size=5, **QUIET)
+    assert found.metadata["gradients"]["blocks"] == {"factors": 3}
+    torch.testing.assert_close(found.scores, grad_dot_by_hand(model, data, data).detach(), rtol=1e-4, atol=1e-6)

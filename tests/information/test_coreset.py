@@ -1,0 +1,126 @@
+"""Coresets against plain greedy choice, and their guarantee against all sets of a size."""
+
+import math
+
+import pytest
+import torch
+
+from stride_lightning.information.coreset import choose_coreset
+from stride_lightning.information.posterior import Posterior
+from tests.helpers.tiny import permutation, random_tensor
+from tests.information.dense import RIDGE, about_weights, case, subsets
+
+close = {"atol": 1e-10, "rtol": 0}
+
+
+def plain_greedy(train, size, ridge=RIDGE):
+    chosen, gains = [], []
+    for _ in range(size):
+        before = about_weights(train, chosen, ridge) if chosen else 0.0
+        left = [i for i in range(len(train)) if i not in chosen]
+        tried = [about_weights(train, [*chosen, i], ridge) - before for i in left]
+        gains.append(max(tried))
+        chosen.append(left[next(place for place, gain in enumerate(tried) if gain >= gains[-1] - 1e-9)])
+    return chosen, torch.tensor(gains, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+@pytest.mark.parametrize("num_outputs", [1, 3])
+def test_lazy_choices_are_those_of_plain_greedy(num_outputs, batch, monkeypatch):
+    monkeypatch.setattr("stride_lightning.information.coreset._BATCH", batch)
+    train, _, posterior = case(num_outputs, n=30)
+    found = choose_coreset(train, 12, posterior.prior())
+    places, gains = plain_greedy(train, 12)
+    assert found.places.tolist() == places
+    torch.testing.assert_close(found.gains, gains, **close)
+    assert (found.gains.diff() <= 1e-12).all()
+    assert float(found.gains.sum()) == pytest.approx(
+        Posterior.fit(train[found.places], ridge=RIDGE).information, abs=1e-10
+    )
+
+
+def test_most_gains_are_never_computed():
+    train = random_tensor(300, 1, 8, seed=2) * torch.logspace(-2, 1, 300).double()[:, None, None]
+    found = choose_coreset(train, 30, Posterior.without_data(8, ridge=1.0))
+    assert 300 <= found.num_updates < 0.3 * 300 * 30
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("num_outputs", [1, 2])
+def test_guarantee(num_outputs, seed):
+    """At least 1 - 1/e of the best set of the size; and above it here, or the test would say little."""
+    train = random_tensor(9, num_outputs, 4, seed=seed) * random_tensor(9, 1, 1, seed=seed + 50).exp()
+    found = choose_coreset(train, 4, Posterior.without_data(4, ridge=RIDGE))
+    for size in range(1, 5):
+        best = max(about_weights(train, chosen) for chosen in subsets(9, size))
+        assert (1 - 1 / math.e) * best <= float(found.gains[:size].sum()) <= best + 1e-10
+
+
+def test_information_about_the_weights_is_submodular():
+    train, _, _ = case(2)
+    for trial in range(100):
+        *chosen, last = torch.randperm(14, generator=torch.Generator().manual_seed(trial)).tolist()[:7]
+        few = chosen[: trial % 6]
+        late = about_weights(train, [*chosen, last]) - about_weights(train, chosen)
+        early = about_weights(train, [*few, last]) - (about_weights(train, few) if few else 0.0)
+        assert late <= early + 1e-10
+
+
+def test_known_data_count():
+    train, _, _ = case(2, n=20)
+    known = Posterior.fit(train[:5], ridge=RIDGE)
+    found = choose_coreset(train, 4, known)
+    after = known.added(train[found.places])
+    assert float(found.gains.sum()) == pytest.approx(after.information - known.information, abs=1e-10)
+
+
+def test_order_of_examples_changes_nothing():
+    train, _, posterior = case(2)
+    order = permutation(14)
+    found = choose_coreset(train[order], 6, posterior.prior()).places
+    assert torch.equal(order[found], choose_coreset(train, 6, posterior.prior()).places)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_copies_and_zeros_come_last_and_in_order(dtype):
+    distinct = random_tensor(5, 1, 16, seed=4, dtype=dtype)
+    train = torch.cat([torch.zeros(2, 1, 16, dtype=dtype), distinct, distinct])
+    places = choose_coreset(train, 12, Posterior.without_data(16, ridge=0.1)).places.tolist()
+    assert sorted(places[:5]) == [2, 3, 4, 5, 6]
+    assert sorted(places[5:10]) == [7, 8, 9, 10, 11]
+    assert places[10:] == [0, 1]
+
+
+def test_single_precision_is_close():
+    train, _, posterior = case(3)
+    exact, found = (choose_coreset(rows, 8, posterior.prior()) for rows in (train, train.float()))
+    assert torch.equal(found.places, exact.places)
+    torch.testing.assert_close(found.gains, exact.gains, atol=1e-5, rtol=1e-5)
+
+
+def test_vague_priors_keep_their_digits():
+    """Copies of float32 features whose variance falls from 1e8 times the noise to about the noise."""
+    distinct = random_tensor(4, 1, 6, seed=5, dtype=torch.float32)
+    train = torch.cat([distinct] * 2)
+    found = choose_coreset(train, 8, Posterior.without_data(6, ridge=1e-8))
+    assert sorted(found.places[:4].tolist()) == [0, 1, 2, 3]
+    exact = Posterior.fit(train, ridge=1e-8).information
+    assert float(found.gains.sum()) == pytest.approx(exact, abs=1e-6)
+    assert float(found.gains[4:].max()) == pytest.approx(0.5 * math.log(2), abs=1e-6)
+
+
+def test_more_features_than_the_data_span():
+    train, _, _ = case(2, n=6, k=40)
+    found = choose_coreset(train, 6, Posterior.without_data(40, ridge=1e-6))
+    places, gains = plain_greedy(train, 6, 1e-6)
+    assert found.places.tolist() == places
+    torch.testing.assert_close(found.gains, gains, atol=1e-6, rtol=0)
+
+
+def test_unusable_requests_are_refused():
+    train, _, posterior = case(1)
+    for size in (0, 15):
+        with pytest.raises(ValueError, match=rf"`size` must be in 1\.\.14.*got {size}"):
+            choose_coreset(train, size, posterior)
+    with pytest.raises(ValueError, match="Expected features of shape"):
+        choose_coreset(train[:, 0], 2, posterior)

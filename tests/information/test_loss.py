@@ -1,0 +1,284 @@
+"""Information lost and gained against entropies of the dense Gaussian process, with and without the examples."""
+
+import math
+
+import pytest
+import torch
+
+from stride_lightning.information.forms import MARGIN, index_vectors, nats, query_vectors
+from stride_lightning.information.loss import (
+    information_blocks,
+    information_gain,
+    information_loss,
+    pair_nats,
+    predictive_entropy,
+    subset_information_gain,
+    subset_information_loss,
+)
+from stride_lightning.information.posterior import Posterior
+from tests.helpers.tiny import permutation, random_tensor
+from tests.information import dense
+from tests.information.dense import FORMS, RIDGE, case
+
+OUTPUTS = [(1, 1), (3, 3), (4, 2), (1, 3), (3, 1)]
+close = {"atol": 1e-10, "rtol": 0}
+
+
+def matrix(train, queries, posterior, form):
+    return torch.cat(list(information_blocks(train, queries, posterior, form)), 1)
+
+
+def subset_information(subset, queries, posterior, form):
+    if form == "loss":
+        return subset_information_loss(subset, queries, posterior)
+    return subset_information_gain(subset, queries, posterior, form=form)
+
+
+@pytest.mark.parametrize("outputs", OUTPUTS)
+@pytest.mark.parametrize("form", FORMS)
+def test_single_examples(form, outputs):
+    train, queries, posterior = case(*outputs)
+    exact = torch.stack([FORMS[form](queries, train, [i]) for i in range(len(train))], 1)
+    assert exact.min() > 0
+    torch.testing.assert_close(matrix(train, queries, posterior, form), exact, **close)
+
+
+@pytest.mark.parametrize("places", [[4], [2, 0, 11], list(range(10))])  # the last has more rows than features
+@pytest.mark.parametrize("outputs", OUTPUTS)
+@pytest.mark.parametrize("form", FORMS)
+def test_subsets(form, outputs, places):
+    train, queries, posterior = case(*outputs)
+    found = subset_information(train[places], queries, posterior, form)
+    torch.testing.assert_close(found, FORMS[form](queries, train, places), **close)
+
+
+def test_large_subsets_take_no_more_memory_than_the_features(monkeypatch):
+    train, queries, posterior = case(3)
+    seen = []
+
+    def watched(rows, *others):
+        seen.append(rows.shape)
+        return index_vectors(rows, *others)
+
+    monkeypatch.setattr("stride_lightning.information.loss.index_vectors", watched)
+    for size in (2, 12):
+        subset_information_loss(train[:size], queries, posterior)
+    assert seen == [(1, 6, 9), (1, 9, 9)]
+
+
+def test_entropy_of_predictions():
+    train, queries, posterior = case(3)
+    torch.testing.assert_close(predictive_entropy(queries, posterior), dense.entropies(queries, train), **close)
+    torch.testing.assert_close(
+        predictive_entropy(queries, posterior.removed(train[[1, 5]])) - predictive_entropy(queries, posterior),
+        subset_information_loss(train[[1, 5]], queries, posterior),
+        **close,
+    )
+
+
+def test_loss_is_mutual_information_given_the_other_examples():
+    train, queries, posterior = case(2)
+    joint = torch.cat([train, queries[:1]]).flatten(0, 1)
+    kernel = joint @ joint.T / RIDGE + torch.eye(len(joint), dtype=joint.dtype)
+
+    def entropy(rows):
+        return 0.5 * torch.logdet(kernel[rows][:, rows])
+
+    removed, asked, others = [4, 5], [28, 29], [row for row in range(28) if row not in (4, 5)]
+    mutual = entropy(others + asked) + entropy(others + removed) - entropy(others) - entropy(others + removed + asked)
+    torch.testing.assert_close(information_loss(train[2:3], queries[:1], posterior)[0, 0], mutual, **close)
+
+
+def test_influence_with_the_labels_averaged_over():
+    """The expected square of the exact leave-one-out change of a prediction is the growth of its variance."""
+    train, queries, posterior = case(1)
+    labels = random_tensor(14, seed=5)
+    rows, asked = train[:, 0], queries[:, 0]
+
+    def predict(places):
+        system = rows[places].T @ rows[places] + RIDGE * torch.eye(9, dtype=rows.dtype)
+        return asked @ torch.linalg.solve(system, rows[places].T @ labels[places])
+
+    residuals = labels - rows @ torch.linalg.solve(
+        rows.T @ rows + RIDGE * torch.eye(9, dtype=rows.dtype), rows.T @ labels
+    )
+    everything = list(range(14))
+    for i in range(3):
+        change = predict([j for j in everything if j != i]) - predict(everything)
+        expected = change.square() * (1 - posterior.variance(train)[i, 0, 0]) / residuals[i].square()
+        growth = 0.5 * (expected / (1 + posterior.variance(queries)[:, 0, 0])).log1p()
+        torch.testing.assert_close(information_loss(train, queries, posterior)[:, i], growth, **close)
+
+
+def test_gain_is_a_damped_cosine():
+    train, queries, posterior = case(1)
+    rows, asked = train[:, 0], queries[:, 0]
+    norms = (RIDGE + asked.square().sum(1))[:, None] * (RIDGE + rows.square().sum(1))
+    cosines = (asked @ rows.T).square() / norms
+    torch.testing.assert_close(information_gain(train, queries, posterior), -0.5 * (-cosines).log1p(), **close)
+
+
+@pytest.mark.parametrize("noise", [0.01, 1.0, 25.0])
+def test_only_the_ridge_in_units_of_the_noise_matters(noise):
+    train, queries, posterior = case(1)
+    scaled = Posterior.fit(train / math.sqrt(noise), ridge=RIDGE / noise)
+    torch.testing.assert_close(
+        information_loss(train / math.sqrt(noise), queries / math.sqrt(noise), scaled),
+        information_loss(train, queries, posterior),
+        **close,
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_index_ranks_by_inner_products(form):
+    train, queries, posterior = case(1)
+    dots = query_vectors(queries, posterior, form)[:, 0] @ index_vectors(train, posterior, form)[:, 0].T
+    exact = matrix(train, queries, posterior, form)
+    assert torch.equal(dots.square().argsort(1, descending=True), exact.argsort(1, descending=True))
+    torch.testing.assert_close(nats(dots[..., None, None], form), exact, **close)
+    # Two searches, with the query and with its negative, merged.
+    merged = torch.cat([dots, -dots], 1).topk(4).indices % 14
+    assert torch.equal(merged, exact.topk(4).indices)
+
+
+def test_sum_of_squared_products_bounds_a_loss_of_several_outputs():
+    train, queries, posterior = case(4, 2)
+    products = torch.einsum("qdk,nck->qndc", query_vectors(queries, posterior), index_vectors(train, posterior))
+    total, exact = products.square().sum((2, 3)), information_loss(train, queries, posterior)
+    assert (exact >= 0.5 * total.log1p()).all()
+    assert (exact <= (total / 2).log1p()).all()
+
+
+@pytest.mark.parametrize("outputs", [(1, 1), (3, 2)])
+@pytest.mark.parametrize("form", FORMS)
+def test_streams_chunks_and_order_change_nothing(form, outputs, monkeypatch):
+    train, queries, posterior = case(*outputs)
+    whole = matrix(train, queries, posterior, form)
+    for sizes in ([1] * 14, [3, 11]):
+        torch.testing.assert_close(matrix(iter(train.split(sizes)), queries, posterior, form), whole, **close)
+    alone = torch.cat([matrix(train, query[None], posterior, form) for query in queries])
+    torch.testing.assert_close(alone, whole, **close)
+    order = permutation(14)
+    torch.testing.assert_close(matrix(train[order], queries, posterior, form), whole[:, order], **close)
+    monkeypatch.setattr("stride_lightning.information.loss._ELEMENTS", 1)
+    monkeypatch.setattr("stride_lightning.information.posterior._ROWS", 1)
+    blocks = list(information_blocks(train, queries, posterior, form))
+    assert [block.shape for block in blocks] == [(5, 1)] * 14
+    torch.testing.assert_close(torch.cat(blocks, 1), whole, **close)
+
+
+@pytest.mark.parametrize("outputs", [(1, 1), (3, 3)])
+@pytest.mark.parametrize("form", FORMS)
+def test_single_precision_is_close(form, outputs):
+    train, queries, _ = case(*outputs)
+    posterior = Posterior.fit(train.float(), ridge=RIDGE)
+    found = matrix(train.float(), queries.float(), posterior, form)
+    assert found.dtype == torch.float32
+    exact = matrix(train, queries, Posterior.fit(train, ridge=RIDGE), form)
+    torch.testing.assert_close(found.double(), exact, atol=1e-6, rtol=1e-4)
+
+
+def test_little_information_keeps_its_digits():
+    products = torch.tensor([[1e-6, 2e-6], [-3e-6, 1e-6]])
+    for form in ("loss", "gain"):
+        assert float(nats(products, form)) == pytest.approx(7.5e-12, rel=1e-5)
+
+
+def test_removing_everything_leaves_the_prior():
+    train, queries, posterior = case(2)
+    found = subset_information_loss(train, queries, posterior)
+    torch.testing.assert_close(found, dense.gain(queries, train, list(range(14))), **close)
+    torch.testing.assert_close(found, subset_information_gain(train, queries, posterior), **close)
+    assert subset_information_loss(train[:0], queries, posterior).tolist() == [0] * 5
+
+
+def test_gradients_of_zero_tell_nothing():
+    train, queries, _ = case(2)
+    train[3], queries[1] = 0, 0
+    posterior = Posterior.fit(train, ridge=RIDGE)
+    for form in FORMS:
+        found = matrix(train, queries, posterior, form)
+        assert (found[:, 3] == 0).all()
+        assert (found[1] == 0).all()
+
+
+def test_a_query_that_is_a_training_example():
+    train, _, posterior = case(1)
+    found = information_loss(train, train, posterior)
+    exact = torch.stack([dense.loss(train, train, [i]) for i in range(14)], 1)
+    torch.testing.assert_close(found, exact, **close)
+    leverages = posterior.leverage(train)
+    alone = 0.5 * (leverages.square() / ((1 - leverages) * (1 + leverages))).log1p()
+    torch.testing.assert_close(found.diagonal(), alone, **close)
+
+
+def test_copies_lose_more_together_and_gain_less():
+    train = torch.cat([torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.8, 0.6]]).double(), 0.3 * random_tensor(20, 2, seed=0)])
+    train, queries = train[:, None], torch.tensor([[[1.0, 0.2]]]).double()
+    posterior = Posterior.fit(train, ridge=0.5)
+    each, both = information_loss(train[:2], queries, posterior), subset_information_loss(train[:2], queries, posterior)
+    assert float(both) > 1.2 * float(each.sum())
+    torch.testing.assert_close(both, dense.loss(queries, train, [0, 1], ridge=0.5), **close)
+    each, both = information_gain(train[:2], queries, posterior), subset_information_gain(train[:2], queries, posterior)
+    assert each.tolist() == [[pytest.approx(0.284, abs=1e-3)] * 2]
+    assert both.tolist() == [pytest.approx(0.366, abs=1e-3)]
+
+
+def test_gain_about_a_query_is_not_submodular():
+    """y1 = f + z and y2 = z tell f only together."""
+    train, queries = torch.tensor([[[1.0, 1.0]], [[0.0, 1.0]]]).double(), torch.tensor([[[1.0, 0.0]]]).double()
+    train, queries = train / math.sqrt(1e-3), queries / math.sqrt(1e-3)
+    posterior = Posterior.fit(train, ridge=1.0)
+    assert information_gain(train, queries, posterior)[0].tolist() == [pytest.approx(0.346, abs=1e-3), 0]
+    assert float(subset_information_gain(train, queries, posterior)) == pytest.approx(2.906, abs=1e-3)
+
+
+@pytest.mark.parametrize("num_outputs", [1, 2])
+def test_an_example_that_alone_determines_a_direction(num_outputs):
+    train = torch.zeros(6, num_outputs, 4, dtype=torch.float64)
+    train[:5, :, :3] = random_tensor(5, num_outputs, 3, seed=6)
+    train[5, 0, 3] = 1.0
+    posterior = Posterior.fit(train, ridge=1e-9)  # leverage 1 - 1e-9
+    found = information_loss(train, train[5:, :1], posterior)
+    assert float(found[0, 5]) == pytest.approx(0.5 * math.log1p(1 / (2 * MARGIN)), abs=1e-5)
+    assert float(found[0, :5].abs().max()) < 1e-12
+    other = random_tensor(1, 1, 3, seed=7)
+    queries = torch.cat([other, torch.zeros(1, 1, 1, dtype=torch.float64)], 2)
+    assert float(information_loss(train, queries, posterior)[0, 5]) < 1e-12
+    # Above the margin nothing is changed.
+    exact = dense.loss(train[5:], train, [5], ridge=1e-5)
+    found = information_loss(train[5:], train[5:], Posterior.fit(train, ridge=1e-5))
+    torch.testing.assert_close(found[:, 0], exact, atol=1e-8, rtol=0)
+
+
+def test_several_outputs_keep_what_is_not_alone():
+    """Of an example of leverage 1 in one direction only that direction is held back."""
+    train = random_tensor(8, 2, 4, seed=8)
+    train[:, :, 3] = 0
+    train[0, 0] = torch.tensor([0.0, 0.0, 0.0, 1.0])
+    queries = random_tensor(2, 1, 4, seed=9)
+    queries[:, :, 3] = 0
+    posterior = Posterior.fit(train, ridge=1e-8)
+    exact = predictive_entropy(queries, posterior.removed(train[:1])) - predictive_entropy(queries, posterior)
+    assert exact.min() > 1e-7
+    torch.testing.assert_close(information_loss(train[:1], queries, posterior)[:, 0], exact, atol=1e-9, rtol=0)
+
+
+def test_examples_that_are_not_in_the_data_are_refused():
+    train, queries, posterior = case(2)
+    with pytest.raises(ValueError, match=r"The leverage of an example is .*cannot exceed 1"):
+        information_loss(10 * train, queries, posterior)
+    with pytest.raises(ValueError, match="as often as it is removed"):
+        subset_information_loss(torch.cat([train] * 3), queries, posterior)
+    with pytest.raises(ValueError, match="`form` must be one of loss, gain, copy; got 'more'"):
+        next(information_blocks(train, queries, posterior, "more"))
+    with pytest.raises(ValueError, match="Expected features of shape"):
+        information_loss(train, queries[:, 0], posterior)
+
+
+def test_no_pairs():
+    train, queries, posterior = case(2)
+    assert information_loss(train, queries[:0], posterior).shape == (0, 14)
+    assert information_loss(train[:0], queries, posterior).shape == (5, 0)
+    assert information_gain([], queries, posterior).shape == (5, 0)
+    assert pair_nats(queries, train[:0]).shape == (5, 0)
