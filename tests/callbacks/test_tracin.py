@@ -592,7 +592,7 @@ def test_kills_and_resumes(tmp_path):
         if outcome["resumed"]:  # else there was no checkpoint yet, and another run began
             assert outcome["names"] == whole["names"], outcome
     killed = [outcome for outcome in outcomes if outcome["killed"]]
-    assert len(killed) >= 0.8 * len(outcomes)
+    assert len(killed) >= 0.5 * len(outcomes)  # a fast machine may be done before a moment comes
     assert len({outcome["left"] for outcome in killed}) >= 4  # kills fell before and after each of the records
     assert sum(outcome["taken over"] > 0 for outcome in killed) >= 3
 
