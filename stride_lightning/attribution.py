@@ -152,7 +152,13 @@ class Attribution:
                 "of attribute() itself: a saved attribution does not keep the model. Use top() without it."
             )
         size = self.top_columns(k).proponents.shape[1]
-        candidates = self.top_columns(min(self.num_ranked, max(500, 10 * size))).proponents
+        wanted = min(self.num_train, max(500, 10 * size))
+        if self.num_ranked < wanted:
+            raise ValueError(
+                f"diverse=True chooses among the {wanted} strongest of each query, and {self.num_ranked} are held: "
+                f"attribute with `top_k={wanted}`, or without."
+            )
+        candidates = self.top_columns(wanted).proponents
         return self.diversify(self.queries, self.metadata["target"], candidates, size)
 
     def top_columns(self, k: int | None = None) -> TopExamples:

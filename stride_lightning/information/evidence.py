@@ -27,7 +27,7 @@ class Evidence:
         ridge: Prior precision of a weight in units where the noise is 1: the ridge of a :class:`Posterior` of the
             same features.
         noise_variance: That of the targets.
-        log_evidence: In nats, at this ridge and noise.
+        log_evidence: In nats, at this ridge and noise; of a classification, up to a constant.
         ridges: The grid of the profile, float64 ``(g,)``.
         log_evidences: Its nats, the noise variance that suits each ridge best unless it was given.
         num_rows: How many numbers the targets are.

@@ -370,6 +370,11 @@ class InformationIndex(VectorIndex):
         return self._hits(ranked)
 
 
+def is_index(path: str | os.PathLike[str]) -> bool:
+    """Whether there is an index in a folder."""
+    return bool(_versions(Path(path)))
+
+
 def _schema(dim: int, identity: Mapping[str, Any], columns: Mapping[str, type]) -> Any:
     """The schema of the table, which says in its metadata what the index was made with: one file, one commit."""
     import pyarrow as pa

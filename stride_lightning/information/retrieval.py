@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stride_lightning.data import resolve_queries
 from stride_lightning.information.attributor import InformationAttributor
 from stride_lightning.information.forms import Form, index_vectors, nats, query_vectors
-from stride_lightning.information.index import InformationIndex
+from stride_lightning.information.index import InformationIndex, is_index
 from stride_lightning.information.vectors import COLUMN_TYPES, MemoryIndex, VectorIndex
+from stride_lightning.retraining.recipe import fingerprint_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +69,8 @@ def build_index(
 
     Reference: arXiv:2604.03858.
     """
-    columns = {} if columns is None else columns
+    attributor._check_fitted("build_index()")
+    columns = {name: as_list(values) for name, values in (columns or {}).items()}
     if attributor._tangents.num_rows != 1:
         raise ValueError(
             f"An index holds one vector per example, and these have {attributor._tangents.num_rows} outputs. Fit with "
@@ -79,6 +82,8 @@ def build_index(
     types = {name: _type_of(name, values) for name, values in columns.items()}
     form = attributor.form if form is None else form
     dim, identity = attributor._tangents.dim, index_identity(attributor, form)
+    if path is not None and is_index(path):
+        identity = index_identity(attributor, form, InformationIndex.open(path).identity)
     index: InformationIndex | MemoryIndex
     if path is None:
         index = MemoryIndex(dim, identity, types)
@@ -110,8 +115,9 @@ def search_index(
     Raises:
         VectorIndexError: If the index is of another model, projection or prior.
     """
+    attributor._check_fitted("search_index()")
     form = index.identity.get("form", attributor.form)
-    index.check_identity(index_identity(attributor, form))
+    index.check_identity(index_identity(attributor, form, index.identity))
     with attributor._borrowed_model() as (model, device):
         asked = attributor._read(model, resolve_queries(queries, model), device, target)
         parts = [
@@ -122,9 +128,24 @@ def search_index(
     return Retrieved(hits.positions, nats(hits.dots[..., None, None], form), hits.columns)
 
 
-def index_identity(attributor: InformationAttributor, form: Form) -> dict[str, Any]:
-    """What decides the vectors of an index: the weights, the features, the prior, and for a loss the data."""
+def index_identity(
+    attributor: InformationAttributor, form: Form, made_with: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What decides the vectors of an index: the weights, the features, the prior and the data.
+
+    A gain knows of no other examples, so that more may be added to its index: what the data must agree in is then the
+    examples that it was made of first.
+
+    Args:
+        attributor: Fitted.
+        form: Which information.
+        made_with: Identity of the index that this one is compared with.
+    """
     tangents, posterior = attributor._tangents, attributor.posterior
+    data = attributor.metadata["data"]
+    first = (made_with or {}).get("data", data)["num_examples"]
+    if form == "gain" and first < len(attributor._train):
+        data = fingerprint_of(attributor._train.subset(range(first)), attributor._task)
     identity = {
         "weights": attributor._weights,
         "task": repr(attributor._task),
@@ -134,10 +155,12 @@ def index_identity(attributor: InformationAttributor, form: Form) -> dict[str, A
         "seed": attributor.seed,
         "form": form,
         "ridge": posterior.ridge,
+        "data": data,
     }
-    if form == "gain":  # which knows of no other examples: more may be added to the index
+    if form == "gain":
         return identity
-    return identity | {"data": attributor.metadata["data"]["content"] or attributor.metadata["data"]["shapes"]}
+    # Under random augmentation the data are known by shapes and targets only: their features tell more.
+    return identity | {"trace": float(f"{float(posterior.gram.trace()):.4g}")}
 
 
 def _missing(
@@ -155,6 +178,12 @@ def _missing(
             own = places[batch.places]
             vectors = index_vectors(batch.rows, attributor.posterior, form)[:, 0].cpu()
             yield positions[own], vectors, {name: [values[i] for i in own.tolist()] for name, values in columns.items()}
+
+
+def as_list(values: Any) -> list[Any]:
+    """Values of a column as plain ones, whatever array they come in."""
+    plain = values.tolist() if hasattr(values, "tolist") else list(values)
+    return [value.item() if isinstance(value, np.generic) else value for value in plain]
 
 
 def _type_of(name: str, values: Sequence[Any]) -> type:

@@ -427,16 +427,16 @@ def test_diverse_positions_are_those_of_the_dataset():
 @both_methods
 def test_diverse_among_the_held(method):
     """A TopAttribution chooses among the proponents that it holds."""
-    found = ask(method, top_k=6, ridge=RIDGE)
+    found = ask(method, top_k=13, ridge=RIDGE)
     train, asked = (dense.tangents_of(mlp(), TASKS["classification"][0], part) for part in (DATA, QUERIES))
     diverse = found.top(4, diverse=True).proponents
     for row, query in enumerate(asked):
-        held = sorted(found.top(6).proponents[row].tolist())
+        held = sorted(found.top(13).proponents[row].tolist())
         assert diverse[row].tolist() == dense.greedy_gain(query, train, held, 4, RIDGE)[0]
     one = found[2].top(4, diverse=True)
     assert torch.equal(one.proponents[0], diverse[2])
-    with pytest.raises(ValueError, match="attribute with `top_k=7`"):
-        found.top(7, diverse=True)
+    with pytest.raises(ValueError, match=r"among the 13 strongest .* attribute with `top_k=13`"):
+        ask(method, top_k=6, ridge=RIDGE).top(4, diverse=True)
 
 
 @pytest.mark.parametrize(("k", "num_candidates"), [(3, 500), (None, 500), (60, 600), (900, 1000)])
@@ -515,7 +515,7 @@ def test_diverse_needs_the_fit_of_before():
 
 
 def test_diverse_after_a_fit_that_failed():
-    attributor = made(ridge=RIDGE, top_k=4)
+    attributor = made(ridge=RIDGE, top_k=13)
     found = attributor.attribute(QUERIES)
     expected = found.top(3, diverse=True)
     other = TensorDataset(-DATA.tensors[0], DATA.tensors[1].clone())
@@ -689,11 +689,11 @@ def test_diverse_with_many_outputs(monkeypatch):
     many(monkeypatch)
     part = [11, 2, 7, 5, 0, 4]
     train, asked = rows_of(made(ridge=RIDGE), QUERIES)
-    for options in ({}, {"top_k": 5}, {"train_indices": part}):
+    for options in ({}, {"top_k": 13}, {"train_indices": part}):
         found = ask("information-gain", ridge=RIDGE, **options)
         chosen = found.top(4, diverse=True)
         for row, query in enumerate(asked):
-            held = found.top(5).proponents[row].tolist() if "top_k" in options else options.get("train_indices")
+            held = options.get("train_indices")
             places, gains = dense.greedy_gain(query, train, sorted(held or range(13)), 4, RIDGE)
             assert chosen.proponents[row].tolist() == places
             assert chosen.proponent_scores[row].tolist() == pytest.approx(gains, rel=1e-4)

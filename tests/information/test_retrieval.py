@@ -1,5 +1,6 @@
 """Indexes of training examples give the same ranking, and the same nats, as scores of all pairs."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -93,9 +94,34 @@ def test_an_index_of_something_else_is_refused(tmp_path):
         search_index(fitted(data=classification_data(NUM_TRAIN, seed=5)), index, queries())
 
 
+def test_a_gain_index_of_other_data_is_refused(tmp_path):
+    pytest.importorskip("lancedb")
+    torch.manual_seed(0)
+    model, data = Classifier(), classification_data(NUM_TRAIN)
+    first = fitted(InformationGainAttributor, Subset(data, range(25)), model)
+    index = build_index(first, tmp_path)
+    others = [Subset(data, range(10, 35)), Subset(data, range(20)), classification_data(NUM_TRAIN, seed=3)]
+    for other in others:
+        attributor = fitted(InformationGainAttributor, other, model)
+        with pytest.raises(VectorIndexError, match="'data'"):
+            build_index(attributor, tmp_path)
+        with pytest.raises(VectorIndexError, match="'data'"):
+            search_index(attributor, index, queries())
+
+
 def test_several_outputs_are_refused():
     with pytest.raises(ValueError, match=r"3 outputs.*likelihood='margin'"):
         build_index(fitted(likelihood="gauss-newton"))
+
+
+def test_columns_of_arrays():
+    index = build_index(fitted(), columns={"label": torch.arange(NUM_TRAIN) % 3, "weight": np.ones(NUM_TRAIN)})
+    assert index.columns == {"label": int, "weight": float}
+
+
+def test_an_attributor_that_is_not_fitted():
+    with pytest.raises(RuntimeError, match=r"fit\(model, train_data\) before build_index"):
+        build_index(InformationGainAttributor(likelihood="margin"))
 
 
 def test_wrong_columns():
