@@ -2,43 +2,46 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from stride_lightning.information.vectors import (
-    BLOCK_ROWS,
+from stride_lightning.information.lance import (
+    FORMAT,
+    KEY,
+    REPAIR,
+    TABLE,
+    explained,
+    first_line,
+    import_lancedb,
+    is_index,
+    matrix_of,
+    named,
+    table_schema,
+)
+from stride_lightning.information.ranking import magnitude, rank_rows
+from stride_lightning.information.rows import (
     COLUMN_TYPES,
-    Block,
     Columns,
     Floats,
-    Hits,
     Integers,
     PositionSet,
-    VectorIndex,
     VectorIndexError,
     as_column_types,
     as_dim,
     as_identity,
     compare_identities,
-    joined_hits,
-    magnitude,
-    rank_rows,
 )
+from stride_lightning.information.vectors import BLOCK_ROWS, Block, Hits, VectorIndex, joined_hits
 
 __all__ = ["InformationIndex"]
 
-_TABLE, _KEY, _FORMAT = "vectors", b"stride_lightning", 1
-_REPAIR = "Restore the folder from a copy, or delete it and build the index again."
 _MIN_TRAINING_ROWS = 256  # of a product quantiser with one byte for each sub-vector
 
 
@@ -106,28 +109,28 @@ class InformationIndex(VectorIndex):
             FileExistsError: If there is an index and `exist_ok` is false.
             VectorIndexError: If the index that is there is another one, or damaged.
         """
-        lancedb = _lancedb()
+        lancedb = import_lancedb()
         path = Path(path)
         dim, identity, types = as_dim(dim), as_identity(identity), as_column_types(columns or {})
         if path.exists() and not path.is_dir():
             raise FileExistsError(f"'{path}' is a file: give the folder of the index.")
-        if _versions(path):
+        if is_index(path):
             if not exist_ok:
                 raise FileExistsError(f"There is an index at '{path}': open it, delete it, or pass exist_ok=True.")
             index = cls.open(path, identity)
             if (index.dim, index.columns) != (dim, types):
                 raise VectorIndexError(
-                    f"The index '{path}' has dim={index.dim} and columns {_named(index.columns)}; expected dim={dim} "
-                    f"and {_named(types)}. Build another one in a folder of its own."
+                    f"The index '{path}' has dim={index.dim} and columns {named(index.columns)}; expected dim={dim} "
+                    f"and {named(types)}. Build another one in a folder of its own."
                 )
             return index
-        if any((path / f"{_TABLE}.lance").glob("data/*")):
-            raise VectorIndexError(f"The index '{path}' has data and no version that says what they are. {_REPAIR}")
+        if any((path / f"{TABLE}.lance").glob("data/*")):
+            raise VectorIndexError(f"The index '{path}' has data and no version that says what they are. {REPAIR}")
         path.mkdir(parents=True, exist_ok=True)
-        with _explained(path):
+        with explained(path):
             # A creation that was killed leaves a folder without a version and without data, which is overwritten.
-            mode = "overwrite" if (path / f"{_TABLE}.lance").exists() else "create"
-            table = lancedb.connect(path).create_table(_TABLE, schema=_schema(dim, identity, types), mode=mode)
+            mode = "overwrite" if (path / f"{TABLE}.lance").exists() else "create"
+            table = lancedb.connect(path).create_table(TABLE, schema=table_schema(dim, identity, types), mode=mode)
             return cls(path, table, dim, identity, types)
 
     @classmethod
@@ -143,23 +146,23 @@ class InformationIndex(VectorIndex):
             FileNotFoundError: If there is no index.
             VectorIndexError: If the index is damaged, of a later layout, or of another identity.
         """
-        lancedb = _lancedb()
+        lancedb = import_lancedb()
         path = Path(path)
-        if not (path / f"{_TABLE}.lance").is_dir():
+        if not (path / f"{TABLE}.lance").is_dir():
             raise FileNotFoundError(f"No index at '{path}': make one with InformationIndex.create.")
-        with _explained(path):
-            table = lancedb.connect(path).open_table(_TABLE)
+        with explained(path):
+            table = lancedb.connect(path).open_table(TABLE)
             schema = table.schema
         try:
-            made = json.loads((schema.metadata or {})[_KEY])
+            made = json.loads((schema.metadata or {})[KEY])
             layout, dim, made_for = made["format"], made["dim"], made["identity"]
             types = {name: COLUMN_TYPES[kind] for name, kind in made["columns"].items()}
-            written = _schema(dim, made_for, types)
+            written = table_schema(dim, made_for, types)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise VectorIndexError(f"'{path}' holds a table that is not an InformationIndex ({error!r}).") from error
-        if layout != _FORMAT or not schema.equals(written):
+        if layout != FORMAT or not schema.equals(written):
             raise VectorIndexError(
-                f"The index '{path}' has layout {layout!r} and columns {schema.names}; expected layout {_FORMAT} and "
+                f"The index '{path}' has layout {layout!r} and columns {schema.names}; expected layout {FORMAT} and "
                 f"{written.names}. Read it with the version of the library that wrote it."
             )
         if identity is not None:
@@ -167,13 +170,13 @@ class InformationIndex(VectorIndex):
         return cls(path, table, dim, made_for, types)
 
     def __len__(self) -> int:
-        with _explained(self.path):
+        with explained(self.path):
             return self._table.count_rows()
 
     @property
     def has_ann(self) -> bool:
         """Whether :meth:`create_ann` was called, so that searches may be approximate."""
-        with _explained(self.path):
+        with explained(self.path):
             return bool(list(self._table.list_indices()))
 
     def search(
@@ -251,7 +254,7 @@ class InformationIndex(VectorIndex):
             )
         lengths = [length for length in range(1, self.dim + 1) if self.dim % length == 0]
         length = min(lengths, key=lambda length: abs(math.log2(length / 4)))
-        with _explained(self.path):
+        with explained(self.path):
             from lancedb.index import IvfPq
 
             config = IvfPq(
@@ -269,7 +272,7 @@ class InformationIndex(VectorIndex):
         and one that reads must open the index again.
         """
         self._refresh()
-        with _explained(self.path):
+        with explained(self.path):
             self._table.optimize(cleanup_older_than=timedelta(milliseconds=1), delete_unverified=True)
             self._version = self._table.version
 
@@ -277,7 +280,7 @@ class InformationIndex(VectorIndex):
 
     def _refresh(self) -> None:
         """Look at the newest version, which another process may have written."""
-        with _explained(self.path):
+        with explained(self.path):
             self._table.checkout_latest()
             if self._table.version != self._version:
                 self._positions, self._version = None, self._table.version
@@ -286,7 +289,7 @@ class InformationIndex(VectorIndex):
         self._refresh()
         if self._positions is None:
             known = PositionSet()
-            with _explained(self.path):
+            with explained(self.path):
                 for batch in self._table.search().select(["position"]).to_batches(BLOCK_ROWS):
                     known.add(batch["position"].to_numpy())
             self._positions = known
@@ -295,10 +298,10 @@ class InformationIndex(VectorIndex):
     def _append(self, positions: Integers, vectors: Floats, columns: Columns) -> None:
         import pyarrow as pa
 
-        schema = _schema(self.dim, self.identity, self.columns)
+        schema = table_schema(self.dim, self.identity, self.columns)
         lists = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), self.dim)
         data = pa.table([pa.array(positions), lists, *columns.values()], schema=schema)
-        with _explained(self.path):
+        with explained(self.path):
             self._table.checkout_latest()
             if self._table.version != self._version:
                 self._positions = None
@@ -314,18 +317,18 @@ class InformationIndex(VectorIndex):
             self._table.search().where(where).select(["position"]).explain_plan()
         except (ValueError, RuntimeError) as error:
             raise ValueError(
-                f"where={where!r} is not understood: {_first_line(error)} The columns are {_named(self.columns)} and "
+                f"where={where!r} is not understood: {first_line(error)} The columns are {named(self.columns)} and "
                 "position; text stands in single quotes, a quote in it doubled."
             ) from error
 
     def _scan(self, where: Any) -> Iterator[Block]:
-        with _explained(self.path):
+        with explained(self.path):
             scan = self._table.search()
             if where is not None:
                 scan = scan.where(where)
             for batch in scan.select(["position", "vector"]).with_row_id(True).to_batches(BLOCK_ROWS):
                 positions, rows = batch["position"].to_numpy(), batch["_rowid"].to_numpy().astype(np.int64)
-                vectors = _matrix(batch["vector"], self.dim)
+                vectors = matrix_of(batch["vector"], self.dim)
                 for at in range(0, len(rows), BLOCK_ROWS):  # a batch may be larger than asked for
                     some = slice(at, at + BLOCK_ROWS)
                     yield positions[some], rows[some], vectors[some]
@@ -334,12 +337,12 @@ class InformationIndex(VectorIndex):
         if not len(rows):
             return np.empty(0, np.int64), np.empty((0, self.dim), np.float32), {name: [] for name in self.columns}
         names = ["position", *(self.columns if columns else ["vector"])]
-        with _explained(self.path):
+        with explained(self.path):
             found = self._table.take_row_ids(rows.tolist()).select(names).with_row_id().to_arrow()
             found = found.combine_chunks().sort_by("_rowid")
             vectors = np.empty((0, self.dim), np.float32)
             if not columns:
-                vectors = _matrix(found["vector"].combine_chunks(), self.dim)
+                vectors = matrix_of(found["vector"].combine_chunks(), self.dim)
             values = {name: found[name].to_pylist() for name in self.columns} if columns else {}
             return found["position"].to_numpy(), vectors, values
 
@@ -348,7 +351,7 @@ class InformationIndex(VectorIndex):
         # products alike: they are made large.
         scaled = queries / magnitude(queries) * 2.0**40
         both = np.concatenate([scaled, -scaled]).astype(np.float32)
-        with _explained(self.path):
+        with explained(self.path):
             search = self._table.search(list(both), vector_column_name="vector").distance_type("dot")
             if where is not None:
                 search = search.where(where)
@@ -357,7 +360,7 @@ class InformationIndex(VectorIndex):
             found = search.select(names).with_row_id(True).to_arrow().combine_chunks()
         owners = found["query_index"].to_numpy() % len(queries)
         rows, positions = found["_rowid"].to_numpy().astype(np.int64), found["position"].to_numpy()
-        vectors = _matrix(found["vector"].combine_chunks(), self.dim)
+        vectors = matrix_of(found["vector"].combine_chunks(), self.dim)
         ranked = []
         for i, query in enumerate(queries):
             own = np.flatnonzero(owners == i)
@@ -368,72 +371,3 @@ class InformationIndex(VectorIndex):
             for i, found_exactly in zip(short, exact, strict=True):
                 ranked[i] = found_exactly
         return self._hits(ranked)
-
-
-def is_index(path: str | os.PathLike[str]) -> bool:
-    """Whether there is an index in a folder."""
-    return bool(_versions(Path(path)))
-
-
-def _schema(dim: int, identity: Mapping[str, Any], columns: Mapping[str, type]) -> Any:
-    """The schema of the table, which says in its metadata what the index was made with: one file, one commit."""
-    import pyarrow as pa
-
-    types = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
-    made = {
-        "format": _FORMAT,
-        "dim": dim,
-        "identity": dict(identity),
-        "columns": {name: kind.__name__ for name, kind in columns.items()},
-    }
-    fields = [
-        pa.field("position", pa.int64(), nullable=False),
-        pa.field("vector", pa.list_(pa.float32(), dim), nullable=False),
-        *(pa.field(name, types[kind], nullable=False) for name, kind in columns.items()),
-    ]
-    return pa.schema(fields, metadata={_KEY: json.dumps(made).encode()})
-
-
-def _lancedb() -> ModuleType:
-    try:
-        import lancedb
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "InformationIndex needs LanceDB: pip install 'stride-lightning[index]'. Without it, MemoryIndex searches "
-            "exactly, in memory."
-        ) from error
-    return lancedb
-
-
-def _versions(path: Path) -> bool:
-    """Whether the table was ever committed."""
-    folder = path / f"{_TABLE}.lance" / "_versions"
-    return folder.is_dir() and any(folder.glob("*.manifest"))
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """LanceDB's errors, as what they mean for an index; errors of this library pass."""
-    try:
-        yield
-    except VectorIndexError:
-        raise
-    except (ValueError, RuntimeError, OSError) as error:
-        if "filter expression" in str(error):  # a division by zero, a text that is no number
-            raise ValueError(f"`where` cannot be computed for some row: {_first_line(error)}") from error
-        raise VectorIndexError(f"The index '{path}' cannot be used: {_first_line(error)} {_REPAIR}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = (str(error).splitlines() or [""])[0]
-    text = re.sub(r",? /\S*\.rs:\d+.*", "", text).strip()[:300] or type(error).__name__  # a line in LanceDB's source
-    return text if text.endswith(".") else f"{text}."
-
-
-def _named(columns: Mapping[str, type]) -> str:
-    return "{" + ", ".join(f"{name}: {kind.__name__}" for name, kind in columns.items()) + "}"
-
-
-def _matrix(column: Any, dim: int) -> Floats:
-    """The vectors of an Arrow column, not copied."""
-    return column.flatten().to_numpy(zero_copy_only=True).reshape(-1, dim)

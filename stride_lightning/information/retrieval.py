@@ -7,15 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from stride_lightning.data import resolve_queries
 from stride_lightning.information.attributor import InformationAttributor
 from stride_lightning.information.forms import Form, index_vectors, nats, query_vectors
-from stride_lightning.information.index import InformationIndex, is_index
-from stride_lightning.information.vectors import COLUMN_TYPES, MemoryIndex, VectorIndex
+from stride_lightning.information.index import InformationIndex
+from stride_lightning.information.lance import is_index
+from stride_lightning.information.memory_index import MemoryIndex
+from stride_lightning.information.rows import as_list, type_of
+from stride_lightning.information.vectors import VectorIndex
 from stride_lightning.retraining.recipe import fingerprint_of
 
 
@@ -79,7 +81,7 @@ def build_index(
     wrong = {name: len(values) for name, values in columns.items() if len(values) != len(attributor._train)}
     if wrong:
         raise ValueError(f"Expected {len(attributor._train)} values per column, one per training example; got {wrong}.")
-    types = {name: _type_of(name, values) for name, values in columns.items()}
+    types = {name: type_of(name, values) for name, values in columns.items()}
     form = attributor.form if form is None else form
     dim, identity = attributor._tangents.dim, index_identity(attributor, form)
     if path is not None and is_index(path):
@@ -178,16 +180,3 @@ def _missing(
             own = places[batch.places]
             vectors = index_vectors(batch.rows, attributor.posterior, form)[:, 0].cpu()
             yield positions[own], vectors, {name: [values[i] for i in own.tolist()] for name, values in columns.items()}
-
-
-def as_list(values: Any) -> list[Any]:
-    """Values of a column as plain ones, whatever array they come in."""
-    plain = values.tolist() if hasattr(values, "tolist") else list(values)
-    return [value.item() if isinstance(value, np.generic) else value for value in plain]
-
-
-def _type_of(name: str, values: Sequence[Any]) -> type:
-    for kind in COLUMN_TYPES.values():
-        if all(type(value) is kind for value in values):
-            return kind
-    raise TypeError(f"Column {name!r} must hold values of one type, one of {', '.join(COLUMN_TYPES)}.")

@@ -14,9 +14,11 @@ import torch
 
 import stride_lightning
 from stride_lightning.information import index as index_module
+from stride_lightning.information import lance, memory_index
 from stride_lightning.information import vectors as vectors_module
 from stride_lightning.information.index import InformationIndex
-from stride_lightning.information.vectors import MemoryIndex, PositionSet, VectorIndexError
+from stride_lightning.information.memory_index import MemoryIndex
+from stride_lightning.information.rows import PositionSet, VectorIndexError
 from tests.helpers import kill_index
 
 COLUMNS = {"label": int, "text": str, "weight": float, "clean": bool}
@@ -106,7 +108,7 @@ def test_blocks_and_groups_of_queries_change_nothing(make, monkeypatch):
     index, rows = make(), example_rows()
     index.build(batches(rows, 64), show_progress=False)
     once = index.search(queries(), 5)
-    monkeypatch.setattr(vectors_module, "BLOCK_ROWS", 7)
+    monkeypatch.setattr(memory_index, "BLOCK_ROWS", 7)
     monkeypatch.setattr(index_module, "BLOCK_ROWS", 7)
     monkeypatch.setattr(vectors_module, "_QUERIES", 5)
     for hits in (index.search(queries(), 5), index.search(torch.from_numpy(queries()), 5)):
@@ -528,7 +530,7 @@ def test_other_folders_are_refused(tmp_path):
 
 
 def test_later_layout_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(index_module, "_FORMAT", 2)
+    monkeypatch.setattr(lance, "FORMAT", 2)
     InformationIndex.create(tmp_path, 2, identity={})
     monkeypatch.undo()
     with pytest.raises(

@@ -10,7 +10,7 @@ from stride_lightning.information.attributor import InformationGainAttributor, I
 from stride_lightning.information.index import InformationIndex
 from stride_lightning.information.loss import information_gain
 from stride_lightning.information.retrieval import build_index, search_index
-from stride_lightning.information.vectors import VectorIndexError
+from stride_lightning.information.rows import VectorIndexError
 from tests.helpers.models import Classifier, classification_data
 
 NUM_TRAIN = 40
