@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -143,7 +143,13 @@ class Attribution:
         Raises:
             ValueError: If ``k`` is below 1, or diverse examples were asked of a method that cannot choose them.
         """
-        return (self._diverse(k) if diverse else self.top_columns(k)).renamed(self.train_indices)
+        found = (self._diverse(k) if diverse else self.top_columns(k)).renamed(self.train_indices)
+        return found if self.is_signed else replace(found, is_signed=False)
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether positive scores mean helpful; those of unsigned information do not."""
+        return "unsigned" not in self.metadata.get("unit", "")
 
     def _diverse(self, k: int | None) -> TopExamples:
         if self.diversify is None or self.queries is None:

@@ -23,6 +23,7 @@ class TopExamples:
         opponent_scores: Their scores, same shape.
         proponent_stds: Posterior standard deviations of the proponents' scores, where there are any.
         opponent_stds: Those of the opponents' scores.
+        is_signed: Whether scores say who helps and who harms, not only how much an example tells.
     """
 
     proponents: Tensor
@@ -31,11 +32,12 @@ class TopExamples:
     opponent_scores: Tensor
     proponent_stds: Tensor | None = None
     opponent_stds: Tensor | None = None
+    is_signed: bool = True
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything there is, by name."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        return {name: tensor for name, tensor in named.items() if isinstance(tensor, Tensor)}
 
     def at(self, queries: slice | list[int], k: int) -> TopExamples:
         """The first ``k`` of each kind, of some queries."""
@@ -49,6 +51,9 @@ class TopExamples:
         lines = []
         for query in range(min(len(self.proponents), 10)):
             helpful = _listed(self.proponents[query], self.proponent_scores[query], sign=1)
+            if not self.is_signed:
+                lines.append(f"query {query}: most told by {helpful}")
+                continue
             harmful = _listed(self.opponents[query], self.opponent_scores[query], sign=-1)
             lines.append(f"query {query}: helped by {helpful}\n{' ' * len(f'query {query}:')} harmed by {harmful}")
         more = len(self.proponents) - 10

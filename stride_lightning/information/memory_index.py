@@ -90,7 +90,10 @@ class MemoryIndex(VectorIndex):
         for start, (positions, vectors, columns) in zip(self._starts, self._groups, strict=False):
             rows = np.arange(len(positions), dtype=np.int64)
             if where is not None:
-                mask = np.asarray(where(columns))
+                try:
+                    mask = np.asarray(where(columns))
+                except KeyError as error:
+                    raise ValueError(f"`where` asks for the column {error}; there are {sorted(columns)}.") from error
                 if mask.shape != rows.shape or mask.dtype != np.bool_:
                     raise ValueError(
                         f"`where` must give a boolean for each of {len(rows)} rows, got {mask.dtype} of shape "

@@ -144,10 +144,9 @@ def index_identity(
         made_with: Identity of the index that this one is compared with.
     """
     tangents, posterior = attributor._tangents, attributor.posterior
-    data = attributor.metadata["data"]
-    first = (made_with or {}).get("data", data)["num_examples"]
-    if form == "gain" and first < len(attributor._train):
-        data = fingerprint_of(attributor._train.subset(range(first)), attributor._task)
+    data, before = attributor.metadata["data"], (made_with or {}).get("data")
+    if form == "gain" and isinstance(before, dict) and before.get("num_examples", 0) < len(attributor._train):
+        data = fingerprint_of(attributor._train.subset(range(before["num_examples"])), attributor._task)
     identity = {
         "weights": attributor._weights,
         "task": repr(attributor._task),
@@ -159,10 +158,10 @@ def index_identity(
         "ridge": posterior.ridge,
         "data": data,
     }
-    if form == "gain":
+    if form == "gain" or data["content"] is not None:
         return identity
     # Under random augmentation the data are known by shapes and targets only: their features tell more.
-    return identity | {"trace": float(f"{float(posterior.gram.trace()):.4g}")}
+    return identity | {"mean_squared_feature": f"{float(posterior.gram.trace()) / len(attributor._train):.3g}"}
 
 
 def _missing(
