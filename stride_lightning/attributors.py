@@ -21,7 +21,8 @@ from stride_lightning.data import Examples, first_batch, resolve_queries, resolv
 from stride_lightning.distributed import rank
 from stride_lightning.metering import Meter
 from stride_lightning.progress import track
-from stride_lightning.tasks import Task, check_task, infer_task
+from stride_lightning.task_inference import check_task, infer_task
+from stride_lightning.tasks import Task
 from stride_lightning.weights import (
     attached_trainer,
     borrowed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +31,14 @@ from stride_lightning.randomness import mix, preserved_random_state, seed_all
 HELD_BYTES = 2**28
 #: Examples that are read twice to find out whether reading is random.
 _NUM_PROBES = 16
+
+
+class RowError(ValueError):
+    """An example that cannot be read: its row in a batch, and what is wrong with it."""
+
+    def __init__(self, row: int, problem: str) -> None:
+        super().__init__(f"Row {row} of the batch {problem}.")
+        self.row, self.problem = row, problem
 
 
 @dataclass(eq=False)
@@ -70,6 +79,18 @@ class Examples:
         part = replace(self, positions=chosen if self.positions is None else self.positions[chosen])
         part._random = self._random
         return part
+
+    def name(self, place: int) -> int:
+        """Position in the dataset of the example at a place of the reading order."""
+        return place if self.positions is None else int(self.positions[place])
+
+    @contextmanager
+    def naming(self, start: int) -> Iterator[None]:
+        """Say the position in the dataset of a row that cannot be read, of a batch that begins at a place."""
+        try:
+            yield
+        except RowError as error:
+            raise ValueError(f"Example {self.name(start + error.row)} {error.problem}.") from error
 
     @property
     def is_random(self) -> bool:

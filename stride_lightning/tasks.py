@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-_HOW_TO_PASS_TASK = (
-    "Pass `task=`: Classification(), BinaryClassification(), Regression(), or a subclass of one of them that overrides "
-    "`inputs(batch)`, `targets(batch)` or `outputs(model, inputs)`."
+HOW_TO_PASS_TASK = (
+    "Pass `task=`: Classification(), BinaryClassification(), Regression(), SequenceClassification(), "
+    "CausalLanguageModeling(), or a subclass of one of them that overrides `inputs(batch)`, `targets(batch)` or "
+    "`outputs(model, inputs)`."
 )
 
 
@@ -39,13 +40,15 @@ class Task(ABC):
 
     #: Name that stands in records and metadata.
     name: str
+    #: Whether an example is a sequence, with outputs of shape ``(B, T, C)`` and a target for each of its tokens.
+    has_tokens: ClassVar[bool] = False
 
     # ---- reading a batch ------------------------------------------------------------------------------------
 
     def inputs(self, batch: Any) -> Any:
         """What :meth:`outputs` hands to the model; by default the first item of a ``(inputs, targets)`` batch."""
         if not isinstance(batch, tuple | list) or len(batch) < 1:
-            raise TypeError(f"Expected a batch of (inputs, targets), got {_describe(batch)}. {_HOW_TO_PASS_TASK}")
+            raise TypeError(f"Expected a batch of (inputs, targets), got {describe(batch)}. {HOW_TO_PASS_TASK}")
         return batch[0]
 
     def targets(self, batch: Any) -> Tensor | None:
@@ -55,6 +58,13 @@ class Task(ABC):
     def outputs(self, model: nn.Module, inputs: Any) -> Tensor:
         """Natural parameters (logits, or the predicted mean of a regression), shape ``(B, C)`` or ``(B,)``."""
         return model(inputs)
+
+    def check_batch(self, model: nn.Module, batch: Any) -> None:  # noqa: B027
+        """Refuse a batch that a model cannot take, before it runs; nothing is refused by default.
+
+        Raises:
+            RowError: Naming the row.
+        """
 
     # ---- the likelihood -------------------------------------------------------------------------------------
 
@@ -66,9 +76,14 @@ class Task(ABC):
             ValueError: If the targets do not fit the task.
         """
 
-    def decode(self, encoded: Tensor) -> Tensor:
-        """The targets again, to show beside scores; by default the statistic itself."""
+    def decode(self, encoded: Tensor) -> Tensor | None:
+        """The targets again, to show beside scores, or None; by default the statistic itself."""
         return encoded[:, 0] if encoded.shape[1] == 1 else encoded
+
+    def shown(self, encoded: Tensor) -> Tensor | None:
+        """What :meth:`decode` gives, on the CPU."""
+        targets = self.decode(encoded)
+        return None if targets is None else targets.cpu()
 
     @abstractmethod
     def mean(self, outputs: Tensor, dim: int = -1) -> Tensor:
@@ -85,6 +100,13 @@ class Task(ABC):
     @abstractmethod
     def curvature_diagonal(self, mean: Tensor) -> Tensor:
         """Diagonal of that second derivative, the shape of ``mean``."""
+
+    def output_weights(self, encoded: Tensor) -> Tensor | float:
+        """What the likelihood of each output counts in the loss of its example; 1 unless outputs are of tokens.
+
+        The second derivative of an example's loss is :meth:`curvature` times this.
+        """
+        return 1.0
 
     def curvature_root(self, mean: Tensor, direction: Tensor) -> Tensor:
         """A root ``R`` of that second derivative, ``R R'``, times a direction; shapes ``(B, C)``."""
@@ -130,18 +152,18 @@ class Classification(Task):
     @override
     def encode(self, targets: Tensor, num_outputs: int) -> Tensor:
         if targets.ndim != 1 or targets.is_floating_point():
-            raise ValueError(f"Classification expects integer targets of shape (B,), got {_describe(targets)}.")
+            raise ValueError(f"Classification expects integer targets of shape (B,), got {describe(targets)}.")
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= num_outputs:
             raise ValueError(
                 f"Class targets must lie in 0..{num_outputs - 1} for a model with {num_outputs} outputs; "
                 f"got values from {low} to {high}. Examples to be ignored (such as -100) must be left out of the data "
-                f"set, or handled by your own task. {_HOW_TO_PASS_TASK}"
+                f"set, or handled by your own task. {HOW_TO_PASS_TASK}"
             )
         return F.one_hot(targets.long(), num_outputs).float()
 
     @override
-    def decode(self, encoded: Tensor) -> Tensor:
+    def decode(self, encoded: Tensor) -> Tensor | None:
         return encoded.argmax(-1)
 
     @override
@@ -172,7 +194,7 @@ class Classification(Task):
     def curvature_root(self, mean: Tensor, direction: Tensor) -> Tensor:
         # One column per class c, sqrt(p_c) (e_c - p): the gradient at the label c, weighted by its probability.
         weighted = mean.sqrt() * direction
-        return weighted - mean * weighted.sum(1, keepdim=True)
+        return weighted - mean * weighted.sum(-1, keepdim=True)
 
     @override
     def predict(self, outputs: Tensor) -> Tensor:
@@ -288,103 +310,9 @@ class Regression(Task):
         return f"Regression(noise_std={self.noise_std:g})"
 
 
-def infer_task(batch: Any, model: nn.Module) -> Task:
-    """The built-in task that fits the first batch, or an error that says how to pass one.
-
-    Integer targets of shape ``(B,)`` and two or more outputs are a classification; integers 0 and 1 with a single
-    output are binary; float targets of the outputs' shape are a regression.
-
-    Args:
-        batch: The first batch, on the model's device.
-        model: The model in eval mode.
-
-    Raises:
-        TypeError: If the batch or the outputs have a form no built-in task reads.
-        ValueError: If the task cannot be told from targets and outputs.
-    """
-    check_forward(model)
-    reader = Classification()
-    targets = reader.targets(batch)
-    inputs = reader.inputs(batch)
-    if not isinstance(targets, Tensor) or targets.ndim == 0:
-        raise TypeError(f"The task cannot be told from a batch of {_describe(batch)}. {_HOW_TO_PASS_TASK}")
-    with torch.no_grad():
-        outputs = reader.outputs(model, inputs)
-    check_outputs(outputs, len(targets))
-    num_outputs = 1 if outputs.ndim == 1 else outputs.shape[1]
-    both = f"targets {_describe(targets)} and outputs {_describe(outputs)}"
-    if not targets.is_floating_point():
-        if int(targets.min()) < 0:
-            raise ValueError(
-                f"Integer targets hold the negative value {int(targets.min())}, as an ignore_index does. Leave such "
-                f"examples out, or say what they mean. {_HOW_TO_PASS_TASK}"
-            )
-        if num_outputs >= 2 and targets.ndim == 1:
-            return _check_logits(outputs, Classification(), targets)
-        if num_outputs == 1 and targets.numel() == len(targets) and int(targets.max()) <= 1:
-            if ((outputs >= 0) & (outputs <= 1)).all():
-                warnings.warn(
-                    "The model's outputs all lie between 0 and 1 and are read as logits. If they are probabilities "
-                    "(after a sigmoid), the scores would be wrong: pass a task whose `outputs` returns logits. "
-                    + _HOW_TO_PASS_TASK,
-                    stacklevel=2,
-                )
-            return BinaryClassification()
-        raise ValueError(f"The task cannot be told from {both}. {_HOW_TO_PASS_TASK}")
-    if targets.numel() != outputs.numel():
-        raise ValueError(
-            f"The task cannot be told from {both}: float targets need one output each. {_HOW_TO_PASS_TASK}"
-        )
-    if ((targets == 0) | (targets == 1)).all():
-        raise ValueError(
-            f"All float targets of the first batch are 0 or 1 ({both}): regression and (one-hot or binary) "
-            f"classification look the same here. {_HOW_TO_PASS_TASK}"
-        )
-    if num_outputs >= 2 and (targets >= 0).all() and torch.allclose(targets.sum(1), targets.new_ones(())):
-        raise ValueError(f"Float targets that sum to 1 look like soft labels ({both}). {_HOW_TO_PASS_TASK}")
-    return Regression()
-
-
-def check_forward(model: nn.Module) -> None:
-    """Refuse a module without a ``forward`` of its own, with a hint how to attribute it all the same."""
-    model = getattr(model, "_orig_mod", model)
-    if type(model).forward.__qualname__ in ("_forward_unimplemented", "LightningModule.forward"):
-        raise ValueError(
-            f"{type(model).__name__} defines no `forward`, so its outputs cannot be computed from a batch. Pass a task "
-            f"whose `outputs(model, inputs)` calls the right method. {_HOW_TO_PASS_TASK}"
-        )
-
-
-def check_task(task: object) -> None:
-    """Refuse what is not an instance of a task."""
-    if task is not None and not isinstance(task, Task):
-        came = f"the class {task.__name__}; make an instance" if isinstance(task, type) else repr(task)
-        raise TypeError(f"`task` must be an instance of Task, got {came}. {_HOW_TO_PASS_TASK}")
-
-
-def check_outputs(outputs: object, batch_size: int) -> None:
-    """Refuse outputs that are not one row of numbers per example."""
-    if not isinstance(outputs, Tensor) or outputs.ndim not in (1, 2) or len(outputs) != batch_size:
-        raise TypeError(
-            f"The model's outputs must be a tensor of shape (B,) or (B, C) with B={batch_size} rows, got "
-            f"{_describe(outputs)}. {_HOW_TO_PASS_TASK}"
-        )
-
-
-def _check_logits(outputs: Tensor, task: Task, targets: Tensor) -> Task:
-    if (outputs >= 0).all() and torch.allclose(outputs.sum(1), outputs.new_ones(()), atol=1e-3):
-        raise ValueError(
-            "The model's outputs look like probabilities (non-negative rows that sum to 1), not logits. Pass a task "
-            "whose `outputs(model, inputs)` returns their logarithm or the layer before the softmax. "
-            + _HOW_TO_PASS_TASK
-        )
-    task.encode(targets, outputs.shape[1])
-    return task
-
-
 def _as_columns(targets: Tensor, num_outputs: int) -> Tensor:
     if targets.numel() != len(targets) * num_outputs:
-        raise ValueError(f"Expected {num_outputs} target(s) per example, got {_describe(targets)}.")
+        raise ValueError(f"Expected {num_outputs} target(s) per example, got {describe(targets)}.")
     columns = targets.reshape(len(targets), num_outputs)
     return columns if columns.is_floating_point() else columns.float()
 
@@ -394,10 +322,16 @@ def _some_values(tensor: Tensor) -> str:
     return ", ".join(f"{value:g}" for value in values[:5].tolist()) + (", ..." if len(values) > 5 else "")
 
 
-def _describe(value: object) -> str:
+def columns(outputs: Tensor) -> Tensor:
+    """Outputs with classes along the last axis: those of shape ``(B,)`` become ``(B, 1)``."""
+    return outputs[:, None] if outputs.ndim == 1 else outputs
+
+
+def describe(value: object) -> str:
+    """What something is, for an error message."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return f"dict with keys {sorted(map(str, value))}"
     if isinstance(value, tuple | list):
         return f"{type(value).__name__} of {len(value)} item(s)"

@@ -8,15 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stride_lightning.tasks import (
-    BinaryClassification,
-    Classification,
-    Regression,
-    Task,
-    check_forward,
-    check_outputs,
-    infer_task,
-)
+from stride_lightning.task_inference import check_forward, check_outputs, infer_task
+from stride_lightning.tasks import BinaryClassification, Classification, Regression, Task
 from tests.helpers.tiny import DictTask, every_task, random_targets, random_tensor
 
 HINT = r"Pass `task=`: Classification\(\), BinaryClassification\(\), Regression\(\), or a subclass"

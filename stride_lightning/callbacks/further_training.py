@@ -30,7 +30,8 @@ from stride_lightning.retraining.further_training import (
 from stride_lightning.retraining.leaving_out import LeavingOut
 from stride_lightning.retraining.optimizers import MakeOptimizer
 from stride_lightning.retraining.recipe import encoded_batch, fingerprint_of
-from stride_lightning.tasks import Task, check_task
+from stride_lightning.task_inference import check_task
+from stride_lightning.tasks import Task
 from stride_lightning.weights import borrowed, rank_zero_state, weight_hash
 
 

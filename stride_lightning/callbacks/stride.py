@@ -22,7 +22,8 @@ from stride_lightning.steering.basis import Basis, Observation, fit_basis
 from stride_lightning.steering.module import StrideModule
 from stride_lightning.steering.statistics import StreamingStatistics
 from stride_lightning.steering.subsets import Design, sample_design
-from stride_lightning.tasks import Task, check_task
+from stride_lightning.task_inference import check_task
+from stride_lightning.tasks import Task
 from stride_lightning.weights import borrowed, in_precision_of, rank_zero_state, weight_hash
 
 #: Examples of a batch whose activations are sampled: statistics of wide layers cost more than the forward pass.

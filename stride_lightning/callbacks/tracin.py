@@ -26,7 +26,8 @@ from stride_lightning.distributed import broadcast_object, rank
 from stride_lightning.records import RecordError, read_info, read_record, remove_record, write_record
 from stride_lightning.retraining.recipe import fingerprint_of
 from stride_lightning.steering.activations import plain_name
-from stride_lightning.tasks import Task, check_task
+from stride_lightning.task_inference import check_task
+from stride_lightning.tasks import Task
 from stride_lightning.weights import borrowed, weight_hash
 
 

@@ -15,7 +15,8 @@ from stride_lightning.gradients.blocks import Block, Gradients, Outer
 from stride_lightning.gradients.layers import Call, LayerRule, UnusualShape, gradients_through, output_tensors
 from stride_lightning.gradients.layout import Layout, Source
 from stride_lightning.steering.activations import find_module, plain_name, uncompiled
-from stride_lightning.tasks import Task, check_outputs
+from stride_lightning.task_inference import check_outputs
+from stride_lightning.tasks import Task, columns
 
 #: Module through which parameters go that no module of their own accounts for: the whole model.
 WHOLE = ""
@@ -30,9 +31,13 @@ class ModelOutputs(nn.Module):
         self._task = [task]  # in a list: a task may be a module, and is not part of the model
 
     def forward(self, inputs: Any) -> Tensor:
-        """Outputs of shape ``(B, C)``."""
-        outputs = self._task[0].outputs(self.model, inputs)
-        return outputs[:, None] if outputs.ndim == 1 else outputs
+        """Outputs of shape ``(B, C)``, or ``(B, T, C)`` for tokens."""
+        return columns(self._task[0].outputs(self.model, inputs))
+
+    @property
+    def task(self) -> Task:
+        """What reads the outputs."""
+        return self._task[0]
 
 
 class Capture:
@@ -187,7 +192,7 @@ class Backward:
     def run(self, inputs: Any, num_examples: int) -> Tensor:
         """Run the model on a batch; outputs of shape ``(B, C)``, detached."""
         self._outputs = self._watch.run(lambda: self._capture.outputs(inputs), num_examples)
-        check_outputs(self._outputs, num_examples)
+        check_outputs(self._outputs, num_examples, self._capture.outputs.task)
         return self._outputs.detach()
 
     def gradients(self, direction: Tensor, *, last: bool = True) -> Gradients:

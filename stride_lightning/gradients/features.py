@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from stride_lightning.data import HELD_BYTES, Examples
@@ -60,27 +61,24 @@ class Reader:
         fingerprint, encoded, held, size = Fingerprint(content=not examples.is_random), [], [], 0
         batches = examples.batches(batch_size, device)
         for batch, digests, length in track(batches, "Reading", -(-len(self) // batch_size), show=show_progress):
+            with examples.naming(sum(map(len, encoded))):
+                inputs, targets = encoded_batch(model, task, batch, num_outputs, target)
             fingerprint.update(digests, task.targets(batch))
-            inputs, targets = encoded_batch(model, task, batch, num_outputs, target)
             encoded.append(targets)
             size += _num_bytes(inputs, length)
             if size <= HELD_BYTES:
                 held.append(inputs)
         #: Encoded targets of all examples, shape ``(n, C)``.
-        self.encoded = torch.cat(encoded)
+        self.encoded = _joined(encoded)
         #: What identifies the data.
         self.fingerprint = fingerprint.summary()
         self._held: list[Any] | None = held if size <= HELD_BYTES else None
-        bad = (~torch.isfinite(self.encoded)).any(1).nonzero()
+        bad = (~torch.isfinite(self.encoded)).flatten(1).any(1).nonzero()
         if len(bad):
-            raise ValueError(f"The target of example {self.name(int(bad[0]))} is not finite.")
+            raise ValueError(f"The target of example {examples.name(int(bad[0]))} is not finite.")
 
     def __len__(self) -> int:
         return len(self.examples)
-
-    def name(self, place: int) -> int:
-        """Position in the dataset of the example at a place of the reading order."""
-        return place if self.examples.positions is None else int(self.examples.positions[place])
 
     def positions(self, places: slice) -> Tensor:
         """Positions in the dataset of the examples at some places."""
@@ -165,9 +163,10 @@ class Batch:
             margin = self._task.margin(self.outputs, self.encoded)
         except ValueError:
             downhill = -self._derivative(lambda outputs: self._task.loss(outputs, self.encoded))
-            size = downhill.norm(dim=1)
-            unit = downhill / size.clamp(min=torch.finfo(size.dtype).tiny)[:, None]
-            return unit, size, (unit * self._task.curvature(self._task.mean(self.outputs), unit)).sum(1)
+            size = downhill.flatten(1).norm(dim=1)
+            unit = downhill / size.clamp(min=torch.finfo(size.dtype).tiny).reshape(-1, *[1] * (downhill.ndim - 1))
+            curved = self._task.curvature(self._task.mean(self.outputs), unit) * self._weights
+            return unit, size, (unit * curved).flatten(1).sum(1)
         derivative = self._derivative(lambda outputs: self._task.margin(outputs, self.encoded))
         return derivative, torch.sigmoid(-margin), torch.sigmoid(-margin) * torch.sigmoid(margin)
 
@@ -177,17 +176,22 @@ class Batch:
         One for every output up to ``MAX_EXACT_OUTPUTS``; beyond, ``NUM_DIRECTIONS`` along random signs, which are made
         of the seed and the position of an example and give that matrix on average.
         """
-        mean, num_outputs = self._task.mean(self.outputs), self.outputs.shape[1]
+        mean, num_outputs = self._task.mean(self.outputs), self.outputs[0].numel()
         exact = num_outputs <= MAX_EXACT_OUTPUTS
         count = num_outputs if exact else NUM_DIRECTIONS
         for column in range(count):
             if exact:
                 direction = torch.zeros_like(mean)
-                direction[:, column] = 1
+                direction.flatten(1)[:, column] = 1
             else:
-                direction = random_signs(self.positions, column, num_outputs, seed, mean) / NUM_DIRECTIONS**0.5
-            root = self._task.curvature_root(mean, direction)
+                signs = random_signs(self.positions, column, num_outputs, seed, mean)
+                direction = signs.reshape(mean.shape) / NUM_DIRECTIONS**0.5
+            root = self._task.curvature_root(mean, direction) * torch.as_tensor(self._weights).sqrt()
             yield self._backward.gradients(root, last=last and column == count - 1)
+
+    @property
+    def _weights(self) -> Tensor | float:
+        return self._task.output_weights(self.encoded)
 
     def _of(self, function: Callable[[Tensor], Tensor]) -> Gradients:
         return self._backward.gradients(self._derivative(function))
@@ -210,14 +214,24 @@ def run_batches(
     with capture.watch() as backward:
         for places, inputs in reader.batches(share, description):
             outputs, encoded = backward.run(inputs, places.stop - places.start), reader.encoded[places]
-            bad = ~(torch.isfinite(outputs).all(1) & torch.isfinite(task.loss(outputs, encoded)))
+            if task.has_tokens:
+                encoded = encoded[:, : outputs.shape[1]]  # padded as the longest, not as this batch
+            bad = ~(torch.isfinite(outputs).flatten(1).all(1) & torch.isfinite(task.loss(outputs, encoded)))
             if bad.any():
                 raise ValueError(
-                    f"The loss of example {reader.name(places.start + int(bad.nonzero()[0]))} is not finite. "
+                    f"The loss of example {reader.examples.name(places.start + int(bad.nonzero()[0]))} is not finite. "
                     "Attribution needs a model whose outputs and losses are finite numbers: check the weights (did "
                     "training diverge?) and the input."
                 )
             yield Batch(places, reader.positions(places), outputs, encoded, task, backward)
+
+
+def _joined(encoded: list[Tensor]) -> Tensor:
+    """Encoded targets of all batches; those of sequences are padded with tokens of no weight."""
+    if encoded[0].ndim < 3:
+        return torch.cat(encoded)
+    longest = max(part.shape[1] for part in encoded)
+    return torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in encoded])
 
 
 def cloned(inputs: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,10 +65,14 @@ class PlannedAttributor(Attributor):
         """Find out how gradients are read, and read the training data once."""
         num_parameters = sum(value.numel() for value in model.parameters() if value.requires_grad)
         places = probe_places(len(self._train), max(1, num_parameters))
-        probes = [self._train.subset([place]) for place in places]
         head = first_batch(self._train.subset(places), len(places), device)
-        single = [self._inputs(model, first_batch(probe, 1, device)) for probe in probes]
+        self._task.check_batch(model, head)
         together = cloned(self._inputs(model, head))  # models may change their inputs
+        if isinstance(together, Mapping):  # texts, padded alike
+            single = [{name: value[row : row + 1] for name, value in together.items()} for row in range(len(places))]
+        else:
+            probes = [self._train.subset([place]) for place in places]
+            single = [self._inputs(model, first_batch(probe, 1, device)) for probe in probes]
         self._num_outputs = count_outputs(model, self._task, head)
         names = places if self._train.positions is None else self._train.positions[places].tolist()
         self._capture = plan_capture(model, self._task, single, together, self._layers(model, together), names)
@@ -125,8 +129,8 @@ class PlannedAttributor(Attributor):
                 if not torch.isfinite(part).all():
                     query, column = (~torch.isfinite(part)).nonzero()[0].tolist()
                     raise ValueError(
-                        f"The score of query {asked.name(chunk.start + query)} for training example "
-                        f"{self._reader.name(columns.start + column)} is not finite: its gradient is too large for the "
+                        f"The score of query {asked.examples.name(chunk.start + query)} for training example "
+                        f"{self._train.name(columns.start + column)} is not finite: its gradient is too large for the "
                         "precision, or the curvature too small. Check the weights, or give a larger `damping=` (or "
                         "`ridge=`)."
                     )
@@ -135,8 +139,8 @@ class PlannedAttributor(Attributor):
                 else:
                     collectors[-1].update(part, torch.arange(columns.start, columns.stop))
         about: dict[str, Any] = {
-            "train_targets": self._task.decode(self._reader.encoded).cpu(),
-            "query_targets": self._task.decode(asked.encoded).cpu(),
+            "train_targets": self._task.shown(self._reader.encoded),
+            "query_targets": self._task.shown(asked.encoded),
             "metadata": {"query_data": asked.fingerprint},
         }
         if k is None:

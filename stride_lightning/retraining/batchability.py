@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from stride_lightning.randomness import seeded
 from stride_lightning.retraining.optimizers import CannotBatch
-from stride_lightning.tasks import Task
+from stride_lightning.tasks import Task, columns
 from stride_lightning.weights import borrowed
 
 #: Hooks of a LightningModule through which it may change how it is trained.
@@ -85,7 +85,7 @@ def loss_factor(
             for number, rows in compared:
                 (inputs, encoded), part = (_rows(value, rows, size) for value in (prepared, batch))
                 with seeded(0), torch.enable_grad():  # seeded for dropout
-                    own = task.loss(task.outputs(model, inputs).reshape(len(rows), -1), encoded).mean()
+                    own = task.loss(columns(task.outputs(model, inputs)), encoded).mean()
                 try:
                     with seeded(0), torch.enable_grad():
                         step = _loss_of(call_step(model, part, number))
@@ -246,7 +246,7 @@ class _Losses(nn.Module):
         self.model, self.task = model, task
 
     def forward(self, inputs: Any, encoded: Tensor) -> Tensor:
-        return self.task.loss(self.task.outputs(self.model, inputs).reshape(len(encoded), -1), encoded)
+        return self.task.loss(columns(self.task.outputs(self.model, inputs)), encoded)
 
 
 class _NoTrainer:

@@ -26,7 +26,8 @@ from stride_lightning.retraining.optimizers import MakeOptimizer
 from stride_lightning.retraining.parts import Parts, Tensors, check_same_work
 from stride_lightning.retraining.recipe import count_outputs, encoded_batch, fingerprint_of
 from stride_lightning.retraining.step_losses import gradient_hooks
-from stride_lightning.tasks import Task, check_task
+from stride_lightning.task_inference import check_task
+from stride_lightning.tasks import Task
 from stride_lightning.weights import borrowed, load_checkpoint, rank_zero_state, resolve_ckpt_path, weight_hash
 
 #: Examples left out where the caller names none and there are more.

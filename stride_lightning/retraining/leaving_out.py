@@ -21,7 +21,7 @@ from stride_lightning.retraining.ensemble import Ensemble, bytes_per_model, chun
 from stride_lightning.retraining.optimizers import CannotBatch, MakeOptimizer, Optimization, read_optimization
 from stride_lightning.retraining.recipe import batch_order, encoded_batch
 from stride_lightning.retraining.step_losses import check_additive, check_step, detached_copy, step_loss, train_mode
-from stride_lightning.tasks import Task
+from stride_lightning.tasks import Task, columns
 from stride_lightning.weights import borrowed, in_precision_of
 
 #: Examples on which it is checked that a batch's loss is the mean of those of its examples, and those they are of.
@@ -250,11 +250,11 @@ class LeavingOut:
         return optimization
 
     def _losses(self, model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
-        outputs = self.task.outputs(model, batch[0]).reshape(len(batch[1]), -1)
+        outputs = columns(self.task.outputs(model, batch[0]))
         return self.task.loss(outputs, batch[1])
 
     def _query_losses(self, model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
-        outputs, encoded = self.task.outputs(model, batch[0]).reshape(len(batch[1]), -1), batch[1]
+        outputs, encoded = columns(self.task.outputs(model, batch[0])), batch[1]
         return (
             self.task.loss(outputs.double(), encoded.double()) if self._in_double else self.task.loss(outputs, encoded)
         )

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from stride_lightning.data import Examples
 from stride_lightning.randomness import seeded
 from stride_lightning.retraining.recipe import Recipe
+from stride_lightning.tasks import columns
 from stride_lightning.weights import borrowed
 
 
@@ -69,7 +70,7 @@ def _trained_and_measured(
     device = next(model.parameters()).device if recipe.device is None else recipe.device
     with borrowed(model, None, device), torch.no_grad():
         parts = [
-            recipe.value(recipe.task.outputs(model, inputs).reshape(len(encoded), -1), encoded)
+            recipe.value(columns(recipe.task.outputs(model, inputs)), encoded)
             for inputs, encoded in recipe.query_batches(model, device)
         ]
     return torch.cat(parts).float().cpu()
@@ -115,7 +116,7 @@ class _Plain(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         inputs, encoded = self.recipe.prepared(self.model, batch)
-        outputs = self.recipe.task.outputs(self.model, inputs).reshape(len(encoded), -1)
+        outputs = columns(self.recipe.task.outputs(self.model, inputs))
         return self.recipe.task.loss(outputs, encoded).mean()
 
 

@@ -19,7 +19,8 @@ from stride_lightning.fingerprints import Fingerprint
 from stride_lightning.loading import check_loading
 from stride_lightning.randomness import mix, seeded
 from stride_lightning.retraining.optimizers import CannotBatch, MakeOptimizer, read_optimization
-from stride_lightning.tasks import Task, check_outputs, check_task
+from stride_lightning.task_inference import check_outputs, check_task
+from stride_lightning.tasks import Task, columns
 from stride_lightning.weights import borrowed, in_precision_of, weight_hash
 
 Measure = Literal["loss", "margin"]
@@ -97,8 +98,11 @@ class Recipe:
     def query_batches(self, model: nn.Module, device: torch.device) -> list[tuple[Any, Tensor]]:
         """Inputs and encoded targets of the queries on a device, read once."""
         if not self._query_batches:
-            batches = self.queries.batches(256, device)
-            self._query_batches = [self.prepared(model, batch) for batch, _, _ in batches]
+            start = 0
+            for batch, _, length in self.queries.batches(256, device):
+                with self.queries.naming(start):
+                    self._query_batches.append(self.prepared(model, batch))
+                start += length
         return self._query_batches
 
     def prepared(self, model: nn.Module, batch: Any) -> tuple[Any, Tensor]:
@@ -114,7 +118,7 @@ class Recipe:
         device = next(model.parameters()).device
         with borrowed(model, None, None), torch.no_grad():
             values = [
-                self.value(self.task.outputs(model, inputs).reshape(len(encoded), -1), encoded)
+                self.value(columns(self.task.outputs(model, inputs)), encoded)
                 for inputs, encoded in self.query_batches(model, device)
             ]
         bad = (~torch.isfinite(torch.cat(values))).nonzero().flatten().tolist()
@@ -250,22 +254,25 @@ def encoded_batch(
 
     Targets are encoded, and so checked, before any vectorised pass: checks look at values.
     """
+    task.check_batch(model, batch)
     inputs, targets = in_precision_of(model, task.inputs(batch)), task.targets(batch)
     if target == "predicted":
         with torch.no_grad():
             outputs = task.outputs(model, inputs)
-        targets = task.predict(outputs.reshape(len(outputs), -1))
+        targets = task.predict(columns(outputs))
     if targets is None:
         raise ValueError("The batch has no targets, so losses cannot be measured. Give every example a target.")
-    return inputs, in_precision_of(model, task.encode(targets, num_outputs))
+    encoded = task.encode(targets, num_outputs)
+    # Labels of tokens are numbers that half precision would round.
+    return inputs, encoded if task.has_tokens else in_precision_of(model, encoded)
 
 
 def count_outputs(model: nn.Module, task: Task, batch: Any) -> int:
     """Number of outputs for one example; outputs of a wrong form are refused."""
     with borrowed(model, None, None), torch.no_grad():
         outputs = task.outputs(model, in_precision_of(model, task.inputs(batch)))
-    check_outputs(outputs, len(outputs))
-    return 1 if outputs.ndim == 1 else outputs.shape[1]
+    check_outputs(outputs, len(outputs), task)
+    return columns(outputs).shape[-1]
 
 
 def code_hash(model: nn.Module) -> str:

@@ -21,6 +21,7 @@ from stride_lightning.retraining.batchability import (
 from stride_lightning.retraining.ensemble import Ensemble, bytes_per_model, chunk_size, keep_freed_memory
 from stride_lightning.retraining.optimizers import CannotBatch, read_optimization
 from stride_lightning.retraining.recipe import Recipe
+from stride_lightning.tasks import columns
 from stride_lightning.weights import in_precision_of
 
 
@@ -123,11 +124,11 @@ class Together:
 
     def _losses(self, model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
         """Training loss of every example, shape ``(B,)``."""
-        outputs = self.recipe.task.outputs(model, batch[0]).reshape(len(batch[1]), -1)
+        outputs = columns(self.recipe.task.outputs(model, batch[0]))
         return self.factor * self.recipe.task.loss(outputs, batch[1])
 
     def _values(self, model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
-        return self.recipe.value(self.recipe.task.outputs(model, batch[0]).reshape(len(batch[1]), -1), batch[1])
+        return self.recipe.value(columns(self.recipe.task.outputs(model, batch[0])), batch[1])
 
 
 def _mean_of_members(call: Callable[[Any], Tensor], shared: Any, own: Tensor) -> Tensor:

@@ -222,8 +222,8 @@ class StrideAttributor(Attributor):
         return Attribution(
             scores.cpu(),
             gather(std.float(), len(asked)).cpu() if has_std else None,
-            train_targets=self._task.decode(self._train_pass.encoded).cpu(),
-            query_targets=self._task.decode(asked.encoded).cpu(),
+            train_targets=self._task.shown(self._train_pass.encoded),
+            query_targets=self._task.shown(asked.encoded),
             metadata={
                 "recovered": broadcast_object(recovered.chosen),
                 "query_data": asked.fingerprint,

@@ -14,7 +14,8 @@ from stride_lightning.data import Examples
 from stride_lightning.fingerprints import Fingerprint
 from stride_lightning.progress import track
 from stride_lightning.steering.activations import capture_inputs
-from stride_lightning.tasks import Task, check_outputs
+from stride_lightning.task_inference import check_outputs
+from stride_lightning.tasks import Task
 from stride_lightning.weights import in_precision_of
 
 #: The features of the whole training set take at most this many bytes; beyond, principal components are kept.

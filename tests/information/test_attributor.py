@@ -398,7 +398,8 @@ def test_diverse_is_greedy(method, name, likelihood):
         assert diverse.proponents[row].tolist() == places
         assert diverse.proponent_scores[row].tolist() == pytest.approx(gains, rel=1e-4)
     assert diverse.opponents.shape == diverse.opponent_scores.shape == (5, 0)
-    assert "most told by" in repr(diverse) and "harmed" not in repr(diverse)
+    assert "most told by" in repr(diverse)
+    assert "harmed" not in repr(diverse)
     # All together they say what the whole set says.
     every = found.top(99, diverse=True)
     assert every.proponents.sort(1).values.tolist() == [list(range(len(train)))] * 5

@@ -1,0 +1,298 @@
+"""Tasks of language models: batches of token ids, with attention masks and labels."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+from stride_lightning.data import RowError
+from stride_lightning.tasks import HOW_TO_PASS_TASK, Classification, describe
+
+Reduction = Literal["mean", "sum"]
+
+#: Label of tokens that are not predicted, as in Hugging Face's models.
+IGNORED = -100
+#: What of a batch says what is asked, not what the model reads.
+_ASKED = ("labels", "label", "loss_weights")
+#: What packing kernels read; batches are unpacked.
+_PACKING = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+class _TokenTask(Classification):
+    """What both tasks read: dictionaries with ``input_ids``, or a tensor of token ids."""
+
+    @override
+    def inputs(self, batch: Any) -> dict[str, Any]:
+        ids = _token_ids(batch)
+        if not isinstance(batch, Mapping):
+            return {"input_ids": ids}
+        inputs = {name: value for name, value in batch.items() if name not in _ASKED}
+        if not is_packed(batch):
+            return inputs
+        kept = {name: value for name, value in inputs.items() if name not in _PACKING and name != "attention_mask"}
+        unpacked = {name: unpack(value, batch["position_ids"], 0) for name, value in kept.items()}
+        mask = unpack(torch.ones_like(ids), batch["position_ids"], 0)
+        return {**unpacked, "attention_mask": mask}
+
+    @override
+    def outputs(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        return logits_of(model, inputs)
+
+    @override
+    def check_batch(self, model: nn.Module, batch: Any) -> None:
+        inputs = self.inputs(batch)
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        lengths = torch.full((len(ids),), ids.shape[1]) if mask is None else mask.sum(1).cpu()
+        if int(lengths.min()) == 0:
+            raise RowError(int(lengths.argmin()), "has no tokens: its text is empty, or all of it is padding")
+        size, limit = vocabulary_size(model), max_length(model)
+        if ids.numel() and int(ids.min()) < 0:
+            row = int((ids < 0).any(1).nonzero()[0])
+            raise RowError(
+                row, f"has the token id {int(ids[row].min())}; padding takes an attention_mask and labels -100"
+            )
+        if size is not None and int(ids.max()) >= size:
+            row = int((ids >= size).any(1).nonzero()[0])
+            raise RowError(
+                row,
+                f"has the token id {int(ids[row].max())}, and the model knows 0..{size - 1}: the tokenizer is not the "
+                "one it was trained with",
+            )
+        if limit is not None and ids.shape[1] > limit:
+            row = int(lengths.argmax())
+            raise RowError(
+                row,
+                f"has {int(lengths[row])} tokens (its batch {ids.shape[1]} with padding), and the model takes {limit}: "
+                "truncate the text, or cut it into several examples",
+            )
+
+
+class CausalLanguageModeling(_TokenTask):
+    """Next-token prediction: an example is a sequence, its loss the mean over its tokens.
+
+    Batches are as Hugging Face's models take them, dictionaries with ``input_ids`` of shape ``(B, T)`` and, if there
+    are any, ``attention_mask`` and ``labels``, where -100 marks tokens that are not predicted. Labels stand beside
+    their own token (the shift is done here) and are ``input_ids`` by default; what the mask hides never counts.
+    ``loss_weights`` of shape ``(B, T)`` weighs the loss of each label. Padding changes nothing, and packed batches (one
+    row of concatenated sequences with ``position_ids`` that start again at 0, as ``DataCollatorWithFlattening`` makes
+    them) are unpacked first, so scores are the same.
+
+    A batch ``(ids, next_ids)`` as plain PyTorch code has it is read as already shifted, unless both are the same.
+
+    Args:
+        reduction: ``"mean"`` over the tokens of a sequence, or their ``"sum"``.
+
+    Example:
+        >>> task = CausalLanguageModeling()
+        >>> batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[-100, 6, 7]])}
+        >>> encoded = task.encode(task.targets(batch), num_outputs=8)
+        >>> task.loss(torch.zeros(1, 3, 8), encoded)  # log 8
+        tensor([2.0794])
+    """
+
+    name = "causal language modeling"
+    has_tokens: ClassVar[bool] = True
+
+    def __init__(self, reduction: Reduction = "mean") -> None:
+        if reduction not in get_args(Reduction):
+            raise ValueError(f"`reduction` must be one of {get_args(Reduction)}, got {reduction!r}.")
+        self.reduction: Reduction = reduction
+
+    @override
+    def targets(self, batch: Any) -> Tensor:
+        """The label that each output predicts and its weight, float32 of shape ``(B, T, 2)``; exact for 2^24 labels."""
+        ids, labels, weights, is_shifted = _token_ids(batch), None, None, False
+        if isinstance(batch, Mapping):
+            labels, weights = batch.get("labels"), batch.get("loss_weights")
+        elif isinstance(batch, tuple | list) and len(batch) > 1:
+            labels = batch[1]
+            is_shifted = not torch.equal(torch.where(labels == IGNORED, ids, labels), ids)
+        labels = ids if labels is None else labels
+        for name, value in (("labels", labels), ("loss_weights", weights)):
+            if value is not None and value.shape != ids.shape:
+                raise ValueError(
+                    f"Expected {name} of the shape of input_ids, {tuple(ids.shape)}; got {describe(value)}."
+                )
+        weights = torch.ones(labels.shape, device=ids.device) if weights is None else weights.float()
+        weights = weights.masked_fill(labels == IGNORED, 0)
+        mask = torch.ones_like(ids) if not isinstance(batch, Mapping) else batch.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask
+        if isinstance(batch, Mapping) and is_packed(batch):
+            mask = torch.ones_like(ids)
+            labels, weights, mask = (unpack(value, batch["position_ids"], 0) for value in (labels, weights, mask))
+        if not is_shifted:
+            # Neither is padding predicted, nor the first token from padding before it; the last predicts nothing.
+            weights = F.pad(weights[:, 1:] * mask[:, 1:] * mask[:, :-1], (0, 1))
+            labels = F.pad(labels[:, 1:], (0, 1))
+        return torch.stack([labels.masked_fill(weights == 0, 0).float(), weights], -1)
+
+    @override
+    def encode(self, targets: Tensor, num_outputs: int) -> Tensor:
+        labels, weights = targets[..., 0], targets[..., 1]
+        empty = ~(weights.sum(1) > 0)
+        if (weights < 0).any():
+            raise RowError(int((weights < 0).any(1).nonzero()[0]), "has a negative loss weight")
+        if empty.any():
+            raise RowError(
+                int(empty.nonzero()[0]),
+                "has no token to predict: it needs at least two tokens, and a label other than -100 after the first",
+            )
+        outside = (labels < 0) | (labels >= num_outputs)
+        if outside.any():
+            row = int(outside.any(1).nonzero()[0])
+            raise RowError(
+                row, f"has the label {int(labels[row][outside[row]][0])}; the model predicts 0..{num_outputs - 1}"
+            )
+        return targets
+
+    @override
+    def decode(self, encoded: Tensor) -> None:
+        """Nothing: a whole text is not shown as a target."""
+        return
+
+    @override
+    def output_weights(self, encoded: Tensor) -> Tensor:
+        """Shape ``(B, T, 1)``."""
+        weights = encoded[..., 1:]
+        return weights / weights.sum(1, keepdim=True) if self.reduction == "mean" else weights
+
+    @override
+    def loss(self, outputs: Tensor, encoded: Tensor, dim: int = -1) -> Tensor:
+        return (self.token_losses(outputs, encoded) * self.output_weights(encoded)[..., 0]).sum(-1)
+
+    def token_losses(self, outputs: Tensor, encoded: Tensor) -> Tensor:
+        """Negative log-likelihood of every label in nats, shape ``(B, T)``."""
+        chosen = outputs.gather(-1, encoded[..., :1].long())[..., 0]
+        return outputs.logsumexp(-1) - chosen
+
+    @override
+    def margin(self, outputs: Tensor, encoded: Tensor) -> Tensor:
+        raise ValueError("A sequence has no margin, only its tokens have. Use the loss.")
+
+    @override
+    def predict(self, outputs: Tensor) -> Tensor:
+        raise ValueError(
+            "target='predicted' is not for language models: what the model says is text. Let it generate, and ask "
+            "about prompt and continuation as a query whose prompt has the labels -100."
+        )
+
+    def __repr__(self) -> str:
+        return f"CausalLanguageModeling(reduction={self.reduction!r})"
+
+
+class SequenceClassification(_TokenTask):
+    """One class for a whole text: dictionaries with ``input_ids``, ``attention_mask`` and ``labels`` of shape ``(B,)``.
+
+    Example:
+        >>> task = SequenceClassification()
+        >>> batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([1])}
+        >>> task.loss(torch.zeros(1, 2), task.encode(task.targets(batch), num_outputs=2))  # log 2
+        tensor([0.6931])
+    """
+
+    name = "sequence classification"
+
+    @override
+    def targets(self, batch: Any) -> Tensor | None:
+        if not isinstance(batch, Mapping):
+            return Classification.targets(self, batch)
+        return batch.get("labels", batch.get("label"))
+
+
+def is_packed(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch is one row of several sequences, whose positions start again at 0."""
+    positions = batch.get("position_ids")
+    return positions is not None and len(positions) == 1 and int((positions == 0).sum()) > 1
+
+
+def unpack(packed: Any, positions: Tensor, fill: float) -> Any:
+    """One row of concatenated sequences as padded rows.
+
+    Args:
+        packed: Shape ``(1, total)``; anything else is returned as it is.
+        positions: Position of every token in its sequence, same shape.
+        fill: What padding is.
+
+    Returns:
+        Shape ``(B, T)``.
+
+    Example:
+        >>> unpack(torch.tensor([[5, 6, 7]]), torch.tensor([[0, 0, 1]]), 0)
+        tensor([[5, 0],
+                [6, 7]])
+    """
+    if not isinstance(packed, Tensor) or packed.shape != positions.shape:
+        return packed
+    row = (positions[0] == 0).cumsum(0) - 1
+    padded = packed.new_full((int(row[-1]) + 1, int(positions.max()) + 1), fill)
+    padded[row, positions[0]] = packed[0]
+    return padded
+
+
+def logits_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """The logits that a model gives for a batch without labels.
+
+    Models that take ``input_ids`` by name, or any names, get what they take by name; others get the token ids, or the
+    whole dictionary if their argument is called ``batch``.
+
+    Raises:
+        TypeError: If what comes back holds no logits.
+    """
+    parameters = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if "input_ids" in parameters or takes_any:
+        given = {name: value for name, value in inputs.items() if takes_any or name in parameters}
+        if "use_cache" in parameters:
+            given["use_cache"] = False  # keys and values of past tokens are for generating
+        if "labels" in parameters and parameters["labels"].default is inspect.Parameter.empty:
+            given["labels"] = inputs["input_ids"]
+        came = model(**given)
+    else:
+        first = next(iter(parameters), "")
+        rest = {name: inputs[name] for name in list(parameters)[1:] if name in inputs}
+        came = model(dict(inputs) if first == "batch" else inputs["input_ids"], **rest)
+    logits = came.get("logits") if isinstance(came, Mapping) else getattr(came, "logits", came)
+    if isinstance(logits, tuple | list):
+        logits = next((value for value in logits if isinstance(value, Tensor) and value.ndim >= 2), None)
+    if not isinstance(logits, Tensor) or logits.ndim < 2:
+        raise TypeError(
+            f"{type(model).__name__} gave {describe(came)} for a batch of token ids, expected logits or an output that "
+            f"has them. {HOW_TO_PASS_TASK}"
+        )
+    return logits
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """How many token ids a model knows; None where it does not say."""
+    for module in model.modules():
+        if hasattr(module, "get_input_embeddings"):
+            try:
+                embedding = module.get_input_embeddings()
+            except NotImplementedError:
+                continue
+            return getattr(embedding, "num_embeddings", None)
+    return None
+
+
+def max_length(model: nn.Module) -> int | None:
+    """How many tokens a model takes; None where it does not say."""
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    limits = [getattr(config, "max_position_embeddings", None) for config in configs]
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
+
+
+def _token_ids(batch: Any) -> Tensor:
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+    ids = ids[0] if isinstance(ids, tuple | list) and len(ids) > 0 else ids
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+        raise TypeError(
+            "A language model's batch is a dictionary with integer `input_ids` of shape (B, T), or a tensor of them; "
+            f"got {describe(batch)}. {HOW_TO_PASS_TASK}"
+        )
+    return ids
