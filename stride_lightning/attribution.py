@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
+    from stride_lightning.views.report.content import TextSource
+
 
 @dataclass(eq=False)
 class Attribution:
@@ -332,6 +334,44 @@ class Attribution:
         from stride_lightning.views.figures import plot_grid
 
         return plot_grid(self, [query] if isinstance(query, int) else query, k, image_shape=image_shape)
+
+    def report(
+        self,
+        path: str | Path,
+        *,
+        queries: int | Sequence[int] | None = None,
+        k: int = 5,
+        image_shape: tuple[int, ...] | None = None,
+        query_text: TextSource = None,
+        train_text: TextSource = None,
+        title: str | None = None,
+    ) -> Path:
+        """Write one HTML page of queries with their proponents and opponents, to look through in a browser.
+
+        The page holds everything it shows and loads nothing. Pictures and texts come from the data where it is at
+        hand, other facts from ``query_info`` and ``train_info``. In a distributed run rank 0 writes.
+
+        Args:
+            path: The file; ``.html`` is added where it is missing, folders are made, an existing file is replaced.
+            queries: Row of the scores, or several; all by default.
+            k: At most how many proponents, and how many opponents, of each query.
+            image_shape: Shape that makes a picture of flattened inputs, such as ``(28, 28)``.
+            query_text: Texts of the queries: a function of their position in the dataset (such as one that decodes
+                tokens), one text per query, or the name of a column of ``query_info``.
+            train_text: The same for training examples. Only texts of examples that are shown are asked for.
+            title: Heading of the page.
+
+        Returns:
+            The file that was written.
+        """
+        from stride_lightning.views.report.page import html_path, write_report
+
+        options = {"image_shape": image_shape, "query_text": query_text, "train_text": train_text, "title": title}
+        path = html_path(path)
+        if rank() == 0:
+            write_report(self, path, queries=queries, k=k, **options)
+        barrier()
+        return path
 
     def __repr__(self) -> str:
         method = self.metadata.get("method", "scores")

@@ -1,0 +1,178 @@
+"""What the page shows: queries, the training examples ranked for them, and what is known of each, as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torch import Tensor
+
+from stride_lightning.data import Examples
+from stride_lightning.progress import track
+from stride_lightning.randomness import seeded
+from stride_lightning.views.figures import as_image
+from stride_lightning.views.ranking import RankedExample, interval_text, rank_examples, target_text
+from stride_lightning.views.report.pictures import Pictures
+
+if TYPE_CHECKING:
+    from stride_lightning.attribution import Attribution
+
+#: Where texts come from: a function of the position in the dataset, one text per row or column, or a column's name.
+TextSource: TypeAlias = Callable[[int], str] | Sequence[str] | str | None
+
+#: Characters of one text that are embedded, and of one fact beyond which its column is shown as texts.
+MAX_TEXT, MAX_FACT = 2000, 60
+
+
+def report_content(
+    attribution: Attribution,
+    rows: Sequence[int],
+    k: int,
+    *,
+    image_shape: tuple[int, ...] | None = None,
+    query_text: TextSource = None,
+    train_text: TextSource = None,
+) -> dict[str, Any]:
+    """Queries, examples and pictures of the page; examples and pictures are listed once and named by their place.
+
+    Args:
+        attribution: The scores.
+        rows: Rows of the scores, each once.
+        k: At most how many proponents, and how many opponents, of each query.
+        image_shape: Shape that makes a picture of flattened inputs.
+        query_text: Texts of the queries.
+        train_text: Texts of the training examples.
+
+    Example:
+        >>> import torch
+        >>> from stride_lightning.attribution import Attribution
+        >>> content = report_content(Attribution(torch.tensor([[0.5, -0.25]])), [0], k=1)
+        >>> content["queries"][0]["ranked"], [example["name"] for example in content["examples"]]
+        ([[[0, 0.5, None, '+0.50']], [[1, -0.25, None, '-0.25']]], ['0', '1'])
+    """
+    ranked = {row: _sides(attribution, row, k) for row in track(rows, "Ranking", len(rows))}
+    found = [example for sides in ranked.values() for side in sides for example in side]
+    columns = list(dict.fromkeys(example.column for example in found))
+    place = {column: number for number, column in enumerate(columns)}
+    pictures = Pictures()
+    asked = _Source(
+        "query", attribution.queries, None, attribution.query_targets, attribution.query_info, query_text, image_shape
+    )
+    known = _Source(
+        "train",
+        attribution.train_data,
+        attribution.train_indices,
+        attribution.train_targets,
+        attribution.train_info,
+        train_text,
+        image_shape,
+    )
+
+    def entry(example: RankedExample) -> list[Any]:
+        std = None if example.std is None else _brief(example.std)
+        text = interval_text(example.score, example.std)
+        text = text if attribution.is_signed else text.removeprefix("+")
+        return [place[example.column], _brief(example.score), std, text]
+
+    queries = asked.described(rows, attribution.num_queries, pictures)
+    for query, sides in zip(queries, ranked.values(), strict=True):
+        query["ranked"] = [[entry(example) for example in side] for side in sides]
+    examples = known.described(columns, attribution.num_train, pictures)
+    return {"queries": queries, "examples": examples, "pictures": pictures.uris()}
+
+
+def _sides(attribution: Attribution, row: int, k: int) -> list[list[RankedExample]]:
+    proponents, opponents = rank_examples(attribution, row, k)
+    return [proponents, opponents] if attribution.is_signed else [proponents]
+
+
+def _brief(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Queries or training examples, and what is known of them."""
+
+    kind: str
+    data: Examples | None
+    indices: Tensor | None
+    targets: Tensor | None
+    info: dict[str, list[Any]]
+    text: TextSource
+    image_shape: tuple[int, ...] | None
+
+    def described(self, places: Sequence[int], length: int, pictures: Pictures) -> list[dict[str, Any]]:
+        """Rows of queries, or columns of training examples, as plain values; only these are read."""
+        self._check(length)
+        # An input that is neither a picture nor a text is not worth reading again.
+        reads = self.data is not None and bool(places) and self._shows(self._read(places[0]))
+        blocks = {name for name, values in self.info.items() if self._is_block(name, values, places)}
+        described = []
+        for place in track(places, "Reading what is shown", len(places), show=reads or callable(self.text)):
+            example = self._read(place) if reads else None
+            image = as_image(example, image_shape=self.image_shape) if reads else None
+            shown = {name: str(values[place]) for name, values in self.info.items()}
+            texts = self._texts(place, example) + [(name, shown[name]) for name in shown if name in blocks]
+            described.append(
+                {
+                    "name": str(place if self.indices is None else int(self.indices[place])),
+                    "target": target_text(self.targets, place),
+                    "facts": [[name, value] for name, value in shown.items() if name not in blocks],
+                    "texts": [[name, text[:MAX_TEXT], len(text)] for name, text in texts],
+                    "picture": None if image is None else pictures.add(image),
+                }
+            )
+        return described
+
+    def _check(self, length: int) -> None:
+        if isinstance(self.text, str) and self.text not in self.info:
+            raise ValueError(
+                f"`{self.kind}_text` names no column of {self.kind}_info {sorted(self.info)}: {self.text!r}."
+            )
+        if isinstance(self.text, Sequence) and not isinstance(self.text, str) and len(self.text) != length:
+            raise ValueError(f"`{self.kind}_text` has {len(self.text)} texts, expected {length}.")
+
+    def _read(self, place: int) -> Any:
+        """The example as it was attributed: under random augmentation, read under the seed of its position."""
+        assert self.data is not None
+        with seeded(place if self.data.positions is None else int(self.data.positions[place])):
+            return self.data[place]
+
+    def _shows(self, example: Any) -> bool:
+        has_text = self.text is None and bool(texts_of(example))
+        return has_text or as_image(example, image_shape=self.image_shape) is not None
+
+    def _is_block(self, name: str, values: Sequence[Any], places: Iterable[int]) -> bool:
+        texts = (str(values[place]) for place in places)
+        return name in ("text", self.text) or any(len(text) > MAX_FACT or "\n" in text for text in texts)
+
+    def _texts(self, place: int, example: Any) -> list[tuple[str, str]]:
+        """Texts that do not come from a column, by name."""
+        if isinstance(self.text, str):
+            return []
+        if self.text is None:
+            return texts_of(example)
+        if callable(self.text):
+            return [("", str(self.text(self._position(place))))]
+        return [("", str(self.text[place]))]
+
+    def _position(self, place: int) -> int:
+        """Where an example stands in its dataset."""
+        positions = self.indices if self.data is None or self.data.positions is None else self.data.positions
+        return place if positions is None else int(positions[place])
+
+
+def texts_of(example: Any) -> list[tuple[str, str]]:
+    """Texts in an example: a string, a tuple that begins with one, or a dictionary's strings, by their names.
+
+    Example:
+        >>> texts_of(("so it goes", 1)), texts_of({"question": "why", "label": 3}), texts_of(2.5)
+        ([('', 'so it goes')], [('question', 'why')], [])
+    """
+    if isinstance(example, str):
+        return [("", example)]
+    if isinstance(example, dict):
+        return [(str(name), value) for name, value in example.items() if isinstance(value, str)]
+    return texts_of(example[0]) if isinstance(example, tuple | list) and len(example) else []

@@ -1,0 +1,193 @@
+"""The page as one file: template, style, script and data put together, and written in one step."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import os
+import re
+import secrets
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stride_lightning.views.report.content import TextSource, report_content
+
+if TYPE_CHECKING:
+    from stride_lightning.attribution import Attribution
+
+#: Files of the page beside this one; the scripts run as one, in this order.
+_LAYOUT, _SCRIPTS = ("page.html", "page.css"), ("elements.js", "query.js", "page.js")
+#: What each side of a query is called, what that means, and what stands where there is none.
+_SIGNED = (
+    ("Proponents", "Training on them lowers the query's loss.", "No training example helps this query."),
+    ("Opponents", "Training on them raises the query's loss.", "No training example harms this query."),
+)
+_UNSIGNED = (
+    ("Most informative", "They tell most about the query.", "No training example tells anything of this query."),
+)
+#: Units of methods whose metadata name none.
+_UNITS = {
+    "stride": "nats of query loss, to first order",
+    "grad-dot": "nats of query loss per unit of learning rate",
+    "grad-cos": "cosines, from -1 to 1",
+}
+
+
+def write_report(
+    attribution: Attribution,
+    path: str | os.PathLike[str],
+    *,
+    queries: int | Sequence[int] | None = None,
+    k: int = 5,
+    image_shape: tuple[int, ...] | None = None,
+    query_text: TextSource = None,
+    train_text: TextSource = None,
+    title: str | None = None,
+) -> Path:
+    """Write the page; arguments as in :meth:`~stride_lightning.Attribution.report`.
+
+    Returns:
+        The file that was written.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from stride_lightning.attribution import Attribution
+        >>> path = write_report(Attribution(torch.tensor([[0.5, -0.25]])), Path(tempfile.mkdtemp()) / "report")
+        >>> path.name
+        'report.html'
+    """
+    path = html_path(path)
+    asked = range(attribution.num_queries) if queries is None else [queries] if isinstance(queries, int) else queries
+    asked = [int(row) for row in asked]
+    if not asked:
+        raise ValueError("`queries` is empty: nothing to report.")
+    # Rows are counted from the start, as the page names them.
+    rows = list(dict.fromkeys(row + attribution.num_queries if row < 0 else row for row in asked))
+    content = report_content(
+        attribution, rows, k, image_shape=image_shape, query_text=query_text, train_text=train_text
+    )
+    _write_at_once(path, page(attribution, content, k=k, title=title).encode(errors="replace"))
+    return path
+
+
+def html_path(path: str | os.PathLike[str]) -> Path:
+    """The file to write: home folder expanded, ``.html`` added where it is missing.
+
+    Raises:
+        IsADirectoryError: If there is a folder of this name.
+
+    Example:
+        >>> html_path("runs/report.html").name, html_path("runs/v1.2").name
+        ('report.html', 'v1.2.html')
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name the file to write, such as {path / 'report.html'}.")
+    return path if path.suffix.lower() in (".html", ".htm") else path.with_name(f"{path.name}.html")
+
+
+def page(attribution: Attribution, content: dict[str, Any], *, k: int, title: str | None = None) -> str:
+    """The whole page as text.
+
+    Args:
+        attribution: The scores, of which the header tells.
+        content: What :func:`~stride_lightning.views.report.content.report_content` gives.
+        k: How many of each side were asked for.
+        title: Heading of the page.
+
+    Example:
+        >>> import torch
+        >>> from stride_lightning.attribution import Attribution
+        >>> attribution = Attribution(torch.tensor([[0.5, -0.25]]))
+        >>> text = page(attribution, report_content(attribution, [0], 1), k=1, title="a < b")
+        >>> "<title>a &lt; b · scores · 1 query, 2 training examples</title>" in text
+        True
+    """
+    own = {name: (files("stride_lightning.views.report") / name).read_text("utf-8") for name in (*_LAYOUT, *_SCRIPTS)}
+    script = '"use strict";\n{\n' + "\n".join(own[name] for name in _SCRIPTS) + "}\n"
+    sides = _SIGNED if attribution.is_signed else _UNSIGNED
+    named = [dict(zip(("name", "meaning", "none"), side, strict=True)) for side in sides]
+    facts = header_facts(attribution, len(content["queries"]), k)
+    heading = "Training-data attribution" if title is None else title
+    method = str(attribution.metadata.get("method", "scores"))
+    count, of = len(content["queries"]), attribution.num_train
+    sizes = f"{count:,} {'query' if count == 1 else 'queries'}, {of:,} training example{'s' * (of != 1)}"
+    parts = {
+        "title": html.escape(" · ".join([heading, method, sizes])),
+        "heading": html.escape(heading),
+        "facts": "".join(f"<div><dt>{html.escape(n)}</dt><dd>{html.escape(v)}</dd></div>" for n, v in facts),
+        "meaning": html.escape(meaning(attribution)),
+        "style": own["page.css"],
+        "style_hash": _hash(own["page.css"]),
+        "script": script,
+        "script_hash": _hash(script),
+        "data": embedded({"sides": named, "has_std": attribution.has_std, **content}),
+    }
+    # In one pass, so that nothing in the data is taken for a place to fill.
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], own["page.html"])
+
+
+def header_facts(attribution: Attribution, num_shown: int, k: int) -> list[tuple[str, str]]:
+    """What was computed, how and at what cost, by name.
+
+    Example:
+        >>> import torch
+        >>> from stride_lightning.attribution import Attribution
+        >>> header_facts(Attribution(torch.ones(3, 2000), metadata={"method": "grad-cos"}), 2, 5)[:3]
+        [('Method', 'grad-cos'), ('Queries', '2 of 3'), ('Training examples', '2,000')]
+    """
+    metadata = attribution.metadata
+    method = str(metadata.get("method", "scores"))
+    total = f"{attribution.num_queries:,}"
+    known = min(k, attribution.num_ranked)
+    facts = [
+        ("Method", method),
+        ("Queries", total if num_shown == attribution.num_queries else f"{num_shown:,} of {total}"),
+        ("Training examples", f"{attribution.num_train:,}"),
+        ("Shown per query", f"{known} strongest" + (" of each side" if attribution.is_signed else "")),
+    ]
+    seconds = metadata.get("seconds")
+    seconds = seconds.get("total") if isinstance(seconds, dict) else seconds
+    if isinstance(seconds, int | float):
+        facts.append(("Computed in", f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"))
+    return [*facts, ("Unit of scores", str(metadata.get("unit") or _UNITS.get(method, "that of the method")))]
+
+
+def meaning(attribution: Attribution) -> str:
+    """How to read scores and whiskers, in a sentence or two."""
+    words = "Positive scores are helpful: training on the example lowers the query's loss."
+    if not attribution.is_signed:
+        words = "Scores have no direction: they say how much an example tells about the query, not which way."
+    return words + (" Whiskers span one posterior standard deviation to each side." if attribution.has_std else "")
+
+
+def embedded(value: Any) -> str:
+    r"""JSON that can stand inside a script element, whatever its texts hold.
+
+    Example:
+        >>> embedded(["</script>", "é"])
+        '["\\u003c/script\\u003e","é"]'
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def _hash(text: str) -> str:
+    """What a content security policy calls an inline style or script by."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _write_at_once(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    except BaseException:  # Ctrl-C too
+        part.unlink(missing_ok=True)
+        raise
