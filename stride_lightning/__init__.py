@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from stride_lightning.information.index import InformationIndex as InformationIndex
     from stride_lightning.information.retrieval import build_index as build_index
     from stride_lightning.information.retrieval import search_index as search_index
+    from stride_lightning.language import CausalLanguageModeling as CausalLanguageModeling
+    from stride_lightning.language import SequenceClassification as SequenceClassification
     from stride_lightning.metrics.linear_datamodeling import LinearDatamodelingScore as LinearDatamodelingScore
     from stride_lightning.metrics.linear_datamodeling import linear_datamodeling_score as linear_datamodeling_score
     from stride_lightning.records import RecordError as RecordError
@@ -48,6 +50,7 @@ _HOMES = {
     "Attribution": "attribution",
     "Attributor": "attributors",
     "BinaryClassification": "tasks",
+    "CausalLanguageModeling": "language",
     "Classification": "tasks",
     "Counterfactual": "retraining.ground_truth",
     "DampingSearch": "gradients.tuning",
@@ -64,6 +67,7 @@ _HOMES = {
     "RecordError": "records",
     "Regression": "tasks",
     "RetrainingAttributor": "retraining.attributors",
+    "SequenceClassification": "language",
     "StrideAttributor": "steering.attributor",
     "StrideCallback": "callbacks.stride",
     "StrideModule": "steering.module",

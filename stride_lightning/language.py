@@ -271,12 +271,12 @@ def logits_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 def vocabulary_size(model: nn.Module) -> int | None:
     """How many token ids a model knows; None where it does not say."""
     for module in model.modules():
-        if hasattr(module, "get_input_embeddings"):
+        find: Any = getattr(module, "get_input_embeddings", None)
+        if find is not None:
             try:
-                embedding = module.get_input_embeddings()
+                return getattr(find(), "num_embeddings", None)
             except NotImplementedError:
                 continue
-            return getattr(embedding, "num_embeddings", None)
     return None
 
 

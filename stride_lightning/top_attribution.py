@@ -160,7 +160,8 @@ class TopAttribution(Attribution):
     @classmethod
     def _from_tensors(cls, tensors: dict[str, Tensor], info: dict[str, Any]) -> TopAttribution:
         described = {name: tensors.pop(name) for name in list(tensors) if name.startswith(("train_", "query_"))}
-        return cls(TopExamples(**tensors), len(described["train_indices"]), **described, **info)
+        ranked: dict[str, Any] = tensors
+        return cls(TopExamples(**ranked), len(described["train_indices"]), **described, **info)
 
     def _summary(self) -> str:
         certain = ", with posterior std" if self.has_std else ""

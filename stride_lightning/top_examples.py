@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +96,8 @@ def joined(parts: Sequence[TopExamples]) -> TopExamples:
                  harmed by nothing
     """
     named = [part.tensors() for part in parts]
-    return TopExamples(**{name: torch.cat([tensors[name] for tensors in named]) for name in named[0]})
+    together: dict[str, Any] = {name: torch.cat([tensors[name] for tensors in named]) for name in named[0]}
+    return TopExamples(**together)
 
 
 class TopCollector:

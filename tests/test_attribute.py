@@ -438,7 +438,7 @@ def test_unknown_names_list_the_right_ones(model):
         attribute(model, QUERIES, train_data=DATA, num_subset=3)
     with pytest.raises(ValueError, match=r"`basis` must be one of \('statistics', 'learned'\)"):
         attribute(model, QUERIES, train_data=DATA, basis="other")
-    with pytest.raises(ValueError, match=r"`recovery` must be one of \('prior', 'lasso', 'ridge'\)"):
+    with pytest.raises(ValueError, match=r"`recovery` must be one of \('prior', 'lasso', 'ridge', 'closed-form'\)"):
         attribute(model, QUERIES, train_data=DATA, recovery="other")
     with pytest.raises(ValueError, match=r"'label' or 'predicted', got 'other'"):
         attribute(model, QUERIES, train_data=DATA, target="other", **FEW)

@@ -12,7 +12,7 @@ from stride_lightning.task_inference import check_forward, check_outputs, infer_
 from stride_lightning.tasks import BinaryClassification, Classification, Regression, Task
 from tests.helpers.tiny import DictTask, every_task, random_targets, random_tensor
 
-HINT = r"Pass `task=`: Classification\(\), BinaryClassification\(\), Regression\(\), or a subclass"
+HINT = r"Pass `task=`: Classification\(\), BinaryClassification\(\), Regression\(\), SequenceClassification\(\)"
 
 
 class Constant(nn.Module):

@@ -52,7 +52,7 @@ def capture_inputs(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str
 
     def hook_for(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            features = pool(module, _first_tensor(name, args, kwargs))
+            features = pool(module, first_tensor(name, args, kwargs))
             calls[name] = calls.get(name, 0) + 1 if name in captured else 1
             previous = captured.get(name)
             captured[name] = features if previous is None else previous + (features - previous) / calls[name]
@@ -105,7 +105,7 @@ def plain_name(name: str) -> str:
 
 
 def choose_layers(
-    model: nn.Module, forward: Callable[[], object], batch_size: int, limit: int = MAX_LAYERS
+    model: nn.Module, forward: Callable[[], object], batch_size: int, limit: int = MAX_LAYERS, num_tokens: int = 0
 ) -> list[str]:
     """The layers whose inputs make the default basis, in the order they run.
 
@@ -117,6 +117,7 @@ def choose_layers(
         forward: Runs the model on one batch.
         batch_size: Number of examples in that batch.
         limit: Most layers to take.
+        num_tokens: If given, inputs must have one row for each of so many tokens, shape ``(B, T, d)``.
 
     Raises:
         ValueError: If no layer qualifies.
@@ -127,7 +128,11 @@ def choose_layers(
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             usable = tensors and tensors[0].is_floating_point() and tensors[0].ndim >= 2
-            if usable and name not in order and _rows_first(module, tensors[0]).shape[0] == batch_size:
+            if not usable or name in order:
+                return
+            expected = (batch_size, num_tokens) if num_tokens else (batch_size,)
+            shape = tensors[0].shape if num_tokens else _rows_first(module, tensors[0]).shape
+            if shape[: len(expected)] == expected and (not num_tokens or len(shape) == 3):
                 order.append(name)
 
         return hook
@@ -174,10 +179,10 @@ def pool(module: nn.Module, inputs: Tensor) -> Tensor:
         features = inputs.flatten(1)
     else:
         features = inputs.flatten(1, -2).mean(1) if inputs.ndim > 2 else inputs
-    return _fold(features, MAX_LAYER_FEATURES)
+    return fold(features, MAX_LAYER_FEATURES)
 
 
-def _fold(features: Tensor, width: int) -> Tensor:
+def fold(features: Tensor, width: int) -> Tensor:
     """Count sketch: each feature is added, with a random sign, to one of ``width`` sums; keeps inner products."""
     if features.shape[1] <= width:
         return features
@@ -193,7 +198,8 @@ def _rows_first(module: nn.Module, inputs: Tensor) -> Tensor:
     return inputs.transpose(0, 1) if sequence_first else inputs
 
 
-def _first_tensor(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def first_tensor(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The first tensor that a layer is called with, which must hold one row of numbers per example."""
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if not tensors or not tensors[0].is_floating_point() or tensors[0].ndim < 2:
         came = f"{tensors[0].dtype} of shape {tuple(tensors[0].shape)}" if tensors else "no tensor"

@@ -21,10 +21,11 @@ from stride_lightning.steering.basis import Basis, Observation, fit_basis, obser
 from stride_lightning.steering.lasso import cross_validate_penalty, solve_lasso
 from stride_lightning.steering.module import BasisName, StrideModule
 from stride_lightning.steering.recovery import Recovery, check_measurements, recover_ridge, recover_with_prior
+from stride_lightning.steering.sequence_attribution import attribute_sequences, fitted_sequences
 from stride_lightning.steering.subsets import Design, sample_design
 from stride_lightning.weights import in_precision_of
 
-RecoveryName = Literal["prior", "lasso", "ridge"]
+RecoveryName = Literal["prior", "lasso", "ridge", "closed-form"]
 
 
 class StrideAttributor(Attributor):
@@ -41,9 +42,13 @@ class StrideAttributor(Attributor):
             :class:`~stride_lightning.steering.module.StrideModule`); by default 0 with ``recovery="prior"``, where
             operators are refits of the readouts, else 1 as published.
         ridge: Penalty of the operators relative to the mean curvature; read off the data by default.
-        recovery: ``"prior"``, ``"lasso"`` as published, or ``"ridge"``.
+        recovery: ``"prior"``, ``"lasso"`` as published, or ``"ridge"``; of language models also ``"closed-form"``, the
+            influence that operators have on average, without fitting any, which is their default.
         penalty: Of the lasso relative to its largest useful value, or of the ridge relative to the mean diagonal;
             by cross-validation over subsets by default.
+        steps: Of language models: steps of each operator towards its optimum; 1 is Newton's, in closed form.
+        cache_dir: Of language models: folder for the activations of training tokens, ``4 (r + c + 1)`` bytes each, so
+            that the model runs over them once and an interrupted run goes on; by default they are computed again.
         seed: Seed of the design, where it is not read from a record, and of a learned basis.
         batch_size: Examples per forward pass.
         show_progress: Show progress bars, and a cost estimate before long work.
@@ -77,8 +82,10 @@ class StrideAttributor(Attributor):
         rank: int | None = None,
         stability: float | None = None,
         ridge: float | None = None,
-        recovery: RecoveryName = "prior",
+        recovery: RecoveryName | None = None,
         penalty: float | None = None,
+        steps: int = 1,
+        cache_dir: str | Path | None = None,
         seed: int = 0,
         batch_size: int = 256,
         show_progress: bool = True,
@@ -86,25 +93,31 @@ class StrideAttributor(Attributor):
         super().__init__(seed=seed, batch_size=batch_size, show_progress=show_progress)
         if basis not in get_args(BasisName):
             raise ValueError(f"`basis` must be one of {get_args(BasisName)}, got {basis!r}.")
-        if recovery not in get_args(RecoveryName):
+        if recovery not in (None, *get_args(RecoveryName)):
             raise ValueError(f"`recovery` must be one of {get_args(RecoveryName)}, got {recovery!r}.")
         if isinstance(layers, str):
             raise TypeError(f"`layers` must be a list of names, got the string {layers!r}: write layers=[{layers!r}].")
-        if penalty is not None and recovery == "prior":
-            raise ValueError("`penalty` belongs to recovery='lasso' or 'ridge'; recovery='prior' has none.")
+        if penalty is not None and recovery not in ("lasso", "ridge"):
+            raise ValueError(f"`penalty` belongs to recovery='lasso' or 'ridge'; recovery={recovery!r} has none.")
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"`steps` must be an integer of at least 1, got {steps!r}.")
         if rank is not None and basis != "learned":
             raise ValueError("`rank` belongs to basis='learned'; the statistics basis keeps all its features.")
         self.num_subsets, self.degree, self.layers = num_subsets, degree, layers
         self.basis: BasisName = basis
         self.rank, self.ridge = rank, ridge
-        # Recovery with a prior wants what retraining gives; the published recoveries, the published operators.
-        self.stability = float(recovery != "prior") if stability is None else stability
-        self.recovery, self.penalty = recovery, penalty
+        self._recovery_asked: RecoveryName | None = recovery
+        self._stability_asked, self.penalty = stability, penalty
+        self.steps, self.cache_dir = steps, cache_dir
 
     # ---- fit ------------------------------------------------------------------------------------------------
 
     def _fit(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
         started = time.perf_counter()
+        self._sequences = fitted_sequences(self, model, device) if self._task.has_tokens else None
+        if self._sequences is not None:
+            return
+        self._check_options()
         self._start_from_record(model, device, record, checkpoint)
         self._choose_design()
         cost = estimate_cost(self._train_pass, self.design.num_subsets, self.recovery)
@@ -143,6 +156,25 @@ class StrideAttributor(Attributor):
             "estimate": vars(cost),
             "fit_seconds": {"pass": passed - started, "operators": time.perf_counter() - passed},
         }
+
+    @property
+    def recovery(self) -> RecoveryName:
+        """What was asked for, or the default of the task."""
+        if self._recovery_asked is not None:
+            return self._recovery_asked
+        return "closed-form" if self._task.has_tokens else "prior"
+
+    @property
+    def stability(self) -> float:
+        """What was asked for; recovery with a prior wants what retraining gives, the others published operators."""
+        return float(self.recovery != "prior") if self._stability_asked is None else self._stability_asked
+
+    def _check_options(self) -> None:
+        if self.recovery == "closed-form" or self.steps != 1 or self.cache_dir is not None:
+            raise ValueError(
+                "recovery='closed-form', `steps` and `cache_dir` are for language models; the task is "
+                f"{self._task!r}. Leave them out."
+            )
 
     def _start_from_record(
         self,
@@ -196,6 +228,8 @@ class StrideAttributor(Attributor):
     # ---- attribute ------------------------------------------------------------------------------------------
 
     def _attribute(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
+        if self._sequences is not None:
+            return attribute_sequences(self, self._sequences, queries, target)
         asked = observe(
             model,
             self._task,
@@ -232,28 +266,29 @@ class StrideAttributor(Attributor):
             },
         )
 
-    def _recover(self, queries: Observation, everything: Tensor, share: slice) -> Recovery:
-        """Scores of this rank's share of the queries, from the measurements of all.
+    def recover_whole(self, measurements: Tensor, design: Design) -> Recovery:
+        """Scores of all queries by the lasso or the ridge.
 
-        The ridge is one system for all queries, and the lasso solves queries in batches: every rank does them whole,
-        so that the number of ranks changes nothing.
+        The ridge is one system for all queries, and the lasso solves queries in batches: every rank does them whole, so
+        that the number of ranks changes nothing.
         """
         if self.recovery == "ridge":
-            whole = recover_ridge(everything, self.design, penalty=self.penalty, show_progress=self.show_progress)
-            return Recovery(whole.scores[share], None if whole.std is None else whole.std[share], whole.chosen)
-        if self.recovery == "lasso":
-            penalty: float | Tensor | None = self.penalty
-            if penalty is None:
-                penalty = cross_validate_penalty(
-                    everything, self.design, seed=self.seed, show_progress=self.show_progress
-                )
-            solution = solve_lasso(everything, self.design, penalty, show_progress=self.show_progress)
-            chosen = {
-                "penalty": float(torch.as_tensor(penalty).median()),
-                "duality_gap_max": float(solution.gap.max()),
-                "nonzeros_mean": float((solution.scores != 0).sum(1).float().mean()),
-            }
-            return Recovery(solution.scores[share], None, chosen)
+            return recover_ridge(measurements, design, penalty=self.penalty, show_progress=self.show_progress)
+        penalty: float | Tensor | None = self.penalty
+        if penalty is None:
+            penalty = cross_validate_penalty(measurements, design, seed=self.seed, show_progress=self.show_progress)
+        solution = solve_lasso(measurements, design, penalty, show_progress=self.show_progress)
+        chosen = {
+            "penalty": float(torch.as_tensor(penalty).median()),
+            "duality_gap_max": float(solution.gap.max()),
+            "nonzeros_mean": float((solution.scores != 0).sum(1).float().mean()),
+        }
+        return Recovery(solution.scores, None, chosen)
+
+    def _recover(self, queries: Observation, everything: Tensor, share: slice) -> Recovery:
+        """Scores of this rank's share of the queries, from the measurements of all."""
+        if self.recovery != "prior":
+            return self.recover_whole(everything, self.design).select(share)
         assert self._train_mean is not None
         prior, second = self.module.priors(
             self._train_pass, queries, self._train_mean, show_progress=self.show_progress

@@ -31,6 +31,10 @@ class Recovery:
     std: Tensor | None = None
     chosen: dict[str, Any] = field(default_factory=dict)
 
+    def select(self, queries: slice) -> Recovery:
+        """The same, of some of the queries."""
+        return Recovery(self.scores[queries], None if self.std is None else self.std[queries], self.chosen)
+
 
 def recover_with_prior(
     measurements: Tensor,

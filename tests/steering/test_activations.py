@@ -112,7 +112,7 @@ def test_folding_is_unbiased() -> None:
     products = []
     for extra in range(300):  # each width seeds its own sketch; zeros change no inner product
         padded = torch.cat([vectors, torch.zeros(2, extra)], 1)
-        one, other = activations._fold(padded, width)
+        one, other = activations.fold(padded, width)
         products.append(float(one @ other))
     values = torch.tensor(products)
     exact = float(vectors[0] @ vectors[1])

@@ -1,0 +1,253 @@
+"""STRIDE for sequences: one pass for what all tokens say, one to score; nothing grows with their number."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stride_lightning.data import Examples, first_batch
+from stride_lightning.distributed import gather, shard
+from stride_lightning.fingerprints import Fingerprint
+from stride_lightning.language import CausalLanguageModeling
+from stride_lightning.progress import counting
+from stride_lightning.steering.activation_cache import ActivationCache
+from stride_lightning.steering.activations import choose_layers
+from stride_lightning.steering.output_space import choose_output_space
+from stride_lightning.steering.subsets import Design
+from stride_lightning.steering.token_curvature import FEATURE_DAMPING, TokenCurvature, TokenMoments
+from stride_lightning.steering.token_operators import TokenOperators, fit_token_operators, measure_tokens
+from stride_lightning.steering.tokens import TokenBatch, TokenReader
+
+#: Layers whose inputs are features, evenly spaced from first to last.
+MAX_TOKEN_LAYERS = 5
+#: Bytes that queries, or operators, may take; more queries need more passes over the training data.
+HELD_BYTES = 2**29
+#: Most numbers in one operator; beyond, both of its sides are cut to their principal directions.
+MAX_VALUES = 2**18
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Queries as the scoring pass needs them, q of them.
+
+    Args:
+        solved: Shape ``(q, r, c)``.
+        measurements: Effects of the operators, shape ``(q, K)``; empty without operators.
+        losses: Shape ``(q,)``.
+    """
+
+    solved: Tensor
+    measurements: Tensor
+    losses: Tensor
+
+
+class SequenceStride:
+    r"""Steering operators of a language model, and the influence they give in closed form.
+
+    Features ``phi`` are the inputs of a few layers at every token, ``e`` the gradient of the token's loss in the
+    steered space. With ``G_i = sum_t w_t phi_t e_t'`` for sequence ``i``, the score is the first-order influence of the
+    convex problem that all operators share,
+
+    .. math:: w_{qi} = \frac{1}{W} \langle G_q, A^{-1} G_i B^{-1} \rangle, \quad
+              A = \frac{1}{W} \sum w \phi \phi', \; B = \frac{1}{W} \sum w e e',
+
+    sums over all training tokens and ``W`` the sum of their weights. The factors of the curvature are an approximation,
+    as is cutting them where ``r c > 2^18``; everything else is exact. The network runs forward only.
+
+    Memory: ``8 (r^2 + c^2)`` bytes for the moments, ``4 q r c`` for the queries and ``4 K r c`` for operators (each at
+    most 512 MiB: more queries take more passes), and one batch (256 MiB of logits at most, or one sequence). Nothing
+    grows with the number of training sequences but the scores.
+
+    Args:
+        task: The losses.
+        layers: Modules whose inputs are features; five by default.
+        damping: Of ``A`` relative to its mean eigenvalue.
+        batch_size: Sequences per forward pass at most.
+        cache_dir: Folder for activations, so that later passes do not run the model.
+        show_progress: Show progress bars.
+
+    Reference: arXiv:2606.05165 (STRIDE), steering operators in hidden-state space; the closed form is ours.
+    """
+
+    def __init__(
+        self,
+        task: CausalLanguageModeling,
+        *,
+        layers: Sequence[str] | None = None,
+        damping: float = FEATURE_DAMPING,
+        batch_size: int = 256,
+        cache_dir: str | Path | None = None,
+        show_progress: bool = True,
+    ) -> None:
+        self.task, self.layers, self.damping = task, layers, damping
+        self.batch_size, self.show_progress = batch_size, show_progress
+        self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
+        self.design: Design | None = None
+        self.operators: TokenOperators | None = None
+        #: What was chosen, and what it cost; plain values.
+        self.info: dict[str, Any] = {}
+
+    # ---- fit ------------------------------------------------------------------------------------------------
+
+    def prepare(self, model: nn.Module, train: Examples, device: torch.device) -> None:
+        """Look at the model and a first batch: layers, and where to steer."""
+        head = first_batch(train, min(self.batch_size, 8), device)
+        with train.naming(0):
+            self.task.check_batch(model, head)
+        inputs = self.task.inputs(head)
+        self.space = choose_output_space(model, lambda: self.task.outputs(model, inputs))
+        if self.layers is None:
+            size, tokens = inputs["input_ids"].shape
+            self.layers = choose_layers(
+                model, lambda: self.task.outputs(model, inputs), size, MAX_TOKEN_LAYERS, num_tokens=tokens
+            )
+        self._attach(model, device)
+        self._train, self._share = train, shard(len(train))
+        probe = next(iter(self._reader.batches(train, "", share=slice(0, 1))))
+        self.widths = (*self._reader.widths, 1)
+        self.num_features = probe.features.shape[-1]
+
+    def _attach(self, model: nn.Module, device: torch.device) -> None:
+        assert self.layers is not None
+        self._device = device
+        self._reader = TokenReader(
+            model,
+            self.task,
+            self.layers,
+            self.space,
+            batch_size=self.batch_size,
+            device=device,
+            show_progress=self.show_progress,
+        )
+
+    def fit(self, model: nn.Module, train: Examples, device: torch.device, identity: dict[str, Any]) -> None:
+        """Run over the training sequences once and keep their moments.
+
+        Args:
+            model: In eval mode, on ``device``.
+            train: The sequences.
+            device: Where to run.
+            identity: Plain values that tell the model from others, for the cache.
+        """
+        started = time.perf_counter()
+        self.prepare(model, train, device)
+        self._open_cache(identity)
+        moments = TokenMoments.zeros(self.num_features, self.space.width, device)
+        for batch in self._passes("Statistics"):
+            moments.update(batch)
+        self.moments = moments.total()
+        self.fingerprint = self.fingerprint_of(train)
+        self._curve(device)
+        self.info["seconds"] = {"statistics": time.perf_counter() - started}
+
+    def _curve(self, device: torch.device) -> None:
+        count = 1 if self.design is None else self.design.num_subsets
+        self.curvature = TokenCurvature(
+            self.moments,
+            self.widths,
+            damping=self.damping,
+            max_values=max(1024, min(MAX_VALUES, HELD_BYTES // (4 * count))),
+            device=device,
+        )
+        self.info |= {
+            "steered": self.space.kind,
+            "num_features": self.num_features,
+            "operator_shape": list(self.curvature.shape),
+            "kept_energy": list(self.curvature.kept_energy),
+            "num_tokens": int(self.moments.sums[2]),
+            "mean_train_loss": self.moments.mean_loss,
+        }
+
+    def fit_operators(self, design: Design, *, ridge: float = 0.0, steps: int = 1) -> None:
+        """Fit the operators of a design; see :func:`fit_token_operators`."""
+        started = time.perf_counter()
+        self.design = design
+        self._curve(self._device)
+        self.operators = fit_token_operators(self._passes, design, self.curvature, self.space, ridge=ridge, steps=steps)
+        self.info["seconds"]["operators"] = time.perf_counter() - started
+
+    # ---- ask ------------------------------------------------------------------------------------------------
+
+    def ask(self, queries: Examples) -> Asked:
+        """Run over the queries: their side of the scores, and the effects of the operators on them."""
+        solved, measurements, losses = [], [], []
+        asked = self._reader.batches(queries, "Queries", with_logits=self.operators is not None)
+        for batch in asked:
+            solved.append(self.curvature.solve(self.curvature.gradients(batch)))
+            losses.append(batch.losses)
+            if self.operators is not None:
+                measured = measure_tokens(batch, self.operators.coefficients, self.curvature, self.space)
+                measurements.append(measured)
+        measured = torch.cat(measurements) if measurements else losses[0].new_empty(sum(map(len, losses)), 0)
+        return Asked(torch.cat(solved), measured, torch.cat(losses))
+
+    def queries_per_pass(self) -> int:
+        """Queries that one pass over the training data can score."""
+        rows, columns = self.curvature.shape
+        return max(1, HELD_BYTES // (4 * rows * columns))
+
+    def influence(self, asked: Asked) -> Tensor:
+        """Scores of every training sequence for the queries, on the CPU, shape ``(q, n)``; ranks share the work."""
+        scores = torch.empty(len(asked.solved), self._share.stop - self._share.start)
+        for batch in self._passes("Scores"):
+            columns = slice(batch.places.start - self._share.start, batch.places.stop - self._share.start)
+            scores[:, columns] = self.curvature.influence(asked.solved, self.curvature.gradients(batch)).cpu()
+        return gather(scores, len(self._train), dim=1)
+
+    # ---- reading --------------------------------------------------------------------------------------------
+
+    def _passes(self, description: str, with_logits: bool = False) -> Iterable[TokenBatch]:
+        """This rank's sequences: from the cache as far as it goes, then through the model."""
+        start, stop = self._share.start, self._share.stop
+        if self._cache is None or with_logits:
+            yield from self._reader.batches(self._train, description, share=slice(start, stop), with_logits=with_logits)
+            return
+        yield from self._cached(description)
+        for batch in self._reader.batches(self._train, description, share=slice(start + self._cache.done, stop)):
+            self._cache.write(_moved(batch, -start))
+            yield batch
+
+    def _cached(self, description: str) -> Iterator[TokenBatch]:
+        assert self._cache is not None
+        with counting(self._cache.done, description, show=self.show_progress) as bar:
+            for batch in self._cache.batches(0, self._cache.done, self._device):
+                yield _moved(batch, self._share.start)
+                bar.update(batch.places.stop - batch.places.start)
+
+    def _open_cache(self, identity: dict[str, Any]) -> None:
+        self._cache: ActivationCache | None = None
+        if self.cache_dir is None:
+            return
+        lengths = [
+            (self.task.encode(self.task.targets(batch), self.space.vocabulary)[..., 1] > 0).sum(1)
+            for batch, _, _ in self._train.subset(range(self._share.start, self._share.stop)).batches(
+                self.batch_size, torch.device("cpu")
+            )
+        ]
+        folder = self.cache_dir / f"sequences-{self._share.start}-{self._share.stop}"
+        known = identity | {
+            "data": self.fingerprint_of(self._train),
+            "layers": list(self.layers or []),
+            "steered": self.space.kind,
+            "task": repr(self.task),
+        }
+        self._cache = ActivationCache(folder, known, torch.cat(lengths), self.num_features, self.space.width)
+        self.info["cache_bytes"] = self._cache.num_bytes
+
+    def fingerprint_of(self, examples: Examples) -> dict[str, Any]:
+        """What identifies a data set; reads it without running the model."""
+        fingerprint = Fingerprint(content=not examples.is_random)
+        for batch, digests, _ in examples.batches(self.batch_size, torch.device("cpu")):
+            fingerprint.update(digests, self.task.targets(batch))
+        return fingerprint.summary()
+
+
+def _moved(batch: TokenBatch, by: int) -> TokenBatch:
+    places = slice(batch.places.start + by, batch.places.stop + by)
+    return TokenBatch(places, batch.features, batch.downhill, batch.weights, batch.losses)

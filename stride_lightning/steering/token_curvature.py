@@ -1,0 +1,171 @@
+"""What all tokens of a training set say together: second moments, and the curvature they make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stride_lightning.distributed import total
+from stride_lightning.steering.tokens import TokenBatch
+
+#: Damping of the features' factor, relative to its mean eigenvalue.
+FEATURE_DAMPING = 0.1
+#: Damping of the outputs' factor, relative to its mean eigenvalue.
+OUTPUT_DAMPING = 1.0
+
+
+@dataclass
+class TokenMoments:
+    """Sums over tokens, weighted as in the losses; float64.
+
+    Args:
+        features: ``sum w phi phi'``, shape ``(r, r)``.
+        downhill: ``sum w e e'``, shape ``(c, c)``.
+        sums: Sum of weights, of losses, and number of tokens and of sequences, shape ``(4,)``.
+    """
+
+    features: Tensor
+    downhill: Tensor
+    sums: Tensor
+
+    @classmethod
+    def zeros(cls, num_features: int, width: int, device: torch.device) -> TokenMoments:
+        """No tokens yet."""
+        where = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        shapes = (num_features, num_features), (width, width), (4,)
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=where) for shape in shapes))
+
+    def update(self, batch: TokenBatch) -> None:
+        """Take in a batch."""
+        root = batch.weights.sqrt()[..., None]
+        for moment, rows in ((self.features, batch.features), (self.downhill, batch.downhill)):
+            weighted = (rows * root).flatten(0, 1)
+            moment += (weighted.T @ weighted).to(moment)
+        counts = batch.weights.sum(), batch.losses.sum(), (batch.weights > 0).sum(), torch.tensor(len(batch.losses))
+        self.sums += torch.stack([count.to(self.sums) for count in counts])
+
+    def total(self) -> TokenMoments:
+        """The moments of all ranks."""
+        return TokenMoments(total(self.features), total(self.downhill), total(self.sums))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Plain tensors to store."""
+        return {"features": self.features, "downhill": self.downhill, "sums": self.sums}
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss of a sequence, in nats."""
+        return float(self.sums[1] / self.sums[3].clamp(min=1))
+
+
+class TokenCurvature:
+    r"""Curvature of the training loss in one operator, factored: ``H = A \otimes B``, both damped.
+
+    ``A`` is the second moment of the features, every layer scaled to unit energy, and ``B`` that of the gradients of
+    token losses, which is their expected curvature under the model's own labels. Where ``r c`` is more than
+    ``max_values``, both sides are cut to their leading principal directions.
+
+    Args:
+        moments: Of all training tokens.
+        widths: Features of each layer, then 1 for the constant.
+        damping: Of ``A``, relative to its mean eigenvalue.
+        max_values: Largest ``r c``.
+        dtype: Of the results.
+        device: Of the results.
+
+    Reference: arXiv:1503.05671 (Kronecker-factored curvature), read off activations without a backward pass.
+    """
+
+    def __init__(
+        self,
+        moments: TokenMoments,
+        widths: Sequence[int],
+        *,
+        damping: float = FEATURE_DAMPING,
+        max_values: int = 2**18,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        weight = moments.sums[0]
+        features, outputs = moments.features / weight, moments.downhill / weight
+        energies = torch.stack([part.sum() for part in features.diagonal().split(list(widths))])
+        # A layer that is zero everywhere adds nothing, and must not divide by zero.
+        scales = torch.where(energies > 0, energies.clamp(min=1e-300).rsqrt(), 1.0)
+        scale = torch.cat([s.expand(width) for s, width in zip(scales, widths, strict=True)])
+        features = scale[:, None] * features * scale
+        whole = len(features), len(outputs)
+        kept = _sizes(*whole, max_values)
+        left, right = _leading(features, kept[0]), _leading(outputs, kept[1])
+        #: Share of the mean square of features and of gradients that is kept; 1 where nothing is cut.
+        self.kept_energy = _share(features, left), _share(outputs, right)
+        # Damping is that of the whole moments, whatever is cut off them.
+        damped_a, damped_b = (
+            _projected(moment, basis)
+            + (relative * moment.trace() / size).clamp(min=1e-30) * torch.eye(count).to(moment)
+            for moment, basis, relative, size, count in (
+                (features, left, damping, whole[0], kept[0]),
+                (outputs, right, OUTPUT_DAMPING, whole[1], kept[1]),
+            )
+        )
+        self._left = (scale if left is None else scale[:, None] * left).to(device, dtype)
+        self._right = None if right is None else right.to(device, dtype)
+        self._inverse_a, self._inverse_b = (torch.linalg.inv(m).to(device, dtype) for m in (damped_a, damped_b))
+        self._weight, self.shape = float(weight), kept
+
+    def features(self, features: Tensor) -> Tensor:
+        """Scaled (and projected) features of tokens."""
+        return features * self._left if self._left.ndim == 1 else features @ self._left
+
+    def outputs(self, downhill: Tensor) -> Tensor:
+        """Gradients in the (projected) steered space."""
+        return downhill if self._right is None else downhill @ self._right
+
+    def steering(self, moved: Tensor) -> Tensor:
+        """Undo :meth:`outputs`, for what an operator gives."""
+        return moved if self._right is None else moved @ self._right.T
+
+    def gradients(self, batch: TokenBatch) -> Tensor:
+        """Gradient of each sequence's loss in one operator, shape ``(B, r, c)``."""
+        features = self.features(batch.features) * batch.weights[..., None]
+        return features.transpose(1, 2) @ self.outputs(batch.downhill)
+
+    def solve(self, gradients: Tensor) -> Tensor:
+        """``H^-1`` times gradients of shape ``(..., r, c)``, where ``H`` is the mean over the training weight."""
+        return self._inverse_a @ gradients @ self._inverse_b
+
+    def influence(self, solved: Tensor, gradients: Tensor) -> Tensor:
+        """Scores of sequences for queries: how much a query's loss would rise without the sequence, in nats.
+
+        Args:
+            solved: What :meth:`solve` gives for q queries, shape ``(q, r, c)``.
+            gradients: Of n sequences, shape ``(n, r, c)``.
+
+        Returns:
+            Shape ``(q, n)``.
+        """
+        return solved.flatten(1) @ gradients.flatten(1).T / self._weight
+
+
+def _sizes(num_features: int, width: int, max_values: int) -> tuple[int, int]:
+    """How many directions of each side are kept: all if they fit, else in fair shares."""
+    if num_features * width <= max_values:
+        return num_features, width
+    side = max(1, int(max_values**0.5))
+    kept = min(width, side)
+    return min(num_features, max_values // kept), kept
+
+
+def _leading(moment: Tensor, count: int) -> Tensor | None:
+    return None if count == len(moment) else torch.linalg.eigh(moment)[1][:, -count:]
+
+
+def _projected(moment: Tensor, basis: Tensor | None) -> Tensor:
+    return moment if basis is None else basis.T @ moment @ basis
+
+
+def _share(moment: Tensor, basis: Tensor | None) -> float:
+    whole = float(moment.trace())
+    return 1.0 if basis is None or whole == 0 else float(_projected(moment, basis).trace()) / whole
