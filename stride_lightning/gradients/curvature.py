@@ -219,7 +219,7 @@ class DataInf(Curvature):
 
     Every call of :meth:`solve` passes over the training set once.
 
-    Reference: arXiv:2310.00902 (DataInf), equation 5.
+    Reference: arXiv:2310.00902 (DataInf).
     """
 
     is_collective = True

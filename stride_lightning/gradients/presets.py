@@ -50,7 +50,7 @@ class GradDotAttributor(GradientAttributor):
 class GradCosAttributor(GradDotAttributor):
     """Grad-Cos: cosines of loss gradients, from -1 to 1; without a unit. An example without a gradient scores 0.
 
-    Reference: arXiv:2005.12176 (input similarity from the neural network perspective: cosine of gradients).
+    Reference: Charpiat et al. 2019, Input similarity from the neural network perspective.
     """
 
     method = "grad-cos"
@@ -331,7 +331,7 @@ class TRAKAttributor(InfluenceAttributor):
         projection_dim: Number of features of an example.
         kwargs: Arguments of :class:`GradientAttributor`.
 
-    Reference: arXiv:2303.14186, equations 13 to 17.
+    Reference: arXiv:2303.14186.
     """
 
     method, default_damping = "trak", 3.0
@@ -367,7 +367,7 @@ class TRAKNewtonAttributor(TRAKAttributor):
     Args:
         kwargs: Arguments of :class:`TRAKAttributor`.
 
-    Reference: arXiv:2303.14186, equation 9.
+    Reference: arXiv:2303.14186.
     """
 
     method = "trak-newton"

@@ -63,7 +63,7 @@ class JointProjection(Projection):
         seed: Seed of the signs.
         num_parameters: Parameters in all blocks.
 
-    Reference: arXiv:2303.14186 (TRAK), section 3.2, for the projection; the product form is that of tensor sketches.
+    Reference: arXiv:2303.14186 (TRAK), for the projection; the product form is that of tensor sketches.
     """
 
     def __init__(self, dim: int, seed: int, num_parameters: int) -> None:

@@ -137,7 +137,7 @@ def fit_evidence(
         >>> evidence.num_rows, evidence.at_edge
         (100, None)
 
-    Reference: MacKay 1992, A practical Bayesian framework for backpropagation networks; arXiv:2104.04975, equation 6.
+    Reference: MacKay 1992, A practical Bayesian framework for backpropagation networks; arXiv:2104.04975.
     """
     if noise_variance is not None and not 0 < noise_variance < math.inf:
         raise ValueError(f"`noise_variance` must be a positive number, got {noise_variance}.")
