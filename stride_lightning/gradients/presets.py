@@ -187,7 +187,7 @@ class InfluenceAttributor(GradientAttributor):
 
 
 class DiagonalAttributor(InfluenceAttributor):
-    """Influence with the diagonal of the empirical Fisher matrix, damped in each block."""
+    """Influence with the diagonal of the empirical Fisher matrix; one damping for all parameters."""
 
     method, default_damping = "diagonal", 0.1
 
