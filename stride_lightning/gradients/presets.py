@@ -21,7 +21,7 @@ from stride_lightning.gradients.features import Batch
 from stride_lightning.gradients.gauss_newton import ConjugateGradient, LiSSA
 from stride_lightning.gradients.kronecker import EKFAC
 from stride_lightning.gradients.plan import last_layer
-from stride_lightning.gradients.projection import JointProjection, LayerProjection, Projection
+from stride_lightning.gradients.projection import JointProjection, LayerProjection, Projection, check_projection_dim
 from stride_lightning.lookup import show_fingerprint
 
 #: Parameters of a last layer whose curvature is made and factorised.
@@ -306,7 +306,8 @@ class LoGraAttributor(InfluenceAttributor):
 
     def __init__(self, *, projection_dim: int = 32, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.projection_dim = _checked_dim(projection_dim)
+        check_projection_dim(projection_dim)
+        self.projection_dim = projection_dim
 
     @override
     def _projection(self, capture: Capture) -> Projection:
@@ -338,7 +339,8 @@ class TRAKAttributor(InfluenceAttributor):
 
     def __init__(self, *, projection_dim: int = 4096, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.projection_dim = _checked_dim(projection_dim)
+        check_projection_dim(projection_dim)
+        self.projection_dim = projection_dim
 
     @override
     def _projection(self, capture: Capture) -> Projection:
@@ -375,9 +377,3 @@ class TRAKNewtonAttributor(TRAKAttributor):
     @override
     def _undamped(self) -> Curvature:
         return Fisher(weights=lambda batch: batch.margin_curvature)
-
-
-def _checked_dim(projection_dim: int) -> int:
-    if isinstance(projection_dim, bool) or not isinstance(projection_dim, int) or projection_dim < 1:
-        raise ValueError(f"`projection_dim` must be an integer of at least 1, got {projection_dim!r}.")
-    return projection_dim

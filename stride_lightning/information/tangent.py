@@ -13,7 +13,7 @@ from stride_lightning.gradients import features
 from stride_lightning.gradients.blocks import Gradients
 from stride_lightning.gradients.capture import Capture
 from stride_lightning.gradients.features import Batch, Reader, run_batches
-from stride_lightning.gradients.projection import EVERYTHING, JointProjection
+from stride_lightning.gradients.projection import EVERYTHING, JointProjection, check_projection_dim
 from stride_lightning.randomness import mix
 from stride_lightning.tasks import Task
 
@@ -97,8 +97,7 @@ class TangentFeatures:
         """Refuse options that cannot be."""
         if likelihood not in get_args(Likelihood):
             raise ValueError(f"`likelihood` must be one of {get_args(Likelihood)}, got {likelihood!r}.")
-        if isinstance(projection_dim, bool) or not isinstance(projection_dim, int) or projection_dim < 1:
-            raise ValueError(f"`projection_dim` must be an integer of at least 1, got {projection_dim!r}.")
+        check_projection_dim(projection_dim)
 
     @property
     def is_exact(self) -> bool:
