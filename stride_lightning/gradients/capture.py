@@ -296,6 +296,12 @@ def _at_least_single(values: Tensor) -> Tensor:
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
+def check_layers(layers: Sequence[str] | None) -> None:
+    """Refuse a string, which is a sequence of letters."""
+    if isinstance(layers, str):
+        raise TypeError(f"`layers` must be a list of names, got the string {layers!r}: write layers=[{layers!r}].")
+
+
 def chosen_parameters(model: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Parameter]:
     """The trainable parameters of some modules, or of all, by plain name; a tied one stands once.
 
@@ -303,10 +309,9 @@ def chosen_parameters(model: nn.Module, layers: Sequence[str] | None) -> dict[st
         TypeError: If ``layers`` is a string.
         ValueError: If a name is not a submodule or nothing is trainable.
     """
+    check_layers(layers)
     if layers is not None and len(layers) == 0:
         raise ValueError("`layers` is empty: name at least one module, or leave it out for all that are trainable.")
-    if isinstance(layers, str):
-        raise TypeError(f"`layers` must be a list of names, got the string {layers!r}: write layers=[{layers!r}].")
     chosen = None
     if layers is not None:
         chosen = {id(parameter) for name in layers for parameter in find_module(model, name).parameters()}

@@ -12,6 +12,7 @@ from stride_lightning.attribution import Attribution
 from stride_lightning.attributors import Attributor, announce
 from stride_lightning.data import Examples, first_batch
 from stride_lightning.distributed import gather, shard, world_size
+from stride_lightning.gradients.capture import check_layers
 from stride_lightning.gradients.features import Reader, cloned
 from stride_lightning.gradients.plan import plan_capture, probe_places
 from stride_lightning.retraining.recipe import count_outputs
@@ -44,8 +45,7 @@ class PlannedAttributor(Attributor):
         show_progress: bool = True,
     ) -> None:
         super().__init__(seed=seed, batch_size=batch_size, show_progress=show_progress)
-        if isinstance(layers, str):
-            raise TypeError(f"`layers` must be a list of names, got the string {layers!r}: write layers=[{layers!r}].")
+        check_layers(layers)
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
             raise ValueError(f"`top_k` must be an integer of at least 1, got {top_k!r}.")
         self.layers, self.top_k = layers, top_k

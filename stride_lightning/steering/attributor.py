@@ -14,6 +14,7 @@ from stride_lightning.attribution import Attribution
 from stride_lightning.attributors import Attributor, announce
 from stride_lightning.data import Examples, first_batch
 from stride_lightning.distributed import all_equal, broadcast_object, gather, shard
+from stride_lightning.gradients.capture import check_layers
 from stride_lightning.lookup import choose_record, explain_mismatch
 from stride_lightning.parallel import num_workers
 from stride_lightning.steering.activations import choose_layers
@@ -95,8 +96,7 @@ class StrideAttributor(Attributor):
             raise ValueError(f"`basis` must be one of {get_args(BasisName)}, got {basis!r}.")
         if recovery not in (None, *get_args(RecoveryName)):
             raise ValueError(f"`recovery` must be one of {get_args(RecoveryName)}, got {recovery!r}.")
-        if isinstance(layers, str):
-            raise TypeError(f"`layers` must be a list of names, got the string {layers!r}: write layers=[{layers!r}].")
+        check_layers(layers)
         if penalty is not None and recovery not in ("lasso", "ridge"):
             raise ValueError(f"`penalty` belongs to recovery='lasso' or 'ridge'; recovery={recovery!r} has none.")
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
