@@ -19,6 +19,9 @@ from stride_lightning.tasks import Task
 #: Examples on which rules are checked: so many, or fewer if their gradients take more bytes, but two at least.
 NUM_PROBES, PROBE_BYTES = 8, 2**28
 
+#: By parameter: the modules that hold it, and its name there.
+Owners = dict[str, list[tuple[str, str]]]
+
 _BY_ITSELF = (
     "In eval mode every example must be evaluated by itself: no BatchNorm without running statistics, no random "
     "numbers, no padding that changes outputs. Or name the modules whose parameters count with `layers=[...]`."
@@ -54,7 +57,9 @@ def plan_capture(
         together = pytree.tree_map(lambda *parts: torch.cat(parts), *examples)
     capture = Capture(model, task, layers)
     probe = _Probe(capture, examples, together, range(len(examples)) if names is None else names)
-    pending = {group[0]: iter(_candidates(capture, group, probe.ran)) for group in _groups(capture, probe.ran)}
+    owners = _owners(capture)
+    groups = _groups(capture, owners, probe.ran)
+    pending = {group[0]: iter(_candidates(capture, owners, group, probe.ran)) for group in groups}
     chosen: dict[str, Layout] = {}
     while pending:
         tried = {name: next(candidates, None) for name, candidates in pending.items()}
@@ -189,14 +194,13 @@ def _close(found: Tensor, expected: Tensor, scale: float) -> bool:
     return bool((found - expected).abs().max() <= tolerance * scale)
 
 
-def _groups(capture: Capture, ran: set[str]) -> list[tuple[str, ...]]:
+def _groups(capture: Capture, owners: Owners, ran: set[str]) -> list[tuple[str, ...]]:
     """Parameters that make up a block: a matrix with the bias of its layer, or one alone."""
-    owners = _owners(capture)
     names = {id(parameter): name for name, parameter in capture.parameters.items()}
     groups: list[tuple[str, ...]] = []
     joined: set[str] = set()
-    for name, parameter in capture.parameters.items():
-        (module_name, own), *others = owners[id(parameter)]
+    for name in capture.parameters:
+        (module_name, own), *others = owners[name]
         module = find_module(capture.model, module_name)
         bias = getattr(module, "bias", None)
         joins = (
@@ -205,7 +209,7 @@ def _groups(capture: Capture, ran: set[str]) -> list[tuple[str, ...]]:
             and module_name in ran
             and rule_for(module) is not None
             and id(bias) in names
-            and len(owners[id(bias)]) == 1
+            and len(owners[names[id(bias)]]) == 1
         )
         if joins:
             joined.add(names[id(bias)])
@@ -213,32 +217,32 @@ def _groups(capture: Capture, ran: set[str]) -> list[tuple[str, ...]]:
     return [group for group in groups if not (len(group) == 1 and group[0] in joined)]
 
 
-def _candidates(capture: Capture, group: tuple[str, ...], ran: set[str]) -> Iterator[Layout]:
+def _candidates(capture: Capture, owners: Owners, group: tuple[str, ...], ran: set[str]) -> Iterator[Layout]:
     parameters = tuple(group)
     shapes = tuple(capture.parameters[name].shape for name in group)
-    owners = _owners(capture)[id(capture.parameters[group[0]])]
-    rules = {module: rule_for(find_module(capture.model, module)) for module, _ in owners if module in ran}
-    if rules and all(rules.values()) and all(own == "weight" for _, own in owners):
+    held = owners[group[0]]
+    rules = {module: rule_for(find_module(capture.model, module)) for module, _ in held if module in ran}
+    if rules and all(rules.values()) and all(own == "weight" for _, own in held):
         made = [
             Source(name, rule(find_module(capture.model, name), has_bias=len(group) == 2))
             for name, rule in rules.items()
             if rule is not None
         ]
         yield Layout(parameters, shapes, made[0].rule.bias_axis if made[0].rule else 1, made)
-    nearest = list(dict.fromkeys(_nearest(module, ran) for module, _ in owners))
+    nearest = list(dict.fromkeys(_nearest(module, ran) for module, _ in held))
     if nearest != [WHOLE]:
         yield Layout(parameters, shapes, 1, [Source(name, None) for name in nearest])
     yield Layout(parameters, shapes, 1, [Source(WHOLE, None)])
     yield Layout(parameters, shapes, 1, [Source(WHOLE, None, vectorized=False)])
 
 
-def _owners(capture: Capture) -> dict[int, list[tuple[str, str]]]:
-    """The modules that hold each parameter, and its name there."""
-    owners: dict[int, list[tuple[str, str]]] = {id(parameter): [] for parameter in capture.parameters.values()}
-    for name, module in capture.model.named_modules():
+def _owners(capture: Capture) -> Owners:
+    names = {id(parameter): name for name, parameter in capture.parameters.items()}
+    owners: Owners = {name: [] for name in capture.parameters}
+    for module_name, module in capture.model.named_modules():
         for own, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in owners:
-                owners[id(parameter)].append((plain_name(name), own))
+            if id(parameter) in names:
+                owners[names[id(parameter)]].append((plain_name(module_name), own))
     return owners
 
 
