@@ -262,7 +262,7 @@ def last_layer(model: nn.Module, task: Task, inputs: Any) -> str:
     capture = Capture(model, task)
     owners = {name for held in _owners(capture).values() for name, _ in held}
     with watching({name: find_module(model, name) for name in owners}) as watch:
-        watch.run(lambda: capture.outputs(inputs))
+        watch.run(lambda: capture.outputs(cloned(inputs)))
     if not watch.order:
         raise ValueError(
             f"Found no layer of {type(model).__name__} with parameters that runs. Name it: `layers=[...]`."

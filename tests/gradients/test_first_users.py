@@ -76,6 +76,14 @@ def test_scores_are_right_whatever_a_model_does_inside(kind):
     torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-6)
 
 
+def test_the_last_layer_of_a_model_that_changes_its_inputs():
+    model, train, queries = InPlace(), classification_data(30), classification_data(6, seed=1)
+    found = attribute(model, queries, train_data=train, method="last-layer", **QUIET).scores
+    halved = [TensorDataset(data.tensors[0] / 2, data.tensors[1]) for data in (train, queries)]
+    expected = attribute(model.layer, halved[1], train_data=halved[0], method="last-layer", **QUIET).scores
+    torch.testing.assert_close(found, expected)
+
+
 def test_examples_that_influence_each_other_late_are_refused():
     class Late(nn.Module):
         def __init__(self):
