@@ -215,6 +215,8 @@ class LiSSA(GaussNewton):
         vector = torch.randn(1, sum(self._sizes.values()), generator=generator).to(like)
         for _ in range(20):
             vector = self.product(vector / vector.norm(), places)
+            if not vector.any():  # the model is sure of all of them
+                return 0.0
         return float(vector.norm())
 
     @override

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from stride_lightning import Attributor, attribute
@@ -157,6 +158,18 @@ def test_lissa_cannot_diverge():
         batch_size=2, **QUIET,
     ).scores  # fmt: skip
     assert scores.abs().max() < 20 * short.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore:LiSSA ended with residuals")
+def test_lissa_with_a_batch_that_the_model_is_sure_of():
+    """Its curvature is exactly zero, and says nothing on the scale of the series."""
+    x, y = points_for(num=12).tensors
+    x[:4] *= 1e6
+    scores = attribute(
+        seeded(lambda: nn.Linear(4, 3)), points_for(), train_data=TensorDataset(x, y), method="influence-lissa",
+        batch_size=4, **QUIET,
+    ).scores  # fmt: skip
+    assert scores.isfinite().all()
 
 
 def test_a_short_series_warns():
