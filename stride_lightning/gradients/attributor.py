@@ -55,7 +55,7 @@ class GradientAttributor(PlannedAttributor):
 
     over checkpoints c, with features g (gradients in which parameters, of what, projected or not) and a curvature H.
     A new method is a subclass with a name that overrides one or two of :meth:`_curvature`, :meth:`_features`,
-    :meth:`_projection` and :meth:`_example_weights`.
+    :meth:`_projection`, :meth:`_kernel_weights` and :meth:`_example_weights`.
 
     Gradients of training examples are made batch by batch and used at once; those of queries are held, as factors of
     each layer where products of factors are cheaper (``T T' (L + R) < L R`` for matrices of shape ``(L, R)`` and
@@ -98,6 +98,10 @@ class GradientAttributor(PlannedAttributor):
         """What makes features so few that those of all training examples are kept; None to keep none."""
         return None
 
+    def _kernel_weights(self, batch: Batch) -> Tensor | None:
+        """Factors in the Fisher matrix of the examples whose features are kept, shape ``(B,)``; None for 1."""
+        return None
+
     def _example_weights(self, batch: Batch) -> Tensor | None:
         """Factors of the examples whose features are kept, shape ``(B,)``; averaged over checkpoints by themselves."""
         return None
@@ -136,15 +140,19 @@ class GradientAttributor(PlannedAttributor):
             side = TrainingSide(
                 self._capture, self._task, self._reader, self._share, self._compared, self.seed, self._projected
             )
-            kept, weights = [], []
-            if self._map is not None:
-                for batch in side.batches("Features"):
-                    kept.append(self._compared(batch))
-                    weights.append(self._example_weights(batch))
-                side.kept = concatenated(kept)
+            weights = None if self._map is None else self._keep(side)
             curvature.fit(side)
-        given = [weight for weight in weights if weight is not None]
-        return Fitted(checkpoint, rates, curvature, side, torch.cat(given) if given else None)
+        return Fitted(checkpoint, rates, curvature, side, weights)
+
+    def _keep(self, side: TrainingSide) -> Tensor | None:
+        """Keep the features of the training examples, from one pass; returns the factors of the examples."""
+        kept, in_kernel, of_examples = [], [], []
+        for batch in side.batches("Features"):
+            kept.append(self._compared(batch))
+            in_kernel.append(self._kernel_weights(batch))
+            of_examples.append(self._example_weights(batch))
+        side.kept, side.kept_weights = concatenated(kept), _joined(in_kernel)
+        return _joined(of_examples)
 
     @contextmanager
     def _at(self, model: nn.Module, checkpoint: Checkpoint | None) -> Iterator[None]:
@@ -235,6 +243,11 @@ class GradientAttributor(PlannedAttributor):
         if self._column_weights is not None:
             mine *= self._column_weights.float().cpu()
         return gather(mine, len(self._train))
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    given = [part for part in parts if part is not None]
+    return torch.cat(given) if given else None
 
 
 def _shown(rates: Mapping[str, float] | None) -> float | dict[str, float] | None:

@@ -32,6 +32,7 @@ class TrainingSide:
         seed: Seed of everything random.
         project: The projection that is part of the features.
         kept: Those of all examples of this process, where they are kept.
+        kept_weights: Factors of their outer products in a Fisher matrix, where they are not 1.
     """
 
     capture: Capture
@@ -42,6 +43,7 @@ class TrainingSide:
     seed: int
     project: Callable[[Gradients], Gradients]
     kept: Gradients | None = None
+    kept_weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -178,23 +180,15 @@ class GaussNewtonBlocks(Curvature):
 
 
 class Fisher(GaussNewtonBlocks):
-    """The empirical Fisher matrix of features in each block: the mean of their outer products.
+    """The empirical Fisher matrix of kept features in each block: the mean of their outer products, weighted if given.
 
-    Where there are fewer examples than features, and all features are kept, by the kernel of the examples.
-
-    Args:
-        damping: Relative to the mean eigenvalue.
-        weights: Factors of the outer products, from a batch; 1 by default.
+    Where there are fewer examples than features, by the kernel of the examples.
     """
-
-    def __init__(self, damping: float = 0.0, weights: Callable[[Batch], Tensor] | None = None) -> None:
-        super().__init__(damping)
-        self.weights = weights
 
     @override
     def fit(self, train: TrainingSide) -> None:
         assert train.kept is not None
-        kept = train.kept if self.weights is None else train.kept.scaled(self._roots(train))
+        kept = train.kept if train.kept_weights is None else train.kept.scaled(train.kept_weights.sqrt())
         blocks: dict[str, Damped] = {}
         for name, block in kept.items():
             rows = block.dense()
@@ -203,10 +197,6 @@ class Fisher(GaussNewtonBlocks):
             else:
                 blocks[name] = DampedMatrix(total((rows.T @ rows).double()) / len(train), name)
         self._set_blocks(blocks, len(train))
-
-    def _roots(self, train: TrainingSide) -> Tensor:
-        assert self.weights is not None
-        return torch.cat([self.weights(batch) for batch in train.batches()]).sqrt()
 
 
 class DataInf(Curvature):

@@ -375,5 +375,5 @@ class TRAKNewtonAttributor(TRAKAttributor):
     method = "trak-newton"
 
     @override
-    def _undamped(self) -> Curvature:
-        return Fisher(weights=lambda batch: batch.margin_curvature)
+    def _kernel_weights(self, batch: Batch) -> Tensor:
+        return batch.margin_curvature

@@ -195,6 +195,16 @@ def test_trak_with_all_features(method, kind):
     assert found.metadata["curvature"][0]["damping"] == pytest.approx(float(damping), rel=1e-5)
 
 
+def test_weights_of_the_kernel_take_no_pass_of_their_own():
+    passes = {}
+    for method in ("trak", "trak-newton"):
+        model, seen = mlp(), []
+        model.register_forward_hook(lambda module, args, outputs, seen=seen: seen.append(len(outputs)))
+        fitted(model, points_for(), method)
+        passes[method] = sum(seen)
+    assert passes["trak-newton"] == passes["trak"]
+
+
 def projection_matrix(attributor, model):
     """The map of an attributor as a matrix ``(p, k)``, from what it does to gradients.
 
