@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from stride_lightning.records import RecordError as RecordError
     from stride_lightning.retraining.attributors import FurtherTrainingAttributor as FurtherTrainingAttributor
     from stride_lightning.retraining.attributors import RetrainingAttributor as RetrainingAttributor
-    from stride_lightning.retraining.further_training import FurtherTraining as FurtherTraining
+    from stride_lightning.retraining.effects import FurtherTraining as FurtherTraining
     from stride_lightning.retraining.further_training import further_train as further_train
     from stride_lightning.retraining.ground_truth import Counterfactual as Counterfactual
     from stride_lightning.retraining.ground_truth import GroundTruth as GroundTruth
@@ -55,7 +55,7 @@ _HOMES = {
     "Counterfactual": "retraining.ground_truth",
     "DampingSearch": "gradients.tuning",
     "Evaluation": "evaluation",
-    "FurtherTraining": "retraining.further_training",
+    "FurtherTraining": "retraining.effects",
     "FurtherTrainingAttributor": "retraining.attributors",
     "FurtherTrainingCallback": "callbacks.further_training",
     "GradientAttributor": "gradients.attributor",

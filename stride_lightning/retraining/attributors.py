@@ -14,12 +14,8 @@ from stride_lightning.attributors import Attributor
 from stride_lightning.data import Examples, first_batch
 from stride_lightning.distributed import all_equal
 from stride_lightning.lookup import choose_record, explain_mismatch
-from stride_lightning.retraining.further_training import (
-    FurtherTraining,
-    find_left_out,
-    make_leaving_out,
-    measure_effects,
-)
+from stride_lightning.retraining.effects import FurtherTraining
+from stride_lightning.retraining.further_training import find_left_out, make_leaving_out, measure_effects
 from stride_lightning.retraining.ground_truth import GroundTruth
 from stride_lightning.retraining.optimizers import MakeOptimizer
 from stride_lightning.retraining.recipe import encoded_batch, survey

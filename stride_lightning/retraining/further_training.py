@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,14 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stride_lightning.attribution import Attribution
 from stride_lightning.attributors import announce, infer_task_of, versions
 from stride_lightning.data import Examples, first_batch, resolve_queries, resolve_train_data
-from stride_lightning.distributed import barrier, broadcast_object, rank
+from stride_lightning.distributed import broadcast_object
 from stride_lightning.loading import check_loading
 from stride_lightning.progress import counting
 from stride_lightning.randomness import preserved_random_state
-from stride_lightning.records import Record, RecordError, read_record, write_record
+from stride_lightning.retraining.effects import FurtherTraining
 from stride_lightning.retraining.leaving_out import LeavingOut
 from stride_lightning.retraining.optimizers import MakeOptimizer
 from stride_lightning.retraining.parts import Parts, Tensors, check_same_work
@@ -34,111 +32,6 @@ from stride_lightning.weights import borrowed, load_checkpoint, rank_zero_state,
 NUM_LEFT_OUT = 100
 #: About how many parts of each thread's work are stored one by one, and the fewest models in one.
 NUM_PARTS, SMALLEST_PART = 16, 16
-
-
-@dataclass
-class FurtherTraining:
-    """What training on without an example does to the loss of a query, at several amounts of training.
-
-    Args:
-        effects_by_seed: Loss without the example minus loss with it, positive is helpful; shape ``(S, T, m, q)``.
-        left_out: Positions of the examples in the training dataset, shape ``(m,)``.
-        epochs: After how many epochs of further training, ``T`` of them.
-        seeds: Seeds of the order of batches, ``S`` of them.
-        metadata: Optimizer and settings, weight hash, fingerprints of both data sets, seconds, versions.
-    """
-
-    effects_by_seed: Tensor
-    left_out: Tensor
-    epochs: list[int]
-    seeds: list[int]
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        expected = (len(self.seeds), len(self.epochs), len(self.left_out))
-        if self.effects_by_seed.ndim != 4 or self.effects_by_seed.shape[:3] != expected:
-            raise ValueError(f"Effects must have shape {(*expected, 'q')}, got {tuple(self.effects_by_seed.shape)}.")
-        bad = (~torch.isfinite(self.effects_by_seed)).nonzero()
-        if len(bad):
-            seed, epoch, example, query = bad[0].tolist()
-            raise ValueError(
-                f"Training on without example {int(self.left_out[example])} gave a loss that is not finite for query "
-                f"{query}, after {self.epochs[epoch]} epoch(s) with seed {self.seeds[seed]}. Lower the "
-                "learning rate; or does the data hold NaN?"
-            )
-
-    def effects(self, epoch: int | None = None) -> Tensor:
-        """Mean effect over seeds, shape ``(q, m)``.
-
-        Args:
-            epoch: One of :attr:`epochs`; the last by default.
-        """
-        return self._at(epoch).mean(0).T.float()
-
-    def std_error(self, epoch: int | None = None) -> Tensor | None:
-        """Standard error of the mean effect over seeds, shape ``(q, m)``; None for a single seed."""
-        effects = self._at(epoch)
-        return None if len(effects) < 2 else (effects.std(0) / len(effects) ** 0.5).T.float()
-
-    def attribution(self, epoch: int | None = None) -> Attribution:
-        """The effects as scores of the examples that were left out, with their standard error."""
-        return Attribution(
-            self.effects(epoch),
-            self.std_error(epoch),
-            train_indices=self.left_out,
-            metadata={"method": "further-training", **self.metadata},
-        )
-
-    def save(self, path: str | Path) -> Path:
-        """Write everything into one folder, all or nothing; an existing one is kept and the new one gets a version."""
-        path = Path(path)
-        if rank() == 0:
-            path = write_record(path.parent, path.name, self.info(), {"effects": self.tensors()})
-        barrier()
-        return Path(str(broadcast_object(str(path))))
-
-    def info(self) -> dict[str, Any]:
-        """Plain values to store beside :meth:`tensors`."""
-        # What a record is found by stands at the top.
-        found_by = {name: self.metadata[name] for name in ("weights", "data", "task") if name in self.metadata}
-        own = {"kind": "further-training", "epochs": self.epochs, "seeds": self.seeds}
-        return {**own, **found_by, "metadata": self.metadata}
-
-    def tensors(self) -> Tensors:
-        """Tensors to store."""
-        return {"effects": self.effects_by_seed, "left_out": self.left_out}
-
-    @classmethod
-    def load(cls, path: str | Path) -> FurtherTraining:
-        """Read what :meth:`save` or :class:`~stride_lightning.FurtherTrainingCallback` wrote; every byte is checked.
-
-        Raises:
-            FileNotFoundError: If there is nothing.
-            RecordError: If it is damaged or something else.
-        """
-        return cls.from_record(read_record(path))
-
-    @classmethod
-    def from_record(cls, record: Record) -> FurtherTraining:
-        """The same of a record that is open already."""
-        info = record.info
-        if info.get("kind") != "further-training":
-            raise RecordError(f"{record.path} holds a {info.get('kind')!r} record, not one of further training.")
-        tensors = record.tensors("effects")
-        return cls(tensors["effects"], tensors["left_out"], info["epochs"], info["seeds"], info["metadata"])
-
-    def __repr__(self) -> str:
-        _, _, examples, queries = self.effects_by_seed.shape
-        return (
-            f"FurtherTraining({examples} examples left out, {queries} queries, {len(self.seeds)} seeds, after "
-            f"{', '.join(map(str, self.epochs))} epochs)"
-        )
-
-    def _at(self, epoch: int | None) -> Tensor:
-        epoch = self.epochs[-1] if epoch is None else epoch
-        if epoch not in self.epochs:
-            raise ValueError(f"Effects were measured after {self.epochs} epochs, not after {epoch}.")
-        return self.effects_by_seed[:, self.epochs.index(epoch)].double()
 
 
 def further_train(
