@@ -1,6 +1,6 @@
 """Every method against retrained models: linear datamodeling score (LDS), seconds, memory and damping in one table.
 
-Protocol. A truth file (``.npz``) as in ``stride_lds.py``: data, an MLP with one hidden layer trained on them, random
+Protocol. A truth file (``.npz``, see ``common/truth.py``): data, an MLP with one hidden layer trained on them, random
 half subsets and the losses of the queries under models retrained on those. The methods are those of ``attribute()``
 that train no models of their own, with their defaults. Seconds are of the whole ``attribute()`` call; memory is the
 peak of the resident set above what was there when it began; damping is relative to the mean eigenvalue of the
@@ -30,8 +30,8 @@ from pathlib import Path
 
 import lightning.pytorch as L
 import torch
-from peers import start_meter
-from stride_lds import load
+from common.memory import start_meter
+from common.truth import load, load_retrained
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -87,7 +87,7 @@ def find_truth(name):
 
 def train_along(arguments):
     """Train the truth's MLP from scratch and leave a record of every epoch in a folder."""
-    model, train, *_ = load(arguments.truth[0])
+    model, train, _ = load(arguments.truth[0])
     torch.manual_seed(arguments.seed)
     for layer in (model[0], model[2]):
         layer.reset_parameters()  # uniform in +-1/sqrt(fan in), weights and biases
@@ -105,7 +105,7 @@ def train_along(arguments):
 
 def run_row(arguments, method, dampings):
     """One method at each of some dampings (None for its default); prints one line of JSON for each."""
-    data = load(arguments.truth[0])
+    data = *load(arguments.truth[0]), *load_retrained(arguments.truth[0])
     for damping in dampings:
         try:
             row = measure(arguments, method, damping, *data)

@@ -1,6 +1,6 @@
 """The gradient methods side by side with the packages that others made: same model, data and checkpoints.
 
-Protocol. The truth file of ``stride_lds.py``: an MLP with one hidden layer, its data, and the losses of retrained
+Protocol. A truth file (``common/truth.py``): an MLP with one hidden layer, its data, and the losses of retrained
 models for the linear datamodeling score (LDS). Every row is a process of its own. ``cold`` is the first call with all
 imports that it needs (torch is there already), ``warm`` the median of three further calls. Memory is the peak of the
 resident set above what was there at entry, in another process, where a call on a few examples has imported everything.
@@ -42,7 +42,6 @@ import itertools
 import json
 import logging
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -53,6 +52,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common.memory import start_meter
+from common.truth import load, load_retrained
 from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
@@ -67,19 +68,6 @@ INSTALL = {
     "kronfluence": "pip install --no-deps kronfluence && pip install accelerate einops einconv opt-einsum",
     "dattri-llm": "pip install --no-deps dattri-llm",
 }
-
-
-def load(path):
-    truth = np.load(path)
-    x, y, queries, labels = (torch.from_numpy(truth[k]) for k in ("x_train", "y_train", "x_test", "y_test"))
-    width, hidden = truth["p0"].shape
-    model = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, truth["p2"].shape[1]))
-    weights = {"0.weight": "p0", "0.bias": "p1", "2.weight": "p2", "2.bias": "p3"}
-    state = {name: torch.from_numpy(truth[key]) for name, key in weights.items()}
-    model.load_state_dict(
-        {name: value.T if name.endswith("weight") else value.flatten() for name, value in state.items()}
-    )
-    return model, TensorDataset(x, y.long()), TensorDataset(queries, labels.long())
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -449,26 +437,6 @@ def few(data):
     return TensorDataset(*(tensor[:8] for tensor in data.tensors))
 
 
-def start_meter():
-    """Peak of the resident set above what it is now, as a function to call later.
-
-    ``ru_maxrss`` knows only the peak of the whole life, parent included; Linux can start its count anew.
-    """
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        before = proc_status("VmRSS")
-        return lambda: proc_status("VmHWM") - before
-    except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return lambda: unit * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-
-
-def proc_status(key):
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
-
-
 def child(arguments, method, name, *more):
     command = [sys.executable, __file__, *sys.argv[1:], "--folder", str(arguments.folder), "--row", method, name, *more]
     threads = {key: str(arguments.threads) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
@@ -560,9 +528,7 @@ def installed(distribution):
 def lds_of(path):
     from stride_lightning import linear_datamodeling_score
 
-    truth = np.load(path)
-    masks = torch.from_numpy(np.unpackbits(truth["masks"], axis=1)[:, : len(truth["x_train"])])
-    losses = torch.from_numpy(truth["losses"])
+    masks, losses = load_retrained(path)
     return lambda scores: float(linear_datamodeling_score(torch.from_numpy(scores).float(), masks, losses))
 
 

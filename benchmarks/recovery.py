@@ -22,7 +22,6 @@ import argparse
 import importlib.util
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -33,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse
 import torch
+from common.memory import start_meter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -42,7 +42,6 @@ from stride_lightning.steering.subsets import Design, sample_design
 PLANTED = 40
 SETTINGS = [(noise, penalty) for noise in (0.1, 1.0) for penalty in (0.1, 0.02)]
 SOLVERS = ("ours", "celer", "sklearn")
-CLEAR_PEAK = Path("/proc/self/clear_refs")
 TOLERANCES = (1e-4, 5e-5, 2e-5, 1e-5, 5e-6, 2e-6, 1e-6)
 
 
@@ -101,9 +100,9 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     if options.child == "ours":
         values = torch.from_numpy(measurements).float()
         solve_lasso(values[:1], design, penalty, tolerance=options.gap)
-        before, started = start_of_peak(), time.perf_counter()
+        peak_memory, started = start_meter(), time.perf_counter()
         scores = solve_lasso(values, design, penalty, tolerance=options.gap).scores
-        seconds, memory = time.perf_counter() - started, peak_memory() - before
+        seconds, memory = time.perf_counter() - started, peak_memory() / 2**20
         weights = [scipy.sparse.csr_matrix(row) for row in scores.double().numpy()]
     else:
         fit = peer_fit(options.child, columns, penalty, TOLERANCES[0])
@@ -111,9 +110,9 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
             fit = peer_fit(options.child, columns, penalty, tolerance)
             if max(relative_gap(columns, row, fit(row), penalty) for row in measurements[:4]) <= options.gap:
                 break
-        before, started = start_of_peak(), time.perf_counter()
+        peak_memory, started = start_meter(), time.perf_counter()
         weights = [scipy.sparse.csr_matrix(fit(row)) for row in measurements]
-        seconds, memory = time.perf_counter() - started, peak_memory() - before
+        seconds, memory = time.perf_counter() - started, peak_memory() / 2**20
     dense = [row.toarray()[0] for row in weights]
     gaps = [relative_gap(columns, row, found, penalty) for row, found in zip(measurements, dense, strict=True)]
     recall = [np.mean(found[chosen] != 0) for found, chosen in zip(dense, support, strict=True)]
@@ -125,21 +124,6 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         "recall": float(np.mean(recall)),
         "memory": memory,
     }
-
-
-def start_of_peak() -> float:
-    """Forget the peak of building the problem, where the system can, and return the present one in MiB."""
-    if CLEAR_PEAK.exists():
-        CLEAR_PEAK.write_text("5")
-    return peak_memory()
-
-
-def peak_memory() -> float:
-    """Peak resident size of this process in MiB."""
-    if CLEAR_PEAK.exists():
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def in_child(options: argparse.Namespace, solver: str, noise: float, penalty: float) -> dict[str, float]:

@@ -1,9 +1,9 @@
 """STRIDE against retrained models: linear datamodeling score, seconds and memory of every basis and recovery.
 
-Protocol. A truth file (``.npz``) holds a data set, an MLP with one hidden layer (ReLU) trained on all of it
-(``p0..p3``), random half subsets (``masks``, bit-packed) and the losses of the queries under models retrained on them.
-The MLP is rebuilt, ``attribute()`` is called with its defaults, and the scores are compared with the losses. Every
-row is a process of its own, so that its peak memory (resident set above what was there at entry) is its own.
+Protocol. A truth file (``.npz``, see ``common/truth.py``) holds a data set, an MLP trained on all of it, random half
+subsets and the losses of the queries under models retrained on them. The MLP is rebuilt, ``attribute()`` is called with
+its defaults, and the scores are compared with the losses. Every row is a process of its own, so that its peak memory
+(resident set above what was there at entry) is its own.
 
     python benchmarks/stride_lds.py --truth digits.npz --num-subsets 200
 
@@ -17,10 +17,9 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import torch
-from torch import nn
-from torch.utils.data import TensorDataset
+from common.memory import start_meter
+from common.truth import load, load_retrained
 
 from stride_lightning import Classification, StrideAttributor, linear_datamodeling_score
 from stride_lightning.steering.basis import Observation
@@ -40,31 +39,16 @@ ROWS = [
 RIDGES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
-def load(path):
-    truth = np.load(path)
-    x, y, queries, labels = (torch.from_numpy(truth[k]) for k in ("x_train", "y_train", "x_test", "y_test"))
-    width, hidden = truth["p0"].shape
-    model = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, truth["p2"].shape[1]))
-    weights = {"0.weight": "p0", "0.bias": "p1", "2.weight": "p2", "2.bias": "p3"}
-    state = {name: torch.from_numpy(truth[key]) for name, key in weights.items()}
-    model.load_state_dict(
-        {name: value.T if name.endswith("weight") else value.flatten() for name, value in state.items()}
-    )
-    masks = torch.from_numpy(np.unpackbits(truth["masks"], axis=1)[:, : len(x)])
-    losses = torch.from_numpy(truth["losses"])
-    return model, TensorDataset(x, y.long()), TensorDataset(queries, labels.long()), masks, losses
-
-
 def run_row(arguments, options):
     """One configuration, in this process; prints one line of JSON."""
     torch.set_num_threads(arguments.threads)
-    model, train, queries, masks, losses = load(arguments.truth)
-    started = time.perf_counter()
+    (model, train, queries), (masks, losses) = load(arguments.truth), load_retrained(arguments.truth)
+    peak_memory, started = start_meter(), time.perf_counter()
     attributor = StrideAttributor(
         num_subsets=arguments.num_subsets, seed=arguments.seed, show_progress=False, batch_size=1024, **options
     ).fit(model, train, Classification())
     attribution = attributor.attribute(queries)
-    seconds = time.perf_counter() - started
+    seconds, memory = time.perf_counter() - started, peak_memory() / 2**20
     known = attribution.metadata
     print(
         json.dumps(
@@ -75,7 +59,7 @@ def run_row(arguments, options):
                 "recover": known["attribute_seconds"]["recover"],
                 "total": seconds,
                 "gradient": known["operators"].get("relative_gradient_max"),
-                "memory": known["peak_memory_bytes"] / 2**20,
+                "memory": memory,
                 "ridge": known["operators"]["ridge_relative"],
             }
         )
@@ -116,7 +100,7 @@ def compare_ridges(arguments):
 def compare_adam(arguments):
     """Our solver against autograd and Adam on the same convex objective, all operators batched in both."""
     torch.set_num_threads(arguments.threads)
-    model, train, _, _, _ = load(arguments.truth)
+    model, train, _ = load(arguments.truth)
     task = Classification()
     attributor = StrideAttributor(num_subsets=arguments.num_subsets, show_progress=False).fit(model, train, task)
     observed, design = attributor._train_pass, sample_design(len(train), arguments.num_subsets)
