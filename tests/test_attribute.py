@@ -33,6 +33,7 @@ from tests.helpers.models import (
     ConvNet,
     Data,
     Dicts,
+    DictTask,
     Regressor,
     Validated,
     binary_data,
@@ -640,13 +641,6 @@ def test_half_precision_model(model, expected):
 
 
 def test_custom_task_with_dictionaries(model, expected):
-    class DictTask(Classification):
-        def inputs(self, batch):
-            return batch["features"]
-
-        def targets(self, batch):
-            return batch["answer"]
-
     with pytest.raises(TypeError, match=r"dict with keys.*`task=`"):
         attribute(model, Dicts(QUERIES), train_data=Dicts(DATA), **FEW)
     same(attribute(model, Dicts(QUERIES), train_data=Dicts(DATA), task=DictTask(), **FEW), expected)

@@ -1,6 +1,6 @@
 """StrideCallback in LightningCLI: YAML, command line and help text."""
 
-import sys
+from functools import partial
 
 import lightning.pytorch as L
 import pytest
@@ -8,17 +8,9 @@ from lightning.pytorch.loggers import CSVLogger
 
 from stride_lightning import Classification, StrideCallback
 from stride_lightning.records import find_records, read_record
-from tests.helpers.models import Data, Validated
+from tests.helpers.runs import callbacks_of, run_cli, write_config
 
-cli = pytest.importorskip("lightning.pytorch.cli")
 pytest.importorskip("jsonargparse")
-
-
-class Scaled(Validated):
-    """A model whose constructor the command line can fill in."""
-
-    def __init__(self, width: int = 8):
-        super().__init__(width=width)
 
 
 class Tempered(Classification):
@@ -34,53 +26,28 @@ class Tempered(Classification):
         return f"Tempered({self.temperature})"
 
 
-CONFIG = """
-seed_everything: 0
-trainer:
-  max_epochs: 1
-  accelerator: cpu
-  devices: 1
-  logger: false
-  enable_progress_bar: false
-  enable_model_summary: false
-  enable_checkpointing: false
-  default_root_dir: {folder}
-  callbacks:
-    - class_path: stride_lightning.StrideCallback
+CALLBACK = """
+- class_path: stride_lightning.StrideCallback
+  init_args:
+    dirpath: {folder}/records
+    num_subsets: 8
+    layers: [network.2]
+    every_n_train_steps: 2
+    task:
+      class_path: tests.callbacks.test_cli.Tempered
       init_args:
-        dirpath: {folder}/records
-        num_subsets: 8
-        layers: [network.2]
-        every_n_train_steps: 2
-        task:
-          class_path: tests.callbacks.test_cli.Tempered
-          init_args:
-            temperature: 2.5
+        temperature: 2.5
 """
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Run the command line with these arguments in an empty folder."""
-    # Lightning 2.6 calls names that jsonargparse 4.53 calls old.
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-
-    def run_cli(*arguments):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-        return cli.LightningCLI(Scaled, Data, save_config_callback=None)
-
-    return run_cli
-
-
-def stride_callbacks(trainer):
-    return [callback for callback in trainer.callbacks if isinstance(callback, StrideCallback)]
+    return partial(run_cli, monkeypatch, tmp_path)
 
 
 def test_yaml(run, tmp_path):
-    (tmp_path / "config.yaml").write_text(CONFIG.format(folder=tmp_path))
-    trainer = run("fit", "--config", tmp_path / "config.yaml").trainer
-    (callback,) = stride_callbacks(trainer)
+    (callback,) = callbacks_of(run("fit", "--config", write_config(tmp_path, CALLBACK)), StrideCallback)
     assert isinstance(callback.task, Tempered)
     assert callback.task.temperature == 2.5
     first, last = find_records(tmp_path / "records")
@@ -92,12 +59,12 @@ def test_yaml(run, tmp_path):
 
 
 def test_command_line_arguments(run, tmp_path):
-    trainer = run(
+    ran = run(
         *("fit", "--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"),
         *("--trainer.enable_model_summary=false", "--trainer.callbacks+=stride_lightning.StrideCallback"),
         *("--trainer.callbacks.fit_operators=true", "--trainer.callbacks.every_n_epochs=3"),
-    ).trainer
-    (callback,) = stride_callbacks(trainer)
+    )
+    (callback,) = callbacks_of(ran, StrideCallback)
     assert (callback.fit_operators, callback.every_n_epochs) == (True, 3)
     assert not (tmp_path / "stride").exists()
 
@@ -120,11 +87,10 @@ def test_wrong_argument_is_refused_by_name(run, capsys):
 
 
 def test_printed_config_can_be_run_again(run, tmp_path, capsys):
-    (tmp_path / "config.yaml").write_text(CONFIG.format(folder=tmp_path))
     with pytest.raises(SystemExit):
-        run("fit", "--config", tmp_path / "config.yaml", "--print_config")
+        run("fit", "--config", write_config(tmp_path, CALLBACK), "--print_config")
     (tmp_path / "again.yaml").write_text(capsys.readouterr().out)
-    (callback,) = stride_callbacks(run("fit", "--config", tmp_path / "again.yaml").trainer)
+    (callback,) = callbacks_of(run("fit", "--config", tmp_path / "again.yaml"), StrideCallback)
     assert callback.layers == ["network.2"]
     assert callback.task.temperature == 2.5
     assert len(callback.records) == 2
@@ -136,4 +102,4 @@ def test_trainer_from_the_bare_library_reads_the_same_arguments(tmp_path):
     two = StrideCallback(str(tmp_path), layers=["network.2"])
     assert one.state_key == two.state_key
     trainer = L.Trainer(callbacks=[one], logger=CSVLogger(tmp_path), accelerator="cpu", enable_checkpointing=False)
-    assert stride_callbacks(trainer) == [one]
+    assert [callback for callback in trainer.callbacks if isinstance(callback, StrideCallback)] == [one]

@@ -2,7 +2,6 @@
 
 import copy
 import csv
-import sys
 from functools import partial
 
 import lightning.pytorch as L
@@ -33,7 +32,9 @@ from tests.helpers.models import (
     Classifier,
     ConvNet,
     Data,
+    DictClassifier,
     Dicts,
+    DictTask,
     Validated,
     build,
     classification_data,
@@ -43,6 +44,7 @@ from tests.helpers.models import (
     picture_data,
     train,
 )
+from tests.helpers.runs import callbacks_of, fit_in_the_other_tree, run_cli, write_config
 from tests.test_distributed import run_two, start
 
 DATA, QUERIES, LEFT_OUT = classification_data(), classification_data(5, seed=1), [12, 3, 30]
@@ -237,17 +239,6 @@ def test_data_modules(tmp_path):
 
 
 def test_a_task_of_ones_own(tmp_path):
-    class DictTask(Classification):
-        def inputs(self, batch):
-            return batch["features"]
-
-        def targets(self, batch):
-            return batch["answer"]
-
-    class DictClassifier(Classifier):
-        def training_step(self, batch, batch_idx):
-            return super().training_step((batch["features"], batch["answer"]), batch_idx)
-
     model, further = build(DictClassifier), callback(queries=Dicts(QUERIES), task=DictTask())
     train(model, Dicts(DATA), tmp_path, further)
     plain = build(Classifier)
@@ -672,47 +663,24 @@ def test_two_processes_give_what_one_gives(tmp_path):
 # ---- the command line ---------------------------------------------------------------------------------------------
 
 
-CONFIG = """
-seed_everything: 0
-trainer:
-  max_epochs: 1
-  accelerator: cpu
-  devices: 1
-  logger: false
-  enable_progress_bar: false
-  enable_model_summary: false
-  enable_checkpointing: false
-  default_root_dir: {folder}
-  callbacks:
-    - class_path: stride_lightning.FurtherTrainingCallback
+CALLBACK = """
+- class_path: stride_lightning.FurtherTrainingCallback
+  init_args:
+    queries:
+      class_path: tests.helpers.models.Data
+    left_out: [3, 1]
+    epochs: [1, 2]
+    num_seeds: 2
+    optimizer:
+      class_path: torch.optim.SGD
       init_args:
-        queries:
-          class_path: tests.helpers.models.Data
-        left_out: [3, 1]
-        epochs: [1, 2]
-        num_seeds: 2
-        optimizer:
-          class_path: torch.optim.SGD
-          init_args:
-            lr: 0.05
+        lr: 0.05
 """
 
 
-class Wide(Validated):
-    def __init__(self, width: int = 8):
-        super().__init__(width=width)
-
-
 def test_yaml(tmp_path, monkeypatch):
-    cli = pytest.importorskip("lightning.pytorch.cli")
-    pytest.importorskip("jsonargparse")
-    # Lightning 2.6 calls names that jsonargparse 4.53 calls old.
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "config.yaml").write_text(CONFIG.format(folder=tmp_path))
-    monkeypatch.setattr(sys, "argv", ["train.py", "fit", "--config", "config.yaml"])
-    trainer = cli.LightningCLI(Wide, Data, save_config_callback=None).trainer
-    (further,) = (callback for callback in trainer.callbacks if isinstance(callback, FurtherTrainingCallback))
+    config = write_config(tmp_path, CALLBACK)
+    (further,) = callbacks_of(run_cli(monkeypatch, tmp_path, "fit", "--config", config), FurtherTrainingCallback)
     result = FurtherTraining.load(tmp_path / "further-training" / "step=4")
     assert (result.left_out.tolist(), result.epochs, len(result.seeds)) == ([3, 1], [1, 2], 2)
     assert result.effects().shape == (4, 2)
@@ -721,28 +689,6 @@ def test_yaml(tmp_path, monkeypatch):
 
 
 def test_pytorch_lightning_trainer(tmp_path):
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the other tree's import has warnings of its own
-        pl = pytest.importorskip("pytorch_lightning")
-
-    class Other(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.network = nn.Linear(4, 3)
-
-        def forward(self, x):
-            return self.network(x)
-
-        def training_step(self, batch, batch_idx):
-            return F.cross_entropy(self(batch[0]), batch[1])
-
-    model, further = build(Other), callback(optimizer=SGD)
-    model.configure_optimizers = lambda: SGD(model.parameters())
-    options = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    trainer = pl.Trainer(
-        callbacks=[further], max_epochs=1, accelerator="cpu", logger=False, default_root_dir=tmp_path, **options
-    )
-    trainer.fit(model, loader(DATA))
+    further = callback(optimizer=SGD)
+    model = fit_in_the_other_tree(further, DATA, tmp_path)
     assert further.result.effects().equal(expected(model, optimizer=SGD).effects())

@@ -2,7 +2,6 @@
 
 import csv
 import re
-import warnings
 
 import lightning.pytorch as L
 import pytest
@@ -35,9 +34,10 @@ from tests.helpers.models import (
     Classifier,
     ConvNet,
     Data,
+    DictClassifier,
     Dicts,
+    DictTask,
     Regressor,
-    Tiny,
     Validated,
     binary_data,
     build,
@@ -49,6 +49,7 @@ from tests.helpers.models import (
     regression_data,
     train,
 )
+from tests.helpers.runs import fit_in_the_other_tree
 
 DATA = classification_data()
 QUERIES = classification_data(5, seed=1)
@@ -651,17 +652,6 @@ def test_diverged_weights_warn_and_write_nothing(tmp_path):
 
 
 def test_custom_task_with_dictionaries(tmp_path):
-    class DictTask(Classification):
-        def inputs(self, batch):
-            return batch["features"]
-
-        def targets(self, batch):
-            return batch["answer"]
-
-    class DictClassifier(Classifier):
-        def training_step(self, batch, batch_idx):
-            return super().training_step((batch["features"], batch["answer"]), batch_idx)
-
     callback = StrideCallback(num_subsets=8, task=DictTask(), statistics_every_n_steps=1)
     model = build(DictClassifier)
     train(model, Dicts(DATA), tmp_path, callback)
@@ -672,26 +662,8 @@ def test_custom_task_with_dictionaries(tmp_path):
 
 
 def test_pytorch_lightning_trainer(tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the other tree's import has warnings of its own
-        pl = pytest.importorskip("pytorch_lightning")
-
-    class Other(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.network = nn.Linear(4, 3)
-
-        forward, training_step = Tiny.forward, NoForward.training_step
-        net = property(lambda self: self.network)
-        configure_optimizers = NoForward.configure_optimizers
-
-    assert not issubclass(Other, L.LightningModule)
-    model, callback = build(Other), StrideCallback(num_subsets=8, statistics_every_n_steps=1, fit_operators=True)
-    options = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    trainer = pl.Trainer(
-        callbacks=[callback], max_epochs=1, accelerator="cpu", logger=False, default_root_dir=tmp_path, **options
-    )
-    trainer.fit(model, loader(DATA))
+    callback = StrideCallback(num_subsets=8, statistics_every_n_steps=1, fit_operators=True)
+    model = fit_in_the_other_tree(callback, DATA, tmp_path)
     attribution = attribute(model, QUERIES, train_data=DATA, **QUIET)
     assert attribution.metadata["record"] == str(tmp_path / "stride" / "step=4")
     assert attribution.metadata["operators"]["from_record"]

@@ -18,7 +18,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler
 
 from stride_lightning import Classification, StrideCallback
@@ -31,8 +30,9 @@ from tests.helpers.models import (
     Augmented,
     Classifier,
     ConvNet,
-    Data,
+    DictClassifier,
     Dicts,
+    DictTask,
     Validated,
     build,
     classification_data,
@@ -42,6 +42,7 @@ from tests.helpers.models import (
     picture_data,
     train,
 )
+from tests.helpers.runs import callbacks_of, fit_in_the_other_tree, run_cli, write_config
 from tests.helpers.schedules import OneCycle, Stepped, TensorRate, TwoGroups, TwoOptimizers, by_hand
 from tests.test_distributed import run_two, start
 
@@ -685,17 +686,6 @@ def test_data_and_optimizers_that_cannot_work(tmp_path):
 
 
 def test_train_indices_and_a_task_of_ones_own(tmp_path):
-    class DictTask(Classification):
-        def inputs(self, batch):
-            return batch["features"]
-
-        def targets(self, batch):
-            return batch["answer"]
-
-    class DictClassifier(Classifier):
-        def training_step(self, batch, batch_idx):
-            return super().training_step((batch["features"], batch["answer"]), batch_idx)
-
     chosen = [5, 3, 40, 22]
     sampled = DataLoader(Dicts(DATA), 2, sampler=SubsetRandomSampler(chosen))
     callback = TracInCallback(task=DictTask(), train_indices=chosen)
@@ -725,71 +715,24 @@ def test_other_things_in_the_folder(tmp_path):
     assert [path.name for path in callback.records] == ["step=4-v1", "step=8-v1"]
 
 
-CONFIG = """
-seed_everything: 0
-trainer:
-  max_epochs: 1
-  accelerator: cpu
-  devices: 1
-  logger: false
-  enable_progress_bar: false
-  enable_model_summary: false
-  enable_checkpointing: false
-  default_root_dir: {folder}
-  callbacks:
-    - class_path: stride_lightning.callbacks.tracin.TracInCallback
-      init_args:
-        every_n_train_steps: 3
-        save_last_k: 2
-        task:
-          class_path: stride_lightning.Classification
+CALLBACK = """
+- class_path: stride_lightning.callbacks.tracin.TracInCallback
+  init_args:
+    every_n_train_steps: 3
+    save_last_k: 2
+    task:
+      class_path: stride_lightning.Classification
 """
 
 
-class Wide(Validated):
-    def __init__(self, width: int = 8):
-        super().__init__(width=width)
-
-
 def test_yaml(tmp_path, monkeypatch):
-    cli = pytest.importorskip("lightning.pytorch.cli")
-    pytest.importorskip("jsonargparse")
-    # Lightning 2.6 calls names that jsonargparse 4.53 calls old.
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "config.yaml").write_text(CONFIG.format(folder=tmp_path))
-    monkeypatch.setattr(sys, "argv", ["train.py", "fit", "--config", "config.yaml"])
-    trainer = cli.LightningCLI(Wide, Data, save_config_callback=None).trainer
-    (callback,) = (callback for callback in trainer.callbacks if isinstance(callback, TracInCallback))
+    config = write_config(tmp_path, CALLBACK)
+    (callback,) = callbacks_of(run_cli(monkeypatch, tmp_path, "fit", "--config", config), TracInCallback)
     assert callback.every_n_epochs is None
     assert steps_of(callback) == [3, 4]
 
 
 def test_pytorch_lightning_trainer(tmp_path):
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the other tree's import has warnings of its own
-        pl = pytest.importorskip("pytorch_lightning")
-
-    class Other(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.network = nn.Linear(4, 3)
-
-        def forward(self, x):
-            return self.network(x)
-
-        def training_step(self, batch, batch_idx):
-            return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.25)
-
-    options = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     callback = TracInCallback()
-    trainer = pl.Trainer(
-        callbacks=[callback], max_epochs=1, accelerator="cpu", logger=False, default_root_dir=tmp_path, **options
-    )
-    trainer.fit(build(Other), loader(DATA))
+    fit_in_the_other_tree(callback, DATA, tmp_path, lr=0.25)
     assert info_of(callback)[0]["learning_rates"] == {"network.weight": 0.25, "network.bias": 0.25}

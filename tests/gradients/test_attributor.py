@@ -17,6 +17,7 @@ from tests.helpers.gradient_models import (
     EXACT,
     QUIET,
     TASKS,
+    Everything,
     TokenModel,
     check_same_condition,
     close_scores,
@@ -240,18 +241,6 @@ def test_self_influence_over_checkpoints(method, tmp_path):
 
 
 # ---- the caller's model -----------------------------------------------------------------------------------------
-
-
-class Everything(nn.Module):
-    """Dropout, BatchNorm and an in-place activation; frozen in part."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.norm, self.dropout = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5)
-        self.frozen, self.last = nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 3)
-
-    def forward(self, x):
-        return self.last(self.dropout(torch.relu_(self.frozen(self.norm(self.first(x))))))
 
 
 @every_method

@@ -170,6 +170,18 @@ class DictTask(Classification):
         return batch["label"]
 
 
+class Everything(nn.Module):
+    """Dropout, BatchNorm and an in-place activation; frozen in part."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.dropout = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5)
+        self.frozen, self.last = nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.last(self.dropout(torch.relu_(self.frozen(self.norm(self.first(x))))))
+
+
 def seeded(make, seed=0):
     """A model in float64 and eval mode with reproducible weights; none of its parameters is zero."""
     with torch.random.fork_rng():

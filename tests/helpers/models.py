@@ -6,6 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from stride_lightning import Classification
+
 NUM_TRAIN, NUM_QUERIES, NUM_FEATURES = 60, 6, 4
 
 
@@ -111,6 +113,23 @@ class Dicts(Dataset):
     def __getitem__(self, i):
         x, y = self.dataset[i]
         return {"features": x, "answer": y}
+
+
+class DictTask(Classification):
+    """Reads them."""
+
+    def inputs(self, batch):
+        return batch["features"]
+
+    def targets(self, batch):
+        return batch["answer"]
+
+
+class DictClassifier(Classifier):
+    """Trains on them."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step((batch["features"], batch["answer"]), batch_idx)
 
 
 class Augmented(Dataset):

@@ -17,6 +17,7 @@ from stride_lightning.information.evidence import fit_evidence
 from tests.helpers.gradient_models import (
     QUIET,
     TASKS,
+    Everything,
     TokenModel,
     check_same_condition,
     close_scores,
@@ -322,18 +323,6 @@ def test_predicted_targets(method):
     )
     assert torch.equal(found.proponents, expected.proponents)
     close_scores(found.proponent_scores, expected.proponent_scores)
-
-
-class Everything(nn.Module):
-    """Dropout, BatchNorm and an in-place activation; frozen in part."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.norm, self.dropout = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5)
-        self.frozen, self.last = nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 3)
-
-    def forward(self, x):
-        return self.last(self.dropout(torch.relu_(self.frozen(self.norm(self.first(x))))))
 
 
 @both_methods
