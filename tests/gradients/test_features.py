@@ -5,6 +5,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from stride_lightning import BinaryClassification, Classification, Regression, attribute
+from stride_lightning.data import Examples
 from stride_lightning.gradients import features
 from stride_lightning.gradients.features import Reader, random_signs, run_batches
 from tests.helpers.gradient_models import (
@@ -158,6 +159,21 @@ def test_signs_are_made_of_seed_column_and_position():
     assert (covariance - torch.eye(50)).abs().max() < 6 / 40**0.5
 
 
+def test_signs_of_an_example_do_not_depend_on_what_else_is_trained_on(monkeypatch):
+    monkeypatch.setattr(features, "MAX_EXACT_OUTPUTS", 2)
+    task, chosen = Classification(), [7, 2, 11, 5, 0]
+    attributor = fitted(mlp(), points_for(), "grad-dot", task=task)
+
+    def curvature(positions):
+        given = Examples(points_for(), positions=positions)
+        reader = Reader(given, attributor._model, task, 3, batch_size=4, device=CPU, show_progress=False)
+        batches = run_batches(attributor._capture, task, reader)
+        return torch.cat([torch.stack([g.dense() for g in batch.curvature(0)], 1) for batch in batches])
+
+    with torch.no_grad():
+        close(curvature(torch.tensor(chosen)), curvature(None)[chosen])
+
+
 # ---- reading ----------------------------------------------------------------------------------------------------
 
 
@@ -203,11 +219,12 @@ def test_example_that_is_not_finite_is_named():
         )  # fmt: skip
     targets = random_tensor(14, 1, seed=0)
     targets[4] = torch.nan
-    with pytest.raises(ValueError, match="target of example 4 is not finite"):
-        attribute(
-            mlp(num_outputs=1), points_for(), train_data=TensorDataset(points_for().tensors[0], targets),
-            task=Regression(), method="grad-dot", **QUIET,
-        )  # fmt: skip
+    for chosen in (None, [0, 3, 4]):
+        with pytest.raises(ValueError, match="target of example 4 is not finite"):
+            attribute(
+                mlp(num_outputs=1), points_for(), train_data=TensorDataset(points_for().tensors[0], targets),
+                task=Regression(), method="grad-dot", train_indices=chosen, **QUIET,
+            )  # fmt: skip
 
 
 def test_dictionaries():
