@@ -429,6 +429,17 @@ def test_diverse_among_the_held(method):
         ask(method, top_k=6, ridge=RIDGE).top(4, diverse=True)
 
 
+def test_diverse_among_candidates_of_each_query():
+    found = ask(ridge=RIDGE)
+    train, asked = (dense.tangents_of(mlp(), TASKS["classification"][0], part) for part in (DATA, QUERIES))
+    # Never 0, 7 or 10: columns are not places among the candidates.
+    candidates = torch.stack([torch.tensor([12, 9, 4, 6, 2]) + shift for shift in (0, -1, 0, 0, -1)])
+    diverse = found.diversify(found.queries, "label", candidates, 3).proponents
+    for row, query in enumerate(asked):
+        held = sorted(candidates[row].tolist())
+        assert diverse[row].tolist() == dense.greedy_gain(query, train, held, 3, RIDGE)[0]
+
+
 @pytest.mark.parametrize(("k", "num_candidates"), [(3, 500), (None, 500), (60, 600), (900, 1000)])
 def test_candidates_are_the_best(k, num_candidates):
     asked, data = [], examples_of(torch.zeros(2, 1))

@@ -66,6 +66,8 @@ def test_the_best_of_a_fine_grid(noise):
     assert found.ridge == pytest.approx(float(ridges[int(np.argmax(values))]), rel=2e-3)
     low, high = found.plausible()
     assert low <= found.ridge <= high
+    shrunk = X @ torch.linalg.solve(X.T @ X + found.ridge * torch.eye(K).double(), X.T)
+    assert found.num_effective == pytest.approx(float(shrunk.trace()), rel=1e-9)
 
 
 def test_known_noise_and_prior_are_found():

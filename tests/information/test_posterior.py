@@ -50,6 +50,8 @@ def test_adding_and_removing_is_fitting():
     torch.testing.assert_close(
         fewer.added(train[[3, 8]]).variance(queries), posterior.variance(queries), atol=1e-10, rtol=0
     )
+    assert posterior.removed(train[[3, 8]]).num_examples == fewer.num_examples == 12
+    assert fewer.added(train[[3, 8]]).num_examples == posterior.num_examples == 14
     other = Posterior.fit(train, ridge=3.0)
     torch.testing.assert_close(posterior.with_ridge(3.0).variance(queries), other.variance(queries))
 
