@@ -14,7 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 from stride_lightning.gradients.blocks import Block, Gradients, Outer
 from stride_lightning.gradients.layers import Call, LayerRule, UnusualShape, gradients_through, output_tensors
 from stride_lightning.gradients.layout import Layout, Source
-from stride_lightning.steering.activations import find_module, plain_name, uncompiled
+from stride_lightning.steering.activations import check_layers, find_module, plain_name, uncompiled
 from stride_lightning.task_inference import check_outputs
 from stride_lightning.tasks import Task, columns
 
@@ -294,12 +294,6 @@ class Backward:
 def _at_least_single(values: Tensor) -> Tensor:
     """Gradients of a model in half precision are summed in single precision."""
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
-
-
-def check_layers(layers: Sequence[str] | None) -> None:
-    """Refuse a string, which is a sequence of letters."""
-    if isinstance(layers, str):
-        raise TypeError(f"`layers` must be a list of names, got the string {layers!r}: write layers=[{layers!r}].")
 
 
 def chosen_parameters(model: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Parameter]:

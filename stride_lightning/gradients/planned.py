@@ -12,10 +12,10 @@ from stride_lightning.attribution import Attribution
 from stride_lightning.attributors import Attributor, announce
 from stride_lightning.data import Examples, first_batch
 from stride_lightning.distributed import gather, shard, world_size
-from stride_lightning.gradients.capture import check_layers
 from stride_lightning.gradients.features import Reader, cloned
 from stride_lightning.gradients.plan import plan_capture, probe_places
 from stride_lightning.retraining.recipe import count_outputs
+from stride_lightning.steering.activations import check_layers
 from stride_lightning.top_attribution import TopAttribution, TopCollector
 from stride_lightning.top_examples import joined
 from stride_lightning.weights import in_precision_of

@@ -89,6 +89,12 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
     return module
 
 
+def check_layers(layers: Sequence[str] | None) -> None:
+    """Refuse a string, which is a sequence of letters."""
+    if isinstance(layers, str):
+        raise TypeError(f"`layers` must be a list of names, got the string {layers!r}: write layers=[{layers!r}].")
+
+
 def layer_names(model: nn.Module) -> list[str]:
     """Names of the layers with a weight matrix, embeddings left out: their inputs can be a basis."""
     names = []

@@ -14,10 +14,9 @@ from stride_lightning.attribution import Attribution
 from stride_lightning.attributors import Attributor, announce
 from stride_lightning.data import Examples, first_batch
 from stride_lightning.distributed import all_equal, broadcast_object, gather, shard
-from stride_lightning.gradients.capture import check_layers
 from stride_lightning.lookup import choose_record, explain_mismatch
 from stride_lightning.parallel import num_workers
-from stride_lightning.steering.activations import choose_layers
+from stride_lightning.steering.activations import check_layers, choose_layers
 from stride_lightning.steering.basis import Basis, Observation, fit_basis, observe
 from stride_lightning.steering.lasso import cross_validate_penalty, solve_lasso
 from stride_lightning.steering.module import BasisName, StrideModule
