@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from stride_lightning.attributors import infer_task_of, versions
 from stride_lightning.callbacks.recording import RecordingCallback, is_dev_run
 from stride_lightning.data import Examples, first_batch
 from stride_lightning.distributed import barrier, rank
+from stride_lightning.language import CausalLanguageModeling
 from stride_lightning.records import remove_record, write_record
 from stride_lightning.steering.activations import capture_inputs, choose_layers
-from stride_lightning.steering.basis import Basis, Observation, fit_basis
+from stride_lightning.steering.basis import fit_basis
 from stride_lightning.steering.module import StrideModule
+from stride_lightning.steering.sequences import SequenceStride, choose_token_layers
 from stride_lightning.steering.statistics import StreamingStatistics
 from stride_lightning.steering.subsets import Design, sample_design
 from stride_lightning.task_inference import check_task
@@ -28,6 +31,16 @@ from stride_lightning.weights import borrowed, in_precision_of, rank_zero_state,
 
 #: Examples of a batch whose activations are sampled: statistics of wide layers cost more than the forward pass.
 STATISTICS_EXAMPLES = 128
+
+
+@dataclass
+class _Seen:
+    """What an eval pass over the training set found out: its identity, its losses, and what goes into a record."""
+
+    fingerprint: dict[str, Any]
+    losses: Tensor
+    tensors: dict[str, dict[str, Tensor]]
+    info: dict[str, Any] = field(default_factory=dict)
 
 
 class StrideCallback(RecordingCallback):
@@ -144,7 +157,9 @@ class StrideCallback(RecordingCallback):
             with borrowed(pl_module, None, None), torch.no_grad():
                 task = self.task or infer_task_of(batch, pl_module)
                 inputs = in_precision_of(pl_module, task.inputs(batch))
-                if self.layers is None:
+                if self.layers is None and task.has_tokens:
+                    self._watched = choose_token_layers(pl_module, task, inputs)
+                elif self.layers is None:
                     size = min(self.batch_size, 64, len(examples))
                     self._watched = choose_layers(pl_module, lambda: task.outputs(pl_module, inputs), size)
                 else:
@@ -230,40 +245,59 @@ class StrideCallback(RecordingCallback):
                 if again and not fit_operators:
                     return
                 self._recorded_step, self._recorded_weights = step, weights
-                basis, observed = fit_basis(
-                    pl_module,
-                    self._task,
-                    self._examples,
-                    self._watched,
-                    batch_size=self.batch_size,
-                    device=device,
-                    show_progress=show,
-                )
-                module = StrideModule(self._design, self._task)
-                if fit_operators:
-                    module.fit_operators(observed, show_progress=show)
+                observe = self._sequences_seen if self._task.has_tokens else self._examples_seen
+                seen = observe(pl_module, device, weights, fit_operators=fit_operators, show=show)
         except ValueError as error:  # diverged weights: no reason to end the user's run
             rank_zero_warn(f"StrideCallback wrote no record at step {step}. {error}")
             return
         if is_dev_run(trainer):
             return
         if rank() == 0:
-            self._write(trainer, pl_module, weights, basis, observed, module if fit_operators else None)
+            self._write(trainer, pl_module, weights, seen)
             self._remove_stale(replaced=again)
         barrier()
 
-    def _write(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        weights: str,
-        basis: Basis,
-        observed: Observation,
-        module: StrideModule | None,
-    ) -> None:
+    def _examples_seen(
+        self, pl_module: L.LightningModule, device: torch.device, weights: str, *, fit_operators: bool, show: bool
+    ) -> _Seen:
+        assert self._examples is not None
+        assert self._task is not None
+        assert self._design is not None
+        basis, observed = fit_basis(
+            pl_module,
+            self._task,
+            self._examples,
+            self._watched,
+            batch_size=self.batch_size,
+            device=device,
+            show_progress=show,
+        )
+        seen = _Seen(observed.fingerprint, observed.losses.cpu(), {"basis": basis.tensors()})
+        if fit_operators:
+            module = StrideModule(self._design, self._task).fit_operators(observed, show_progress=show)
+            seen.tensors["operators"], seen.info["operators"] = module.tensors(), module.info()
+        return seen
+
+    def _sequences_seen(
+        self, pl_module: L.LightningModule, device: torch.device, weights: str, *, fit_operators: bool, show: bool
+    ) -> _Seen:
+        assert self._examples is not None
+        assert isinstance(self._task, CausalLanguageModeling)
+        assert self._design is not None
+        found = SequenceStride(self._task, layers=self._watched, batch_size=self.batch_size, show_progress=show)
+        found.prepare(pl_module, self._examples, device, {"weights": weights})
+        found.fit()
+        seen = _Seen(found.fingerprint, found.losses, {"moments": found.tensors()})
+        if fit_operators:
+            found.fit_operators(self._design)
+            assert found.operators is not None
+            seen.tensors["operators"] = {"coefficients": found.operators.coefficients}
+        return seen
+
+    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, weights: str, seen: _Seen) -> None:
         assert self._design is not None
         assert self.dirpath is not None
-        design, losses = self._design, observed.losses.cpu()
+        design, losses = self._design, seen.losses
         statistics = {
             f"{index}.{name}": value
             for index, layer in enumerate(self._watched)
@@ -272,12 +306,12 @@ class StrideCallback(RecordingCallback):
         }
         tensors: dict[str, dict[str, Tensor]] = {
             "design": design.tensors(),
-            "basis": basis.tensors(),
             "statistics": statistics,
             "losses": {
                 "train": losses,
                 "subsets": design.responses(losses[None].float())[0] / design.sizes.clamp(min=1),
             },
+            **seen.tensors,
         }
         info: dict[str, Any] = {
             "kind": "stride",
@@ -285,17 +319,15 @@ class StrideCallback(RecordingCallback):
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
             "weights": weights,
-            "data": observed.fingerprint,
+            "data": seen.fingerprint,
             "layers": list(self._watched),
             "task": repr(self._task),
             "mode": "eval",
             "design": design.info(),
             "train_loss": float(losses.mean()),
             "versions": versions(),
+            **seen.info,
         }
-        if module is not None:
-            tensors["operators"] = module.tensors()
-            info["operators"] = module.info()
         name = f"step={trainer.global_step}"
         path = write_record(self.dirpath, name, info, tensors)
         rank_zero_info(f"StrideCallback wrote {path}")

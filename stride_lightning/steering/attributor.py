@@ -113,7 +113,7 @@ class StrideAttributor(Attributor):
 
     def _fit(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
         started = time.perf_counter()
-        self._sequences = fitted_sequences(self, model, device) if self._task.has_tokens else None
+        self._sequences = fitted_sequences(self, model, device, record, checkpoint) if self._task.has_tokens else None
         if self._sequences is not None:
             return
         self._check_options()
@@ -161,7 +161,7 @@ class StrideAttributor(Attributor):
         """What was asked for, or the default of the task."""
         if self._recovery_asked is not None:
             return self._recovery_asked
-        return "closed-form" if self._task.has_tokens else "prior"
+        return "closed-form" if self._task.has_tokens and self.basis == "statistics" else "prior"
 
     @property
     def stability(self) -> float:
@@ -188,26 +188,37 @@ class StrideAttributor(Attributor):
             "device": device,
             "show_progress": self.show_progress,
         }
-        self._record, self._record_note = choose_record(explicit, checkpoint, model, self._weights, self._asked())
-        if not all_equal(None if self._record is None else dict(self._record.checksums)):
-            # They would go separate ways, and wait for each other forever.
-            self._record, self._record_note = None, "not every rank found the same record; computed on the spot"
+        self.find_record(model, explicit, checkpoint)
         if self._record is not None:
             layers = self._record.info["layers"]
             self._basis = Basis.from_tensors(layers, self._record.tensors("basis"))
             self._train_pass = observe(model, self._task, self._train, self._basis, **settings)
-            note = explain_mismatch(self._record, self._train_pass.fingerprint, repr(self._task))
-            if note is None:
+            if self.keeps_record(self._train_pass.fingerprint, explicit):
                 return
-            if explicit is not None:
-                raise ValueError(note)
-            self._record, self._record_note = None, note
         layers = self.layers
         if layers is None:
             size = min(self.batch_size, 64, len(self._train))
             inputs = in_precision_of(model, self._task.inputs(first_batch(self._train, size, device)))
             layers = choose_layers(model, lambda: self._task.outputs(model, inputs), size)
         self._basis, self._train_pass = fit_basis(model, self._task, self._train, layers, **settings)
+
+    def find_record(self, model: nn.Module, explicit: str | Path | None, checkpoint: Any) -> None:
+        """Choose the record to start from, the same on every rank."""
+        self._record, self._record_note = choose_record(explicit, checkpoint, model, self._weights, self._asked())
+        if not all_equal(None if self._record is None else dict(self._record.checksums)):
+            # They would go separate ways, and wait for each other forever.
+            self._record, self._record_note = None, "not every rank found the same record; computed on the spot"
+
+    def keeps_record(self, fingerprint: dict[str, Any], explicit: str | Path | None) -> bool:
+        """Whether the record is of this data and task; one that the caller named is refused if not, others dropped."""
+        assert self._record is not None
+        note = explain_mismatch(self._record, fingerprint, repr(self._task))
+        if note is None:
+            return True
+        if explicit is not None:
+            raise ValueError(note)
+        self._record, self._record_note = None, note
+        return False
 
     def _asked(self) -> dict[str, Any]:
         """Options that a record must agree with, where they were given."""

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.plugins.environments import LightningEnvironment  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from stride_lightning.distributed import gather, shard
 from stride_lightning.steering.basis import Observation
+from stride_lightning.steering.fitting import fit_by_trainer, unexplained
 from stride_lightning.steering.influence import imitation_ridge, influence, mean_curvature
 from stride_lightning.steering.operators import mean_prediction, measure, steer
 from stride_lightning.steering.solvers import fit_operators, refit
@@ -200,21 +196,7 @@ class StrideModule(L.LightningModule):
     def _fit_by_trainer(self, observed: Observation, *, show_progress: bool) -> None:
         device = observed.features.device
         self._prepare(observed)
-        with torch.enable_grad(), _quietly():
-            trainer = L.Trainer(
-                max_epochs=-1,
-                max_steps=self.max_steps,
-                accelerator="gpu" if device.type == "cuda" else device.type,
-                devices=[device.index or 0] if device.type == "cuda" else 1,
-                # In a distributed run every process fits alike; this trainer must not take part in it.
-                plugins=[LightningEnvironment()],
-                logger=False,
-                enable_checkpointing=False,
-                enable_model_summary=False,
-                enable_progress_bar=show_progress,
-            )
-            trainer.fit(self, self.train_dataloader())
-        self.to(device)
+        fit_by_trainer(self, self.train_dataloader(), device, self.max_steps, show_progress=show_progress)
         self.coefficients = (self.low_rank_basis @ self.operators).detach()
         self.relative_gradient = torch.full_like(self.coefficients[0, 0], torch.nan)[:0]
         self.chosen["steps"] = self.max_steps
@@ -229,7 +211,7 @@ class StrideModule(L.LightningModule):
         # Operators start at zero: the steered model is the frozen one, and the basis learns once they move.
         self.operators = nn.Parameter(observed.features.new_zeros(num_outputs, self.rank, self.design.num_subsets))
         self._observed, self._predicted = observed, self.task.mean(observed.outputs)
-        self._unexplained = _unexplained(self.design, generator).to(observed.features)
+        self._unexplained = unexplained(self.design, generator).to(observed.features)
         self._sizes = self.design.sizes.to(observed.features)
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -255,36 +237,9 @@ class StrideModule(L.LightningModule):
         stability = share * ((1 - members) * drift / outside).sum(0).mean()
         response = seen.losses[positions, None] - loss
         response = response - response.mean(1, keepdim=True)
-        unexplained = (response @ self._unexplained).square().sum() / response.square().sum().clamp(min=1e-12)
-        return fidelity + self.stability * stability + unexplained
+        nonlinearity = (response @ self._unexplained).square().sum() / response.square().sum().clamp(min=1e-12)
+        return fidelity + self.stability * stability + nonlinearity
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam on the learned basis and the operators."""
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """A Trainer inside a library need not introduce itself, nor advise on workers for data that is in memory."""
-    # Both trees: where both are imported they share one way of logging, and the later one names it.
-    logs = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning")]
-    levels = [log.level for log in logs]
-    for log in logs:
-        log.setLevel(max(log.level, logging.WARNING))
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*does not have many workers")
-            yield
-    finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.setLevel(level)
-
-
-def _unexplained(design: Design, generator: torch.Generator) -> Tensor:
-    """``I - S (S'S + gamma I)^-1 S'`` for a sketch ``S = M R`` with a quarter as many columns as subsets."""
-    columns = max(1, design.num_subsets // 4)
-    sketched = design.responses(torch.randn(columns, design.num_train, generator=generator)).T.double()  # (K, columns)
-    sketched -= sketched.mean(0)
-    gram = sketched.T @ sketched
-    ridge = 1e-3 * gram.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
-    return torch.eye(design.num_subsets, dtype=torch.float64) - sketched @ torch.linalg.solve(gram + ridge, sketched.T)

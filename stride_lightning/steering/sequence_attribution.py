@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,36 +14,79 @@ from stride_lightning.data import Examples
 from stride_lightning.language import CausalLanguageModeling
 from stride_lightning.steering.recovery import Recovery, check_measurements, recover_with_prior
 from stride_lightning.steering.sequences import SequenceStride
-from stride_lightning.steering.subsets import sample_design
+from stride_lightning.steering.subsets import Design, sample_design
 
 if TYPE_CHECKING:
     from stride_lightning.steering.attributor import StrideAttributor
 
 
-def fitted_sequences(options: StrideAttributor, model: nn.Module, device: torch.device) -> SequenceStride:
-    """The pass over the training sequences, and the operators if the recovery measures any."""
+def fitted_sequences(
+    options: StrideAttributor, model: nn.Module, device: torch.device, explicit: str | Path | None, checkpoint: Any
+) -> SequenceStride:
+    """The pass over the training sequences, or what a record knows of it, and operators if recovery asks for any."""
     task = options._task
     assert isinstance(task, CausalLanguageModeling)
-    found = SequenceStride(
-        task,
-        layers=options.layers,
-        **({} if options.ridge is None else {"damping": options.ridge}),
-        batch_size=options.batch_size,
-        cache_dir=options.cache_dir,
-        show_progress=options.show_progress,
-    )
-    found.fit(model, options._train, device, {"weights": options._weights})
+    if options.basis == "learned" and options.recovery == "closed-form":
+        raise ValueError("recovery='closed-form' fits no operators, so basis='learned' has no part in it.")
+    options.find_record(model, explicit, checkpoint)
+    found = _prepared(options, task, model, device)
+    if options._record is not None and not options.keeps_record(found.fingerprint, explicit):
+        found = _prepared(options, task, model, device)
+    record = options._record
+    if record is None:
+        found.fit()
+    else:
+        found.restore(record.tensors("moments"))
     if options.recovery != "closed-form":
-        design = sample_design(len(options._train), options.num_subsets, options.degree, seed=options.seed)
-        found.fit_operators(design, steps=options.steps)
+        _fit_operators(options, found, model)
     options.metadata |= {
         "unit": "nats of query loss",
         "options": {"layers": list(found.layers or []), "basis": options.basis, "recovery": options.recovery},
         "design": None if found.design is None else found.design.info(),
         "data": found.fingerprint,
+        "record": None if record is None else str(record.path),
+        "record_note": options._record_note,
         "sequences": found.info,
     }
     return found
+
+
+def _prepared(
+    options: StrideAttributor, task: CausalLanguageModeling, model: nn.Module, device: torch.device
+) -> SequenceStride:
+    asked = None if options.basis == "learned" else options.layers
+    found = SequenceStride(
+        task,
+        layers=asked if options._record is None else options._record.info["layers"],
+        **({} if options.ridge is None else {"damping": options.ridge}),
+        batch_size=options.batch_size,
+        cache_dir=options.cache_dir,
+        seed=options.seed,
+        show_progress=options.show_progress,
+    )
+    found.prepare(model, options._train, device, {"weights": options._weights})
+    return found
+
+
+def _fit_operators(options: StrideAttributor, found: SequenceStride, model: nn.Module) -> None:
+    record, stored = options._record, None
+    if record is None:
+        design = sample_design(len(options._train), options.num_subsets, options.degree, seed=options.seed)
+    else:
+        design = Design.restore(record.info["design"], record.tensors("design"))
+        if "operators" in record.groups and options.steps == 1 and options.ridge is None:
+            stored = record.tensors("operators")["coefficients"]
+    if options.basis == "learned":
+        layer = _one_layer(options)
+        found.learn_operators(model, design, rank=options.rank or 16, layer=layer, stability=options.stability)
+    else:
+        found.fit_operators(design, steps=options.steps, stored=stored)
+
+
+def _one_layer(options: StrideAttributor) -> str | None:
+    if options.layers is not None and len(options.layers) != 1:
+        raise ValueError(f"basis='learned' steers one hidden state: name one layer, not {options.layers}.")
+    return None if options.layers is None else options.layers[0]
 
 
 def attribute_sequences(

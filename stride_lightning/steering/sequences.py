@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from stride_lightning.language import CausalLanguageModeling
 from stride_lightning.progress import counting
 from stride_lightning.steering.activation_cache import ActivationCache
 from stride_lightning.steering.activations import choose_layers
+from stride_lightning.steering.hidden_states import HiddenStateOperators
 from stride_lightning.steering.output_space import choose_output_space
 from stride_lightning.steering.subsets import Design
 from stride_lightning.steering.token_curvature import FEATURE_DAMPING, TokenCurvature, TokenMoments
@@ -70,6 +72,7 @@ class SequenceStride:
         damping: Of ``A`` relative to its mean eigenvalue.
         batch_size: Sequences per forward pass at most.
         cache_dir: Folder for activations, so that later passes do not run the model.
+        seed: Of a learned basis.
         show_progress: Show progress bars.
 
     Reference: arXiv:2606.05165 (STRIDE), steering operators in hidden-state space; the closed form is ours.
@@ -83,39 +86,38 @@ class SequenceStride:
         damping: float = FEATURE_DAMPING,
         batch_size: int = 256,
         cache_dir: str | Path | None = None,
+        seed: int = 0,
         show_progress: bool = True,
     ) -> None:
+        self.seed = seed
         self.task, self.layers, self.damping = task, layers, damping
         self.batch_size, self.show_progress = batch_size, show_progress
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.design: Design | None = None
         self.operators: TokenOperators | None = None
+        self.hidden: HiddenStateOperators | None = None
         #: What was chosen, and what it cost; plain values.
         self.info: dict[str, Any] = {}
 
     # ---- fit ------------------------------------------------------------------------------------------------
 
-    def prepare(self, model: nn.Module, train: Examples, device: torch.device) -> None:
-        """Look at the model and a first batch: layers, and where to steer."""
+    def prepare(self, model: nn.Module, train: Examples, device: torch.device, identity: dict[str, Any]) -> None:
+        """Look at the model and a first batch: layers, where to steer, and what identifies the data.
+
+        Args:
+            model: In eval mode, on ``device``.
+            train: The training sequences.
+            device: Where to run.
+            identity: Plain values that tell the model from others, for the cache.
+        """
         head = first_batch(train, min(self.batch_size, 8), device)
         with train.naming(0):
             self.task.check_batch(model, head)
         inputs = self.task.inputs(head)
         self.space = choose_output_space(model, lambda: self.task.outputs(model, inputs))
         if self.layers is None:
-            size, tokens = inputs["input_ids"].shape
-            self.layers = choose_layers(
-                model, lambda: self.task.outputs(model, inputs), size, MAX_TOKEN_LAYERS, num_tokens=tokens
-            )
-        self._attach(model, device)
-        self._train, self._share = train, shard(len(train))
-        probe = next(iter(self._reader.batches(train, "", share=slice(0, 1))))
-        self.widths = (*self._reader.widths, 1)
-        self.num_features = probe.features.shape[-1]
-
-    def _attach(self, model: nn.Module, device: torch.device) -> None:
-        assert self.layers is not None
-        self._device = device
+            self.layers = choose_token_layers(model, self.task, inputs)
+        self._device, self._train, self._share = device, train, shard(len(train))
         self._reader = TokenReader(
             model,
             self.task,
@@ -125,51 +127,74 @@ class SequenceStride:
             device=device,
             show_progress=self.show_progress,
         )
-
-    def fit(self, model: nn.Module, train: Examples, device: torch.device, identity: dict[str, Any]) -> None:
-        """Run over the training sequences once and keep their moments.
-
-        Args:
-            model: In eval mode, on ``device``.
-            train: The sequences.
-            device: Where to run.
-            identity: Plain values that tell the model from others, for the cache.
-        """
-        started = time.perf_counter()
-        self.prepare(model, train, device)
+        probe = next(iter(self._reader.batches(train, "", share=slice(0, 1))))
+        self._widths, self._num_features = (*self._reader.widths, 1), probe.features.shape[-1]
+        self.fingerprint = self.fingerprint_of(train)
         self._open_cache(identity)
-        moments = TokenMoments.zeros(self.num_features, self.space.width, device)
+
+    def fit(self) -> None:
+        """Run over the training sequences once and keep their moments and losses."""
+        started = time.perf_counter()
+        moments = TokenMoments.zeros(self._num_features, self.space.width, self._device)
+        losses = torch.empty(self._share.stop - self._share.start)
         for batch in self._passes("Statistics"):
             moments.update(batch)
-        self.moments = moments.total()
-        self.fingerprint = self.fingerprint_of(train)
-        self._curve(device)
+            losses[batch.places.start - self._share.start : batch.places.stop - self._share.start] = batch.losses.cpu()
+        self.moments, self.losses = moments.total(), gather(losses, len(self._train))
+        self._curve()
         self.info["seconds"] = {"statistics": time.perf_counter() - started}
 
-    def _curve(self, device: torch.device) -> None:
+    def tensors(self) -> dict[str, Tensor]:
+        """Plain tensors to store; with :meth:`prepare`, all that :meth:`fit` finds out."""
+        return {**self.moments.tensors(), "losses": self.losses}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take from a record what :meth:`fit` finds out."""
+        parts = (tensors[name].to(self._device) for name in ("features", "downhill", "sums"))
+        self.moments, self.losses = TokenMoments(*parts), tensors["losses"]
+        self._curve()
+        self.info["seconds"] = {"statistics": 0.0}
+
+    def _curve(self) -> None:
         count = 1 if self.design is None else self.design.num_subsets
         self.curvature = TokenCurvature(
             self.moments,
-            self.widths,
+            self._widths,
             damping=self.damping,
             max_values=max(1024, min(MAX_VALUES, HELD_BYTES // (4 * count))),
-            device=device,
+            device=self._device,
         )
         self.info |= {
             "steered": self.space.kind,
-            "num_features": self.num_features,
+            "num_features": self._num_features,
             "operator_shape": list(self.curvature.shape),
             "kept_energy": list(self.curvature.kept_energy),
             "num_tokens": int(self.moments.sums[2]),
             "mean_train_loss": self.moments.mean_loss,
         }
 
-    def fit_operators(self, design: Design, *, ridge: float = 0.0, steps: int = 1) -> None:
-        """Fit the operators of a design; see :func:`fit_token_operators`."""
+    def fit_operators(self, design: Design, *, steps: int = 1, stored: Tensor | None = None) -> None:
+        """Fit the operators of a design, or take them from a record; see :func:`fit_token_operators`."""
         started = time.perf_counter()
         self.design = design
-        self._curve(self._device)
-        self.operators = fit_token_operators(self._passes, design, self.curvature, self.space, ridge=ridge, steps=steps)
+        self._curve()
+        if stored is None:
+            self.operators = fit_token_operators(self._passes, design, self.curvature, self.space, steps=steps)
+        else:
+            self.operators = TokenOperators(stored.to(self._device), torch.full((len(stored),), torch.nan))
+        self.info["seconds"]["operators"] = time.perf_counter() - started
+
+    def learn_operators(
+        self, model: nn.Module, design: Design, *, rank: int, layer: str | None, stability: float
+    ) -> None:
+        """Fit operators on a hidden state inside the network, as published; see :class:`HiddenStateOperators`."""
+        started = time.perf_counter()
+        self.design = design
+        self.hidden = HiddenStateOperators(
+            model, self.task, design, layer=layer, rank=rank, stability=stability, seed=self.seed
+        )
+        self.hidden.fit_operators(self._train, self._device, show_progress=self.show_progress)
+        self.info |= {"steered": self.hidden.layer, "rank": rank, "steps": self.hidden.max_steps}
         self.info["seconds"]["operators"] = time.perf_counter() - started
 
     # ---- ask ------------------------------------------------------------------------------------------------
@@ -184,6 +209,8 @@ class SequenceStride:
             if self.operators is not None:
                 measured = measure_tokens(batch, self.operators.coefficients, self.curvature, self.space)
                 measurements.append(measured)
+        if self.hidden is not None:
+            measurements = [self.hidden.measure(queries, self._device, show_progress=self.show_progress)]
         measured = torch.cat(measurements) if measurements else losses[0].new_empty(sum(map(len, losses)), 0)
         return Asked(torch.cat(solved), measured, torch.cat(losses))
 
@@ -232,12 +259,12 @@ class SequenceStride:
         ]
         folder = self.cache_dir / f"sequences-{self._share.start}-{self._share.stop}"
         known = identity | {
-            "data": self.fingerprint_of(self._train),
+            "data": self.fingerprint,
             "layers": list(self.layers or []),
             "steered": self.space.kind,
             "task": repr(self.task),
         }
-        self._cache = ActivationCache(folder, known, torch.cat(lengths), self.num_features, self.space.width)
+        self._cache = ActivationCache(folder, known, torch.cat(lengths), self._num_features, self.space.width)
         self.info["cache_bytes"] = self._cache.num_bytes
 
     def fingerprint_of(self, examples: Examples) -> dict[str, Any]:
@@ -246,6 +273,13 @@ class SequenceStride:
         for batch, digests, _ in examples.batches(self.batch_size, torch.device("cpu")):
             fingerprint.update(digests, self.task.targets(batch))
         return fingerprint.summary()
+
+
+def choose_token_layers(model: nn.Module, task: CausalLanguageModeling, inputs: dict[str, Any]) -> list[str]:
+    """Layers whose inputs are features by default: five with a weight matrix, evenly spaced from first to last."""
+    size, num_tokens = inputs["input_ids"].shape
+    forward = partial(task.outputs, model, inputs)
+    return choose_layers(model, forward, size, MAX_TOKEN_LAYERS, num_tokens=num_tokens)
 
 
 def _moved(batch: TokenBatch, by: int) -> TokenBatch:

@@ -101,18 +101,19 @@ class TokenCurvature:
         left, right = _leading(features, kept[0]), _leading(outputs, kept[1])
         #: Share of the mean square of features and of gradients that is kept; 1 where nothing is cut.
         self.kept_energy = _share(features, left), _share(outputs, right)
-        # Damping is that of the whole moments, whatever is cut off them.
-        damped_a, damped_b = (
-            _projected(moment, basis)
-            + (relative * moment.trace() / size).clamp(min=1e-30) * torch.eye(count).to(moment)
-            for moment, basis, relative, size, count in (
-                (features, left, damping, whole[0], kept[0]),
-                (outputs, right, OUTPUT_DAMPING, whole[1], kept[1]),
-            )
-        )
+        self._factors: list[tuple[Tensor, Tensor]] = []
+        for moment, basis, relative, count in (
+            (features, left, damping, kept[0]),
+            (outputs, right, OUTPUT_DAMPING, kept[1]),
+        ):
+            factor = _projected(moment, basis)
+            # Damping is that of the whole moments, whatever is cut off them; a loss of 0 everywhere has no scale.
+            amount = (relative * moment.trace() / len(moment)).clamp(min=1e-30)
+            self._factors.append((factor, factor + amount * torch.eye(count).to(factor)))
         self._left = (scale if left is None else scale[:, None] * left).to(device, dtype)
         self._right = None if right is None else right.to(device, dtype)
-        self._inverse_a, self._inverse_b = (torch.linalg.inv(m).to(device, dtype) for m in (damped_a, damped_b))
+        self._inverse_a, self._inverse_b = (torch.linalg.inv(damped).to(device, dtype) for _, damped in self._factors)
+        self._factors = [(factor.to(device, dtype), damped.to(device, dtype)) for factor, damped in self._factors]
         self._weight, self.shape = float(weight), kept
 
     def features(self, features: Tensor) -> Tensor:
@@ -135,6 +136,11 @@ class TokenCurvature:
     def solve(self, gradients: Tensor) -> Tensor:
         """``H^-1`` times gradients of shape ``(..., r, c)``, where ``H`` is the mean over the training weight."""
         return self._inverse_a @ gradients @ self._inverse_b
+
+    def penalty(self, operators: Tensor) -> Tensor:
+        """What damping adds to ``H``, times operators of shape ``(..., r, c)``."""
+        (a, damped_a), (b, damped_b) = self._factors
+        return damped_a @ operators @ damped_b - a @ operators @ b
 
     def influence(self, solved: Tensor, gradients: Tensor) -> Tensor:
         """Scores of sequences for queries: how much a query's loss would rise without the sequence, in nats.

@@ -25,16 +25,17 @@ Passes = Callable[[str, bool], Iterable[TokenBatch]]
 class TokenOperators:
     r"""Operators ``a_k`` that steer a frozen language model: logits become ``o + S a_k phi``.
 
-    Each minimises the mean loss of its subset, less the slope that all data together have at the frozen model, plus a
-    ridge:
+    Each minimises the mean loss of its subset, less the slope that all data together have at the frozen model, plus
+    the penalty that damping stands for:
 
     .. math:: F_k(a) = \frac{1}{|S_k|} \sum_{i \in S_k} \ell_i(o + S a \phi)
-              - \Big\langle \frac{1}{n} \sum_i g_i, a \Big\rangle + \frac{\rho}{2} \|a\|^2,
+              - \Big\langle \frac{1}{n} \sum_i g_i, a \Big\rangle + \frac{1}{2} \langle a, \Omega a \rangle,
 
-    so that the operator of all data is 0. ``F_k`` is convex where the steered space is the logits or in front of a
-    linear head. The first step is Newton's with the factored curvature, in closed form: operators are then linear in
-    their subsets, ``a_k = -H^{-1} (\bar g_{S_k} - \bar g)``. Further steps, one pass over the data each, go on from
-    there with the same preconditioner; a step that raises ``F_k`` is taken back and halved.
+    ``Omega`` the damped curvature less the curvature, so that the operator of all data is 0. ``F_k`` is convex where
+    the steered space is the logits or in front of a linear head. The first step is Newton's with the factored
+    curvature, in closed form: operators are then linear in their subsets, ``a_k = -H^{-1} (g_{S_k} - g)``. Further
+    steps, one pass over the data each, go on from there with the same preconditioner; a step that raises ``F_k`` is
+    taken back and halved.
 
     Args:
         coefficients: Shape ``(K, r, c)``.
@@ -49,9 +50,11 @@ class TokenOperators:
 
 
 def fit_token_operators(
-    passes: Passes, design: Design, curvature: TokenCurvature, space: OutputSpace, *, ridge: float, steps: int = 1
+    passes: Passes, design: Design, curvature: TokenCurvature, space: OutputSpace, *, steps: int = 1
 ) -> TokenOperators:
-    """Fit all operators in ``steps`` passes over the training sequences; ranks share the sequences.
+    """Fit all operators, reading the training sequences once, and once more for every step beyond the first.
+
+    Ranks share the sequences.
 
     Memory: ``4 K r c`` floats after the first step, ``K r c`` before, and one batch.
 
@@ -60,8 +63,7 @@ def fit_token_operators(
         design: Which sequence is in which subset.
         curvature: That of all sequences.
         space: Where operators act.
-        ridge: ``rho``.
-        steps: Passes; 1 is the closed form.
+        steps: Steps of each operator; 1 is the closed form.
     """
     sizes = design.sizes.clamp(min=1)
     summed = mean = torch.zeros(())
@@ -86,8 +88,9 @@ def fit_token_operators(
     reached, direction = torch.zeros_like(first), first  # F_k(0) = mean loss at 0, taken as 0
     for number in range(1, steps + 1):
         losses, gradients = _slopes(passes, f"Operators, step {number}", design, curvature, space, current)
-        objective = losses / sizes.flatten() - (current * mean).sum((1, 2)) + ridge / 2 * current.square().sum((1, 2))
-        gradients = gradients / sizes - mean + ridge * current
+        penalty = curvature.penalty(current)
+        objective = losses / sizes.flatten() + (current * (penalty / 2 - mean)).sum((1, 2))
+        gradients = gradients / sizes - mean + penalty
         rose = objective > best + 1e-7 * best.abs().clamp(min=1e-12)
         step = torch.where(rose, step / 2, step)
         # Where it rose: go again from where we were, half as far.

@@ -284,7 +284,7 @@ def test_training_step_adds_up_its_three_losses(task: Task, num_seen: int) -> No
 
 def test_linearity_matrix_is_the_residual_of_a_ridge_on_a_sketch() -> None:
     design = sample_design(60, 20, 10, seed=0)
-    matrix = module_module._unexplained(design, torch.Generator().manual_seed(3))
+    matrix = module_module.unexplained(design, torch.Generator().manual_seed(3))
     sketch = torch.randn(5, 60, generator=torch.Generator().manual_seed(3)).double()
     columns = design.dense(torch.float64) @ sketch.T  # M R, a quarter as many columns as subsets
     columns = columns - columns.mean(0)
@@ -302,7 +302,7 @@ def test_linearity_matrix_is_the_residual_of_a_ridge_on_a_sketch() -> None:
 
 
 def test_small_designs_have_a_sketch_of_one_column() -> None:
-    matrix = module_module._unexplained(sample_design(6, 2, 1), torch.Generator())
+    matrix = module_module.unexplained(sample_design(6, 2, 1), torch.Generator())
     assert torch.isfinite(matrix).all()
     design = Design(2, 6, 1, 0, bits=torch.tensor([[128]] * 3 + [[64]] * 3, dtype=torch.uint8))
     observed = observation(Classification(), size=6)
