@@ -75,7 +75,7 @@ class Examples:
 
     def subset(self, indices: Sequence[int]) -> Examples:
         """The examples at the given places of the reading order."""
-        chosen = torch.as_tensor(indices)
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
         part = replace(self, positions=chosen if self.positions is None else self.positions[chosen])
         part._random = self._random
         return part

@@ -6,7 +6,7 @@ import socket
 import pytest
 import torch
 from torch import distributed as dist
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 
 from stride_lightning import StrideCallback, attribute
 from stride_lightning.attribution import Attribution
@@ -14,6 +14,7 @@ from stride_lightning.distributed import all_equal, barrier, broadcast_object, g
 from stride_lightning.records import find_records, read_record
 from stride_lightning.weights import rank_zero_state, weight_hash
 from tests.helpers.models import Classifier, ConvNet, build, classification_data, loader, make_trainer, picture_data
+from tests.helpers.texts import Texts, TinyLM, padded
 
 NUM_SUBSETS = 13  # uneven on two ranks
 DATA, QUERIES = classification_data(41), classification_data(5, seed=1)
@@ -25,6 +26,14 @@ OPTIONS = {
     "anchored": {"stability": 1.0},
     "learned": {"basis": "learned", "recovery": "ridge"},
 }
+LANGUAGE = {
+    "closed form": {},
+    "operators": {"recovery": "prior", "num_subsets": NUM_SUBSETS, "steps": 2},
+    "lasso": {"recovery": "lasso", "num_subsets": NUM_SUBSETS, "penalty": 0.2},
+    "learned": {"basis": "learned", "recovery": "ridge", "num_subsets": NUM_SUBSETS, "rank": 2},
+    "cache": {"cache_dir": "activations"},
+    "gradients": {"method": "ekfac"},
+}
 #: Relative to the largest score. Rounding, everywhere.
 TOLERANCE = 1e-4
 #: Number of queries: uneven, and fewer than ranks.
@@ -34,6 +43,13 @@ COUNTS = (3, 1)
 def ask(model, options, count, **more):
     settings = {"train_data": DATA, "num_subsets": NUM_SUBSETS, "show_progress": False}
     return attribute(model, Subset(QUERIES, range(count)), **settings, **options, **more)
+
+
+def ask_about_texts(options, count, folder):
+    texts, queries = DataLoader(Texts(11), 4, collate_fn=padded), DataLoader(Texts(count, seed=1), 4, collate_fn=padded)
+    if "cache_dir" in options:
+        options = options | {"cache_dir": folder / options["cache_dir"]}
+    return attribute(TinyLM().eval(), queries, train_data=texts, show_progress=False, **options)
 
 
 def test_one_process_needs_no_group():
@@ -90,6 +106,10 @@ def fit_and_ask(number, port, folder):
     for name, options in OPTIONS.items():
         for count in COUNTS:
             results[name, count] = ask(model, options, count).scores
+
+    for name, options in LANGUAGE.items():
+        for count in COUNTS:
+            results["texts", name, count] = ask_about_texts(options, count, folder).scores
 
     # Primitives, for shapes that divide unevenly along any axis.
     whole = torch.arange(15.0).reshape(3, 5)
@@ -197,6 +217,16 @@ def test_scores_are_those_of_one_process(both, name, count):
     close(first[name, count], alone, rtol=TOLERANCE)
     if name == "prior" and count == 3:
         close(first["reused"], alone, rtol=TOLERANCE)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_scores_of_texts_are_those_of_one_process(both, name, count, tmp_path):
+    _, results = both
+    expected = ask_about_texts(LANGUAGE[name], count, tmp_path).scores
+    for result in results:
+        close(result["texts", name, count], expected, TOLERANCE)
 
 
 @pytest.mark.distributed

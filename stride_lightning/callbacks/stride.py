@@ -157,7 +157,7 @@ class StrideCallback(RecordingCallback):
             with borrowed(pl_module, None, None), torch.no_grad():
                 task = self.task or infer_task_of(batch, pl_module)
                 inputs = in_precision_of(pl_module, task.inputs(batch))
-                if self.layers is None and task.has_tokens:
+                if self.layers is None and isinstance(task, CausalLanguageModeling):
                     self._watched = choose_token_layers(pl_module, task, inputs)
                 elif self.layers is None:
                     size = min(self.batch_size, 64, len(examples))
@@ -200,7 +200,9 @@ class StrideCallback(RecordingCallback):
             trainer.precision_plugin.forward_context(),
             capture_inputs(pl_module, self._watched) as captured,
         ):
-            self._task.outputs(pl_module, self._task.inputs(batch))
+            inputs = self._task.inputs(batch)
+            captured.reads(inputs)
+            self._task.outputs(pl_module, inputs)
         metrics = {}
         for name, features in captured.items():
             self._statistics[name].update(features[:STATISTICS_EXAMPLES])
@@ -245,7 +247,9 @@ class StrideCallback(RecordingCallback):
                 if again and not fit_operators:
                     return
                 self._recorded_step, self._recorded_weights = step, weights
-                observe = self._sequences_seen if self._task.has_tokens else self._examples_seen
+                observe = (
+                    self._sequences_seen if isinstance(self._task, CausalLanguageModeling) else self._examples_seen
+                )
                 seen = observe(pl_module, device, weights, fit_operators=fit_operators, show=show)
         except ValueError as error:  # diverged weights: no reason to end the user's run
             rank_zero_warn(f"StrideCallback wrote no record at step {step}. {error}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -21,8 +21,19 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 _LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
 
 
+class Captured(dict[str, Tensor]):
+    """Features of each layer by name; of texts, tokens that the mask hides are left out."""
+
+    mask: Tensor | None = None
+
+    def reads(self, inputs: Any) -> None:
+        """Forget the last batch, and note which tokens of the next are padding."""
+        self.clear()
+        self.mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+
+
 @contextmanager
-def capture_inputs(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def capture_inputs(model: nn.Module, layers: Sequence[str]) -> Iterator[Captured]:
     """Collect the pooled input of each named layer at every forward pass inside the block.
 
     Hooks live in the block only. Compiled modules run uncompiled inside it, since a compiled graph never calls
@@ -34,7 +45,7 @@ def capture_inputs(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str
 
     Yields:
         A dictionary that after a forward pass holds, for every layer that ran, features of shape ``(B, d)``
-        (the mean over calls if the layer ran several times). Clear it between passes.
+        (the mean over calls if the layer ran several times). Call its ``reads(inputs)`` before each pass.
 
     Raises:
         ValueError: If a name is not a submodule.
@@ -47,12 +58,12 @@ def capture_inputs(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str
         >>> {name: tuple(features.shape) for name, features in captured.items()}
         {'0': (5, 3), '2': (5, 2)}
     """
-    captured: dict[str, Tensor] = {}
+    captured = Captured()
     calls: dict[str, int] = {}
 
     def hook_for(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            features = pool(module, first_tensor(name, args, kwargs))
+            features = pool(module, first_tensor(name, args, kwargs), captured.mask)
             calls[name] = calls.get(name, 0) + 1 if name in captured else 1
             previous = captured.get(name)
             captured[name] = features if previous is None else previous + (features - previous) / calls[name]
@@ -163,18 +174,24 @@ def choose_layers(
     return [order[round(i * (len(order) - 1) / max(1, limit - 1))] for i in range(limit)]
 
 
-def pool(module: nn.Module, inputs: Tensor) -> Tensor:
+def pool(module: nn.Module, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
     """One row of features per example: token axes are averaged, spatial axes pooled to a coarse grid.
 
     Args:
         module: The layer the input enters; convolutions and inputs with four or more axes are channels first.
         inputs: Shape ``(B, d)``, ``(B, tokens, d)`` or ``(B, channels, height, width)`` and the like.
+        mask: Of tokens, shape ``(B, tokens)``, where some are padding.
 
     Returns:
         Shape ``(B, d)`` with ``d`` at most ``MAX_LAYER_FEATURES``.
     """
     inputs = _rows_first(module, inputs.detach())
     inputs = inputs if inputs.dtype == torch.float64 else inputs.float()
+    if mask is not None and inputs.ndim == 3 and inputs.shape[:2] == mask.shape:
+        counted = mask.bool()[..., None]
+        # Padding may hold anything, NaN too: no weight is not enough.
+        summed = torch.where(counted, inputs, 0).sum(1)
+        return fold(summed / counted.sum(1).clamp(min=1), MAX_LAYER_FEATURES)
     if isinstance(module, _CONVOLUTIONS) or inputs.ndim >= 4:
         spatial = inputs.ndim - 2
         side = max(1, int((MAX_POOLED_FEATURES / inputs.shape[1]) ** (1 / spatial) + 1e-9))

@@ -227,12 +227,16 @@ def _passes(
 
     Close it: until then hooks are in place and gradients are off.
     """
-    num_batches = -(-len(examples) // batch_size)
+    num_batches, start = -(-len(examples) // batch_size), 0
     with capture_inputs(model, list(layers)) as captured, torch.no_grad():
         batches = examples.batches(batch_size, device)
         for batch, digests, size in track(batches, description, num_batches, show=show_progress):
-            captured.clear()
-            outputs = task.outputs(model, in_precision_of(model, task.inputs(batch)))
+            with examples.naming(start):
+                task.check_batch(model, batch)
+            start += size
+            inputs = in_precision_of(model, task.inputs(batch))
+            captured.reads(inputs)
+            outputs = task.outputs(model, inputs)
             check_outputs(outputs, size)
             _check_rows(captured, size)
             outputs = outputs.detach().reshape(size, -1)

@@ -83,7 +83,15 @@ class HiddenStateOperators(L.LightningModule):
         self.basis = nn.Parameter(start.to(device))
         # Operators start at zero: the steered model is the frozen one, and the basis learns once they move.
         self.operators = nn.Parameter(torch.zeros(self.design.num_subsets, self.rank, width, device=device))
-        fit_by_trainer(self, self.train_dataloader(), device, self.max_steps, show_progress=show_progress)
+        # Else training would leave gradients in the user's model.
+        trainable = [parameter for parameter in self._frozen[0].parameters() if parameter.requires_grad]
+        try:
+            for parameter in trainable:
+                parameter.requires_grad_(False)
+            fit_by_trainer(self, self.train_dataloader(), device, self.max_steps, show_progress=show_progress)
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
         self.requires_grad_(False)
         del self._train
 

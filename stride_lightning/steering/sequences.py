@@ -129,6 +129,7 @@ class SequenceStride:
         )
         probe = next(iter(self._reader.batches(train, "", share=slice(0, 1))))
         self._widths, self._num_features = (*self._reader.widths, 1), probe.features.shape[-1]
+        self._dtype = probe.features.dtype
         self.fingerprint = self.fingerprint_of(train)
         self._open_cache(identity)
 
@@ -136,7 +137,7 @@ class SequenceStride:
         """Run over the training sequences once and keep their moments and losses."""
         started = time.perf_counter()
         moments = TokenMoments.zeros(self._num_features, self.space.width, self._device)
-        losses = torch.empty(self._share.stop - self._share.start)
+        losses = torch.empty(self._share.stop - self._share.start, dtype=self._dtype)
         for batch in self._passes("Statistics"):
             moments.update(batch)
             losses[batch.places.start - self._share.start : batch.places.stop - self._share.start] = batch.losses.cpu()
@@ -162,6 +163,7 @@ class SequenceStride:
             self._widths,
             damping=self.damping,
             max_values=max(1024, min(MAX_VALUES, HELD_BYTES // (4 * count))),
+            dtype=self._dtype,
             device=self._device,
         )
         self.info |= {
@@ -200,19 +202,22 @@ class SequenceStride:
     # ---- ask ------------------------------------------------------------------------------------------------
 
     def ask(self, queries: Examples) -> Asked:
-        """Run over the queries: their side of the scores, and the effects of the operators on them."""
-        solved, measurements, losses = [], [], []
-        asked = self._reader.batches(queries, "Queries", with_logits=self.operators is not None)
-        for batch in asked:
-            solved.append(self.curvature.solve(self.curvature.gradients(batch)))
-            losses.append(batch.losses)
+        """Run over the queries: their side of the scores, and what the operators do to them; ranks share them."""
+        share, count = shard(len(queries)), 0 if self.design is None else self.design.num_subsets
+        mine = share.stop - share.start
+        solved, losses = self.curvature.zeros(mine), torch.zeros(mine, dtype=self._dtype, device=self._device)
+        measured = torch.zeros(mine, count, dtype=self._dtype, device=self._device)
+        with_logits = self.operators is not None
+        for batch in self._reader.batches(queries, "Queries", share=share, with_logits=with_logits):
+            rows = slice(batch.places.start - share.start, batch.places.stop - share.start)
+            solved[rows] = self.curvature.solve(self.curvature.gradients(batch))
+            losses[rows] = batch.losses
             if self.operators is not None:
-                measured = measure_tokens(batch, self.operators.coefficients, self.curvature, self.space)
-                measurements.append(measured)
-        if self.hidden is not None:
-            measurements = [self.hidden.measure(queries, self._device, show_progress=self.show_progress)]
-        measured = torch.cat(measurements) if measurements else losses[0].new_empty(sum(map(len, losses)), 0)
-        return Asked(torch.cat(solved), measured, torch.cat(losses))
+                measured[rows] = measure_tokens(batch, self.operators.coefficients, self.curvature, self.space)
+        if self.hidden is not None and mine:
+            part = queries.subset(range(share.start, share.stop))
+            measured = self.hidden.measure(part, self._device, show_progress=self.show_progress).to(measured)
+        return Asked(*(gather(part, len(queries)) for part in (solved, measured, losses)))
 
     def queries_per_pass(self) -> int:
         """Queries that one pass over the training data can score."""
@@ -221,7 +226,7 @@ class SequenceStride:
 
     def influence(self, asked: Asked) -> Tensor:
         """Scores of every training sequence for the queries, on the CPU, shape ``(q, n)``; ranks share the work."""
-        scores = torch.empty(len(asked.solved), self._share.stop - self._share.start)
+        scores = torch.empty(len(asked.solved), self._share.stop - self._share.start, dtype=self._dtype)
         for batch in self._passes("Scores"):
             columns = slice(batch.places.start - self._share.start, batch.places.stop - self._share.start)
             scores[:, columns] = self.curvature.influence(asked.solved, self.curvature.gradients(batch)).cpu()

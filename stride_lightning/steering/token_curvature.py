@@ -116,6 +116,10 @@ class TokenCurvature:
         self._factors = [(factor.to(device, dtype), damped.to(device, dtype)) for factor, damped in self._factors]
         self._weight, self.shape = float(weight), kept
 
+    def zeros(self, *count: int) -> Tensor:
+        """Operators that are zero, shape ``(*count, r, c)``."""
+        return torch.zeros(*count, *self.shape, dtype=self._inverse_a.dtype, device=self._inverse_a.device)
+
     def features(self, features: Tensor) -> Tensor:
         """Scaled (and projected) features of tokens."""
         return features * self._left if self._left.ndim == 1 else features @ self._left

@@ -65,17 +65,14 @@ def fit_token_operators(
         space: Where operators act.
         steps: Steps of each operator; 1 is the closed form.
     """
-    sizes = design.sizes.clamp(min=1)
-    summed = mean = torch.zeros(())
+    summed = curvature.zeros(design.num_subsets)
+    mean = curvature.zeros()
     for batch in passes("Operators", False):
         gradients = curvature.gradients(batch)
         members = design.rows(batch.places).to(gradients)  # (B, K)
-        if summed.ndim == 0:
-            summed = gradients.new_zeros(design.num_subsets, *gradients.shape[1:])
-            mean = torch.zeros_like(gradients[0])
         summed += (members.T @ gradients.flatten(1)).view_as(summed)
         mean += gradients.sum(0)
-    sizes = sizes.to(summed)[:, None, None]
+    sizes = design.sizes.clamp(min=1).to(summed)[:, None, None]
     mean = total(mean) / design.num_train
     slopes = total(summed) / sizes - mean
     first = -curvature.solve(slopes)
