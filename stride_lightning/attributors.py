@@ -171,6 +171,8 @@ class Attributor(ABC):
 
     #: Name by which :func:`attribute` finds the method.
     method: ClassVar[str]
+    #: Unit of the scores.
+    unit: ClassVar[str] = "nats of query loss, to first order"
     #: Whether all queries of a call share work too long to do again, such as training: then they are asked at once.
     _shares_work: ClassVar[bool] = False
     _registry: ClassVar[dict[str, type[Attributor]]] = {}
@@ -247,6 +249,7 @@ class Attributor(ABC):
             self._task = infer_task_of(head, model) if task is None else task
             self.metadata = {
                 "method": self.method,
+                "unit": self.unit,
                 "task": repr(self._task),
                 "weights": self._weights,
                 "ckpt_path": None if ckpt_path is None else str(ckpt_path),

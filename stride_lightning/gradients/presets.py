@@ -37,6 +37,7 @@ class GradDotAttributor(GradientAttributor):
     """
 
     method = "grad-dot"
+    unit = "nats of query loss per unit of learning rate"
 
     @override
     def _curvature(self) -> Curvature:
@@ -54,6 +55,7 @@ class GradCosAttributor(GradDotAttributor):
     """
 
     method = "grad-cos"
+    unit = "cosines, from -1 to 1"
 
     @override
     def _self_influence(self, model: nn.Module, device: torch.device) -> Tensor:
@@ -82,6 +84,7 @@ class TracInAttributor(GradDotAttributor):
     """
 
     method = "tracin"
+    unit = "nats of query loss, to first order"
 
     @override
     def _starts(self, model: nn.Module, record: Any, checkpoint: Any) -> list[tuple[Checkpoint | None, Any]]:
@@ -336,6 +339,7 @@ class TRAKAttributor(InfluenceAttributor):
     """
 
     method, default_damping = "trak", 3.0
+    unit = "log-odds of the query's target, to first order"
 
     def __init__(self, *, projection_dim: int = 4096, **kwargs: Any) -> None:
         super().__init__(**kwargs)

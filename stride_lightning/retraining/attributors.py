@@ -54,6 +54,7 @@ class FurtherTrainingAttributor(Attributor):
     """
 
     method = "further-training"
+    unit = "nats of query loss"
     _shares_work = True
 
     def __init__(
@@ -214,6 +215,7 @@ class RetrainingAttributor(Attributor):
     """
 
     method = "retraining"
+    unit = "nats of query loss"
     _shares_work = True
 
     def __init__(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.attribution import Attribution
+from stride_lightning.attributors import announce
 from stride_lightning.data import Examples
 from stride_lightning.language import CausalLanguageModeling
 from stride_lightning.steering.recovery import Recovery, check_measurements, recover_with_prior
@@ -33,12 +34,15 @@ def fitted_sequences(
     if options._record is not None and not options.keeps_record(found.fingerprint, explicit):
         found = _prepared(options, task, model, device)
     record = options._record
+    design = None if options.recovery == "closed-form" else _design(options)
     if record is None:
+        cost = found.estimate(0 if design is None else design.num_subsets)
+        announce(f"STRIDE: {cost}", show=options.show_progress and cost.is_long)
         found.fit()
     else:
         found.restore(record.tensors("moments"))
-    if options.recovery != "closed-form":
-        _fit_operators(options, found, model)
+    if design is not None:
+        _fit_operators(options, found, model, design)
     options.metadata |= {
         "unit": "nats of query loss",
         "options": {"layers": list(found.layers or []), "basis": options.basis, "recovery": options.recovery},
@@ -68,19 +72,22 @@ def _prepared(
     return found
 
 
-def _fit_operators(options: StrideAttributor, found: SequenceStride, model: nn.Module) -> None:
-    record, stored = options._record, None
-    if record is None:
-        design = sample_design(len(options._train), options.num_subsets, options.degree, seed=options.seed)
-    else:
-        design = Design.restore(record.info["design"], record.tensors("design"))
-        if "operators" in record.groups and options.steps == 1 and options.ridge is None:
-            stored = record.tensors("operators")["coefficients"]
+def _design(options: StrideAttributor) -> Design:
+    record = options._record
+    if record is not None:
+        return Design.restore(record.info["design"], record.tensors("design"))
+    return sample_design(len(options._train), options.num_subsets, options.degree, seed=options.seed)
+
+
+def _fit_operators(options: StrideAttributor, found: SequenceStride, model: nn.Module, design: Design) -> None:
     if options.basis == "learned":
         layer = _one_layer(options)
         found.learn_operators(model, design, rank=options.rank or 16, layer=layer, stability=options.stability)
-    else:
-        found.fit_operators(design, steps=options.steps, stored=stored)
+        return
+    record, stored = options._record, None
+    if record is not None and "operators" in record.groups and options.steps == 1 and options.ridge is None:
+        stored = record.tensors("operators")["coefficients"]
+    found.fit_operators(design, steps=options.steps, stored=stored)
 
 
 def _one_layer(options: StrideAttributor) -> str | None:

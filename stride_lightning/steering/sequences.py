@@ -24,7 +24,7 @@ from stride_lightning.steering.output_space import choose_output_space
 from stride_lightning.steering.subsets import Design
 from stride_lightning.steering.token_curvature import FEATURE_DAMPING, TokenCurvature, TokenMoments
 from stride_lightning.steering.token_operators import TokenOperators, fit_token_operators, measure_tokens
-from stride_lightning.steering.tokens import TokenBatch, TokenReader
+from stride_lightning.steering.tokens import BATCH_BYTES, TokenBatch, TokenReader
 
 #: Layers whose inputs are features, evenly spaced from first to last.
 MAX_TOKEN_LAYERS = 5
@@ -49,6 +49,27 @@ class Asked:
     losses: Tensor
 
 
+@dataclass(frozen=True)
+class SequenceCost:
+    """What a fit to sequences is expected to take: seconds, bytes of memory beyond the model, bytes on disk."""
+
+    seconds: float
+    memory_bytes: int
+    disk_bytes: int
+
+    @property
+    def is_long(self) -> bool:
+        """Whether someone will wait."""
+        return self.seconds > 2 or self.disk_bytes > 2**30
+
+    def __str__(self) -> str:
+        disk = f", {self.disk_bytes / 2**20:.0f} MiB of activations on disk" if self.disk_bytes else ""
+        return (
+            f"about {self.seconds:.0f} s to fit, as long for every pass that scores, "
+            f"{self.memory_bytes / 2**20:.0f} MiB of memory whatever the number of sequences{disk}"
+        )
+
+
 class SequenceStride:
     r"""Steering operators of a language model, and the influence they give in closed form.
 
@@ -62,9 +83,9 @@ class SequenceStride:
     sums over all training tokens and ``W`` the sum of their weights. The factors of the curvature are an approximation,
     as is cutting them where ``r c > 2^18``; everything else is exact. The network runs forward only.
 
-    Memory: ``8 (r^2 + c^2)`` bytes for the moments, ``4 q r c`` for the queries and ``4 K r c`` for operators (each at
-    most 512 MiB: more queries take more passes), and one batch (256 MiB of logits at most, or one sequence). Nothing
-    grows with the number of training sequences but the scores.
+    Memory: ``24 (r^2 + c^2)`` bytes for the moments, ``4 q r c`` for the queries (at most 512 MiB: more take more
+    passes) and ``8 K r c`` for operators (cut to 1 GiB), and one batch (256 MiB of logits at most, or one sequence).
+    Nothing grows with the number of training sequences but the scores.
 
     Args:
         task: The losses.
@@ -127,11 +148,29 @@ class SequenceStride:
             device=device,
             show_progress=self.show_progress,
         )
-        probe = next(iter(self._reader.batches(train, "", share=slice(0, 1))))
+        probed = range(min(len(train), self._reader.rows_per_batch))
+        started = time.perf_counter()
+        probe = next(iter(self._reader.batches(train, "", share=slice(0, len(probed)))))
+        self._seconds_per_sequence = (time.perf_counter() - started) / len(probed)
         self._widths, self._num_features = (*self._reader.widths, 1), probe.features.shape[-1]
         self._dtype = probe.features.dtype
         self.fingerprint = self.fingerprint_of(train)
         self._open_cache(identity)
+
+    def estimate(self, num_subsets: int = 0) -> SequenceCost:
+        """What a fit will take, from the pass over a first batch.
+
+        Args:
+            num_subsets: Operators to fit.
+        """
+        features, width = self._num_features, self.space.width
+        values = min(features * width, MAX_VALUES)
+        share = self._share.stop - self._share.start
+        return SequenceCost(
+            seconds=self._seconds_per_sequence * share * (2 if num_subsets else 1),
+            memory_bytes=24 * (features**2 + width**2) + 8 * num_subsets * values + BATCH_BYTES,
+            disk_bytes=0 if self._cache is None else self._cache.num_bytes,
+        )
 
     def fit(self) -> None:
         """Run over the training sequences once and keep their moments and losses."""

@@ -83,6 +83,11 @@ class TokenReader:
         #: Features of each layer, known once a batch was read.
         self.widths: tuple[int, ...] = ()
 
+    @property
+    def rows_per_batch(self) -> int:
+        """Sequences in one forward pass."""
+        return min(self.batch_size, self.space.sequences_per_batch(BATCH_BYTES))
+
     def batches(
         self,
         examples: Examples,
@@ -104,14 +109,13 @@ class TokenReader:
         """
         start, stop, _ = (share or slice(None)).indices(len(examples))
         part = examples.subset(range(start, stop))
-        size = min(self.batch_size, self.space.sequences_per_batch(BATCH_BYTES))
         with (
             counting(stop - start, description, show=self.show_progress and bool(description)) as bar,
             capture_tokens(self.model, self.layers) as captured,
             torch.no_grad(),
         ):
             place = start
-            for batch, _, length in part.batches(size, self.device):
+            for batch, _, length in part.batches(self.rows_per_batch, self.device):
                 captured.clear()
                 with examples.naming(place):
                     read = self._read(batch, slice(place, place + length), captured, with_logits=with_logits)

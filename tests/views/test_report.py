@@ -22,7 +22,7 @@ from tests.helpers.reports import HOSTILE, POSITIONS, SCORES, TARGETS, Page, ima
 def test_page_holds_each_query_with_its_proponents_and_opponents(tmp_path):
     std = torch.full_like(SCORES, 0.1)
     info = {"train_info": {"source": list("abcde")}, "query_info": {"id": ["x", "y", "z"]}}
-    metadata = {"method": "stride", "seconds": {"total": 12.34}}
+    metadata = {"method": "stride", "unit": "nats of query loss", "seconds": {"total": 12.34}}
     path = make_attribution(std=std, metadata=metadata, **info).report(tmp_path / "report.html", k=2)
     page = Page(path)
     first, second, third = page.data["queries"]

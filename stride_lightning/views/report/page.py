@@ -29,12 +29,6 @@ _SIGNED = (
 _UNSIGNED = (
     ("Most informative", "They tell most about the query.", "No training example tells anything of this query."),
 )
-#: Units of methods whose metadata name none.
-_UNITS = {
-    "stride": "nats of query loss, to first order",
-    "grad-dot": "nats of query loss per unit of learning rate",
-    "grad-cos": "cosines, from -1 to 1",
-}
 
 
 def write_report(
@@ -155,7 +149,7 @@ def header_facts(attribution: Attribution, num_shown: int, k: int) -> list[tuple
     seconds = seconds.get("total") if isinstance(seconds, dict) else seconds
     if isinstance(seconds, int | float):
         facts.append(("Computed in", f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"))
-    return [*facts, ("Unit of scores", str(metadata.get("unit") or _UNITS.get(method, "that of the method")))]
+    return [*facts, ("Unit of scores", str(metadata.get("unit") or "that of the method"))]
 
 
 def meaning(attribution: Attribution) -> str:
