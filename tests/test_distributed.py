@@ -14,7 +14,7 @@ from stride_lightning.distributed import all_equal, barrier, broadcast_object, g
 from stride_lightning.records import find_records, read_record
 from stride_lightning.weights import rank_zero_state, weight_hash
 from tests.helpers.models import Classifier, ConvNet, build, classification_data, loader, make_trainer, picture_data
-from tests.helpers.texts import Texts, TinyLM, padded
+from tests.helpers.texts import LanguageModule, Texts, TinyLM, padded
 
 NUM_SUBSETS = 13  # uneven on two ranks
 DATA, QUERIES = classification_data(41), classification_data(5, seed=1)
@@ -270,3 +270,33 @@ def test_batchnorm_from_training_to_attribution(tmp_path):
     model.load_state_dict(first["state"])
     settings = {"train_data": pictures, "num_subsets": 6, "show_progress": False}
     close(first["found"], attribute(model, Subset(pictures, range(3)), **settings).scores, rtol=TOLERANCE)
+
+
+def fit_texts(number, port, folder):
+    """A language model under DDP, watched by the callback."""
+    start(number, port)
+    torch.manual_seed(0)
+    callback = StrideCallback(folder / "records", num_subsets=NUM_SUBSETS, fit_operators=True)
+    model = LanguageModule()
+    trainer = make_trainer(folder, callback, strategy="ddp", devices=2, max_epochs=1)
+    trainer.fit(model, DataLoader(Texts(11), 4, collate_fn=padded, shuffle=True))
+    found = attribute(model, text_loader(3, seed=1), train_data=text_loader(11), recovery="prior", show_progress=False)
+    results = {"state": model.state_dict(), "scores": found.scores, "std": found.std, "note": found.metadata["record"]}
+    torch.save(results, folder / f"rank{number}.pt")
+
+
+def text_loader(count, seed=0):
+    return DataLoader(Texts(count, seed=seed), 4, collate_fn=padded)
+
+
+@pytest.mark.distributed
+def test_a_language_model_from_training_to_attribution(tmp_path):
+    first, second = run_two(fit_texts, tmp_path)
+    assert first["note"] == second["note"] == str(tmp_path / "records" / "step=2")
+    model = LanguageModule()
+    model.load_state_dict(first["state"])
+    options = {"recovery": "prior", "num_subsets": NUM_SUBSETS, "show_progress": False}
+    expected = attribute(model, text_loader(3, seed=1), train_data=text_loader(11), **options)
+    for result in (first, second):
+        close(result["scores"], expected.scores, TOLERANCE)
+        close(result["std"], expected.std, 1e-3)

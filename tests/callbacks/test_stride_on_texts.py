@@ -1,6 +1,5 @@
 """StrideCallback in a real fit of a language model, and what attribution makes of its record."""
 
-import lightning.pytorch as L
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -8,27 +7,9 @@ from torch.utils.data import DataLoader
 from stride_lightning import CausalLanguageModeling, StrideCallback, TracInCallback, attribute
 from stride_lightning.records import read_record
 from tests.helpers.models import make_trainer
-from tests.helpers.texts import Texts, TinyLM, padded
+from tests.helpers.texts import LanguageModule, Texts, padded
 
 TRAIN, QUERIES = Texts(21), Texts(4, seed=1)
-
-
-class LanguageModule(L.LightningModule):
-    """An ordinary module; nothing in it knows about attribution."""
-
-    def __init__(self):
-        super().__init__()
-        self.network = TinyLM()
-
-    def forward(self, input_ids, attention_mask=None):
-        return self.network(input_ids, attention_mask)
-
-    def training_step(self, batch, batch_idx):
-        logits = self(batch["input_ids"])[:, :-1]
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
-
-    def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), 1e-2)
 
 
 def loader(data, shuffle=False):
@@ -37,10 +18,12 @@ def loader(data, shuffle=False):
 
 @pytest.fixture
 def fitted(tmp_path):
-    def fit(**options):
+    def fit(precision="32-true", **options):
         torch.manual_seed(0)
         callback, model = StrideCallback(tmp_path / "records", num_subsets=8, **options), LanguageModule()
-        trainer = make_trainer(tmp_path, callback, TracInCallback(tmp_path / "tracin"), max_epochs=2)
+        trainer = make_trainer(
+            tmp_path, callback, TracInCallback(tmp_path / "tracin"), max_epochs=2, precision=precision
+        )
         trainer.fit(model, loader(TRAIN, shuffle=True))
         return model, callback
 
@@ -80,6 +63,17 @@ def test_operators_are_recorded_and_used(fitted):
     computed = ask(model, recovery="prior", num_subsets=8)
     assert torch.allclose(found.scores, computed.scores, rtol=1e-3, atol=1e-6)
     assert torch.allclose(found.std, computed.std, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_mixed_precision_leaves_records_too(fitted, precision):
+    model, callback = fitted(precision=precision)
+    found = ask(model)
+    assert found.metadata["record"] == str(callback.records[-1])
+    model.trainer = None
+    assert torch.allclose(found.scores, ask(model).scores, rtol=1e-3, atol=1e-6)
+    exact = ask(model.float()).scores
+    assert torch.corrcoef(torch.stack([found.scores.flatten(), exact.flatten()]))[0, 1] > 0.99
 
 
 def test_other_data_are_refused_or_computed(fitted):

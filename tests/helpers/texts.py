@@ -1,5 +1,6 @@
 """Tiny language models and texts, and what STRIDE says of them by brute force."""
 
+import lightning.pytorch as L
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -24,6 +25,24 @@ class TinyLM(nn.Module):
             counts = torch.arange(1, hidden.shape[1] + 1, device=hidden.device)[:, None]
             hidden = hidden + torch.tanh(block(hidden.cumsum(1) / counts))
         return self.head(hidden)
+
+
+class LanguageModule(L.LightningModule):
+    """An ordinary module; nothing in it knows about attribution."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = TinyLM()
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.network(input_ids, attention_mask)
+
+    def training_step(self, batch, batch_idx):
+        logits = self(batch["input_ids"])[:, :-1]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-2)
 
 
 class Texts(Dataset):

@@ -187,3 +187,15 @@ def test_the_model_is_as_it_was(model):
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_what_it_takes_is_said_before_long_work(model, monkeypatch, capsys):
+    assert "MiB of memory" not in capsys.readouterr().err
+    ask(model, show_progress=True)
+    assert "MiB of memory" not in capsys.readouterr().err  # nobody waits
+    monkeypatch.setattr(sequences.SequenceCost, "is_long", True)
+    ask(model, show_progress=True)
+    assert "MiB of memory whatever the number of sequences" in capsys.readouterr().err
+    cost = sequences.SequenceCost(seconds=61.2, memory_bytes=3 * 2**20, disk_bytes=2**30)
+    assert str(cost).startswith("about 61 s to fit")
+    assert "1024 MiB of activations on disk" in str(cost)
