@@ -34,15 +34,15 @@ def fitted_sequences(
     if options._record is not None and not options.keeps_record(found.fingerprint, explicit):
         found = _prepared(options, task, model, device)
     record = options._record
-    design = None if options.recovery == "closed-form" else _design(options)
+    found.design = None if options.recovery == "closed-form" else _design(options)
     if record is None:
-        cost = found.estimate(0 if design is None else design.num_subsets)
+        cost = found.estimate()
         announce(f"STRIDE: {cost}", show=options.show_progress and cost.is_long)
         found.fit()
     else:
         found.restore(record.tensors("moments"))
-    if design is not None:
-        _fit_operators(options, found, model, design)
+    if found.design is not None:
+        _fit_operators(options, found, model, found.design)
     options.metadata |= {
         "unit": "nats of query loss",
         "options": {"layers": list(found.layers or []), "basis": options.basis, "recovery": options.recovery},

@@ -157,12 +157,9 @@ class SequenceStride:
         self.fingerprint = self.fingerprint_of(train)
         self._open_cache(identity)
 
-    def estimate(self, num_subsets: int = 0) -> SequenceCost:
-        """What a fit will take, from the pass over a first batch.
-
-        Args:
-            num_subsets: Operators to fit.
-        """
+    def estimate(self) -> SequenceCost:
+        """What a fit will take, from the pass over a first batch."""
+        num_subsets = 0 if self.design is None else self.design.num_subsets
         features, width = self._num_features, self.space.width
         values = min(features * width, MAX_VALUES)
         share = self._share.stop - self._share.start
@@ -217,8 +214,9 @@ class SequenceStride:
     def fit_operators(self, design: Design, *, steps: int = 1, stored: Tensor | None = None) -> None:
         """Fit the operators of a design, or take them from a record; see :func:`fit_token_operators`."""
         started = time.perf_counter()
-        self.design = design
-        self._curve()
+        if design is not self.design:
+            self.design = design
+            self._curve()
         if stored is None:
             self.operators = fit_token_operators(self._passes, design, self.curvature, self.space, steps=steps)
         else:

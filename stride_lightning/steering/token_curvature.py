@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stride_lightning.distributed import total
+from stride_lightning.randomness import seeded
 from stride_lightning.steering.tokens import TokenBatch
 
 #: Damping of the features' factor, relative to its mean eigenvalue.
@@ -169,7 +170,13 @@ def _sizes(num_features: int, width: int, max_values: int) -> tuple[int, int]:
 
 
 def _leading(moment: Tensor, count: int) -> Tensor | None:
-    return None if count == len(moment) else torch.linalg.eigh(moment)[1][:, -count:]
+    """An orthonormal basis of the leading principal directions, found by a few power iterations where they are few."""
+    if count == len(moment):
+        return None
+    if 2 * count > len(moment):
+        return torch.linalg.eigh(moment)[1][:, -count:]
+    with seeded(count):
+        return torch.svd_lowrank(moment.float(), q=count, niter=2)[0].to(moment)
 
 
 def _projected(moment: Tensor, basis: Tensor | None) -> Tensor:
