@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.helpers.texts import TinyLM
+
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -36,6 +38,12 @@ class Data(L.LightningDataModule):
         return DataLoader(self.examples, 16, shuffle=True)
 
 
+class Tokenizer:
+    @staticmethod
+    def decode(ids):
+        return " ".join(map(str, ids.tolist()))
+
+
 def test_every_block_runs(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     pytest.importorskip("matplotlib")
@@ -43,8 +51,10 @@ def test_every_block_runs(tmp_path, monkeypatch):
     torch.manual_seed(0)
     examples = TensorDataset(torch.randn(48, 4), torch.arange(48) % 3)
     names = {"model": Model(), "MyModel": Model, "datamodule": Data(examples), "queries": TensorDataset(*examples[:5])}
+    texts = [{"input_ids": torch.randint(7, (6,))} for _ in range(12)]
+    names |= {"language_model": TinyLM().eval(), "texts": texts, "text_queries": texts[:3], "tokenizer": Tokenizer}
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
     assert (tmp_path / "scores" / "MANIFEST").is_file()
@@ -61,6 +71,7 @@ def test_every_block_runs(tmp_path, monkeypatch):
     assert names["different"].proponents.shape == (5, 5)
     assert len(names["subset"].unique()) == 10
     assert (names["found"].positions % 3 != 0).all()
+    assert names["sure"].std.shape == names["summed"].scores.shape == (3, 12)
     assert "noise ceiling" in str(names["evaluation"])
 
 
