@@ -246,7 +246,8 @@ class Attributor(ABC):
         with torch.inference_mode(False), borrowed(model, self._state(), self._device) as where, torch.no_grad():
             self._weights = weight_hash(model)
             head = None if task is not None else first_batch(self._train, min(self.batch_size, 64), where)
-            self._task = infer_task_of(head, model) if task is None else task
+            with self._train.naming(0):
+                self._task = infer_task_of(head, model) if task is None else task
             self.metadata = {
                 "method": self.method,
                 "unit": self.unit,

@@ -85,12 +85,17 @@ class Examples:
         return place if self.positions is None else int(self.positions[place])
 
     @contextmanager
-    def naming(self, start: int) -> Iterator[None]:
-        """Say the position in the dataset of a row that cannot be read, of a batch that begins at a place."""
+    def naming(self, start: int | Tensor) -> Iterator[None]:
+        """Say the position in the dataset of a row that cannot be read.
+
+        Args:
+            start: The place at which its batch begins, or the places of all its rows.
+        """
         try:
             yield
         except RowError as error:
-            raise ValueError(f"Example {self.name(start + error.row)} {error.problem}.") from error
+            place = start + error.row if isinstance(start, int) else int(start[error.row])
+            raise ValueError(f"Example {self.name(place)} {error.problem}.") from error
 
     @property
     def is_random(self) -> bool:

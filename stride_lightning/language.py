@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from stride_lightning.data import RowError
@@ -27,6 +28,8 @@ _PACKING = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_le
 class _TokenTask(Classification):
     """What both tasks read: dictionaries with ``input_ids``, or a tensor of token ids."""
 
+    has_padding: ClassVar[bool] = True
+
     @override
     def inputs(self, batch: Any) -> dict[str, Any]:
         ids = _token_ids(batch)
@@ -42,7 +45,18 @@ class _TokenTask(Classification):
 
     @override
     def outputs(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        return logits_of(model, inputs)
+        try:
+            return logits_of(model, inputs)
+        except IndexError as error:  # from a table of embeddings, in a model that does not say how long it is
+            row = next((row for row in range(len(inputs["input_ids"])) if _is_too_much(model, inputs, row)), None)
+            if row is None:
+                raise
+            ids = inputs["input_ids"][row]
+            raise RowError(
+                row,
+                f"has {len(ids)} tokens with ids up to {int(ids.max())}, and the model has no embedding for one of "
+                f"them or its position ({error})",
+            ) from error
 
     @override
     def check_batch(self, model: nn.Module, batch: Any) -> None:
@@ -105,20 +119,37 @@ class CausalLanguageModeling(_TokenTask):
         self.reduction: Reduction = reduction
 
     @override
+    def outputs(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        logits, ids = super().outputs(model, inputs), inputs["input_ids"]
+        if logits.ndim == 3 and logits.shape[:2] != ids.shape:
+            raise TypeError(
+                f"{type(model).__name__} gave logits of shape {tuple(logits.shape)} for token ids of shape "
+                f"{tuple(ids.shape)}, and every token needs its own: models that are not given labels may predict the "
+                f"next token only. {HOW_TO_PASS_TASK}"
+            )
+        return logits
+
+    @override
     def targets(self, batch: Any) -> Tensor:
         """The label that each output predicts and its weight, float32 of shape ``(B, T, 2)``; exact for 2^24 labels."""
         ids, labels, weights, is_shifted = _token_ids(batch), None, None, False
         if isinstance(batch, Mapping):
             labels, weights = batch.get("labels"), batch.get("loss_weights")
-        elif isinstance(batch, tuple | list) and len(batch) > 1:
-            labels = batch[1]
-            is_shifted = not torch.equal(torch.where(labels == IGNORED, ids, labels), ids)
-        labels = ids if labels is None else labels
+        elif isinstance(batch, tuple | list):
+            if len(batch) > 2:
+                raise TypeError(
+                    f"Expected a batch (ids, next_ids), got {describe(batch)}: name its items in a dictionary."
+                )
+            labels = batch[1] if len(batch) > 1 else None
         for name, value in (("labels", labels), ("loss_weights", weights)):
-            if value is not None and value.shape != ids.shape:
+            if value is not None and (not isinstance(value, Tensor) or value.shape != ids.shape):
                 raise ValueError(
                     f"Expected {name} of the shape of input_ids, {tuple(ids.shape)}; got {describe(value)}."
                 )
+        if labels is None:
+            labels = ids
+        elif not isinstance(batch, Mapping):
+            is_shifted = not torch.equal(torch.where(labels == IGNORED, ids, labels), ids)
         weights = torch.ones(labels.shape, device=ids.device) if weights is None else weights.float()
         weights = weights.masked_fill(labels == IGNORED, 0)
         mask = torch.ones_like(ids) if not isinstance(batch, Mapping) else batch.get("attention_mask")
@@ -164,7 +195,8 @@ class CausalLanguageModeling(_TokenTask):
 
     @override
     def loss(self, outputs: Tensor, encoded: Tensor, dim: int = -1) -> Tensor:
-        return (self.token_losses(outputs, encoded) * self.output_weights(encoded)[..., 0]).sum(-1)
+        precise = encoded.to(torch.promote_types(encoded.dtype, outputs.dtype))
+        return (self.token_losses(outputs, encoded) * self.output_weights(precise)[..., 0]).sum(-1)
 
     def token_losses(self, outputs: Tensor, encoded: Tensor) -> Tensor:
         """Negative log-likelihood of every label in nats, shape ``(B, T)``."""
@@ -207,8 +239,10 @@ class SequenceClassification(_TokenTask):
 
 def is_packed(batch: Mapping[str, Any]) -> bool:
     """Whether a batch is one row of several sequences, whose positions start again at 0."""
-    positions = batch.get("position_ids")
-    return positions is not None and len(positions) == 1 and int((positions == 0).sum()) > 1
+    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
+    if positions is None or len(positions) != 1 or (mask is not None and not mask.all()):
+        return False  # where there is padding, positions of 0 may be its
+    return int((positions == 0).sum()) > 1
 
 
 def unpack(packed: Any, positions: Tensor, fill: float) -> Any:
@@ -285,6 +319,20 @@ def max_length(model: nn.Module) -> int | None:
     configs = [module.config for module in model.modules() if hasattr(module, "config")]
     limits = [getattr(config, "max_position_embeddings", None) for config in configs]
     return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
+
+
+def _is_too_much(model: nn.Module, inputs: Mapping[str, Any], row: int) -> bool:
+    """Whether a model looks for what is not there for one row of a batch."""
+    size = len(inputs["input_ids"])
+    try:
+        logits_of(model, pytree.tree_map(lambda value: _row(value, row, size), dict(inputs)))
+    except IndexError:
+        return True
+    return False
+
+
+def _row(value: Any, row: int, size: int) -> Any:
+    return value[row : row + 1] if isinstance(value, Tensor) and value.ndim > 0 and len(value) == size else value
 
 
 def _token_ids(batch: Any) -> Tensor:

@@ -65,16 +65,16 @@ class PlannedAttributor(Attributor):
         """Find out how gradients are read, and read the training data once."""
         num_parameters = sum(value.numel() for value in model.parameters() if value.requires_grad)
         places = probe_places(len(self._train), max(1, num_parameters))
-        head = first_batch(self._train.subset(places), len(places), device)
-        self._task.check_batch(model, head)
+        probes = self._train.subset(places)
+        head = first_batch(probes, len(places), device)
+        names = places if self._train.positions is None else self._train.positions[places].tolist()
+        with probes.naming(0):
+            self._num_outputs = count_outputs(model, self._task, head)
         together = cloned(self._inputs(model, head))  # models may change their inputs
         if isinstance(together, Mapping):  # texts, padded alike
             single = [{name: value[row : row + 1] for name, value in together.items()} for row in range(len(places))]
         else:
-            probes = [self._train.subset([place]) for place in places]
-            single = [self._inputs(model, first_batch(probe, 1, device)) for probe in probes]
-        self._num_outputs = count_outputs(model, self._task, head)
-        names = places if self._train.positions is None else self._train.positions[places].tolist()
+            single = [self._inputs(model, first_batch(self._train.subset([place]), 1, device)) for place in places]
         self._capture = plan_capture(model, self._task, single, together, self._layers(model, together), names)
         announce(self._capture.warning, show=self.show_progress and bool(self._capture.warning))
         self._reader = self._read(model, self._train, device, "label")

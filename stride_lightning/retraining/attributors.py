@@ -18,7 +18,7 @@ from stride_lightning.retraining.effects import FurtherTraining
 from stride_lightning.retraining.further_training import find_left_out, make_leaving_out, measure_effects
 from stride_lightning.retraining.ground_truth import GroundTruth
 from stride_lightning.retraining.optimizers import MakeOptimizer
-from stride_lightning.retraining.recipe import encoded_batch, survey
+from stride_lightning.retraining.recipe import encoded_batches, survey
 from stride_lightning.retraining.retrain import retrain
 from stride_lightning.steering.attributor import RecoveryName, StrideAttributor
 from stride_lightning.steering.lasso import cross_validate_penalty, solve_lasso
@@ -169,10 +169,7 @@ class FurtherTrainingAttributor(Attributor):
             self._prepare(model, device)
         assert self._leaving_out is not None
         num_outputs = self._leaving_out.num_outputs
-        batches = [
-            encoded_batch(model, self._task, batch, num_outputs, target)
-            for batch, _, _ in queries.batches(self.batch_size, device)
-        ]
+        batches = encoded_batches(queries, model, self._task, num_outputs, self.batch_size, device, target)
         every = torch.arange(len(self._train.dataset)) if self._train.positions is None else self._train.positions
         return measure_effects(
             self._leaving_out,

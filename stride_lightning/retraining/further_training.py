@@ -22,7 +22,7 @@ from stride_lightning.retraining.effects import FurtherTraining
 from stride_lightning.retraining.leaving_out import LeavingOut
 from stride_lightning.retraining.optimizers import MakeOptimizer
 from stride_lightning.retraining.parts import Parts, Tensors, check_same_work
-from stride_lightning.retraining.recipe import count_outputs, encoded_batch, fingerprint_of
+from stride_lightning.retraining.recipe import count_outputs, encoded_batches, survey
 from stride_lightning.retraining.step_losses import gradient_hooks
 from stride_lightning.task_inference import check_task
 from stride_lightning.tasks import Task
@@ -114,13 +114,12 @@ def further_train(
     where = None if device is None else torch.device(device)
     with borrowed(model, state, where) as home, torch.no_grad():
         head = first_batch(train, 64, home)
-        task = infer_task_of(head, model) if task is None else task
+        with train.naming(0):
+            task = infer_task_of(head, model) if task is None else task
         leaving_out = make_leaving_out(
             model, task, train, head, batch_size=batch_size, optimizer=optimizer, memory_budget=memory_budget
         )
-        batches = [
-            encoded_batch(model, task, batch, leaving_out.num_outputs) for batch, _, _ in asked.batches(256, home)
-        ]
+        batches = encoded_batches(asked, model, task, leaving_out.num_outputs, 256, home)
         weights = weight_hash(model)
     return measure_effects(
         leaving_out,
@@ -129,7 +128,7 @@ def further_train(
         epochs=epochs,
         seeds=range(seed, seed + num_seeds),
         path=None if path is None else Path(path),
-        metadata={"weights": weights, "query_data": fingerprint_of(asked, task)},
+        metadata={"weights": weights, "query_data": survey(asked, task)[0]},
         show_progress=show_progress,
     )
 
@@ -204,7 +203,7 @@ def measure_effects(
         raise ValueError("`num_seeds` must be at least 1.")
     identity = {**metadata, **leaving_out.identity(), "epochs": amounts, "seeds": seeds}
     if "data" not in identity:
-        identity["data"] = fingerprint_of(train, leaving_out.task)
+        identity["data"] = survey(train, leaving_out.task, leaving_out.model, leaving_out.num_outputs)[0]
     if path is not None and path.exists():
         return _existing(path, identity, positions)
     leaving_out.check_queries(queries)

@@ -98,11 +98,7 @@ class Recipe:
     def query_batches(self, model: nn.Module, device: torch.device) -> list[tuple[Any, Tensor]]:
         """Inputs and encoded targets of the queries on a device, read once."""
         if not self._query_batches:
-            start = 0
-            for batch, _, length in self.queries.batches(256, device):
-                with self.queries.naming(start):
-                    self._query_batches.append(self.prepared(model, batch))
-                start += length
+            self._query_batches = encoded_batches(self.queries, model, self.task, self.num_outputs, 256, device)
         return self._query_batches
 
     def prepared(self, model: nn.Module, batch: Any) -> tuple[Any, Tensor]:
@@ -139,7 +135,7 @@ class Recipe:
     def identity(self, seeds: Sequence[int]) -> dict[str, Any]:
         """Plain values that tell this recipe from others, to compare a stored run with."""
         models = [self.initial_model(seed) for seed in seeds]
-        data, self.train_targets = survey(self.train, self.task)
+        data, self.train_targets = survey(self.train, self.task, models[0], self.num_outputs)
         return {
             "model": type(models[0]).__name__,
             "model_code": code_hash(models[0]),
@@ -154,7 +150,7 @@ class Recipe:
             "task": repr(self.task),
             "seeds": list(seeds),
             "data": data,
-            "query_data": fingerprint_of(self.queries, self.task),
+            "query_data": survey(self.queries, self.task, models[0], self.num_outputs)[0],
             "train_indices": None if self.train.positions is None else self.train.positions.tolist(),
         }
 
@@ -212,9 +208,10 @@ def make_recipe(
     model.to(where)
     head = first_batch(train, 64, where)
     if task is None:
-        with borrowed(model, None, None), torch.no_grad():
+        with borrowed(model, None, None), torch.no_grad(), train.naming(0):
             task = infer_task_of(head, model)
-    num_outputs = count_outputs(model, task, head)
+    with train.naming(0):
+        num_outputs = count_outputs(model, task, head)
     if measure == "margin":
         task.margin(torch.zeros(1, num_outputs), torch.eye(1, num_outputs))  # refuses a task without margins now
     return Recipe(
@@ -263,12 +260,33 @@ def encoded_batch(
     if targets is None:
         raise ValueError("The batch has no targets, so losses cannot be measured. Give every example a target.")
     encoded = task.encode(targets, num_outputs)
-    # Labels of tokens are numbers that half precision would round.
-    return inputs, encoded if task.has_tokens else in_precision_of(model, encoded)
+    if task.has_tokens:  # labels are numbers that half precision would round
+        precise = in_precision_of(model, encoded)
+        return inputs, precise if precise.dtype == torch.float64 else encoded
+    return inputs, in_precision_of(model, encoded)
+
+
+def encoded_batches(
+    examples: Examples,
+    model: nn.Module,
+    task: Task,
+    num_outputs: int,
+    batch_size: int,
+    device: torch.device,
+    target: str = "label",
+) -> list[tuple[Any, Tensor]]:
+    """All batches of a data set as :func:`encoded_batch` gives them; an example that cannot be read is named."""
+    encoded, start = [], 0
+    for batch, _, length in examples.batches(batch_size, device):
+        with examples.naming(start):
+            encoded.append(encoded_batch(model, task, batch, num_outputs, target))
+        start += length
+    return encoded
 
 
 def count_outputs(model: nn.Module, task: Task, batch: Any) -> int:
-    """Number of outputs for one example; outputs of a wrong form are refused."""
+    """Number of outputs for one example; batches that the model cannot take and outputs of a wrong form are refused."""
+    task.check_batch(model, batch)
     with borrowed(model, None, None), torch.no_grad():
         outputs = task.outputs(model, in_precision_of(model, task.inputs(batch)))
     check_outputs(outputs, len(outputs), task)
@@ -290,13 +308,29 @@ def code_hash(model: nn.Module) -> str:
     return hashlib.sha256(f"{code}{model!r}{sorted(settings.items())}".encode()).hexdigest()
 
 
-def survey(examples: Examples, task: Task) -> tuple[dict[str, Any], Tensor | None]:
-    """What identifies a data set, and its targets if every example has one number, from one pass that reads it."""
-    fingerprint, targets = Fingerprint(content=not examples.is_random), []
-    for batch, digests, _ in examples.batches(1024, torch.device("cpu")):
-        target = task.targets(batch)
+def survey(
+    examples: Examples, task: Task, model: nn.Module | None = None, num_outputs: int = 0
+) -> tuple[dict[str, Any], Tensor | None]:
+    """What identifies a data set, and its targets if every example has one number, from one pass that reads it.
+
+    Args:
+        examples: The data.
+        task: What a batch means.
+        model: Texts that it cannot take are refused.
+        num_outputs: Its outputs.
+
+    Raises:
+        ValueError: Naming the text.
+    """
+    fingerprint, targets, start = Fingerprint(content=not examples.is_random), [], 0
+    for batch, digests, length in examples.batches(1024, torch.device("cpu")):
+        with examples.naming(start):
+            target = task.targets(batch)
+            if model is not None and task.has_padding and target is not None:
+                encoded_batch(model, task, batch, num_outputs)
         fingerprint.update(digests, target)
         targets.append(target)
+        start += length
     flat = [t.reshape(len(t), -1)[:, 0] for t in targets if t is not None and t.numel() == len(t)]
     return fingerprint.summary(), torch.cat(flat) if len(flat) == len(targets) else None
 

@@ -110,7 +110,8 @@ class Together:
             batches = recipe.train.drawn(order, mix(seed, epoch), self._device)
             for number, (places, batch) in enumerate(zip(order, batches, strict=True)):
                 members = masks[:, places.to(self._device)]
-                prepared = recipe.prepared(model, batch)
+                with recipe.train.naming(places):
+                    prepared = recipe.prepared(model, batch)
                 if self.is_random:  # dropout, whatever was drawn before
                     seed_torch(mix(seed, epoch, steps))
                 ensemble.step(prepared, members.to(weights_dtype), skip=~members.any(1))
