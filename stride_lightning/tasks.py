@@ -42,6 +42,8 @@ class Task(ABC):
     name: str
     #: Whether an example is a sequence, with outputs of shape ``(B, T, C)`` and a target for each of its tokens.
     has_tokens: ClassVar[bool] = False
+    #: Whether examples of different lengths are padded to be a batch.
+    has_padding: ClassVar[bool] = False
 
     # ---- reading a batch ------------------------------------------------------------------------------------
 

@@ -70,9 +70,12 @@ class Reader:
                 held.append(inputs)
         #: Encoded targets of all examples, shape ``(n, C)``.
         self.encoded = _joined(encoded)
+        self._num_outputs, self._lengths = num_outputs, [part.shape[1] for part in encoded]
         #: What identifies the data.
         self.fingerprint = fingerprint.summary()
         self._held: list[Any] | None = held if size <= HELD_BYTES else None
+        #: Most tokens that count in the loss of an example; 1 unless outputs are of tokens.
+        self.most_tokens = int(_counted(task, self.encoded).sum(1).max()) if task.has_tokens else 1
         bad = (~torch.isfinite(self.encoded)).flatten(1).any(1).nonzero()
         if len(bad):
             raise ValueError(f"The target of example {examples.name(int(bad[0]))} is not finite.")
@@ -86,15 +89,15 @@ class Reader:
             return torch.arange(places.start, places.stop)
         return self.examples.positions[places]
 
-    def batches(self, share: slice | None = None, description: str = "") -> Iterator[tuple[slice, Any]]:
-        """Inputs of some examples in order, with their places; a progress bar if there is a description."""
+    def batches(self, share: slice | None = None, description: str = "") -> Iterator[tuple[slice, Any, Tensor]]:
+        """Places, inputs and encoded targets of some examples in order; a progress bar if there is a description."""
         start, stop, _ = (share or slice(None)).indices(len(self))
         with counting(stop - start, description, show=self.show_progress and bool(description)) as bar:
-            for places, inputs in self._held_batches(start, stop) if self._held else self._read(start, stop):
-                yield places, inputs
+            for places, inputs, encoded in self._held_batches(start, stop) if self._held else self._read(start, stop):
+                yield places, inputs, encoded
                 bar.update(places.stop - places.start)
 
-    def _held_batches(self, start: int, stop: int) -> Iterator[tuple[slice, Any]]:
+    def _held_batches(self, start: int, stop: int) -> Iterator[tuple[slice, Any, Tensor]]:
         assert self._held is not None
         for first in range(start - start % self.batch_size, stop, self.batch_size):
             inputs, last = self._held[first // self.batch_size], min(first + self.batch_size, len(self))
@@ -104,12 +107,16 @@ class Reader:
             if (low, high) != (first, last):
                 part = slice(low - first, high - first)
                 inputs = pytree.tree_map(lambda leaf, part=part: leaf[part], inputs)
-            yield slice(low, high), cloned(inputs)
+            yield slice(low, high), cloned(inputs), self.encoded[low:high, : self._lengths[first // self.batch_size]]
 
-    def _read(self, start: int, stop: int) -> Iterator[tuple[slice, Any]]:
+    def _read(self, start: int, stop: int) -> Iterator[tuple[slice, Any, Tensor]]:
         place, examples = start, self.examples.subset(range(start, stop))
         for batch, _, length in examples.batches(self.batch_size, self.device):
-            yield slice(place, place + length), in_precision_of(self._model, self._task.inputs(batch))
+            places = slice(place, place + length)
+            if self._task.has_tokens:  # among others they may be padded otherwise than when they were read first
+                yield places, *encoded_batch(self._model, self._task, batch, self._num_outputs)
+            else:
+                yield places, in_precision_of(self._model, self._task.inputs(batch)), self.encoded[places]
             place += length
 
 
@@ -122,12 +129,14 @@ class Batch:
         positions: Their positions in the dataset.
         outputs: Shape ``(B, C)``.
         encoded: Encoded targets, shape ``(B, C)``.
+        most_tokens: Most tokens that count in the loss of an example of the whole data set.
     """
 
     places: slice
     positions: Tensor
     outputs: Tensor
     encoded: Tensor
+    most_tokens: int
     _task: Task
     _backward: Backward
 
@@ -174,20 +183,35 @@ class Batch:
         """Gradients whose outer products sum to the Gauss-Newton matrix of each example's loss.
 
         One for every output up to ``MAX_EXACT_OUTPUTS``; beyond, ``NUM_DIRECTIONS`` along random signs, which are made
-        of the seed and the position of an example and give that matrix on average.
+        of the seed and the position of an example and give that matrix on average. Tokens go by their place among those
+        of their example that count, so that padding and the rest of a batch change nothing.
         """
-        mean, num_outputs = self._task.mean(self.outputs), self.outputs[0].numel()
-        exact = num_outputs <= MAX_EXACT_OUTPUTS
-        count = num_outputs if exact else NUM_DIRECTIONS
+        mean, width = self._task.mean(self.outputs), self.outputs.shape[-1]
+        exact = width * self.most_tokens <= MAX_EXACT_OUTPUTS
+        number = self._token_numbers()
+        count = NUM_DIRECTIONS if not exact else width if number is None else width * (int(number.max()) + 1)
         for column in range(count):
             if exact:
                 direction = torch.zeros_like(mean)
-                direction.flatten(1)[:, column] = 1
+                direction[..., column % width] = 1 if number is None else (number == column // width).to(mean)
+            elif number is None:
+                direction = random_signs(self.positions, column, width, seed, mean) / NUM_DIRECTIONS**0.5
             else:
-                signs = random_signs(self.positions, column, num_outputs, seed, mean)
-                direction = signs.reshape(mean.shape) / NUM_DIRECTIONS**0.5
+                direction = torch.stack(
+                    [
+                        random_signs(_scrambled(position) + own, column, width, seed, mean) / NUM_DIRECTIONS**0.5
+                        for position, own in zip(self.positions, number, strict=True)
+                    ]
+                )
             root = self._task.curvature_root(mean, direction) * torch.as_tensor(self._weights).sqrt()
             yield self._backward.gradients(root, last=last and column == count - 1)
+
+    def _token_numbers(self) -> Tensor | None:
+        """Place of each token among those that count, -1 for others, shape ``(B, T)``; None if there are no tokens."""
+        if not self._task.has_tokens:
+            return None
+        counted = _counted(self._task, self.encoded)
+        return (counted.cumsum(1) - 1).masked_fill(~counted, -1).cpu()
 
     @property
     def _weights(self) -> Tensor | float:
@@ -212,10 +236,9 @@ def run_batches(
         ValueError: If an output or a loss is not finite, naming the example.
     """
     with capture.watch() as backward:
-        for places, inputs in reader.batches(share, description):
-            outputs, encoded = backward.run(inputs, places.stop - places.start), reader.encoded[places]
-            if task.has_tokens:
-                encoded = encoded[:, : outputs.shape[1]]  # padded as the longest, not as this batch
+        for places, inputs, encoded in reader.batches(share, description):
+            with reader.examples.naming(places.start):
+                outputs = backward.run(inputs, places.stop - places.start)
             bad = ~(torch.isfinite(outputs).flatten(1).all(1) & torch.isfinite(task.loss(outputs, encoded)))
             if bad.any():
                 raise ValueError(
@@ -223,7 +246,7 @@ def run_batches(
                     "Attribution needs a model whose outputs and losses are finite numbers: check the weights (did "
                     "training diverge?) and the input."
                 )
-            yield Batch(places, reader.positions(places), outputs, encoded, task, backward)
+            yield Batch(places, reader.positions(places), outputs, encoded, reader.most_tokens, task, backward)
 
 
 def _joined(encoded: list[Tensor]) -> Tensor:
@@ -232,6 +255,11 @@ def _joined(encoded: list[Tensor]) -> Tensor:
         return torch.cat(encoded)
     longest = max(part.shape[1] for part in encoded)
     return torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in encoded])
+
+
+def _counted(task: Task, encoded: Tensor) -> Tensor:
+    """Which tokens count in the loss of their example, bool of shape ``(B, T)``."""
+    return torch.as_tensor(task.output_weights(encoded))[..., 0] > 0
 
 
 def cloned(inputs: Any) -> Any:

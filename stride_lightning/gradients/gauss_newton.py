@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -53,18 +52,15 @@ class GaussNewton(Curvature):
         count = len(self._train) if places is None else places.stop - places.start
         tangents = self._by_parameter(vectors)
         summed = {name: torch.zeros_like(tangent) for name, tangent in tangents.items()}
-        for inputs in self._inputs(share):
-            for name, value in self._batch_product(inputs, tangents).items():
+        for _, inputs, encoded in self._train.reader.batches(share):
+            for name, value in self._batch_product(inputs, encoded, tangents).items():
                 summed[name] += value
         result = self._flat(summed) / count
         return total(result) if places is None else result
 
-    def _inputs(self, share: slice) -> Iterator[Any]:
-        for _, inputs in self._train.reader.batches(share):
-            yield inputs
-
-    def _batch_product(self, inputs: Any, tangents: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _batch_product(self, inputs: Any, encoded: Tensor, tangents: dict[str, Tensor]) -> dict[str, Tensor]:
         module, task = self._train.capture.outputs, self._train.task
+        weights = task.output_weights(encoded)
         parameters = {name: value.detach() for name, value in self._train.capture.parameters.items()}
 
         def outputs_of(given: dict[str, Tensor]) -> Tensor:
@@ -77,9 +73,10 @@ class GaussNewton(Curvature):
             def one(tangent: dict[str, Tensor]) -> dict[str, Tensor]:
                 # The transpose of the transpose: forward mode knows fewer operations, and counts padding rows.
                 (moved,) = vjp(lambda back: pull(back)[0], torch.zeros_like(outputs))[1](tangent)
-                return pull(task.curvature(mean, moved))[0]
+                return pull(weights * task.curvature(mean, moved))[0]
 
-            return vmap(one, chunk_size=max(1, CHUNK_VALUES // (len(outputs) * self._width)))(tangents)
+            num_places = outputs[..., 0].numel()
+            return vmap(one, chunk_size=max(1, CHUNK_VALUES // (num_places * self._width)))(tangents)
 
     @property
     def _width(self) -> int:

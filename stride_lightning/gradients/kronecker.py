@@ -129,33 +129,50 @@ class EKFAC(Curvature):
         rights: dict[str, Tensor] = {}
         constant = {name: layout.constant_side for name, layout in train.capture.layouts.items()}
         shapes: dict[str, tuple[int, int]] = {}
+        padded = train.task.has_padding
         for batch in train.batches("EK-FAC factors"):
             for column, gradients in enumerate(batch.curvature(train.seed)):
                 for name, block in gradients.items():
                     shapes[name] = block.shape
-                    if column == 0 or constant[name] != "left":
-                        _add_covariance(lefts, name, _left_factors(block))
-                    if column == 0 or constant[name] != "right":
-                        _add_covariance(rights, name, _right_factors(block))
+                    if column == 0 or padded or constant[name] != "left":
+                        _add_covariance(lefts, name, _left_factors(block, padded=padded))
+                    if column == 0 or padded or constant[name] != "right":
+                        _add_covariance(rights, name, _right_factors(block, padded=padded))
         return {
             name: Basis(shape, _eigenvectors(lefts.get(name)), _eigenvectors(rights.get(name)))
             for name, shape in shapes.items()
         }
 
 
-def _left_factors(block: Block) -> list[Tensor]:
-    """What the basis of the rows is made of; nothing where they keep their own."""
+def _left_factors(block: Block, *, padded: bool) -> list[Tensor]:
+    """What the basis of the rows is made of; nothing where they keep their own.
+
+    Args:
+        block: Gradients.
+        padded: Leave out places with a gradient of zero, such as padding, which is not part of the data.
+    """
     if block.is_dense:
         return [block.dense()] if block.size <= MAX_VECTOR else []
     if block.shape[0] > MAX_SIDE or all(outer.is_lookup for outer in block.outers):
         return []
-    return [outer.left_dense().flatten(0, 1) for outer in block.outers]
+    return [
+        (outer.left_dense() * _is_not_zero(outer.right) if padded else outer.left_dense()).flatten(0, 1)
+        for outer in block.outers
+    ]
 
 
-def _right_factors(block: Block) -> list[Tensor]:
+def _right_factors(block: Block, *, padded: bool) -> list[Tensor]:
     if block.is_dense or block.shape[1] > MAX_SIDE:
         return []
-    return [outer.right.flatten(0, 1) for outer in block.outers]
+    return [
+        (outer.right * _is_not_zero(outer.left) if padded and not outer.is_lookup else outer.right).flatten(0, 1)
+        for outer in block.outers
+    ]
+
+
+def _is_not_zero(factor: Tensor) -> Tensor:
+    """Of the places of outer products, shape ``(B, places, 1)``."""
+    return (factor != 0).any(-1, keepdim=True)
 
 
 def _add_covariance(sums: dict[str, Tensor], name: str, factors: list[Tensor]) -> None:

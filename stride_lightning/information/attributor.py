@@ -107,6 +107,11 @@ class InformationAttributor(PlannedAttributor):
     def _fit(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
         if record is not None:
             raise ValueError(f"method={self.method!r} reads no record. Leave out `record`.")
+        if self._task.has_tokens:
+            raise ValueError(
+                f"method={self.method!r} is defined for models with one prediction per example, and a task of "
+                f"{self._task.name} has one for each token. Use method='ekfac', 'trak' or 'logra' for language models."
+            )
         self._plan(model, device)
         self._tangents = TangentFeatures(
             self._capture, self._task, self.likelihood, self.projection_dim, self.seed, signed=self.signed

@@ -184,7 +184,7 @@ def test_any_part_of_the_data(share, held):
     reader = reader_of(data, mlp())
     if not held:
         reader._held = None
-    places, inputs = zip(*reader.batches(share), strict=True)
+    places, inputs, _ = zip(*reader.batches(share), strict=True)
     rows = range(14)[share] if share else range(14)
     assert [i for p in places for i in range(p.start, p.stop)] == list(rows)
     assert torch.equal(torch.cat(inputs), data.tensors[0][share or slice(None)])
@@ -194,7 +194,7 @@ def test_large_data_is_read_again(monkeypatch):
     monkeypatch.setattr(features, "HELD_BYTES", 100)
     reader = reader_of(points_for(), mlp())
     assert reader._held is None
-    assert torch.equal(torch.cat([x for _, x in reader.batches()]), points_for().tensors[0])
+    assert torch.equal(torch.cat([x for _, x, _ in reader.batches()]), points_for().tensors[0])
 
 
 def test_predicted_targets():

@@ -1,0 +1,353 @@
+"""Gradient methods on language models, against gradients of the loss of one text after the other, without padding."""
+
+from functools import cache
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from stride_lightning import Attributor, CausalLanguageModeling, attribute, self_influence
+from stride_lightning.gradients import features
+from tests.helpers.gradient_models import EXACT, QUIET, close_scores
+from tests.helpers.language_models import (
+    IGNORED,
+    VOCABULARY,
+    Texts,
+    bert,
+    gauss_newton_by_hand,
+    gpt2,
+    gradients_by_hand,
+    left_padded,
+    llama,
+    loader,
+    packed,
+    padded,
+    plain_gpt,
+    texts,
+    trainable,
+    widely_padded,
+)
+
+#: Torch's own, of the first forward-mode derivatives.
+pytestmark = pytest.mark.filterwarnings(r"ignore:.torch\.jit\.script. is deprecated:DeprecationWarning")
+
+MODELS = {"GPT-2": gpt2, "Llama": llama, "plain": plain_gpt}
+#: Up to four tokens that count, so that their seven logits are summed over; more are too many.
+SHORT, QUERIES = texts(7), texts(3, seed=1)
+LONG = texts(7, shortest=5, longest=9)
+
+
+@cache
+def model_of(kind):
+    return MODELS[kind]()
+
+
+@cache
+def gradients_of(kind, data, layers=None):
+    return gradients_by_hand(model_of(kind), data, layers)
+
+
+@cache
+def gauss_newton_of(kind, data, layers=None):
+    return gauss_newton_by_hand(model_of(kind), data, layers)
+
+
+def task_of(kind):
+    return CausalLanguageModeling() if kind == "plain" else None
+
+
+def scores_of(kind, method, data=SHORT, queries=QUERIES, collate_fn=padded, **options):
+    return attribute(
+        model_of(kind),
+        loader(queries, collate_fn),
+        train_data=loader(data, collate_fn),
+        method=method,
+        task=task_of(kind),
+        **{**QUIET, "batch_size": 4, **EXACT[method], **options},
+    )
+
+
+def places_of_blocks(attributor, model):
+    """Places in a vector of all parameters, block by block."""
+    ends, start = {}, 0
+    for name, parameter in model.named_parameters():
+        ends[name] = torch.arange(start, start + parameter.numel())
+        start += parameter.numel()
+    return [torch.cat([ends[name] for name in layout.parameters]) for layout in attributor._capture.layouts.values()]
+
+
+def fitted(kind, method, data=SHORT, collate_fn=padded, **options):
+    attributor = Attributor.create(method, **{**QUIET, "batch_size": 4, **EXACT[method], **options})
+    return attributor.fit(model_of(kind), loader(data, collate_fn), task_of(kind))
+
+
+# ---- against brute force ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("method", ["grad-dot", "grad-cos", "diagonal", "influence-cg", "influence-lissa"])
+def test_scores_by_hand(method, kind):
+    options = {"batch_size": len(SHORT)} if method == "influence-lissa" else {}
+    found = scores_of(kind, method, **options)
+    theirs, mine = gradients_of(kind, SHORT), gradients_of(kind, QUERIES)
+    if method == "grad-dot":
+        expected = mine @ theirs.T
+    elif method == "grad-cos":
+        expected = F.normalize(mine, dim=1) @ F.normalize(theirs, dim=1).T
+    elif method == "diagonal":
+        squares = theirs.square().mean(0)
+        expected = mine / (squares + EXACT[method]["damping"] * squares.mean()) @ theirs.T / len(SHORT)
+    else:
+        matrix, described = gauss_newton_of(kind, SHORT), found.metadata["curvature"][0]
+        assert described["mean_eigenvalue"] == pytest.approx(float(matrix.trace()) / len(SHORT))
+        matrix = matrix + described["damping"] * torch.eye(len(matrix), dtype=matrix.dtype)
+        expected = mine @ torch.linalg.solve(matrix, theirs.T) / len(SHORT)
+    close_scores(found.scores, expected, 1e-4 if method == "influence-lissa" else 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["GPT-2", "Llama"])
+@pytest.mark.parametrize("method", ["datainf", "logra"])
+def test_scores_block_by_block_by_hand(method, kind):
+    attributor = fitted(kind, method)
+    found = attributor.attribute(loader(QUERIES, padded))
+    theirs, mine, described = gradients_of(kind, SHORT), gradients_of(kind, QUERIES), found.metadata["curvature"][0]
+    expected = 0
+    for at in places_of_blocks(attributor, model_of(kind)):
+        rows, identity = theirs[:, at], torch.eye(len(at), dtype=theirs.dtype)
+        if method == "datainf":
+            damped = EXACT[method]["damping"] * rows.square().mean() * identity
+            inverse = sum(torch.linalg.inv(torch.outer(row, row) + damped) for row in rows) / len(rows)
+        else:
+            inverse = torch.linalg.inv(gauss_newton_of(kind, SHORT)[at][:, at] + described["damping"] * identity)
+        expected = expected + mine[:, at] @ inverse @ rows.T
+    close_scores(found.scores, expected / len(SHORT))
+
+
+@pytest.mark.parametrize("kind", ["GPT-2", "Llama"])
+def test_last_layer_by_hand(kind):
+    # GPT-2's head is its table of embeddings, so that both parts of its gradient count; it is Llama's own.
+    name = "transformer.wte" if kind == "GPT-2" else "lm_head"
+    found = scores_of(kind, "last-layer", **({"layers": ["lm_head"]} if kind == "GPT-2" else {}))
+    theirs, mine, matrix = (
+        function(kind, *data, (name,))
+        for function, data in ((gradients_of, [SHORT]), (gradients_of, [QUERIES]), (gauss_newton_of, [SHORT]))
+    )
+    damping = found.metadata["curvature"][0]["damping"]
+    damped = matrix + damping * torch.eye(len(matrix), dtype=matrix.dtype)
+    close_scores(found.scores, mine @ torch.linalg.solve(damped, theirs.T) / len(SHORT))
+
+
+def residuals_by_hand(kind, data):
+    """Minus the derivative of each loss in the logits, flattened, and the second derivative along it."""
+    sizes, curved = [], []
+    for example in data:
+        ids, labels = torch.tensor([example["input_ids"]]), torch.tensor(example["labels"])[1:]
+        model = model_of(kind)
+        with torch.no_grad():
+            logits = (model(ids) if kind == "plain" else model(ids).logits)[0, :-1][labels != IGNORED]
+        labels, p = labels[labels != IGNORED], logits.softmax(-1)
+        residual = (F.one_hot(labels, VOCABULARY) - p) / len(labels)
+        unit = residual / residual.norm()
+        sizes.append(residual.norm())
+        curved.append(((p * unit.square()).sum(-1) - (p * unit).sum(-1).square()).sum() / len(labels))
+    return torch.stack(sizes), torch.stack(curved)
+
+
+@pytest.mark.parametrize("kind", ["GPT-2", "Llama"])
+@pytest.mark.parametrize("method", ["trak", "trak-newton"])
+def test_trak_by_hand(method, kind):
+    (sizes, curved), (asked, _) = (residuals_by_hand(kind, data) for data in (SHORT, QUERIES))
+    theirs, mine = -gradients_of(kind, SHORT) / sizes[:, None], -gradients_of(kind, QUERIES) / asked[:, None]
+    weights = curved if method == "trak-newton" else torch.ones_like(curved)
+    kernel = theirs.T @ (weights[:, None] * theirs) / len(SHORT)
+    damping = EXACT[method]["damping"] * kernel.trace() / len(SHORT)
+    damped = kernel + damping * torch.eye(len(kernel), dtype=kernel.dtype)
+    found = scores_of(kind, method)
+    close_scores(found.scores, mine @ torch.linalg.solve(damped, theirs.T) * sizes / len(SHORT))
+
+
+def test_ekfac_has_the_trace_of_the_matrix():
+    found = scores_of("Llama", "ekfac").metadata["curvature"][0]
+    matrix = gauss_newton_of("Llama", SHORT)
+    assert found["mean_eigenvalue"] == pytest.approx(float(matrix.trace()) / len(matrix))
+
+
+def test_tracin_by_hand(tmp_path):
+    expected, rates = 0, (0.3, 0.1)
+    for step, rate in enumerate(rates):
+        model = gpt2(seed=step)
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+        torch.save(
+            {"state_dict": model.state_dict(), "global_step": step, "optimizer_states": [optimizer.state_dict()]},
+            tmp_path / f"{step}.ckpt",
+        )
+        theirs, mine = (gradients_by_hand(model, data) for data in (SHORT, QUERIES))
+        expected = expected + rate * mine @ theirs.T
+    found = attribute(
+        gpt2(seed=1), loader(QUERIES), train_data=loader(SHORT), method="tracin", record=tmp_path, batch_size=4, **QUIET
+    )
+    close_scores(found.scores, expected)
+
+
+def test_sums_and_weights_by_hand():
+    weighted = Texts([{**one, "loss_weights": [0.5 * (i + 1) for i in range(len(one["labels"]))]} for one in SHORT])
+    for reduction in ("mean", "sum"):
+        found = attribute(
+            model_of("Llama"),
+            loader(weighted),
+            train_data=loader(weighted),
+            task=CausalLanguageModeling(reduction),
+            method="grad-dot",
+            batch_size=4,
+            **QUIET,
+        )
+        rows = gradients_by_hand(model_of("Llama"), weighted, reduction=reduction)
+        close_scores(found.scores, rows @ rows.T)
+
+
+def test_self_influence_is_the_diagonal():
+    for method in ("grad-dot", "diagonal", "ekfac", "trak", "logra", "datainf"):
+        options = {**QUIET, **EXACT[method], "batch_size": 4}
+        found = self_influence(model_of("Llama"), train_data=loader(SHORT), method=method, **options)
+        close_scores(found, scores_of("Llama", method, queries=SHORT).scores.diag())
+
+
+# ---- padding and batches ----------------------------------------------------------------------------------------
+
+METHODS = ["grad-dot", "diagonal", "datainf", "ekfac", "last-layer", "logra", "trak", "trak-newton"]
+
+
+@pytest.mark.parametrize("data", [SHORT, LONG], ids=["all logits", "random directions"])
+@pytest.mark.parametrize("method", METHODS)
+def test_neither_padding_nor_the_batch_matters(method, data):
+    # Sketches too: they are made of parameters, not of tokens.
+    options = {"projection_dim": 16 if method.startswith("trak") else 3} if method in METHODS[-3:] else {}
+    expected = scores_of("Llama", method, data, batch_size=1, **options).scores
+    ways = [(3, padded), (7, widely_padded), (4, packed), (5, left_padded)]
+    for batch_size, collate_fn in ways:
+        found = scores_of("Llama", method, data, collate_fn=collate_fn, batch_size=batch_size, **options).scores
+        # Llama's rotations of positions are in single precision, and padding on the left moves them; of a matrix of
+        # low rank that decides which eigenvectors EK-FAC has.
+        is_rounded = collate_fn is left_padded and method == "ekfac"
+        close_scores(found, expected, 1e-2 if is_rounded else 2e-6)
+
+
+def test_neither_padding_nor_the_batch_matters_to_conjugate_gradients():
+    # The trace that the damping is relative to, and the preconditioner, are of random directions here.
+    expected = scores_of("GPT-2", "influence-cg", LONG, batch_size=1).scores
+    for batch_size, collate_fn in ((3, padded), (4, packed)):
+        found = scores_of("GPT-2", "influence-cg", LONG, collate_fn=collate_fn, batch_size=batch_size).scores
+        close_scores(found, expected, 2e-6)
+
+
+def test_data_that_is_not_held_may_be_cut_anywhere(monkeypatch):
+    # Tiles begin in the middle of a batch, whose texts are then padded to another length, on the left.
+    whole = scores_of("Llama", "grad-dot", LONG, batch_size=1).scores
+    monkeypatch.setattr(features, "HELD_BYTES", 0)
+    monkeypatch.setattr("stride_lightning.gradients.planned.TILE_BYTES", 4 * len(QUERIES) * 2)
+    top = scores_of("Llama", "grad-dot", LONG, batch_size=4, collate_fn=left_padded, top_k=4)
+    close_scores(top.top(4).proponent_scores, whole.sort(1, descending=True).values[:, :4])
+
+
+def curvature_rows(kind, data, collate_fn, batch_size, seed=0):
+    """Gradients along the directions that curvature is made of, shape ``(directions, n, p)``."""
+    attributor = fitted(kind, "grad-dot", data, collate_fn, batch_size=batch_size)
+    with torch.no_grad():
+        batches = features.run_batches(attributor._capture, attributor._task, attributor._reader)
+        rows = [torch.stack([gradients.dense() for gradients in batch.curvature(seed)]) for batch in batches]
+    assert batch_size > 1 or len(rows) == len(data)
+    return rows
+
+
+def test_random_directions_of_a_text_are_its_own():
+    one_by_one = torch.cat(curvature_rows("Llama", LONG, padded, 1), 1)
+    assert len(one_by_one) == features.NUM_DIRECTIONS
+    for collate_fn, batch_size, tolerance in ((padded, 3, 1e-9), (widely_padded, 4, 1e-9), (left_padded, 9, 1e-5)):
+        found = torch.cat(curvature_rows("Llama", LONG, collate_fn, batch_size), 1)
+        torch.testing.assert_close(found, one_by_one, rtol=0, atol=tolerance)
+    others = torch.cat(curvature_rows("Llama", LONG, padded, 9, seed=1), 1)
+    assert not torch.allclose(others, one_by_one, atol=1e-2)
+
+
+def test_random_directions_give_the_matrix_on_average():
+    attributor, exact = fitted("Llama", "grad-dot", LONG), gauss_newton_of("Llama", LONG)
+    drawn = []
+    order = torch.cat(places_of_blocks(attributor, model_of("Llama")))
+    for seed in range(25):
+        with torch.no_grad():
+            batches = features.run_batches(attributor._capture, attributor._task, attributor._reader)
+            rows = torch.cat([gradients.dense() for batch in batches for gradients in batch.curvature(seed)])
+        drawn.append(rows.T @ rows / len(LONG))
+    drawn, exact = torch.stack(drawn), exact[order][:, order]
+    error = float((drawn.std(0) / len(drawn) ** 0.5).norm())
+    assert error < 0.2 * float(exact.norm())
+    assert float((drawn.mean(0) - exact).norm()) < 1.5 * error
+
+
+def test_random_directions_differ_between_tokens():
+    signs = features.random_signs(features._scrambled(torch.tensor(5)) + torch.arange(6), 0, 40, 0, torch.ones(1))
+    assert (signs @ signs.T / 40 - torch.eye(6)).abs().max() < 0.6
+
+
+# ---- texts with a class -----------------------------------------------------------------------------------------
+
+
+def reviews(num=7, seed=0):
+    generator = torch.Generator().manual_seed(seed + 9)
+    labels = torch.randint(3, (num,), generator=generator).tolist()
+    return Texts(
+        [{"input_ids": one["input_ids"], "label": label} for one, label in zip(texts(num, seed), labels, strict=True)]
+    )
+
+
+def padded_reviews(examples, length=None):
+    batch = padded([{"input_ids": one["input_ids"]} for one in examples], length=length, fill=2)
+    return {**batch, "labels": torch.tensor([one["label"] for one in examples])}
+
+
+def widely_padded_reviews(examples):
+    return padded_reviews(examples, length=9)
+
+
+@pytest.mark.parametrize("method", ["grad-dot", "ekfac", "trak"])
+def test_classes_of_texts(method):
+    model, data, queries = bert(), reviews(), reviews(3, seed=1)
+
+    def scores(collate_fn, batch_size):
+        return attribute(
+            model,
+            loader(queries, collate_fn),
+            train_data=loader(data, collate_fn),
+            method=method,
+            batch_size=batch_size,
+            **QUIET | EXACT[method],
+        ).scores
+
+    found = scores(padded_reviews, 3)
+    if method == "grad-dot":
+        rows = []
+        for one in (*queries, *data):
+            with torch.enable_grad():
+                logits = model(input_ids=torch.tensor([one["input_ids"]])).logits
+                loss = F.cross_entropy(logits, torch.tensor([one["label"]]))
+                grads = torch.autograd.grad(loss, trainable(model), allow_unused=True)
+            rows.append(torch.cat([g.flatten() for g in grads if g is not None]))
+        rows = torch.stack(rows)
+        close_scores(found, rows[:3] @ rows[3:].T)
+    for collate_fn, batch_size in ((padded_reviews, 1), (widely_padded_reviews, 4)):
+        close_scores(scores(collate_fn, batch_size), found, 1e-5)
+
+
+# ---- what is refused --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["information-loss", "information-gain"])
+def test_information_is_not_of_sequences(method):
+    with pytest.raises(ValueError, match=r"one prediction per example.*Use method='ekfac'"):
+        attribute(gpt2(), loader(QUERIES), train_data=loader(SHORT), method=method, **QUIET)
+
+
+def test_predicted_targets_are_refused():
+    attributor = fitted("GPT-2", "grad-dot")
+    with pytest.raises(ValueError, match="Let it generate"):
+        attributor.attribute(loader(QUERIES), target="predicted")
