@@ -28,9 +28,11 @@ class Fingerprint:
         self._num_examples = 0
 
     def update(self, digests: Tensor, targets: Tensor | None) -> None:
-        """Take in a batch: digests of its examples and its targets."""
+        """Take in a batch: digests of its examples and its targets; of tokens those that count, not the padding."""
         self._num_examples += len(digests)
         self._examples.update(digests.numpy().tobytes())
+        if targets is not None and targets.ndim == 3 and targets.shape[2] == 2:  # labels and weights
+            targets = targets[targets[..., 1] != 0]
         if targets is not None:
             self._targets.update(targets.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 

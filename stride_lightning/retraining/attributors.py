@@ -84,7 +84,8 @@ class FurtherTrainingAttributor(Attributor):
         if not all_equal(None if found is None else dict(found.checksums)):
             # They would go separate ways, and wait for each other forever.
             found, self._note = None, "not every rank found the same record; computed on the spot"
-        self._fingerprint, self._targets = survey(self._train, self._task)
+        surveyed = survey(self._train, self._task)
+        self._fingerprint, self._targets = surveyed.fingerprint, surveyed.targets
         self._chosen = None if self.left_out is None else find_left_out(self.left_out, self._train)[0]
         self._found, self._leaving_out = None, None
         if found is not None:
@@ -132,7 +133,8 @@ class FurtherTrainingAttributor(Attributor):
         )
 
     def _attribute(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
-        query_data, query_targets = survey(queries, self._task)
+        surveyed = survey(queries, self._task)
+        query_data, query_targets = surveyed.fingerprint, surveyed.targets
         result, note = self._found, self._note
         if result is not None and (target != "label" or result.metadata["query_data"] != query_data):
             if self._explicit:
@@ -263,7 +265,8 @@ class RetrainingAttributor(Attributor):
     def _fit(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
         if record is not None and self.recovery != "prior":
             raise ValueError("`record` is what recovery='prior' starts from; leave it out with other recoveries.")
-        self._fingerprint, self._targets = survey(self._train, self._task)
+        surveyed = survey(self._train, self._task)
+        self._fingerprint, self._targets = surveyed.fingerprint, surveyed.targets
         self.metadata |= {"data": self._fingerprint, "options": {"recovery": self.recovery}}
         if self.truth is not None:
             self.truth.check_data(self.metadata, "`train_data`")
@@ -278,7 +281,8 @@ class RetrainingAttributor(Attributor):
     def _attribute(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
         if target != "label":
             raise ValueError("method='retraining' measures losses of labelled queries: use target='label'.")
-        query_data, query_targets = survey(queries, self._task)
+        surveyed = survey(queries, self._task)
+        query_data, query_targets = surveyed.fingerprint, surveyed.targets
         truth = self.truth
         if truth is None:
             how = {**self._how, "task": self._task}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -11,6 +13,7 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from stride_lightning.randomness import seeded
@@ -30,6 +33,13 @@ _HOOKS = (
 def _tolerance(value: Tensor) -> float:
     """Difference between two ways to compute something that counts as rounding."""
     return max(1e-3, 8 * torch.finfo(value.dtype).eps)
+
+
+@contextmanager
+def vectorised_attention() -> Iterator[None]:
+    """Attention in the one form that ``torch.func`` vectorises everywhere; for the whole process, so not per thread."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def check_hooks(model: nn.Module) -> None:
@@ -102,7 +112,8 @@ def loss_factor(
                 if not same:
                     raise CannotBatch(
                         f"its training_step returns another loss than the mean of the {task.name} loss over examples "
-                        "(label smoothing, weights or auxiliary losses?)"
+                        f"({'a mean over all tokens of the batch, ' if task.has_tokens else ''}label smoothing, "
+                        "weights or auxiliary losses?)"
                     )
     assert factor is not None
     return factor
@@ -133,8 +144,8 @@ def _same_loss(model: nn.Module, step: Tensor, own: Tensor, *, gradients: bool) 
     return max(gaps) <= max(1e-4, rounding) * largest + rounding
 
 
-def mixed_places(targets: Tensor | None, num_examples: int, size: int) -> Tensor:
-    """Places of a batch in which every kind of example occurs: one of each target, as far as they fit, and others.
+def mixed_places(kinds: Tensor | None, num_examples: int, size: int) -> Tensor:
+    """Places of a batch in which every kind of example occurs: one of each, as far as they fit, and others.
 
     Example:
         >>> places = mixed_places(torch.tensor([0] * 50 + [1]), 51, size=4)
@@ -142,11 +153,11 @@ def mixed_places(targets: Tensor | None, num_examples: int, size: int) -> Tensor
         (4, True)
     """
     places = torch.randperm(num_examples, generator=torch.Generator().manual_seed(0))
-    if targets is not None:
-        kinds: dict[float, int] = {}
+    if kinds is not None:
+        found: dict[float, int] = {}
         for place in places.tolist():
-            kinds.setdefault(float(targets[place]), place)
-        one_of_each = torch.tensor(list(kinds.values())[: max(1, size // 2)])
+            found.setdefault(float(kinds[place]), place)
+        one_of_each = torch.tensor(list(found.values())[: max(2, size // 2)])
         places = torch.cat([one_of_each, places[~torch.isin(places, one_of_each)]])
     return places[:size]
 
@@ -311,6 +322,10 @@ def _rows(batch: Any, rows: list[int], size: int) -> Any:
     def pick(value: Any) -> Any:
         return value[rows] if isinstance(value, Tensor) and value.ndim > 0 and len(value) == size else value
 
+    if isinstance(batch, UserDict):  # as the tokenizers of transformers give
+        part = copy.copy(batch)
+        part.data = pytree.tree_map(pick, batch.data)
+        return part
     return pytree.tree_map(pick, batch)
 
 

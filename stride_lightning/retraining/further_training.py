@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from stride_lightning.distributed import broadcast_object
 from stride_lightning.loading import check_loading
 from stride_lightning.progress import counting
 from stride_lightning.randomness import preserved_random_state
+from stride_lightning.retraining.batchability import vectorised_attention
 from stride_lightning.retraining.effects import FurtherTraining
 from stride_lightning.retraining.leaving_out import LeavingOut
 from stride_lightning.retraining.optimizers import MakeOptimizer
@@ -128,7 +130,7 @@ def further_train(
         epochs=epochs,
         seeds=range(seed, seed + num_seeds),
         path=None if path is None else Path(path),
-        metadata={"weights": weights, "query_data": survey(asked, task)[0]},
+        metadata={"weights": weights, "query_data": survey(asked, task).fingerprint},
         show_progress=show_progress,
     )
 
@@ -203,7 +205,7 @@ def measure_effects(
         raise ValueError("`num_seeds` must be at least 1.")
     identity = {**metadata, **leaving_out.identity(), "epochs": amounts, "seeds": seeds}
     if "data" not in identity:
-        identity["data"] = survey(train, leaving_out.task, leaving_out.model, leaving_out.num_outputs)[0]
+        identity["data"] = survey(train, leaving_out.task, leaving_out.model, leaving_out.num_outputs).fingerprint
     if path is not None and path.exists():
         return _existing(path, identity, positions)
     leaving_out.check_queries(queries)
@@ -229,7 +231,7 @@ def measure_effects(
         def done(number: int) -> None:
             bar.update((len(places[chunks[number][1] :][:size]) + 1) * amounts[-1])
 
-        with preserved_random_state():
+        with preserved_random_state(), nullcontext() if reason else vectorised_attention():
             found = parts.do(len(chunks), compute, done, num_threads=threads)
     per_seed = len(chunks) // len(seeds)
     effects = torch.stack(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,12 @@ from torch.utils import _pytree as pytree
 from stride_lightning.data import Examples, first_batch
 from stride_lightning.parallel import num_workers
 from stride_lightning.randomness import mix, seed_torch, seeded
-from stride_lightning.retraining.batchability import check_vectorises, draws_random_numbers, loss_factor
+from stride_lightning.retraining.batchability import (
+    check_vectorises,
+    draws_random_numbers,
+    loss_factor,
+    vectorised_attention,
+)
 from stride_lightning.retraining.ensemble import Ensemble, bytes_per_model, chunk_size, keep_freed_memory
 from stride_lightning.retraining.optimizers import CannotBatch, MakeOptimizer, Optimization, read_optimization
 from stride_lightning.retraining.recipe import batch_order, encoded_batch
@@ -25,7 +30,7 @@ from stride_lightning.tasks import Task, columns
 from stride_lightning.weights import borrowed, in_precision_of
 
 #: Examples on which it is checked that a batch's loss is the mean of those of its examples, and those they are of.
-_NUM_CHECKED, _NUM_CANDIDATES = 16, 64
+_NUM_CHECKED, _NUM_CANDIDATES, _NUM_TEXTS = 16, 64, 1024
 
 
 @dataclass
@@ -77,15 +82,20 @@ class LeavingOut:
             model.float()  # one example's share of a step is below the rounding of half precision
         self._device, self._factor = next(model.parameters()).device, 1.0
         batch = first_batch(self.train, self.batch_size, self._device)
-        prepared = self._prepared(batch)
+        with self.train.naming(0):
+            prepared = self._prepared(batch)
         optimization = self._optimization(model)
         try:
             mixed, num_batches = self._mixed_batch(), len(self._order(0, 0))
             kinds = in_precision_of(model, mixed), self._prepared(mixed)
-            with torch.enable_grad():  # gradients are compared too; of a copy, as a step may keep its loss
+            with (
+                torch.enable_grad(),
+                vectorised_attention(),
+            ):  # gradients are compared too; of a copy, as a step may keep its loss
                 self._factor = loss_factor(copy.deepcopy(model), self.task, *kinds, num_batches=num_batches)
-            check_vectorises(model, self.task, prepared, train_mode)
-            self._check_single_examples(prepared)
+            with vectorised_attention():
+                check_vectorises(model, self.task, prepared, train_mode)
+                self._check_single_examples(prepared)
         except CannotBatch as reason:
             self.one_by_one_because = str(reason)
         #: Whether the loss is what ``training_step`` returns, because it is not the task's.
@@ -95,7 +105,8 @@ class LeavingOut:
             check_additive(copy.deepcopy(model), self._mixed_examples(_NUM_CHECKED), self._device)
         self._in_double = self._device.type != "mps" and _takes_double(self.task, prepared[1])
         self._is_random = self.train.is_random or draws_random_numbers(model, self.task, prepared[0], train_mode)
-        self._bytes = bytes_per_model(model, optimization.optimizer, self._task_loss, prepared)
+        with vectorised_attention():
+            self._bytes = bytes_per_model(model, optimization.optimizer, self._task_loss, prepared)
         keep_freed_memory()
         self.train.hold()
 
@@ -199,10 +210,13 @@ class LeavingOut:
         for epoch in range(epochs[-1]):
             if examples is None or self.train.is_random:
                 examples = self._examples(own, mix(seed, epoch), alone=alone)
-            for batch in self.train.drawn(self._order(seed, epoch), mix(seed, epoch), self._device):
+            order = self._order(seed, epoch)
+            for places, batch in zip(order, self.train.drawn(order, mix(seed, epoch), self._device), strict=True):
+                with self.train.naming(places):
+                    shown = self._shown(batch)
                 if self._is_random:
                     seed_torch(mix(seed, epoch, steps))
-                trained.step(self._shown(batch), (examples, shares))
+                trained.step(shown, (examples, shares))
                 steps += 1
             tick(len(own))
             if epoch + 1 in epochs:
@@ -280,7 +294,11 @@ class LeavingOut:
                 two.step(prepared, (_stacked(self._prepared(batch)), shares))
         except Exception as error:
             detail = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-            raise CannotBatch(f"torch.func cannot vectorise single examples: {detail}") from error
+            inputs = prepared[0]
+            hint = ""
+            if isinstance(inputs, Mapping) and "attention_mask" in inputs:
+                hint = " (batches without attention_mask, if texts need no padding, may be vectorised)"
+            raise CannotBatch(f"torch.func cannot vectorise single examples{hint}: {detail}") from error
 
     def _mixed_batch(self) -> Any:
         """A batch of examples of all kinds, of the size of a training batch."""
@@ -291,13 +309,17 @@ class LeavingOut:
 
     def _mixed_examples(self, size: int) -> Examples:
         """Some examples from all over the training data, with as many values of the target as there are."""
-        num = len(self.train)
-        places = torch.linspace(0, num - 1, min(max(_NUM_CANDIDATES, size), num), dtype=torch.float64).long()
+        num, candidates = len(self.train), _NUM_TEXTS if self.task.has_tokens else _NUM_CANDIDATES
+        places = torch.linspace(0, num - 1, min(max(candidates, size), num), dtype=torch.float64).long()
         places = places[torch.randperm(len(places), generator=torch.Generator().manual_seed(0))]
         part = self._part(places.tolist())
         with seeded(0):
             (batch,) = part.drawn([torch.arange(len(part))], 0, self._device)
-        _, kind = self._prepared(batch)[1].cpu().unique(dim=0, return_inverse=True)
+        with part.naming(0):
+            encoded = self._prepared(batch)[1].cpu()
+        if self.task.has_tokens:  # texts differ by how many of them count
+            encoded = encoded[..., 1].sum(1, keepdim=True)
+        _, kind = encoded.unique(dim=0, return_inverse=True)
         earlier = F.one_hot(kind).cumsum(0).gather(1, kind[:, None])[:, 0]  # of the same target, with itself
         return self._part(places[earlier.argsort(stable=True)[:size]].tolist())
 

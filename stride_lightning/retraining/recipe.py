@@ -66,8 +66,8 @@ class Recipe:
     device: torch.device | None = None
     memory_budget: int | None = None
     one_by_one: bool = False
-    #: Targets of the training examples, if each has one number; known once :meth:`identity` has read them.
-    train_targets: Tensor | None = field(default=None, init=False)
+    #: What kinds of training examples there are, a number for each; known once :meth:`identity` has read them.
+    train_kinds: Tensor | None = field(default=None, init=False)
     _query_batches: list[tuple[Any, Tensor]] = field(default_factory=list, init=False)
     _initial: dict[int, nn.Module] = field(default_factory=dict, init=False)
 
@@ -135,7 +135,8 @@ class Recipe:
     def identity(self, seeds: Sequence[int]) -> dict[str, Any]:
         """Plain values that tell this recipe from others, to compare a stored run with."""
         models = [self.initial_model(seed) for seed in seeds]
-        data, self.train_targets = survey(self.train, self.task, models[0], self.num_outputs)
+        found = survey(self.train, self.task, models[0], self.num_outputs)
+        self.train_kinds = found.kinds
         return {
             "model": type(models[0]).__name__,
             "model_code": code_hash(models[0]),
@@ -149,8 +150,8 @@ class Recipe:
             "measure": self.measure,
             "task": repr(self.task),
             "seeds": list(seeds),
-            "data": data,
-            "query_data": survey(self.queries, self.task, models[0], self.num_outputs)[0],
+            "data": found.fingerprint,
+            "query_data": survey(self.queries, self.task, models[0], self.num_outputs).fingerprint,
             "train_indices": None if self.train.positions is None else self.train.positions.tolist(),
         }
 
@@ -308,10 +309,23 @@ def code_hash(model: nn.Module) -> str:
     return hashlib.sha256(f"{code}{model!r}{sorted(settings.items())}".encode()).hexdigest()
 
 
-def survey(
-    examples: Examples, task: Task, model: nn.Module | None = None, num_outputs: int = 0
-) -> tuple[dict[str, Any], Tensor | None]:
-    """What identifies a data set, and its targets if every example has one number, from one pass that reads it.
+@dataclass
+class Survey:
+    """What one pass over a data set tells of it.
+
+    Args:
+        fingerprint: What identifies it.
+        targets: Its targets, if every example has one number.
+        kinds: What its examples are told apart by: these, or how much the tokens of each count.
+    """
+
+    fingerprint: dict[str, Any]
+    targets: Tensor | None
+    kinds: Tensor | None
+
+
+def survey(examples: Examples, task: Task, model: nn.Module | None = None, num_outputs: int = 0) -> Survey:
+    """Read a data set once.
 
     Args:
         examples: The data.
@@ -329,15 +343,16 @@ def survey(
             if model is not None and task.has_padding and target is not None:
                 encoded_batch(model, task, batch, num_outputs)
         fingerprint.update(digests, target)
-        targets.append(target)
+        targets.append(target[..., 1].sum(1) if task.has_tokens and target is not None else target)
         start += length
     flat = [t.reshape(len(t), -1)[:, 0] for t in targets if t is not None and t.numel() == len(t)]
-    return fingerprint.summary(), torch.cat(flat) if len(flat) == len(targets) else None
+    kinds = torch.cat(flat) if len(flat) == len(targets) else None
+    return Survey(fingerprint.summary(), None if task.has_tokens else kinds, kinds)
 
 
 def fingerprint_of(examples: Examples, task: Task) -> dict[str, Any]:
     """What identifies a data set."""
-    return survey(examples, task)[0]
+    return survey(examples, task).fingerprint
 
 
 def _described_optimizer(model: nn.Module, optimizer: MakeOptimizer | None) -> str:

@@ -6,6 +6,7 @@ import inspect
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -19,6 +20,7 @@ from stride_lightning.attributors import announce, versions
 from stride_lightning.distributed import broadcast_object
 from stride_lightning.progress import counting
 from stride_lightning.randomness import mix, preserved_random_state
+from stride_lightning.retraining.batchability import vectorised_attention
 from stride_lightning.retraining.ground_truth import Counterfactual, GroundTruth, Retrained
 from stride_lightning.retraining.one_by_one import train_alone
 from stride_lightning.retraining.optimizers import CannotBatch, MakeOptimizer
@@ -286,7 +288,7 @@ def _measured(
             bar.update(len(masks[chunks[number][1] :][:size]) * recipe.max_epochs)
 
         threads = together.num_threads if together else 1
-        with preserved_random_state():
+        with preserved_random_state(), vectorised_attention() if together else nullcontext():
             values = [part["losses"] for part in parts.do(len(chunks), compute, done, num_threads=threads)]
     losses = torch.cat(values).reshape(len(seeds), len(masks), -1)
     seconds = time.perf_counter() - started

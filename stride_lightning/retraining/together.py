@@ -17,6 +17,7 @@ from stride_lightning.retraining.batchability import (
     draws_random_numbers,
     loss_factor,
     mixed_places,
+    vectorised_attention,
 )
 from stride_lightning.retraining.ensemble import Ensemble, bytes_per_model, chunk_size, keep_freed_memory
 from stride_lightning.retraining.optimizers import CannotBatch, read_optimization
@@ -48,18 +49,22 @@ class Together:
         check_hooks(model)
         self.optimization = read_optimization(model, recipe.optimizer)
         device = next(model.parameters()).device
-        places = mixed_places(recipe.train_targets, len(recipe.train), recipe.batch_size)
+        places = mixed_places(recipe.train_kinds, len(recipe.train), recipe.batch_size)
         (batch,) = recipe.train.drawn([places], 0, device)
         prepared = recipe.prepared(model, batch)
-        check_separate(model, recipe.task, prepared[0], len(prepared[1]))
-        check_vectorises(model, recipe.task, prepared)
-        num_batches = len(recipe.order(seed, 0))
-        self.factor = loss_factor(model, recipe.task, in_precision_of(model, batch), prepared, num_batches=num_batches)
+        with vectorised_attention():
+            check_separate(model, recipe.task, prepared[0], len(prepared[1]))
+            check_vectorises(model, recipe.task, prepared)
+            num_batches = len(recipe.order(seed, 0))
+            self.factor = loss_factor(
+                model, recipe.task, in_precision_of(model, batch), prepared, num_batches=num_batches
+            )
         #: Whether training draws random numbers beside the order: then one thread at a time may train.
         self.is_random = recipe.train.is_random or draws_random_numbers(model, recipe.task, prepared[0])
         recipe.query_batches(model, device)
         recipe.train.hold()
-        self._bytes = bytes_per_model(model, self.optimization.optimizer, self._losses, prepared)
+        with vectorised_attention():
+            self._bytes = bytes_per_model(model, self.optimization.optimizer, self._losses, prepared)
         self._device = device
         self._kernels: dict[Hashable, Any] = {}
         keep_freed_memory()

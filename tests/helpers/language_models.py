@@ -16,14 +16,15 @@ IGNORED = -100
 
 
 def _built(make, seed, dtype):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
         model = make()
         with torch.no_grad():
             for parameter in model.parameters():
                 # Large enough for predictions that are far from uniform.
                 parameter.copy_(0.5 * torch.randn(parameter.shape) + (parameter.ndim == 1 and parameter.mean() > 0.5))
-    return model.to(dtype).eval()
+    return model.to(dtype).train(seed is None)
 
 
 def gpt2(seed=0, dtype=torch.float64, layers=1, **options):
@@ -160,6 +161,11 @@ def left_padded(examples):
 
 def widely_padded(examples):
     return padded(examples, length=11, fill=3)
+
+
+def encoded(examples):
+    """What collators of transformers give, which is no dict."""
+    return transformers.BatchEncoding(padded(examples))
 
 
 def packed(examples):
