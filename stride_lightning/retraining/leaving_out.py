@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -294,11 +294,9 @@ class LeavingOut:
                 two.step(prepared, (_stacked(self._prepared(batch)), shares))
         except Exception as error:
             detail = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-            inputs = prepared[0]
-            hint = ""
-            if isinstance(inputs, Mapping) and "attention_mask" in inputs:
-                hint = " (batches without attention_mask, if texts need no padding, may be vectorised)"
-            raise CannotBatch(f"torch.func cannot vectorise single examples{hint}: {detail}") from error
+            if self.task.has_tokens and "attention_mask" in prepared[0]:
+                detail += ". Batches without attention_mask, of texts that need no padding, may be vectorised"
+            raise CannotBatch(f"torch.func cannot vectorise single examples: {detail}") from error
 
     def _mixed_batch(self) -> Any:
         """A batch of examples of all kinds, of the size of a training batch."""

@@ -92,9 +92,9 @@ def check_additive(model: nn.Module, examples: Examples, device: torch.device) -
     if not fits:
         raise ValueError(
             f"The loss that {type(model).__name__}.training_step gives of a batch is not the mean of the losses of "
-            "its examples (class weights, or a mean over all tokens of texts of different lengths?), so an example's "
-            "share is not defined. Use a loss that is, such as one with a weight for each example by a task of your "
-            "own, or pass further_train() the network inside it, and `optimizer=`, to train on the task's loss."
+            "its examples (class weights?), so an example's share is not defined. A mean over all tokens of texts of "
+            "different lengths is none either. Use a loss that is, such as one with a weight for each example, by a "
+            "task of your own; or pass further_train() the network inside it, and `optimizer=`."
         )
 
 
