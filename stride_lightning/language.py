@@ -93,9 +93,10 @@ class CausalLanguageModeling(_TokenTask):
     Batches are as Hugging Face's models take them, dictionaries with ``input_ids`` of shape ``(B, T)`` and, if there
     are any, ``attention_mask`` and ``labels``, where -100 marks tokens that are not predicted. Labels stand beside
     their own token (the shift is done here) and are ``input_ids`` by default; what the mask hides never counts.
-    ``loss_weights`` of shape ``(B, T)`` weighs the loss of each label. Padding changes nothing, and packed batches (one
-    row of concatenated sequences with ``position_ids`` that start again at 0, as ``DataCollatorWithFlattening`` makes
-    them) are unpacked first, so scores are the same.
+    ``loss_weights`` of shape ``(B, T)`` weighs the loss of each label. Padding changes nothing (on the left a model of
+    absolute positions, such as GPT-2, needs ``position_ids`` for that), and packed batches (one row of concatenated
+    sequences with ``position_ids`` that start again at 0, as ``DataCollatorWithFlattening`` makes them) are unpacked
+    first, so scores are the same.
 
     A batch ``(ids, next_ids)`` as plain PyTorch code has it is read as already shifted, unless both are the same.
 

@@ -332,3 +332,17 @@ def test_bad_texts_are_named(kind, place):
             retrain(fresh_gpt2, queries, train_data=train, optimizer=SGD, num_subsets=2, **HOW)
         with pytest.raises(ValueError, match=f"^Example {place} {message}"):
             further_train(gpt2(), queries, train_data=train, optimizer=SGD, left_out=[1], num_seeds=1, **QUIET)
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_texts_are_named_before_a_trainer_reads_them(kind):
+    values, message = BAD[kind]
+    with pytest.raises(ValueError, match=f"^Example 70 {message}"):
+        retrain(
+            lambda: Wrapped(fresh_gpt2()),
+            loader(DATA),
+            train_data=with_one(70, **values),
+            num_subsets=2,
+            one_by_one=True,
+            **HOW,
+        )
