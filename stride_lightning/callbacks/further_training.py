@@ -29,7 +29,7 @@ from stride_lightning.retraining.further_training import (
 )
 from stride_lightning.retraining.leaving_out import LeavingOut
 from stride_lightning.retraining.optimizers import MakeOptimizer
-from stride_lightning.retraining.recipe import encoded_batch, fingerprint_of
+from stride_lightning.retraining.recipe import encoded_batches, fingerprint_of
 from stride_lightning.task_inference import check_task
 from stride_lightning.tasks import Task
 from stride_lightning.weights import borrowed, rank_zero_state, weight_hash
@@ -175,8 +175,7 @@ class FurtherTrainingCallback(RecordingCallback):
         self, pl_module: L.LightningModule, leaving_out: LeavingOut, device: torch.device
     ) -> list[tuple[Any, Tensor]]:
         assert self._asked is not None
-        batches = self._asked.batches(256, device)
-        return [encoded_batch(pl_module, leaving_out.task, batch, leaving_out.num_outputs) for batch, _, _ in batches]
+        return encoded_batches(self._asked, pl_module, leaving_out.task, leaving_out.num_outputs, 256, device)
 
     def _leaving_out(self, trainer: L.Trainer, pl_module: L.LightningModule, head: Any, *, warn: bool) -> LeavingOut:
         assert self._examples is not None
