@@ -180,3 +180,109 @@ def test_information_is_compared_with_refits_and_drawn(monkeypatch, capsys, tmp_
     )
     script.main()
     assert (tmp_path / "information.png").stat().st_size > 0
+
+
+# ---- examples of language models -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def language_example(monkeypatch, as_before):
+    """Loads an example with some of its constants made smaller."""
+    for needed in ("sklearn", "matplotlib", "transformers", "tokenizers"):
+        pytest.importorskip(needed)
+
+    def load(name, **constants):
+        script = load_script(f"examples/{name}.py")
+        for constant, value in constants.items():
+            monkeypatch.setattr(script, constant, value)
+        return script
+
+    return load
+
+
+def test_passages_behind_a_text_are_found(language_example, capsys):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    script = language_example(
+        "attribute_text", NUM_CHAPTERS=5, NUM_PER_CHAPTER=18, NUM_HELD_OUT=12, EPOCHS=6, PROMPTS=("A future", "The")
+    )
+    script.main()
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^top 10, (stride|shared words|random) +(\d+)% +(\S+) nats$", printed, re.MULTILINE)
+    same = {name: int(share) for name, share, _ in rows}
+    helped = {name: float(nats) for name, _, nats in rows}
+    assert len(rows) == 3, printed
+    assert same["stride"] > same["random"] + 15, printed
+    assert helped["stride"] > helped["random"] + 0.01, printed
+    folder = Path("runs/text/version_0")
+    assert "A future […]" in (folder / "report.html").read_text("utf-8")
+    events = EventAccumulator(str(folder)).Reload()
+    (table,) = events.Tensors("stride/top_examples/text_summary")
+    assert "| chapter | text |" in table.tensor_proto.string_val[0].decode()
+    assert (folder / "scores").is_dir()
+
+
+def test_passages_stand_once_and_of_a_continuation_only_it_is_asked(language_example):
+    script = language_example("attribute_text")
+    found = script.passages()
+    assert len({text for _, text in found}) == len(found) > 300
+    assert len({topic for topic, _ in found}) == script.NUM_CHAPTERS
+
+    class Letters:
+        def encode(self, text):
+            return type("Encoding", (), {"ids": [ord(letter) for letter in text]})
+
+    asked = script.encoded(Letters(), "ab", "cde")
+    assert asked["labels"][:6].tolist() == [-100, -100, 99, 100, 101, -100]
+    assert asked["attention_mask"].sum() == 5
+
+
+def test_a_selection_helps_more_than_chance(language_example, capsys):
+    sizes = {"code": 90, "reference": 60, "docstrings": 30}
+    script = language_example(
+        "select_data", POOL=sizes, NUM_WANTED=12, NUM_TEST=30, NUM_CHOSEN=40, NUM_SEEDS=2, POOL_EPOCHS=3, EPOCHS=3
+    )
+    script.main()
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^(\S.*?)  +(\d\.\d{3}) ± \d\.\d{3} +(\d+)%$", printed, re.MULTILINE)
+    assert len(rows) == 5, printed
+    loss = {name: float(value) for name, value, _ in rows}
+    found = {name: int(share) for name, *_, share in rows}
+    assert max(loss["stride, mean"], loss["stride, in turn"]) < loss["random"] - 0.03, printed
+    assert min(found["stride, mean"], found["stride, in turn"]) > found["random"] + 5, printed
+    assert Path("runs/selection/losses.png").stat().st_size > 0
+
+
+def test_target_and_pool_have_no_text_in_common(language_example):
+    script = language_example("select_data")
+    pool, wanted, test = script.pool_and_target()
+    texts = [text for _, text in pool] + wanted + test
+    assert len(set(texts)) == len(texts) == sum(script.POOL.values()) + script.NUM_WANTED + script.NUM_TEST
+    assert {kind: [k for k, _ in pool].count(kind) for kind in script.POOL} == script.POOL
+
+
+def test_sequences_that_gave_answers_away_are_found(language_example, capsys):
+    script = language_example("find_contamination", NUM_ITEMS=16, NUM_OTHERS=20, EPOCHS=24)
+    script.main()
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^(\S.*?)  +(\d+)% +(\d+)% +(\S+)$", printed, re.MULTILINE)
+    assert len(rows) == 5, printed
+    found = {name: (int(three), int(ten)) for name, three, ten, _ in rows}
+    assert found["stride"][1] > found["random"][1] + 25, printed
+    assert found["stride among those"][0] > found["random"][0] + 40, printed
+    (right,) = re.findall(r"the 8 leaked items: (\d+)%", printed)
+    assert int(right) > 50, printed  # by chance 25 %
+    assert Path("runs/contamination/scores").is_dir()
+
+
+def test_leaked_items_have_answers_in_the_training_data(language_example):
+    script = language_example("find_contamination")
+    items, train = script.benchmark_and_training_data()
+    assert len(items) == len({answer for *_, answer in items}) == script.NUM_ITEMS
+    for number, (_, options, answer) in enumerate(items):
+        copies = [(text, given) for text, item, given in train if item == number]
+        assert [given for _, given in copies].count(True) == 3 * (number < script.NUM_ITEMS // 2)
+        assert len(copies) == 5
+        assert all(word in text for text, _ in copies for word in options)
+        assert all(text.endswith(f": {answer}") == given for text, given in copies)
