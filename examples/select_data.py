@@ -4,9 +4,9 @@ The pool is text that comes with Python: code of the standard library, its langu
 target is docstrings: thirty of them say what is wanted, others are the test. A small GPT-2 learns from the whole pool,
 every text of the pool is scored for the thirty, and new models are trained on the texts that help most: by mean score,
 or by the best of each of the thirty in turn. Beside them texts that share the rarest words with the thirty (TF-IDF),
-chosen in the same two ways, and random ones. What is found: any choice beats chance; the mean of scores is first, and
-three seeds leave the order of the others open. Under a minute on two CPU cores; prints the losses of the new models on
-the test and draws them in ``runs/selection``.
+chosen in the same two ways, and random ones. What is found: any choice beats chance. The mean of scores is first, but
+three seeds do not tell it from shared words for sure. Under a minute on two CPU cores; prints the losses of the new
+models on the test and draws them in ``runs/selection``.
 """
 
 import importlib
