@@ -1,11 +1,11 @@
 """Which passages did a language model's own words come from?
 
-Trains a small GPT-2 on chapters of Python's language reference, as ``pydoc_data`` ships it, with an ordinary Trainer,
-lets it go on with some prompts, and asks of every continuation which training passages taught it. The prompt is read,
-but only the continuation is asked about (its labels are there, the prompt's are -100). Two checks, on passages that
-training never saw: how many of their top ten are of the same chapter, and how much one step of training on those ten
-helps; beside the ten that share the rarest words (TF-IDF) and ten random ones. Under a minute on two CPU cores; writes
-TensorBoard texts, a page to look through and the saved scores to ``runs/text``.
+Trains a small GPT-2 on chapters of Python's language reference, as ``pydoc_data`` ships it, with a Trainer that
+StrideCallback watches, lets it go on with some prompts, and asks of every continuation which training passages taught
+it. The prompt is read, but only the continuation is asked about (its labels are there, the prompt's are -100). Two
+checks, on passages that training never saw: how many of their top ten are of the same chapter, and how much one step
+of training on those ten helps; beside the ten that share the rarest words (TF-IDF) and ten random ones. Under a minute
+on two CPU cores; writes TensorBoard texts, a page to look through and the saved scores to ``runs/text``.
 """
 
 import logging
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, default_collate
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from stride_lightning import attribute
+from stride_lightning import StrideCallback, attribute
 
 OUTPUT = Path("runs/text")
 NUM_CHAPTERS, NUM_PER_CHAPTER, NUM_HELD_OUT = 12, 36, 40
@@ -141,6 +141,7 @@ def main():
     trainer = L.Trainer(
         max_epochs=EPOCHS,
         accelerator="cpu",
+        callbacks=[StrideCallback()],
         logger=TensorBoardLogger(OUTPUT.parent, name=OUTPUT.name),
         enable_model_summary=False,
     )
