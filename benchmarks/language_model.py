@@ -19,8 +19,9 @@ share of each query's top ten proponents that have its label.
     python benchmarks/language_model.py --model llama --tokenizer bpe --retrained llama.npz
 
 ``--retrained`` names the file that keeps the losses of the retrained models. It is made if it is not there, which takes
-some ten minutes on one thread; the rest takes about two. ``--data`` is an ``.npz`` with ``text`` (UTF-8 bytes), and
-maybe ``offsets`` of documents and their labels ``y``; without it, the text is Python's help on its language.
+some ten minutes on one thread and goes on where it was killed; the rest takes a few. ``--data`` is an ``.npz`` with
+``text`` (UTF-8 bytes), and maybe ``offsets`` of documents and their labels ``y``; without it, the text is Python's help
+on its language.
 """
 
 import argparse

@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -173,6 +174,7 @@ def make_truth(arguments):
     truth = retrain(
         fresh,
         Sequences(queries),
+        path=models_folder(arguments.retrained),
         train_data=loader,
         max_epochs=arguments.epochs,
         num_subsets=arguments.subsets,
@@ -195,6 +197,11 @@ def make_truth(arguments):
         "seconds": np.array(truth.metadata["seconds"]),
         **{f"net.{name}": value.numpy() for name, value in model.net.state_dict().items()},
     }
+
+
+def models_folder(path):
+    """Where retrained models' losses stand until there is a truth file: a run that was killed goes on from there."""
+    return path.with_name(f"{path.name}.models")
 
 
 def train_one(fresh, loader, arguments):
@@ -220,6 +227,7 @@ def save_truth(path, truth):
     with part.open("wb") as file:
         np.savez_compressed(file, **truth)
     os.replace(part, path)
+    shutil.rmtree(models_folder(path), ignore_errors=True)
 
 
 def load_truth(path):
