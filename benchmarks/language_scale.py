@@ -6,7 +6,7 @@ processes of its own, each of which has called ``attribute()`` once before on a 
 Cost: ``forward`` is the model's plain forward pass over the training tokens, logits and all, without gradients, in the
 batches that STRIDE takes; everything else is seconds per token that it reads, and how often a forward pass fits in
 that. Growth in the number of subsets K: operators with ``recovery="prior"``. Growth in the number of sequences n: the
-closed form on a tiny model. The exponent is the slope between the last two rows of a table, in logarithms: 1 is linear.
+closed form on a tiny model. An exponent is the slope from the row above, in logarithms: 1 is linear, 0 is flat.
 Memory is the peak of the resident set above what was there at entry, when the sequences themselves were there already;
 of that, what the scores take, which must grow, is taken off: ``4 q n`` bytes. Two processes: each of them with one
 thread calls ``attribute()`` after ``init_process_group``, against one process with one thread; scores must agree.
@@ -195,14 +195,13 @@ def print_growth(table, symbol, values):
     before = None
     for value in values:
         row = child(table, value)
-        texts = {"seconds": "", "memory": ""}
+        slopes = {"seconds": "", "memory": ""}
         if before is not None:
-            step = math.log(value / before[0])
-            for name in texts:
-                texts[name] = f"{math.log(max(row[name], 1) / max(before[1][name], 1)) / step:.2f}"
-            texts["seconds"] = f"{math.log(row['seconds'] / before[1]['seconds']) / step:.2f}"
+            for name in slopes:
+                grown = max(row[name], 1e-3) / max(before[1][name], 1e-3)
+                slopes[name] = f"{math.log(grown) / math.log(value / before[0]):.2f}"
         parts = f"  fit {row['operators']:.2f} s, measure and recover {row['all']:.2f} s" if "operators" in row else ""
-        line = f"{value:>8} {row['seconds']:9.2f} {texts['seconds']:>9} {row['memory']:8.0f} {texts['memory']:>9}"
+        line = f"{value:>8} {row['seconds']:9.2f} {slopes['seconds']:>9} {row['memory']:8.0f} {slopes['memory']:>9}"
         print(line + parts, flush=True)
         before = value, row
 
