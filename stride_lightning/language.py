@@ -173,8 +173,8 @@ class CausalLanguageModeling(_TokenTask):
         if empty.any():
             raise RowError(
                 int(empty.nonzero()[0]),
-                "has no token to predict: it needs at least two tokens, and a label other than -100 after the first (was "
-                "the answer truncated?)",
+                "has no token to predict: it needs at least two tokens, and a label other than -100 after the first "
+                "(was the answer truncated?)",
             )
         outside = (labels < 0) | (labels >= num_outputs)
         if outside.any():

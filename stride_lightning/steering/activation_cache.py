@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +13,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stride_lightning.steering.tokens import TokenBatch
-
 _PROGRESS = "progress.json"
 
 
 class ActivationCache:
-    """Features, gradients and weights of all tokens that count, one sequence after the other.
+    """Values of all tokens that count, one sequence after the other.
 
-    Three flat float32 files, ``4 (r + c + 1)`` bytes for each token, and a file that says how far writing has come and
-    the checksum of every part. A run that is interrupted goes on where the last part ended; a cache of another model,
+    A flat float32 file for each kind of value, and one that says how far writing has come and the checksum of every
+    part. A run that is interrupted goes on where the last part ended; a cache of another model,
     data set or choice of layers is refused, and so is a damaged part.
 
     Args:
         folder: Made if missing; one for each model and data set.
         identity: Plain values that tell what the activations are of.
         lengths: Tokens that count of each sequence, int64 of shape ``(n,)``.
-        num_features: r.
-        width: c.
+        widths: Numbers of each kind for a token.
 
     Raises:
         ValueError: If the folder holds the activations of something else.
     """
 
-    def __init__(
-        self, folder: Path, identity: Mapping[str, Any], lengths: Tensor, num_features: int, width: int
-    ) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, Any], lengths: Tensor, widths: Mapping[str, int]) -> None:
         self.folder, self._identity = folder, dict(identity)
         self._starts = np.concatenate([[0], lengths.numpy().cumsum()])
-        self._widths = {"features": num_features, "downhill": width, "weights": 1}
-        self._parts: list[dict[str, int]] = []
+        self._widths = dict(widths)
+        self._parts: list[dict[str, Any]] = []
         self._checked: set[int] = set()
         folder.mkdir(parents=True, exist_ok=True)
         self._load_progress()
@@ -58,37 +53,46 @@ class ActivationCache:
         """How many sequences have been written, from the first on."""
         return self._parts[-1]["stop"] if self._parts else 0
 
-    def write(self, batch: TokenBatch) -> None:
-        """Append a batch, which must begin where the last ended; it is on disk when this returns."""
-        first, last = batch.places.start, batch.places.stop
-        if first != self.done:
-            raise ValueError(f"The cache holds {self.done} sequences; the next batch begins at {first}.")
-        counted = (batch.weights > 0).cpu()
-        rows = slice(int(self._starts[first]), int(self._starts[last]))
-        losses = {"losses": [float(loss) for loss in batch.losses]}
+    def write(self, places: slice, values: Mapping[str, Tensor], losses: Tensor) -> None:
+        """Append a batch, which must begin where the last ended; it is on disk when this returns.
+
+        Args:
+            places: Sequences of the batch.
+            values: Of each kind, shape ``(B, T, width)``.
+            losses: Of the sequences.
+        """
+        if places.start != self.done:
+            raise ValueError(f"The cache holds {self.done} sequences; the next batch begins at {places.start}.")
+        counted = (values["weights"][..., 0] > 0).cpu()
+        rows = slice(int(self._starts[places.start]), int(self._starts[places.stop]))
         checksum = 0
-        for name in self._files:
-            values = getattr(batch, name).float().cpu()
-            values = np.ascontiguousarray((values[..., None] if values.ndim == 2 else values)[counted].numpy())
-            self._files[name][rows] = values
-            self._files[name].flush()
-            checksum = zlib.crc32(values.tobytes(), checksum)
-        self._parts.append({"start": first, "stop": last, "crc32": checksum, **losses})  # type: ignore[dict-item]
+        for name, file in self._files.items():
+            array = np.ascontiguousarray(values[name].float().cpu()[counted].numpy())
+            file[rows] = array
+            file.flush()
+            checksum = zlib.crc32(array.tobytes(), checksum)
+        part = {"start": places.start, "stop": places.stop, "crc32": checksum, "losses": losses.tolist()}
+        self._parts.append(part)
         self._save_progress()
 
-    def batches(self, start: int, stop: int, device: torch.device) -> Any:
-        """The batches that were written between two sequences, as they were.
+    def batches(self) -> Iterator[tuple[slice, dict[str, Tensor], Tensor]]:
+        """The batches that were written, as they were: places, values padded to the longest, and losses.
 
         Raises:
             ValueError: If a part is damaged, naming the folder.
         """
         for number, part in enumerate(self._parts):
-            if part["start"] >= start and part["stop"] <= stop:
-                yield self._read(number, part).to(device)
+            places = slice(part["start"], part["stop"])
+            lengths = np.diff(self._starts[places.start : places.stop + 1])
+            counted = torch.from_numpy(np.arange(lengths.max(initial=0)) < lengths[:, None])
+            padded = {}
+            for name, array in self._read(number, part).items():
+                padded[name] = torch.zeros(*counted.shape, array.shape[1], dtype=torch.float32)
+                padded[name][counted] = torch.from_numpy(array)
+            yield places, padded, torch.tensor(part["losses"], dtype=torch.float64)
 
-    def _read(self, number: int, part: Mapping[str, Any]) -> TokenBatch:
-        places = slice(part["start"], part["stop"])
-        rows = slice(int(self._starts[places.start]), int(self._starts[places.stop]))
+    def _read(self, number: int, part: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        rows = slice(int(self._starts[part["start"]]), int(self._starts[part["stop"]]))
         values = {name: np.array(file[rows]) for name, file in self._files.items()}
         if number not in self._checked:
             checksum = 0
@@ -96,18 +100,11 @@ class ActivationCache:
                 checksum = zlib.crc32(np.ascontiguousarray(array).tobytes(), checksum)
             if checksum != part["crc32"]:
                 raise ValueError(
-                    f"The activations of sequences {places.start} to {places.stop - 1} in {self.folder} are damaged "
+                    f"The activations of sequences {part['start']} to {part['stop'] - 1} in {self.folder} are damaged "
                     "(their checksum is another). Delete the folder; they are computed again."
                 )
             self._checked.add(number)
-        lengths = np.diff(self._starts[places.start : places.stop + 1])
-        counted = torch.from_numpy(np.arange(lengths.max(initial=0)) < lengths[:, None])
-        padded = {}
-        for name, array in values.items():
-            padded[name] = torch.zeros(*counted.shape, array.shape[1])
-            padded[name][counted] = torch.from_numpy(array)
-        losses = torch.tensor(part["losses"])
-        return TokenBatch(places, padded["features"], padded["downhill"], padded["weights"][..., 0], losses)
+        return values
 
     def _open(self, name: str, width: int) -> np.memmap:
         path, shape = self.folder / f"{name}.f32", (int(self._starts[-1]), width)

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from stride_lightning.steering.activations import uncompiled
+from stride_lightning.steering.activations import plain_name, uncompiled
 
-#: Vocabularies up to this size are steered directly; beyond, the last hidden state is.
-MAX_DIRECT = 1024
+#: Vocabularies up to this size are steered directly, every token by itself; beyond, the last hidden state is.
+MAX_DIRECT = 2**16
+#: Up to this size the second moment of the steered space is kept whole; beyond, for logits, its diagonal.
+MAX_DENSE = 1024
 #: Numbers per token of a sketch, where the model's head is not found.
 SKETCH_SIZE = 1024
 
@@ -20,21 +22,28 @@ SKETCH_SIZE = 1024
 class OutputSpace:
     """A linear map from the steered space to logits.
 
-    Steering by ``v`` moves the logits by ``S v``. ``S`` is the identity for small vocabularies; the head's weight where
-    the last layer is linear, so that what is steered is the last hidden state, exactly; else a seeded sign sketch,
-    whose inner products are those of logits on average.
+    Steering by ``v`` moves the logits by ``S v``. ``S`` is the identity up to ``MAX_DIRECT`` tokens: which token came
+    tells most of all. Beyond, it is the head's weight where the last layer is linear, so that what is steered is the
+    last hidden state, exactly; else a seeded sign sketch, whose inner products are those of logits on average.
 
     Args:
         kind: ``"logits"``, ``"hidden"`` or ``"sketch"``.
         vocabulary: Number V of logits.
         longest: Tokens of the longest sequence seen.
         matrix: ``S`` of shape ``(V, c)``; None for the identity.
+        head: The linear layer that gives the logits, and its name, where there is one.
     """
 
     kind: str
     vocabulary: int
     longest: int
     matrix: Tensor | None
+    head: tuple[str, nn.Linear] | None = None
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether only the diagonal of the steered space's second moment is kept."""
+        return self.kind == "logits" and self.vocabulary > MAX_DENSE
 
     @property
     def width(self) -> int:
@@ -55,9 +64,9 @@ class OutputSpace:
         """``S`` times steering vectors."""
         return steering if self.matrix is None else steering @ self.matrix.to(steering).T
 
-    def sequences_per_batch(self, num_bytes: int) -> int:
-        """Sequences whose logits and errors fit; at least one."""
-        return max(1, num_bytes // (16 * self.longest * self.vocabulary))
+    def sequences_per_batch(self, num_bytes: int, num_values: int) -> int:
+        """Sequences whose logits, errors and gradients of ``num_values`` numbers fit; at least one."""
+        return max(1, num_bytes // (16 * self.longest * self.vocabulary + 8 * num_values))
 
 
 def choose_output_space(model: nn.Module, outputs: Callable[[], Tensor]) -> OutputSpace:
@@ -67,13 +76,16 @@ def choose_output_space(model: nn.Module, outputs: Callable[[], Tensor]) -> Outp
         model: In eval mode.
         outputs: Runs it on a batch; gives logits of shape ``(B, T, V)``.
     """
-    last: list[tuple[Tensor, Tensor]] = []
+    last: list[tuple[str, nn.Linear, Tensor]] = []
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        last[:] = [(module.weight.detach(), output.detach())]  # type: ignore[list-item]
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
+            last[:] = [(name, module, output.detach())]
 
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    handles = [module.register_forward_hook(hook) for module in linear]
+        return hook
+
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    handles = [module.register_forward_hook(hook_for(name)) for name, module in linear.items()]
     try:
         with uncompiled(), torch.no_grad():
             logits = outputs()
@@ -81,12 +93,14 @@ def choose_output_space(model: nn.Module, outputs: Callable[[], Tensor]) -> Outp
         for handle in handles:
             handle.remove()
     longest, vocabulary = logits.shape[1], logits.shape[-1]
-    if vocabulary <= MAX_DIRECT:
-        return OutputSpace("logits", vocabulary, longest, None)
-    weight, output = last[0] if last else (torch.empty(0), torch.empty(0))
+    head = None
     # The head is found where what it gives are the logits themselves: nothing caps or scales them afterwards.
-    if len(weight) == vocabulary and output.shape == logits.shape and torch.equal(output, logits):
-        return OutputSpace("hidden", vocabulary, longest, weight)
+    if last and last[0][2].shape == logits.shape and torch.equal(last[0][2], logits):
+        head = plain_name(last[0][0]), last[0][1]
+    if vocabulary <= MAX_DIRECT:
+        return OutputSpace("logits", vocabulary, longest, None, head)
+    if head is not None:
+        return OutputSpace("hidden", vocabulary, longest, head[1].weight.detach(), head)
     generator = torch.Generator().manual_seed(vocabulary)
     signs = torch.randint(2, (vocabulary, SKETCH_SIZE), generator=generator) * 2 - 1
     return OutputSpace("sketch", vocabulary, longest, (signs / SKETCH_SIZE**0.5).to(logits.device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ MAX_TOKEN_LAYERS = 5
 #: Bytes that queries, or operators, may take; more queries need more passes over the training data.
 HELD_BYTES = 2**29
 #: Most numbers in one operator; beyond, both of its sides are cut to their principal directions.
-MAX_VALUES = 2**18
+MAX_VALUES = 2**20
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ class SequenceStride:
         self._seconds_per_sequence = (time.perf_counter() - started) / len(probed)
         self._widths, self._num_features = (*self._reader.widths, 1), probe.features.shape[-1]
         self._dtype = probe.features.dtype
+        self._kept_widths = {name: values.shape[-1] for name, values in self._reader.kept(probe).items()}
         self.fingerprint = self.fingerprint_of(train)
         self._open_cache(identity)
 
@@ -172,7 +174,7 @@ class SequenceStride:
     def fit(self) -> None:
         """Run over the training sequences once and keep their moments and losses."""
         started = time.perf_counter()
-        moments = TokenMoments.zeros(self._num_features, self.space.width, self._device)
+        moments = TokenMoments.zeros(self._num_features, self.space, self._device)
         losses = torch.empty(self._share.stop - self._share.start, dtype=self._dtype)
         for batch in self._passes("Statistics"):
             moments.update(batch)
@@ -202,6 +204,7 @@ class SequenceStride:
             dtype=self._dtype,
             device=self._device,
         )
+        self._reader.num_values = math.prod(self.curvature.shape)
         self.info |= {
             "steered": self.space.kind,
             "num_features": self._num_features,
@@ -279,15 +282,17 @@ class SequenceStride:
             return
         yield from self._cached(description)
         for batch in self._reader.batches(self._train, description, share=slice(start + self._cache.done, stop)):
-            self._cache.write(_moved(batch, -start))
+            own = slice(batch.places.start - start, batch.places.stop - start)
+            self._cache.write(own, self._reader.kept(batch), batch.losses)
             yield batch
 
     def _cached(self, description: str) -> Iterator[TokenBatch]:
         assert self._cache is not None
+        first = self._share.start
         with counting(self._cache.done, description, show=self.show_progress) as bar:
-            for batch in self._cache.batches(0, self._cache.done, self._device):
-                yield _moved(batch, self._share.start)
-                bar.update(batch.places.stop - batch.places.start)
+            for own, kept, losses in self._cache.batches():
+                yield self._reader.restored(slice(own.start + first, own.stop + first), kept, losses)
+                bar.update(own.stop - own.start)
 
     def _open_cache(self, identity: dict[str, Any]) -> None:
         self._cache: ActivationCache | None = None
@@ -306,7 +311,7 @@ class SequenceStride:
             "steered": self.space.kind,
             "task": repr(self.task),
         }
-        self._cache = ActivationCache(folder, known, torch.cat(lengths), self._num_features, self.space.width)
+        self._cache = ActivationCache(folder, known, torch.cat(lengths), self._kept_widths)
         self.info["cache_bytes"] = self._cache.num_bytes
 
     def fingerprint_of(self, examples: Examples) -> dict[str, Any]:
@@ -322,8 +327,3 @@ def choose_token_layers(model: nn.Module, task: CausalLanguageModeling, inputs: 
     size, num_tokens = inputs["input_ids"].shape
     forward = partial(task.outputs, model, inputs)
     return choose_layers(model, forward, size, MAX_TOKEN_LAYERS, num_tokens=num_tokens)
-
-
-def _moved(batch: TokenBatch, by: int) -> TokenBatch:
-    places = slice(batch.places.start + by, batch.places.stop + by)
-    return TokenBatch(places, batch.features, batch.downhill, batch.weights, batch.losses)

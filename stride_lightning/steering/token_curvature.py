@@ -10,12 +10,15 @@ from torch import Tensor
 
 from stride_lightning.distributed import total
 from stride_lightning.randomness import seeded
+from stride_lightning.steering.output_space import OutputSpace
 from stride_lightning.steering.tokens import TokenBatch
 
 #: Damping of the features' factor, relative to its mean eigenvalue.
 FEATURE_DAMPING = 0.1
 #: Damping of the outputs' factor, relative to its mean eigenvalue.
 OUTPUT_DAMPING = 1.0
+#: Leading directions of the features that are kept whatever the vocabulary.
+MIN_FEATURES = 16
 
 
 @dataclass
@@ -24,7 +27,7 @@ class TokenMoments:
 
     Args:
         features: ``sum w phi phi'``, shape ``(r, r)``.
-        downhill: ``sum w e e'``, shape ``(c, c)``.
+        downhill: ``sum w e e'``, shape ``(c, c)``, or its diagonal, shape ``(c,)``.
         sums: Sum of weights, of losses, and number of tokens and of sequences, shape ``(4,)``.
     """
 
@@ -33,10 +36,10 @@ class TokenMoments:
     sums: Tensor
 
     @classmethod
-    def zeros(cls, num_features: int, width: int, device: torch.device) -> TokenMoments:
+    def zeros(cls, num_features: int, space: OutputSpace, device: torch.device) -> TokenMoments:
         """No tokens yet."""
         where = torch.device("cpu") if device.type == "mps" else device  # which has no float64
-        shapes = (num_features, num_features), (width, width), (4,)
+        shapes = (num_features, num_features), (space.width,) * (1 if space.is_diagonal else 2), (4,)
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=where) for shape in shapes))
 
     def update(self, batch: TokenBatch) -> None:
@@ -44,7 +47,7 @@ class TokenMoments:
         root = batch.weights.sqrt()[..., None]
         for moment, rows in ((self.features, batch.features), (self.downhill, batch.downhill)):
             weighted = (rows * root).flatten(0, 1)
-            moment += (weighted.T @ weighted).to(moment)
+            moment += (weighted.T @ weighted if moment.ndim == 2 else weighted.square().sum(0)).to(moment)
         counts = batch.weights.sum(), batch.losses.sum(), (batch.weights > 0).sum(), torch.tensor(len(batch.losses))
         self.sums += torch.stack([count.to(self.sums) for count in counts])
 
@@ -66,8 +69,9 @@ class TokenCurvature:
     r"""Curvature of the training loss in one operator, factored: ``H = A \otimes B``, both damped.
 
     ``A`` is the second moment of the features, every layer scaled to unit energy, and ``B`` that of the gradients of
-    token losses, which is their expected curvature under the model's own labels. Where ``r c`` is more than
-    ``max_values``, both sides are cut to their leading principal directions.
+    token losses, which is their expected curvature under the model's own labels; in large vocabularies its diagonal.
+    Where ``r c`` is more than ``max_values``, features are cut to their leading principal directions, and below
+    ``MIN_FEATURES`` of them the steered space too unless it is the vocabulary.
 
     Args:
         moments: Of all training tokens.
@@ -86,7 +90,7 @@ class TokenCurvature:
         widths: Sequence[int],
         *,
         damping: float = FEATURE_DAMPING,
-        max_values: int = 2**18,
+        max_values: int = 2**20,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
@@ -97,25 +101,21 @@ class TokenCurvature:
         scales = torch.where(energies > 0, energies.clamp(min=1e-300).rsqrt(), 1.0)
         scale = torch.cat([s.expand(width) for s, width in zip(scales, widths, strict=True)])
         features = scale[:, None] * features * scale
-        whole = len(features), len(outputs)
-        kept = _sizes(*whole, max_values)
-        left, right = _leading(features, kept[0]), _leading(outputs, kept[1])
+        self.shape = _sizes(len(features), len(outputs), max_values, is_diagonal=outputs.ndim == 1)
+        left = _leading(features, self.shape[0])
+        right = None if outputs.ndim == 1 else _leading(outputs, self.shape[1])
         #: Share of the mean square of features and of gradients that is kept; 1 where nothing is cut.
         self.kept_energy = _share(features, left), _share(outputs, right)
-        self._factors: list[tuple[Tensor, Tensor]] = []
-        for moment, basis, relative, count in (
-            (features, left, damping, kept[0]),
-            (outputs, right, OUTPUT_DAMPING, kept[1]),
-        ):
-            factor = _projected(moment, basis)
-            # Damping is that of the whole moments, whatever is cut off them; a loss of 0 everywhere has no scale.
-            amount = (relative * moment.trace() / len(moment)).clamp(min=1e-30)
-            self._factors.append((factor, factor + amount * torch.eye(count).to(factor)))
+        # Damping is that of the whole moments, whatever is cut off them.
+        a, damped_a = _damped(features, left, damping)
+        b, damped_b = _damped(outputs, right, OUTPUT_DAMPING)
+        inverse_b = 1 / damped_b if damped_b.ndim == 1 else torch.linalg.inv(damped_b)
         self._left = (scale if left is None else scale[:, None] * left).to(device, dtype)
         self._right = None if right is None else right.to(device, dtype)
-        self._inverse_a, self._inverse_b = (torch.linalg.inv(damped).to(device, dtype) for _, damped in self._factors)
-        self._factors = [(factor.to(device, dtype), damped.to(device, dtype)) for factor, damped in self._factors]
-        self._weight, self.shape = float(weight), kept
+        self._a, self._damped_a, self._inverse_a, self._b, self._damped_b, self._inverse_b = (
+            factor.to(device, dtype) for factor in (a, damped_a, torch.linalg.inv(damped_a), b, damped_b, inverse_b)
+        )
+        self._weight = float(weight)
 
     def zeros(self, *count: int) -> Tensor:
         """Operators that are zero, shape ``(*count, r, c)``."""
@@ -140,12 +140,12 @@ class TokenCurvature:
 
     def solve(self, gradients: Tensor) -> Tensor:
         """``H^-1`` times gradients of shape ``(..., r, c)``, where ``H`` is the mean over the training weight."""
-        return self._inverse_a @ gradients @ self._inverse_b
+        return _times(self._inverse_a @ gradients, self._inverse_b)
 
     def penalty(self, operators: Tensor) -> Tensor:
         """What damping adds to ``H``, times operators of shape ``(..., r, c)``."""
-        (a, damped_a), (b, damped_b) = self._factors
-        return damped_a @ operators @ damped_b - a @ operators @ b
+        damped = _times(self._damped_a @ operators, self._damped_b)
+        return damped - _times(self._a @ operators, self._b)
 
     def influence(self, solved: Tensor, gradients: Tensor) -> Tensor:
         """Scores of sequences for queries: how much a query's loss would rise without the sequence, in nats.
@@ -160,13 +160,24 @@ class TokenCurvature:
         return solved.flatten(1) @ gradients.flatten(1).T / self._weight
 
 
-def _sizes(num_features: int, width: int, max_values: int) -> tuple[int, int]:
-    """How many directions of each side are kept: all if they fit, else in fair shares."""
-    if num_features * width <= max_values:
-        return num_features, width
-    side = max(1, int(max_values**0.5))
-    kept = min(width, side)
-    return min(num_features, max_values // kept), kept
+def _times(values: Tensor, factor: Tensor) -> Tensor:
+    """Times a symmetric matrix, or a diagonal one."""
+    return values * factor if factor.ndim == 1 else values @ factor
+
+
+def _damped(moment: Tensor, basis: Tensor | None, relative: float) -> tuple[Tensor, Tensor]:
+    """A factor in its leading directions, and the same with damping relative to the mean of all."""
+    trace = moment.sum() if moment.ndim == 1 else moment.trace()
+    # A loss of 0 everywhere has no scale.
+    amount = (relative * trace / len(moment)).clamp(min=1e-30)
+    factor = moment if basis is None else _projected(moment, basis)
+    return factor, factor + (amount if factor.ndim == 1 else amount * torch.eye(len(factor)).to(factor))
+
+
+def _sizes(num_features: int, width: int, max_values: int, *, is_diagonal: bool) -> tuple[int, int]:
+    """How many directions of each side are kept: features give way first."""
+    kept = min(num_features, max(MIN_FEATURES, max_values // width))
+    return kept, width if is_diagonal else min(width, max(1, max_values // kept))
 
 
 def _leading(moment: Tensor, count: int) -> Tensor | None:
@@ -179,10 +190,11 @@ def _leading(moment: Tensor, count: int) -> Tensor | None:
         return torch.svd_lowrank(moment.float(), q=count, niter=2)[0].to(moment)
 
 
-def _projected(moment: Tensor, basis: Tensor | None) -> Tensor:
-    return moment if basis is None else basis.T @ moment @ basis
+def _projected(moment: Tensor, basis: Tensor) -> Tensor:
+    return basis.T @ moment @ basis
 
 
 def _share(moment: Tensor, basis: Tensor | None) -> float:
-    whole = float(moment.trace())
-    return 1.0 if basis is None or whole == 0 else float(_projected(moment, basis).trace()) / whole
+    if basis is None or float(moment.trace()) == 0:
+        return 1.0
+    return float(_projected(moment, basis).trace() / moment.trace())

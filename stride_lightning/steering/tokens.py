@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,7 +34,8 @@ class TokenBatch:
         weights: Weight of each token's loss in that of its sequence, shape ``(B, T)``; 0 for padding.
         losses: Shape ``(B,)``.
         logits: Of the frozen model, shape ``(B, T, V)``, where asked for.
-        labels: Int64 of shape ``(B, T)``, likewise.
+        labels: Int64 of shape ``(B, T)``.
+        hidden: What enters the head, shape ``(B, T, d)``, where logits are made of it again.
     """
 
     places: slice
@@ -44,14 +45,7 @@ class TokenBatch:
     losses: Tensor
     logits: Tensor | None = None
     labels: Tensor | None = None
-
-    def to(self, device: torch.device) -> TokenBatch:
-        """The same on a device."""
-        moved = {
-            field.name: value.to(device) if isinstance(value := getattr(self, field.name), Tensor) else value
-            for field in fields(self)
-        }
-        return replace(self, **moved)
+    hidden: Tensor | None = None
 
 
 class TokenReader:
@@ -82,11 +76,14 @@ class TokenReader:
         self.batch_size, self.device, self.show_progress = batch_size, device, show_progress
         #: Features of each layer, known once a batch was read.
         self.widths: tuple[int, ...] = ()
+        self.dtype = torch.float32
+        #: Numbers in the gradient of a sequence in one operator, for the size of batches.
+        self.num_values = 0
 
     @property
     def rows_per_batch(self) -> int:
         """Sequences in one forward pass."""
-        return min(self.batch_size, self.space.sequences_per_batch(BATCH_BYTES))
+        return min(self.batch_size, self.space.sequences_per_batch(BATCH_BYTES, self.num_values))
 
     def batches(
         self,
@@ -111,7 +108,7 @@ class TokenReader:
         part = examples.subset(range(start, stop))
         with (
             counting(stop - start, description, show=self.show_progress and bool(description)) as bar,
-            capture_tokens(self.model, self.layers) as captured,
+            capture_tokens(self.model, self._captured_layers) as captured,
             torch.no_grad(),
         ):
             place = start
@@ -142,8 +139,38 @@ class TokenReader:
             counted = (weights > 0)[..., None]
             downhill = torch.where(counted, self.space.gradient(logits, labels), 0)
             features = torch.where(counted, self._features(captured, logits), 0)
-        kept = (logits, labels) if with_logits else (None, None)
-        return TokenBatch(places, features, downhill, weights, losses, *kept)
+            hidden = None if self._head is None else torch.where(counted, at_least_single(captured[self._head]), 0)
+        return TokenBatch(places, features, downhill, weights, losses, logits if with_logits else None, labels, hidden)
+
+    def kept(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """What is worth keeping of a batch, shape ``(B, T, ...)``: what enters a large head, not what comes out."""
+        assert batch.labels is not None
+        if batch.hidden is None:
+            return {"features": batch.features, "weights": batch.weights[..., None], "downhill": batch.downhill}
+        labels = batch.labels[..., None].to(batch.features)  # exact for 2^24 tokens
+        kept = {"features": batch.features, "weights": batch.weights[..., None]}
+        return kept | {"hidden": batch.hidden, "labels": labels}
+
+    @torch.no_grad()
+    def restored(self, places: slice, kept: dict[str, Tensor], losses: Tensor) -> TokenBatch:
+        """The batch again, from what was kept of it."""
+        kept = {name: values.to(self.device, self.dtype) for name, values in kept.items()}
+        features, weights, downhill = kept["features"], kept["weights"][..., 0], kept.get("downhill")
+        if downhill is None:
+            assert self.space.head is not None
+            head, labels = self.space.head[1], kept["labels"][..., 0].long()
+            logits = at_least_single(head(kept["hidden"].to(head.weight.dtype)))
+            downhill = torch.where(kept["weights"] > 0, self.space.gradient(logits, labels), 0)
+        return TokenBatch(places, features, downhill, weights, losses.to(self.device, self.dtype))
+
+    @property
+    def _head(self) -> str | None:
+        """Name of the head, where its logits are too many to keep."""
+        return self.space.head[0] if self.space.is_diagonal and self.space.head is not None else None
+
+    @property
+    def _captured_layers(self) -> list[str]:
+        return list(dict.fromkeys([*self.layers, *([] if self._head is None else [self._head])]))
 
     def _features(self, captured: dict[str, Tensor], logits: Tensor) -> Tensor:
         parts = []
@@ -157,6 +184,7 @@ class TokenReader:
                     f"{tuple(logits.shape[:2])} tokens. Name other layers with `layers=`."
                 )
             parts.append(fold(at_least_single(inputs).to(logits).flatten(0, 1), MAX_TOKEN_FEATURES))
+        self.dtype = logits.dtype
         self.widths = tuple(part.shape[1] for part in parts)
         parts.append(torch.ones_like(parts[0][:, :1]))
         return torch.cat(parts, 1).unflatten(0, tuple(logits.shape[:2]))

@@ -96,7 +96,7 @@ def brute_tokens(model, item, layers):
     return [(phi.detach(), error.detach(), weight) for phi, error in rows]
 
 
-def brute_scores(model, train, queries, layers, damping=(0.1, 1.0), head=None):
+def brute_scores(model, train, queries, layers, damping=(0.1, 1.0), head=None, diagonal=False):
     """The closed form with explicit loops and dense matrices, shape ``(q, n)``."""
     space = torch.eye(VOCABULARY, dtype=torch.float64) if head is None else head
     tokens = [[(p, space.T @ e, w) for p, e, w in brute_tokens(model, train[i], layers)] for i in range(len(train))]
@@ -109,6 +109,7 @@ def brute_scores(model, train, queries, layers, damping=(0.1, 1.0), head=None):
         scale[block] = (sum(w * p[block].square().sum() for p, _, w in every) / total) ** -0.5
     a = sum(w * torch.outer(scale * p, scale * p) for p, _, w in every) / total
     b = sum(w * torch.outer(e, e) for _, e, w in every) / total
+    b = b.diagonal().diag() if diagonal else b
     a = a + damping[0] * a.trace() / len(a) * torch.eye(len(a))
     b = b + damping[1] * b.trace() / len(b) * torch.eye(len(b))
     curvature = torch.kron(a, b)

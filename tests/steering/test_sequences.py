@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from stride_lightning import CausalLanguageModeling, StrideAttributor, attribute
-from stride_lightning.steering import output_space, sequences, tokens
+from stride_lightning.steering import output_space, sequences, token_curvature, tokens
 from tests.helpers.texts import VOCABULARY, Texts, TinyLM, brute_scores, padded
 
 TRAIN, QUERIES = Texts(13), Texts(5, seed=1)
@@ -40,6 +40,35 @@ def test_scores_are_the_closed_form(model):
 def test_a_sum_over_tokens_weighs_long_sequences_more(model):
     mean, total = (ask(model, task=CausalLanguageModeling(reduction)).scores for reduction in ("mean", "sum"))
     assert not torch.allclose(mean / mean.norm(), total / total.norm(), atol=1e-3)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_large_vocabularies_keep_the_diagonal_of_their_curvature(model, monkeypatch, tmp_path, cached):
+    monkeypatch.setattr(output_space, "MAX_DENSE", 3)
+    options = {"cache_dir": tmp_path} if cached else {}
+    found = ask(model, **options)
+    assert found.metadata["sequences"]["steered"] == "logits"
+    expected = brute_scores(model, TRAIN, QUERIES, LAYERS, diagonal=True)
+    tolerance = 1e-4 if cached else 1e-5  # in single precision on disk
+    assert torch.allclose(found.scores.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+    assert not torch.allclose(found.scores.double(), brute_scores(model, TRAIN, QUERIES, LAYERS), rtol=1e-3)
+    if cached:  # what enters the head and the label, not what comes out
+        tokens_seen = found.metadata["sequences"]["num_tokens"]
+        assert found.metadata["sequences"]["cache_bytes"] == 4 * tokens_seen * (13 + 4 + 1 + 1)
+        assert torch.allclose(ask(model, **options).scores.double(), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_of_large_vocabularies_features_are_cut_alone(model, monkeypatch):
+    monkeypatch.setattr(output_space, "MAX_DENSE", 3)
+    monkeypatch.setattr(sequences, "HELD_BYTES", 1)
+    monkeypatch.setattr(token_curvature, "MIN_FEATURES", 4)
+    found = StrideAttributor(layers=LAYERS, show_progress=False).fit(model, loader(TRAIN))
+    assert found.metadata["sequences"]["operator_shape"] == [13, VOCABULARY]  # 1024 numbers are always kept
+    curvature = found._sequences.curvature
+    cut = type(curvature)(found._sequences.moments, found._sequences._widths, max_values=1)
+    assert cut.shape == (4, VOCABULARY)
+    operators = ask(model, recovery="prior", num_subsets=8)
+    assert operators.std is not None
 
 
 def test_the_last_hidden_state_is_steered_under_large_vocabularies(model, monkeypatch):
@@ -102,6 +131,7 @@ def test_large_operators_are_cut_to_principal_directions(model, monkeypatch):
     exact = ask(model)
     monkeypatch.setattr(sequences, "MAX_VALUES", 1024)  # more than there are: nothing is cut
     assert torch.equal(ask(model).scores, exact.scores)
+    monkeypatch.setattr(token_curvature, "MIN_FEATURES", 4)
     attributor = StrideAttributor(layers=LAYERS, show_progress=False).fit(model, loader(TRAIN))
     found = attributor._sequences
     cut = type(found.curvature)(found.moments, found._widths, max_values=16, dtype=torch.float64)
