@@ -28,7 +28,7 @@ lint: $(STAMP)  ## Check style, formatting and types
 
 bench: $(STAMP)  ## Run the benchmarks (with TRUTH=file.npz those too that compare with retrained models)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
-	for script in $$(grep -L '"--truth"' benchmarks/*.py); do $(BIN)/python "$$script" || exit 1; done
+	for script in $$(grep -LE '"--(truth|retrained)"' benchmarks/*.py); do $(BIN)/python "$$script" || exit 1; done
 	$(if $(TRUTH),for script in $$(grep -l '"--truth"' benchmarks/*.py); do $(BIN)/python "$$script" --truth $(TRUTH) || exit 1; done)
 
 clean:  ## Remove the environment and everything generated

@@ -30,9 +30,9 @@ from stride_lightning.steering.tokens import BATCH_BYTES, TokenBatch, TokenReade
 #: Layers whose inputs are features, evenly spaced from first to last.
 MAX_TOKEN_LAYERS = 5
 #: Bytes that queries, or operators, may take; more queries need more passes over the training data.
-HELD_BYTES = 2**29
-#: Most numbers in one operator; beyond, both of its sides are cut to their principal directions.
-MAX_VALUES = 2**20
+HELD_BYTES = 2**30
+#: Most numbers in one operator; beyond, features are cut to their leading principal directions.
+MAX_VALUES = 2**22
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,11 @@ class SequenceStride:
               A = \frac{1}{W} \sum w \phi \phi', \; B = \frac{1}{W} \sum w e e',
 
     sums over all training tokens and ``W`` the sum of their weights. The factors of the curvature are an approximation,
-    as is cutting them where ``r c > 2^18``; everything else is exact. The network runs forward only.
+    as is cutting features to their leading directions where ``r c > 2^22``; everything else is exact. The network runs
+    forward only.
 
-    Memory: ``24 (r^2 + c^2)`` bytes for the moments, ``4 q r c`` for the queries (at most 512 MiB: more take more
-    passes) and ``8 K r c`` for operators (cut to 1 GiB), and one batch (256 MiB of logits at most, or one sequence).
+    Memory: ``24 (r^2 + c^2)`` bytes for the moments, ``4 q r c`` for the queries (at most 1 GiB: more take more
+    passes) and ``8 K r c`` for operators (cut to 2 GiB), and one batch (256 MiB of logits at most, or one sequence).
     Nothing grows with the number of training sequences but the scores.
 
     Args:

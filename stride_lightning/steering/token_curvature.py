@@ -90,7 +90,7 @@ class TokenCurvature:
         widths: Sequence[int],
         *,
         damping: float = FEATURE_DAMPING,
-        max_values: int = 2**20,
+        max_values: int = 2**22,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
