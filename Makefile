@@ -17,9 +17,9 @@ help:  ## Show this list
 demo: $(STAMP)  ## Attribute handwritten digits to their training examples
 	$(BIN)/python examples/attribute_digits.py
 
-# One thread: for the tiny models of the tests a second one only waits.
+# Two processes of one thread each: for the tiny models of the tests a second thread only waits.
 test: $(STAMP)  ## Run the tests and the examples in the docstrings
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope $(ARGS)
 
 lint: $(STAMP)  ## Check style, formatting and types
 	$(BIN)/ruff check .

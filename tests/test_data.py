@@ -265,7 +265,6 @@ class Stream(IterableDataset):
         ([], ValueError, "is empty"),
         (7, TypeError, "got int"),
     ],
-    ids=str,
 )
 def test_sources_that_are_refused(source, error, message):
     with pytest.raises(error, match=f"`train_data`.*{message}|`train_data` {message}"):

@@ -35,13 +35,15 @@ class StrideAttributor(Attributor):
         num_subsets: Number of subsets K; by default 200 up to 10,000 examples, then 200 more for every factor of 10.
         degree: Subsets each example is in; by default ``K / 2`` while ``n K <= 1e8``, else 10.
         layers: Names of the modules whose inputs make the basis. By default the input features and the input of each
-            layer with a weight matrix, eight at most.
+            layer with a weight matrix, eight at most (five of a language model). With a learned basis of a language
+            model, the one module whose input is steered.
         basis: ``"statistics"``, or ``"learned"`` as published.
         rank: Rank of a learned basis.
         stability: Weight of the stability term, which ties operators to the frozen model outside their subset (see
             :class:`~stride_lightning.steering.module.StrideModule`); by default 0 with ``recovery="prior"``, where
             operators are refits of the readouts, else 1 as published.
-        ridge: Penalty of the operators relative to the mean curvature; read off the data by default.
+        ridge: Penalty of the operators relative to the mean curvature; read off the data by default. Of language
+            models, the damping of the features' second moment, by default .1.
         recovery: ``"prior"``, ``"lasso"`` as published, or ``"ridge"``; of language models also ``"closed-form"``, the
             influence that operators have on average, without fitting any, which is their default.
         penalty: Of the lasso relative to its largest useful value, or of the ridge relative to the mean diagonal;
@@ -50,10 +52,12 @@ class StrideAttributor(Attributor):
         cache_dir: Of language models: folder for the activations of training tokens, ``4 (r + c + 1)`` bytes each, so
             that the model runs over them once and an interrupted run goes on; by default they are computed again.
         seed: Seed of the design, where it is not read from a record, and of a learned basis.
-        batch_size: Examples per forward pass.
+        batch_size: Examples per forward pass; of language models at most, where logits would take too much memory.
         show_progress: Show progress bars, and a cost estimate before long work.
 
-    Memory beyond the model, for n training examples, r features, C outputs, K subsets and q queries asked at once:
+    Language models are attributed by :class:`~stride_lightning.steering.sequences.SequenceStride`, which says what it
+    computes and what memory it takes. Otherwise, memory beyond the model, for n training examples, r features, C
+    outputs, K subsets and q queries asked at once, is
     ``4 (2 n r + n (3 C + 1) + C r K + 8 q n) + t (2304 C r + 64 n)`` bytes and 200 MB of blocks for each of t threads.
     Nothing is of size ``n K C`` or ``n`` times the model's parameters.
 
