@@ -86,7 +86,7 @@ class SequenceStride:
     forward only.
 
     Memory: ``24 (r^2 + c^2)`` bytes for the moments, ``4 q r c`` for the queries (at most 1 GiB: more take more
-    passes) and ``8 K r c`` for operators (cut to 2 GiB), and one batch (256 MiB of logits at most, or one sequence).
+    passes) and ``4 K r c`` for operators (cut to 1 GiB), and one batch (256 MiB of logits at most, or one sequence).
     Nothing grows with the number of training sequences but the scores.
 
     Args:
@@ -168,7 +168,7 @@ class SequenceStride:
         share = self._share.stop - self._share.start
         return SequenceCost(
             seconds=self._seconds_per_sequence * share * (2 if num_subsets else 1),
-            memory_bytes=24 * (features**2 + width**2) + 8 * num_subsets * values + BATCH_BYTES,
+            memory_bytes=24 * (features**2 + width**2) + 4 * num_subsets * values + BATCH_BYTES,
             disk_bytes=0 if self._cache is None else self._cache.num_bytes,
         )
 

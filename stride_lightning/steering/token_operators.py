@@ -56,7 +56,7 @@ def fit_token_operators(
 
     Ranks share the sequences.
 
-    Memory: ``4 K r c`` floats after the first step, ``K r c`` before, and one batch.
+    Memory: ``K r c`` floats and one batch; six times that for more than one step.
 
     Args:
         passes: Reads the sequences of this rank.
@@ -74,13 +74,16 @@ def fit_token_operators(
         mean += gradients.sum(0)
     sizes = design.sizes.clamp(min=1).to(summed)[:, None, None]
     mean = total(mean) / design.num_train
-    slopes = total(summed) / sizes - mean
-    first = -curvature.solve(slopes)
+    first = total(summed).div_(sizes).sub_(mean)
+    start = torch.zeros_like(sizes[:, 0, 0])  # energy of the gradient at 0 in the preconditioner's metric
+    for subset, slope in enumerate(first):  # in place, as operators are the largest thing there is
+        newton = curvature.solve(slope)
+        start[subset] = (slope * newton).sum()
+        slope.copy_(-newton)
     operators = TokenOperators(first, torch.full((design.num_subsets,), torch.nan))
     if steps == 1:
         return operators
     current, step = first, torch.ones(design.num_subsets).to(first)
-    start = (slopes * -first).sum((1, 2))  # energy of the gradient at 0 in the preconditioner's metric
     best = torch.zeros_like(start)
     reached, direction = torch.zeros_like(first), first  # F_k(0) = mean loss at 0, taken as 0
     for number in range(1, steps + 1):
