@@ -70,7 +70,7 @@ def fit_token_operators(
     for batch in passes("Operators", False):
         gradients = curvature.gradients(batch)
         members = design.rows(batch.places).to(gradients)  # (B, K)
-        summed += (members.T @ gradients.flatten(1)).view_as(summed)
+        summed.flatten(1).addmm_(members.T, gradients.flatten(1))
         mean += gradients.sum(0)
     sizes = design.sizes.clamp(min=1).to(summed)[:, None, None]
     mean = total(mean) / design.num_train
