@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stride_lightning import __version__
 from stride_lightning.attribution import Attribution
-from stride_lightning.data import Examples, first_batch, resolve_queries, resolve_train_data
+from stride_lightning.data import Examples, first_look, resolve_queries, resolve_train_data
 from stride_lightning.distributed import rank
 from stride_lightning.metering import Meter
 from stride_lightning.progress import track
@@ -245,7 +245,7 @@ class Attributor(ABC):
         self._train = resolve_train_data(train_data, train_indices, model)
         with torch.inference_mode(False), borrowed(model, self._state(), self._device) as where, torch.no_grad():
             self._weights = weight_hash(model)
-            head = None if task is not None else first_batch(self._train, min(self.batch_size, 64), where)
+            head = None if task is not None else first_look(self._train, self.batch_size, where)
             with self._train.naming(0):
                 self._task = infer_task_of(head, model) if task is None else task
             self.metadata = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -31,6 +31,8 @@ from stride_lightning.randomness import mix, preserved_random_state, seed_all
 HELD_BYTES = 2**28
 #: Examples that are read twice to find out whether reading is random.
 _NUM_PROBES = 16
+#: Texts that are looked at to find out what a batch means.
+_TEXTS_TO_LOOK_AT = 4
 
 
 class RowError(ValueError):
@@ -198,6 +200,13 @@ def first_batch(examples: Examples, batch_size: int, device: torch.device) -> An
     head = examples.subset(range(min(batch_size, len(examples))))
     head.num_workers = 0
     return next(batch for batch, _, _ in head.batches(batch_size, device))
+
+
+def first_look(examples: Examples, batch_size: int, device: torch.device) -> Any:
+    """The first batch, of up to 64 examples but only a few texts: the logits of many long ones may not fit."""
+    one = first_batch(examples, 1, device)
+    is_text = isinstance(one, Mapping) and "input_ids" in one
+    return first_batch(examples, min(batch_size, _TEXTS_TO_LOOK_AT if is_text else 64), device)
 
 
 def resolve_train_data(

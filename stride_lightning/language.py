@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -62,9 +65,19 @@ class _TokenTask(Classification):
     def check_batch(self, model: nn.Module, batch: Any) -> None:
         inputs = self.inputs(batch)
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        if mask is not None and mask.shape != ids.shape:
+            raise TypeError(
+                f"Expected an attention_mask of shape {tuple(ids.shape)} as input_ids, got {describe(mask)}."
+            )
         lengths = torch.full((len(ids),), ids.shape[1]) if mask is None else mask.sum(1).cpu()
         if int(lengths.min()) == 0:
             raise RowError(int(lengths.argmin()), "has no tokens: its text is empty, or all of it is padding")
+        if mask is not None and "position_ids" not in inputs and not mask[:, 0].all() and _counts_positions(model):
+            warnings.warn(
+                "Texts are padded on the left, and this model counts positions from the padding on: other padding is "
+                "another text to it. Pad on the right, or give `position_ids`.",
+                stacklevel=2,
+            )
         size, limit = vocabulary_size(model), max_length(model)
         if ids.numel() and int(ids.min()) < 0:
             row = int((ids < 0).any(1).nonzero()[0])
@@ -98,10 +111,12 @@ class CausalLanguageModeling(_TokenTask):
     sequences with ``position_ids`` that start again at 0, as ``DataCollatorWithFlattening`` makes them) are unpacked
     first, so scores are the same.
 
-    A batch ``(ids, next_ids)`` as plain PyTorch code has it is read as already shifted, unless both are the same.
+    A batch ``(ids, next_ids)``, as plain PyTorch code has it, is read as already shifted. Labels that are not the
+    tokens they should be are refused: masked tokens and classes of tokens are other tasks.
 
     Args:
         reduction: ``"mean"`` over the tokens of a sequence, or their ``"sum"``.
+        shifted: Whether labels stand one place ahead of their own token; by default in tuples, not in dictionaries.
 
     Example:
         >>> task = CausalLanguageModeling()
@@ -114,10 +129,11 @@ class CausalLanguageModeling(_TokenTask):
     name = "causal language modeling"
     has_tokens: ClassVar[bool] = True
 
-    def __init__(self, reduction: Reduction = "mean") -> None:
+    def __init__(self, reduction: Reduction = "mean", *, shifted: bool | None = None) -> None:
         if reduction not in get_args(Reduction):
             raise ValueError(f"`reduction` must be one of {get_args(Reduction)}, got {reduction!r}.")
         self.reduction: Reduction = reduction
+        self.shifted = shifted
 
     @override
     def outputs(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -133,7 +149,7 @@ class CausalLanguageModeling(_TokenTask):
     @override
     def targets(self, batch: Any) -> Tensor:
         """The label that each output predicts and its weight, float32 of shape ``(B, T, 2)``; exact for 2^24 labels."""
-        ids, labels, weights, is_shifted = _token_ids(batch), None, None, False
+        ids, labels, weights = _token_ids(batch), None, None
         if isinstance(batch, Mapping):
             labels, weights = batch.get("labels"), batch.get("loss_weights")
         elif isinstance(batch, tuple | list):
@@ -147,10 +163,11 @@ class CausalLanguageModeling(_TokenTask):
                 raise ValueError(
                     f"Expected {name} of the shape of input_ids, {tuple(ids.shape)}; got {describe(value)}."
                 )
+        is_shifted = not isinstance(batch, Mapping) if self.shifted is None else self.shifted
         if labels is None:
-            labels = ids
-        elif not isinstance(batch, Mapping):
-            is_shifted = not torch.equal(torch.where(labels == IGNORED, ids, labels), ids)
+            labels, is_shifted = ids, False
+        else:
+            _check_labels(ids, labels, is_shifted=is_shifted)
         weights = torch.ones(labels.shape, device=ids.device) if weights is None else weights.float()
         weights = weights.masked_fill(labels == IGNORED, 0)
         mask = torch.ones_like(ids) if not isinstance(batch, Mapping) else batch.get("attention_mask")
@@ -217,7 +234,8 @@ class CausalLanguageModeling(_TokenTask):
         )
 
     def __repr__(self) -> str:
-        return f"CausalLanguageModeling(reduction={self.reduction!r})"
+        shifted = "" if self.shifted is None else f", shifted={self.shifted}"
+        return f"CausalLanguageModeling(reduction={self.reduction!r}{shifted})"
 
 
 class SequenceClassification(_TokenTask):
@@ -237,6 +255,21 @@ class SequenceClassification(_TokenTask):
         if not isinstance(batch, Mapping):
             return Classification.targets(self, batch)
         return batch.get("labels", batch.get("label"))
+
+
+def _check_labels(ids: Tensor, labels: Tensor, *, is_shifted: bool) -> None:
+    """Refuse labels that are not the tokens at their places, or one ahead if shifted."""
+    own, next_ones = labels[:, :-1] if is_shifted else labels, ids[:, 1:] if is_shifted else ids
+    wrong = ((own != IGNORED) & (own != next_ones)).any(1)
+    if wrong.any():
+        stand = "one place ahead of their tokens" if is_shifted else "beside their own tokens"
+        other = "beside them: pass task=CausalLanguageModeling(shifted=False)"
+        other = other if is_shifted else "one place ahead: pass task=CausalLanguageModeling(shifted=True)"
+        raise RowError(
+            int(wrong.nonzero()[0]),
+            f"has labels that are not its input_ids. They are expected {stand}. If they stand {other}. Masked language "
+            "models and classes of tokens are not supported",
+        )
 
 
 def is_packed(batch: Mapping[str, Any]) -> bool:
@@ -288,11 +321,18 @@ def logits_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
             given["use_cache"] = False  # keys and values of past tokens are for generating
         if "labels" in parameters and parameters["labels"].default is inspect.Parameter.empty:
             given["labels"] = inputs["input_ids"]
-        came = model(**given)
+        call = partial(model, **given)
     else:
         first = next(iter(parameters), "")
         rest = {name: inputs[name] for name in list(parameters)[1:] if name in inputs}
-        came = model(dict(inputs) if first == "batch" else inputs["input_ids"], **rest)
+        call = partial(model, dict(inputs) if first == "batch" else inputs["input_ids"], **rest)
+    try:
+        came = call()
+    except (KeyError, TypeError) as error:
+        raise TypeError(
+            f"{type(model).__name__}.forward({', '.join(parameters)}) was given what it names of a {describe(inputs)}, "
+            f"or its token ids, and gave {type(error).__name__}: {error}. {HOW_TO_PASS_TASK}"
+        ) from error
     logits = came.get("logits") if isinstance(came, Mapping) else getattr(came, "logits", came)
     if isinstance(logits, tuple | list):
         logits = next((value for value in logits if isinstance(value, Tensor) and value.ndim >= 2), None)
@@ -306,21 +346,25 @@ def logits_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 
 def vocabulary_size(model: nn.Module) -> int | None:
     """How many token ids a model knows; None where it does not say."""
+    sizes = []
     for module in model.modules():
         find: Any = getattr(module, "get_input_embeddings", None)
         if find is not None:
-            try:
-                return getattr(find(), "num_embeddings", None)
-            except NotImplementedError:
-                continue
-    return None
+            with suppress(NotImplementedError):
+                sizes.append(getattr(find(), "num_embeddings", 0))
+    return max(sizes, default=0) or None  # of several models the one that knows most
 
 
 def max_length(model: nn.Module) -> int | None:
     """How many tokens a model takes; None where it does not say."""
     configs = [module.config for module in model.modules() if hasattr(module, "config")]
     limits = [getattr(config, "max_position_embeddings", None) for config in configs]
-    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
+    return max((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+
+
+def _counts_positions(model: nn.Module) -> bool:
+    """Whether a model looks positions up in a table of its own and counts padding, as GPT-2 does."""
+    return any(name.rpartition(".")[2] == "wpe" for name, _ in model.named_modules())
 
 
 def _is_too_much(model: nn.Module, inputs: Mapping[str, Any], row: int) -> bool:

@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from stride_lightning.language import CausalLanguageModeling, SequenceClassification, logits_of
 from stride_lightning.tasks import HOW_TO_PASS_TASK, BinaryClassification, Classification, Regression, Task, describe
 
+_PROBABILITIES = (
+    "The model's outputs look like probabilities (non-negative rows that sum to 1), not logits. Pass a task whose "
+    f"`outputs(model, inputs)` returns their logarithm or the layer before the softmax. {HOW_TO_PASS_TASK}"
+)
+
 
 def infer_task(batch: Any, model: nn.Module) -> Task:
     """The built-in task that fits the first batch, or an error that says how to pass one.
@@ -38,6 +43,10 @@ def infer_task(batch: Any, model: nn.Module) -> Task:
         raise TypeError(f"The task cannot be told from a batch of {describe(batch)}. {HOW_TO_PASS_TASK}")
     with torch.no_grad():
         outputs = reader.outputs(model, inputs)
+    if isinstance(outputs, Tensor) and outputs.ndim == 3 and targets.shape == outputs.shape[:2]:
+        task = CausalLanguageModeling()
+        task.targets(batch)
+        return _check_tokens(outputs, task)
     check_outputs(outputs, len(targets))
     num_outputs = 1 if outputs.ndim == 1 else outputs.shape[1]
     both = f"targets {describe(targets)} and outputs {describe(outputs)}"
@@ -77,13 +86,20 @@ def _infer_language_task(batch: Mapping[str, Any], model: nn.Module) -> Task:
     with torch.no_grad():
         outputs = logits_of(model, task.inputs(batch))
     if outputs.ndim == 3:
-        return task
+        task.targets(batch)  # which refuses labels of another task
+        return _check_tokens(outputs, task)
     labels = batch.get("labels", batch.get("label"))
     if labels is None or (labels.ndim == 1 and not labels.is_floating_point() and outputs.shape[1] >= 2):
         return SequenceClassification()
     raise ValueError(
         f"The task cannot be told from labels {describe(labels)} and outputs {describe(outputs)}. {HOW_TO_PASS_TASK}"
     )
+
+
+def _check_tokens(outputs: Tensor, task: Task) -> Task:
+    if (outputs >= 0).all() and torch.allclose(outputs.sum(-1), outputs.new_ones(()), atol=1e-3):
+        raise ValueError(_PROBABILITIES)
+    return task
 
 
 def check_forward(model: nn.Module) -> None:
@@ -121,10 +137,6 @@ def check_outputs(outputs: object, batch_size: int, task: Task | None = None) ->
 
 def _check_logits(outputs: Tensor, task: Task, targets: Tensor) -> Task:
     if (outputs >= 0).all() and torch.allclose(outputs.sum(1), outputs.new_ones(()), atol=1e-3):
-        raise ValueError(
-            "The model's outputs look like probabilities (non-negative rows that sum to 1), not logits. Pass a task "
-            "whose `outputs(model, inputs)` returns their logarithm or the layer before the softmax. "
-            + HOW_TO_PASS_TASK
-        )
+        raise ValueError(_PROBABILITIES)
     task.encode(targets, outputs.shape[1])
     return task

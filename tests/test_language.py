@@ -80,7 +80,8 @@ def test_loss_by_hand(kind, reduction):
 def test_absolute_positions_move_with_padding_on_the_left():
     model, batch = gpt2(), left_padded(TEXTS)
     expected = losses_of(model, padded(TEXTS))
-    assert (losses_of(model, batch) - expected).abs().max() > 1e-3
+    with pytest.warns(UserWarning, match="padded on the left"):
+        assert (losses_of(model, batch) - expected).abs().max() > 1e-3
     positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     close(losses_of(model, {**batch, "position_ids": positions}), expected)
     # A single text, whose padding has the position 0 too, is not taken for several that are packed.
@@ -129,10 +130,21 @@ def test_shifted_batches_of_plain_code():
     expected = losses_of(model, {"input_ids": whole})
     close(losses_of(model, shifted), expected)
     close(losses_of(model, list(shifted)), expected)
-    close(losses_of(model, (whole, whole)), expected)
-    hidden = whole.clone()
+    hidden = whole[:, 1:].clone()
     hidden[:, :3] = IGNORED
-    close(losses_of(model, (whole, hidden)), losses_of(model, {"input_ids": whole, "labels": hidden}))
+    beside = torch.nn.functional.pad(hidden, (1, 0), value=IGNORED)
+    close(losses_of(model, (whole[:, :-1], hidden)), losses_of(model, {"input_ids": whole, "labels": beside}))
+    aligned, ahead = CausalLanguageModeling(shifted=False), CausalLanguageModeling(shifted=True)
+    assert aligned.targets((whole, whole)).equal(task.targets({"input_ids": whole}))
+    assert ahead.targets({"input_ids": shifted[0], "labels": shifted[1]}).equal(task.targets(shifted))
+    assert repr(ahead) == "CausalLanguageModeling(reduction='mean', shifted=True)"
+    with pytest.raises(ValueError, match=r"expected one place ahead.*shifted=False"):
+        task.targets((whole, whole))
+    with pytest.raises(ValueError, match=r"expected beside their own tokens.*shifted=True"):
+        task.targets({"input_ids": shifted[0], "labels": shifted[1]})
+    # Whether an answer repeats a token or not, it is read alike.
+    answer = torch.tensor([[7, 8, 9, 5]]), torch.tensor([[IGNORED, IGNORED, IGNORED, 5]])
+    assert task.targets(answer)[0, 3].tolist() == [5, 1]
     assert task.targets(shifted)[..., 0].equal(whole[:, 1:].float())
 
 
@@ -288,9 +300,23 @@ def test_inference_of_the_task():
         assert isinstance(infer_task(batch, bert()), SequenceClassification)
     with pytest.raises(ValueError, match=r"labels float32 tensor of shape \(2,\) and outputs"):
         infer_task({**ids, "labels": labels.float()}, bert())
-    # Labels of tokens could be classes of their own, such as parts of speech.
-    with pytest.raises(TypeError, match=r"Pass `task=`.*CausalLanguageModeling\(\)"):
-        infer_task((ids["input_ids"], ids["input_ids"]), plain_gpt())
+    whole = ids["input_ids"]
+    assert isinstance(infer_task((whole[:, :-1], whole[:, 1:]), plain_gpt()), CausalLanguageModeling)
+    # Labels of tokens could be classes of their own, such as parts of speech, or tokens that were masked.
+    for other in (torch.tensor([[0, 1, 1], [1, 0, 0]]), torch.tensor([[2, 3, 3], [5, 6, 6]])):
+        with pytest.raises(ValueError, match=r"has labels that are not its input_ids.*Masked language models"):
+            infer_task({**ids, "labels": other}, gpt2())
+
+    class Probabilities(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = plain_gpt()
+
+        def forward(self, x):
+            return self.model(x).softmax(-1)
+
+    with pytest.raises(ValueError, match="look like probabilities"):
+        infer_task((whole[:, :-1], whole[:, 1:]), Probabilities())
 
 
 def test_classes_of_texts():
@@ -319,9 +345,9 @@ def replaced(position, num=40, **values):
 
 
 BAD = {
-    "an unknown id": ({"input_ids": [1, 9, 2], "labels": [1, 2, 2]}, r"has the token id 9, and the model knows 0\.\.6"),
-    "a negative id": ({"input_ids": [1, -1, 2], "labels": [1, 2, 2]}, "has the token id -1"),
-    "an unknown label": ({"input_ids": [1, 2, 2], "labels": [1, 9, 2]}, r"has the label 9; the model predicts 0\.\.6"),
+    "an unknown id": ({"input_ids": [1, 9, 2], "labels": [1, -100, 2]}, r"has the token id 9, and the model knows 0\.\.6"),
+    "a negative id": ({"input_ids": [1, -1, 2], "labels": [1, -100, 2]}, "has the token id -1"),
+    "another label": ({"input_ids": [1, 2, 2], "labels": [1, 9, 2]}, "has labels that are not its input_ids"),
     "a long text": ({"input_ids": [1] * 15, "labels": [1] * 15}, "has 15 tokens .* the model takes 12"),
     "no text": ({"input_ids": [], "labels": []}, "has no tokens"),
     "one token": ({"input_ids": [3], "labels": [3]}, "has no token to predict"),
@@ -356,7 +382,7 @@ def test_ids_that_a_plain_model_does_not_know():
     ids = torch.ones(20, 4, dtype=torch.long)
     ids[13, 2] = 30
     labels = ids.masked_fill(ids == 30, IGNORED)
-    options = {"task": CausalLanguageModeling(), "method": "grad-dot", "batch_size": 4, **QUIET}
+    options = {"task": CausalLanguageModeling(shifted=False), "method": "grad-dot", "batch_size": 4, **QUIET}
     good = TensorDataset(ids[:6])
     message = (
         "^Example 13 has 4 tokens with ids up to 30, and the model has no embedding for one of them or its position"

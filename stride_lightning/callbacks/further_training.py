@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from stride_lightning.attributors import infer_task_of
 from stride_lightning.callbacks.recording import RecordingCallback, is_dev_run
-from stride_lightning.data import Examples, first_batch, resolve_queries
+from stride_lightning.data import Examples, first_look, resolve_queries
 from stride_lightning.distributed import barrier, rank
 from stride_lightning.randomness import preserved_random_state
 from stride_lightning.records import write_record
@@ -121,7 +121,7 @@ class FurtherTrainingCallback(RecordingCallback):
             self._examples, self._asked = examples, resolve_queries(self.queries, pl_module)
             find_left_out(self.left_out, examples)
             with borrowed(pl_module, None, None), torch.no_grad():
-                head = first_batch(examples, 64, pl_module.device)
+                head = first_look(examples, 64, pl_module.device)
                 self._task = self.task or infer_task_of(head, pl_module)
                 # Tried out now: at the end of a long fit it would be too late.
                 leaving_out = self._leaving_out(trainer, pl_module, head, warn=True)
@@ -157,7 +157,7 @@ class FurtherTrainingCallback(RecordingCallback):
         assert asked is not None
         assert task is not None
         with borrowed(pl_module, rank_zero_state(pl_module), None) as device, torch.no_grad():
-            leaving_out = self._leaving_out(trainer, pl_module, first_batch(examples, 64, device), warn=False)
+            leaving_out = self._leaving_out(trainer, pl_module, first_look(examples, 64, device), warn=False)
             batches = self._query_batches(pl_module, leaving_out, device)
             weights = weight_hash(pl_module)
         return measure_effects(

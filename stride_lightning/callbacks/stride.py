@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from stride_lightning.attributors import infer_task_of, versions
 from stride_lightning.callbacks.recording import RecordingCallback, is_dev_run
-from stride_lightning.data import Examples, first_batch
+from stride_lightning.data import Examples, first_look
 from stride_lightning.distributed import barrier, rank
 from stride_lightning.language import CausalLanguageModeling
 from stride_lightning.records import remove_record, write_record
@@ -153,7 +153,7 @@ class StrideCallback(RecordingCallback):
         self._written, self._sampled_step, self._recorded_step, self._recorded_weights = [], -1, -1, ""
         try:
             examples = self._examples_of(trainer, pl_module)
-            batch = first_batch(examples, min(self.batch_size, 64), pl_module.device)
+            batch = first_look(examples, self.batch_size, pl_module.device)
             with borrowed(pl_module, None, None), torch.no_grad():
                 task = self.task or infer_task_of(batch, pl_module)
                 inputs = in_precision_of(pl_module, task.inputs(batch))

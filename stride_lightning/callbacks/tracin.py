@@ -21,7 +21,7 @@ from typing_extensions import override
 from stride_lightning.attributors import infer_task_of, versions
 from stride_lightning.callbacks.learning_rates import LearningRates
 from stride_lightning.callbacks.recording import RecordingCallback, is_dev_run
-from stride_lightning.data import first_batch
+from stride_lightning.data import first_look
 from stride_lightning.distributed import broadcast_object, rank
 from stride_lightning.records import RecordError, read_info, read_record, remove_record, write_record
 from stride_lightning.retraining.recipe import fingerprint_of
@@ -139,7 +139,7 @@ class TracInCallback(RecordingCallback):
             if is_dev_run(trainer):
                 examples = examples.subset(range(min(64, len(examples))))
             with borrowed(pl_module, None, None), torch.no_grad():
-                task = self.task or infer_task_of(first_batch(examples, 64, pl_module.device), pl_module)
+                task = self.task or infer_task_of(first_look(examples, 64, pl_module.device), pl_module)
             self._data, self._task_name = fingerprint_of(examples, task), repr(task)
             if trainer.global_step == 0:  # a callback may be used for one fit after the other
                 self._run, self._due_epoch, self.records = None, None, []

@@ -69,8 +69,8 @@ class PlannedAttributor(Attributor):
         head = first_batch(probes, len(places), device)
         names = places if self._train.positions is None else self._train.positions[places].tolist()
         with probes.naming(0):
-            self._num_outputs = count_outputs(model, self._task, head)
-        together = cloned(self._inputs(model, head))  # models may change their inputs
+            self._num_outputs = count_outputs(model, self._task, cloned(head))  # models may change their inputs
+        together = cloned(self._inputs(model, head))
         if isinstance(together, Mapping):  # texts, padded alike
             single = [{name: value[row : row + 1] for name, value in together.items()} for row in range(len(places))]
         else:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stride_lightning.attribution import Attribution
 from stride_lightning.attributors import Attributor
-from stride_lightning.data import Examples, first_batch
+from stride_lightning.data import Examples, first_look
 from stride_lightning.distributed import all_equal
 from stride_lightning.lookup import choose_record, explain_mismatch
 from stride_lightning.retraining.effects import FurtherTraining
@@ -126,7 +126,7 @@ class FurtherTrainingAttributor(Attributor):
             model,
             self._task,
             self._train,
-            first_batch(self._train, 64, device),
+            first_look(self._train, 64, device),
             batch_size=self.train_batch_size,
             optimizer=self.optimizer,
             memory_budget=self.memory_budget,

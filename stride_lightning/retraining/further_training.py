@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.attributors import announce, infer_task_of, versions
-from stride_lightning.data import Examples, first_batch, resolve_queries, resolve_train_data
+from stride_lightning.data import Examples, first_look, resolve_queries, resolve_train_data
 from stride_lightning.distributed import broadcast_object
 from stride_lightning.loading import check_loading
 from stride_lightning.progress import counting
@@ -115,7 +115,7 @@ def further_train(
     train, asked = resolve_train_data(train_data, train_indices, model), resolve_queries(queries, model)
     where = None if device is None else torch.device(device)
     with borrowed(model, state, where) as home, torch.no_grad():
-        head = first_batch(train, 64, home)
+        head = first_look(train, 64, home)
         with train.naming(0):
             task = infer_task_of(head, model) if task is None else task
         leaving_out = make_leaving_out(

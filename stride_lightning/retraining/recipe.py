@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.attributors import infer_task_of
-from stride_lightning.data import Examples, first_batch, resolve_queries, resolve_train_data
+from stride_lightning.data import Examples, first_look, resolve_queries, resolve_train_data
 from stride_lightning.fingerprints import Fingerprint
 from stride_lightning.loading import check_loading
 from stride_lightning.randomness import mix, seeded
@@ -207,7 +207,7 @@ def make_recipe(
     loading = check_loading(train, batch_size)
     where = next(model.parameters()).device if device is None else torch.device(device)
     model.to(where)
-    head = first_batch(train, 64, where)
+    head = first_look(train, 64, where)
     if task is None:
         with borrowed(model, None, None), torch.no_grad(), train.naming(0):
             task = infer_task_of(head, model)

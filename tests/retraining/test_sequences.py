@@ -315,7 +315,7 @@ def with_one(position, **values):
 
 
 BAD = {
-    "an unknown id": ({"input_ids": [1, 9, 2], "labels": [1, 2, 2]}, "has the token id 9"),
+    "an unknown id": ({"input_ids": [1, 9, 2], "labels": [1, -100, 2]}, "has the token id 9"),
     "a long text": ({"input_ids": [1] * 15, "labels": [1] * 15}, "has 15 tokens"),
     "no text": ({"input_ids": [], "labels": []}, "has no tokens"),
     "nothing predicted": ({"input_ids": [3, 4, 5], "labels": [IGNORED] * 3}, "has no token to predict"),
