@@ -345,7 +345,10 @@ def replaced(position, num=40, **values):
 
 
 BAD = {
-    "an unknown id": ({"input_ids": [1, 9, 2], "labels": [1, -100, 2]}, r"has the token id 9, and the model knows 0\.\.6"),
+    "an unknown id": (
+        {"input_ids": [1, 9, 2], "labels": [1, IGNORED, 2]},
+        r"has the token id 9, and the model knows 0\.\.6",
+    ),
     "a negative id": ({"input_ids": [1, -1, 2], "labels": [1, -100, 2]}, "has the token id -1"),
     "another label": ({"input_ids": [1, 2, 2], "labels": [1, 9, 2]}, "has labels that are not its input_ids"),
     "a long text": ({"input_ids": [1] * 15, "labels": [1] * 15}, "has 15 tokens .* the model takes 12"),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_PROGRESS = "progress.json"
+_PROGRESS = "progress.jsonl"
 
 
 class ActivationCache:
@@ -73,7 +73,10 @@ class ActivationCache:
             checksum = zlib.crc32(array.tobytes(), checksum)
         part = {"start": places.start, "stop": places.stop, "crc32": checksum, "losses": losses.tolist()}
         self._parts.append(part)
-        self._save_progress()
+        with (self.folder / _PROGRESS).open("a") as file:
+            file.write(json.dumps(part) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def batches(self) -> Iterator[tuple[slice, dict[str, Tensor], Tensor]]:
         """The batches that were written, as they were: places, values padded to the longest, and losses.
@@ -117,23 +120,29 @@ class ActivationCache:
         if not path.exists():
             if any(self.folder.iterdir()) and not (self.folder / "features.f32").exists():
                 raise ValueError(f"{self.folder} is not empty and holds no activations. Name another folder.")
+            self._replace(json.dumps(self._identity) + "\n")
             return
+        # A line that a kill left unfinished is a part that was not written.
+        *lines, unfinished = path.read_text().split("\n")
         try:
-            stored = json.loads(path.read_text())
-            other = sorted(key for key in self._identity if stored["identity"].get(key) != self._identity[key])
-            self._parts = stored["parts"]
-        except (ValueError, KeyError, AttributeError) as error:
+            identity = json.loads(lines[0])
+            other = sorted(key for key in self._identity if identity.get(key) != self._identity[key])
+            self._parts = [json.loads(line) for line in lines[1:]]
+            starts = [part["start"] for part in self._parts]
+            stops = [part["stop"] for part in self._parts]
+        except (ValueError, KeyError, AttributeError, IndexError) as error:
             raise ValueError(f"{path} is damaged. Delete {self.folder}; it is computed again.") from error
+        if starts != [0, *stops][: len(starts)]:
+            raise ValueError(f"{path} is damaged. Delete {self.folder}; it is computed again.")
         if other:
             raise ValueError(
                 f"{self.folder} holds activations of something else: {', '.join(other)} differ. Name another folder "
                 "with `cache_dir=`, or delete this one."
             )
+        if unfinished:
+            self._replace("".join(f"{line}\n" for line in lines))
 
-    def _save_progress(self) -> None:
+    def _replace(self, text: str) -> None:
         part = self.folder / f"{_PROGRESS}.part"
-        with part.open("w") as file:
-            json.dump({"identity": self._identity, "parts": self._parts}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        part.write_text(text)
         part.replace(self.folder / _PROGRESS)

@@ -227,6 +227,8 @@ class StrideAttributor(Attributor):
     def _asked(self) -> dict[str, Any]:
         """Options that a record must agree with, where they were given."""
         layers = None if self.layers is None else list(self.layers)
+        if self._task.has_tokens:  # whose record serves any design
+            return {"layers": None if self.basis == "learned" else layers}
         return {"layers": layers, "num_subsets": self.num_subsets, "degree": self.degree}
 
     def _choose_design(self) -> None:

@@ -29,6 +29,7 @@ def fitted_sequences(
     assert isinstance(task, CausalLanguageModeling)
     if options.basis == "learned" and options.recovery == "closed-form":
         raise ValueError("recovery='closed-form' fits no operators, so basis='learned' has no part in it.")
+    _check_options(options)
     options.find_record(model, explicit, checkpoint)
     found = _prepared(options, task, model, device)
     if options._record is not None and not options.keeps_record(found.fingerprint, explicit):
@@ -55,6 +56,19 @@ def fitted_sequences(
     return found
 
 
+def _check_options(options: StrideAttributor) -> None:
+    """Refuse what would have no effect."""
+    if options.recovery != "closed-form":
+        return
+    asked = {"num_subsets": options.num_subsets, "degree": options.degree, "stability": options._stability_asked}
+    idle = [name for name, value in asked.items() if value is not None] + ["steps"] * (options.steps != 1)
+    if idle:
+        raise ValueError(
+            f"recovery='closed-form', the default of language models, fits no operators, so {', '.join(idle)} would "
+            "have no effect. Leave out, or pass recovery='prior'."
+        )
+
+
 def _prepared(
     options: StrideAttributor, task: CausalLanguageModeling, model: nn.Module, device: torch.device
 ) -> SequenceStride:
@@ -75,7 +89,10 @@ def _prepared(
 def _design(options: StrideAttributor) -> Design:
     record = options._record
     if record is not None:
-        return Design.restore(record.info["design"], record.tensors("design"))
+        design = Design.restore(record.info["design"], record.tensors("design"))
+        asked = {"num_subsets": options.num_subsets, "degree": options.degree}
+        if all(value in (None, getattr(design, name)) for name, value in asked.items()):
+            return design
     return sample_design(len(options._train), options.num_subsets, options.degree, seed=options.seed)
 
 
@@ -85,8 +102,9 @@ def _fit_operators(options: StrideAttributor, found: SequenceStride, model: nn.M
         found.learn_operators(model, design, rank=options.rank or 16, layer=layer, stability=options.stability)
         return
     record, stored = options._record, None
-    if record is not None and "operators" in record.groups and options.steps == 1 and options.ridge is None:
-        stored = record.tensors("operators")["coefficients"]
+    if record is not None and "operators" in record.groups and design.info() == record.info["design"]:
+        same = options.steps == 1 and options.ridge is None
+        stored = record.tensors("operators")["coefficients"] if same else None
     found.fit_operators(design, steps=options.steps, stored=stored)
 
 
@@ -133,6 +151,8 @@ def _recovered(
         return Recovery(torch.cat(priors))
     assert found.design is not None
     check_measurements(measurements, found.design)
+    # An operator stands for a subset in place of all data, so that each member counts for n / |S| of its kind.
+    measurements = measurements * (found.design.degree / found.design.num_subsets)
     if options.recovery == "prior":
         prior = torch.cat(priors).to(measurements)
         return recover_with_prior(measurements, found.design, prior, show_progress=options.show_progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,9 +85,9 @@ class SequenceStride:
     as is cutting features to their leading directions where ``r c > 2^22``; everything else is exact. The network runs
     forward only.
 
-    Memory: ``24 (r^2 + c^2)`` bytes for the moments, ``4 q r c`` for the queries (at most 1 GiB: more take more
-    passes) and ``4 K r c`` for operators (cut to 1 GiB), and one batch (256 MiB of logits at most, or one sequence).
-    Nothing grows with the number of training sequences but the scores.
+    Memory: ``24 (r^2 + c^2)`` bytes for the moments (``c`` in place of ``c^2`` beyond 1024), ``4 q r c`` for the
+    queries (at most 1 GiB: more take more passes), ``4 K r c`` for operators (cut to 1 GiB), and one batch (256 MiB of
+    logits at most, or one sequence). Nothing grows with the number of training sequences but the scores.
 
     Args:
         task: The losses.
@@ -133,13 +133,15 @@ class SequenceStride:
             device: Where to run.
             identity: Plain values that tell the model from others, for the cache.
         """
-        head = first_batch(train, min(self.batch_size, 8), device)
+        head = first_batch(train, min(self.batch_size, 4), device)
         with train.naming(0):
             self.task.check_batch(model, head)
         inputs = self.task.inputs(head)
-        self.space = choose_output_space(model, lambda: self.task.outputs(model, inputs))
+        space = choose_output_space(model, lambda: self.task.outputs(model, inputs))
         if self.layers is None:
             self.layers = choose_token_layers(model, self.task, inputs)
+        self.fingerprint, lengths, longest = self._survey(model, train, space.vocabulary)
+        self.space = replace(space, longest=longest)
         self._device, self._train, self._share = device, train, shard(len(train))
         self._reader = TokenReader(
             model,
@@ -157,8 +159,7 @@ class SequenceStride:
         self._widths, self._num_features = (*self._reader.widths, 1), probe.features.shape[-1]
         self._dtype = probe.features.dtype
         self._kept_widths = {name: values.shape[-1] for name, values in self._reader.kept(probe).items()}
-        self.fingerprint = self.fingerprint_of(train)
-        self._open_cache(identity)
+        self._open_cache(identity, lengths[self._share])
 
     def estimate(self) -> SequenceCost:
         """What a fit will take, from the pass over a first batch."""
@@ -166,9 +167,10 @@ class SequenceStride:
         features, width = self._num_features, self.space.width
         values = min(features * width, MAX_VALUES)
         share = self._share.stop - self._share.start
+        moments = features**2 + (width if self.space.is_diagonal else width**2)
         return SequenceCost(
             seconds=self._seconds_per_sequence * share * (2 if num_subsets else 1),
-            memory_bytes=24 * (features**2 + width**2) + 4 * num_subsets * values + BATCH_BYTES,
+            memory_bytes=24 * moments + 4 * num_subsets * values + BATCH_BYTES,
             disk_bytes=0 if self._cache is None else self._cache.num_bytes,
         )
 
@@ -295,16 +297,10 @@ class SequenceStride:
                 yield self._reader.restored(slice(own.start + first, own.stop + first), kept, losses)
                 bar.update(own.stop - own.start)
 
-    def _open_cache(self, identity: dict[str, Any]) -> None:
+    def _open_cache(self, identity: dict[str, Any], lengths: Tensor) -> None:
         self._cache: ActivationCache | None = None
         if self.cache_dir is None:
             return
-        lengths = [
-            (self.task.encode(self.task.targets(batch), self.space.vocabulary)[..., 1] > 0).sum(1)
-            for batch, _, _ in self._train.subset(range(self._share.start, self._share.stop)).batches(
-                self.batch_size, torch.device("cpu")
-            )
-        ]
         folder = self.cache_dir / f"sequences-{self._share.start}-{self._share.stop}"
         known = identity | {
             "data": self.fingerprint,
@@ -312,15 +308,34 @@ class SequenceStride:
             "steered": self.space.kind,
             "task": repr(self.task),
         }
-        self._cache = ActivationCache(folder, known, torch.cat(lengths), self._kept_widths)
+        self._cache = ActivationCache(folder, known, lengths, self._kept_widths)
         self.info["cache_bytes"] = self._cache.num_bytes
 
-    def fingerprint_of(self, examples: Examples) -> dict[str, Any]:
-        """What identifies a data set; reads it without running the model."""
-        fingerprint = Fingerprint(content=not examples.is_random)
-        for batch, digests, _ in examples.batches(self.batch_size, torch.device("cpu")):
+    def fingerprint_of(self, queries: Examples) -> dict[str, Any]:
+        """What identifies queries; reads them without running the model."""
+        fingerprint = Fingerprint(content=not queries.is_random)
+        for batch, digests, _ in queries.batches(self.batch_size, torch.device("cpu")):
             fingerprint.update(digests, self.task.targets(batch))
         return fingerprint.summary()
+
+    def _survey(self, model: nn.Module, train: Examples, vocabulary: int) -> tuple[dict[str, Any], Tensor, int]:
+        """Read all texts without running the model: what identifies them, tokens that count, and the longest.
+
+        Raises:
+            ValueError: Naming the first text that cannot be read, before hours have gone into those before it.
+        """
+        fingerprint, lengths, longest = Fingerprint(content=not train.is_random), [], 1
+        batches = train.batches(self.batch_size, torch.device("cpu"))
+        with counting(len(train), "Reading", show=self.show_progress) as bar:
+            for batch, digests, length in batches:
+                with train.naming(sum(map(len, lengths))):
+                    self.task.check_batch(model, batch)
+                    targets = self.task.targets(batch)
+                    lengths.append((self.task.encode(targets, vocabulary)[..., 1] > 0).sum(1))
+                fingerprint.update(digests, targets)
+                longest = max(longest, targets.shape[1])
+                bar.update(length)
+        return fingerprint.summary(), torch.cat(lengths), longest
 
 
 def choose_token_layers(model: nn.Module, task: CausalLanguageModeling, inputs: dict[str, Any]) -> list[str]:

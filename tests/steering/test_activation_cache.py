@@ -91,11 +91,24 @@ def test_a_damaged_file_is_refused(tmp_path, name):
 
 def test_a_damaged_list_of_parts_is_refused(tmp_path):
     model = TinyLM().eval()
-    ask(model, cache_dir=tmp_path)
-    (file,) = tmp_path.rglob("progress.json")
-    file.write_text(file.read_text()[:-20])
-    with pytest.raises(ValueError, match=r"progress.json is damaged"):
-        ask(model, cache_dir=tmp_path)
+    ask(model, batch_size=2, cache_dir=tmp_path)
+    (file,) = tmp_path.rglob("progress.jsonl")
+    whole = file.read_text().splitlines(keepends=True)
+    for lines in (["{"], whole[:1] + whole[2:], [*whole[:2], "nonsense\n", *whole[3:]]):
+        file.write_text("".join(lines))
+        with pytest.raises(ValueError, match=r"progress.jsonl is damaged"):
+            ask(model, cache_dir=tmp_path)
+
+
+def test_a_line_that_was_not_finished_is_a_part_that_was_not_written(tmp_path):
+    model = Counted().eval()
+    expected, complete = rows_of(model, cache_dir=tmp_path)
+    (file,) = tmp_path.rglob("progress.jsonl")
+    file.write_text(file.read_text()[:-9])
+    again, more = rows_of(model, cache_dir=tmp_path)
+    assert torch.allclose(again, expected, atol=1e-6)
+    _, reading = rows_of(model, cache_dir=tmp_path)
+    assert reading < more < complete
 
 
 def test_a_folder_of_something_else_is_kept(tmp_path):

@@ -229,3 +229,30 @@ def test_what_it_takes_is_said_before_long_work(model, monkeypatch, capsys):
     cost = sequences.SequenceCost(seconds=61.2, memory_bytes=3 * 2**20, disk_bytes=2**30)
     assert str(cost).startswith("about 61 s to fit")
     assert "1024 MiB of activations on disk" in str(cost)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("ids", [[3], [2, 50, 3]])
+def test_texts_that_cannot_be_read_are_named_first(model, tmp_path, cached, ids):
+    """Before the model has run over those in front of them."""
+    texts = [TRAIN[index] for index in range(len(TRAIN))]
+    texts[11] = {"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)}
+    rows = []
+    model.register_forward_hook(lambda _, args, kwargs, out: rows.append(len(out)), with_kwargs=True)
+    with pytest.raises(ValueError, match=r"^Example 11 has (no token to predict|the label 50|3 tokens)"):
+        ask(model, train=texts, **({"cache_dir": tmp_path} if cached else {}))
+    assert sum(rows) <= 20
+
+
+def test_recoveries_have_the_scale_of_the_closed_form(model):
+    plain = ask(model).scores
+    for degree in (4, 12):
+        found = ask(model, recovery="prior", num_subsets=24, degree=degree).scores
+        ratio = float((found * plain).sum() / plain.square().sum())
+        assert 0.6 < ratio < 1.4, degree
+
+
+def test_options_without_effect_are_refused(model):
+    for option in ({"num_subsets": 8}, {"degree": 3}, {"steps": 2}, {"stability": 1.0}):
+        with pytest.raises(ValueError, match=f"so {next(iter(option))} would have no effect"):
+            ask(model, **option)
