@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,13 +155,15 @@ class StrideCallback(RecordingCallback):
         try:
             examples = self._examples_of(trainer, pl_module)
             batch = first_look(examples, self.batch_size, pl_module.device)
-            with borrowed(pl_module, None, None), torch.no_grad():
+            with borrowed(pl_module, None, None), torch.no_grad(), examples.naming(0):
                 task = self.task or infer_task_of(batch, pl_module)
+                task.check_batch(pl_module, batch)
                 inputs = in_precision_of(pl_module, task.inputs(batch))
                 if self.layers is None and isinstance(task, CausalLanguageModeling):
                     self._watched = choose_token_layers(pl_module, task, inputs)
                 elif self.layers is None:
-                    size = min(self.batch_size, 64, len(examples))
+                    is_text = isinstance(inputs, Mapping) and "input_ids" in inputs
+                    size = len(inputs["input_ids"]) if is_text else min(self.batch_size, 64, len(examples))
                     self._watched = choose_layers(pl_module, lambda: task.outputs(pl_module, inputs), size)
                 else:
                     self._watched = list(self.layers)

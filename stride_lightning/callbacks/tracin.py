@@ -138,7 +138,7 @@ class TracInCallback(RecordingCallback):
             examples = self.training_examples(trainer, pl_module)
             if is_dev_run(trainer):
                 examples = examples.subset(range(min(64, len(examples))))
-            with borrowed(pl_module, None, None), torch.no_grad():
+            with borrowed(pl_module, None, None), torch.no_grad(), examples.naming(0):
                 task = self.task or infer_task_of(first_look(examples, 64, pl_module.device), pl_module)
             self._data, self._task_name = fingerprint_of(examples, task), repr(task)
             if trainer.global_step == 0:  # a callback may be used for one fit after the other

@@ -1,7 +1,9 @@
 """StrideCallback in a real fit of a language model, and what attribution makes of its record."""
 
+import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from stride_lightning import CausalLanguageModeling, StrideCallback, TracInCallback, attribute
@@ -96,12 +98,42 @@ def test_tracin_reads_its_checkpoints(fitted):
 
 
 def test_texts_that_cannot_be_read_stop_a_fit_before_it_begins(tmp_path):
-    class Broken(Texts):
-        def __getitem__(self, index):
-            item = super().__getitem__(index)
-            return item | {"input_ids": item["input_ids"] + 50} if index == 3 else item
+    texts = [TRAIN[index] for index in range(len(TRAIN))]
+    texts[2] = dict.fromkeys(("input_ids", "labels"), torch.tensor([], dtype=torch.int64))
+    for callback in (StrideCallback(tmp_path / "stride"), TracInCallback(tmp_path / "tracin")):
+        trainer = make_trainer(tmp_path, callback, max_epochs=1)
+        with pytest.raises(MisconfigurationException, match="Example 2 has no tokens"):
+            trainer.fit(LanguageModule(), loader(texts))
 
-    callback = StrideCallback(tmp_path, num_subsets=8)
-    trainer = make_trainer(tmp_path, callback, max_epochs=1)
-    with pytest.raises(Exception, match=r"has the token id|index out of range"):
-        trainer.fit(LanguageModule(), loader(Broken(21)))
+
+def test_classes_of_texts_are_recorded_too(tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    class Classes(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            sizes = {"vocab_size": 7, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+            config = BertConfig(**sizes, intermediate_size=8, max_position_embeddings=12, num_labels=3)
+            self.bert = BertForSequenceClassification(config)
+
+        def forward(self, input_ids, attention_mask):
+            return self.bert(input_ids=input_ids, attention_mask=attention_mask).logits
+
+        def training_step(self, batch, batch_idx):
+            logits = self(batch["input_ids"], batch["attention_mask"])
+            return torch.nn.functional.cross_entropy(logits, batch["labels"])
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), 1e-3)
+
+    def classes(batch_size):
+        collate = lambda items: padded(items) | {"labels": torch.tensor([len(i["input_ids"]) % 3 for i in items])}  # noqa: E731
+        return DataLoader(TRAIN, batch_size, collate_fn=collate)
+
+    torch.manual_seed(0)
+    model, callback = Classes(), StrideCallback(tmp_path, num_subsets=8)
+    make_trainer(tmp_path, callback, max_epochs=1).fit(model, classes(5))
+    found = attribute(model, classes(5), train_data=classes(5), show_progress=False)
+    assert found.metadata["record"] == str(callback.records[-1])
+    alone = attribute(model, classes(1), train_data=classes(3), batch_size=2, show_progress=False)
+    assert (alone.scores - found.scores).abs().max() < 1e-3 * found.scores.abs().max()
