@@ -21,7 +21,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from stride_lightning.data import Examples, first_batch, resolve_queries, resolve_train_data
+from stride_lightning.data import Examples, first_batch, first_look, resolve_queries, resolve_train_data
 from stride_lightning.fingerprints import Fingerprint
 from tests.helpers.models import Augmented, Data, Dicts, classification_data
 
@@ -340,3 +340,12 @@ def test_batches_of_any_nesting_are_moved():
     batch = first_batch(examples, 3, torch.device("meta"))
     assert batch.x["features"].device.type == batch.y[0].device.type == "meta"
     assert isinstance(batch, pair)
+
+
+def test_a_few_texts_are_looked_at_and_many_other_examples():
+    device = torch.device("cpu")
+    texts = [{"input_ids": torch.arange(5)} for _ in range(100)]
+    assert len(first_look(resolve_train_data(texts), 256, device)["input_ids"]) == 4
+    assert len(first_look(resolve_train_data(texts), 2, device)["input_ids"]) == 2
+    others = TensorDataset(torch.zeros(100, 3))
+    assert len(first_look(resolve_train_data(others), 256, device)[0]) == 64

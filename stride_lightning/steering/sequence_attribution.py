@@ -45,7 +45,6 @@ def fitted_sequences(
     if found.design is not None:
         _fit_operators(options, found, model, found.design)
     options.metadata |= {
-        "unit": "nats of query loss",
         "options": {"layers": list(found.layers or []), "basis": options.basis, "recovery": options.recovery},
         "design": None if found.design is None else found.design.info(),
         "data": found.fingerprint,

@@ -152,7 +152,7 @@ class SequenceStride:
             device=device,
             show_progress=self.show_progress,
         )
-        probed = range(min(len(train), self._reader.rows_per_batch))
+        probed = range(min(len(train), self._reader.rows_per_batch, 8))
         started = time.perf_counter()
         probe = next(iter(self._reader.batches(train, "", share=slice(0, len(probed)))))
         self._seconds_per_sequence = (time.perf_counter() - started) / len(probed)
@@ -218,12 +218,12 @@ class SequenceStride:
         }
 
     def fit_operators(self, design: Design, *, steps: int = 1, stored: Tensor | None = None) -> None:
-        """Fit the operators of a design, or take them from a record; see :func:`fit_token_operators`."""
+        """Fit the operators of a design, or take those that are stored; see :func:`fit_token_operators`."""
         started = time.perf_counter()
         if design is not self.design:
             self.design = design
             self._curve()
-        if stored is None:
+        if stored is None or not self.curvature.is_whole:
             self.operators = fit_token_operators(self._passes, design, self.curvature, self.space, steps=steps)
         else:
             self.operators = TokenOperators(stored.to(self._device), torch.full((len(stored),), torch.nan))

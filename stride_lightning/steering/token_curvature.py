@@ -116,6 +116,8 @@ class TokenCurvature:
             factor.to(device, dtype) for factor in (a, damped_a, torch.linalg.inv(damped_a), b, damped_b, inverse_b)
         )
         self._weight = float(weight)
+        #: Whether nothing is cut; else operators stand in directions that another device would choose otherwise.
+        self.is_whole = left is None and right is None
 
     def zeros(self, *count: int) -> Tensor:
         """Operators that are zero, shape ``(*count, r, c)``."""

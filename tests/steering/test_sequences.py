@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader
 
 from stride_lightning import CausalLanguageModeling, StrideAttributor, attribute
 from stride_lightning.steering import output_space, sequences, token_curvature, tokens
+from stride_lightning.steering.subsets import sample_design
 from tests.helpers.texts import VOCABULARY, Texts, TinyLM, brute_scores, padded
 
 TRAIN, QUERIES = Texts(13), Texts(5, seed=1)
@@ -136,6 +137,14 @@ def test_large_operators_are_cut_to_principal_directions(model, monkeypatch):
     found = attributor._sequences
     cut = type(found.curvature)(found.moments, found._widths, max_values=16, dtype=torch.float64)
     assert cut.shape == (4, 4)
+    assert found.curvature.is_whole
+    assert not cut.is_whole
+    # Operators that were stored stand in directions of their own, and are fitted again.
+    stored = torch.ones(8, 4, 4)
+    found.curvature, found.design = cut, sample_design(len(TRAIN), 8)
+    found.fit_operators(found.design, stored=stored)
+    assert not torch.equal(found.operators.coefficients, stored)
+    found._curve()
     assert all(0.3 < share < 1 for share in cut.kept_energy)
     whole = found.curvature
     batch = next(iter(found._passes("")))
