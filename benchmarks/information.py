@@ -48,7 +48,7 @@ from stride_lightning import (
     attribute,
     retrain_without,
 )
-from stride_lightning.data import resolve_queries
+from stride_lightning.data.sources import resolve_queries
 from stride_lightning.information.greedy import greedy_sets
 from stride_lightning.information.loss import information_gain, information_loss
 from stride_lightning.information.posterior import Posterior

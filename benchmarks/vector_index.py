@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stride_lightning.information.index import InformationIndex
+from stride_lightning.information.index.on_disk import InformationIndex
 
 BLOCK, PRINTED = 10_000, 100_000
 IDENTITY = {"weights": "benchmark", "projection": "none"}

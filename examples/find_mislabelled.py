@@ -18,10 +18,10 @@ from sklearn.datasets import load_digits
 from torch import func, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from stride_lightning.attributors import self_influence
+from stride_lightning.attribute import self_influence
 from stride_lightning.callbacks.tracin import TracInCallback
 from stride_lightning.metrics import mislabel_detection
-from stride_lightning.records import read_record
+from stride_lightning.storage.records import read_record
 
 OUTPUT = Path("runs/mislabelled")
 NUM_TRAIN, NUM_WRONG, EPOCHS, EVERY_N_EPOCHS, SEED = 1000, 100, 200, 10, 0

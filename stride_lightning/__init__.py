@@ -1,33 +1,34 @@
 """Training data attribution for PyTorch Lightning: which training examples made my model do this?"""
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from stride_lightning.attribution import Attribution as Attribution
-    from stride_lightning.attributors import Attributor as Attributor
-    from stride_lightning.attributors import attribute as attribute
-    from stride_lightning.attributors import self_influence as self_influence
+    from stride_lightning.attribute import attribute as attribute
+    from stride_lightning.attribute import self_influence as self_influence
+    from stride_lightning.attributor import Attributor as Attributor
     from stride_lightning.callbacks.further_training import FurtherTrainingCallback as FurtherTrainingCallback
     from stride_lightning.callbacks.stride import StrideCallback as StrideCallback
     from stride_lightning.callbacks.tracin import TracInCallback as TracInCallback
-    from stride_lightning.evaluation import Evaluation as Evaluation
-    from stride_lightning.evaluation import evaluate as evaluate
+    from stride_lightning.evaluation.evaluate import evaluate as evaluate
+    from stride_lightning.evaluation.tuning import DampingSearch as DampingSearch
+    from stride_lightning.evaluation.tuning import tune_damping as tune_damping
     from stride_lightning.gradients.attributor import GradientAttributor as GradientAttributor
-    from stride_lightning.gradients.tuning import DampingSearch as DampingSearch
-    from stride_lightning.gradients.tuning import tune_damping as tune_damping
     from stride_lightning.information.attributor import InformationGainAttributor as InformationGainAttributor
     from stride_lightning.information.attributor import InformationLossAttributor as InformationLossAttributor
-    from stride_lightning.information.index import InformationIndex as InformationIndex
-    from stride_lightning.information.retrieval import build_index as build_index
-    from stride_lightning.information.retrieval import search_index as search_index
-    from stride_lightning.language import CausalLanguageModeling as CausalLanguageModeling
-    from stride_lightning.language import SequenceClassification as SequenceClassification
+    from stride_lightning.information.index.on_disk import InformationIndex as InformationIndex
+    from stride_lightning.information.index.retrieval import build_index as build_index
+    from stride_lightning.information.index.retrieval import search_index as search_index
     from stride_lightning.metrics.linear_datamodeling import LinearDatamodelingScore as LinearDatamodelingScore
     from stride_lightning.metrics.linear_datamodeling import linear_datamodeling_score as linear_datamodeling_score
-    from stride_lightning.records import RecordError as RecordError
+    from stride_lightning.results.attribution import Attribution as Attribution
+    from stride_lightning.results.evaluation import Evaluation as Evaluation
+    from stride_lightning.results.top_attribution import TopAttribution as TopAttribution
+    from stride_lightning.results.top_examples import TopExamples as TopExamples
     from stride_lightning.retraining.attributors import FurtherTrainingAttributor as FurtherTrainingAttributor
     from stride_lightning.retraining.attributors import RetrainingAttributor as RetrainingAttributor
     from stride_lightning.retraining.effects import FurtherTraining as FurtherTraining
@@ -38,53 +39,54 @@ if TYPE_CHECKING:
     from stride_lightning.retraining.retrain import retrain_without as retrain_without
     from stride_lightning.steering.attributor import StrideAttributor as StrideAttributor
     from stride_lightning.steering.module import StrideModule as StrideModule
-    from stride_lightning.tasks import BinaryClassification as BinaryClassification
-    from stride_lightning.tasks import Classification as Classification
-    from stride_lightning.tasks import Regression as Regression
-    from stride_lightning.tasks import Task as Task
-    from stride_lightning.top_attribution import TopAttribution as TopAttribution
-    from stride_lightning.top_examples import TopExamples as TopExamples
+    from stride_lightning.storage.records import RecordError as RecordError
+    from stride_lightning.tasks.language import CausalLanguageModeling as CausalLanguageModeling
+    from stride_lightning.tasks.language import SequenceClassification as SequenceClassification
+    from stride_lightning.tasks.likelihoods import BinaryClassification as BinaryClassification
+    from stride_lightning.tasks.likelihoods import Classification as Classification
+    from stride_lightning.tasks.likelihoods import Regression as Regression
+    from stride_lightning.tasks.likelihoods import Task as Task
 
 # Names are looked up on first use: importing Lightning takes seconds that a reader of records need not wait.
 _HOMES = {
-    "Attribution": "attribution",
-    "Attributor": "attributors",
-    "BinaryClassification": "tasks",
-    "CausalLanguageModeling": "language",
-    "Classification": "tasks",
+    "Attribution": "results.attribution",
+    "Attributor": "attributor",
+    "BinaryClassification": "tasks.likelihoods",
+    "CausalLanguageModeling": "tasks.language",
+    "Classification": "tasks.likelihoods",
     "Counterfactual": "retraining.ground_truth",
-    "DampingSearch": "gradients.tuning",
-    "Evaluation": "evaluation",
+    "DampingSearch": "evaluation.tuning",
+    "Evaluation": "results.evaluation",
     "FurtherTraining": "retraining.effects",
     "FurtherTrainingAttributor": "retraining.attributors",
     "FurtherTrainingCallback": "callbacks.further_training",
     "GradientAttributor": "gradients.attributor",
     "GroundTruth": "retraining.ground_truth",
     "InformationGainAttributor": "information.attributor",
-    "InformationIndex": "information.index",
+    "InformationIndex": "information.index.on_disk",
     "InformationLossAttributor": "information.attributor",
     "LinearDatamodelingScore": "metrics.linear_datamodeling",
-    "RecordError": "records",
-    "Regression": "tasks",
+    "RecordError": "storage.records",
+    "Regression": "tasks.likelihoods",
     "RetrainingAttributor": "retraining.attributors",
-    "SequenceClassification": "language",
+    "SequenceClassification": "tasks.language",
     "StrideAttributor": "steering.attributor",
     "StrideCallback": "callbacks.stride",
     "StrideModule": "steering.module",
-    "Task": "tasks",
-    "TopAttribution": "top_attribution",
-    "TopExamples": "top_examples",
+    "Task": "tasks.likelihoods",
+    "TopAttribution": "results.top_attribution",
+    "TopExamples": "results.top_examples",
     "TracInCallback": "callbacks.tracin",
-    "attribute": "attributors",
-    "build_index": "information.retrieval",
-    "evaluate": "evaluation",
+    "attribute": "attribute",
+    "build_index": "information.index.retrieval",
+    "evaluate": "evaluation.evaluate",
     "further_train": "retraining.further_training",
     "linear_datamodeling_score": "metrics.linear_datamodeling",
     "retrain": "retraining.retrain",
     "retrain_without": "retraining.retrain",
-    "search_index": "information.retrieval",
-    "self_influence": "attributors",
-    "tune_damping": "gradients.tuning",
+    "search_index": "information.index.retrieval",
+    "self_influence": "attribute",
+    "tune_damping": "evaluation.tuning",
 }
 __all__ = sorted(_HOMES)
 
@@ -97,3 +99,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*sorted(_HOMES), "__version__"]
+
+
+class _Package(ModuleType):
+    """Keeps ``stride_lightning.attribute`` the function: importing the file of that name would put the file there."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -23,8 +23,8 @@ from stride_lightning import (
     attribute,
     linear_datamodeling_score,
 )
+from stride_lightning.model.weights import weight_hash
 from stride_lightning.steering.subsets import Design, sample_design
-from stride_lightning.weights import weight_hash
 from tests.helpers.models import (
     NUM_QUERIES,
     NUM_TRAIN,

@@ -7,7 +7,7 @@ import torch
 from torch import distributed as dist
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-import stride_lightning.attributors as module
+import stride_lightning.attributor as module
 from stride_lightning import (
     Attribution,
     Attributor,
@@ -15,12 +15,12 @@ from stride_lightning import (
     StrideAttributor,
     attribute,
 )
-from stride_lightning.attributors import self_influence
+from stride_lightning.attribute import self_influence
 from stride_lightning.metrics import mislabel_detection
 from stride_lightning.retraining.attributors import FurtherTrainingAttributor
 from tests.helpers.models import Classifier, ConvNet, build, classification_data, picture_data, train
+from tests.runtime.test_distributed import run_two, start
 from tests.test_attribute import SOLVED_TOGETHER, half_frozen, state_of
-from tests.test_distributed import run_two, start
 
 DATA = classification_data()
 FEW = {"num_subsets": 16, "show_progress": False}

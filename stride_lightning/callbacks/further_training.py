@@ -13,12 +13,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from stride_lightning.attributors import infer_task_of
 from stride_lightning.callbacks.recording import RecordingCallback, is_dev_run
-from stride_lightning.data import Examples, first_look, resolve_queries
-from stride_lightning.distributed import barrier, rank
-from stride_lightning.randomness import preserved_random_state
-from stride_lightning.records import write_record
+from stride_lightning.data.examples import Examples, first_look
+from stride_lightning.data.reading import encoded_batches, fingerprint_of
+from stride_lightning.data.sources import resolve_queries
+from stride_lightning.model.weights import borrowed, rank_zero_state, weight_hash
 from stride_lightning.retraining.further_training import (
     FurtherTraining,
     check_num_seeds,
@@ -29,10 +28,11 @@ from stride_lightning.retraining.further_training import (
 )
 from stride_lightning.retraining.leaving_out import LeavingOut
 from stride_lightning.retraining.optimizers import MakeOptimizer
-from stride_lightning.retraining.recipe import encoded_batches, fingerprint_of
-from stride_lightning.task_inference import check_task
-from stride_lightning.tasks import Task
-from stride_lightning.weights import borrowed, rank_zero_state, weight_hash
+from stride_lightning.runtime.distributed import barrier, rank
+from stride_lightning.runtime.randomness import preserved_random_state
+from stride_lightning.storage.records import write_record
+from stride_lightning.tasks.inference import check_task, infer_task_of
+from stride_lightning.tasks.likelihoods import Task
 
 
 class FurtherTrainingCallback(RecordingCallback):

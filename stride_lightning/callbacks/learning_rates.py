@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from stride_lightning.steering.activations import plain_name
+from stride_lightning.model.layers import plain_name
 
 
 class LearningRates:

@@ -9,7 +9,8 @@ import lightning.pytorch as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # pyright: ignore[reportPrivateImportUsage]
 from typing_extensions import override
 
-from stride_lightning.data import Examples, resolve_train_data
+from stride_lightning.data.examples import Examples
+from stride_lightning.data.sources import resolve_train_data
 
 #: Strategies under which every process holds the whole model.
 _WHOLE_MODEL_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")

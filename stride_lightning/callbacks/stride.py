@@ -14,21 +14,22 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from stride_lightning.attributors import infer_task_of, versions
 from stride_lightning.callbacks.recording import RecordingCallback, is_dev_run
-from stride_lightning.data import Examples, first_look
-from stride_lightning.distributed import barrier, rank
-from stride_lightning.language import CausalLanguageModeling
-from stride_lightning.records import remove_record, write_record
+from stride_lightning.data.examples import Examples, first_look
+from stride_lightning.model.layers import in_precision_of
+from stride_lightning.model.weights import borrowed, rank_zero_state, weight_hash
+from stride_lightning.runtime.distributed import barrier, rank
+from stride_lightning.runtime.versions import versions
 from stride_lightning.steering.activations import capture_inputs, choose_layers
 from stride_lightning.steering.basis import fit_basis
+from stride_lightning.steering.language.sequences import SequenceStride, choose_token_layers
 from stride_lightning.steering.module import StrideModule
-from stride_lightning.steering.sequences import SequenceStride, choose_token_layers
 from stride_lightning.steering.statistics import StreamingStatistics
 from stride_lightning.steering.subsets import Design, sample_design
-from stride_lightning.task_inference import check_task
-from stride_lightning.tasks import Task
-from stride_lightning.weights import borrowed, in_precision_of, rank_zero_state, weight_hash
+from stride_lightning.storage.records import remove_record, write_record
+from stride_lightning.tasks.inference import check_task, infer_task_of
+from stride_lightning.tasks.language import CausalLanguageModeling
+from stride_lightning.tasks.likelihoods import Task
 
 #: Examples of a batch whose activations are sampled: statistics of wide layers cost more than the forward pass.
 STATISTICS_EXAMPLES = 128

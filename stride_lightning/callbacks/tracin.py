@@ -18,17 +18,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from stride_lightning.attributors import infer_task_of, versions
 from stride_lightning.callbacks.learning_rates import LearningRates
 from stride_lightning.callbacks.recording import RecordingCallback, is_dev_run
-from stride_lightning.data import first_look
-from stride_lightning.distributed import broadcast_object, rank
-from stride_lightning.records import RecordError, read_info, read_record, remove_record, write_record
-from stride_lightning.retraining.recipe import fingerprint_of
-from stride_lightning.steering.activations import plain_name
-from stride_lightning.task_inference import check_task
-from stride_lightning.tasks import Task
-from stride_lightning.weights import borrowed, weight_hash
+from stride_lightning.data.examples import first_look
+from stride_lightning.data.reading import fingerprint_of
+from stride_lightning.model.layers import plain_name
+from stride_lightning.model.weights import borrowed, weight_hash
+from stride_lightning.runtime.distributed import broadcast_object, rank
+from stride_lightning.runtime.versions import versions
+from stride_lightning.storage.records import RecordError, read_info, read_record, remove_record, write_record
+from stride_lightning.tasks.inference import check_task, infer_task_of
+from stride_lightning.tasks.likelihoods import Task
 
 
 @dataclass(frozen=True)

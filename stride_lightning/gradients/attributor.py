@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from stride_lightning.attribution import Attribution
-from stride_lightning.data import Examples
-from stride_lightning.distributed import gather
-from stride_lightning.gradients.blocks import Gradients, concatenated
-from stride_lightning.gradients.capture import Capture
+from stride_lightning.data.examples import Examples
 from stride_lightning.gradients.checkpoints import Checkpoint, read_checkpoints
 from stride_lightning.gradients.curvature import Curvature, TrainingSide
 from stride_lightning.gradients.features import Batch, Reader, run_batches
 from stride_lightning.gradients.planned import PlannedAttributor
 from stride_lightning.gradients.projection import Projection
-from stride_lightning.weights import borrowed
+from stride_lightning.model.blocks import Gradients, concatenated
+from stride_lightning.model.capture import Capture
+from stride_lightning.model.weights import borrowed
+from stride_lightning.results.attribution import Attribution
+from stride_lightning.runtime.distributed import gather
 
 #: Bytes of the queries' gradients that are held at once.
 QUERY_BYTES = 2**29

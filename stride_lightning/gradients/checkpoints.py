@@ -14,9 +14,9 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from stride_lightning.gradients.stored_rates import stored_rates
-from stride_lightning.lookup import attached_states, saved_states
-from stride_lightning.records import RecordError, find_records, read_info, read_record
-from stride_lightning.weights import check_fits, load_checkpoint, state_hash, weight_hash
+from stride_lightning.model.weights import check_fits, load_checkpoint, state_hash, weight_hash
+from stride_lightning.storage.lookup import attached_states, saved_states
+from stride_lightning.storage.records import RecordError, find_records, read_info, read_record
 
 PathLike: TypeAlias = str | os.PathLike[str]
 

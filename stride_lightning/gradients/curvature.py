@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from stride_lightning.distributed import gather, total
-from stride_lightning.gradients.blocks import Block, Gradients
-from stride_lightning.gradients.capture import Capture
 from stride_lightning.gradients.damping import Damped, DampedKernel, DampedMatrix, singular
 from stride_lightning.gradients.features import Batch, Reader, run_batches
-from stride_lightning.tasks import Task
+from stride_lightning.model.blocks import Block, Gradients
+from stride_lightning.model.capture import Capture
+from stride_lightning.runtime.distributed import gather, total
+from stride_lightning.tasks.likelihoods import Task
 
 
 @dataclass

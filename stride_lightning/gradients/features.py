@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from stride_lightning.data import HELD_BYTES, Examples
-from stride_lightning.fingerprints import Fingerprint
-from stride_lightning.gradients.blocks import Gradients
-from stride_lightning.gradients.capture import Backward, Capture
-from stride_lightning.progress import counting, track
-from stride_lightning.retraining.recipe import encoded_batch
-from stride_lightning.tasks import Task
-from stride_lightning.weights import in_precision_of
+from stride_lightning.data.examples import HELD_BYTES, Examples
+from stride_lightning.data.fingerprints import Fingerprint
+from stride_lightning.data.reading import encoded_batch
+from stride_lightning.model.blocks import Gradients
+from stride_lightning.model.capture import Backward, Capture
+from stride_lightning.model.layers import in_precision_of
+from stride_lightning.runtime.progress import counting, track
+from stride_lightning.tasks.likelihoods import Task
 
 #: With more outputs than this, curvature is averaged over random directions, not summed over all outputs.
 MAX_EXACT_OUTPUTS = 32

@@ -13,13 +13,13 @@ from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import override
 
-from stride_lightning.distributed import total
-from stride_lightning.gradients.blocks import Block, Gradients
 from stride_lightning.gradients.curvature import Curvature, TrainingSide
 from stride_lightning.gradients.kronecker import EKFAC
-from stride_lightning.progress import counting, track
-from stride_lightning.randomness import mix
-from stride_lightning.steering.activations import uncompiled
+from stride_lightning.model.blocks import Block, Gradients
+from stride_lightning.model.layers import uncompiled
+from stride_lightning.runtime.distributed import total
+from stride_lightning.runtime.progress import counting, track
+from stride_lightning.runtime.randomness import mix
 
 #: Values of the tangents that are held at once while a batch is multiplied.
 CHUNK_VALUES = 2**24

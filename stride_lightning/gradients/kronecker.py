@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from stride_lightning.distributed import total
-from stride_lightning.gradients.blocks import Block, Gradients, Outer
 from stride_lightning.gradients.curvature import Curvature, TrainingSide
 from stride_lightning.gradients.damping import singular
 from stride_lightning.gradients.features import Batch
+from stride_lightning.model.blocks import Block, Gradients, Outer
+from stride_lightning.runtime.distributed import total
 
 #: A side of a matrix wider than this is left in its own basis: its covariance would not fit.
 MAX_SIDE = 4096

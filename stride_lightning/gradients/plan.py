@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from stride_lightning.gradients.capture import WHOLE, Backward, Capture, Watch, watching
 from stride_lightning.gradients.features import cloned
-from stride_lightning.gradients.layers import lengths, rule_for
-from stride_lightning.gradients.layout import Layout, Source
-from stride_lightning.steering.activations import find_module, plain_name
-from stride_lightning.tasks import Task
+from stride_lightning.model.capture import WHOLE, Backward, Capture, Watch, watching
+from stride_lightning.model.layer_rules import lengths, rule_for
+from stride_lightning.model.layers import find_module, plain_name
+from stride_lightning.model.layout import Layout, Source
+from stride_lightning.tasks.likelihoods import Task
 
 #: Examples on which rules are checked: so many, or fewer if their gradients take more bytes, but two at least.
 NUM_PROBES, PROBE_BYTES = 8, 2**28

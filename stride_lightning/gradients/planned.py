@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stride_lightning.attribution import Attribution
-from stride_lightning.attributors import Attributor, announce
-from stride_lightning.data import Examples, first_batch
-from stride_lightning.distributed import gather, shard, world_size
+from stride_lightning.attributor import Attributor
+from stride_lightning.data.examples import Examples, first_batch
+from stride_lightning.data.reading import count_outputs
 from stride_lightning.gradients.features import Reader, cloned
 from stride_lightning.gradients.plan import plan_capture, probe_places
-from stride_lightning.retraining.recipe import count_outputs
-from stride_lightning.steering.activations import check_layers
-from stride_lightning.top_attribution import TopAttribution, TopCollector
-from stride_lightning.top_examples import joined
-from stride_lightning.weights import in_precision_of
+from stride_lightning.model.layers import check_layers, in_precision_of
+from stride_lightning.results.attribution import Attribution
+from stride_lightning.results.top_attribution import TopAttribution, TopCollector
+from stride_lightning.results.top_examples import joined
+from stride_lightning.runtime.distributed import gather, shard, world_size
+from stride_lightning.runtime.progress import announce
 
 #: Bytes of a tile of scores where only the best are kept.
 TILE_BYTES = 2**26

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from stride_lightning.gradients.attributor import GradientAttributor
-from stride_lightning.gradients.blocks import Gradients
-from stride_lightning.gradients.capture import Capture, chosen_parameters
 from stride_lightning.gradients.checkpoints import Checkpoint, recorded_weights, tracin_checkpoints
 from stride_lightning.gradients.curvature import Curvature, DataInf, Diagonal, Fisher, GaussNewtonBlocks, Identity
 from stride_lightning.gradients.damping import check_damping
@@ -22,7 +20,9 @@ from stride_lightning.gradients.gauss_newton import ConjugateGradient, LiSSA
 from stride_lightning.gradients.kronecker import EKFAC
 from stride_lightning.gradients.plan import last_layer
 from stride_lightning.gradients.projection import JointProjection, LayerProjection, Projection, check_projection_dim
-from stride_lightning.lookup import show_fingerprint
+from stride_lightning.model.blocks import Gradients
+from stride_lightning.model.capture import Capture, chosen_parameters
+from stride_lightning.storage.lookup import show_fingerprint
 
 #: Parameters of a last layer whose curvature is made and factorised.
 MAX_FACTORISED = 4096

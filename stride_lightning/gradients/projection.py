@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from stride_lightning.gradients.blocks import Block, Gradients, Outer
-from stride_lightning.randomness import mix
+from stride_lightning.model.blocks import Block, Gradients, Outer
+from stride_lightning.runtime.randomness import mix
 
 #: Name of the one block of a projection of all blocks together.
 EVERYTHING = "all parameters"

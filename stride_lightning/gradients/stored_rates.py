@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from stride_lightning.randomness import preserved_random_state
-from stride_lightning.steering.activations import plain_name
+from stride_lightning.model.layers import plain_name
+from stride_lightning.runtime.randomness import preserved_random_state
 
 
 class _UnknownError(Exception):

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from stride_lightning.attribution import Attribution
-from stride_lightning.data import Examples
-from stride_lightning.distributed import gather, total
+from stride_lightning.data.examples import Examples
 from stride_lightning.gradients.features import Reader
 from stride_lightning.gradients.planned import PlannedAttributor
 from stride_lightning.information.coreset import Coreset, choose_coreset
@@ -24,8 +22,10 @@ from stride_lightning.information.greedy import greedy_sets
 from stride_lightning.information.loss import pair_nats
 from stride_lightning.information.posterior import Posterior, check_ridge
 from stride_lightning.information.tangent import Likelihood, TangentFeatures, Tangents
-from stride_lightning.tasks import Regression
-from stride_lightning.top_examples import TopExamples
+from stride_lightning.results.attribution import Attribution
+from stride_lightning.results.top_examples import TopExamples
+from stride_lightning.runtime.distributed import gather, total
+from stride_lightning.tasks.likelihoods import Regression
 
 #: Bytes of the features of training examples that are kept between calls.
 KEPT_BYTES = 2**29

@@ -9,14 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stride_lightning.information.forms import (
-    Form,
-    index_vectors,
-    inverse_root,
-    nats,
-    noise_with,
-    query_vectors,
-)
+from stride_lightning.information.forms import Form, index_vectors, inverse_root, nats, noise_with, query_vectors
 from stride_lightning.information.posterior import Features, Posterior, check_features, feature_batches
 
 _ELEMENTS = 1 << 21  # of the products of one chunk of pairs

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from stride_lightning.gradients import features
-from stride_lightning.gradients.blocks import Gradients
-from stride_lightning.gradients.capture import Capture
 from stride_lightning.gradients.features import Batch, Reader, run_batches
 from stride_lightning.gradients.projection import EVERYTHING, JointProjection, check_projection_dim
-from stride_lightning.randomness import mix
-from stride_lightning.tasks import Task
+from stride_lightning.model.blocks import Gradients
+from stride_lightning.model.capture import Capture
+from stride_lightning.runtime.randomness import mix
+from stride_lightning.tasks.likelihoods import Task
 
 #: Whose noise counts: that of all outputs, or of the target's log-odds alone.
 Likelihood = Literal["gauss-newton", "margin"]

@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stride_lightning.attribution import Attribution
-from stride_lightning.attributors import Attributor
-from stride_lightning.data import Examples, first_look
-from stride_lightning.distributed import all_equal
-from stride_lightning.lookup import choose_record, explain_mismatch
+from stride_lightning.attributor import Attributor
+from stride_lightning.data.examples import Examples, first_look
+from stride_lightning.data.reading import encoded_batches, survey
+from stride_lightning.results.attribution import Attribution
 from stride_lightning.retraining.effects import FurtherTraining
 from stride_lightning.retraining.further_training import find_left_out, make_leaving_out, measure_effects
 from stride_lightning.retraining.ground_truth import GroundTruth
 from stride_lightning.retraining.optimizers import MakeOptimizer
-from stride_lightning.retraining.recipe import encoded_batches, survey
 from stride_lightning.retraining.retrain import retrain
+from stride_lightning.runtime.distributed import all_equal
 from stride_lightning.steering.attributor import RecoveryName, StrideAttributor
 from stride_lightning.steering.lasso import cross_validate_penalty, solve_lasso
 from stride_lightning.steering.recovery import Recovery, recover_ridge, recover_with_prior
 from stride_lightning.steering.subsets import Design
+from stride_lightning.storage.lookup import choose_record, explain_mismatch
 
 _NO_BATCH_SIZE = (
     "The batch size decides what training gives, and cannot be told from `train_data`. Pass a DataLoader with a "

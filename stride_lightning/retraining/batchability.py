@@ -16,10 +16,10 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from stride_lightning.randomness import seeded
+from stride_lightning.model.weights import borrowed
 from stride_lightning.retraining.optimizers import CannotBatch
-from stride_lightning.tasks import Task, columns
-from stride_lightning.weights import borrowed
+from stride_lightning.runtime.randomness import seeded
+from stride_lightning.tasks.likelihoods import Task, columns
 
 #: Hooks of a LightningModule through which it may change how it is trained.
 _HOOKS = (

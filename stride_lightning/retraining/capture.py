@@ -19,7 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from stride_lightning.randomness import preserved_random_state
+from stride_lightning.runtime.randomness import preserved_random_state
 
 _log = logging.getLogger(__name__)
 

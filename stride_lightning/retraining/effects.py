@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stride_lightning.attribution import Attribution
-from stride_lightning.distributed import barrier, broadcast_object, rank
-from stride_lightning.records import Record, RecordError, read_record, write_record
-from stride_lightning.retraining.parts import Tensors
+from stride_lightning.results.attribution import Attribution
+from stride_lightning.runtime.distributed import barrier, broadcast_object, rank
+from stride_lightning.storage.parts import Tensors
+from stride_lightning.storage.records import Record, RecordError, read_record, write_record
 
 
 @dataclass

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.utils import _pytree as pytree
 
-from stride_lightning.randomness import seeded
 from stride_lightning.retraining.capture import capture
+from stride_lightning.runtime.randomness import seeded
 
 # What an operation without a batching rule costs is measured by the user, who cannot add the rule.
 warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented")

@@ -13,22 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stride_lightning.attributors import announce, infer_task_of, versions
-from stride_lightning.data import Examples, first_look, resolve_queries, resolve_train_data
-from stride_lightning.distributed import broadcast_object
-from stride_lightning.loading import check_loading
-from stride_lightning.progress import counting
-from stride_lightning.randomness import preserved_random_state
+from stride_lightning.data.examples import Examples, first_look
+from stride_lightning.data.loading import check_loading
+from stride_lightning.data.reading import count_outputs, encoded_batches, survey
+from stride_lightning.data.sources import resolve_queries, resolve_train_data
+from stride_lightning.model.weights import borrowed, load_checkpoint, rank_zero_state, resolve_ckpt_path, weight_hash
 from stride_lightning.retraining.batchability import vectorised_attention
 from stride_lightning.retraining.effects import FurtherTraining
 from stride_lightning.retraining.leaving_out import LeavingOut
 from stride_lightning.retraining.optimizers import MakeOptimizer
-from stride_lightning.retraining.parts import Parts, Tensors, check_same_work
-from stride_lightning.retraining.recipe import count_outputs, encoded_batches, survey
 from stride_lightning.retraining.step_losses import gradient_hooks
-from stride_lightning.task_inference import check_task
-from stride_lightning.tasks import Task
-from stride_lightning.weights import borrowed, load_checkpoint, rank_zero_state, resolve_ckpt_path, weight_hash
+from stride_lightning.runtime.distributed import broadcast_object
+from stride_lightning.runtime.progress import announce, counting
+from stride_lightning.runtime.randomness import preserved_random_state
+from stride_lightning.runtime.versions import versions
+from stride_lightning.storage.parts import Parts, Tensors, check_same_work
+from stride_lightning.tasks.inference import check_task, infer_task_of
+from stride_lightning.tasks.likelihoods import Task
 
 #: Examples left out where the caller names none and there are more.
 NUM_LEFT_OUT = 100

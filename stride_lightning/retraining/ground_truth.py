@@ -14,8 +14,8 @@ from scipy.stats import rankdata
 from torch import Tensor
 from typing_extensions import Self
 
-from stride_lightning.distributed import barrier, broadcast_object, rank
-from stride_lightning.records import RecordError, read_record, write_record
+from stride_lightning.runtime.distributed import barrier, broadcast_object, rank
+from stride_lightning.storage.records import RecordError, read_record, write_record
 
 
 @dataclass

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from stride_lightning.data import Examples, first_batch
-from stride_lightning.parallel import num_workers
-from stride_lightning.randomness import mix, seed_torch, seeded
+from stride_lightning.data.examples import Examples, first_batch
+from stride_lightning.data.reading import encoded_batch
+from stride_lightning.model.layers import in_precision_of
+from stride_lightning.model.weights import borrowed
 from stride_lightning.retraining.batchability import (
     check_vectorises,
     draws_random_numbers,
@@ -24,10 +25,11 @@ from stride_lightning.retraining.batchability import (
 )
 from stride_lightning.retraining.ensemble import Ensemble, bytes_per_model, chunk_size, keep_freed_memory
 from stride_lightning.retraining.optimizers import CannotBatch, MakeOptimizer, Optimization, read_optimization
-from stride_lightning.retraining.recipe import batch_order, encoded_batch
+from stride_lightning.retraining.recipe import batch_order
 from stride_lightning.retraining.step_losses import check_additive, check_step, detached_copy, step_loss, train_mode
-from stride_lightning.tasks import Task, columns
-from stride_lightning.weights import borrowed, in_precision_of
+from stride_lightning.runtime.parallel import num_workers
+from stride_lightning.runtime.randomness import mix, seed_torch, seeded
+from stride_lightning.tasks.likelihoods import Task, columns
 
 #: Examples on which it is checked that a batch's loss is the mean of those of its examples, and those they are of.
 _NUM_CHECKED, _NUM_CANDIDATES, _NUM_TEXTS = 16, 64, 1024

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from stride_lightning.data import Examples
-from stride_lightning.randomness import seeded
+from stride_lightning.data.examples import Examples
+from stride_lightning.model.weights import borrowed
 from stride_lightning.retraining.recipe import Recipe
-from stride_lightning.tasks import columns
-from stride_lightning.weights import borrowed
+from stride_lightning.runtime.randomness import seeded
+from stride_lightning.tasks.likelihoods import columns
 
 
 def train_alone(recipe: Recipe, mask: Tensor, seed: int) -> Tensor:

@@ -15,19 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stride_lightning.attribution import Attribution
-from stride_lightning.attributors import announce, versions
-from stride_lightning.distributed import broadcast_object
-from stride_lightning.progress import counting
-from stride_lightning.randomness import mix, preserved_random_state
+from stride_lightning.results.attribution import Attribution
 from stride_lightning.retraining.batchability import vectorised_attention
 from stride_lightning.retraining.ground_truth import Counterfactual, GroundTruth, Retrained
 from stride_lightning.retraining.one_by_one import train_alone
 from stride_lightning.retraining.optimizers import CannotBatch, MakeOptimizer
-from stride_lightning.retraining.parts import Parts, Tensors, check_same_work
 from stride_lightning.retraining.recipe import Recipe, make_recipe
 from stride_lightning.retraining.together import Together
-from stride_lightning.tasks import Task
+from stride_lightning.runtime.distributed import broadcast_object
+from stride_lightning.runtime.progress import announce, counting
+from stride_lightning.runtime.randomness import mix, preserved_random_state
+from stride_lightning.runtime.versions import versions
+from stride_lightning.storage.parts import Parts, Tensors, check_same_work
+from stride_lightning.tasks.likelihoods import Task
 
 Truth = TypeVar("Truth", bound=Retrained)
 

@@ -10,10 +10,10 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
 
-from stride_lightning.data import Examples
-from stride_lightning.randomness import seeded
+from stride_lightning.data.examples import Examples
+from stride_lightning.model.layers import in_precision_of
 from stride_lightning.retraining.batchability import call_step, switch_dropout_off, tried_out, without_trainer
-from stride_lightning.weights import in_precision_of
+from stride_lightning.runtime.randomness import seeded
 
 #: Hooks of a LightningModule that may change gradients or steps; only a Trainer calls them.
 _GRADIENT_HOOKS = (

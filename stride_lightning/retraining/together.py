@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stride_lightning.parallel import num_workers
-from stride_lightning.randomness import mix, seed_torch
+from stride_lightning.model.layers import in_precision_of
 from stride_lightning.retraining.batchability import (
     check_hooks,
     check_separate,
@@ -22,8 +21,9 @@ from stride_lightning.retraining.batchability import (
 from stride_lightning.retraining.ensemble import Ensemble, bytes_per_model, chunk_size, keep_freed_memory
 from stride_lightning.retraining.optimizers import CannotBatch, read_optimization
 from stride_lightning.retraining.recipe import Recipe
-from stride_lightning.tasks import columns
-from stride_lightning.weights import in_precision_of
+from stride_lightning.runtime.parallel import num_workers
+from stride_lightning.runtime.randomness import mix, seed_torch
+from stride_lightning.tasks.likelihoods import columns
 
 
 class Together:

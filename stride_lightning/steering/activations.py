@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from stride_lightning.model.layers import find_module, layer_names, uncompiled
 
 #: Most layers that are chosen when the user names none.
 MAX_LAYERS = 8
@@ -18,7 +20,6 @@ MAX_POOLED_FEATURES = 1024
 MAX_LAYER_FEATURES = 2048
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
 
 
 class Captured(dict[str, Tensor]):
@@ -80,45 +81,6 @@ def capture_inputs(model: nn.Module, layers: Sequence[str]) -> Iterator[Captured
     finally:
         for handle in handles:
             handle.remove()
-
-
-def uncompiled() -> Any:
-    """A context in which compiled modules run eagerly (nothing on a torch that cannot compile)."""
-    set_stance = getattr(torch.compiler, "set_stance", None)
-    return set_stance("force_eager") if set_stance is not None else nullcontext()
-
-
-def find_module(model: nn.Module, name: str) -> nn.Module:
-    """The submodule of that dotted name, looking through ``torch.compile`` wrappers."""
-    module = getattr(model, "_orig_mod", model)
-    for part in name.split(".") if name else []:
-        child = getattr(module, part, None)
-        if not isinstance(child, nn.Module):
-            known = ", ".join(repr(known) for known in layer_names(model)[:12])
-            raise ValueError(f"{name!r} is not a submodule of {type(model).__name__}. Layers with weights: {known}.")
-        module = getattr(child, "_orig_mod", child)
-    return module
-
-
-def check_layers(layers: Sequence[str] | None) -> None:
-    """Refuse a string, which is a sequence of letters."""
-    if isinstance(layers, str):
-        raise TypeError(f"`layers` must be a list of names, got the string {layers!r}: write layers=[{layers!r}].")
-
-
-def layer_names(model: nn.Module) -> list[str]:
-    """Names of the layers with a weight matrix, embeddings left out: their inputs can be a basis."""
-    names = []
-    for name, module in model.named_modules():
-        matrices = any(weight.ndim >= 2 for weight in module.parameters(recurse=False))
-        if matrices and not isinstance(module, _LOOKUPS):
-            names.append(plain_name(name))
-    return names
-
-
-def plain_name(name: str) -> str:
-    """A dotted name without the parts that ``torch.compile`` adds."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def choose_layers(

@@ -10,20 +10,21 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from stride_lightning.attribution import Attribution
-from stride_lightning.attributors import Attributor, announce
-from stride_lightning.data import Examples, first_batch
-from stride_lightning.distributed import all_equal, broadcast_object, gather, shard
-from stride_lightning.lookup import choose_record, explain_mismatch
-from stride_lightning.parallel import num_workers
-from stride_lightning.steering.activations import check_layers, choose_layers
+from stride_lightning.attributor import Attributor
+from stride_lightning.data.examples import Examples, first_batch
+from stride_lightning.model.layers import check_layers, in_precision_of
+from stride_lightning.results.attribution import Attribution
+from stride_lightning.runtime.distributed import all_equal, broadcast_object, gather, shard
+from stride_lightning.runtime.parallel import num_workers
+from stride_lightning.runtime.progress import announce
+from stride_lightning.steering.activations import choose_layers
 from stride_lightning.steering.basis import Basis, Observation, fit_basis, observe
+from stride_lightning.steering.language.attribution import attribute_sequences, fitted_sequences
 from stride_lightning.steering.lasso import cross_validate_penalty, solve_lasso
 from stride_lightning.steering.module import BasisName, StrideModule
 from stride_lightning.steering.recovery import Recovery, check_measurements, recover_ridge, recover_with_prior
-from stride_lightning.steering.sequence_attribution import attribute_sequences, fitted_sequences
 from stride_lightning.steering.subsets import Design, sample_design
-from stride_lightning.weights import in_precision_of
+from stride_lightning.storage.lookup import choose_record, explain_mismatch
 
 RecoveryName = Literal["prior", "lasso", "ridge", "closed-form"]
 
@@ -55,9 +56,9 @@ class StrideAttributor(Attributor):
         batch_size: Examples per forward pass; of language models at most, where logits would take too much memory.
         show_progress: Show progress bars, and a cost estimate before long work.
 
-    Language models are attributed by :class:`~stride_lightning.steering.sequences.SequenceStride`, which says what it
-    computes and what memory it takes. Otherwise, memory beyond the model, for n training examples, r features, C
-    outputs, K subsets and q queries asked at once, is
+    Language models are attributed by :class:`~stride_lightning.steering.language.sequences.SequenceStride`, which says
+    what it computes and what memory it takes. Otherwise, memory beyond the model, for n training examples, r features,
+    C outputs, K subsets and q queries asked at once, is
     ``4 (2 n r + n (3 C + 1) + C r K + 8 q n) + t (2304 C r + 64 n)`` bytes and 200 MB of blocks for each of t threads.
     Nothing is of size ``n K C`` or ``n`` times the model's parameters.
 

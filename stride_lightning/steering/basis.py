@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stride_lightning.data import Examples
-from stride_lightning.fingerprints import Fingerprint
-from stride_lightning.progress import track
+from stride_lightning.data.examples import Examples
+from stride_lightning.data.fingerprints import Fingerprint
+from stride_lightning.model.layers import in_precision_of
+from stride_lightning.runtime.progress import track
 from stride_lightning.steering.activations import capture_inputs
-from stride_lightning.task_inference import check_outputs
-from stride_lightning.tasks import Task
-from stride_lightning.weights import in_precision_of
+from stride_lightning.tasks.inference import check_outputs
+from stride_lightning.tasks.likelihoods import Task
 
 #: The features of the whole training set take at most this many bytes; beyond, principal components are kept.
 MAX_FEATURE_BYTES = 2**31

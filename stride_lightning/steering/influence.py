@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stride_lightning.parallel import even_slices, map_chunks
+from stride_lightning.runtime.parallel import even_slices, map_chunks
 from stride_lightning.steering.basis import Observation
 from stride_lightning.steering.solvers import BLOCK_BYTES, refit
-from stride_lightning.tasks import Task
+from stride_lightning.tasks.likelihoods import Task
 
 #: Queries solved together.
 QUERY_CHUNK = 64

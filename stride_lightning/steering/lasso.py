@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from stride_lightning.parallel import map_chunks
-from stride_lightning.progress import track
+from stride_lightning.runtime.parallel import map_chunks
+from stride_lightning.runtime.progress import track
 from stride_lightning.steering.subsets import Design
 from stride_lightning.steering.working_sets import Batch, Fit, kept_mean
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from stride_lightning.distributed import gather, shard
+from stride_lightning.runtime.distributed import gather, shard
 from stride_lightning.steering.basis import Observation
-from stride_lightning.steering.fitting import fit_by_trainer, unexplained
 from stride_lightning.steering.influence import imitation_ridge, influence, mean_curvature
 from stride_lightning.steering.operators import mean_prediction, measure, steer
+from stride_lightning.steering.published.fitting import fit_by_trainer, unexplained
 from stride_lightning.steering.solvers import fit_operators, refit
 from stride_lightning.steering.subsets import Design
-from stride_lightning.tasks import Task
+from stride_lightning.tasks.likelihoods import Task
 
 BasisName = Literal["statistics", "learned"]
 

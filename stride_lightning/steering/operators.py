@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stride_lightning.steering.basis import Observation
-from stride_lightning.tasks import Task
+from stride_lightning.tasks.likelihoods import Task
 
 #: Bytes that one block of steered outputs, (C, examples, K), may take.
 BLOCK_BYTES = 2**23

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stride_lightning.parallel import even_slices, map_chunks
+from stride_lightning.runtime.parallel import even_slices, map_chunks
 from stride_lightning.steering.subsets import Design
 
 #: Bytes the K x K systems of queries solved together may take, in each thread.

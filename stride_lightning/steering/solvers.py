@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stride_lightning.parallel import even_slices, map_chunks
+from stride_lightning.runtime.parallel import even_slices, map_chunks
 from stride_lightning.steering.basis import Observation
 from stride_lightning.steering.subsets import Design
-from stride_lightning.tasks import Task
+from stride_lightning.tasks.likelihoods import Task
 
 #: Bytes that one block of steered outputs, (C, examples, operators), may take; small enough to stay in cache.
 BLOCK_BYTES = 2**23

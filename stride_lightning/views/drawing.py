@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from stride_lightning.attribution import Attribution
+    from stride_lightning.results.attribution import Attribution
 
 #: Proponents and opponents of each query.
 Ranked: TypeAlias = "Sequence[tuple[list[RankedExample], list[RankedExample]]]"

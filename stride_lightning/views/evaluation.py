@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from stride_lightning.evaluation import Evaluation, EvaluationRow
+    from stride_lightning.results.evaluation import Evaluation, EvaluationRow
 
 # In inches.
 _CHART, _CURVES, _BAR, _TITLE, _AXIS, _MARGIN, _LOWEST = 4.2, 3.0, 0.36, 0.5, 0.55, 0.25, 1.5

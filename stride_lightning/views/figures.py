@@ -16,7 +16,7 @@ from stride_lightning.views.ranking import rank_examples
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from stride_lightning.attribution import Attribution
+    from stride_lightning.results.attribution import Attribution
 
 
 def plot_grid(
@@ -38,8 +38,8 @@ def plot_grid(
         ValueError: If there are no queries, or ``image_shape`` does not fit the inputs.
 
     Example:
-        >>> from stride_lightning.attribution import Attribution
-        >>> from stride_lightning.data import Examples
+        >>> from stride_lightning.results.attribution import Attribution
+        >>> from stride_lightning.data.examples import Examples
         >>> images = Examples([(torch.rand(1, 8, 8), 0) for _ in range(5)])
         >>> attribution = Attribution(torch.randn(2, 5).abs(), queries=images, train_data=images)
         >>> len(plot_grid(attribution, [0, 1], k=3).axes)  # (1 query + 3 proponents) x 2
@@ -59,7 +59,7 @@ def shows_images(attribution: Attribution, *, image_shape: tuple[int, ...] | Non
     """Whether queries and training examples are at hand and are images, so that figures show pictures.
 
     Example:
-        >>> from stride_lightning.attribution import Attribution
+        >>> from stride_lightning.results.attribution import Attribution
         >>> shows_images(Attribution(torch.ones(1, 2)))
         False
     """

@@ -9,18 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stride_lightning.views.figures import plot_grid, shows_images
-from stride_lightning.views.ranking import (
-    RankedExample,
-    interval_text,
-    query_facts,
-    rank_examples,
-    shortened,
-)
+from stride_lightning.views.ranking import RankedExample, interval_text, query_facts, rank_examples, shortened
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from stride_lightning.attribution import Attribution
+    from stride_lightning.results.attribution import Attribution
 
 #: Characters that Markdown or HTML give a meaning, inside a table cell or a heading.
 _ENTITIES = {ord(character): f"&#{ord(character)};" for character in "&<>|\\`*_~[]#\"'"}
@@ -56,7 +50,7 @@ def log_attribution(
         >>> import tempfile
         >>> import torch
         >>> from lightning.pytorch.loggers import CSVLogger
-        >>> from stride_lightning.attribution import Attribution
+        >>> from stride_lightning.results.attribution import Attribution
         >>> logger = CSVLogger(tempfile.mkdtemp())
         >>> log_attribution(Attribution(torch.tensor([[3.0, -1.0, 0.0, 0.0]])), [logger], step=10, k=1)
         >>> logger.experiment.metrics[0]["stride/top_share"]
@@ -99,7 +93,7 @@ def summarize(attribution: Attribution, k: int) -> dict[str, float]:
 
     Example:
         >>> import torch
-        >>> from stride_lightning.attribution import Attribution
+        >>> from stride_lightning.results.attribution import Attribution
         >>> summarize(Attribution(torch.tensor([[3.0, -1.0, 0.0, 0.0]])), k=1)["stride/top_share"]
         0.75
     """
@@ -129,7 +123,7 @@ def markdown_table(attribution: Attribution, queries: Iterable[int], k: int) -> 
 
     Example:
         >>> import torch
-        >>> from stride_lightning.attribution import Attribution
+        >>> from stride_lightning.results.attribution import Attribution
         >>> attribution = Attribution(torch.tensor([[0.5, -0.25]]), train_info={"text": ["a|b", "<i>"]})
         >>> print(markdown_table(attribution, [0], k=1))
         ### Query 0
@@ -163,7 +157,7 @@ def example_table(attribution: Attribution, queries: Iterable[int], k: int) -> t
 
     Example:
         >>> import torch
-        >>> from stride_lightning.attribution import Attribution
+        >>> from stride_lightning.results.attribution import Attribution
         >>> example_table(Attribution(torch.tensor([[0.5, -0.25]])), [0], k=1)
         (['query', 'side', 'rank', 'position', 'score'], [[0, 'proponent', 1, 0, 0.5], [0, 'opponent', 1, 1, -0.25]])
     """

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from stride_lightning.attribution import Attribution
+    from stride_lightning.results.attribution import Attribution
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def rank_examples(attribution: Attribution, query: int, k: int) -> tuple[list[Ra
 
     Example:
         >>> import torch
-        >>> from stride_lightning.attribution import Attribution
+        >>> from stride_lightning.results.attribution import Attribution
         >>> proponents, opponents = rank_examples(Attribution(torch.tensor([[0.0, -0.25, 0.5]])), query=0, k=2)
         >>> [example.position for example in proponents], [example.position for example in opponents]
         ([2], [1])
@@ -79,7 +79,7 @@ def query_facts(attribution: Attribution, query: int) -> dict[str, str]:
 
     Example:
         >>> import torch
-        >>> from stride_lightning.attribution import Attribution
+        >>> from stride_lightning.results.attribution import Attribution
         >>> attribution = Attribution(torch.ones(1, 2), query_targets=torch.tensor([7]), query_info={"id": ["a"]})
         >>> query_facts(attribution, 0)
         {'target': '7', 'id': 'a'}

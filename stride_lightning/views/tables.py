@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from stride_lightning.attribution import Attribution
+    from stride_lightning.results.attribution import Attribution
 
 
 def dataframe(attribution: Attribution, k: int | None = None) -> DataFrame:

@@ -7,7 +7,7 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger
 
 from stride_lightning import Classification, StrideCallback
-from stride_lightning.records import find_records, read_record
+from stride_lightning.storage.records import find_records, read_record
 from tests.helpers.runs import callbacks_of, run_cli, write_config
 
 pytest.importorskip("jsonargparse")

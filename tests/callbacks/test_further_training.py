@@ -24,8 +24,8 @@ from stride_lightning import (
     attribute,
     further_train,
 )
-from stride_lightning.records import find_records, read_record
-from stride_lightning.weights import weight_hash
+from stride_lightning.model.weights import weight_hash
+from stride_lightning.storage.records import find_records, read_record
 from tests.helpers.models import (
     NUM_TRAIN,
     Augmented,
@@ -45,7 +45,7 @@ from tests.helpers.models import (
     train,
 )
 from tests.helpers.runs import callbacks_of, fit_in_the_other_tree, run_cli, write_config
-from tests.test_distributed import run_two, start
+from tests.runtime.test_distributed import run_two, start
 
 DATA, QUERIES, LEFT_OUT = classification_data(), classification_data(5, seed=1), [12, 3, 30]
 QUIET = {"show_progress": False}

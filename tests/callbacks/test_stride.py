@@ -24,9 +24,9 @@ from torch.utils.data import (
 )
 
 from stride_lightning import Attributor, Classification, StrideCallback, attribute
-from stride_lightning.records import find_records, read_record
+from stride_lightning.model.weights import weight_hash
 from stride_lightning.steering.subsets import Design
-from stride_lightning.weights import weight_hash
+from stride_lightning.storage.records import find_records, read_record
 from tests.helpers.models import (
     NUM_TRAIN,
     Augmented,

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from stride_lightning import CausalLanguageModeling, StrideCallback, TracInCallback, attribute
-from stride_lightning.records import read_record
+from stride_lightning.storage.records import read_record
 from tests.helpers.models import make_trainer
 from tests.helpers.texts import LanguageModule, Texts, padded
 

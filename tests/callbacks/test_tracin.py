@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader, SubsetRandomSampler
 
 from stride_lightning import Classification, StrideCallback
 from stride_lightning.callbacks.tracin import TracInCallback
-from stride_lightning.data import Examples
-from stride_lightning.records import find_records, read_info, read_record, write_record
-from stride_lightning.retraining.recipe import fingerprint_of
-from stride_lightning.weights import weight_hash
+from stride_lightning.data.examples import Examples
+from stride_lightning.data.reading import fingerprint_of
+from stride_lightning.model.weights import weight_hash
+from stride_lightning.storage.records import find_records, read_info, read_record, write_record
 from tests.helpers.models import (
     Augmented,
     Classifier,
@@ -44,7 +44,7 @@ from tests.helpers.models import (
 )
 from tests.helpers.runs import callbacks_of, fit_in_the_other_tree, run_cli, write_config
 from tests.helpers.schedules import OneCycle, Stepped, TensorRate, TwoGroups, TwoOptimizers, by_hand
-from tests.test_distributed import run_two, start
+from tests.runtime.test_distributed import run_two, start
 
 DATA = classification_data()
 IN_ORDER = loader(DATA, shuffle=False)

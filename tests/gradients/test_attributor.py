@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from stride_lightning import Attribution, Classification, TopAttribution, attribute
-from stride_lightning.attributors import self_influence
+from stride_lightning.attribute import self_influence
 from stride_lightning.gradients import attributor as module
 from stride_lightning.gradients import features, planned
 from tests.helpers.gradient_models import (
@@ -31,7 +31,7 @@ from tests.helpers.gradient_models import (
     words_for,
 )
 from tests.helpers.tiny import permutation
-from tests.test_distributed import run_two, start
+from tests.runtime.test_distributed import run_two, start
 
 pytestmark = [
     #: Torch's own, of the first forward-mode derivatives.

@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import StepLR
 from stride_lightning import StrideCallback
 from stride_lightning.callbacks.tracin import TracInCallback
 from stride_lightning.gradients.checkpoints import read_checkpoints, tracin_checkpoints
-from stride_lightning.records import RecordError, find_records, read_info, read_record, write_record
-from stride_lightning.weights import weight_hash
+from stride_lightning.model.weights import weight_hash
+from stride_lightning.storage.records import RecordError, find_records, read_info, read_record, write_record
 from tests.helpers.models import Classifier, ConvNet, build, classification_data, loader, make_trainer, train
 from tests.helpers.schedules import Stepped, TwoGroups, TwoOptimizers, by_hand
 

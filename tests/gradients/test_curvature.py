@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from stride_lightning import attribute
-from stride_lightning.gradients.blocks import Block, Gradients
 from stride_lightning.gradients.curvature import Curvature
 from stride_lightning.gradients.presets import InfluenceAttributor
+from stride_lightning.model.blocks import Block, Gradients
 from tests.helpers.gradient_models import (
     EXACT,
     QUIET,

@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from stride_lightning import BinaryClassification, Classification, Regression, attribute
-from stride_lightning.data import Examples
+from stride_lightning.data.examples import Examples
 from stride_lightning.gradients import features
 from stride_lightning.gradients.features import Reader, random_signs, run_batches
 from tests.helpers.gradient_models import (
@@ -114,7 +114,7 @@ def test_curvature_root(task):
     """A root of the second derivative, for built-in families and for one that only says what its curvature is."""
     outputs = random_tensor(4, 3, seed=0)
     mean = task.mean(outputs)
-    from stride_lightning.tasks import Task
+    from stride_lightning.tasks.likelihoods import Task
 
     for root_of in (task.curvature_root, lambda m, d: Task.curvature_root(task, m, d)):
         identity = torch.eye(3, dtype=torch.float64)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from stride_lightning import attribute
-from stride_lightning.tasks import Classification
+from stride_lightning.tasks.likelihoods import Classification
 from tests.helpers.models import Classifier, classification_data
 
 QUIET = {"show_progress": False}

@@ -210,7 +210,7 @@ def projection_matrix(attributor, model):
 
     The gradients of examples and random functions span those that there are, so that the map is told by least squares.
     """
-    from stride_lightning.gradients.blocks import Block, Gradients
+    from stride_lightning.model.blocks import Block, Gradients
 
     identity, names = {}, attributor._capture.layouts
     sizes = [layout.num_parameters for layout in names.values()]
@@ -229,7 +229,7 @@ def projection_matrix(attributor, model):
 
 def as_matrices(values, layout):
     """Vectors of a block as sums of outer products with the columns of the identity."""
-    from stride_lightning.gradients.blocks import Block, Outer
+    from stride_lightning.model.blocks import Block, Outer
 
     rows = layout.shapes[0][0]
     matrices = values.view(len(values), rows, -1)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from stride_lightning.gradients.blocks import Block, Gradients, Outer
 from stride_lightning.gradients.projection import EVERYTHING, JointProjection, LayerProjection
+from stride_lightning.model.blocks import Block, Gradients, Outer
 from tests.helpers.gradient_models import TokenModel, fitted, seeded, tokens, words_for
 from tests.helpers.tiny import random_tensor
 

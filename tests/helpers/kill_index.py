@@ -32,7 +32,7 @@ def stream():
 
 
 def create(path):
-    from stride_lightning.information.index import InformationIndex
+    from stride_lightning.information.index.on_disk import InformationIndex
 
     return InformationIndex.create(path, DIM, identity=IDENTITY, columns=COLUMNS, exist_ok=True)
 
@@ -81,6 +81,6 @@ if __name__ == "__main__":
     import pyarrow  # noqa: F401
     import pydantic  # noqa: F401
 
-    import stride_lightning.information.vectors  # noqa: F401
+    import stride_lightning.information.index.base  # noqa: F401
 
     main(Path(sys.argv[1]))

@@ -21,9 +21,9 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from stride_lightning import records
 from stride_lightning.retraining import together
 from stride_lightning.retraining.retrain import retrain
+from stride_lightning.storage import records
 from tests.helpers.kill_writer import finish, fork
 
 NUM_SUBSETS, CHUNK = 5, 2

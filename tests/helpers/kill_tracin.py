@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from stride_lightning.callbacks.tracin import TracInCallback
-from stride_lightning.records import find_records, read_record
+from stride_lightning.storage.records import find_records, read_record
 from tests.helpers.kill_retrain import in_fork
 from tests.helpers.kill_writer import finish, fork
 from tests.helpers.models import build, classification_data, loader, train

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from stride_lightning import records
+from stride_lightning.storage import records
 
 NAME = "step=1"
 LOADED = sorted(module for module in ("lightning", "pytorch_lightning", "torchmetrics") if module in sys.modules)

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import torch
 
-from stride_lightning.attribution import Attribution
+from stride_lightning.results.attribution import Attribution
 
 SCORES = torch.tensor([[0.5, -0.25, 0.0, 0.012, -0.13], [0.0, 0.0, 3.0, -1.0, 2.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
 POSITIONS = torch.tensor([10, 11, 12, 13, 14])

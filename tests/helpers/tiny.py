@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from stride_lightning.data import Examples
+from stride_lightning.data.examples import Examples
 from stride_lightning.steering.basis import Observation
-from stride_lightning.tasks import BinaryClassification, Classification, Regression, Task
+from stride_lightning.tasks.likelihoods import BinaryClassification, Classification, Regression, Task
 
 CPU = torch.device("cpu")
 TASKS: dict[str, Task] = {

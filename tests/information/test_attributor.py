@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from stride_lightning import Attribution, Attributor, Regression, TopAttribution, attribute
-from stride_lightning.attributors import self_influence
+from stride_lightning.attribute import self_influence
 from stride_lightning.gradients import features, planned
 from stride_lightning.information import attributor as module
 from stride_lightning.information.evidence import fit_evidence
@@ -32,7 +32,7 @@ from tests.helpers.gradient_models import (
 )
 from tests.helpers.tiny import CPU, examples_of, permutation, random_tensor
 from tests.information import dense
-from tests.test_distributed import run_two, start
+from tests.runtime.test_distributed import run_two, start
 
 METHODS = {"information-loss": "loss", "information-gain": "gain"}
 RIDGE = 0.4

@@ -5,10 +5,10 @@ import torch
 
 from stride_lightning import BinaryClassification, Classification, Regression
 from stride_lightning.gradients import features
-from stride_lightning.gradients.blocks import Block, Gradients, Outer
 from stride_lightning.gradients.features import Reader
 from stride_lightning.gradients.projection import EVERYTHING
 from stride_lightning.information.tangent import TangentFeatures
+from stride_lightning.model.blocks import Block, Gradients, Outer
 from tests.gradients.test_features import order_of, reader_of
 from tests.helpers.gradient_models import (
     TASKS,

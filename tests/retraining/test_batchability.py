@@ -7,13 +7,13 @@ from torch.nn import functional as F
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
-from stride_lightning.data import Examples
+from stride_lightning.data.examples import Examples
 from stride_lightning.retraining.batchability import check_separate, check_vectorises, loss_factor
 from stride_lightning.retraining.optimizers import CannotBatch
 from stride_lightning.retraining.recipe import make_recipe
 from stride_lightning.retraining.retrain import retrain
 from stride_lightning.retraining.together import Together
-from stride_lightning.tasks import Classification, Regression
+from stride_lightning.tasks.likelihoods import Classification, Regression
 from tests.helpers.models import make_trainer
 from tests.retraining.cases import (
     NUM_QUERIES,

@@ -7,9 +7,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from stride_lightning import FurtherTraining, RecordError, further_train
-from stride_lightning.records import find_records, write_record
 from stride_lightning.retraining import further_training as module
 from stride_lightning.retraining.leaving_out import LeavingOut
+from stride_lightning.storage.records import find_records, write_record
 from tests.retraining.cases import Net, mlp, points, sgd
 
 SEEDS, EPOCHS, LEFT_OUT, QUERIES = [3, 4, 5], [1, 2], [7, 0, 20, 3], 5

@@ -7,10 +7,10 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from stride_lightning.attribution import Attribution
-from stride_lightning.records import RecordError, write_record
+from stride_lightning.results.attribution import Attribution
 from stride_lightning.retraining.ground_truth import Counterfactual, GroundTruth, Retrained, split_half_correlation
 from stride_lightning.retraining.retrain import retrain, retrain_without
+from stride_lightning.storage.records import RecordError, write_record
 from tests.retraining.cases import NUM_QUERIES, NUM_TRAIN, Net, by_hand, mlp, numbers, points, random, sgd
 
 # ---- reliability ------------------------------------------------------------------------------------------------

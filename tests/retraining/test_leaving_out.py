@@ -14,10 +14,10 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorDataset
 
 from stride_lightning import Classification, Regression
-from stride_lightning.randomness import mix, seed_all
+from stride_lightning.model.weights import weight_hash
 from stride_lightning.retraining.further_training import further_train
 from stride_lightning.retraining.recipe import batch_order
-from stride_lightning.weights import weight_hash
+from stride_lightning.runtime.randomness import mix, seed_all
 from tests.helpers.models import Augmented, hooks_of, make_trainer
 from tests.retraining.cases import (
     NUM_QUERIES,

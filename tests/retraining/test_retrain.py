@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset, TensorDataset
 
 from stride_lightning import BinaryClassification, Classification
-from stride_lightning.distributed import barrier, world_size
-from stride_lightning.records import write_record
 from stride_lightning.retraining.retrain import retrain, sample_masks
+from stride_lightning.runtime.distributed import barrier, world_size
+from stride_lightning.storage.records import write_record
 from tests.helpers.models import Augmented, Dicts, make_trainer
 from tests.retraining.cases import (
     NUM_QUERIES,
@@ -32,7 +32,7 @@ from tests.retraining.cases import (
     some_masks,
     yes_or_no,
 )
-from tests.test_distributed import run_two, start
+from tests.runtime.test_distributed import run_two, start
 
 QUERIES = points(NUM_QUERIES, seed=1)
 HOW = {"max_epochs": 2, "batch_size": 9}

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
-from stride_lightning import tasks
 from stride_lightning.retraining import together as module
 from stride_lightning.retraining.ensemble import Ensemble
 from stride_lightning.retraining.one_by_one import train_alone
@@ -17,6 +16,7 @@ from stride_lightning.retraining.optimizers import CannotBatch
 from stride_lightning.retraining.recipe import batch_order, make_recipe
 from stride_lightning.retraining.retrain import retrain
 from stride_lightning.retraining.together import Together
+from stride_lightning.tasks import likelihoods as tasks
 from tests.helpers.models import Augmented
 from tests.retraining.cases import (
     NUM_QUERIES,

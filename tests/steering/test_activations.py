@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stride_lightning.model.layers import find_module, layer_names
 from stride_lightning.steering import activations
-from stride_lightning.steering.activations import capture_inputs, choose_layers, find_module, layer_names, pool
+from stride_lightning.steering.activations import capture_inputs, choose_layers, pool
 from tests.helpers.tiny import perceptron, random_tensor
 
 

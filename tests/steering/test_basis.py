@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stride_lightning.data import Examples
+from stride_lightning.data.examples import Examples
 from stride_lightning.steering import basis as basis_module
 from stride_lightning.steering.basis import Basis, Observation, fit_basis, observe
-from stride_lightning.tasks import BinaryClassification, Classification, Regression
+from stride_lightning.tasks.likelihoods import BinaryClassification, Classification, Regression
 from tests.helpers.tiny import CPU, DictData, DictTask, examples_of, perceptron, random_tensor
 
 LAYERS = ["0", "2"]

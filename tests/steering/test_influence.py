@@ -10,7 +10,7 @@ from stride_lightning.steering import influence as influence_module
 from stride_lightning.steering.basis import Observation
 from stride_lightning.steering.influence import imitation_ridge, influence, mean_curvature
 from stride_lightning.steering.solvers import refit
-from stride_lightning.tasks import BinaryClassification, Classification, Regression, Task
+from stride_lightning.tasks.likelihoods import BinaryClassification, Classification, Regression, Task
 from tests.helpers.tiny import every_task, observation, permutation, rows_of
 
 EXACT = {"tolerance": 1e-11, "max_iterations": 2000, "show_progress": False}

@@ -19,7 +19,7 @@ from stride_lightning.steering.module import StrideModule
 from stride_lightning.steering.operators import mean_prediction, measure
 from stride_lightning.steering.solvers import fit_operators
 from stride_lightning.steering.subsets import Design, sample_design
-from stride_lightning.tasks import Classification, Task
+from stride_lightning.tasks.likelihoods import Classification, Task
 from tests.helpers.tiny import CPU, every_task, observation, random_tensor
 
 DESIGN = sample_design(40, 8, 4, seed=0)

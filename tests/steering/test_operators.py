@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from stride_lightning.steering import operators
 from stride_lightning.steering.basis import Observation
 from stride_lightning.steering.operators import mean_prediction, measure, steer
-from stride_lightning.tasks import BinaryClassification, Classification, Task
+from stride_lightning.tasks.likelihoods import BinaryClassification, Classification, Task
 from tests.helpers.tiny import every_task, observation, permutation, random_tensor, rows_of
 
 COEFFICIENTS = 0.5 * random_tensor(3, 5, 7, seed=4)  # (C, r, K)

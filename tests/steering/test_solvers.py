@@ -16,7 +16,7 @@ from stride_lightning.steering.basis import Observation
 from stride_lightning.steering.operators import measure
 from stride_lightning.steering.solvers import fit_operators, refit
 from stride_lightning.steering.subsets import Design, sample_design
-from stride_lightning.tasks import Classification, Regression, Task
+from stride_lightning.tasks.likelihoods import Classification, Regression, Task
 from tests.helpers.tiny import TASKS, every_task, observation, random_tensor, rows_of
 
 DESIGN = sample_design(40, 6, 2, seed=1)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from stride_lightning.attribution import Attribution
-from stride_lightning.data import Examples
+from stride_lightning.data.examples import Examples
+from stride_lightning.results.attribution import Attribution
 from stride_lightning.views.figures import as_image, plot_grid
 from stride_lightning.views.ranking import interval_text, rank_examples, score_text
 

@@ -11,8 +11,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import TensorDataset
 
-from stride_lightning.attribution import Attribution
-from stride_lightning.data import Examples
+from stride_lightning.data.examples import Examples
+from stride_lightning.results.attribution import Attribution
 from stride_lightning.views.loggers import example_table, log_attribution, markdown_table, summarize
 
 SCORES = torch.tensor([[3.0, -1.0, 0.0, 0.0], [2.0, 1.0, -1.0, 0.0]])

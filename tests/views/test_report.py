@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from stride_lightning.attribution import Attribution
-from stride_lightning.data import Examples
-from stride_lightning.top_attribution import TopAttribution
+from stride_lightning.data.examples import Examples
+from stride_lightning.results.attribution import Attribution
+from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.views.report.pictures import Pictures, png, reduced
 from tests.helpers.reports import HOSTILE, POSITIONS, SCORES, TARGETS, Page, images, make_attribution
 
@@ -240,6 +240,6 @@ def test_page_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr("stride_lightning.attribution.rank", lambda: 1)
+    monkeypatch.setattr("stride_lightning.results.attribution.rank", lambda: 1)
     assert make_attribution().report(tmp_path / "report") == tmp_path / "report.html"
     assert os.listdir(tmp_path) == []

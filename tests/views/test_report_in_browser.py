@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from stride_lightning.data import Examples
+from stride_lightning.data.examples import Examples
 from tests.helpers.browser import CHROMIUM, Browser
 from tests.helpers.reports import HOSTILE, images, make_attribution
 

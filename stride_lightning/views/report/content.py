@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
-from stride_lightning.data import Examples
-from stride_lightning.progress import track
-from stride_lightning.randomness import seeded
+from stride_lightning.data.examples import Examples
+from stride_lightning.runtime.progress import track
+from stride_lightning.runtime.randomness import seeded
 from stride_lightning.views.figures import as_image
 from stride_lightning.views.ranking import RankedExample, interval_text, rank_examples, target_text
 from stride_lightning.views.report.pictures import Pictures
 
 if TYPE_CHECKING:
-    from stride_lightning.attribution import Attribution
+    from stride_lightning.results.attribution import Attribution
 
 #: Where texts come from: a function of the position in the dataset, one text per row or column, or a column's name.
 TextSource: TypeAlias = Callable[[int], str] | Sequence[str] | str | None
@@ -46,7 +46,7 @@ def report_content(
 
     Example:
         >>> import torch
-        >>> from stride_lightning.attribution import Attribution
+        >>> from stride_lightning.results.attribution import Attribution
         >>> content = report_content(Attribution(torch.tensor([[0.5, -0.25]])), [0], k=1)
         >>> content["queries"][0]["ranked"], [example["name"] for example in content["examples"]]
         ([[[0, 0.5, None, '+0.50']], [[1, -0.25, None, '-0.25']]], ['0', '1'])

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from stride_lightning.views.report.content import TextSource, report_content
 
 if TYPE_CHECKING:
-    from stride_lightning.attribution import Attribution
+    from stride_lightning.results.attribution import Attribution
 
 #: Files of the page beside this one; the scripts run as one, in this order.
 _LAYOUT, _SCRIPTS = ("page.html", "page.css"), ("elements.js", "query.js", "page.js")
@@ -50,7 +50,7 @@ def write_report(
     Example:
         >>> import tempfile
         >>> import torch
-        >>> from stride_lightning.attribution import Attribution
+        >>> from stride_lightning.results.attribution import Attribution
         >>> path = write_report(Attribution(torch.tensor([[0.5, -0.25]])), Path(tempfile.mkdtemp()) / "report")
         >>> path.name
         'report.html'
@@ -96,7 +96,7 @@ def page(attribution: Attribution, content: dict[str, Any], *, k: int, title: st
 
     Example:
         >>> import torch
-        >>> from stride_lightning.attribution import Attribution
+        >>> from stride_lightning.results.attribution import Attribution
         >>> attribution = Attribution(torch.tensor([[0.5, -0.25]]))
         >>> text = page(attribution, report_content(attribution, [0], 1), k=1, title="a < b")
         >>> "<title>a &lt; b · scores · 1 query, 2 training examples</title>" in text
@@ -131,7 +131,7 @@ def header_facts(attribution: Attribution, num_shown: int, k: int) -> list[tuple
 
     Example:
         >>> import torch
-        >>> from stride_lightning.attribution import Attribution
+        >>> from stride_lightning.results.attribution import Attribution
         >>> header_facts(Attribution(torch.ones(3, 2000), metadata={"method": "grad-cos"}), 2, 5)[:3]
         [('Method', 'grad-cos'), ('Queries', '2 of 3'), ('Training examples', '2,000')]
     """

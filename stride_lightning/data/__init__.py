@@ -1,0 +1,1 @@
+"""Reading data: examples in fixed order, where they come from, and one loop that reads them."""

@@ -1,0 +1,61 @@
+"""How a DataLoader makes batches, so that training can be repeated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+
+if TYPE_CHECKING:
+    from stride_lightning.data.examples import Examples
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a DataLoader makes batches: their size, whether in random order, whether a smaller last one is dropped."""
+
+    batch_size: int
+    shuffle: bool
+    drop_last: bool
+    #: Whether an epoch reads every example once, not some of them or with replacement.
+    is_whole: bool = True
+
+
+def loading_of(loader: DataLoader[Any]) -> Loading | None:
+    """How a loader makes batches; None if a batch sampler of the user's own does."""
+    sampler: Any = loader.batch_sampler
+    if type(sampler) is not BatchSampler:
+        return None
+    shuffles = not isinstance(sampler.sampler, SequentialSampler) and getattr(sampler.sampler, "shuffle", True)
+    inner = sampler.sampler
+    is_whole = not isinstance(inner, RandomSampler) or (
+        not inner.replacement and inner.num_samples == len(inner.data_source)  # type: ignore[arg-type]
+    )
+    return Loading(sampler.batch_size, bool(shuffles), sampler.drop_last, is_whole)
+
+
+def check_loading(examples: Examples, batch_size: int | None) -> Loading:
+    """How training makes batches of the examples, where that can be repeated.
+
+    Raises:
+        ValueError: If it cannot: the batch size is not known, or an epoch is not every example once.
+    """
+    loading = examples.loading
+    if loading is not None and not loading.is_whole:
+        raise ValueError(
+            "The training DataLoader's RandomSampler draws with replacement, or only some examples in each epoch. "
+            "Training is repeated with every example once per epoch: pass a DataLoader that does so too, or the "
+            "dataset and `batch_size=`."
+        )
+    if batch_size is None and loading is None:
+        raise ValueError(
+            "The batch size cannot be told from the training data, and decides what training gives. Pass a DataLoader "
+            "with a batch_size, or `batch_size=`."
+        )
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
+    if loading is None:
+        assert batch_size is not None
+        return Loading(batch_size, shuffle=True, drop_last=False)
+    return loading if batch_size is None else replace(loading, batch_size=batch_size)

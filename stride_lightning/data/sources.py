@@ -1,0 +1,149 @@
+"""The examples behind a Dataset, a DataLoader or a LightningDataModule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
+from torch.utils.data.distributed import DistributedSampler
+
+from stride_lightning.data.examples import Examples
+from stride_lightning.data.loading import loading_of
+
+
+def resolve_train_data(
+    source: Any,
+    train_indices: Sequence[int] | Tensor | None = None,
+    model: object | None = None,
+    datamodule: object | None = None,
+) -> Examples:
+    """The training set behind a Dataset, a DataLoader or a LightningDataModule.
+
+    Args:
+        source: What holds the training data. Random, sequential and distributed samplers are read through.
+        train_indices: Positions that were trained on, for any other sampler.
+        model: Its batch-transfer hooks apply unless the data module has its own.
+        datamodule: The data module that a DataLoader came from.
+
+    Raises:
+        TypeError: If the source is not map-style data.
+        ValueError: If it is empty, not batched, or drawn by a sampler whose positions are unknown.
+    """
+    if isinstance(source, Examples):
+        return source
+    owners = (source if hasattr(source, "train_dataloader") else datamodule, model)
+    if hasattr(source, "train_dataloader"):
+        if getattr(source, "trainer", None) is None:
+            source.prepare_data()
+            source.setup("fit")
+        source = source.train_dataloader()
+    examples = _from_loader_or_dataset(source, "train_data", owners)
+    if train_indices is not None:
+        examples.positions = _checked_positions(train_indices, len(examples.dataset))
+    elif isinstance(source, DataLoader) and not _reads_everything(source):
+        raise ValueError(
+            f"The training DataLoader draws through {_sampler_name(source)}, so which examples were trained on cannot "
+            "be told. Pass `train_indices=` with their positions in the dataset."
+        )
+    return examples
+
+
+def resolve_queries(source: Any, model: object | None = None) -> Examples:
+    """The queries behind a Dataset, a DataLoader or a LightningDataModule (its test data, else validation data)."""
+    if isinstance(source, Examples):
+        return source
+    owners = (source, model) if hasattr(source, "train_dataloader") else (model,)
+    if hasattr(source, "train_dataloader"):
+        if getattr(source, "trainer", None) is None:
+            source.prepare_data()
+        stage = next((s for s in ("test", "val") if _is_overridden(source, f"{s}_dataloader")), None)
+        if stage is None:
+            raise ValueError(f"{type(source).__name__} defines neither test_dataloader nor val_dataloader for queries.")
+        source.setup("test" if stage == "test" else "validate")
+        source = getattr(source, f"{stage}_dataloader")()
+    examples = _from_loader_or_dataset(source, "queries", owners)
+    if isinstance(source, DataLoader) and not _reads_everything(source):
+        raise ValueError(
+            f"The query DataLoader draws through {_sampler_name(source)}. Queries are named by their position: pass "
+            "torch.utils.data.Subset(dataset, positions) instead."
+        )
+    return examples
+
+
+def _from_loader_or_dataset(source: Any, what: str, owners: tuple[Any, ...]) -> Examples:
+    if isinstance(source, tuple | dict) or (
+        isinstance(source, list) and any(isinstance(x, DataLoader) for x in source)
+    ):
+        raise TypeError(
+            f"`{what}` must be a Dataset, a DataLoader or a LightningDataModule, got {type(source).__name__}. Wrap "
+            "tensors in torch.utils.data.TensorDataset; pass one of several loaders."
+        )
+    if isinstance(source, DataLoader):
+        dataset = source.dataset
+        if source.batch_sampler is None:
+            raise ValueError(
+                f"The `{what}` DataLoader has batch_size=None: its dataset makes batches by itself, so single examples "
+                "have no position. Give it a batch_size, or pass a dataset of examples."
+            )
+        workers = source.num_workers, source.worker_init_fn
+        examples = Examples(dataset, source.collate_fn, None, *workers, owners, loading_of(source))
+    else:
+        dataset = source
+        examples = Examples(dataset, owners=owners)
+    if isinstance(dataset, IterableDataset):
+        raise TypeError(
+            f"`{what}` is an IterableDataset ({type(dataset).__name__}): its examples have no position to be named by. "
+            "Pass a map-style dataset with __getitem__ and __len__."
+        )
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or isinstance(dataset, Tensor | str):
+        raise TypeError(
+            f"`{what}` must be a Dataset, a DataLoader or a LightningDataModule, got {type(source).__name__}."
+        )
+    if len(dataset) == 0:  # type: ignore[arg-type]
+        raise ValueError(f"`{what}` is empty.")
+    return examples
+
+
+def _reads_everything(loader: DataLoader[Any]) -> bool:
+    """Whether the loader's sampler only shuffles, repeats or splits the whole dataset."""
+    if type(loader.batch_sampler) is not BatchSampler:
+        return False
+    # Not loader.sampler: that is a stand-in where the user gave a batch sampler.
+    sampler: Any = loader.batch_sampler.sampler
+    # Lightning wraps a sampler of the user's own for distributed runs; look at the one inside.
+    inner = getattr(getattr(sampler, "dataset", None), "_sampler", None)
+    if isinstance(sampler, DistributedSampler) and inner is not None:
+        sampler = inner
+    return type(sampler) in (RandomSampler, SequentialSampler) or isinstance(sampler, DistributedSampler)
+
+
+def _sampler_name(loader: DataLoader[Any]) -> str:
+    batch_sampler = loader.batch_sampler
+    return f"a {type(batch_sampler.sampler if type(batch_sampler) is BatchSampler else batch_sampler).__name__}"
+
+
+def _is_overridden(owner: object, name: str) -> bool:
+    method = getattr(owner, name, None)  # of the object: LightningDataModule.from_datasets() sets them there
+    return method is not None and not method.__qualname__.startswith("DataHooks.")
+
+
+def _checked_positions(indices: Sequence[int] | Tensor, size: int) -> Tensor:
+    positions = torch.as_tensor(indices).flatten()
+    if positions.is_floating_point() or positions.dtype == torch.bool:
+        raise TypeError(f"`train_indices` must be integer positions, got {positions.dtype}.")
+    if len(positions) == 0 or int(positions.min()) < 0 or int(positions.max()) >= size:
+        raise ValueError(
+            f"`train_indices` must be positions in 0..{size - 1}; got {len(positions)} of them, out of range."
+        )
+    if len(positions.unique()) < len(positions):
+        raise ValueError("`train_indices` names some examples twice; each position may stand once.")
+    return positions.long()

@@ -1,0 +1,198 @@
+"""evaluate(): several attributions judged by the same retrained models, as one table."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from stride_lightning.metrics.counterfactual import counterfactual_score
+from stride_lightning.metrics.linear_datamodeling import LinearDatamodelingScore
+from stride_lightning.results.attribution import Attribution
+from stride_lightning.results.evaluation import Evaluation, EvaluationRow
+from stride_lightning.retraining.ground_truth import Counterfactual, GroundTruth
+from stride_lightning.runtime.progress import track
+
+if TYPE_CHECKING:
+    pass
+
+
+def evaluate(
+    attributions: Mapping[str, Attribution] | Sequence[Attribution] | Attribution,
+    truth: GroundTruth,
+    *,
+    counterfactuals: Mapping[str, Counterfactual] | None = None,
+    confidence: float = 0.95,
+    num_resamples: int = 1000,
+    seed: int = 0,
+    show_progress: bool = True,
+) -> Evaluation:
+    """Judge attributions by models retrained on random subsets: do their scores predict the losses?
+
+    In a distributed run every process computes the same.
+
+    Args:
+        attributions: Name to attribution; or a sequence, or one, named by method ("stride", "stride-2").
+        truth: What :func:`~stride_lightning.retrain` measured with the same training data and queries.
+        counterfactuals: What :func:`~stride_lightning.retrain_without` measured, for some or all of the names.
+        confidence: Of the bootstrap intervals of the linear datamodeling score.
+        num_resamples: Of the bootstrap.
+        seed: Of the bootstrap.
+        show_progress: Show a progress bar.
+
+    Returns:
+        A table that can be printed, logged and drawn.
+
+    Raises:
+        TypeError: If something is no attribution, ground truth or counterfactual.
+        ValueError: If an attribution does not fit the truth or has scores that are not finite, if a counterfactual
+            belongs to no attribution or to other scores, or if no query's loss varies over the subsets.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> masks, weights = torch.rand(40, 20, generator=generator) < 0.5, torch.randn(20, 5, generator=generator)
+        >>> losses = torch.randn(2, 40, 5, generator=generator) - masks.float() @ weights
+        >>> truth = GroundTruth(masks, losses, seeds=[0, 1])
+        >>> evaluate({"exact": Attribution(weights.T), "none": Attribution(torch.zeros(5, 20))}, truth)
+        LDS of 5 queries over 40 subsets x 2 seeds, with 95 % intervals
+        method  LDS                   of ceiling  constant queries  seconds  memory
+        exact   0.953 [0.907, 0.968]  99 %        0                 -        -
+        none    0.000 [0.000, 0.000]  0 %         5                 -        -
+        noise ceiling 0.97: what a perfect predictor would get
+
+    Reference: arXiv:2303.14186 (TRAK), definition 2.4; arXiv:2202.00622 (datamodels).
+    """
+    if not isinstance(truth, GroundTruth):
+        raise TypeError(f"`truth` must be the GroundTruth that retrain() returns, got {type(truth).__name__}.")
+    named = _named(attributions)
+    counterfactuals = {} if counterfactuals is None else counterfactuals
+    unknown = [name for name in counterfactuals if name not in named]
+    if unknown:
+        raise ValueError(f"`counterfactuals` holds {unknown}, which were not attributed: there are {list(named)}.")
+    # All checks come first: a bootstrap takes a while.
+    scores = {name: _checked(name, attribution, truth) for name, attribution in named.items()}
+    rises = {name: _rises(name, found, scores[name], truth) for name, found in counterfactuals.items()}
+    losses, per_query, rows = truth.losses, {}, []
+    for name in track(named, "Evaluating attributions", show=show_progress):
+        # Not synchronised: the ranks hold the same queries, not parts of them.
+        metric = LinearDatamodelingScore(truth.masks, reduction="none", sync_on_compute=False)
+        metric.update(scores[name], losses)
+        with warnings.catch_warnings():  # that queries are constant: a column of the table says so
+            warnings.filterwarnings("ignore", message=r"\d+ of \d+ queries have constant")
+            per_query[name] = metric.compute().reshape(-1)
+            lower, upper = metric.interval(confidence, num_resamples, seed)
+        seconds, memory = _costs(named[name].metadata)
+        lds = per_query[name].mean().item()
+        ends = lower.item(), upper.item()
+        rows.append(EvaluationRow(name, lds, *ends, metric.num_constant, rises.get(name), seconds, memory))
+    return Evaluation(
+        tuple(sorted(rows, key=lambda row: -row.lds)),
+        truth.ceiling,
+        num_subsets=len(truth.masks),
+        num_seeds=len(truth.seeds),
+        num_queries=truth.num_queries,
+        confidence=confidence,
+        per_query=per_query,
+    )
+
+
+def _named(attributions: Mapping[str, Attribution] | Sequence[Attribution] | Attribution) -> dict[str, Attribution]:
+    if isinstance(attributions, Mapping):
+        named = {str(name): attribution for name, attribution in attributions.items()}
+    else:
+        named = {}
+        for attribution in [attributions] if isinstance(attributions, Attribution) else attributions:
+            method = str(getattr(attribution, "metadata", {}).get("method", "scores"))
+            name, number = method, 1
+            while name in named:
+                name, number = f"{method}-{number + 1}", number + 1
+            named[name] = attribution
+    if not named:
+        raise ValueError("`attributions` is empty: nothing to evaluate.")
+    for name, attribution in named.items():
+        if not isinstance(attribution, Attribution):
+            kind = type(attribution).__name__
+            raise TypeError(f"Expected {name!r} to be an Attribution, got {kind}: wrap scores in Attribution(scores).")
+    return named
+
+
+def _checked(name: str, attribution: Attribution, truth: GroundTruth) -> Tensor:
+    """The scores, their columns in the order of the truth's."""
+    what = f"The attribution {name!r}"
+    truth.check_data(attribution.metadata, what)
+    if attribution.num_queries != truth.num_queries:
+        raise ValueError(
+            f"{what} is of {attribution.num_queries} queries, the ground truth of {truth.num_queries}: both must be "
+            "made with the same queries in the same order."
+        )
+    if attribution.num_train != truth.num_train:
+        raise ValueError(
+            f"{what} has scores of {attribution.num_train} training examples, the ground truth is of "
+            f"{truth.num_train}: the linear datamodeling score needs a score for every training example, and no others."
+        )
+    try:
+        scores = attribution.scores.detach().cpu()
+    except ValueError as error:  # a TopAttribution says why it has none
+        raise ValueError(f"{what} cannot be evaluated. {error}") from error
+    bad = (~torch.isfinite(scores)).nonzero().tolist()
+    if bad:
+        query, column = bad[0]
+        raise ValueError(
+            f"{what} has {len(bad)} scores that are not finite, the first that of query {query} for training example "
+            f"{int(attribution.train_indices[column])}: it cannot be evaluated."
+        )
+    return _aligned(what, scores, attribution, truth)
+
+
+def _aligned(what: str, scores: Tensor, attribution: Attribution, truth: GroundTruth) -> Tensor:
+    own, recorded = attribution.train_indices.cpu(), truth.metadata.get("train_indices")
+    positions = torch.arange(truth.num_train) if recorded is None else torch.as_tensor(recorded)
+    # Equal fingerprints (they have been compared): both read the same examples in the same order, whatever positions
+    # these have in a larger dataset.
+    read_alike = recorded is None and None not in (truth.metadata.get("data"), attribution.metadata.get("data"))
+    if torch.equal(own, positions):
+        return scores
+    if torch.equal(own.sort().values, positions.sort().values):
+        if read_alike:  # are the columns permuted, or was the data read in this order by both?
+            raise ValueError(
+                f"{what} has its training examples in an order of its own, and the ground truth does not say in which "
+                f"it read them. Put the columns in that order and set train_indices = torch.arange({len(own)})."
+            )
+        return scores[:, own.argsort()[positions.argsort().argsort()]]
+    if read_alike:
+        return scores
+    raise ValueError(
+        f"{what} is of other training examples than the ground truth: its train_indices begin with "
+        f"{own[:5].tolist()}, those of the ground truth with {positions[:5].tolist()}."
+    )
+
+
+def _rises(name: str, found: Counterfactual, scores: Tensor, truth: GroundTruth) -> dict[int, float]:
+    what = f"The counterfactual of {name!r}"
+    if not isinstance(found, Counterfactual):
+        raise TypeError(f"{what} must be what retrain_without() returns, got {type(found).__name__}.")
+    truth.check_data(found.metadata, what)
+    if (found.num_queries, found.num_train) != (truth.num_queries, truth.num_train):
+        raise ValueError(
+            f"{what} is of {found.num_queries} queries and {found.num_train} training examples, the ground truth of "
+            f"{truth.num_queries} and {truth.num_train}."
+        )
+    kept = found.masks[1:].reshape(len(found.ks), *scores.shape)
+    for k, mask in zip(found.ks, kept, strict=True):  # one k at a time, for memory
+        # Whatever ties were broken by, no example that was kept scores above one that was removed.
+        removed, rest = scores.masked_fill(mask, torch.inf).amin(1), scores.masked_fill(~mask, -torch.inf).amax(1)
+        if ((~mask).sum(1) != k).any() or (removed < rest).any():
+            raise ValueError(
+                f"{what} was measured with other scores: the {k} examples removed are not those that score highest."
+            )
+    means = counterfactual_score(found.losses_removed, found.losses_full)
+    return dict(zip(found.ks, means.tolist(), strict=True))
+
+
+def _costs(metadata: Mapping[str, Any]) -> tuple[float | None, int | None]:
+    seconds, memory = metadata.get("seconds"), metadata.get("peak_memory_bytes")
+    total = seconds.get("total") if isinstance(seconds, Mapping) else seconds
+    return None if total is None else float(total), None if memory is None else int(memory)

@@ -1,0 +1,121 @@
+"""Choosing a damping where retrained models say which is best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stride_lightning.attributor import Attributor
+from stride_lightning.evaluation.evaluate import evaluate
+from stride_lightning.gradients.damping import check_damping
+from stride_lightning.gradients.presets import InfluenceAttributor
+from stride_lightning.retraining.ground_truth import GroundTruth
+from stride_lightning.runtime.progress import track
+
+#: Dampings that are tried by default, relative to the mean eigenvalue of the curvature.
+DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+
+
+@dataclass(frozen=True, eq=False)
+class DampingSearch:
+    """How well scores predict retraining, by damping.
+
+    Args:
+        method: The method.
+        dampings: What was tried, ascending.
+        per_query: Linear datamodeling score of each query, shape ``(num_dampings, num_queries)``.
+    """
+
+    method: str
+    dampings: tuple[float, ...]
+    per_query: Tensor
+
+    @property
+    def lds(self) -> Tensor:
+        """Mean over queries, shape ``(num_dampings,)``."""
+        return self.per_query.mean(1)
+
+    @property
+    def best(self) -> float:
+        """The damping with the highest score."""
+        return self.dampings[int(self.lds.argmax())]
+
+    @property
+    def lds_on_others(self) -> float:
+        """What choosing gives on queries it was not chosen by: the mean over two halves, each judged by the other."""
+        halves = self.per_query[:, ::2], self.per_query[:, 1::2]
+        if halves[1].shape[1] == 0:
+            return float("nan")
+        judged = [other[int(half.mean(1).argmax())].mean() for half, other in (halves, halves[::-1])]
+        return float(torch.stack(judged).mean())
+
+    def __repr__(self) -> str:
+        lines = [f"{self.method}: LDS of {self.per_query.shape[1]} queries by damping (x mean eigenvalue)"]
+        for damping, lds in zip(self.dampings, self.lds.tolist(), strict=True):
+            lines.append(f"{damping:>8g}  {lds:6.3f}{'  best' if damping == self.best else ''}")
+        return "\n".join([*lines, f"chosen on half of the queries, measured on the other: {self.lds_on_others:.3f}"])
+
+
+def tune_damping(
+    model: nn.Module,
+    queries: Any,
+    *,
+    train_data: Any,
+    truth: GroundTruth,
+    method: str = "ekfac",
+    dampings: Sequence[float] = DAMPINGS,
+    show_progress: bool = True,
+    **arguments: Any,
+) -> DampingSearch:
+    """Try dampings of an influence method against models retrained on random subsets.
+
+    The curvature is fitted once. The best damping is chosen on the very truth it is judged by: ``lds_on_others`` says
+    what it is worth on other queries. For queries without a truth, use the default or what was best for similar ones.
+
+    Args:
+        model: As in :func:`~stride_lightning.attribute`.
+        queries: Those of the truth.
+        train_data: That of the truth.
+        truth: What :func:`~stride_lightning.retrain` measured.
+        method: A method with a damping.
+        dampings: What to try, relative to the mean eigenvalue of the curvature.
+        show_progress: Show progress bars.
+        **arguments: ``ckpt_path``, ``record``, ``task``, ``train_indices`` and ``device`` as in
+            :func:`~stride_lightning.attribute`, and options of the method.
+
+    Returns:
+        The scores by damping, and the best.
+
+    Raises:
+        ValueError: If the method has no damping, or the truth is of other data.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> x = torch.randn(40, 3, generator=generator)
+        >>> data, masks = TensorDataset(x, x.sum(1, keepdim=True)), torch.rand(20, 40, generator=generator) < 0.5
+        >>> truth = GroundTruth(masks, torch.rand(1, 20, 40, generator=generator), seeds=[0])
+        >>> search = tune_damping(nn.Linear(3, 1), data, train_data=data, truth=truth, show_progress=False)
+        >>> search.best in search.dampings
+        True
+    """
+    tried = tuple(sorted({check_damping(damping) for damping in dampings}))
+    if not tried:
+        raise ValueError("`dampings` is empty: give at least one number.")
+    names = ("ckpt_path", "record", "task", "train_indices", "device")
+    fitting = {name: arguments.pop(name) for name in names if name in arguments}
+    attributor = Attributor.create(method, show_progress=show_progress, **arguments)
+    if not isinstance(attributor, InfluenceAttributor):
+        known = [name for name in Attributor.methods() if issubclass(Attributor.class_of(name), InfluenceAttributor)]
+        raise ValueError(f"method={method!r} has no damping. Methods that have one: {', '.join(known)}.")
+    attributor.fit(model, train_data, **fitting)
+    found = []
+    for damping in track(tried, "Dampings", show=show_progress):
+        attributor.damping = damping
+        evaluation = evaluate({method: attributor.attribute(queries)}, truth, num_resamples=1, show_progress=False)
+        found.append(evaluation.per_query[method])
+    return DampingSearch(method, tried, torch.stack(found))

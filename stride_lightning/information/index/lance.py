@@ -1,0 +1,84 @@
+"""LanceDB, as an index uses it: the table's schema, its errors in our words, its columns as arrays."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from stride_lightning.information.index.checks import Floats, VectorIndexError
+
+TABLE, KEY, FORMAT = "vectors", b"stride_lightning", 1
+REPAIR = "Restore the folder from a copy, or delete it and build the index again."
+
+
+def table_schema(dim: int, identity: Mapping[str, Any], columns: Mapping[str, type]) -> Any:
+    """The schema of the table, which says in its metadata what the index was made with: one file, one commit."""
+    import pyarrow as pa
+
+    types = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+    made = {
+        "format": FORMAT,
+        "dim": dim,
+        "identity": dict(identity),
+        "columns": {name: kind.__name__ for name, kind in columns.items()},
+    }
+    fields = [
+        pa.field("position", pa.int64(), nullable=False),
+        pa.field("vector", pa.list_(pa.float32(), dim), nullable=False),
+        *(pa.field(name, types[kind], nullable=False) for name, kind in columns.items()),
+    ]
+    return pa.schema(fields, metadata={KEY: json.dumps(made).encode()})
+
+
+def import_lancedb() -> ModuleType:
+    """The module, or an error that says how to install it."""
+    try:
+        import lancedb
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "InformationIndex needs LanceDB: pip install 'stride-lightning[index]'. Without it, MemoryIndex searches "
+            "exactly, in memory."
+        ) from error
+    return lancedb
+
+
+def is_index(path: str | os.PathLike[str]) -> bool:
+    """Whether there is an index in a folder: a table that was ever committed."""
+    folder = Path(path) / f"{TABLE}.lance" / "_versions"
+    return folder.is_dir() and any(folder.glob("*.manifest"))
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """LanceDB's errors, as what they mean for an index; errors of this library pass."""
+    try:
+        yield
+    except VectorIndexError:
+        raise
+    except (ValueError, RuntimeError, OSError) as error:
+        if "filter expression" in str(error):  # a division by zero, a text that is no number
+            raise ValueError(f"`where` cannot be computed for some row: {first_line(error)}") from error
+        raise VectorIndexError(f"The index '{path}' cannot be used: {first_line(error)} {REPAIR}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What LanceDB says, without the line of its source."""
+    text = (str(error).splitlines() or [""])[0]
+    text = re.sub(r",? /\S*\.rs:\d+.*", "", text).strip()[:300] or type(error).__name__  # a line in LanceDB's source
+    return text if text.endswith(".") else f"{text}."
+
+
+def named(columns: Mapping[str, type]) -> str:
+    """Columns and their types, for a message."""
+    return "{" + ", ".join(f"{name}: {kind.__name__}" for name, kind in columns.items()) + "}"
+
+
+def matrix_of(column: Any, dim: int) -> Floats:
+    """The vectors of an Arrow column, not copied."""
+    return column.flatten().to_numpy(zero_copy_only=True).reshape(-1, dim)

@@ -1,0 +1,181 @@
+"""From an information attributor to an index of its training examples, and back to nats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stride_lightning.data.reading import fingerprint_of
+from stride_lightning.data.sources import resolve_queries
+from stride_lightning.information.attributor import InformationAttributor
+from stride_lightning.information.forms import Form, index_vectors, nats, query_vectors
+from stride_lightning.information.index.base import VectorIndex
+from stride_lightning.information.index.checks import as_list, type_of
+from stride_lightning.information.index.in_memory import MemoryIndex
+from stride_lightning.information.index.lance import is_index
+from stride_lightning.information.index.on_disk import InformationIndex
+
+
+@dataclass(frozen=True, eq=False)
+class Retrieved:
+    """The training examples that tell most about each query, best first.
+
+    Args:
+        positions: Positions in the training dataset, shape ``(q, k)``.
+        nats: Information lost or gained, same shape.
+        columns: Metadata by column: ``k`` values for each query.
+    """
+
+    positions: Tensor
+    nats: Tensor
+    columns: dict[str, list[list[Any]]] = field(default_factory=dict)
+
+
+def build_index(
+    attributor: InformationAttributor,
+    path: str | Path | None = None,
+    *,
+    form: Form | None = None,
+    columns: Mapping[str, Sequence[Any]] | None = None,
+) -> InformationIndex | MemoryIndex:
+    """One vector for each training example, the variance correction folded in, made batch by batch.
+
+    An index on disk that a killed build left is gone on with, and one of fewer examples is added to: what is there is
+    not computed again. It must be of the same weights, features and prior; a loss must also be of the same data.
+
+    Args:
+        attributor: Fitted, with one output per example: ``likelihood="margin"``, or a model with a single output.
+        form: Which information its vectors give; by default that of the attributor. ``"copy"`` is what one more copy of
+            an example would tell, given all data.
+        path: Folder of the index, which needs ``stride-lightning[index]``; None for one in memory.
+        columns: Your own columns, one value per training example in reading order: str, int, float or bool.
+
+    Raises:
+        ValueError: If examples have several outputs, or columns are of another length.
+        VectorIndexError: If there is an index of something else at the path.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> from stride_lightning.information.attributor import InformationGainAttributor
+        >>> x = torch.randn(30, 3, generator=torch.Generator().manual_seed(0))
+        >>> data = TensorDataset(x, x.sum(1))
+        >>> attributor = InformationGainAttributor(ridge=1.0, show_progress=False).fit(torch.nn.Linear(3, 1), data)
+        >>> index = build_index(attributor, columns={"odd": [i % 2 == 1 for i in range(30)]})
+        >>> search_index(attributor, index, TensorDataset(x[:2], x[:2].sum(1)), k=3).positions.shape
+        torch.Size([2, 3])
+
+    Reference: arXiv:2604.03858.
+    """
+    attributor._check_fitted("build_index()")
+    columns = {name: as_list(values) for name, values in (columns or {}).items()}
+    if attributor._tangents.num_rows != 1:
+        raise ValueError(
+            f"An index holds one vector per example, and these have {attributor._tangents.num_rows} outputs. Fit with "
+            "likelihood='margin'."
+        )
+    wrong = {name: len(values) for name, values in columns.items() if len(values) != len(attributor._train)}
+    if wrong:
+        raise ValueError(f"Expected {len(attributor._train)} values per column, one per training example; got {wrong}.")
+    types = {name: type_of(name, values) for name, values in columns.items()}
+    form = attributor.form if form is None else form
+    dim, identity = attributor._tangents.dim, index_identity(attributor, form)
+    if path is not None and is_index(path):
+        identity = index_identity(attributor, form, InformationIndex.open(path).identity)
+    index: InformationIndex | MemoryIndex
+    if path is None:
+        index = MemoryIndex(dim, identity, types)
+    else:
+        index = InformationIndex.create(path, dim, identity=identity, columns=types, exist_ok=True)
+    index.build(_missing(attributor, index, form, columns), show_progress=attributor.show_progress)
+    return index
+
+
+def search_index(
+    attributor: InformationAttributor,
+    index: InformationIndex | MemoryIndex,
+    queries: Any,
+    k: int = 10,
+    *,
+    target: str = "label",
+    **options: Any,
+) -> Retrieved:
+    """The training examples of an index that tell most about queries.
+
+    Args:
+        attributor: Fitted to the model and data that the index is of.
+        index: What :func:`build_index` made, or an opened :class:`InformationIndex`.
+        queries: A Dataset, DataLoader or LightningDataModule.
+        k: How many for each.
+        target: ``"label"`` or ``"predicted"``.
+        **options: Of the index's ``search``: ``where``, and on disk ``exact``, ``nprobes``, ...
+
+    Raises:
+        VectorIndexError: If the index is of another model, projection or prior.
+    """
+    attributor._check_fitted("search_index()")
+    form = index.identity.get("form", attributor.form)
+    index.check_identity(index_identity(attributor, form, index.identity))
+    with attributor._borrowed_model() as (model, device):
+        asked = attributor._read(model, resolve_queries(queries, model), device, target)
+        parts = [
+            query_vectors(batch.rows, attributor.posterior, form)[:, 0].cpu()
+            for batch in attributor._tangents.batches(asked, None, "Queries", asked=True)
+        ]
+    hits = index.search(torch.cat(parts), k, **options)
+    return Retrieved(hits.positions, nats(hits.dots[..., None, None], form), hits.columns)
+
+
+def index_identity(
+    attributor: InformationAttributor, form: Form, made_with: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What decides the vectors of an index: the weights, the features, the prior and the data.
+
+    A gain knows of no other examples, so that more may be added to its index: what the data must agree in is then the
+    examples that it was made of first.
+
+    Args:
+        attributor: Fitted.
+        form: Which information.
+        made_with: Identity of the index that this one is compared with.
+    """
+    tangents, posterior = attributor._tangents, attributor.posterior
+    data, before = attributor.metadata["data"], (made_with or {}).get("data")
+    if form == "gain" and isinstance(before, dict) and before.get("num_examples", 0) < len(attributor._train):
+        data = fingerprint_of(attributor._train.subset(range(before["num_examples"])), attributor._task)
+    identity = {
+        "weights": attributor._weights,
+        "task": repr(attributor._task),
+        "layers": None if attributor.layers is None else list(attributor.layers),
+        "likelihood": tangents.likelihood,
+        "projection_dim": tangents.dim,
+        "seed": attributor.seed,
+        "form": form,
+        "ridge": posterior.ridge,
+        "data": data,
+    }
+    if form == "gain" or data["content"] is not None:
+        return identity
+    # Under random augmentation the data are known by shapes and targets only: their features tell more.
+    return identity | {"mean_squared_feature": f"{float(posterior.gram.trace()) / len(attributor._train):.3g}"}
+
+
+def _missing(
+    attributor: InformationAttributor, index: VectorIndex, form: Form, columns: Mapping[str, Sequence[Any]]
+) -> Iterator[tuple[Tensor, Tensor, dict[str, list[Any]]]]:
+    """Positions, vectors and columns of the training examples that are not in the index."""
+    train = attributor._train
+    positions = torch.arange(len(train)) if train.positions is None else train.positions
+    places = (~index.holds(positions)).nonzero()[:, 0]
+    if len(places) == 0:
+        return
+    with attributor._borrowed_model() as (model, device):
+        reader = attributor._read(model, train.subset(places.tolist()), device, "label")
+        for batch in attributor._tangents.batches(reader):
+            own = places[batch.places]
+            vectors = index_vectors(batch.rows, attributor.posterior, form)[:, 0].cpu()
+            yield positions[own], vectors, {name: [values[i] for i in own.tolist()] for name, values in columns.items()}

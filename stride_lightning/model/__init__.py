@@ -1,0 +1,1 @@
+"""The user's model, borrowed: weights, layers and gradients of single examples."""

@@ -1,0 +1,323 @@
+"""Per-example gradients of a model from one backward pass, block of parameters by block."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from stride_lightning.model.blocks import Block, Gradients, Outer
+from stride_lightning.model.layer_rules import Call, LayerRule, UnusualShape, gradients_through, output_tensors
+from stride_lightning.model.layers import check_layers, find_module, plain_name, uncompiled
+from stride_lightning.model.layout import Layout, Source
+from stride_lightning.tasks.inference import check_outputs
+from stride_lightning.tasks.likelihoods import Task, columns
+
+#: Module through which parameters go that no module of their own accounts for: the whole model.
+WHOLE = ""
+
+
+class ModelOutputs(nn.Module):
+    """The outputs that a task reads off a model, as a module, so that it can be run with other parameters."""
+
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.model = model
+        self._task = [task]  # in a list: a task may be a module, and is not part of the model
+
+    def forward(self, inputs: Any) -> Tensor:
+        """Outputs of shape ``(B, C)``, or ``(B, T, C)`` for tokens."""
+        return columns(self._task[0].outputs(self.model, inputs))
+
+    @property
+    def task(self) -> Task:
+        """What reads the outputs."""
+        return self._task[0]
+
+
+class Capture:
+    """Per-example gradients of a model's outputs in its trainable parameters.
+
+    Matrices of Linear, convolution, embedding and transformers' Conv1D layers are kept as factors, from one backward
+    pass over the batch. Any other parameter is read by running its module again under ``torch.vmap``; where a module
+    cannot be vectorised, or hooks do not see how a parameter is used, the whole model is. What a rule gives is
+    compared with ordinary gradients of single examples before it is used.
+
+    Args:
+        model: The model in eval mode, on its device, whose weights may be exchanged later.
+        task: What its outputs are.
+        layers: Names of modules whose parameters count; all trainable ones when None.
+
+    Raises:
+        ValueError: If a name is not a submodule, or nothing is trainable.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, layers: Sequence[str] | None = None) -> None:
+        self.outputs = ModelOutputs(model, task)
+        self.model = model
+        self.parameters = chosen_parameters(model, layers)
+        self.layouts: dict[str, Layout] = {}
+        #: Whether embeddings that are looked up once for all examples are repeated for each.
+        self.repeats = True
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of values in all blocks."""
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
+    def module(self, name: str) -> nn.Module:
+        """The watched module of that name."""
+        return self.outputs if name == WHOLE else find_module(self.model, name)
+
+    @property
+    def warning(self) -> str:
+        """What takes longer than it should; empty if nothing does."""
+        slow = [name for name, layout in self.layouts.items() if not layout.sources[0].vectorized]
+        if not slow:
+            return ""
+        shown = ", ".join(slow[:4]) + (f" and {len(slow) - 4} more" if len(slow) > 4 else "")
+        return (
+            f"Gradients in {shown} are taken one example at a time, as nothing vectorises them. To leave them out, "
+            "name the modules that count with `layers=[...]`."
+        )
+
+    def described(self) -> dict[str, Any]:
+        """Number of parameters, and how many blocks are read in which way, for the metadata."""
+        ways = Counter(layout.way for layout in self.layouts.values())
+        return {"num_parameters": self.num_parameters, "blocks": dict(ways)}
+
+    def own_names(self, module: str, parameters: Sequence[str]) -> dict[str, str]:
+        """How parameters of the model are named inside one of its modules."""
+        own = {id(value): name for name, value in self.module(module).named_parameters()}
+        return {name: own[id(self.parameters[name])] for name in parameters}
+
+    @contextmanager
+    def watch(self) -> Iterator[Backward]:
+        """Run the model inside the block, then take gradients from what is yielded; hooks live in the block only.
+
+        Example:
+            >>> from stride_lightning.gradients.plan import plan_capture
+            >>> from stride_lightning.tasks.likelihoods import Classification
+            >>> model, x = nn.Linear(3, 2), torch.ones(5, 3)
+            >>> capture = plan_capture(model, Classification(), [x[:1], x[1:2]])
+            >>> with capture.watch() as backward:
+            ...     outputs = backward.run(x, len(x))
+            ...     gradients = backward.gradients(torch.ones_like(outputs))
+            >>> gradients["weight"].dense().shape  # the bias is joined to the matrix
+            torch.Size([5, 8])
+        """
+        names = {source.module for layout in self.layouts.values() for source in layout.sources}
+        with watching({name: self.module(name) for name in names}, repeats=self.repeats) as watch:
+            yield Backward(self, watch)
+
+
+class Watch:
+    """The calls of some modules during :meth:`run`."""
+
+    def __init__(self, *, repeats: bool = False) -> None:
+        self.repeats, self._num_examples = repeats, 1
+        self.calls: dict[str, list[Call]] = {}
+        #: Names of the modules in the order in which calls ended.
+        self.order: list[str] = []
+        self._open = False
+
+    def run(self, function: Callable[[], Tensor], num_examples: int = 1) -> Tensor:
+        """Run a function and keep the calls made in it; those of the last run are forgotten."""
+        self._num_examples = num_examples
+        for calls in (*self.calls.values(), self.order):
+            calls.clear()
+        self._open = True
+        try:
+            # Here only: generators hand their batches to code that needs no graph.
+            with torch.enable_grad():
+                return function()
+        finally:
+            self._open = False  # running a module again to read its parameters is not a call
+
+    def hook_for(self, name: str) -> Callable[..., None]:
+        """The forward hook of a module."""
+        self.calls[name] = []
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
+            if self._open:
+                if self.repeats and isinstance(module, nn.Embedding) and len(outputs) == 1 < self._num_examples:
+                    # Positions, looked up once for all examples: apart, each has a gradient of its own.
+                    outputs = outputs.expand(self._num_examples, *outputs.shape[1:])
+                if isinstance(outputs, Tensor) and outputs._is_view():
+                    outputs = outputs.clone()  # an operation in place would rewrite the history of a view
+                tensors = output_tensors(outputs)
+                # The edge, not the tensor: an operation in place after the module would change what the tensor is.
+                edges = [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in tensors]
+                self.calls[name].append(Call(args, kwargs, edges))
+                self.order.append(name)
+            return outputs
+
+        return hook
+
+
+@contextmanager
+def watching(modules: Mapping[str, nn.Module], *, repeats: bool = False) -> Iterator[Watch]:
+    """Watch modules inside the block, in which compiled modules run eagerly.
+
+    Args:
+        modules: By name.
+        repeats: Repeat what an embedding gives for all examples at once, as of positions, for each of them.
+    """
+    watch, handles = Watch(repeats=repeats), []
+    try:
+        for name, module in modules.items():
+            handles.append(module.register_forward_hook(watch.hook_for(name), with_kwargs=True))
+        with uncompiled():
+            yield watch
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Backward:
+    """The outputs of a batch, and gradients of any function of them."""
+
+    def __init__(self, capture: Capture, watch: Watch) -> None:
+        self._capture, self._watch, self._calls = capture, watch, watch.calls
+        self._outputs: Tensor | None = None
+        #: Gradients of parameters that are read by running a module again: by module, way and call.
+        self._again: dict[tuple[str, bool, int], dict[str, Tensor]] = {}
+        self._back: dict[str, list[list[Tensor | None]]] = {}
+
+    def run(self, inputs: Any, num_examples: int) -> Tensor:
+        """Run the model on a batch; outputs of shape ``(B, C)``, detached."""
+        self._outputs = self._watch.run(lambda: self._capture.outputs(inputs), num_examples)
+        check_outputs(self._outputs, num_examples, self._capture.outputs.task)
+        return self._outputs.detach()
+
+    def gradients(self, direction: Tensor, *, last: bool = True) -> Gradients:
+        """Gradients of ``sum_c direction[i, c] outputs[i, c]`` of every example i.
+
+        Args:
+            direction: Shape ``(B, C)``.
+            last: Whether the graph may be freed.
+        """
+        self.pull(direction, last=last)
+        return Gradients({name: self.read(layout) for name, layout in self._capture.layouts.items()})
+
+    def pull(self, direction: Tensor, *, last: bool = True) -> None:
+        """Run backward, for :meth:`read`."""
+        assert self._outputs is not None
+        self._direction = direction
+        self._again.clear()
+        edges = [edge for calls in self._calls.values() for call in calls for edge in call.edges if edge is not None]
+        came = iter(
+            torch.autograd.grad(self._outputs, edges, direction, retain_graph=not last, allow_unused=True)
+            if edges
+            else ()
+        )
+        self._back = {
+            name: [[None if edge is None else next(came) for edge in call.edges] for call in calls]
+            for name, calls in self._calls.items()
+        }
+
+    @torch.no_grad()
+    def read(self, layout: Layout) -> Block:
+        """Gradients in one block, from all calls of all modules that contribute."""
+        outers: list[Outer] = []
+        total: Tensor | None = None
+        num_examples = len(self._direction)
+        for source in layout.sources:
+            calls = zip(self._calls[source.module], self._back[source.module], strict=True)
+            for number, (call, came) in enumerate(calls):
+                if all(gradient is None for gradient in came):
+                    continue
+                if source.rule is not None:
+                    (gradient,) = came
+                    assert gradient is not None
+                    outer = self._outer(source, source.rule, call, gradient)
+                    left = outer.left if outer.is_lookup else _at_least_single(outer.left)
+                    outers.append(Outer(left, _at_least_single(outer.right), outer.num_rows))
+                    continue
+                vectors = _at_least_single(self._run_again(layout, source, number, came))
+                total = vectors if total is None else total + vectors
+        if outers:
+            return Block(None, tuple(outers))
+        if total is None:
+            total = _at_least_single(self._direction.new_zeros(num_examples, layout.num_parameters))
+        return Block(total)
+
+    def _outer(self, source: Source, rule: LayerRule, call: Call, gradient: Tensor) -> Outer:
+        try:
+            return rule.outer(call, gradient, len(self._direction))
+        except UnusualShape as error:
+            raise self._unusual(source) from error
+
+    def _run_again(self, layout: Layout, source: Source, number: int, came: list[Tensor | None]) -> Tensor:
+        key = (source.module, source.vectorized, number)
+        if key not in self._again or any(name not in self._again[key] for name in layout.parameters):
+            # All parameters that are read off this module together: running it again is what takes time.
+            same = [
+                name
+                for other in self._capture.layouts.values()
+                if any(
+                    (s.module, s.vectorized, s.rule) == (source.module, source.vectorized, None) for s in other.sources
+                )
+                for name in other.parameters
+            ]
+            names = same if set(layout.parameters) <= set(same) else list(layout.parameters)
+            own = self._capture.own_names(source.module, names)
+            try:
+                found = gradients_through(
+                    self._capture.module(source.module),
+                    self._calls[source.module][number],
+                    came,
+                    {own[name]: self._capture.parameters[name].detach() for name in names},
+                    len(self._direction),
+                    source.is_cut[number],
+                    vectorized=source.vectorized,
+                )
+            except UnusualShape as error:
+                raise self._unusual(source) from error
+            self._again[key] = {name: found[own[name]] for name in names}
+        return layout.join({name: self._again[key][name] for name in layout.parameters})
+
+    def _unusual(self, source: Source) -> ValueError:
+        kind = type(self._capture.module(source.module)).__name__
+        return UnusualShape(
+            f"In a batch of {len(self._direction)} examples the module {source.module!r} ({kind}) does not see one "
+            "part per example along its first axis, as it did for the first examples. Use batch_size=1, or name the "
+            "modules whose parameters count with `layers=[...]`."
+        )
+
+
+def _at_least_single(values: Tensor) -> Tensor:
+    """Gradients of a model in half precision are summed in single precision."""
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
+def chosen_parameters(model: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Parameter]:
+    """The trainable parameters of some modules, or of all, by plain name; a tied one stands once.
+
+    Raises:
+        TypeError: If ``layers`` is a string.
+        ValueError: If a name is not a submodule or nothing is trainable.
+    """
+    check_layers(layers)
+    if layers is not None and len(layers) == 0:
+        raise ValueError("`layers` is empty: name at least one module, or leave it out for all that are trainable.")
+    chosen = None
+    if layers is not None:
+        chosen = {id(parameter) for name in layers for parameter in find_module(model, name).parameters()}
+    found = {
+        plain_name(name): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and (chosen is None or id(parameter) in chosen)
+    }
+    if not found:
+        where = type(model).__name__ if layers is None else f"{', '.join(map(repr, layers))}"
+        raise ValueError(
+            f"Found no trainable parameters in {where}: gradients are taken in parameters with requires_grad=True. "
+            "Unfreeze what was trained, or name layers that were with `layers=[...]`."
+        )
+    return found

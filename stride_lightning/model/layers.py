@@ -1,0 +1,65 @@
+"""Layers of a model by name, and values in its precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
+
+
+def uncompiled() -> Any:
+    """A context in which compiled modules run eagerly (nothing on a torch that cannot compile)."""
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    return set_stance("force_eager") if set_stance is not None else nullcontext()
+
+
+def find_module(model: nn.Module, name: str) -> nn.Module:
+    """The submodule of that dotted name, looking through ``torch.compile`` wrappers."""
+    module = getattr(model, "_orig_mod", model)
+    for part in name.split(".") if name else []:
+        child = getattr(module, part, None)
+        if not isinstance(child, nn.Module):
+            known = ", ".join(repr(known) for known in layer_names(model)[:12])
+            raise ValueError(f"{name!r} is not a submodule of {type(model).__name__}. Layers with weights: {known}.")
+        module = getattr(child, "_orig_mod", child)
+    return module
+
+
+def check_layers(layers: Sequence[str] | None) -> None:
+    """Refuse a string, which is a sequence of letters."""
+    if isinstance(layers, str):
+        raise TypeError(f"`layers` must be a list of names, got the string {layers!r}: write layers=[{layers!r}].")
+
+
+def layer_names(model: nn.Module) -> list[str]:
+    """Names of the layers with a weight matrix, embeddings left out: their inputs can be a basis."""
+    names = []
+    for name, module in model.named_modules():
+        matrices = any(weight.ndim >= 2 for weight in module.parameters(recurse=False))
+        if matrices and not isinstance(module, _LOOKUPS):
+            names.append(plain_name(name))
+    return names
+
+
+def plain_name(name: str) -> str:
+    """A dotted name without the parts that ``torch.compile`` adds."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def in_precision_of(model: nn.Module, value: Any) -> Any:
+    """Floating-point tensors (in tuples, lists and dicts) in the precision of a model's weights."""
+    if isinstance(value, Tensor):
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), value.dtype)
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(in_precision_of(model, item) for item in value))
+    if isinstance(value, tuple | list):
+        return type(value)(in_precision_of(model, item) for item in value)
+    if isinstance(value, dict):
+        return {key: in_precision_of(model, item) for key, item in value.items()}
+    return value

@@ -1,0 +1,215 @@
+"""The weights of a model: loading them from a checkpoint, their hash, and borrowing the model."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from stride_lightning.model.layers import plain_name
+from stride_lightning.runtime.distributed import all_equal, broadcast_object, world_size
+
+
+def weight_hash(model: nn.Module) -> str:
+    """SHA-256 of a model's parameters and buffers, whatever device they are on and whether compiled or not.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> before = weight_hash(layer)
+        >>> _ = torch.nn.init.constant_(layer.bias, 7.0)
+        >>> before == weight_hash(layer)
+        False
+    """
+    return state_hash(model.state_dict())
+
+
+def state_hash(state: Mapping[str, Any]) -> str:
+    """What :func:`weight_hash` gives of a model that holds this state."""
+    hasher = hashlib.sha256()
+    tensors = {plain_name(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    for name in sorted(tensors):
+        # A clone, as a tensor of one element may count as contiguous with any stride.
+        value = tensors[name].detach().cpu().clone(memory_format=torch.contiguous_format)
+        hasher.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+        hasher.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def load_checkpoint(ckpt_path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint without running any code stored in it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read, or only by unpickling objects.
+    """
+    path = Path(ckpt_path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint at {path}.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"The checkpoint {path} holds objects besides tensors and plain values (often hyper-parameters such as "
+            "paths or modules), which are not unpickled here. If you trust the file, load it yourself with "
+            "`load_from_checkpoint(path, weights_only=False)` and call attribute() without ckpt_path. "
+            f"Detail: {str(error).splitlines()[0]}"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"The checkpoint {path} cannot be read; it may be damaged or cut short: {error}") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"The checkpoint {path} holds a {type(checkpoint).__name__}, expected a dictionary.")
+    return checkpoint
+
+
+def resolve_ckpt_path(ckpt_path: str | Path, model: nn.Module) -> Path:
+    """The file that a path, ``"best"`` or ``"last"`` stands for."""
+    if ckpt_path not in ("best", "last"):
+        return Path(ckpt_path)
+    trainer = attached_trainer(model)
+    if trainer is None:
+        raise ValueError(
+            f"ckpt_path={ckpt_path!r} is looked up in the model's trainer, but {type(model).__name__} is not attached "
+            "to one. Pass the path of a checkpoint file."
+        )
+    callback = trainer.checkpoint_callback
+    found = getattr(callback, f"{ckpt_path}_model_path", "") if callback is not None else ""
+    if not found:
+        hint = "save_last=True" if ckpt_path == "last" else "a ModelCheckpoint"
+        raise ValueError(
+            f"ckpt_path={ckpt_path!r}: the model's trainer has saved no {ckpt_path} checkpoint. Train with {hint}, or "
+            "pass the path of a checkpoint file."
+        )
+    return Path(found)
+
+
+def attached_trainer(model: nn.Module) -> Any | None:
+    """The trainer a LightningModule is attached to, if any."""
+    try:
+        trainer = getattr(model, "trainer", None)
+    except RuntimeError:  # Lightning's answer of a module that was never attached
+        return None
+    return trainer if hasattr(trainer, "callbacks") else None  # Fabric attaches something that looks like a trainer
+
+
+def rank_zero_state(model: nn.Module) -> dict[str, Any] | None:
+    """Rank 0's weights where they differ between ranks (BatchNorm's statistics do under DDP), else None.
+
+    A collective call. Rank 0's weights are the ones that checkpoints hold.
+    """
+    if world_size() == 1 or all_equal(weight_hash(model)):
+        return None
+    return cast("dict[str, Any]", broadcast_object(model.state_dict()))
+
+
+@contextmanager
+def borrowed(
+    model: nn.Module, state: Mapping[str, Tensor] | None, device: torch.device | None
+) -> Iterator[torch.device]:
+    """Put a model in eval mode, on a device, with other weights if given; afterwards all is as it was.
+
+    Args:
+        model: The caller's model.
+        state: Weights to load, by plain name, or None to keep the model's own.
+        device: Where to run; the model's own device when None.
+
+    Yields:
+        The device the model is on inside the block.
+
+    Raises:
+        ValueError: If the weights do not fit the model, naming the parameters.
+    """
+    modes = {module: module.training for module in model.modules()}
+    # A forward pass may count or log: buffers and metrics are put back, and `self.log` does nothing meanwhile.
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    # Old weight_norm keeps the weight it computed as an attribute.
+    attributes = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    ]
+    metrics = [(m, copy.deepcopy(m.metric_state), m._update_count) for m in model.modules() if isinstance(m, Metric)]
+    silenced = [name for name in ("log", "log_dict") if hasattr(model, name) and name not in vars(model)]
+    home = next(
+        (value.device for value in model.state_dict().values() if isinstance(value, Tensor)), torch.device("cpu")
+    )
+    device = home if device is None else device
+    saved = None
+    try:
+        if state is not None:
+            fitting = _matched(model, state)
+            saved = {
+                name: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+                for name, value in model.state_dict().items()
+            }
+            model.load_state_dict(fitting)
+        if device != home:
+            model.to(device)
+        model.eval()
+        for name in silenced:
+            setattr(model, name, lambda *_, **__: None)
+        yield device
+    finally:
+        for name in silenced:
+            vars(model).pop(name, None)
+        for metric, values, count in metrics:
+            for name, value in values.items():
+                setattr(metric, name, value)
+            metric._update_count, metric._computed = count, None
+        if device != home:
+            model.to(home)
+        if saved is not None:
+            model.load_state_dict(saved)
+        for module, name, value in attributes:
+            setattr(module, name, value)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        for module, training in modes.items():
+            module.training = training
+
+
+def check_fits(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Refuse weights of another architecture, without loading them.
+
+    Raises:
+        ValueError: Naming the parameters.
+
+    Example:
+        >>> check_fits(nn.Linear(2, 1), nn.Linear(2, 1).state_dict())
+    """
+    _matched(model, state)
+
+
+def _matched(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The given weights under the model's own names; both sides may or may not be compiled."""
+    own = {plain_name(name): name for name in model.state_dict()}
+    # What is no tensor (`get_extra_state`) a record does not hold: the model keeps its own.
+    extra = {plain_name(name): value for name, value in model.state_dict().items() if not isinstance(value, Tensor)}
+    given = extra | {plain_name(name): value for name, value in state.items()}
+    missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    wrong = [
+        f"{name} is {tuple(given[name].shape)}, the model has {shapes[own[name]]}"
+        for name in sorted(own.keys() & given.keys())
+        if isinstance(given[name], Tensor) and own[name] in shapes and tuple(given[name].shape) != shapes[own[name]]
+    ]
+    if missing or unexpected or wrong:
+        parts = [
+            f"missing: {', '.join(missing[:5])}" if missing else "",
+            f"not in the model: {', '.join(unexpected[:5])}" if unexpected else "",
+            f"other shape: {'; '.join(wrong[:3])}" if wrong else "",
+        ]
+        raise ValueError(
+            f"The checkpoint's weights do not fit {type(model).__name__} "
+            f"({' | '.join(part for part in parts if part)}). Build the model with the settings it was trained with."
+        )
+    return {own[name]: value for name, value in given.items()}

@@ -1,0 +1,1 @@
+"""What comes out: scores and what can be done with them."""

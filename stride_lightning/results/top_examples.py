@@ -1,0 +1,236 @@
+"""The best and the worst of many scores: what they are, and how they are found, at once or tile by tile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stride_lightning.runtime.distributed import gather, world_size
+
+
+@dataclass(frozen=True, eq=False)
+class TopExamples:
+    """The most helpful and the most harmful training examples of each query.
+
+    Args:
+        proponents: Positions in the training dataset, most helpful first, shape ``(q, k)``.
+        proponent_scores: Their scores, same shape.
+        opponents: Positions in the training dataset, most harmful first, shape ``(q, k)``.
+        opponent_scores: Their scores, same shape.
+        proponent_stds: Posterior standard deviations of the proponents' scores, where there are any.
+        opponent_stds: Those of the opponents' scores.
+        is_signed: Whether scores say who helps and who harms, not only how much an example tells.
+    """
+
+    proponents: Tensor
+    proponent_scores: Tensor
+    opponents: Tensor
+    opponent_scores: Tensor
+    proponent_stds: Tensor | None = None
+    opponent_stds: Tensor | None = None
+    is_signed: bool = True
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything there is, by name."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in named.items() if isinstance(tensor, Tensor)}
+
+    def at(self, queries: slice | list[int], k: int) -> TopExamples:
+        """The first ``k`` of each kind, of some queries."""
+        return replace(self, **{name: tensor[queries, :k] for name, tensor in self.tensors().items()})
+
+    def renamed(self, names: Tensor) -> TopExamples:
+        """Columns of the scores turned into what ``names``, shape ``(num_train,)``, calls them."""
+        return replace(self, proponents=names[self.proponents], opponents=names[self.opponents])
+
+    def __repr__(self) -> str:
+        lines = []
+        for query in range(min(len(self.proponents), 10)):
+            helpful = _listed(self.proponents[query], self.proponent_scores[query], sign=1)
+            if not self.is_signed:
+                lines.append(f"query {query}: most told by {helpful}")
+                continue
+            harmful = _listed(self.opponents[query], self.opponent_scores[query], sign=-1)
+            lines.append(f"query {query}: helped by {helpful}\n{' ' * len(f'query {query}:')} harmed by {harmful}")
+        more = len(self.proponents) - 10
+        return "\n".join([*lines, f"... and {more} more queries"] if more > 0 else lines)
+
+
+def rank_columns(scores: Tensor, k: int, std: Tensor | None = None) -> TopExamples:
+    """The ``k`` best and worst columns of each row of scores; ties come in order of columns.
+
+    Args:
+        scores: Shape ``(q, n)``.
+        k: At most n.
+        std: Standard deviations, same shape.
+
+    Example:
+        >>> rank_columns(torch.tensor([[0.5, -0.25, 0.5, 1.0]]), k=2)
+        query 0: helped by 3 (+1), 0 (+0.5)
+                 harmed by 1 (-0.25)
+    """
+    # Stable sorts, so that ties (the zeros of a lasso) come in order of position.
+    helpful, harmful = (scores.sort(dim=1, descending=down, stable=True) for down in (True, False))
+    best, worst = helpful.indices[:, :k], harmful.indices[:, :k]
+    stds = (None, None) if std is None else (std.gather(1, best), std.gather(1, worst))
+    return TopExamples(best, helpful.values[:, :k], worst, harmful.values[:, :k], *stds)
+
+
+def joined(parts: Sequence[TopExamples]) -> TopExamples:
+    """The top of some queries, then that of more; the same ``k`` in all parts.
+
+    Args:
+        parts: At least one; all with standard deviations, or none.
+
+    Example:
+        >>> scores = torch.tensor([[0.5, -0.25], [0.0, 1.0]])
+        >>> joined([rank_columns(row[None], k=1) for row in scores])
+        query 0: helped by 0 (+0.5)
+                 harmed by 1 (-0.25)
+        query 1: helped by 1 (+1)
+                 harmed by nothing
+    """
+    named = [part.tensors() for part in parts]
+    together: dict[str, Any] = {name: torch.cat([tensors[name] for tensors in named]) for name in named[0]}
+    return TopExamples(**together)
+
+
+class TopCollector:
+    """Keeps the best and the worst of scores that are computed tile by tile, and are never together in memory.
+
+    Ties go to the lower column, whatever the tiles and their order, as in :meth:`Attribution.top`. Memory beyond the
+    tile: ``24 q k`` bytes, and for the time of an update some four times that of the tile.
+
+    Args:
+        num_queries: Rows of every tile, q.
+        k: How many proponents, and how many opponents, to keep of each query.
+
+    Example:
+        >>> collector = TopCollector(num_queries=1, k=2)
+        >>> collector.update(torch.tensor([[1.0, -2.0]]), columns=torch.tensor([2, 3]))
+        >>> collector.update(torch.tensor([[1.0, 0.5]]), columns=torch.tensor([0, 1]))
+        >>> collector.compute()
+        query 0: helped by 0 (+1), 2 (+1)
+                 harmed by 3 (-2)
+    """
+
+    def __init__(self, num_queries: int, k: int) -> None:
+        if num_queries < 0 or k < 1:
+            raise ValueError(f"`num_queries` must be at least 0 and `k` at least 1, got {num_queries} and {k}.")
+        self.num_queries, self.k = num_queries, k
+        self.num_columns = 0
+        # Of proponents, and of opponents with minus their scores: the largest values of each row and their columns.
+        nothing = torch.empty(num_queries, 0), torch.empty(num_queries, 0, dtype=torch.int64)
+        self._kept = [nothing, nothing]
+
+    def update(self, scores: Tensor, columns: Tensor) -> None:
+        """Add the scores of some training examples for all queries.
+
+        Args:
+            scores: Shape ``(num_queries, tile)``, on any device; compared as float32.
+            columns: Places of the examples in the reading order, integers of shape ``(tile,)``, in any order. Over
+                all updates (and processes) each may come once.
+
+        Raises:
+            ValueError: If shapes do not fit, or a score is NaN.
+        """
+        if scores.shape != (self.num_queries, *columns.shape) or columns.ndim != 1:
+            raise ValueError(
+                f"Expected `scores` of shape ({self.num_queries}, tile) and `columns` of shape (tile,), got "
+                f"{tuple(scores.shape)} and {tuple(columns.shape)}."
+            )
+        columns, order = columns.to(scores.device, torch.int64).sort()
+        scores = scores.detach()[:, order].float()
+        if bool(scores.isnan().any()):
+            query, place = scores.isnan().nonzero()[0].tolist()
+            raise ValueError(
+                f"The score of query {query} for training example {int(columns[place])} (in reading order) is NaN, "
+                "which is neither better nor worse than another: find what made it so (did training diverge?)."
+            )
+        self.num_columns += len(columns)
+        self._merge([_largest(scores, columns, self.k), _largest(-scores, columns, self.k)])
+
+    def merge(self, other: TopCollector) -> None:
+        """Take over what another collector has seen: the same queries, other columns."""
+        if (other.num_queries, other.k) != (self.num_queries, self.k):
+            raise ValueError(
+                f"Expected a collector of {self.num_queries} queries and k={self.k}, got one of {other.num_queries} "
+                f"and k={other.k}."
+            )
+        self.num_columns += other.num_columns
+        self._merge(other._kept)
+
+    def gather(self) -> None:
+        """Take over what the collectors of all other processes have seen; a collective call.
+
+        Afterwards all ranks hold the same.
+        """
+        if world_size() == 1:
+            return
+        width = torch.tensor([[self._kept[0][0].shape[1], self.num_columns]])
+        everyone = gather(width, world_size())
+        self.num_columns = int(everyone[:, 1].sum())
+        widths = everyone[:, 0].tolist()
+        for side, (values, columns) in enumerate(self._kept):
+            missing = (0, max(widths) - values.shape[1])
+            padded = [F.pad(tensor, missing)[None] for tensor in (values, columns)]
+            whole = [gather(tensor, world_size()) for tensor in padded]
+            parts = [[tensor[rank, :, :width] for rank, width in enumerate(widths)] for tensor in whole]
+            self._kept[side] = _first(torch.cat(parts[0], 1), torch.cat(parts[1], 1), self.k)
+
+    def compute(self) -> TopExamples:
+        """The ``k`` best and worst so far, or all if there are fewer, on the CPU; columns in place of positions.
+
+        Raises:
+            ValueError: If there has been no update, or a column came twice.
+        """
+        if self.num_columns == 0:
+            raise ValueError("The collector has seen no scores: call `update` first.")
+        (best, proponents), (worst, opponents) = ((values.cpu(), columns.cpu()) for values, columns in self._kept)
+        in_order = proponents.sort(1).values
+        if bool((twice := in_order[:, 1:] == in_order[:, :-1]).any()):
+            raise ValueError(
+                f"The scores for training example {int(in_order[:, 1:][twice][0])} (in reading order) came twice: over "
+                "all updates and processes each column may come once."
+            )
+        return TopExamples(proponents, best, opponents, 0 - worst)  # minus zero would be -0.0
+
+    def _merge(self, sides: list[tuple[Tensor, Tensor]]) -> None:
+        for side, (values, columns) in enumerate(sides):
+            own = [tensor.to(values.device) for tensor in self._kept[side]]
+            joined = torch.cat([own[0], values], 1), torch.cat([own[1], columns], 1)
+            self._kept[side] = _first(*joined, self.k)
+
+
+def _largest(values: Tensor, columns: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` largest values of each row, in no order, and their columns; ties go to the first. ``(q, t) -> (q, k)``.
+
+    ``topk`` breaks ties at will and a stable sort of everything takes four times as long.
+    """
+    k = min(k, len(columns))
+    if k == 0 or len(values) == 0:
+        return values[:, :k], columns[:k].expand(len(values), -1)
+    least = values.topk(k, dim=1).values[:, -1:]
+    above, level = values > least, values == least
+    room = k - above.sum(1, keepdim=True, dtype=torch.int32)
+    kept = above | (level & (level.cumsum(1, dtype=torch.int32) <= room))
+    places = kept.nonzero()[:, 1].view(-1, k)
+    return values.gather(1, places), columns[places]
+
+
+def _first(values: Tensor, columns: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` largest values of each row and their columns, in order; ties in order of columns."""
+    by_column = columns.argsort(1)
+    values, columns = values.gather(1, by_column), columns.gather(1, by_column)
+    ranked = values.sort(dim=1, descending=True, stable=True)
+    return ranked.values[:, :k], columns.gather(1, ranked.indices[:, :k])
+
+
+def _listed(indices: Tensor, scores: Tensor, sign: int) -> str:
+    shown = [f"{i} ({s:+.2g})" for i, s in zip(indices.tolist(), scores.tolist(), strict=True) if s * sign > 0]
+    return ", ".join(shown) if shown else "nothing"

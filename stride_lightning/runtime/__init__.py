@@ -1,0 +1,1 @@
+"""What every room runs on: processes, threads, random numbers, progress, cost."""

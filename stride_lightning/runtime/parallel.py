@@ -1,0 +1,103 @@
+"""Independent chunks of work, one thread each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import TypeVar
+
+import torch
+
+from stride_lightning.runtime.progress import track
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def num_workers(device: torch.device) -> int:
+    """Threads that chunks are spread over: torch's own number on a CPU, one elsewhere."""
+    return torch.get_num_threads() if device.type == "cpu" else 1
+
+
+def even_slices(length: int, largest: int, device: torch.device) -> list[slice]:
+    """Cut ``range(length)`` into slices of at most ``largest`` that keep all threads equally busy.
+
+    Example:
+        >>> even_slices(5, 10, torch.device("meta"))
+        [slice(0, 5, None)]
+    """
+    workers = num_workers(device)
+    count = -(-length // largest)
+    count = min(length, -(-count // workers) * workers)
+    bounds = [length * i // count for i in range(count + 1)] if count else [0]
+    return [slice(start, stop) for start, stop in pairwise(bounds)]
+
+
+def map_chunks(
+    function: Callable[[Item], Result],
+    chunks: Sequence[Item],
+    device: torch.device,
+    description: str,
+    *,
+    show_progress: bool = True,
+) -> Iterator[Result]:
+    """Apply a function to independent chunks and yield the results in order, with a progress bar.
+
+    On a CPU each thread works on its own chunk: an iteration is many products too small to share, and wherever
+    another process is running, waiting for a second thread in each takes many times as long as the work.
+
+    Args:
+        function: What to do with a chunk; must not draw random numbers.
+        chunks: The chunks.
+        device: Where their tensors live.
+        description: What the progress bar says.
+        show_progress: Show it.
+    """
+    threads = torch.get_num_threads()
+    workers = min(num_workers(device), len(chunks))
+    if workers <= 1:
+        yield from track(map(_without_gradient(function), chunks), description, len(chunks), show=show_progress)
+        return
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            results = pool.map(_without_gradient(function), chunks)
+            yield from track(results, description, len(chunks), show=show_progress)
+    finally:
+        torch.set_num_threads(threads)  # the workers' setting reaches this thread's BLAS too
+
+
+def each_in_a_thread(function: Callable[[Item], Result], items: Sequence[Item], num_threads: int) -> list[Result]:
+    """Apply a function to every item, several at once, each on one core; results in order.
+
+    When one fails, or Ctrl-C is pressed, what has not begun is not begun.
+
+    Args:
+        function: What to do; must not draw from the global random generators if there are several threads.
+        items: The items.
+        num_threads: How many at once; with 1 the calling thread does all.
+
+    Example:
+        >>> each_in_a_thread(lambda x: x + 1, [1, 2, 3], num_threads=2)
+        [2, 3, 4]
+    """
+    if num_threads <= 1 or len(items) <= 1:
+        return [function(item) for item in items]
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(min(num_threads, len(items)), initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        futures = [pool.submit(function, item) for item in items]
+        return [future.result() for future in futures]
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+def _without_gradient(function: Callable[[Item], Result]) -> Callable[[Item], Result]:
+    """Gradient mode belongs to a thread: switch it off in each."""
+
+    def run(item: Item) -> Result:
+        with torch.no_grad():
+            return function(item)
+
+    return run

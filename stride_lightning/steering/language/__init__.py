@@ -1,0 +1,1 @@
+"""STRIDE for language models, token by token."""

@@ -1,0 +1,222 @@
+"""Sequences read token by token: what enters layers, and which way the loss of every token falls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stride_lightning.data.examples import Examples
+from stride_lightning.model.layers import find_module, uncompiled
+from stride_lightning.runtime.progress import counting
+from stride_lightning.steering.activations import first_tensor, fold
+from stride_lightning.steering.language.output_space import OutputSpace
+from stride_lightning.tasks.inference import check_outputs
+from stride_lightning.tasks.language import CausalLanguageModeling
+
+#: Logits and features of one batch take at most about this many bytes; batches are made smaller for it.
+BATCH_BYTES = 2**28
+#: Wider layer inputs are folded to this many features by a seeded count sketch.
+MAX_TOKEN_FEATURES = 768
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """The tokens of B sequences, padded to T.
+
+    Args:
+        places: Places of the sequences in the reading order.
+        features: Basis features ``phi``, shape ``(B, T, r)``.
+        downhill: Gradient of each token's loss in the steered space, shape ``(B, T, c)``; 0 for padding.
+        weights: Weight of each token's loss in that of its sequence, shape ``(B, T)``; 0 for padding.
+        losses: Shape ``(B,)``.
+        logits: Of the frozen model, shape ``(B, T, V)``, where asked for.
+        labels: Int64 of shape ``(B, T)``.
+        hidden: What enters the head, shape ``(B, T, d)``, where logits are made of it again.
+    """
+
+    places: slice
+    features: Tensor
+    downhill: Tensor
+    weights: Tensor
+    losses: Tensor
+    logits: Tensor | None = None
+    labels: Tensor | None = None
+    hidden: Tensor | None = None
+
+
+class TokenReader:
+    """Runs a frozen language model over sequences.
+
+    Args:
+        model: In eval mode, on ``device``.
+        task: Its losses.
+        layers: Names of the modules whose inputs are the features, with a constant 1 beside them.
+        space: Where operators act, and what they do to logits.
+        batch_size: Sequences per forward pass at most; fewer where logits would take more than ``BATCH_BYTES``.
+        device: Where to run.
+        show_progress: Show progress bars.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: CausalLanguageModeling,
+        layers: Sequence[str],
+        space: OutputSpace,
+        *,
+        batch_size: int,
+        device: torch.device,
+        show_progress: bool = True,
+    ) -> None:
+        self.model, self.task, self.layers, self.space = model, task, tuple(layers), space
+        self.batch_size, self.device, self.show_progress = batch_size, device, show_progress
+        #: Features of each layer, known once a batch was read.
+        self.widths: tuple[int, ...] = ()
+        self.dtype = torch.float32
+        #: Numbers in the gradient of a sequence in one operator, for the size of batches.
+        self.num_values = 0
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Sequences in one forward pass."""
+        return min(self.batch_size, self.space.sequences_per_batch(BATCH_BYTES, self.num_values))
+
+    def batches(
+        self,
+        examples: Examples,
+        description: str,
+        *,
+        share: slice | None = None,
+        with_logits: bool = False,
+    ) -> Iterator[TokenBatch]:
+        """Run over some sequences in order, each read once.
+
+        Args:
+            examples: The sequences.
+            description: What the progress bar says.
+            share: Places to read; all when None.
+            with_logits: Keep logits and labels.
+
+        Raises:
+            ValueError: If a sequence cannot be read or its loss is not finite, naming it.
+        """
+        start, stop, _ = (share or slice(None)).indices(len(examples))
+        part = examples.subset(range(start, stop))
+        with (
+            counting(stop - start, description, show=self.show_progress and bool(description)) as bar,
+            capture_tokens(self.model, self._captured_layers) as captured,
+            torch.no_grad(),
+        ):
+            place = start
+            for batch, _, length in part.batches(self.rows_per_batch, self.device):
+                captured.clear()
+                with examples.naming(place):
+                    read = self._read(batch, slice(place, place + length), captured, with_logits=with_logits)
+                if not torch.isfinite(read.losses).all():
+                    bad = examples.name(place + int((~torch.isfinite(read.losses)).nonzero()[0]))
+                    raise ValueError(
+                        f"The loss of example {bad} is not finite. Attribution needs a model whose losses are finite "
+                        "numbers: check the weights (did training diverge?) and the input."
+                    )
+                place += length
+                bar.update(length)
+                yield read
+
+    def _read(self, batch: Any, places: slice, captured: dict[str, Tensor], *, with_logits: bool) -> TokenBatch:
+        self.task.check_batch(self.model, batch)
+        logits = self.task.outputs(self.model, self.task.inputs(batch))
+        check_outputs(logits, places.stop - places.start, self.task)
+        with exact(logits.device):
+            logits = at_least_single(logits)
+            encoded = self.task.encode(self.task.targets(batch), logits.shape[-1]).to(logits)
+            labels, weights = encoded[..., 0].long(), self.task.output_weights(encoded)[..., 0]
+            losses = (self.task.token_losses(logits, encoded) * weights).sum(1)
+            # Padding may hold anything, NaN too: no weight is not enough.
+            counted = (weights > 0)[..., None]
+            downhill = torch.where(counted, self.space.gradient(logits, labels), 0)
+            features = torch.where(counted, self._features(captured, logits), 0)
+            hidden = None if self._head is None else torch.where(counted, at_least_single(captured[self._head]), 0)
+        return TokenBatch(places, features, downhill, weights, losses, logits if with_logits else None, labels, hidden)
+
+    def kept(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """What is worth keeping of a batch, shape ``(B, T, ...)``: what enters a large head, not what comes out."""
+        assert batch.labels is not None
+        if batch.hidden is None:
+            return {"features": batch.features, "weights": batch.weights[..., None], "downhill": batch.downhill}
+        labels = batch.labels[..., None].to(batch.features)  # exact for 2^24 tokens
+        kept = {"features": batch.features, "weights": batch.weights[..., None]}
+        return kept | {"hidden": batch.hidden, "labels": labels}
+
+    @torch.no_grad()
+    def restored(self, places: slice, kept: dict[str, Tensor], losses: Tensor) -> TokenBatch:
+        """The batch again, from what was kept of it."""
+        kept = {name: values.to(self.device, self.dtype) for name, values in kept.items()}
+        features, weights, downhill = kept["features"], kept["weights"][..., 0], kept.get("downhill")
+        if downhill is None:
+            assert self.space.head is not None
+            head, labels = self.space.head[1], kept["labels"][..., 0].long()
+            logits = at_least_single(head(kept["hidden"].to(head.weight.dtype)))
+            downhill = torch.where(kept["weights"] > 0, self.space.gradient(logits, labels), 0)
+        return TokenBatch(places, features, downhill, weights, losses.to(self.device, self.dtype))
+
+    @property
+    def _head(self) -> str | None:
+        """Name of the head, where its logits are too many to keep."""
+        return self.space.head[0] if self.space.is_diagonal and self.space.head is not None else None
+
+    @property
+    def _captured_layers(self) -> list[str]:
+        return list(dict.fromkeys([*self.layers, *([] if self._head is None else [self._head])]))
+
+    def _features(self, captured: dict[str, Tensor], logits: Tensor) -> Tensor:
+        parts = []
+        for name in self.layers:
+            if name not in captured:
+                raise ValueError(f"Layer {name!r} did not run in the model's forward pass. Name others with `layers=`.")
+            inputs = captured[name]
+            if inputs.shape[:2] != logits.shape[:2]:
+                raise ValueError(
+                    f"The input of layer {name!r} has shape {tuple(inputs.shape)}, not one row for each of the "
+                    f"{tuple(logits.shape[:2])} tokens. Name other layers with `layers=`."
+                )
+            parts.append(fold(at_least_single(inputs).to(logits).flatten(0, 1), MAX_TOKEN_FEATURES))
+        self.dtype = logits.dtype
+        self.widths = tuple(part.shape[1] for part in parts)
+        parts.append(torch.ones_like(parts[0][:, :1]))
+        return torch.cat(parts, 1).unflatten(0, tuple(logits.shape[:2]))
+
+
+@contextmanager
+def capture_tokens(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect what enters named layers, shape ``(B, T, d)``, at every forward pass inside the block."""
+    captured: dict[str, Tensor] = {}
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            captured[name] = first_tensor(name, args, kwargs).detach()
+
+        return hook
+
+    modules = {name: find_module(model, name) for name in layers}
+    handles = [modules[name].register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in layers]
+    try:
+        with uncompiled():
+            yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def exact(device: torch.device) -> torch.autocast:
+    """A context without autocast: the model may run in bf16, sums over tokens may not."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def at_least_single(values: Tensor) -> Tensor:
+    """Values of a model in half precision as float32."""
+    return values if values.dtype == torch.float64 else values.float()

@@ -1,0 +1,1 @@
+"""The learned basis, as published, and the Trainer that fits it."""

@@ -1,0 +1,241 @@
+"""Steering operators inside a network, as published: they move a hidden state, and the rest of the network runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from stride_lightning.data.examples import Examples
+from stride_lightning.model.layers import find_module, plain_name, uncompiled
+from stride_lightning.runtime.progress import counting
+from stride_lightning.steering.published.fitting import fit_by_trainer, unexplained
+from stride_lightning.steering.subsets import Design
+from stride_lightning.tasks.language import CausalLanguageModeling
+
+#: Depth of the hidden state that is steered by default, as a share of the network's blocks.
+DEPTH = 5 / 8
+#: Subsets whose effects on a sequence are made linear in each step.
+LINEAR_SUBSETS = 16
+#: Sequences under an operator in one forward pass.
+ROWS = 64
+
+
+class HiddenStateOperators(L.LightningModule):
+    """One steering operator for each subset, ``z + a_k B(z)``, on a hidden state inside a frozen language model.
+
+    Three terms are minimised, in every step on a batch of sequences: *fidelity*, the loss of a sequence steered by a
+    random subset that it is in; *stability*, the divergence from the frozen model when steered by one that it is not
+    in; and *linearity*, the part of the effects of some subsets on a sequence that no scores of examples explain.
+
+    Args:
+        model: In eval mode, frozen; not a part of this module.
+        task: Its losses.
+        design: Which sequence is in which subset.
+        layer: Module whose input is steered; by default the block 5/8 deep.
+        rank: Rank of the basis ``B``.
+        stability: Weight of the stability term.
+        learning_rate: Of Adam.
+        max_steps: Steps.
+        batch_size: Sequences per step.
+        seed: Of the basis and of everything drawn.
+
+    Reference: arXiv:2606.05165 (STRIDE), steering operators on hidden states.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: CausalLanguageModeling,
+        design: Design,
+        *,
+        layer: str | None = None,
+        rank: int = 16,
+        stability: float = 1.0,
+        learning_rate: float = 3e-2,
+        max_steps: int = 600,
+        batch_size: int = 32,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self._frozen = [model]  # in a list: no part of this module
+        self.task, self.design, self.rank, self.seed = task, design, rank, seed
+        self.layer = block_at(model, DEPTH) if layer is None else layer
+        self.stability, self.learning_rate = stability, learning_rate
+        self.max_steps, self.batch_size = max_steps, batch_size
+        self.basis = nn.Parameter(torch.empty(0))
+        self.operators = nn.Parameter(torch.empty(0))
+
+    # ---- fitting --------------------------------------------------------------------------------------------
+
+    def fit_operators(self, train: Examples, device: torch.device, *, show_progress: bool = True) -> None:
+        """Fit basis and operators with a Trainer; every process of a distributed run fits alike."""
+        self._train, self._where = train, device
+        self._generator = torch.Generator().manual_seed(self.seed)
+        batch = next(iter(train.drawn([torch.tensor([0])], self.seed, device)))
+        width = self._width(self.task.inputs(batch))
+        start = torch.randn(width, self.rank, generator=self._generator) / width**0.5
+        self.basis = nn.Parameter(start.to(device))
+        # Operators start at zero: the steered model is the frozen one, and the basis learns once they move.
+        self.operators = nn.Parameter(torch.zeros(self.design.num_subsets, self.rank, width, device=device))
+        # Else training would leave gradients in the user's model.
+        trainable = [parameter for parameter in self._frozen[0].parameters() if parameter.requires_grad]
+        try:
+            for parameter in trainable:
+                parameter.requires_grad_(False)
+            fit_by_trainer(self, self.train_dataloader(), device, self.max_steps, show_progress=show_progress)
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+        self.requires_grad_(False)
+        del self._train
+
+    def _width(self, inputs: dict[str, Any]) -> int:
+        seen: list[Tensor] = []
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(hidden_of(self.layer, args, kwargs))
+
+        handle = find_module(self._frozen[0], self.layer).register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            with uncompiled(), torch.no_grad():
+                self.task.outputs(self._frozen[0], inputs)
+        finally:
+            handle.remove()
+        if not seen:
+            raise ValueError(f"Layer {self.layer!r} did not run in the model's forward pass. Name another.")
+        return seen[0].shape[-1]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Places of training sequences, shuffled by the seed."""
+        places = TensorDataset(torch.arange(self.design.num_train))
+        generator = torch.Generator().manual_seed(self.seed)
+        return DataLoader(places, min(self.batch_size, len(places)), shuffle=True, generator=generator)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """Fidelity, stability and linearity on a batch of places."""
+        places = batch[0].cpu()
+        (read,) = self._train.drawn([places], self.seed, self._where)
+        inputs, targets = self.task.inputs(read), self.task.targets(read)
+        members = self.design.rows(places)
+        inside, outside = (self._drawn(weights) for weights in (members, 1 - members))
+        with torch.no_grad():
+            frozen = self.task.outputs(self._frozen[0], inputs).float()
+        encoded = self.task.encode(targets, frozen.shape[-1])
+        steered = self.steered(inputs, torch.cat([inside, outside]), repeats=2)
+        held, drifted = steered.chunk(2)
+        fidelity = self.task.loss(held, encoded).mean()
+        divergence = (frozen.softmax(-1) * (frozen.log_softmax(-1) - drifted.log_softmax(-1))).sum(-1)
+        stability = (divergence * self.task.output_weights(encoded)[..., 0]).sum(1).mean()
+        return fidelity + self.stability * stability + self._nonlinearity(inputs, encoded)
+
+    def _nonlinearity(self, inputs: dict[str, Any], encoded: Tensor) -> Tensor:
+        """Share of some subsets' effects on the first sequence that no scores explain."""
+        count = min(LINEAR_SUBSETS, self.design.num_subsets)
+        subsets = torch.randperm(self.design.num_subsets, generator=self._generator)[:count]
+        one = {name: value[:1] if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        losses = self.task.loss(self.steered(one, subsets, repeats=count), encoded[:1].expand(count, -1, -1))
+        response = losses - losses.mean()
+        residual = unexplained(self.design, self._generator, subsets).to(response) @ response
+        return residual.square().sum() / response.square().sum().clamp(min=1e-12)
+
+    def _drawn(self, weights: Tensor) -> Tensor:
+        """One subset for each sequence, among those of weight 1; any where there is none."""
+        weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, 1.0)
+        return torch.multinomial(weights, 1, generator=self._generator)[:, 0]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam on the basis and the operators."""
+        return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+
+    # ---- at work --------------------------------------------------------------------------------------------
+
+    def steered(self, inputs: dict[str, Any], subsets: Tensor, *, repeats: int) -> Tensor:
+        """Logits of the frozen model under operators, float32 of shape ``(repeats B, T, V)``.
+
+        Args:
+            inputs: Of B sequences; all of them are repeated, one copy after the other.
+            subsets: Operator of every row, shape ``(repeats B,)``.
+            repeats: Copies.
+        """
+        many = {
+            name: value.repeat(repeats, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) and value.ndim else value
+            for name, value in inputs.items()
+        }
+        with self._steering(subsets.to(self.operators.device)):
+            return self.task.outputs(self._frozen[0], many).float()
+
+    @contextmanager
+    def _steering(self, subsets: Tensor) -> Iterator[None]:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            hidden = hidden_of(self.layer, args, kwargs)
+            moved = hidden.to(self.basis) @ self.basis @ self.operators[subsets]
+            steered = hidden + moved.to(hidden.dtype)
+            return ((steered, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": steered})
+
+        handle = find_module(self._frozen[0], self.layer).register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            with uncompiled():
+                yield
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def measure(self, queries: Examples, device: torch.device, *, show_progress: bool = True) -> Tensor:
+        """Effect of every operator on every query, shape ``(q, K)`` in nats; positive helps."""
+        count, found = self.design.num_subsets, []
+        rows = max(1, ROWS // count)
+        with counting(len(queries), "Measuring", show=show_progress) as bar:
+            for read, _, length in queries.batches(rows, device):
+                with queries.naming(sum(map(len, found))):
+                    self.task.check_batch(self._frozen[0], read)
+                    targets = self.task.targets(read)
+                    inputs = self.task.inputs(read)
+                    frozen = self.task.outputs(self._frozen[0], inputs).float()
+                    encoded = self.task.encode(targets, frozen.shape[-1])
+                losses = [
+                    self.task.loss(
+                        self.steered(inputs, part.repeat_interleave(length), repeats=len(part)),
+                        encoded.repeat(len(part), 1, 1),
+                    ).view(len(part), length)
+                    for part in torch.arange(count).split(max(1, ROWS // length))
+                ]
+                found.append(self.task.loss(frozen, encoded)[:, None] - torch.cat(losses).T)
+                bar.update(length)
+        return torch.cat(found)
+
+
+def hidden_of(layer: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden state that enters a block, shape ``(B, T, d)``."""
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+        raise ValueError(
+            f"What enters layer {layer!r} is not a hidden state of shape (B, T, d). Name a block of the network with "
+            "`layers=[...]`."
+        )
+    return hidden
+
+
+def block_at(model: nn.Module, depth: float) -> str:
+    """Name of the block at a share of the depth of the model's longest list of modules.
+
+    Example:
+        >>> model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(2, 2) for _ in range(8)])})
+        >>> block_at(model, 5 / 8)
+        'blocks.5'
+    """
+    lists = {plain_name(name): module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    if not lists:
+        raise ValueError(
+            f"{type(model).__name__} has no list of blocks (torch.nn.ModuleList), so the one to steer cannot be told. "
+            "Name it with `layers=[...]`."
+        )
+    name = max(lists, key=lambda name: len(lists[name]))
+    return f"{name}.{min(len(lists[name]) - 1, round(depth * len(lists[name])))}"

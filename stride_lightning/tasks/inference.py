@@ -1,0 +1,157 @@
+"""Which task a batch is, and whether model and outputs are what tasks read."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stride_lightning.model.layers import in_precision_of
+from stride_lightning.tasks.language import CausalLanguageModeling, SequenceClassification, logits_of
+from stride_lightning.tasks.likelihoods import (
+    HOW_TO_PASS_TASK,
+    BinaryClassification,
+    Classification,
+    Regression,
+    Task,
+    describe,
+)
+
+_PROBABILITIES = (
+    "The model's outputs look like probabilities (non-negative rows that sum to 1), not logits. Pass a task whose "
+    f"`outputs(model, inputs)` returns their logarithm or the layer before the softmax. {HOW_TO_PASS_TASK}"
+)
+
+
+def infer_task(batch: Any, model: nn.Module) -> Task:
+    """The built-in task that fits the first batch, or an error that says how to pass one.
+
+    Integer targets of shape ``(B,)`` and two or more outputs are a classification; integers 0 and 1 with a single
+    output are binary; float targets of the outputs' shape are a regression. Dictionaries with ``input_ids`` are texts:
+    language modeling if the model gives logits for every token, else classification.
+
+    Args:
+        batch: The first batch, on the model's device.
+        model: The model in eval mode.
+
+    Raises:
+        TypeError: If the batch or the outputs have a form no built-in task reads.
+        ValueError: If the task cannot be told from targets and outputs.
+    """
+    check_forward(model)
+    if isinstance(batch, Mapping) and "input_ids" in batch:
+        return _infer_language_task(batch, model)
+    reader = Classification()
+    targets = reader.targets(batch)
+    inputs = reader.inputs(batch)
+    if not isinstance(targets, Tensor) or targets.ndim == 0:
+        raise TypeError(f"The task cannot be told from a batch of {describe(batch)}. {HOW_TO_PASS_TASK}")
+    with torch.no_grad():
+        outputs = reader.outputs(model, inputs)
+    if isinstance(outputs, Tensor) and outputs.ndim == 3 and targets.shape == outputs.shape[:2]:
+        task = CausalLanguageModeling()
+        task.targets(batch)
+        return _check_tokens(outputs, task)
+    check_outputs(outputs, len(targets))
+    num_outputs = 1 if outputs.ndim == 1 else outputs.shape[1]
+    both = f"targets {describe(targets)} and outputs {describe(outputs)}"
+    if not targets.is_floating_point():
+        if int(targets.min()) < 0:
+            raise ValueError(
+                f"Integer targets hold the negative value {int(targets.min())}, as an ignore_index does. Leave such "
+                f"examples out, or say what they mean. {HOW_TO_PASS_TASK}"
+            )
+        if num_outputs >= 2 and targets.ndim == 1:
+            return _check_logits(outputs, Classification(), targets)
+        if num_outputs == 1 and targets.numel() == len(targets) and int(targets.max()) <= 1:
+            if ((outputs >= 0) & (outputs <= 1)).all():
+                warnings.warn(
+                    "The model's outputs all lie between 0 and 1 and are read as logits. If they are probabilities "
+                    "(after a sigmoid), the scores would be wrong: pass a task whose `outputs` returns logits. "
+                    + HOW_TO_PASS_TASK,
+                    stacklevel=2,
+                )
+            return BinaryClassification()
+        raise ValueError(f"The task cannot be told from {both}. {HOW_TO_PASS_TASK}")
+    if targets.numel() != outputs.numel():
+        raise ValueError(f"The task cannot be told from {both}: float targets need one output each. {HOW_TO_PASS_TASK}")
+    if ((targets == 0) | (targets == 1)).all():
+        raise ValueError(
+            f"All float targets of the first batch are 0 or 1 ({both}): regression and (one-hot or binary) "
+            f"classification look the same here. {HOW_TO_PASS_TASK}"
+        )
+    if num_outputs >= 2 and (targets >= 0).all() and torch.allclose(targets.sum(1), targets.new_ones(())):
+        raise ValueError(f"Float targets that sum to 1 look like soft labels ({both}). {HOW_TO_PASS_TASK}")
+    return Regression()
+
+
+def _infer_language_task(batch: Mapping[str, Any], model: nn.Module) -> Task:
+    task = CausalLanguageModeling()
+    task.check_batch(model, batch)
+    with torch.no_grad():
+        outputs = logits_of(model, task.inputs(batch))
+    if outputs.ndim == 3:
+        task.targets(batch)  # which refuses labels of another task
+        return _check_tokens(outputs, task)
+    labels = batch.get("labels", batch.get("label"))
+    if labels is None or (labels.ndim == 1 and not labels.is_floating_point() and outputs.shape[1] >= 2):
+        return SequenceClassification()
+    raise ValueError(
+        f"The task cannot be told from labels {describe(labels)} and outputs {describe(outputs)}. {HOW_TO_PASS_TASK}"
+    )
+
+
+def _check_tokens(outputs: Tensor, task: Task) -> Task:
+    if (outputs >= 0).all() and torch.allclose(outputs.sum(-1), outputs.new_ones(()), atol=1e-3):
+        raise ValueError(_PROBABILITIES)
+    return task
+
+
+def check_forward(model: nn.Module) -> None:
+    """Refuse a module without a ``forward`` of its own, with a hint how to attribute it all the same."""
+    model = getattr(model, "_orig_mod", model)
+    if type(model).forward.__qualname__ in ("_forward_unimplemented", "LightningModule.forward"):
+        raise ValueError(
+            f"{type(model).__name__} defines no `forward`, so its outputs cannot be computed from a batch. Pass a task "
+            f"whose `outputs(model, inputs)` calls the right method. {HOW_TO_PASS_TASK}"
+        )
+
+
+def check_task(task: object) -> None:
+    """Refuse what is not an instance of a task."""
+    if task is not None and not isinstance(task, Task):
+        came = f"the class {task.__name__}; make an instance" if isinstance(task, type) else repr(task)
+        raise TypeError(f"`task` must be an instance of Task, got {came}. {HOW_TO_PASS_TASK}")
+
+
+def check_outputs(outputs: object, batch_size: int, task: Task | None = None) -> None:
+    """Refuse outputs that are not one row of numbers per example, or per token if the task is one of tokens."""
+    if task is not None and task.has_tokens:
+        if not isinstance(outputs, Tensor) or outputs.ndim != 3 or len(outputs) != batch_size:
+            raise TypeError(
+                f"A task of {task.name} expects logits of shape (B, T, V) with B={batch_size} rows, got "
+                f"{describe(outputs)}. {HOW_TO_PASS_TASK}"
+            )
+        return
+    if not isinstance(outputs, Tensor) or outputs.ndim not in (1, 2) or len(outputs) != batch_size:
+        raise TypeError(
+            f"The model's outputs must be a tensor of shape (B,) or (B, C) with B={batch_size} rows, got "
+            f"{describe(outputs)}. {HOW_TO_PASS_TASK}"
+        )
+
+
+def _check_logits(outputs: Tensor, task: Task, targets: Tensor) -> Task:
+    if (outputs >= 0).all() and torch.allclose(outputs.sum(1), outputs.new_ones(()), atol=1e-3):
+        raise ValueError(_PROBABILITIES)
+    task.encode(targets, outputs.shape[1])
+    return task
+
+
+def infer_task_of(batch: Any, model: nn.Module) -> Task:
+    """The built-in task that fits a batch, its inputs read in the precision of the model."""
+    if isinstance(batch, tuple | list) and len(batch) > 0:
+        batch = (in_precision_of(model, batch[0]), *batch[1:])
+    return infer_task(batch, model)

@@ -1,0 +1,391 @@
+"""Tasks of language models: batches of token ids, with attention masks and labels."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+from typing_extensions import override
+
+from stride_lightning.tasks.likelihoods import HOW_TO_PASS_TASK, Classification, RowError, describe
+
+Reduction = Literal["mean", "sum"]
+
+#: Label of tokens that are not predicted, as in Hugging Face's models.
+IGNORED = -100
+#: What of a batch says what is asked, not what the model reads.
+_ASKED = ("labels", "label", "loss_weights")
+#: What packing kernels read; batches are unpacked.
+_PACKING = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+class _TokenTask(Classification):
+    """What both tasks read: dictionaries with ``input_ids``, or a tensor of token ids."""
+
+    has_padding: ClassVar[bool] = True
+
+    @override
+    def inputs(self, batch: Any) -> dict[str, Any]:
+        ids = _token_ids(batch)
+        if not isinstance(batch, Mapping):
+            return {"input_ids": ids}
+        inputs = {name: value for name, value in batch.items() if name not in _ASKED}
+        if not is_packed(batch):
+            return inputs
+        kept = {name: value for name, value in inputs.items() if name not in _PACKING and name != "attention_mask"}
+        unpacked = {name: unpack(value, batch["position_ids"], 0) for name, value in kept.items()}
+        mask = unpack(torch.ones_like(ids), batch["position_ids"], 0)
+        return {**unpacked, "attention_mask": mask}
+
+    @override
+    def outputs(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        try:
+            return logits_of(model, inputs)
+        except IndexError as error:  # from a table of embeddings, in a model that does not say how long it is
+            row = next((row for row in range(len(inputs["input_ids"])) if _is_too_much(model, inputs, row)), None)
+            if row is None:
+                raise
+            ids = inputs["input_ids"][row]
+            raise RowError(
+                row,
+                f"has {len(ids)} tokens with ids up to {int(ids.max())}, and the model has no embedding for one of "
+                f"them or its position ({error})",
+            ) from error
+
+    @override
+    def check_batch(self, model: nn.Module, batch: Any) -> None:
+        inputs = self.inputs(batch)
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        if mask is not None and mask.shape != ids.shape:
+            raise TypeError(
+                f"Expected an attention_mask of shape {tuple(ids.shape)} as input_ids, got {describe(mask)}."
+            )
+        lengths = torch.full((len(ids),), ids.shape[1]) if mask is None else mask.sum(1).cpu()
+        if int(lengths.min()) == 0:
+            raise RowError(int(lengths.argmin()), "has no tokens: its text is empty, or all of it is padding")
+        if mask is not None and "position_ids" not in inputs and not mask[:, 0].all() and _counts_positions(model):
+            warnings.warn(
+                "Texts are padded on the left, and this model counts positions from the padding on: other padding is "
+                "another text to it. Pad on the right, or give `position_ids`.",
+                stacklevel=2,
+            )
+        size, limit = vocabulary_size(model), max_length(model)
+        if ids.numel() and int(ids.min()) < 0:
+            row = int((ids < 0).any(1).nonzero()[0])
+            raise RowError(
+                row, f"has the token id {int(ids[row].min())}; padding takes an attention_mask and labels -100"
+            )
+        if size is not None and int(ids.max()) >= size:
+            row = int((ids >= size).any(1).nonzero()[0])
+            raise RowError(
+                row,
+                f"has the token id {int(ids[row].max())}, and the model knows 0..{size - 1}: the tokenizer is not the "
+                "one it was trained with",
+            )
+        if limit is not None and ids.shape[1] > limit:
+            row = int(lengths.argmax())
+            raise RowError(
+                row,
+                f"has {int(lengths[row])} tokens (its batch {ids.shape[1]} with padding), and the model takes {limit}: "
+                "truncate the text, or cut it into several examples",
+            )
+
+
+class CausalLanguageModeling(_TokenTask):
+    """Next-token prediction: an example is a sequence, its loss the mean over its tokens.
+
+    Batches are as Hugging Face's models take them, dictionaries with ``input_ids`` of shape ``(B, T)`` and, if there
+    are any, ``attention_mask`` and ``labels``, where -100 marks tokens that are not predicted. Labels stand beside
+    their own token (the shift is done here) and are ``input_ids`` by default; what the mask hides never counts.
+    ``loss_weights`` of shape ``(B, T)`` weighs the loss of each label. Padding changes nothing (on the left a model of
+    absolute positions, such as GPT-2, needs ``position_ids`` for that), and packed batches (one row of concatenated
+    sequences with ``position_ids`` that start again at 0, as ``DataCollatorWithFlattening`` makes them) are unpacked
+    first, so scores are the same.
+
+    A batch ``(ids, next_ids)``, as plain PyTorch code has it, is read as already shifted. Labels that are not the
+    tokens they should be are refused: masked tokens and classes of tokens are other tasks.
+
+    Args:
+        reduction: ``"mean"`` over the tokens of a sequence, or their ``"sum"``.
+        shifted: Whether labels stand one place ahead of their own token; by default in tuples, not in dictionaries.
+
+    Example:
+        >>> task = CausalLanguageModeling()
+        >>> batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[-100, 6, 7]])}
+        >>> encoded = task.encode(task.targets(batch), num_outputs=8)
+        >>> task.loss(torch.zeros(1, 3, 8), encoded)  # log 8
+        tensor([2.0794])
+    """
+
+    name = "causal language modeling"
+    has_tokens: ClassVar[bool] = True
+
+    def __init__(self, reduction: Reduction = "mean", *, shifted: bool | None = None) -> None:
+        if reduction not in get_args(Reduction):
+            raise ValueError(f"`reduction` must be one of {get_args(Reduction)}, got {reduction!r}.")
+        self.reduction: Reduction = reduction
+        self.shifted = shifted
+
+    @override
+    def outputs(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        logits, ids = super().outputs(model, inputs), inputs["input_ids"]
+        if logits.ndim == 3 and logits.shape[:2] != ids.shape:
+            raise TypeError(
+                f"{type(model).__name__} gave logits of shape {tuple(logits.shape)} for token ids of shape "
+                f"{tuple(ids.shape)}, and every token needs its own: models that are not given labels may predict the "
+                f"next token only. {HOW_TO_PASS_TASK}"
+            )
+        return logits
+
+    @override
+    def targets(self, batch: Any) -> Tensor:
+        """The label that each output predicts and its weight, float32 of shape ``(B, T, 2)``; exact for 2^24 labels."""
+        ids, labels, weights = _token_ids(batch), None, None
+        if isinstance(batch, Mapping):
+            labels, weights = batch.get("labels"), batch.get("loss_weights")
+        elif isinstance(batch, tuple | list):
+            if len(batch) > 2:
+                raise TypeError(
+                    f"Expected a batch (ids, next_ids), got {describe(batch)}: name its items in a dictionary."
+                )
+            labels = batch[1] if len(batch) > 1 else None
+        for name, value in (("labels", labels), ("loss_weights", weights)):
+            if value is not None and (not isinstance(value, Tensor) or value.shape != ids.shape):
+                raise ValueError(
+                    f"Expected {name} of the shape of input_ids, {tuple(ids.shape)}; got {describe(value)}."
+                )
+        is_shifted = not isinstance(batch, Mapping) if self.shifted is None else self.shifted
+        if labels is None:
+            labels, is_shifted = ids, False
+        else:
+            _check_labels(ids, labels, is_shifted=is_shifted)
+        weights = torch.ones(labels.shape, device=ids.device) if weights is None else weights.float()
+        weights = weights.masked_fill(labels == IGNORED, 0)
+        mask = torch.ones_like(ids) if not isinstance(batch, Mapping) else batch.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask
+        if isinstance(batch, Mapping) and is_packed(batch):
+            mask = torch.ones_like(ids)
+            labels, weights, mask = (unpack(value, batch["position_ids"], 0) for value in (labels, weights, mask))
+        if not is_shifted:
+            # Neither is padding predicted, nor the first token from padding before it; the last predicts nothing.
+            weights = F.pad(weights[:, 1:] * mask[:, 1:] * mask[:, :-1], (0, 1))
+            labels = F.pad(labels[:, 1:], (0, 1))
+        return torch.stack([labels.masked_fill(weights == 0, 0).float(), weights], -1)
+
+    @override
+    def encode(self, targets: Tensor, num_outputs: int) -> Tensor:
+        labels, weights = targets[..., 0], targets[..., 1]
+        empty = ~(weights.sum(1) > 0)
+        if (weights < 0).any():
+            raise RowError(int((weights < 0).any(1).nonzero()[0]), "has a negative loss weight")
+        if empty.any():
+            raise RowError(
+                int(empty.nonzero()[0]),
+                "has no token to predict: it needs at least two tokens, and a label other than -100 after the first "
+                "(was the answer truncated?)",
+            )
+        outside = (labels < 0) | (labels >= num_outputs)
+        if outside.any():
+            row = int(outside.any(1).nonzero()[0])
+            raise RowError(
+                row, f"has the label {int(labels[row][outside[row]][0])}; the model predicts 0..{num_outputs - 1}"
+            )
+        return targets
+
+    @override
+    def decode(self, encoded: Tensor) -> None:
+        """Nothing: a whole text is not shown as a target."""
+        return
+
+    @override
+    def output_weights(self, encoded: Tensor) -> Tensor:
+        """Shape ``(B, T, 1)``."""
+        weights = encoded[..., 1:]
+        return weights / weights.sum(1, keepdim=True) if self.reduction == "mean" else weights
+
+    @override
+    def loss(self, outputs: Tensor, encoded: Tensor, dim: int = -1) -> Tensor:
+        precise = encoded.to(torch.promote_types(encoded.dtype, outputs.dtype))
+        return (self.token_losses(outputs, encoded) * self.output_weights(precise)[..., 0]).sum(-1)
+
+    def token_losses(self, outputs: Tensor, encoded: Tensor) -> Tensor:
+        """Negative log-likelihood of every label in nats, shape ``(B, T)``."""
+        chosen = outputs.gather(-1, encoded[..., :1].long())[..., 0]
+        return outputs.logsumexp(-1) - chosen
+
+    @override
+    def margin(self, outputs: Tensor, encoded: Tensor) -> Tensor:
+        raise ValueError("A sequence has no margin, only its tokens have. Use the loss.")
+
+    @override
+    def predict(self, outputs: Tensor) -> Tensor:
+        raise ValueError(
+            "target='predicted' is not for language models: what the model says is text. Let it generate, and ask "
+            "about prompt and continuation as a query whose prompt has the labels -100."
+        )
+
+    def __repr__(self) -> str:
+        shifted = "" if self.shifted is None else f", shifted={self.shifted}"
+        return f"CausalLanguageModeling(reduction={self.reduction!r}{shifted})"
+
+
+class SequenceClassification(_TokenTask):
+    """One class for a whole text: dictionaries with ``input_ids``, ``attention_mask`` and ``labels`` of shape ``(B,)``.
+
+    Example:
+        >>> task = SequenceClassification()
+        >>> batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([1])}
+        >>> task.loss(torch.zeros(1, 2), task.encode(task.targets(batch), num_outputs=2))  # log 2
+        tensor([0.6931])
+    """
+
+    name = "sequence classification"
+
+    @override
+    def targets(self, batch: Any) -> Tensor | None:
+        if not isinstance(batch, Mapping):
+            return Classification.targets(self, batch)
+        return batch.get("labels", batch.get("label"))
+
+
+def _check_labels(ids: Tensor, labels: Tensor, *, is_shifted: bool) -> None:
+    """Refuse labels that are not the tokens at their places, or one ahead if shifted."""
+    own, next_ones = labels[:, :-1] if is_shifted else labels, ids[:, 1:] if is_shifted else ids
+    wrong = ((own != IGNORED) & (own != next_ones)).any(1)
+    if wrong.any():
+        stand = "one place ahead of their tokens" if is_shifted else "beside their own tokens"
+        other = "beside them: pass task=CausalLanguageModeling(shifted=False)"
+        other = other if is_shifted else "one place ahead: pass task=CausalLanguageModeling(shifted=True)"
+        raise RowError(
+            int(wrong.nonzero()[0]),
+            f"has labels that are not its input_ids. They are expected {stand}. If they stand {other}. Masked language "
+            "models and classes of tokens are not supported",
+        )
+
+
+def is_packed(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch is one row of several sequences, whose positions start again at 0."""
+    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
+    if positions is None or len(positions) != 1 or (mask is not None and not mask.all()):
+        return False  # where there is padding, positions of 0 may be its
+    return int((positions == 0).sum()) > 1
+
+
+def unpack(packed: Any, positions: Tensor, fill: float) -> Any:
+    """One row of concatenated sequences as padded rows.
+
+    Args:
+        packed: Shape ``(1, total)``; anything else is returned as it is.
+        positions: Position of every token in its sequence, same shape.
+        fill: What padding is.
+
+    Returns:
+        Shape ``(B, T)``.
+
+    Example:
+        >>> unpack(torch.tensor([[5, 6, 7]]), torch.tensor([[0, 0, 1]]), 0)
+        tensor([[5, 0],
+                [6, 7]])
+    """
+    if not isinstance(packed, Tensor) or packed.shape != positions.shape:
+        return packed
+    row = (positions[0] == 0).cumsum(0) - 1
+    padded = packed.new_full((int(row[-1]) + 1, int(positions.max()) + 1), fill)
+    padded[row, positions[0]] = packed[0]
+    return padded
+
+
+def logits_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """The logits that a model gives for a batch without labels.
+
+    Models that take ``input_ids`` by name, or any names, get what they take by name; others get the token ids, or the
+    whole dictionary if their argument is called ``batch``.
+
+    Raises:
+        TypeError: If what comes back holds no logits.
+    """
+    parameters = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if "input_ids" in parameters or takes_any:
+        given = {name: value for name, value in inputs.items() if takes_any or name in parameters}
+        if "use_cache" in parameters:
+            given["use_cache"] = False  # keys and values of past tokens are for generating
+        if "labels" in parameters and parameters["labels"].default is inspect.Parameter.empty:
+            given["labels"] = inputs["input_ids"]
+        call = partial(model, **given)
+    else:
+        first = next(iter(parameters), "")
+        rest = {name: inputs[name] for name in list(parameters)[1:] if name in inputs}
+        call = partial(model, dict(inputs) if first == "batch" else inputs["input_ids"], **rest)
+    try:
+        came = call()
+    except (KeyError, TypeError) as error:
+        raise TypeError(
+            f"{type(model).__name__}.forward({', '.join(parameters)}) was given what it names of a {describe(inputs)}, "
+            f"or its token ids, and gave {type(error).__name__}: {error}. {HOW_TO_PASS_TASK}"
+        ) from error
+    logits = came.get("logits") if isinstance(came, Mapping) else getattr(came, "logits", came)
+    if isinstance(logits, tuple | list):
+        logits = next((value for value in logits if isinstance(value, Tensor) and value.ndim >= 2), None)
+    if not isinstance(logits, Tensor) or logits.ndim < 2:
+        raise TypeError(
+            f"{type(model).__name__} gave {describe(came)} for a batch of token ids, expected logits or an output that "
+            f"has them. {HOW_TO_PASS_TASK}"
+        )
+    return logits
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """How many token ids a model knows; None where it does not say."""
+    sizes = []
+    for module in model.modules():
+        find: Any = getattr(module, "get_input_embeddings", None)
+        if find is not None:
+            with suppress(NotImplementedError):
+                sizes.append(getattr(find(), "num_embeddings", 0))
+    return max(sizes, default=0) or None  # of several models the one that knows most
+
+
+def max_length(model: nn.Module) -> int | None:
+    """How many tokens a model takes; None where it does not say."""
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    limits = [getattr(config, "max_position_embeddings", None) for config in configs]
+    return max((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+
+
+def _counts_positions(model: nn.Module) -> bool:
+    """Whether a model looks positions up in a table of its own and counts padding, as GPT-2 does."""
+    return any(name.rpartition(".")[2] == "wpe" for name, _ in model.named_modules())
+
+
+def _is_too_much(model: nn.Module, inputs: Mapping[str, Any], row: int) -> bool:
+    """Whether a model looks for what is not there for one row of a batch."""
+    size = len(inputs["input_ids"])
+    try:
+        logits_of(model, pytree.tree_map(lambda value: _row(value, row, size), dict(inputs)))
+    except IndexError:
+        return True
+    return False
+
+
+def _row(value: Any, row: int, size: int) -> Any:
+    return value[row : row + 1] if isinstance(value, Tensor) and value.ndim > 0 and len(value) == size else value
+
+
+def _token_ids(batch: Any) -> Tensor:
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+    ids = ids[0] if isinstance(ids, tuple | list) and len(ids) > 0 else ids
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+        raise TypeError(
+            "A language model's batch is a dictionary with integer `input_ids` of shape (B, T), or a tensor of them; "
+            f"got {describe(batch)}. {HOW_TO_PASS_TASK}"
+        )
+    return ids

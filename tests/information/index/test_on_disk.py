@@ -1,0 +1,683 @@
+"""What is searched is what brute force finds; what is built survives kills; what does not fit is refused by name."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import stride_lightning
+from stride_lightning.information.index import base as vectors_module
+from stride_lightning.information.index import in_memory as memory_index
+from stride_lightning.information.index import lance
+from stride_lightning.information.index import on_disk as index_module
+from stride_lightning.information.index.checks import PositionSet, VectorIndexError
+from stride_lightning.information.index.in_memory import MemoryIndex
+from stride_lightning.information.index.on_disk import InformationIndex
+from tests.helpers import kill_index
+
+COLUMNS = {"label": int, "text": str, "weight": float, "clean": bool}
+IDENTITY = {"weights": "9f3c", "projection": {"seed": 0, "dim": 16}}
+
+
+def example_rows(rows=300, dim=16, seed=0):
+    """Rows in no order, with duplicates, zero vectors, and norms over four decades."""
+    rng = np.random.default_rng(seed)
+    vectors = (rng.standard_normal((rows, dim)) * 10 ** rng.uniform(-2, 2, (rows, 1))).astype(np.float32)
+    vectors[rows // 2 : rows // 2 + 40] = vectors[3]
+    vectors[5:9] = -vectors[3]
+    vectors[20:30] = 0
+    positions = rng.permutation(2 * rows)[:rows]
+    columns = {
+        "label": positions % 7,
+        "text": ["it's", "ünï", ""] * (rows // 3),
+        "weight": rng.random(rows),
+        "clean": torch.from_numpy(positions % 2 == 0),
+    }
+    return positions, vectors, columns
+
+
+def batches(rows, size):
+    positions, vectors, columns = rows
+    for at in range(0, len(positions), size):
+        here = slice(at, at + size)
+        yield positions[here], vectors[here], {name: values[here] for name, values in columns.items()}
+
+
+def queries(count=12, dim=16, seed=1):
+    return np.random.default_rng(seed).standard_normal((count, dim))
+
+
+def brute_force(rows, queries, k, keep=None):
+    positions, vectors, _ = rows
+    keep = np.arange(len(positions)) if keep is None else np.flatnonzero(keep)
+    dots = np.stack([(vectors[keep].astype(np.float64) * query).sum(1) for query in queries])
+    order = [np.lexsort((positions[keep], -np.abs(row)))[:k] for row in dots]
+    return np.stack([positions[keep][o] for o in order]), np.stack([d[o] for d, o in zip(dots, order, strict=True)])
+
+
+@pytest.fixture(params=["memory", "disk"])
+def make(request, tmp_path):
+    """Makes an empty index of either kind."""
+
+    def make(dim=16, columns=COLUMNS, name="index"):
+        if request.param == "memory":
+            return MemoryIndex(dim, IDENTITY, columns)
+        return InformationIndex.create(tmp_path / name, dim, identity=IDENTITY, columns=columns)
+
+    return make
+
+
+@pytest.fixture
+def filled(tmp_path):
+    index = InformationIndex.create(tmp_path / "index", 16, identity=IDENTITY, columns=COLUMNS)
+    index.build(batches(example_rows(), 64), show_progress=False)
+    return index
+
+
+def contents(index):
+    """All rows of an index on disk, by position."""
+    table = index._table.to_arrow().sort_by("position")
+    return {name: table[name].to_pylist() for name in table.schema.names}
+
+
+# ------------------------------------------------------------------------------------------------------------- search
+
+
+@pytest.mark.parametrize("k", [1, 10, 60, 299, 300, 1000])
+def test_search_is_brute_force(make, k):
+    index, rows = make(), example_rows()
+    index.build(batches(rows, 64), show_progress=False)
+    hits = index.search(queries(), k)
+    positions, dots = brute_force(rows, queries(), k)
+    assert hits.positions.tolist() == positions.tolist()
+    assert np.array_equal(hits.dots.numpy(), dots)
+    assert torch.equal(hits.scores, hits.dots**2)
+    where = {position: i for i, position in enumerate(rows[0].tolist())}
+    for name, values in rows[2].items():
+        plain = values if isinstance(values, list) else values.tolist()
+        assert hits.columns[name] == [[plain[where[p]] for p in row] for row in positions.tolist()]
+
+
+def test_blocks_and_groups_of_queries_change_nothing(make, monkeypatch):
+    index, rows = make(), example_rows()
+    index.build(batches(rows, 64), show_progress=False)
+    once = index.search(queries(), 5)
+    monkeypatch.setattr(memory_index, "BLOCK_ROWS", 7)
+    monkeypatch.setattr(index_module, "BLOCK_ROWS", 7)
+    monkeypatch.setattr(vectors_module, "_QUERIES", 5)
+    for hits in (index.search(queries(), 5), index.search(torch.from_numpy(queries()), 5)):
+        assert torch.equal(hits.positions, once.positions)
+        assert torch.equal(hits.dots, once.dots)
+        assert hits.columns == once.columns
+    alone = [index.search(query[None], 5) for query in queries()]
+    assert torch.equal(torch.cat([hits.positions for hits in alone]), once.positions)
+    assert torch.equal(torch.cat([hits.dots for hits in alone]), once.dots)
+
+
+@pytest.mark.parametrize("kind", ["equal", "zero", "near"])
+def test_more_ties_than_candidates_come_in_order_of_positions(make, kind, monkeypatch):
+    rng = np.random.default_rng(0)
+    vectors = np.repeat(rng.standard_normal((1, 16)), 500, axis=0).astype(np.float32)
+    if kind == "zero":
+        vectors[3:] = 0
+    if kind == "near":  # float32 products of these cannot be told apart
+        vectors[:, 0] += np.float32(2e-7) * rng.integers(0, 5, 500)
+    rows = rng.permutation(500), vectors, {}
+    index = make(columns={})
+    index.build(batches(rows, 100), show_progress=False)
+    calls = []
+    in_float64 = type(index)._in_float64
+    monkeypatch.setattr(type(index), "_in_float64", lambda *args: calls.append(len(args[1])) or in_float64(*args))
+    hits = index.search(queries(3), 10)
+    positions, dots = brute_force(rows, queries(3), 10)
+    assert hits.positions.tolist() == positions.tolist()
+    assert np.array_equal(hits.dots.numpy(), dots)
+    assert calls == [3]  # the float32 screening noticed for each that it could not tell
+
+
+def test_products_beyond_float32_are_ranked(make):
+    index = make(dim=2, columns={})
+    vectors = np.array([[3e38, 0], [3.1e38, 0], [0, 1e-30]] + [[1e30, 0]] * 60, np.float32)
+    index.add(np.arange(63), vectors)
+    assert index.search([[1e20, 0.0]], 2).positions.tolist() == [[1, 0]]
+    assert index.search([[0.0, 1e-30]], 1).positions.tolist() == [[2]]
+    hits = index.search([[1e200, 0.0], [0.0, 0.0]], 3)
+    assert hits.positions.tolist() == [[1, 0, 3], [0, 1, 2]]
+    assert hits.dots[0, 0] == 1e200 * float(vectors[1, 0])
+
+
+def test_float64_is_rarely_needed(make, monkeypatch):
+    index = make(columns={})
+    rng = np.random.default_rng(0)
+    index.add(np.arange(2000), rng.standard_normal((2000, 16)))
+    monkeypatch.setattr(type(index), "_in_float64", None)
+    assert index.search(queries(100), 10).positions.shape == (100, 10)
+
+
+def test_empty_index_and_no_queries(make):
+    index = make()
+    assert len(index) == 0
+    hits = index.search(queries(3), 5)
+    assert hits.positions.shape == hits.dots.shape == (3, 0)
+    assert hits.columns == {name: [[], [], []] for name in COLUMNS}
+    index.build(batches(example_rows(), 100), show_progress=False)
+    hits = index.search(np.empty((0, 16)), 5)
+    assert len(hits.positions) == len(hits.dots) == 0
+    assert hits.columns == {name: [] for name in COLUMNS}
+
+
+def test_sign_of_the_product_is_kept(make):
+    index = make(dim=2, columns={})
+    index.add([4, 5, 6], [[1.0, 0.0], [-2.0, 0.0], [0.0, 0.0]])
+    hits = index.search([[1.5, 3.0]])
+    assert hits.positions.tolist() == [[5, 4, 6]]
+    assert hits.dots.tolist() == [[-3.0, 1.5, 0.0]]
+    assert hits.scores.tolist() == [[9.0, 2.25, 0.0]]
+
+
+# ------------------------------------------------------------------------------------------------------------ filters
+
+
+@pytest.mark.parametrize(
+    ("sql", "function"),
+    [
+        ("label = 3", lambda columns: columns["label"] == 3),
+        ("label in (1, 2) and weight > 0.5", lambda c: np.isin(c["label"], [1, 2]) & (c["weight"] > 0.5)),
+        ("text = 'it''s'", lambda columns: columns["text"] == "it's"),
+        ("text like 'ü%'", lambda columns: columns["text"] == "ünï"),
+        ("not clean", lambda columns: ~columns["clean"]),
+        ("label = 99", lambda columns: columns["label"] == 99),
+    ],
+)
+def test_filters(filled, sql, function):
+    rows = example_rows()
+    memory = MemoryIndex(16, columns=COLUMNS)
+    memory.build(batches(rows, 64), show_progress=False)
+    arrays = {n: np.array(v, object) if n == "text" else np.asarray(v) for n, v in rows[2].items()}
+    positions, _ = brute_force(rows, queries(), 20, function(arrays))
+    assert filled.search(queries(), 20, sql).positions.tolist() == positions.tolist()
+    assert memory.search(queries(), 20, function).positions.tolist() == positions.tolist()
+
+
+def test_filter_on_position_and_capital_letters(tmp_path):
+    index = InformationIndex.create(tmp_path, 2, identity={}, columns={"Label": int})
+    index.add([0, 1, 2], np.ones((3, 2)), {"Label": [5, 6, 6]})
+    assert index.search([[1.0, 1.0]], where="position >= 1").positions.tolist() == [[1, 2]]
+    assert index.search([[1.0, 1.0]], where="Label = 5").positions.tolist() == [[0]]
+
+
+@pytest.mark.parametrize("where", ["label = = 3", "nothing = 3", "label", "label = 'x'", "", "text > 3"])
+def test_condition_that_is_not_understood(filled, where):
+    message = re.escape(f"where={where!r} is not understood: ") + r".*\{label: int, text: str, .*quote in it doubled"
+    with pytest.raises(ValueError, match=message):
+        filled.search(queries(), where=where)
+
+
+def test_condition_that_fails_for_a_row(filled):
+    with pytest.raises(ValueError, match=r"`where` cannot be computed for some row: .*[Dd]ivide by zero"):
+        filled.search(queries(), where="label / 0 = 1")
+
+
+def test_kinds_of_condition_are_not_mixed_up(filled):
+    with pytest.raises(TypeError, match="`where` of an index on disk is SQL text"):
+        filled.search(queries(), where=lambda columns: columns["label"] == 3)
+    memory = MemoryIndex(16, columns={"label": int})
+    with pytest.raises(
+        TypeError, match=r"`where` of an index in memory is a function .* InformationIndex, which takes"
+    ):
+        memory.search(queries(), where="label = 3")
+    memory.add([0, 1], np.ones((2, 16)), {"label": [0, 1]})
+    with pytest.raises(ValueError, match=r"must give a boolean for each of 2 rows, got int64 of shape \(2,\)"):
+        memory.search(queries(), where=lambda columns: columns["label"])
+
+
+# -------------------------------------------------------------------------------------------------- building, resuming
+
+
+@pytest.mark.parametrize("rows_per_commit", [1000, 50])
+def test_append_is_build_at_once(tmp_path, rows_per_commit):
+    rows = example_rows()
+    parts = [InformationIndex.create(tmp_path / n, 16, identity=IDENTITY, columns=COLUMNS) for n in ("a", "b", "c")]
+    assert parts[0].build(batches(rows, 300), show_progress=False) == 300
+    stream = list(batches(rows, 30))
+    parts[1].build(stream[:4], show_progress=False)
+    parts[1] = InformationIndex.open(tmp_path / "b", IDENTITY)
+    grown = parts[1].build(stream, rows_per_commit=rows_per_commit, show_progress=False)
+    assert grown == 180
+    assert parts[1].build(stream, show_progress=False) == 0
+    for batch in stream:
+        parts[2].add(*batch)
+    assert contents(parts[0]) == contents(parts[1]) == contents(parts[2])
+
+
+def test_missing_positions(make):
+    index = make(columns={})
+    assert index.missing(3).tolist() == [0, 1, 2]
+    index.add([1, 40_000], np.ones((2, 16)))
+    assert index.missing(4).tolist() == [0, 2, 3]
+    assert index.missing(40_002)[-1] == 40_001
+
+
+def test_interrupted_stream_keeps_what_was_committed(make):
+    index, rows = make(), example_rows()
+
+    def broken():
+        for number, batch in enumerate(batches(rows, 30)):
+            if number == 7:
+                raise KeyboardInterrupt
+            yield batch
+
+    with pytest.raises(KeyboardInterrupt):
+        index.build(broken(), rows_per_commit=60, show_progress=False)
+    assert len(index) == 180
+    assert index.build(batches(rows, 30), rows_per_commit=60, show_progress=False) == 120
+    assert index.search(queries(), 10).positions.tolist() == brute_force(rows, queries(), 10)[0].tolist()
+
+
+@pytest.fixture(scope="module")
+def after_kills(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kills")
+    root = Path(stride_lightning.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, str(root / "tests" / "helpers" / "kill_index.py"), str(folder)],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
+def test_killed_builds_lose_and_double_nothing(after_kills, tmp_path):
+    folder, seen = after_kills
+    assert seen == {"killed": [True] * 3, "lancedb imported": False}
+    whole = kill_index.create(tmp_path / "whole")
+    whole.build(kill_index.stream(), show_progress=False)
+    expected = contents(whole)
+    assert expected["position"] == list(range(kill_index.ROWS))
+    by_position = list(zip(*expected.values(), strict=True))
+    counts = []
+    for trial in range(3):
+        found = contents(InformationIndex.open(folder / f"after-{trial}", kill_index.IDENTITY))
+        rows = list(zip(*found.values(), strict=True))
+        assert rows == [by_position[p] for p in found["position"]]  # each as it should be
+        assert len(set(found["position"])) == len(rows)
+        counts.append(len(rows))
+    assert counts == sorted(set(counts))  # every child went on
+    assert counts[0] > 0
+    assert counts[-1] < kill_index.ROWS
+    assert all(count % kill_index.COMMIT == 0 for count in counts)
+    index = InformationIndex.open(folder / "index")
+    assert index.build(kill_index.stream(), show_progress=False) == kill_index.ROWS - counts[-1]
+    assert contents(index) == expected
+    index.compact()
+    assert contents(index) == expected
+
+
+def test_creation_that_was_killed_is_repeated(tmp_path):
+    (tmp_path / "vectors.lance" / "_versions").mkdir(parents=True)
+    index = InformationIndex.create(tmp_path, 2, identity={})
+    index.add([0], np.ones((1, 2)))
+    assert len(InformationIndex.open(tmp_path)) == 1
+
+
+def test_two_writers_are_noticed(tmp_path):
+    first = InformationIndex.create(tmp_path, 2, identity={})
+    first.add([0], np.ones((1, 2)))
+    second = InformationIndex.open(tmp_path)
+    second.add([1], np.ones((1, 2)))
+    with pytest.raises(ValueError, match=r"Already in the index, .*: position 1. Leave"):
+        first.add([1], np.ones((1, 2)))
+
+    def interrupted():
+        yield [2], np.ones((1, 2))
+        second.add([2], np.ones((1, 2)))
+
+    with pytest.raises(VectorIndexError, match=r"Another process has written .*: when it is done, build again"):
+        first.build(interrupted(), show_progress=False)
+    assert contents(InformationIndex.open(tmp_path))["position"] == [0, 1, 2]
+    first.add([3], np.ones((1, 2)))
+    assert len(first) == 4
+
+
+# -------------------------------------------------------------------------------------------------- approximate search
+
+
+@pytest.fixture(scope="module")
+def clustered(tmp_path_factory):
+    """20,000 vectors of 64 dimensions in 200 clusters, with an approximate index made of the first 19,000."""
+    rng = np.random.default_rng(0)
+    middles = rng.standard_normal((200, 64)) * np.exp(rng.normal(0, 0.3, (200, 1)))
+    vectors = middles[rng.integers(0, 200, 20_000)] + 0.5 * rng.standard_normal((20_000, 64))
+    vectors = (vectors * rng.choice([-1, 1], (20_000, 1)) * 1e-6).astype(np.float32)  # as 1 - dot these are all alike
+    asked = middles[rng.integers(0, 200, 100)] + 0.5 * rng.standard_normal((100, 64))
+    positions = np.arange(20_000)
+    index = InformationIndex.create(tmp_path_factory.mktemp("ann"), 64, identity={}, columns={"label": int})
+    index.add(positions[:19_000], vectors[:19_000], {"label": positions[:19_000] % 100})
+    assert not index.has_ann
+    with pytest.raises(ValueError, match=r"no approximate index: call `create_ann\(\)` first"):
+        index.search(asked, exact=False)
+    index.create_ann(num_sub_vectors=8)  # made in a third of the time of the default
+    assert index.has_ann
+    index.add(positions[19_000:], vectors[19_000:], {"label": positions[19_000:] % 100})
+    return index, asked
+
+
+def recall(found, exact):
+    pairs = zip(found.positions.tolist(), exact.positions.tolist(), strict=True)
+    return np.mean([len(set(a) & set(b)) / len(b) for a, b in pairs])
+
+
+def test_recall_of_the_approximate_search(clustered):
+    index, asked = clustered
+    exact = index.search(asked)
+    found = index.search(asked, exact=False)
+    least = index.search(asked, exact=False, nprobes=1, refine_factor=1)
+    print(f"recall@10 {recall(found, exact):.3f}; one list and no spare candidates {recall(least, exact):.3f}")
+    assert recall(found, exact) > 0.95
+    assert recall(least, exact) < recall(found, exact)
+    assert (exact.positions >= 19_000).any()  # rows appended since are found too
+    assert set(found.positions[found.positions >= 19_000].tolist()) >= set(
+        exact.positions[exact.positions >= 19_000].tolist()
+    )
+    assert (found.dots < 0).any()  # both signs
+    assert (found.dots > 0).any()
+    for row, exact_row in zip(range(100), exact.positions.tolist(), strict=True):  # its products are the exact ones
+        values = dict(zip(exact_row, exact.dots[row].tolist(), strict=True))
+        pairs = zip(found.positions[row].tolist(), found.dots[row].tolist(), strict=True)
+        assert all(values.get(position, dot) == dot for position, dot in pairs)
+        assert len(set(found.positions[row].tolist())) == 10
+    assert found.columns["label"] == [[position % 100 for position in row] for row in found.positions.tolist()]
+
+
+def test_approximate_search_with_a_filter_finds_k(clustered):
+    index, asked = clustered
+    exact = index.search(asked[:20], 200, "label = 3")
+    found = index.search(asked[:20], 200, "label = 3", exact=False, nprobes=1)
+    assert found.positions.tolist() == exact.positions.tolist()  # all 200 of them
+    assert index.search(asked[:3], 5, "label = 999", exact=False).positions.shape == (3, 0)
+    assert recall(index.search(asked, 10, "label < 50", exact=False), index.search(asked, 10, "label < 50")) > 0.9
+    alone = index.search(asked[:1], exact=False)
+    assert torch.equal(alone.positions, index.search(asked[:2], exact=False).positions[:1])
+
+
+def test_lists_that_hold_too_few_rows_are_made_up_for(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    index = InformationIndex.create(tmp_path, 16, identity={}, columns={"label": int})
+    index.add(np.arange(3000), rng.standard_normal((3000, 16)), {"label": np.arange(3000) % 20})
+    index.create_ann(num_partitions=10, num_sub_vectors=4)
+    for k, where in ((1000, None), (5000, None), (600, "label < 10")):
+        found = index.search(queries(), k, where, exact=False, nprobes=1)
+        assert found.positions.tolist() == index.search(queries(), k, where).positions.tolist()
+    monkeypatch.setattr(InformationIndex, "_screened", None)  # and only then
+    assert index.search(queries(), 10, exact=False, nprobes=1).positions.shape == (12, 10)
+
+
+def test_compacting_takes_appended_rows_into_the_approximate_index(clustered, tmp_path):
+    index, asked = clustered
+    shutil.copytree(index.path, tmp_path / "copy")
+    exact, before = index.search(asked), contents(index)
+    index = InformationIndex.open(tmp_path / "copy")
+    assert index._table.index_stats("vector_idx").num_unindexed_rows == 1000
+    index.compact()
+    assert index._table.index_stats("vector_idx").num_unindexed_rows == 0
+    assert contents(index) == before
+    assert torch.equal(index.search(asked).positions, exact.positions)
+    assert recall(index.search(asked, exact=False), exact) > 0.9
+    index.add([20_000], np.ones((1, 64)), {"label": [0]})
+    assert len(InformationIndex.open(tmp_path / "copy")) == 20_001
+
+
+def test_options_of_the_approximate_search(clustered, tmp_path):
+    index, asked = clustered
+    for name in ("nprobes", "refine_factor"):
+        with pytest.raises(ValueError, match=f"`{name}` must be a positive integer, got 0"):
+            index.search(asked, exact=False, **{name: 0})
+    with pytest.raises(ValueError, match="`num_sub_vectors` must divide dim=64, got 7"):
+        index.create_ann(num_sub_vectors=7)
+    with pytest.raises(ValueError, match="`num_partitions` must be at least 1, got 0"):
+        index.create_ann(num_partitions=0)
+    small = InformationIndex.create(tmp_path, 2, identity={})
+    small.add([0], np.ones((1, 2)))
+    with pytest.raises(ValueError, match="trained on 256 rows or more, and there are 1: search with exact=True"):
+        small.create_ann()
+
+
+# ------------------------------------------------------------------------------------------------- whose index it is
+
+
+def test_identity_of_another_model_is_refused_by_key(tmp_path):
+    InformationIndex.create(tmp_path, 2, identity=IDENTITY)
+    assert InformationIndex.open(tmp_path).identity == IDENTITY
+    assert InformationIndex.open(tmp_path, IDENTITY).identity == IDENTITY
+    other = {"weights": "0000", "projection": IDENTITY["projection"], "form": "gain"}
+    message = (
+        r"'form': expected \"gain\", came nothing; 'weights': expected \"0000\", came \"9f3c\"\. Open the index of this"
+    )
+    with pytest.raises(VectorIndexError, match=message):
+        InformationIndex.open(tmp_path, other)
+    with pytest.raises(VectorIndexError, match=r"'projection': expected nothing, came \{\"dim\": 16, \"seed\": 0\}\."):
+        InformationIndex.open(tmp_path, {"weights": "9f3c"})
+
+
+def test_create_again(tmp_path):
+    index = InformationIndex.create(tmp_path, 2, identity=IDENTITY, columns={"label": int})
+    index.add([0], np.ones((1, 2)), {"label": [1]})
+    with pytest.raises(FileExistsError, match=r"There is an index at .*: open it, delete it, or pass exist_ok=True"):
+        InformationIndex.create(tmp_path, 2, identity=IDENTITY)
+    same = InformationIndex.create(tmp_path, 2, identity=IDENTITY, columns={"label": int}, exist_ok=True)
+    assert len(same) == 1
+    with pytest.raises(VectorIndexError, match=r"has dim=2 .*; expected dim=3"):
+        InformationIndex.create(tmp_path, 3, identity=IDENTITY, columns={"label": int}, exist_ok=True)
+    with pytest.raises(VectorIndexError, match="'weights': expected \"x\", came"):
+        InformationIndex.create(tmp_path, 2, identity=IDENTITY | {"weights": "x"}, exist_ok=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="is a file: give the folder"):
+        InformationIndex.create(tmp_path / "file", 2, identity={})
+    with pytest.raises(TypeError, match="`identity` must be plain JSON values"):
+        InformationIndex.create(tmp_path / "x", 2, identity={"weights": torch.ones(1)})
+
+
+def damage(path, pattern, how):
+    files = sorted((path / "vectors.lance").glob(pattern))
+    assert files
+    for file in files:
+        if how == "removed":
+            file.unlink()
+        elif how == "cut":
+            os.truncate(file, file.stat().st_size // 2)
+        else:
+            file.write_bytes(b"x" * 4000)
+
+
+@pytest.mark.parametrize("how", ["removed", "cut", "overwritten"])
+@pytest.mark.parametrize("pattern", ["data/*", "_versions/*.manifest"])
+def test_damaged_index_is_refused_by_name(filled, pattern, how):
+    damage(filled.path, pattern, how)
+    message = (
+        re.escape(f"The index '{filled.path}' cannot be used: ") + ".*Restore the folder from a copy, or delete it"
+    )
+    with pytest.raises(VectorIndexError, match=message):
+        InformationIndex.open(filled.path).search(queries())
+    with pytest.raises(VectorIndexError, match=message):
+        InformationIndex.open(filled.path).build(batches(example_rows(), 30), show_progress=False)
+
+
+def test_data_without_a_version_are_not_overwritten(filled):
+    damage(filled.path, "_versions/*.manifest", "removed")
+    for exist_ok in (False, True):
+        with pytest.raises(VectorIndexError, match="has data and no version that says what they are"):
+            InformationIndex.create(filled.path, 16, identity=IDENTITY, columns=COLUMNS, exist_ok=exist_ok)
+
+
+def test_other_folders_are_refused(tmp_path):
+    import lancedb
+
+    with pytest.raises(FileNotFoundError, match=r"No index at .*: make one with InformationIndex\.create"):
+        InformationIndex.open(tmp_path)
+    lancedb.connect(tmp_path).create_table("vectors", [{"position": 1, "vector": [1.0, 2.0]}])
+    with pytest.raises(VectorIndexError, match="holds a table that is not an InformationIndex"):
+        InformationIndex.open(tmp_path)
+
+
+def test_later_layout_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(lance, "FORMAT", 2)
+    InformationIndex.create(tmp_path, 2, identity={})
+    monkeypatch.undo()
+    with pytest.raises(
+        VectorIndexError, match=r"has layout 2 .*; expected layout 1 .*version of the library that wrote"
+    ):
+        InformationIndex.open(tmp_path)
+
+
+def test_without_lancedb_the_extra_is_named_and_memory_works(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lancedb", None)
+    message = r"pip install 'stride-lightning\[index\]'\. Without it, MemoryIndex searches exactly"
+    with pytest.raises(ModuleNotFoundError, match=message):
+        InformationIndex.create(tmp_path, 2, identity={})
+    with pytest.raises(ModuleNotFoundError, match=message):
+        InformationIndex.open(tmp_path)
+    memory = MemoryIndex(2)
+    memory.add([3], np.ones((1, 2)))
+    assert memory.search([[1.0, 1.0]], exact=False).positions.tolist() == [[3]]
+
+
+def test_a_moved_index_opens(filled, tmp_path):
+    before = contents(filled)
+    shutil.move(filled.path, tmp_path / "moved")
+    assert contents(InformationIndex.open(tmp_path / "moved", IDENTITY)) == before
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+GOOD = {"label": [1, 2], "text": ["a", "b"], "weight": [0.5, 1], "clean": [True, False]}
+BAD_ROWS = [
+    ([0, 1], np.ones((2, 15)), GOOD, ValueError, r"`vectors` of shape \(b, 16\), as the index has dim=16, got .*2, 15"),
+    ([0, 1], np.ones(16), GOOD, ValueError, r"`vectors` of shape \(b, 16\)"),
+    ([0, 1], np.ones((3, 16)), GOOD, ValueError, "a vector for each of 2 positions, got 3"),
+    ([0, 1], [[1.0] * 16, [np.nan] * 16], GOOD, ValueError, "not finite as float32: those of position 1. Find"),
+    ([0, 9], np.full((2, 16), 1e39), GOOD, ValueError, "not finite as float32: those of positions 0, 9. Find"),
+    ([0, 0], np.ones((2, 16)), GOOD, ValueError, "Twice in a batch, .*: position 0"),
+    ([0, -1], np.ones((2, 16)), GOOD, ValueError, "Positions in a dataset are not negative, got -1"),
+    ([0.0, 1.0], np.ones((2, 16)), GOOD, ValueError, r"must be integers of shape \(b,\), got float64"),
+    ([[0, 1]], np.ones((2, 16)), GOOD, ValueError, r"must be integers of shape \(b,\), got int64 of shape \(1, 2\)"),
+    ([0, 1], np.ones((2, 16)), None, ValueError, r"Expected the metadata columns \['clean', 'label', .*, got \[\]"),
+    ([0, 1], np.ones((2, 16)), GOOD | {"more": [1, 2]}, ValueError, "Expected the metadata columns .*'more'"),
+    ([0, 1], np.ones((2, 16)), GOOD | {"label": [1]}, ValueError, "Expected 2 values of .*'label', got 1"),
+    ([0, 1], np.ones((2, 16)), GOOD | {"label": [1, 2.0]}, TypeError, "'label' holds int, got 2.0: convert it"),
+    ([0, 1], np.ones((2, 16)), GOOD | {"label": [1, True]}, TypeError, "'label' holds int, got True"),
+    (
+        [0, 1],
+        np.ones((2, 16)),
+        GOOD | {"label": [1, 2**63]},
+        ValueError,
+        "integers of 64 bits, got 9223372036854775808",
+    ),
+    ([0, 1], np.ones((2, 16)), GOOD | {"text": ["a", None]}, TypeError, "'text' holds str, got None: .* such as ''"),
+    ([0, 1], np.ones((2, 16)), GOOD | {"text": ["a", "\ud800"]}, ValueError, "'text' holds Unicode text"),
+    ([0, 1], np.ones((2, 16)), GOOD | {"clean": [1, 0]}, TypeError, "'clean' holds bool, got 1"),
+]
+
+
+@pytest.mark.parametrize(("positions", "vectors", "columns", "error", "message"), BAD_ROWS)
+def test_bad_rows_are_refused_and_leave_nothing(make, positions, vectors, columns, error, message):
+    index = make()
+    with pytest.raises(error, match=message):
+        index.add(positions, vectors, columns)
+    with pytest.raises(error, match=message):
+        index.build([(positions, vectors, columns)], show_progress=False)
+    assert len(index) == 0
+    index.add([0, 1], np.ones((2, 16)), GOOD)
+    assert len(index) == 2
+
+
+def test_positions_that_are_there_are_refused_by_name(make):
+    index = make(columns={})
+    index.add(np.arange(10), np.ones((10, 16)))
+    with pytest.raises(
+        ValueError, match=r"Already in the index, .*: positions 2, 3, 4, 5, 6 and 3 more. Leave them out"
+    ):
+        index.add(np.arange(2, 12), np.ones((10, 16)))
+    assert len(index) == 10
+    with pytest.raises(ValueError, match=r"Twice in the stream, .*: position 3"):
+        index.build([([3, 11], np.ones((2, 16))), ([3], np.ones((1, 16)))], show_progress=False)
+
+
+@pytest.mark.parametrize("batch", [([0],), "ab" * 5, {"positions": [0]}])
+def test_batches_of_another_form_are_refused(make, batch):
+    with pytest.raises(ValueError, match=r"Expected batches of \(positions, vectors\) or"):
+        make(columns={}).build([batch], show_progress=False)
+
+
+@pytest.mark.parametrize("k", [0, -1, 2.0, True])
+def test_k_must_be_positive(make, k):
+    with pytest.raises(ValueError, match=f"`k` must be a positive integer, got {k!r}"):
+        make().search(queries(), k)
+
+
+def test_bad_queries_are_refused(make):
+    index = make()
+    with pytest.raises(ValueError, match=r"`queries` of shape \(b, 16\), .* another projection"):
+        index.search(np.ones((2, 8)))
+    with pytest.raises(ValueError, match=r"`queries` of shape \(b, 16\)"):
+        index.search(np.ones(16))
+    with pytest.raises(ValueError, match="Query 1 is not finite"):
+        index.search([[1.0] * 16, [np.inf] * 16])
+
+
+@pytest.mark.parametrize(
+    ("columns", "error", "message"),
+    [
+        ({"a b": int}, ValueError, "'a b' must be named by ASCII letters"),
+        ({"_x": int}, ValueError, "'_x' must be named by ASCII letters"),
+        ({"Vector": int}, ValueError, "'Vector' has the name of one that every index has"),
+        ({"a": int, "A": int}, ValueError, "may not differ in case only"),
+        ({"a": list}, TypeError, "'a' must be one of .*got <class 'list'>"),
+    ],
+)
+def test_bad_columns_are_refused(make, columns, error, message):
+    with pytest.raises(error, match=message):
+        make(columns=columns)
+
+
+def test_bad_sizes_are_refused(make):
+    for dim in (0, 2.0, True):
+        with pytest.raises(ValueError, match=f"`dim` must be a positive integer, got {dim!r}"):
+            make(dim=dim)
+    with pytest.raises(ValueError, match="`rows_per_commit` must be at least 1, got 0"):
+        make().build([], rows_per_commit=0)
+
+
+def test_tensors_of_lower_precision_and_with_gradients(make):
+    index = make(dim=2, columns={})
+    index.add(torch.tensor([0, 1]), torch.ones(2, 2, dtype=torch.bfloat16, requires_grad=True))
+    index.add(np.array([2], np.uint8), torch.full((1, 2), 2.0, dtype=torch.float64))
+    assert index.search(torch.ones(1, 2, requires_grad=True)).positions.tolist() == [[2, 0, 1]]
+
+
+def test_what_was_passed_may_change_afterwards():
+    index, vectors = MemoryIndex(2), np.ones((1, 2), np.float32)
+    index.add([0], vectors)
+    vectors[:] = 5
+    assert index.search([[1.0, 0.0]]).dots.tolist() == [[1.0]]
+
+
+def test_position_set():
+    held = PositionSet()
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(0, 10**6, 500)
+    held.add(drawn)
+    held.add(np.empty(0, np.int64))
+    asked = np.concatenate([drawn, rng.integers(0, 10**6, 500), [2**62]])
+    assert held.holds(asked).tolist() == np.isin(asked, drawn).tolist()
+    assert held.holds(np.empty(0, np.int64)).tolist() == []

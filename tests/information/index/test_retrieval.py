@@ -1,0 +1,146 @@
+"""Indexes of training examples give the same ranking, and the same nats, as scores of all pairs."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Subset, TensorDataset
+
+from stride_lightning.information.attributor import InformationGainAttributor, InformationLossAttributor
+from stride_lightning.information.index.checks import VectorIndexError
+from stride_lightning.information.index.on_disk import InformationIndex
+from stride_lightning.information.index.retrieval import build_index, search_index
+from stride_lightning.information.loss import information_gain
+from tests.helpers.models import Classifier, classification_data
+
+NUM_TRAIN = 40
+
+
+def fitted(kind=InformationLossAttributor, data=None, model=None, **options):
+    torch.manual_seed(0)
+    model = Classifier() if model is None else model
+    options = {"likelihood": "margin", "ridge": 0.3, "show_progress": False, **options}
+    return kind(**options).fit(model, classification_data(NUM_TRAIN) if data is None else data)
+
+
+def queries():
+    return classification_data(6, seed=1)
+
+
+@pytest.mark.parametrize("kind", [InformationLossAttributor, InformationGainAttributor])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_the_ranking_and_the_nats_of_all_pairs(kind, on_disk, tmp_path):
+    if on_disk:
+        pytest.importorskip("lancedb")
+    attributor = fitted(kind)
+    index = build_index(attributor, tmp_path if on_disk else None)
+    found = search_index(attributor, index, queries(), k=7)
+    best = attributor.attribute(queries()).top(7)
+    assert torch.equal(found.positions, best.proponents)
+    torch.testing.assert_close(found.nats.float(), best.proponent_scores, rtol=1e-4, atol=1e-9)
+
+
+def test_one_more_copy():
+    attributor = fitted()
+    found = search_index(attributor, build_index(attributor, form="copy"), queries(), k=5)
+    rows = [torch.cat([b.rows for b in attributor._tangents.batches(reader)]) for reader in readers(attributor)]
+    expected = information_gain(*rows, attributor.posterior, form="copy").sort(descending=True, stable=True)
+    assert torch.equal(found.positions, expected.indices[:, :5])
+    torch.testing.assert_close(found.nats.float(), expected.values[:, :5], rtol=1e-4, atol=1e-9)
+
+
+def readers(attributor):
+    from stride_lightning.data.sources import resolve_queries
+
+    asked = resolve_queries(queries())
+    return attributor._reader, attributor._read(attributor._model, asked, torch.device("cpu"), "label")
+
+
+def test_your_own_columns_and_filters():
+    attributor = fitted()
+    names = [f"document {i % 3}" for i in range(NUM_TRAIN)]
+    index = build_index(attributor, columns={"document": names, "place": list(range(NUM_TRAIN))})
+    found = search_index(attributor, index, queries(), k=4, where=lambda columns: columns["place"] < 20)
+    assert (found.positions < 20).all()
+    assert found.columns["document"] == [[names[i] for i in row] for row in found.positions.tolist()]
+
+
+def test_growing_data_are_added_to_an_index_of_gains(tmp_path):
+    pytest.importorskip("lancedb")
+    torch.manual_seed(0)
+    model, data = Classifier(), classification_data(NUM_TRAIN)
+    first = fitted(InformationGainAttributor, Subset(data, range(25)), model)
+    assert len(build_index(first, tmp_path)) == 25
+    whole = fitted(InformationGainAttributor, data, model)
+    grown = build_index(whole, tmp_path)
+    assert len(grown) == NUM_TRAIN
+    assert torch.equal(
+        search_index(whole, grown, queries(), k=9).positions,
+        search_index(whole, build_index(whole), queries(), k=9).positions,
+    )
+    assert len(InformationIndex.open(tmp_path)) == NUM_TRAIN
+
+
+def test_an_index_of_something_else_is_refused(tmp_path):
+    attributor = fitted()
+    index = build_index(attributor)
+    with pytest.raises(VectorIndexError, match=r"'ridge': expected 0\.5, came 0\.3"):
+        search_index(fitted(ridge=0.5), index, queries())
+    with pytest.raises(VectorIndexError, match="'seed'"):
+        search_index(fitted(seed=1), index, queries())
+    with pytest.raises(VectorIndexError, match="'weights'"):
+        search_index(fitted(model=Classifier(width=9)), index, queries())
+    with pytest.raises(VectorIndexError, match="'data'"):
+        search_index(fitted(data=classification_data(NUM_TRAIN, seed=5)), index, queries())
+
+
+def test_a_gain_index_of_other_data_is_refused(tmp_path):
+    pytest.importorskip("lancedb")
+    torch.manual_seed(0)
+    model, data = Classifier(), classification_data(NUM_TRAIN)
+    first = fitted(InformationGainAttributor, Subset(data, range(25)), model)
+    index = build_index(first, tmp_path)
+    others = [Subset(data, range(10, 35)), Subset(data, range(20)), classification_data(NUM_TRAIN, seed=3)]
+    for other in others:
+        attributor = fitted(InformationGainAttributor, other, model)
+        with pytest.raises(VectorIndexError, match="'data'"):
+            build_index(attributor, tmp_path)
+        with pytest.raises(VectorIndexError, match="'data'"):
+            search_index(attributor, index, queries())
+
+
+def test_several_outputs_are_refused():
+    with pytest.raises(ValueError, match=r"3 outputs.*likelihood='margin'"):
+        build_index(fitted(likelihood="gauss-newton"))
+
+
+def test_columns_of_arrays():
+    index = build_index(fitted(), columns={"label": torch.arange(NUM_TRAIN) % 3, "weight": np.ones(NUM_TRAIN)})
+    assert index.columns == {"label": int, "weight": float}
+
+
+def test_an_attributor_that_is_not_fitted():
+    with pytest.raises(RuntimeError, match=r"fit\(model, train_data\) before build_index"):
+        build_index(InformationGainAttributor(likelihood="margin"))
+
+
+def test_wrong_columns():
+    with pytest.raises(ValueError, match=r"Expected 40 values per column.*'label': 3"):
+        build_index(fitted(), columns={"label": [1, 2, 3]})
+    with pytest.raises(TypeError, match="values of one type"):
+        build_index(fitted(), columns={"label": [1] * 39 + ["one"]})
+
+
+def test_positions_of_a_part_of_the_data():
+    torch.manual_seed(0)
+    attributor = InformationLossAttributor(likelihood="margin", ridge=0.3, show_progress=False)
+    attributor.fit(Classifier(), classification_data(NUM_TRAIN), train_indices=[30, 3, 8, 21])
+    found = search_index(attributor, build_index(attributor), queries(), k=4)
+    assert torch.equal(found.positions.sort().values, torch.tensor([3, 8, 21, 30]).expand(6, 4))
+
+
+def test_a_regression_has_one_output():
+    x = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
+    attributor = InformationLossAttributor(ridge=1.0, show_progress=False)
+    attributor.fit(nn.Linear(3, 1), TensorDataset(x, x.sum(1)))
+    assert search_index(attributor, build_index(attributor), TensorDataset(x[:2], x[:2].sum(1)), k=3).nats.min() >= 0

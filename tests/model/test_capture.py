@@ -1,0 +1,438 @@
+"""Per-example gradients of every kind of layer against ordinary gradients of one example after the other."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from stride_lightning import Classification
+from stride_lightning.gradients.plan import plan_capture
+from stride_lightning.model.capture import chosen_parameters
+from tests.helpers.gradient_models import (
+    GPT2,
+    Adapter,
+    Attention,
+    DictModel,
+    FlatHead,
+    Recurrent,
+    SameWeight,
+    Scaled,
+    TiedHead,
+    Transformer,
+    Twice,
+    check_same_condition,
+    condition_of,
+    mlp,
+    seeded,
+    tokens,
+)
+from tests.helpers.tiny import random_tensor
+
+NUM = 5
+
+
+def conv(*shape, after, **options):
+    """A convolution with a head on what is left of 2 channels of some shape, all in one layer."""
+    kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(shape)]
+    make = options.pop("kind", kind)
+    return lambda: nn.Sequential(make(2, **options), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(after, 3))
+
+
+def points(size=6):
+    return random_tensor(NUM, size, seed=1)
+
+
+def pictures(*shape):
+    return random_tensor(NUM, 2, *shape, seed=1)
+
+
+FACTORS, VECTORIZED, ONE_BY_ONE = "factors", "vectorized", "one by one"
+#: Model, inputs, and how each block is read where that is not by factors.
+CASES = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(6, 4), nn.ReLU(inplace=True), nn.Linear(4, 3)), points(), {}),
+    "no bias": (lambda: nn.Sequential(nn.Linear(6, 4, bias=False), nn.Tanh(), nn.Linear(4, 3)), points(), {}),
+    "the model is a layer": (lambda: nn.Linear(6, 3), points(), {}),
+    "conv1d": (conv(9, after=16, out_channels=4, kernel_size=3, stride=2, dilation=2, padding=1), pictures(9), {}),
+    "conv1d no bias": (conv(5, after=9, out_channels=3, kernel_size=3, bias=False), pictures(5), {}),
+    "conv2d": (
+        conv(5, 4, after=27, out_channels=3, kernel_size=(3, 2), stride=(2, 1), padding=(1, 0)),
+        pictures(5, 4),
+        {},
+    ),
+    "conv3d": (conv(3, 2, 3, after=12, out_channels=3, kernel_size=2), pictures(3, 2, 3), {}),
+    "same": (conv(6, after=18, out_channels=3, kernel_size=4, padding="same", dilation=1), pictures(6), {}),
+    "valid": (conv(6, after=9, out_channels=3, kernel_size=4, padding="valid"), pictures(6), {}),
+    "circular": (
+        conv(4, 4, after=48, out_channels=3, kernel_size=3, padding=(1, 1), padding_mode="circular"),
+        pictures(4, 4),
+        {},
+    ),
+    "reflect": (
+        conv(4, 5, after=84, out_channels=3, kernel_size=3, padding=(1, 2), stride=1, padding_mode="reflect"),
+        pictures(4, 5),
+        {},
+    ),
+    "grouped": (
+        conv(5, after=12, out_channels=4, kernel_size=3, groups=2),
+        pictures(5),
+        {"0.weight": VECTORIZED, "0.bias": VECTORIZED},
+    ),
+    "transposed": (
+        conv(4, after=15, kind=nn.ConvTranspose1d, out_channels=3, kernel_size=2),
+        pictures(4),
+        {"0.weight": VECTORIZED, "0.bias": VECTORIZED},
+    ),
+    "norms": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 2),
+            nn.BatchNorm2d(4),
+            nn.ReLU(inplace=True),
+            nn.GroupNorm(2, 4),
+            nn.Flatten(),
+            nn.Linear(16, 3),
+        ),
+        pictures(3, 3),
+        {f"{i}.{name}": VECTORIZED for i in (1, 3) for name in ("weight", "bias")},
+    ),
+    "layer norms": (
+        lambda: nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 4), nn.RMSNorm(4), nn.PReLU(), nn.Linear(4, 3)),
+        points(),
+        {name: VECTORIZED for name in ("0.weight", "0.bias", "2.weight", "3.weight")},
+    ),
+    "places": (
+        lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3), nn.Flatten()),
+        random_tensor(NUM, 3, 4, seed=1),
+        {},
+    ),
+    "embedding": (
+        lambda: nn.Sequential(nn.Embedding(11, 4, padding_idx=0), nn.Flatten(), nn.Linear(12, 3)),
+        tokens(NUM, 3, size=3),
+        {},
+    ),
+    "tied head": (TiedHead, tokens(NUM, 4), {"norm.weight": VECTORIZED, "norm.bias": VECTORIZED}),
+    "twice": (Twice, points(), {"unused.weight": VECTORIZED, "unused.bias": VECTORIZED}),
+    "same weight": (SameWeight, points(), {"one.bias": VECTORIZED, "two.bias": VECTORIZED}),
+    "attention": (
+        Attention,
+        random_tensor(NUM, 3, 4, seed=1),
+        {
+            f"attention.{name}": VECTORIZED
+            for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
+        },
+    ),
+    "transformer": (
+        Transformer,
+        tokens(NUM, 3),
+        {"positions": VECTORIZED}
+        | {
+            f"layer.self_attn.{name}": VECTORIZED
+            for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
+        }
+        | {f"layer.norm{i}.{name}": VECTORIZED for i in (1, 2) for name in ("weight", "bias")},
+    ),
+    "gpt2": (
+        GPT2,
+        tokens(NUM, 3, size=7),
+        {
+            f"model.transformer.{norm}.{name}": VECTORIZED
+            for norm in ("h.0.ln_1", "h.0.ln_2", "ln_f")
+            for name in ("weight", "bias")
+        },
+    ),
+    "lstm": (
+        Recurrent,
+        random_tensor(NUM, 3, 4, seed=1),
+        {f"recurrent.{kind}_{of}_l0": ONE_BY_ONE for kind in ("weight", "bias") for of in ("ih", "hh")},
+    ),
+    "weight norm": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 4)), nn.Tanh(), nn.Linear(4, 3)),
+        points(),
+        {"0.bias": VECTORIZED} | {f"0.parametrizations.weight.original{i}": VECTORIZED for i in range(2)},
+    ),
+    "adapter": (Adapter, points(), {}),
+    "frozen bias": (
+        lambda: nn.Sequential(_frozen(nn.Linear(6, 4), "bias"), nn.Tanh(), _frozen(nn.Linear(4, 3), "weight")),
+        points(),
+        {"2.bias": VECTORIZED},
+    ),
+    "raw parameters": (Scaled, points(), {"scale": VECTORIZED, "shift": VECTORIZED}),
+    "one output": (FlatHead, points(), {}),
+    "dictionary": (DictModel, {"words": tokens(NUM, 3), "numbers": points()}, {}),
+}
+
+
+def _frozen(layer, name):
+    getattr(layer, name).requires_grad_(False)
+    return layer
+
+
+def cut(inputs, rows):
+    return pytree.tree_map(lambda leaf: leaf[rows], inputs)
+
+
+def planned(model, inputs, **options):
+    return plan_capture(model, Classification(), [cut(inputs, slice(i, i + 1)) for i in range(2)], **options)
+
+
+def gradients_by_hand(capture, inputs, directions):
+    """By name, one example after the other."""
+    found = {name: [] for name in capture.parameters}
+    for i, direction in enumerate(directions):
+        with torch.enable_grad():
+            outputs = capture.outputs(cut(inputs, slice(i, i + 1)))
+            given = torch.autograd.grad(outputs, [*capture.parameters.values()], direction[None], allow_unused=True)
+        for (name, parameter), gradient in zip(capture.parameters.items(), given, strict=True):
+            found[name].append(torch.zeros_like(parameter) if gradient is None else gradient)
+    return {name: torch.stack(gradients) for name, gradients in found.items()}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop because")  # torch's, of weight_norm under vmap
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch's, of a copy that it makes
+@pytest.mark.parametrize("name", CASES)
+def test_every_layer(name):
+    make, inputs, ways = CASES[name]
+    model = seeded(make)
+    before = condition_of(model)
+    capture = planned(model, inputs)
+    with capture.watch() as backward:
+        outputs = backward.run(inputs, NUM)
+        directions = random_tensor(*outputs.shape, seed=2)
+        backward.gradients(random_tensor(*outputs.shape, seed=3), last=False)
+        gradients = backward.gradients(directions)
+    assert not outputs.requires_grad
+
+    expected = gradients_by_hand(capture, inputs, directions)
+    assert set(expected) == {plain for plain, p in model.named_parameters() if p.requires_grad}
+    found = {}
+    for block, layout in capture.layouts.items():
+        vectors = gradients[block].dense()
+        parts = layout.split(vectors)
+        assert torch.equal(layout.join(parts), vectors)
+        assert layout.num_parameters == gradients[block].size
+        assert not found.keys() & parts.keys()
+        found |= parts
+    torch.testing.assert_close(found, {key: expected[key] for key in found}, rtol=1e-9, atol=1e-12)
+    assert found.keys() == expected.keys()
+    together = torch.cat([expected[key].reshape(NUM, -1) for key in expected], 1)
+    torch.testing.assert_close(gradients.inner(gradients), together @ together.T, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradients.squared_norms(), together.square().sum(1), rtol=1e-9, atol=1e-12)
+
+    # A block that falls back to a slower way in silence would pass everything above.
+    assert {block: layout.way for block, layout in capture.layouts.items() if layout.way != FACTORS} == ways
+    assert capture.described()["num_parameters"] == together.shape[1]
+    check_same_condition(before, model)
+
+
+@pytest.mark.parametrize("shape", [(NUM, 6), (NUM, 3, 6)], ids=["vectors", "places"])
+def test_operations_in_place_after_a_layer_keep_it_fast(shape):
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 4), nn.ReLU(inplace=True), nn.Linear(4, 3), nn.Flatten()))
+    capture = planned(model, random_tensor(*shape, seed=1))
+    assert capture.described()["blocks"] == {FACTORS: 2}
+
+
+class Gated(nn.Module):
+    """Hands its layer a tensor that is the same for all examples."""
+
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(NUM))
+
+        def forward(self, x, factors):
+            return x * self.weight * factors
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.out = self.Gate(), nn.Linear(NUM, 3)
+        self.register_buffer("factors", torch.arange(1.0, NUM + 1))
+
+    def forward(self, x):
+        return self.out(self.gate(x, self.factors))
+
+
+@pytest.mark.parametrize("num", [2, NUM, 7])
+def test_a_tensor_as_long_as_the_batch_is_not_taken_for_a_batch(num):
+    model, inputs = seeded(Gated), random_tensor(7, NUM, seed=0)
+    capture = planned(model, inputs)
+    with capture.watch() as backward:
+        outputs = backward.run(inputs[:num], num)
+        gradients = backward.gradients(torch.ones_like(outputs))
+    expected = gradients_by_hand(capture, inputs[:num], torch.ones_like(outputs))
+    torch.testing.assert_close(gradients["gate.weight"].dense(), expected["gate.weight"], rtol=1e-9, atol=1e-12)
+
+
+def test_places_first():
+    """A layer that sees ``(places, B, d)``: its rows are not those of one example after another."""
+
+    class PlacesFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.out = nn.Linear(4, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.out(torch.tanh(self.inner(x.transpose(0, 1))).mean(0))
+
+    for places in (2, 4, 3):
+        inputs = random_tensor(NUM, places, 4, seed=1)
+        capture = planned(seeded(PlacesFirst), inputs)
+        with capture.watch() as backward:
+            outputs = backward.run(inputs, NUM)
+            gradients = backward.gradients(torch.ones_like(outputs))
+        layout = capture.layouts["inner.weight"]
+        found = layout.split(gradients["inner.weight"].dense())["inner.weight"]
+        expected = gradients_by_hand(capture, inputs, torch.ones_like(outputs))["inner.weight"]
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_batch_of_one_and_another_length():
+    make, inputs, _ = CASES["tied head"]
+    capture = planned(seeded(make), inputs)
+    for changed in (inputs[:1], inputs[:, :3], tokens(9, 4, seed=8)):
+        with capture.watch() as backward:
+            outputs = backward.run(changed, len(changed))
+            gradients = backward.gradients(torch.ones_like(outputs))
+        expected = gradients_by_hand(capture, changed, torch.ones_like(outputs))
+        found = capture.layouts["embedding.weight"].split(gradients["embedding.weight"].dense())
+        torch.testing.assert_close(found["embedding.weight"], expected["embedding.weight"], rtol=1e-9, atol=1e-12)
+
+
+def test_hooks_go_when_something_fails():
+    model = mlp()
+    capture = planned(model, random_tensor(NUM, 4, seed=0))
+    before = condition_of(model)
+    with pytest.raises(RuntimeError, match="stop"), capture.watch():  # noqa: PT012 - what is raised must leave the block
+        assert condition_of(model)["hooks"] != before["hooks"]
+        raise RuntimeError("stop")
+    check_same_condition(before, model)
+
+
+def test_weights_may_be_exchanged():
+    model, inputs = mlp(), random_tensor(NUM, 4, seed=0)
+    capture = planned(model, inputs)
+    model.load_state_dict(mlp(seed=3).state_dict())
+    with capture.watch() as backward:
+        backward.run(inputs, NUM)
+        gradients = backward.gradients(torch.ones(NUM, 3, dtype=torch.float64))
+    expected = gradients_by_hand(capture, inputs, torch.ones(NUM, 3, dtype=torch.float64))
+    found = capture.layouts["0.weight"].split(gradients["0.weight"].dense())
+    torch.testing.assert_close(found["0.weight"], expected["0.weight"], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("rates", [{"0.weight": 0.3, "0.bias": 0.3}, {"0.weight": 0.3, "0.bias": 0.7}])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(4, 3), lambda: _conv1d_of_transformers(4, 3)])
+def test_times_rates(make, rates):
+    model, inputs = seeded(lambda: nn.Sequential(make())), random_tensor(NUM, 4, seed=0)
+    capture = planned(model, inputs)
+    with capture.watch() as backward:
+        outputs = backward.run(inputs, NUM)
+        gradients = backward.gradients(torch.ones_like(outputs))
+    layout, block = capture.layouts["0.weight"], gradients["0.weight"]
+    found = layout.split(layout.times(block, rates).dense())
+    expected = {name: value * rates[name] for name, value in layout.split(block.dense()).items()}
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-12)
+
+
+def _conv1d_of_transformers(num_inputs, num_outputs):
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D(num_outputs, num_inputs)
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        (None, ["0.weight", "0.bias", "2.weight", "2.bias"]),
+        (["2"], ["2.weight", "2.bias"]),
+        (["2", "0"], ["0.weight", "0.bias", "2.weight", "2.bias"]),
+    ],
+)
+def test_chosen_layers(layers, expected):
+    assert list(chosen_parameters(mlp(), layers)) == expected
+    capture = planned(mlp(), random_tensor(NUM, 4, seed=0), layers=layers)
+    assert [name for layout in capture.layouts.values() for name in layout.parameters] == expected
+
+
+def test_what_is_slow_is_said():
+    make, inputs, _ = CASES["lstm"]
+    message = planned(seeded(make), inputs).warning
+    assert "recurrent.weight_ih_l0" in message
+    assert "layers=[" in message
+    assert planned(mlp(), random_tensor(NUM, 4, seed=0)).warning == ""
+
+
+# ---- refusals ---------------------------------------------------------------------------------------------------
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 30)
+
+    def forward(self, x):
+        return F.dropout(self.linear(x), training=True)
+
+
+def batch_statistics():
+    """Of one example alone there are none."""
+    return nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3))
+
+
+def statistics_over_places():
+    return nn.Sequential(nn.Unflatten(1, (2, 3)), *batch_norm_of_places(), nn.Flatten(), nn.Linear(6, 3))
+
+
+def batch_norm_of_places():
+    return nn.Conv1d(2, 2, 1), nn.BatchNorm1d(2, track_running_stats=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "named", "cure"),
+    [
+        (Noisy, "linear.weight", "no random numbers"),
+        (batch_statistics, "0.weight|BatchNorm", "without running statistics"),
+        (statistics_over_places, "1.weight|BatchNorm", "without running statistics"),
+    ],
+)
+def test_examples_that_influence_each_other_or_chance(make, named, cure):
+    model = seeded(make)
+    before = condition_of(model)
+    with pytest.raises(ValueError, match=named) as caught:
+        planned(model, torch.cat([points(), points() + 1]))
+    assert cure in str(caught.value)
+    assert "layers=[" in str(caught.value)
+    after = condition_of(model)
+    assert (after["hooks"], after["gradients"]) == (before["hooks"], True)
+
+
+def test_wrong_layers():
+    model, inputs = mlp(), random_tensor(NUM, 4, seed=0)
+    with pytest.raises(TypeError, match=r"write layers=\['2'\]"):
+        planned(model, inputs, layers="2")
+    with pytest.raises(ValueError, match=r"'7' is not a submodule of Sequential.*'0', '2'"):
+        planned(model, inputs, layers=["7"])
+    with pytest.raises(ValueError, match=r"no trainable parameters in '1'.*layers="):
+        planned(model, inputs, layers=["1"])
+    with pytest.raises(ValueError, match=r"no trainable parameters in Sequential.*requires_grad=True"):
+        planned(model.requires_grad_(False), inputs)
+
+
+def test_outputs_that_depend_on_nothing_trainable():
+    class Elsewhere(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(6, 3).requires_grad_(False), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.used(x)
+
+    with pytest.raises(ValueError, match=r"unused|depend"):
+        planned(seeded(Elsewhere), points())
+
+
+def test_planning_warns_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        planned(mlp(), random_tensor(NUM, 4, seed=0))

@@ -1,0 +1,406 @@
+"""Only the top is held: it is the top of all scores, and what needs all scores says so."""
+
+import math
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import distributed as dist
+from torch.utils.data import TensorDataset
+
+from stride_lightning import Attribution, Attributor, RecordError, TopExamples, attribute, evaluate, retrain_without
+from stride_lightning.data.examples import Examples
+from stride_lightning.results.top_attribution import TopAttribution, TopCollector
+from stride_lightning.results.top_examples import joined
+from stride_lightning.retraining.ground_truth import GroundTruth
+from stride_lightning.views.loggers import example_table, markdown_table, summarize
+from stride_lightning.views.ranking import rank_examples
+from tests.helpers.models import Classifier, build, classification_data
+from tests.runtime.test_distributed import run_two, start
+
+FIELDS = ("proponents", "proponent_scores", "opponents", "opponent_scores")
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def whole_numbers(*shape, seed=0):
+    """Scores with many ties."""
+    return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def tiles(scores, seed, largest=7):
+    """The columns in random order, cut at random places."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = torch.randperm(scores.shape[1], generator=generator)
+    while len(columns):
+        size = int(torch.randint(1, largest + 1, (1,), generator=generator))
+        yield scores[:, columns[:size]], columns[:size]
+        columns = columns[size:]
+
+
+def collect(scores, k, seed=0, **options):
+    collector = TopCollector(len(scores), k)
+    for tile, columns in tiles(scores, seed, **options):
+        collector.update(tile, columns)
+    return collector
+
+
+def assert_same(one, other):
+    for name in FIELDS:
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=0)
+
+
+# ---- collecting -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [whole_numbers, random], ids=["ties", "no ties"])
+@pytest.mark.parametrize(("q", "n", "k"), [(4, 30, 5), (1, 30, 1), (3, 12, 12), (3, 5, 9), (2, 1, 3), (0, 8, 2)])
+@pytest.mark.parametrize("seed", range(8))
+def test_any_tiling_gives_the_top_of_all(make, q, n, k, seed):
+    scores = make(q, n, seed=seed)
+    assert_same(collect(scores, k, seed).compute(), Attribution(scores).top(k))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_against_a_plain_sort(seed):
+    scores = whole_numbers(3, 40, seed=seed)
+    scores[0, 7], scores[0, 21], scores[1, 3] = math.inf, math.inf, -math.inf
+    found = collect(scores, 6, seed).compute()
+    for query, row in enumerate(scores.tolist()):
+        assert found.proponents[query].tolist() == sorted(range(40), key=lambda i: (-row[i], i))[:6]
+        assert found.opponents[query].tolist() == sorted(range(40), key=lambda i: (row[i], i))[:6]
+        assert found.proponent_scores[query].tolist() == [row[i] for i in found.proponents[query].tolist()]
+        assert found.opponent_scores[query].tolist() == [row[i] for i in found.opponents[query].tolist()]
+
+
+def test_everything_ties():
+    zeros = torch.zeros(2, 50)
+    zeros[:, ::2] *= -1  # minus zero is zero
+    found = collect(zeros, 4, largest=20).compute()
+    assert found.proponents.tolist() == found.opponents.tolist() == [[0, 1, 2, 3]] * 2
+    assert "-0" not in str(found.opponent_scores.tolist())
+
+
+def test_other_precisions_compare_as_float32():
+    scores = random(2, 20).double()
+    scores[:, 11] = scores[:, 4] + 1e-12  # the same in float32
+    scores[:, [4, 11]] += 10
+    assert collect(scores, 2).compute().proponents.tolist() == [[4, 11]] * 2
+    half = random(2, 20).bfloat16()
+    assert_same(collect(half, 3).compute(), Attribution(half.float()).top(3))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_collectors_merge(seed):
+    scores = whole_numbers(3, 25, seed=seed)
+    parts = [TopCollector(3, 4) for _ in range(4)]  # the last stays empty
+    for number, (tile, columns) in enumerate(tiles(scores, seed)):
+        parts[number % 3].update(tile, columns)
+    first, *others = parts
+    for other in others:
+        first.merge(other)
+    assert first.num_columns == 25
+    assert_same(first.compute(), Attribution(scores).top(4))
+
+
+def test_queries_in_turn_are_queries_at_once():
+    scores = whole_numbers(7, 20)
+    parts = [collect(scores[rows], 4, seed).compute() for seed, rows in enumerate([range(3), range(3, 4), range(4, 7)])]
+    assert_same(joined(parts), Attribution(scores).top(4))
+    whole = Attribution(scores, std=scores.abs()).top_columns(3)
+    assert joined([whole, whole]).opponent_stds.equal(torch.cat([whole.opponent_stds] * 2))
+
+
+def test_gathering_in_one_process_changes_nothing():
+    collector = collect(whole_numbers(2, 9), 3)
+    collector.gather()
+    assert_same(collector.compute(), Attribution(whole_numbers(2, 9)).top(3))
+
+
+def gather_parts(number, port, folder):
+    start(number, port)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=2)
+    results = {}
+    # Uneven shares; a rank that holds fewer than k; a rank without any.
+    for share in (11, 2, 0):
+        scores = whole_numbers(3, 20, seed=share)
+        collector = TopCollector(3, 5)
+        for tile, columns in tiles(scores, seed=1):
+            mine = (columns < share) == (number == 0)
+            collector.update(tile[:, mine], columns[mine])
+        collector.gather()
+        results[share] = {**collector.compute().tensors(), "count": collector.num_columns}
+    torch.save(results, folder / f"rank{number}.pt")
+
+
+@pytest.mark.distributed
+def test_two_processes_gather_what_one_collects(tmp_path):
+    for results in run_two(gather_parts, tmp_path):
+        for share, found in results.items():
+            assert found.pop("count") == 20
+            assert_same(TopExamples(**found), Attribution(whole_numbers(3, 20, seed=share)).top(5))
+
+
+def test_scores_that_cannot_be_ranked():
+    scores = random(2, 6)
+    scores[1, 2] = math.nan
+    with pytest.raises(ValueError, match=r"query 1 for training example 12 .* is NaN"):
+        TopCollector(2, 1).update(scores, torch.arange(15, 9, -1) - 1)
+    with pytest.raises(ValueError, match=r"shape \(3, tile\).*got \(2, 6\) and \(6,\)"):
+        TopCollector(3, 1).update(scores, torch.arange(6))
+    with pytest.raises(ValueError, match=r"got \(2, 6\) and \(5,\)"):
+        TopCollector(2, 1).update(scores, torch.arange(5))
+
+
+def test_a_column_may_come_once():
+    collector = collect(whole_numbers(2, 9), 3)
+    collector.merge(collect(whole_numbers(2, 9), 3))
+    with pytest.raises(ValueError, match=r"example \d .* came twice"):
+        collector.compute()
+
+
+def test_collectors_that_do_not_fit():
+    with pytest.raises(ValueError, match="seen no scores: call `update` first"):
+        TopCollector(2, 1).compute()
+    with pytest.raises(ValueError, match="`k` at least 1, got 2 and 0"):
+        TopCollector(2, 0)
+    with pytest.raises(ValueError, match="of 2 queries and k=1, got one of 2 and k=3"):
+        TopCollector(2, 1).merge(TopCollector(2, 3))
+
+
+# ---- what the top can tell --------------------------------------------------------------------------------------
+
+SCORES = random(3, 12)
+DESCRIBED = {
+    "train_indices": torch.arange(100, 112),
+    "train_targets": torch.arange(12) % 3,
+    "query_targets": torch.tensor([2, 0, 1]),
+    "metadata": {"method": "tracin", "seconds": {"total": 1.25}, "step": 7},
+    "train_info": {"source": [f"page {i}" for i in range(12)]},
+    "query_info": {"name": ["a", "b", "c"]},
+}
+
+
+def both(k=4, **changes):
+    described = DESCRIBED | changes
+    return Attribution(SCORES, **described), TopAttribution(collect(SCORES, k).compute(), 12, **described)
+
+
+def test_top():
+    whole, top = both()
+    for k in (1, 3, 4):
+        assert_same(top.top(k), whole.top(k))
+        assert_same(top.top_columns(k), whole.top_columns(k))
+    assert_same(top.top(), whole.top(4))  # by default what is held
+    assert (len(top), top.num_queries, top.num_train, top.num_ranked) == (3, 3, 12, 4)
+    with pytest.raises(ValueError, match=r"`k` is 5, but only the 4 strongest.*`top_k=5`"):
+        top.top(5)
+    with pytest.raises(ValueError, match="`k` must be at least 1, got 0"):
+        top.top(0)
+    all_held = TopAttribution(collect(SCORES, 40).compute(), 12)
+    assert_same(all_held.top(30), Attribution(SCORES).top(30))
+
+
+def test_one_query():
+    whole, top = both()
+    assert_same(top[-1].top(2), whole[-1].top(2))
+    assert top[1].query_info == {"name": ["b"]}
+    assert top[1].query_targets.tolist() == [0]
+    assert isinstance(top[1], TopAttribution)
+    assert [len(one) for one in top] == [1, 1, 1]
+    assert len(top) == 3
+    with pytest.raises(IndexError, match="Query 3 of 3"):
+        top[3]
+
+
+def test_table():
+    whole, top = both()
+    assert top.to_dataframe(3).equals(whole.to_dataframe(3))
+    assert top.to_dataframe().equals(whole.to_dataframe(4))
+    with pytest.raises(ValueError, match="only the 4 strongest"):
+        top.to_dataframe(6)
+    with pytest.raises(ValueError, match="`k` must be at least 1"):
+        top.to_dataframe(0)
+
+
+@pytest.mark.parametrize("scores", [torch.zeros(2, 12), SCORES[:2]], ids=["ties", "few"])
+def test_each_pair_stands_once_in_the_table(scores):
+    frame = TopAttribution(collect(scores, 8).compute(), 12).to_dataframe()
+    assert not frame.duplicated(["query", "train_index"]).any()
+    expected = 8 if scores.eq(0).all() else 12
+    assert frame.groupby("query").size().tolist() == [expected] * 2
+    for row in frame.itertuples():
+        assert row.score == scores[row.query, row.train_index].item()
+
+
+def test_views_show_what_they_show_of_all_scores():
+    whole, top = both()
+    assert rank_examples(top, 1, 3) == rank_examples(whole, 1, 3)
+    assert rank_examples(top, 1, 50) == rank_examples(whole, 1, 4)  # at most what is held
+    assert markdown_table(top, range(3), 2) == markdown_table(whole, range(3), 2)
+    assert example_table(top, range(3), 2) == example_table(whole, range(3), 2)
+    assert summarize(top, 2) == {"tracin/seconds/total": 1.25}
+
+
+def test_figures():
+    pytest.importorskip("matplotlib")
+    whole, top = both()
+
+    def texts(figure):
+        return [text.get_text() for text in [*figure.texts, *figure.axes[0].texts, *figure.axes[0].get_yticklabels()]]
+
+    assert texts(top.plot([0, 2], k=3)) == texts(whole.plot([0, 2], k=3))
+    assert len(texts(top.plot())) > 3
+    images = Examples(TensorDataset(torch.rand(12, 1, 8, 8)))
+    whole, top = both(queries=images.subset([0, 1, 2]), train_data=images)
+    shown = [[axes.images[0].get_array().tolist() for axes in given.plot(1, k=2).axes] for given in (whole, top)]
+    assert shown[0] == shown[1]
+
+
+def test_loggers(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    top = both()[1]
+    board, table = TensorBoardLogger(tmp_path), CSVLogger(tmp_path)
+    top.log([board, table], k=9)
+    tags = EventAccumulator(board.log_dir).Reload().Tags()
+    assert tags["histograms"] == []
+    assert tags["scalars"] == ["tracin/seconds/total"]
+    assert tags["tensors"] == ["tracin/top_examples/text_summary"]
+    assert table.experiment.metrics == [{"tracin/seconds/total": 1.25, "step": 7}]
+    both(metadata={})[1].log([TensorBoardLogger(tmp_path), CSVLogger(tmp_path)])  # without any scalar
+
+
+def test_repr():
+    assert repr(both()[1]) == "TopAttribution(tracin: 3 queries, top 4 of 12 training examples, 1.2 s)"
+
+
+def test_standard_deviations_are_kept_where_there_are_any(tmp_path):
+    whole = Attribution(SCORES, std=SCORES.abs() + 1, **DESCRIBED)
+    top = TopAttribution(whole.top_columns(4), 12, **DESCRIBED)
+    assert whole.top(4).proponent_stds.equal(whole.std.gather(1, whole.top_columns(4).proponents))
+    for given in (top, Attribution.load(top.save(tmp_path / "top"))):
+        assert given.has_std
+        assert rank_examples(given, 2, 3) == rank_examples(whole, 2, 3)
+        assert given.to_dataframe(3).equals(whole.to_dataframe(3))
+        assert example_table(given, range(3), 2) == example_table(whole, range(3), 2)
+    assert not both()[1].has_std
+
+
+# ---- save and load ----------------------------------------------------------------------------------------------
+
+
+def test_save_and_load(tmp_path):
+    whole, top = both()
+    path = top.save(tmp_path / "top")
+    for loaded in (Attribution.load(path), TopAttribution.load(path)):
+        assert type(loaded) is TopAttribution
+        assert_same(loaded.top(), top.top())
+        assert loaded.num_train == 12
+        for name in ("train_indices", "train_targets", "query_targets"):
+            assert getattr(loaded, name).equal(getattr(top, name))
+        for name in ("metadata", "train_info", "query_info"):
+            assert getattr(loaded, name) == getattr(top, name)
+    assert top.save(tmp_path / "top").name == "top-v1"
+    assert type(Attribution.load(whole.save(tmp_path / "whole"))) is Attribution
+    with pytest.raises(RecordError, match="'attribution' record, not a saved TopAttribution"):
+        TopAttribution.load(tmp_path / "whole")
+    data = TensorDataset(torch.arange(200))
+    assert Attribution.load(path, train_data=data).train_data[3][0] == 103
+    with pytest.raises(ValueError, match="of 3 queries, got 2"):
+        Attribution.load(path, queries=TensorDataset(torch.arange(2)))
+
+
+def test_damage_is_found(tmp_path):
+    path = both()[1].save(tmp_path / "top")
+    file = path / "attribution.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(RecordError, match=r"attribution\.safetensors"):
+        Attribution.load(path)
+
+
+# ---- what only all scores can tell ------------------------------------------------------------------------------
+
+ALL_NEEDED = r"only the 4 strongest proponents and opponents of each query: see top\(\).*without `top_k=`"
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda top: top.scores,
+        lambda top: top.std,
+        lambda top: top.sum_by("source"),
+        lambda top: top.sum_by("no such group"),
+        lambda top: retrain_without(
+            top, Classifier, classification_data(3), train_data=classification_data(12), max_epochs=1, ks=2
+        ),
+    ],
+    ids=["scores", "std", "sum_by", "sum_by unknown", "retrain_without"],
+)
+def test_what_needs_all_scores_says_so(ask):
+    with pytest.raises(ValueError, match=ALL_NEEDED):
+        ask(both()[1])
+
+
+def test_evaluation_names_the_attribution():
+    whole, top = both()
+    masks = random(30, 12, seed=1) > 0
+    truth = GroundTruth(masks, -(masks.float() @ SCORES.T)[None], seeds=[0])
+    plain = Attribution(SCORES, metadata=whole.metadata)
+    with pytest.raises(ValueError, match=rf"The attribution 'tile by tile' cannot be evaluated\. .*{ALL_NEEDED}"):
+        evaluate({"whole": plain, "tile by tile": top}, truth, show_progress=False)
+
+
+# ---- shapes, and the front door ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_targets": torch.arange(5)}, "`train_targets` has 5 entries, expected 12"),
+        ({"query_info": {"name": ["a"]}}, r"query_info\['name'\] has 1 values, expected 3"),
+        ({"examples": collect(SCORES, 4).compute().renamed(torch.arange(100, 112))}, r"in 0\.\.11.*got 4 .* in 100"),
+        ({"examples": TopExamples(*[torch.zeros(3, 0, dtype=torch.int64)] * 4)}, "from 1 to 12 columns"),
+        ({"examples": TopExamples(*[torch.zeros(3, i, dtype=torch.int64) for i in (1, 1, 2, 2)])}, "of one shape"),
+    ],
+)
+def test_shapes_are_checked(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TopAttribution(**({"examples": collect(SCORES, 4).compute(), "num_train": 12} | DESCRIBED | changes))
+
+
+def test_a_method_may_give_the_top_only():
+    class Streaming(Attributor):
+        method = "streaming for a test"
+
+        def __init__(self, *, top_k=2, **common):
+            super().__init__(**common)
+            self.top_k = top_k
+
+        def _fit(self, model, device, record, checkpoint):
+            pass
+
+        def _attribute(self, model, queries, device, target):
+            scores = random(len(queries), len(self._train))
+            return TopAttribution(collect(scores, self.top_k).compute(), len(self._train))
+
+    data, chosen = classification_data(), list(range(40, 10, -2))
+    try:
+        given = attribute(
+            build(Classifier),
+            classification_data(3, seed=1),
+            train_data=data,
+            method=Streaming.method,
+            train_indices=chosen,
+            top_k=3,
+        )
+    finally:
+        del Attributor._registry[Streaming.method]
+    assert_same(given.top(), Attribution(random(3, 15), train_indices=torch.tensor(chosen)).top(3))
+    assert given.metadata["num_queries"] == 3
+    assert len(given.queries) == 3

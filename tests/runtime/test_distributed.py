@@ -1,0 +1,302 @@
+"""Two processes and one: the same record, the same scores."""
+
+import os
+import socket
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch.utils.data import DataLoader, Subset
+
+from stride_lightning import StrideCallback, attribute
+from stride_lightning.model.weights import rank_zero_state, weight_hash
+from stride_lightning.results.attribution import Attribution
+from stride_lightning.runtime.distributed import all_equal, barrier, broadcast_object, gather, rank, shard, world_size
+from stride_lightning.storage.records import find_records, read_record
+from tests.helpers.models import Classifier, ConvNet, build, classification_data, loader, make_trainer, picture_data
+from tests.helpers.texts import LanguageModule, Texts, TinyLM, padded
+
+NUM_SUBSETS = 13  # uneven on two ranks
+DATA, QUERIES = classification_data(41), classification_data(5, seed=1)
+OPTIONS = {
+    "prior": {},
+    "ridge": {"recovery": "ridge"},
+    "lasso": {"recovery": "lasso"},
+    "fixed lasso": {"recovery": "lasso", "penalty": 0.2},
+    "anchored": {"stability": 1.0},
+    "learned": {"basis": "learned", "recovery": "ridge"},
+}
+LANGUAGE = {
+    "closed form": {},
+    "operators": {"recovery": "prior", "num_subsets": NUM_SUBSETS, "steps": 2},
+    "lasso": {"recovery": "lasso", "num_subsets": NUM_SUBSETS, "penalty": 0.2},
+    "learned": {"basis": "learned", "recovery": "ridge", "num_subsets": NUM_SUBSETS, "rank": 2},
+    "cache": {"cache_dir": "activations"},
+    "gradients": {"method": "ekfac"},
+}
+#: Relative to the largest score. Rounding, everywhere.
+TOLERANCE = 1e-4
+#: Number of queries: uneven, and fewer than ranks.
+COUNTS = (3, 1)
+
+
+def ask(model, options, count, **more):
+    settings = {"train_data": DATA, "num_subsets": NUM_SUBSETS, "show_progress": False}
+    return attribute(model, Subset(QUERIES, range(count)), **settings, **options, **more)
+
+
+def ask_about_texts(options, count, folder):
+    texts, queries = DataLoader(Texts(11), 4, collate_fn=padded), DataLoader(Texts(count, seed=1), 4, collate_fn=padded)
+    if "cache_dir" in options:
+        options = options | {"cache_dir": folder / options["cache_dir"]}
+    return attribute(TinyLM().eval(), queries, train_data=texts, show_progress=False, **options)
+
+
+def test_one_process_needs_no_group():
+    assert (rank(), world_size(), shard(7)) == (0, 1, slice(0, 7))
+    part = torch.arange(3)
+    assert gather(part, 3) is part
+    assert broadcast_object("a") == "a"
+    assert all_equal(object())
+    barrier()
+
+
+@pytest.mark.parametrize(("length", "sizes"), [(7, [3, 2, 2]), (2, [1, 1, 0]), (0, [0, 0, 0])])
+def test_shards_cover_everything_once(monkeypatch, length, sizes):
+    monkeypatch.setattr("stride_lightning.runtime.distributed.world_size", lambda: 3)
+    covered = []
+    for number, size in enumerate(sizes):
+        monkeypatch.setattr("stride_lightning.runtime.distributed.rank", lambda number=number: number)
+        part = range(length)[shard(length)]
+        assert len(part) == size
+        covered += part
+    assert covered == list(range(length))
+
+
+# ---- two processes ----------------------------------------------------------------------------------------------
+
+
+def start(number, port):
+    """Lightning's own environment variables: the launcher of the trainer finds the processes already there."""
+    os.environ |= {"LOCAL_RANK": str(number), "NODE_RANK": "0", "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+
+
+def fit_and_ask(number, port, folder):
+    """What each of the two processes does; rank r leaves its results in ``rank{r}.pt``."""
+    start(number, port)
+    callback = StrideCallback(
+        folder / "records", num_subsets=NUM_SUBSETS, fit_operators=True, statistics_every_n_steps=2, every_n_epochs=1
+    )
+    model = build(Classifier)
+    trainer = make_trainer(folder, callback, strategy="ddp", devices=2)
+    trainer.fit(model, loader(DATA, batch_size=8))
+    sampler = type(trainer.train_dataloader.sampler).__name__
+    results = {"sampler": sampler, "world": world_size(), "records": list(map(str, callback.records))}
+    results["state"] = model.state_dict()
+    results["steps"] = trainer.global_step
+
+    fitted = ask(model, {}, 3)
+    results["reused"] = fitted.scores
+    results["reused operators"] = fitted.metadata["operators"]["from_record"]
+    results["recovered"] = fitted.metadata["recovered"]
+    results["saved"] = [str(fitted.save(folder / "scores")) for _ in range(2)]
+    model.trainer = None
+    for name, options in OPTIONS.items():
+        for count in COUNTS:
+            results[name, count] = ask(model, options, count).scores
+
+    for name, options in LANGUAGE.items():
+        for count in COUNTS:
+            results["texts", name, count] = ask_about_texts(options, count, folder).scores
+
+    # Primitives, for shapes that divide unevenly along any axis.
+    whole = torch.arange(15.0).reshape(3, 5)
+    parts = whole[:, shard(5)], whole[shard(3)], whole[:1][shard(1)]
+    results["gathered"] = [gather(parts[0], 5, dim=1), gather(parts[1], 3), gather(parts[2], 1)]
+    results["all equal"] = [all_equal("same"), all_equal(rank())]
+
+    # Ranks that hold different statistics, as BatchNorm does after DDP, and a record on rank 0 only.
+    conv = build(ConvNet)
+    conv.network[1].running_mean += number
+    before = weight_hash(conv)
+    assert rank_zero_state(conv) is not None
+    pictures = picture_data()
+    attribution = attribute(conv, Subset(pictures, range(3)), train_data=pictures, num_subsets=6, show_progress=False)
+    assert weight_hash(conv) == before
+    results["conv"], results["conv weights"] = attribution.scores, attribution.metadata["weights"]
+    barrier()
+    torch.save(results, folder / f"rank{number}.pt")
+
+
+def train_with_batchnorm(number, port, folder):
+    """A network whose statistics differ between ranks; in the end one rank does not see the record."""
+    start(number, port)
+    pictures = picture_data()
+    callback = StrideCallback(folder / "records", num_subsets=6, fit_operators=True)
+    model = build(ConvNet)
+    trainer = make_trainer(folder, callback, strategy="ddp", devices=2)
+    trainer.fit(model, loader(pictures, batch_size=8))
+    hashes = [weight_hash(model)]
+    asked = {"train_data": pictures, "num_subsets": 6, "show_progress": False}
+    found = attribute(model, Subset(pictures, range(3)), **asked)
+    results = {"hash": hashes[0], "found": found.scores, "from record": found.metadata["operators"]["from_record"]}
+    if number == 1:  # as on a node with a disk of its own
+        callback.dirpath = folder / "nowhere"
+    alone = attribute(model, Subset(pictures, range(3)), **asked)
+    results["alone"], results["note"] = alone.scores, alone.metadata["record_note"]
+    results["state"] = model.state_dict()
+    with pytest.raises(ValueError, match="example 0 are not finite"):
+        attribute(model, [(torch.full((1, 6, 6), torch.nan), 0)], **asked)
+    barrier()
+    torch.save(results, folder / f"rank{number}.pt")
+
+
+def _end_together(number, target, port, folder):
+    """A process whose peer has gone may be aborted while it clears up."""
+    target(number, port, folder)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def run_two(target, folder):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_end_together, (target, port, folder), nprocs=2)
+    return [torch.load(folder / f"rank{number}.pt") for number in range(2)]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    return folder, run_two(fit_and_ask, folder)
+
+
+def close(one, other, rtol):
+    torch.testing.assert_close(one, other, rtol=rtol, atol=rtol * other.abs().max().item())
+
+
+@pytest.mark.distributed
+def test_one_record_by_rank_zero(both):
+    folder, (first, second) = both
+    assert first["world"] == 2
+    assert first["sampler"] == "DistributedSampler"  # Lightning's, read through
+    assert first["records"] == [str(path) for path in find_records(folder / "records")]
+    assert second["records"] == []
+    record = read_record(first["records"][-1])
+    assert record.info["step"] == first["steps"]
+    assert record.tensors("losses")["train"].shape == (41,)
+    assert record.tensors("operators")["coefficients"].shape[2] == NUM_SUBSETS
+    assert record.tensors("operators")["relative_gradient"].max() < 0.1
+    model = build(Classifier)
+    model.load_state_dict(first["state"])
+    assert record.info["weights"] == weight_hash(model)
+
+
+@pytest.mark.distributed
+def test_all_ranks_return_the_same(both):
+    _, (first, second) = both
+    for key in ["reused", "conv", *((name, count) for name in OPTIONS for count in COUNTS)]:
+        assert first[key].equal(second[key]), key
+    assert first["recovered"] == second["recovered"]
+    assert first["reused operators"] is second["reused operators"] is True
+    assert first["conv weights"] == second["conv weights"]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_scores_are_those_of_one_process(both, name, count):
+    _, (first, _) = both
+    model = build(Classifier)
+    model.load_state_dict(first["state"])
+    alone = ask(model, OPTIONS[name], count).scores
+    close(first[name, count], alone, rtol=TOLERANCE)
+    if name == "prior" and count == 3:
+        close(first["reused"], alone, rtol=TOLERANCE)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_scores_of_texts_are_those_of_one_process(both, name, count, tmp_path):
+    _, results = both
+    expected = ask_about_texts(LANGUAGE[name], count, tmp_path).scores
+    for result in results:
+        close(result["texts", name, count], expected, TOLERANCE)
+
+
+@pytest.mark.distributed
+def test_saved_once_each_time(both):
+    folder, (first, second) = both
+    assert first["saved"] == second["saved"] == [str(folder / "scores"), str(folder / "scores-v1")]
+    assert [path.name for path in find_records(folder)] == ["scores", "scores-v1"]
+    assert Attribution.load(folder / "scores").scores.equal(first["reused"])
+
+
+@pytest.mark.distributed
+def test_primitives_on_two_ranks(both):
+    whole = torch.arange(15.0).reshape(3, 5)
+    for results in both[1]:
+        assert all(map(torch.equal, results["gathered"], [whole, whole, whole[:1]]))
+        assert results["all equal"] == [True, False]
+
+
+@pytest.mark.distributed
+def test_ranks_with_other_statistics_agree_on_rank_zeros(both):
+    _, (first, _) = both
+    conv, pictures = build(ConvNet), picture_data()
+    assert first["conv weights"] == weight_hash(conv)
+    settings = {"train_data": pictures, "num_subsets": 6, "show_progress": False}
+    close(first["conv"], attribute(conv, Subset(pictures, range(3)), **settings).scores, rtol=TOLERANCE)
+
+
+@pytest.mark.distributed
+def test_batchnorm_from_training_to_attribution(tmp_path):
+    first, second = run_two(train_with_batchnorm, tmp_path)
+    assert first["hash"] != second["hash"]  # or this test would show nothing
+    (path,) = find_records(tmp_path / "records")
+    assert read_record(path).info["weights"] == first["hash"]
+    assert first["from record"]
+    assert second["from record"]
+    for key in ("found", "alone"):
+        assert first[key].equal(second[key])
+    close(first["alone"], first["found"], rtol=TOLERANCE)
+    assert "not every rank found the same record" in first["note"]
+    model, pictures = build(ConvNet), picture_data()
+    model.load_state_dict(first["state"])
+    settings = {"train_data": pictures, "num_subsets": 6, "show_progress": False}
+    close(first["found"], attribute(model, Subset(pictures, range(3)), **settings).scores, rtol=TOLERANCE)
+
+
+def fit_texts(number, port, folder):
+    """A language model under DDP, watched by the callback."""
+    start(number, port)
+    torch.manual_seed(0)
+    callback = StrideCallback(folder / "records", num_subsets=NUM_SUBSETS, fit_operators=True)
+    model = LanguageModule()
+    trainer = make_trainer(folder, callback, strategy="ddp", devices=2, max_epochs=1)
+    trainer.fit(model, DataLoader(Texts(11), 4, collate_fn=padded, shuffle=True))
+    found = attribute(model, text_loader(3, seed=1), train_data=text_loader(11), recovery="prior", show_progress=False)
+    results = {"state": model.state_dict(), "scores": found.scores, "std": found.std, "note": found.metadata["record"]}
+    torch.save(results, folder / f"rank{number}.pt")
+
+
+def text_loader(count, seed=0):
+    return DataLoader(Texts(count, seed=seed), 4, collate_fn=padded)
+
+
+@pytest.mark.distributed
+def test_a_language_model_from_training_to_attribution(tmp_path):
+    first, second = run_two(fit_texts, tmp_path)
+    assert first["note"] == second["note"] == str(tmp_path / "records" / "step=2")
+    model = LanguageModule()
+    model.load_state_dict(first["state"])
+    options = {"recovery": "prior", "num_subsets": NUM_SUBSETS, "show_progress": False}
+    expected = attribute(model, text_loader(3, seed=1), train_data=text_loader(11), **options)
+    for result in (first, second):
+        close(result["scores"], expected.scores, TOLERANCE)
+        close(result["std"], expected.std, 1e-3)

@@ -1,0 +1,129 @@
+import copy
+
+import pytest
+import torch
+
+from stride_lightning import StrideAttributor
+from tests.helpers.texts import Texts, TinyLM
+from tests.steering.language.test_sequences import LAYERS, QUERIES, TRAIN, ask, loader
+
+
+class Counted(TinyLM):
+    """Counts the training sequences it runs over, and can stop as if it was killed."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.limit = 0, 10**9
+
+    def forward(self, input_ids, attention_mask=None):
+        if self.rows >= self.limit:
+            raise KeyboardInterrupt
+        self.rows += len(input_ids)
+        return super().forward(input_ids, attention_mask)
+
+
+def rows_of(model, **options):
+    model.rows = 0
+    scores = ask(model, batch_size=2, **options).scores
+    return scores, model.rows
+
+
+def test_the_model_runs_over_cached_sequences_once(tmp_path):
+    model = Counted().eval()
+    expected, without = rows_of(model)
+    first, filling = rows_of(model, cache_dir=tmp_path)
+    again, reading = rows_of(model, cache_dir=tmp_path)
+    assert torch.allclose(first, expected, atol=1e-6)
+    assert torch.allclose(first, again, atol=1e-6)
+    assert without - filling == len(TRAIN)  # one pass of two is read from disk
+    assert filling - reading == len(TRAIN)
+
+
+def test_its_size_is_known_beforehand(tmp_path):
+    found = ask(TinyLM().eval(), cache_dir=tmp_path)
+    files = [file.stat().st_size for file in tmp_path.rglob("*.f32")]
+    tokens = found.metadata["sequences"]["num_tokens"]
+    assert sum(files) == found.metadata["sequences"]["cache_bytes"] == 4 * tokens * (13 + 7 + 1)
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
+    model = Counted().eval()
+    expected, _ = rows_of(model)
+    model.rows = 0
+    model.limit = 12
+    with pytest.raises(KeyboardInterrupt):
+        ask(model, batch_size=2, cache_dir=tmp_path)
+    model.limit = 10**9
+    _, complete = rows_of(model, cache_dir=tmp_path / "other")
+    scores, rest = rows_of(model, cache_dir=tmp_path)
+    assert torch.allclose(scores, expected, atol=1e-6)
+    assert 0 < complete - rest < len(TRAIN)
+
+
+def test_activations_of_something_else_are_refused(tmp_path):
+    model = TinyLM().eval()
+    ask(model, cache_dir=tmp_path)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.head.weight.add_(1)
+    with pytest.raises(ValueError, match="holds activations of something else: weights differ"):
+        ask(other, cache_dir=tmp_path)
+    with pytest.raises(ValueError, match="data differ"):
+        ask(model, train=Texts(13, seed=5), cache_dir=tmp_path)
+    with pytest.raises(ValueError, match="layers differ"):
+        ask(model, layers=["blocks.1"], cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["features", "downhill", "weights"])
+def test_a_damaged_file_is_refused(tmp_path, name):
+    model = TinyLM().eval()
+    ask(model, cache_dir=tmp_path)
+    (file,) = tmp_path.rglob(f"{name}.f32")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"are damaged .* Delete the folder"):
+        ask(model, cache_dir=tmp_path)
+    file.write_bytes(content[:-4])
+    with pytest.raises(ValueError, match="missing or has another size"):
+        ask(model, cache_dir=tmp_path)
+
+
+def test_a_damaged_list_of_parts_is_refused(tmp_path):
+    model = TinyLM().eval()
+    ask(model, batch_size=2, cache_dir=tmp_path)
+    (file,) = tmp_path.rglob("progress.jsonl")
+    whole = file.read_text().splitlines(keepends=True)
+    for lines in (["{"], whole[:1] + whole[2:], [*whole[:2], "nonsense\n", *whole[3:]]):
+        file.write_text("".join(lines))
+        with pytest.raises(ValueError, match=r"progress.jsonl is damaged"):
+            ask(model, cache_dir=tmp_path)
+
+
+def test_a_line_that_was_not_finished_is_a_part_that_was_not_written(tmp_path):
+    model = Counted().eval()
+    expected, complete = rows_of(model, cache_dir=tmp_path)
+    (file,) = tmp_path.rglob("progress.jsonl")
+    file.write_text(file.read_text()[:-9])
+    again, more = rows_of(model, cache_dir=tmp_path)
+    assert torch.allclose(again, expected, atol=1e-6)
+    _, reading = rows_of(model, cache_dir=tmp_path)
+    assert reading < more < complete
+
+
+def test_a_folder_of_something_else_is_kept(tmp_path):
+    mine = tmp_path / f"sequences-0-{len(TRAIN)}" / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("do not touch")
+    with pytest.raises(ValueError, match="is not empty and holds no activations"):
+        ask(TinyLM().eval(), cache_dir=tmp_path)
+    assert mine.read_text() == "do not touch"
+
+
+def test_operators_read_it_too(tmp_path):
+    model = TinyLM().eval()
+    options = {"recovery": "prior", "num_subsets": 8}
+    assert torch.allclose(ask(model, cache_dir=tmp_path, **options).scores, ask(model, **options).scores, atol=1e-5)
+    attributor = StrideAttributor(layers=LAYERS, cache_dir=tmp_path, show_progress=False).fit(model, loader(TRAIN))
+    found = attributor.attribute(loader(QUERIES)).scores
+    assert torch.allclose(found, ask(model).scores, atol=1e-6)

@@ -1,0 +1,268 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from stride_lightning import CausalLanguageModeling, StrideAttributor, attribute
+from stride_lightning.steering.language import curvature as token_curvature
+from stride_lightning.steering.language import output_space, sequences, tokens
+from stride_lightning.steering.subsets import sample_design
+from tests.helpers.texts import VOCABULARY, Texts, TinyLM, brute_scores, padded
+
+TRAIN, QUERIES = Texts(13), Texts(5, seed=1)
+LAYERS = ["blocks.0", "blocks.2", "head"]
+
+
+def loader(data, batch_size=4, collate_fn=padded):
+    return DataLoader(data, batch_size=batch_size, collate_fn=collate_fn)
+
+
+def ask(model, queries=QUERIES, train=TRAIN, **options):
+    options = {"layers": LAYERS, "show_progress": False} | options
+    return attribute(model, loader(queries), train_data=loader(train), **options)
+
+
+@pytest.fixture
+def model():
+    torch.set_default_dtype(torch.float64)
+    yield TinyLM().double().eval()
+    torch.set_default_dtype(torch.float32)
+
+
+def test_scores_are_the_closed_form(model):
+    found = ask(model)
+    assert found.std is None
+    assert torch.allclose(found.scores.double(), brute_scores(model, TRAIN, QUERIES, LAYERS), rtol=1e-5, atol=1e-9)
+    assert found.metadata["options"]["recovery"] == "closed-form"
+    assert found.metadata["sequences"]["steered"] == "logits"
+
+
+def test_a_sum_over_tokens_weighs_long_sequences_more(model):
+    mean, total = (ask(model, task=CausalLanguageModeling(reduction)).scores for reduction in ("mean", "sum"))
+    assert not torch.allclose(mean / mean.norm(), total / total.norm(), atol=1e-3)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_large_vocabularies_keep_the_diagonal_of_their_curvature(model, monkeypatch, tmp_path, cached):
+    monkeypatch.setattr(output_space, "MAX_DENSE", 3)
+    options = {"cache_dir": tmp_path} if cached else {}
+    found = ask(model, **options)
+    assert found.metadata["sequences"]["steered"] == "logits"
+    expected = brute_scores(model, TRAIN, QUERIES, LAYERS, diagonal=True)
+    tolerance = 1e-4 if cached else 1e-5  # in single precision on disk
+    assert torch.allclose(found.scores.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+    assert not torch.allclose(found.scores.double(), brute_scores(model, TRAIN, QUERIES, LAYERS), rtol=1e-3)
+    if cached:  # what enters the head and the label, not what comes out
+        tokens_seen = found.metadata["sequences"]["num_tokens"]
+        assert found.metadata["sequences"]["cache_bytes"] == 4 * tokens_seen * (13 + 4 + 1 + 1)
+        assert torch.allclose(ask(model, **options).scores.double(), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_of_large_vocabularies_features_are_cut_alone(model, monkeypatch):
+    monkeypatch.setattr(output_space, "MAX_DENSE", 3)
+    monkeypatch.setattr(sequences, "HELD_BYTES", 1)
+    monkeypatch.setattr(token_curvature, "MIN_FEATURES", 4)
+    found = StrideAttributor(layers=LAYERS, show_progress=False).fit(model, loader(TRAIN))
+    assert found.metadata["sequences"]["operator_shape"] == [13, VOCABULARY]  # 1024 numbers are always kept
+    curvature = found._sequences.curvature
+    cut = type(curvature)(found._sequences.moments, found._sequences._widths, max_values=1)
+    assert cut.shape == (4, VOCABULARY)
+    operators = ask(model, recovery="prior", num_subsets=8)
+    assert operators.std is not None
+
+
+def test_the_last_hidden_state_is_steered_under_large_vocabularies(model, monkeypatch):
+    monkeypatch.setattr(output_space, "MAX_DIRECT", 3)
+    found = ask(model)
+    head = model.head.weight.detach()
+    assert found.metadata["sequences"]["steered"] == "hidden"
+    expected = brute_scores(model, TRAIN, QUERIES, LAYERS, head=head)
+    assert torch.allclose(found.scores.double(), expected, rtol=1e-5, atol=1e-9)
+
+
+def test_a_head_that_is_capped_is_sketched(model, monkeypatch):
+    monkeypatch.setattr(output_space, "MAX_DIRECT", 3)
+    monkeypatch.setattr(output_space, "SKETCH_SIZE", 4096)
+
+    class Capped(TinyLM):
+        def forward(self, input_ids):
+            return 5 * torch.tanh(super().forward(input_ids) / 5)
+
+    capped = Capped().double().eval()
+    found, exact = ask(capped), brute_scores(capped, TRAIN, QUERIES, LAYERS)
+    assert found.metadata["sequences"]["steered"] == "sketch"
+    # Inner products of a sketch are right on average; the damping is over 4096 numbers, so only the order is compared.
+    correlation = torch.corrcoef(torch.stack([found.scores.double().flatten(), exact.flatten()]))[0, 1]
+    assert correlation > 0.9
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 256])
+def test_batch_size_and_padding_change_nothing(model, batch_size):
+    expected = ask(model).scores
+    other = attribute(
+        model,
+        loader(QUERIES, 2, lambda items: padded(items, extra=3)),
+        train_data=loader(TRAIN, 3),
+        layers=LAYERS,
+        batch_size=batch_size,
+        show_progress=False,
+    )
+    assert torch.allclose(other.scores, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_batches_are_cut_to_what_logits_may_take(model, monkeypatch):
+    expected = ask(model).scores
+    monkeypatch.setattr(tokens, "BATCH_BYTES", 1)
+    sizes = []
+    model.register_forward_hook(lambda _, args, kwargs, out: sizes.append(len(out)), with_kwargs=True)
+    assert torch.allclose(ask(model).scores, expected, rtol=1e-5, atol=1e-9)
+    assert sizes[-len(TRAIN) :] == [1] * len(TRAIN)
+
+
+def test_more_queries_than_fit_take_more_passes(model, monkeypatch):
+    expected = ask(model).scores
+    monkeypatch.setattr(sequences, "HELD_BYTES", 2 * 4 * 13 * VOCABULARY)
+    attributor = StrideAttributor(layers=LAYERS, show_progress=False).fit(model, loader(TRAIN))
+    assert attributor._sequences.queries_per_pass() == 2
+    assert torch.allclose(attributor.attribute(loader(QUERIES)).scores, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_large_operators_are_cut_to_principal_directions(model, monkeypatch):
+    exact = ask(model)
+    monkeypatch.setattr(sequences, "MAX_VALUES", 1024)  # more than there are: nothing is cut
+    assert torch.equal(ask(model).scores, exact.scores)
+    monkeypatch.setattr(token_curvature, "MIN_FEATURES", 4)
+    attributor = StrideAttributor(layers=LAYERS, show_progress=False).fit(model, loader(TRAIN))
+    found = attributor._sequences
+    cut = type(found.curvature)(found.moments, found._widths, max_values=16, dtype=torch.float64)
+    assert cut.shape == (4, 4)
+    assert found.curvature.is_whole
+    assert not cut.is_whole
+    # Operators that were stored stand in directions of their own, and are fitted again.
+    stored = torch.ones(8, 4, 4)
+    found.curvature, found.design = cut, sample_design(len(TRAIN), 8)
+    found.fit_operators(found.design, stored=stored)
+    assert not torch.equal(found.operators.coefficients, stored)
+    found._curve()
+    assert all(0.3 < share < 1 for share in cut.kept_energy)
+    whole = found.curvature
+    batch = next(iter(found._passes("")))
+    # The basis is orthonormal in scaled features: what it keeps is what projecting by hand keeps.
+    scaled = whole.features(batch.features)
+    left, right = cut.features(batch.features), cut.outputs(batch.downhill)
+    assert float(left.norm()) < float(scaled.norm())
+    assert torch.allclose(cut.steering(right).square().sum(), right.square().sum())
+
+
+def test_the_order_of_training_data_is_that_of_columns(model):
+    order = torch.randperm(len(TRAIN), generator=torch.Generator().manual_seed(3)).tolist()
+    shuffled = torch.utils.data.Subset(TRAIN, order)
+    assert torch.allclose(ask(model, train=shuffled).scores, ask(model).scores[:, order], rtol=1e-5, atol=1e-9)
+    some = ask(model, train_indices=[8, 2, 5])
+    assert some.train_indices.tolist() == [8, 2, 5]
+    few = ask(model, train=torch.utils.data.Subset(TRAIN, [8, 2, 5]))
+    assert torch.allclose(some.scores, few.scores)
+
+
+def test_half_precision_is_near_and_autocast_reaches_the_model_alone():
+    model = TinyLM().eval()
+    exact = ask(model).scores
+    half = ask(copy.deepcopy(model).bfloat16()).scores
+    assert 0 < (half - exact).abs().max() < 0.1 * exact.abs().max()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = ask(model).scores
+    assert 0 < (mixed - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_default_layers_are_spread_over_the_network(model):
+    found = ask(model, layers=None)
+    assert found.metadata["options"]["layers"] == ["blocks.0", "blocks.1", "blocks.2", "head"]
+
+
+def test_a_query_among_the_training_data_is_helped_by_itself(model):
+    found = ask(model, queries=TRAIN)
+    assert (found.scores.argmax(1) == torch.arange(len(TRAIN))).float().mean() > 0.7
+    assert (found.scores.diagonal() > 0).all()
+
+
+def test_recovery_with_a_prior_says_how_sure_it_is(model):
+    found = ask(model, recovery="prior", num_subsets=12)
+    plain = ask(model)
+    assert found.std is not None
+    assert (found.std > 0).all()
+    correlation = torch.corrcoef(torch.stack([found.scores.flatten(), plain.scores.flatten()]))[0, 1]
+    assert correlation > 0.9
+    assert found.metadata["design"]["num_subsets"] == 12
+
+
+@pytest.mark.parametrize("recovery", ["lasso", "ridge"])
+def test_other_recoveries_read_the_same_measurements(model, recovery):
+    found = ask(model, recovery=recovery, num_subsets=40, penalty=0.01)
+    plain = ask(model)
+    correlation = torch.corrcoef(torch.stack([found.scores.double().flatten(), plain.scores.double().flatten()]))[0, 1]
+    assert correlation > 0.6
+
+
+def test_what_belongs_to_other_models_is_refused(model):
+    data = torch.utils.data.TensorDataset(torch.randn(8, 3), torch.randint(2, (8,)))
+    for option in ({"recovery": "closed-form"}, {"steps": 3}, {"cache_dir": "somewhere"}):
+        with pytest.raises(ValueError, match="are for language models"):
+            attribute(nn.Linear(3, 2), data, train_data=data, show_progress=False, **option)
+    with pytest.raises(ValueError, match="`steps` must be an integer of at least 1"):
+        StrideAttributor(steps=0)
+    with pytest.raises(ValueError, match="fits no operators"):
+        ask(model, basis="learned", recovery="closed-form", layers=["blocks.1"])
+    with pytest.raises(ValueError, match="not for language models"):
+        ask(model, target="predicted")
+    with pytest.raises(ValueError, match="'nothing' is not a submodule"):
+        ask(model, layers=["nothing"])
+
+
+def test_the_model_is_as_it_was(model):
+    before = copy.deepcopy(model.state_dict())
+    model.train()
+    ask(model, recovery="prior", num_subsets=8)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_what_it_takes_is_said_before_long_work(model, monkeypatch, capsys):
+    assert "MiB of memory" not in capsys.readouterr().err
+    ask(model, show_progress=True)
+    assert "MiB of memory" not in capsys.readouterr().err  # nobody waits
+    monkeypatch.setattr(sequences.SequenceCost, "is_long", True)
+    ask(model, show_progress=True)
+    assert "MiB of memory whatever the number of sequences" in capsys.readouterr().err
+    cost = sequences.SequenceCost(seconds=61.2, memory_bytes=3 * 2**20, disk_bytes=2**30)
+    assert str(cost).startswith("about 61 s to fit")
+    assert "1024 MiB of activations on disk" in str(cost)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("ids", [[3], [2, 50, 3]])
+def test_texts_that_cannot_be_read_are_named_first(model, tmp_path, cached, ids):
+    """Before the model has run over those in front of them."""
+    texts = [TRAIN[index] for index in range(len(TRAIN))]
+    texts[11] = {"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)}
+    rows = []
+    model.register_forward_hook(lambda _, args, kwargs, out: rows.append(len(out)), with_kwargs=True)
+    with pytest.raises(ValueError, match=r"^Example 11 has (no token to predict|the label 50|3 tokens)"):
+        ask(model, train=texts, **({"cache_dir": tmp_path} if cached else {}))
+    assert sum(rows) <= 20
+
+
+def test_recoveries_have_the_scale_of_the_closed_form(model):
+    plain = ask(model).scores
+    for degree in (4, 12):
+        found = ask(model, recovery="prior", num_subsets=24, degree=degree).scores
+        ratio = float((found * plain).sum() / plain.square().sum())
+        assert 0.6 < ratio < 1.4, degree
+
+
+def test_options_without_effect_are_refused(model):
+    for option in ({"num_subsets": 8}, {"degree": 3}, {"steps": 2}, {"stability": 1.0}):
+        with pytest.raises(ValueError, match=f"so {next(iter(option))} would have no effect"):
+            ask(model, **option)

@@ -1,0 +1,308 @@
+"""Runs that are killed and go on: the same numbers, nothing left behind, and other work refused."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import stride_lightning
+from stride_lightning.retraining.retrain import retrain
+from stride_lightning.retraining.together import Together
+from stride_lightning.storage.parts import Parts, differences, remove_parts
+from stride_lightning.storage.records import RecordError, find_records
+from tests.retraining.cases import Net, mlp, points, sgd
+
+# ---- killed -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def after_kills(tmp_path_factory):
+    """What tests/helpers/kill_retrain.py saw; one process for all kills, as importing torch is slow."""
+    folder = tmp_path_factory.mktemp("kills")
+    root = Path(stride_lightning.__file__).parents[1]
+    command = [sys.executable, str(root / "tests" / "helpers" / "kill_retrain.py"), str(folder)]
+    env = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
+STEPS = 6  # of a part
+NUM_PARTS = 3
+
+
+@needs_fork
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["operations", "moments"])
+def test_a_killed_run_goes_on_to_the_same_numbers(after_kills, kind):
+    whole = after_kills["whole"]
+    assert whole["steps"] == NUM_PARTS * STEPS
+    for outcome in after_kills[kind]["outcomes"]:
+        assert outcome["digest"] == whole["digest"], outcome
+        finished = NUM_PARTS if outcome["result"] else outcome["parts"]
+        assert outcome["steps"] == (NUM_PARTS - finished) * STEPS, outcome  # what was done is not done again
+        assert outcome["visible"] == ["truth"], outcome  # the parts are gone
+        assert (outcome["again"], outcome["kept"]) == (0, True), outcome
+        if outcome["parts"]:
+            assert outcome["chunk"] == 2, outcome  # as the run began, whatever the memory budget now
+
+
+@needs_fork
+@pytest.mark.distributed
+def test_kills_fell_everywhere(after_kills):
+    outcomes, trace = after_kills["operations"]["outcomes"], after_kills["operations"]["trace"]
+    assert {outcome["parts"] for outcome in outcomes} == {0, 1, 2, 3}
+    assert {outcome["parts"] for outcome in outcomes if outcome["result"]} == {0, 1, 2, 3}  # while parts are deleted
+    assert [outcome["killed"] for outcome in outcomes] == [True] * len(outcomes)
+    assert outcomes[-1]["k"] == len(trace)
+    assert trace.count("rename") == 2 * (1 + NUM_PARTS) + 1  # the plan and the parts come and go, the result comes
+    assert len({outcome["parts"] for outcome in after_kills["moments"]["outcomes"]}) > 2
+
+
+# ---- the same call, other calls ---------------------------------------------------------------------------------
+
+
+def model_fn():
+    return Net(mlp(), sgd)
+
+
+def ask(path=None, **more):
+    how = {
+        "train_data": points(),
+        "max_epochs": 2,
+        "batch_size": 9,
+        "num_subsets": 4,
+        "num_seeds": 1,
+        "model": model_fn,
+    }
+    how |= {"queries": points(5, seed=1), "show_progress": False} | more
+    if "masks" in how:
+        del how["num_subsets"]
+    return retrain(how.pop("model"), how.pop("queries"), path=path, **how)
+
+
+@pytest.fixture
+def epochs_trained(monkeypatch):
+    """A list that grows with every chunk that is trained."""
+    found, original = [], Together.train
+    monkeypatch.setattr(Together, "train", lambda self, *args: (found.append(1), original(self, *args))[1])
+    return found
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Make the training of the n-th chunk fail, until undone."""
+
+    def after(count):
+        original, calls = Together.train, []
+
+        def train(self, *args):
+            calls.append(1)
+            if len(calls) > count:
+                raise Interrupted
+            return original(self, *args)
+
+        monkeypatch.setattr(Together, "train", train)
+
+    return after
+
+
+def test_a_result_is_not_computed_twice(tmp_path, epochs_trained):
+    first = ask(tmp_path / "truth")
+    assert epochs_trained
+    epochs_trained.clear()
+    second = ask(tmp_path / "truth")
+    assert not epochs_trained
+    assert first.masks.equal(second.masks)
+    assert first.losses_by_seed.equal(second.losses_by_seed)
+    assert first.losses_by_seed.equal(ask().losses_by_seed)
+    assert [path.name for path in tmp_path.iterdir()] == ["truth"]
+
+
+OTHER = {
+    "epochs": ({"max_epochs": 3}, r"max_epochs \(2 there, 3 asked for\)"),
+    "seed": ({"seed": 1}, "seeds.*masks"),
+    "seeds": ({"num_seeds": 2}, "initial_weights, seeds"),
+    "training data": ({"train_data": points(seed=7)}, "differs in data"),
+    "queries": ({"queries": points(5, seed=7)}, "differs in query_data"),
+    "masks": ({"masks": torch.eye(25)}, "differs in masks"),
+    "subsets": ({"num_subsets": 3}, "differs in masks"),
+    "batch size": ({"batch_size": 8}, r"batch_size \(9 there, 8 asked for\)"),
+    "measure": ({"measure": "margin"}, r"measure \('loss' there, 'margin' asked for\)"),
+    "weights": ({"model": lambda: Net(nn.Linear(4, 3), sgd)}, "differs in initial_weights"),
+    "learning rate": ({"model": lambda: Net(mlp(), lambda m: torch.optim.SGD(m.parameters(), lr=0.1))}, "optimizer"),
+    "optimizer": ({"optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}, "optimizer"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_other_work_is_refused_by_the_result_and_by_the_parts(case, tmp_path, interrupt):
+    more, named = OTHER[case]
+    ask(tmp_path / "whole")
+    with pytest.raises(ValueError, match=f"whole holds the result of other work, which .*{named}.*Choose another"):
+        ask(tmp_path / "whole", **more)
+    interrupt(1)
+    with pytest.raises(Interrupted):
+        ask(tmp_path / "truth", memory_budget=1)
+    with pytest.raises(ValueError, match=rf"truth.parts holds the finished parts of .*{named}.*delete the folder"):
+        ask(tmp_path / "truth", **more)
+
+
+def test_a_model_with_other_settings_and_the_same_weights_is_other_work(tmp_path):
+    """Dropout rates leave initial weights alone; so does another loss."""
+
+    def dropping(rate):
+        return lambda: Net(mlp().append(nn.Dropout(rate)), sgd)
+
+    ask(tmp_path / "truth", model=dropping(0.0))
+    with pytest.raises(ValueError, match="differs in model_code"):
+        ask(tmp_path / "truth", model=dropping(0.9))
+
+
+def test_a_kill_loses_few_models(tmp_path, epochs_trained):
+    """With a path, parts are of 16 models where more would train at once."""
+    ask(tmp_path / "truth", num_subsets=48)
+    assert len(epochs_trained) == 3
+    epochs_trained.clear()
+    ask(num_subsets=48)
+    assert len(epochs_trained) <= 2
+
+
+def test_settings_of_an_optimizer_that_only_a_trainer_takes(tmp_path):
+    def ask_with(lr):
+        optimizer = lambda parameters: torch.optim.RMSprop(parameters, lr=lr)  # noqa: E731
+        return ask(tmp_path / "truth", optimizer=optimizer, num_subsets=2, max_epochs=1)
+
+    ask_with(0.01)
+    assert ask_with(0.01).metadata["one_by_one_because"]
+    with pytest.raises(ValueError, match="differs in optimizer"):
+        ask_with(0.02)
+
+
+def test_an_interrupted_run_keeps_what_it_has_done(tmp_path, interrupt, monkeypatch):
+    """And its chunk size, if there is more memory now."""
+    whole = ask(memory_budget=1)
+    interrupt(2)
+    with pytest.raises(Interrupted):
+        ask(tmp_path / "truth", memory_budget=1)
+    assert {path.name for path in find_records(tmp_path / "truth.parts")} == {"plan", "part=0", "part=1"}
+    monkeypatch.undo()
+    chunks, original = [], Together.train
+    monkeypatch.setattr(Together, "train", lambda self, *a: (chunks.append(len(a[0])), original(self, *a))[1])
+    again = ask(tmp_path / "truth", memory_budget=2**30)
+    assert chunks == [1, 1]
+    assert again.metadata["chunk_size"] == 1
+    assert again.losses_by_seed.equal(whole.losses_by_seed)
+    assert not (tmp_path / "truth.parts").exists()
+
+
+@pytest.mark.parametrize("name", ["plan", "part=0"])
+def test_damage_is_refused_with_what_to_do(name, tmp_path, interrupt, monkeypatch):
+    interrupt(2)
+    with pytest.raises(Interrupted):
+        ask(tmp_path / "truth", memory_budget=1)
+    monkeypatch.undo()
+    file = next((tmp_path / "truth.parts" / name).glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(RecordError, match=rf"(?s){file.name}.*truth.parts/{name}.*Delete this record and write it"):
+        ask(tmp_path / "truth")
+    if name != "plan":  # the advice helps
+        for path in sorted((tmp_path / "truth.parts" / name).iterdir()):
+            path.unlink()
+        (tmp_path / "truth.parts" / name).rmdir()
+        assert ask(tmp_path / "truth").losses_by_seed.equal(ask(memory_budget=1).losses_by_seed)
+
+
+def test_a_damaged_result_and_one_of_another_kind_are_refused(tmp_path):
+    path = ask(tmp_path / "truth") and tmp_path / "truth"
+    (path / "record.json").write_text("{}")
+    with pytest.raises(RecordError, match=r"record\.json"):
+        ask(path)
+
+
+def test_parts_of_something_else_in_the_way(tmp_path):
+    (tmp_path / "truth").write_text("a file")
+    with pytest.raises(RecordError, match="not a record"):
+        ask(tmp_path / "truth")
+
+
+# ---- Parts itself -----------------------------------------------------------------------------------------------
+
+
+def test_parts_come_in_order_whatever_is_there_already(tmp_path):
+    done, computed = [], []
+
+    def compute(number):
+        computed.append(number)
+        return {"value": torch.tensor(number**2)}
+
+    parts = Parts(tmp_path / "work", {"a": 1}, {})
+    Parts(tmp_path / "work", {"a": 1}, {}).do(2, compute)
+    values = [part["value"].item() for part in parts.do(4, compute, done.append)]
+    assert (values, done, computed) == ([0, 1, 4, 9], [0, 1], [0, 1, 2, 3])
+    parts.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_in_several_threads(tmp_path):
+    meeting = threading.Barrier(2, timeout=20)
+
+    def compute(number):
+        meeting.wait()
+        return {"value": torch.tensor(number)}
+
+    values = Parts(tmp_path / "work", {}, {}).do(4, compute, num_threads=2)
+    assert [part["value"].item() for part in values] == [0, 1, 2, 3]
+
+
+def test_a_part_that_vanishes_is_said(tmp_path):
+    parts = Parts(tmp_path / "work", {}, {})
+
+    def compute(number):
+        if number == 1:
+            remove_parts(tmp_path / "work.parts")
+        return {"value": torch.tensor(number)}
+
+    with pytest.raises(RecordError, match=r"Part 0 has vanished from .*work.parts. Run again"):
+        parts.do(2, compute)
+
+
+def test_other_files_are_left_alone(tmp_path):
+    parts = Parts(tmp_path / "work", {}, {})
+    (tmp_path / "work.parts" / "notes.txt").write_text("mine")
+    (tmp_path / "work.parts" / ".part=0.part-1-abc").mkdir()  # of a killed writer
+    parts.remove()
+    assert [path.name for path in (tmp_path / "work.parts").iterdir()] == ["notes.txt"]
+
+
+def test_differences():
+    one = {"a": 1, "b": (1, 2), "c": {"x": [1]}, "d": "same"}
+    assert differences(one, {**one, "b": [1, 2]}, {"m": torch.ones(2)}, {"m": torch.ones(2)}) == ""
+    other = {"a": 2, "b": [1, 3], "c": {"x": [2]}, "d": "same", "e": None}
+    assert differences(one, {**other, "f": 0}, {}, {}) == "a (1 there, 2 asked for), b, c, f (None there, 0 asked for)"
+    assert differences({}, {}, {"m": torch.ones(2), "n": torch.ones(1)}, {"m": torch.zeros(2)}) == "m, n"
+    assert differences({}, {}, {"m": torch.ones(2)}, {"m": torch.ones(3)}) == "m"
+
+
+def test_training_that_diverges_leaves_what_was_done(tmp_path):
+    """The message is about the subset, not the chunk."""
+    x = torch.randn(25, 4, generator=torch.Generator().manual_seed(0))
+    data, masks = TensorDataset(1e4 * x, x[:, :1]), torch.eye(3, 25)
+    how = {"train_data": data, "queries": data, "masks": masks, "model": lambda: nn.Linear(4, 1), "max_epochs": 9}
+    optimizer = lambda parameters: torch.optim.SGD(parameters, lr=1e6)  # noqa: E731
+    with pytest.raises(ValueError, match=r"Training on subset 0 with seed 3 gave losses .* for queries .0, 1, 2, 3, 4"):
+        ask(tmp_path / "truth", optimizer=optimizer, seed=3, memory_budget=1, **how)
