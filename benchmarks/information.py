@@ -293,9 +293,9 @@ def duplicates(arguments):
 def removed_greedily(model, queries, train, k):
     """Positions of the examples whose removal loses most information about each query, in order of choice."""
     attributor = InformationLossAttributor(show_progress=False).fit(model, train)
-    with attributor._borrowed_model() as (borrowed, device):
-        asked = attributor._read(borrowed, resolve_queries(queries), device, "label")
-        searched = torch.cat([batch.rows for batch in attributor._tangents.batches(asked)])
+    with attributor.borrowed_model() as (borrowed, device):
+        asked = attributor.read(borrowed, resolve_queries(queries), device, "label")
+        searched = torch.cat([batch.rows for batch in attributor.tangents.batches(asked)])
         features = torch.cat([batch.rows for batch in attributor._training(slice(0, len(train)))])
     return greedy_sets(features, searched, attributor.posterior, k, form="loss").places
 

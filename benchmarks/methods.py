@@ -35,7 +35,8 @@ from common.truth import load, load_retrained
 from torch import nn
 from torch.utils.data import DataLoader
 
-from stride_lightning import Attributor, attribute, linear_datamodeling_score
+from stride_lightning import attribute, linear_datamodeling_score
+from stride_lightning.attribute import create, methods
 from stride_lightning.callbacks.tracin import TracInCallback
 
 DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -61,11 +62,11 @@ class Classifier(L.LightningModule):
 
 
 def method_names():
-    return ["stride", *(name for name in Attributor.methods() if name not in {"stride", *RETRAINING})]
+    return ["stride", *(name for name in methods() if name not in {"stride", *RETRAINING})]
 
 
 def default_damping(method):
-    return getattr(Attributor.create(method), "damping", None)
+    return getattr(create(method), "damping", None)
 
 
 def find_truth(name):

@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from stride_lightning.attribute import attribute as attribute
+    from stride_lightning.attribute import methods as methods
     from stride_lightning.attribute import self_influence as self_influence
     from stride_lightning.attributor import Attributor as Attributor
     from stride_lightning.callbacks.further_training import FurtherTrainingCallback as FurtherTrainingCallback
@@ -82,6 +83,7 @@ _HOMES = {
     "evaluate": "evaluation.evaluate",
     "further_train": "retraining.further_training",
     "linear_datamodeling_score": "metrics.linear_datamodeling",
+    "methods": "attribute",
     "retrain": "retraining.retrain",
     "retrain_without": "retraining.retrain",
     "search_index": "information.index.retrieval",

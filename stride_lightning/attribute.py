@@ -1,8 +1,10 @@
-"""The front door: attribute() and self_influence()."""
+"""The front door: attribute() and self_influence(), and the methods by name."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ from torch import Tensor, nn
 from stride_lightning.attributor import Attributor
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.tasks.likelihoods import Task
+
+#: The files whose classes enter themselves among the methods when they are imported.
+_HOMES = ("gradients.presets", "information.attributor", "retraining.attributors", "steering.attributor")
 
 
 def attribute(
@@ -41,7 +46,7 @@ def attribute(
         queries: What to explain: a Dataset, a DataLoader, or a LightningDataModule (its test data, else its
             validation data).
         train_data: What the model was trained on: a Dataset, a DataLoader or a LightningDataModule.
-        method: Name of the method; see ``Attributor.methods()``.
+        method: Name of the method; see :func:`methods`.
         ckpt_path: Checkpoint whose weights are attributed, or ``"best"`` or ``"last"`` of the model's trainer. By
             default the weights as they are.
         record: A record that a callback wrote, or the folder that holds records. By default the callback's state in
@@ -75,7 +80,7 @@ def attribute(
 
     Reference: arXiv:2606.05165 (STRIDE).
     """
-    attributor = Attributor.create(method, seed=seed, batch_size=batch_size, show_progress=show_progress, **options)
+    attributor = create(method, seed=seed, batch_size=batch_size, show_progress=show_progress, **options)
     attributor.fit(
         model,
         train_data,
@@ -125,7 +130,7 @@ def self_influence(
 
     Reference: arXiv:2002.08484 (TracIn), section 4.1.
     """
-    attributor = Attributor.create(method, seed=seed, batch_size=batch_size, show_progress=show_progress, **options)
+    attributor = create(method, seed=seed, batch_size=batch_size, show_progress=show_progress, **options)
     attributor.fit(
         model,
         train_data,
@@ -136,3 +141,49 @@ def self_influence(
         device=device,
     )
     return attributor.self_influence()
+
+
+def methods() -> list[str]:
+    """Names of all methods, those of your own included."""
+    for home in _HOMES:
+        import_module(f"stride_lightning.{home}")
+    return sorted(Attributor.registry)
+
+
+def class_of(method: str) -> type[Attributor]:
+    """The class of a method; wrong names are refused with the right ones."""
+    known = methods()
+    if method not in known:
+        raise ValueError(f"Unknown method {method!r}. Known: {', '.join(known)}.")
+    return Attributor.registry[method]
+
+
+def create(method: str, **options: Any) -> Attributor:
+    """The attributor of that name with these options; wrong names are refused with the right ones.
+
+    Example:
+        >>> create("ekfac", damping=0.3).method
+        'ekfac'
+    """
+    cls = class_of(method)
+    known = _options(cls)
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        own = sorted(known - _options(Attributor))
+        raise TypeError(
+            f"Unknown option{'s' if len(unknown) > 1 else ''} {', '.join(unknown)} for method {method!r}. "
+            f"Its options are: {', '.join(own)}."
+        )
+    return cls(**options)
+
+
+def _options(cls: type[Attributor]) -> set[str]:
+    """Names of the keyword arguments of a method, those it hands on to its base classes as ``**kwargs`` too."""
+    names: set[str] = set()
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+            names |= {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
+            if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+                break
+    return names

@@ -23,6 +23,7 @@ from stride_lightning import (
     attribute,
     linear_datamodeling_score,
 )
+from stride_lightning.attribute import methods
 from stride_lightning.model.weights import weight_hash
 from stride_lightning.steering.subsets import Design, sample_design
 from tests.helpers.models import (
@@ -534,21 +535,21 @@ def test_a_new_method_is_a_subclass(model):
             super().__init__(**common)
             self.value = value
 
-        def _fit(self, model, device, record, checkpoint):
+        def fit_model(self, model, device, record, checkpoint):
             self.metadata["value"] = self.value
 
-        def _attribute(self, model, queries, device, target):
+        def score_queries(self, model, queries, device, target):
             from stride_lightning import Attribution
 
-            return Attribution(torch.full((len(queries), len(self._train)), self.value))
+            return Attribution(torch.full((len(queries), len(self.train_data)), self.value))
 
     try:
         attribution = attribute(model, QUERIES, train_data=DATA, method=Constant.method, value=2.0)
         assert (attribution.scores == 2).all()
         assert attribution.metadata["value"] == 2
-        assert Constant.method in Attributor.methods()
+        assert Constant.method in methods()
     finally:
-        del Attributor._registry[Constant.method]
+        del Attributor.registry[Constant.method]
 
 
 # ---- metadata ---------------------------------------------------------------------------------------------------

@@ -48,10 +48,10 @@ class Product(Attributor):
         super().__init__(**options)
         self.asked = []
 
-    def _fit(self, model, device, record, checkpoint):
+    def fit_model(self, model, device, record, checkpoint):
         pass
 
-    def _attribute(self, model, queries, device, target):
+    def score_queries(self, model, queries, device, target):
         assert (target, model.training) == ("label", False)
         assert not torch.is_grad_enabled()
         self.asked.append(len(queries))
@@ -59,7 +59,7 @@ class Product(Attributor):
         return Attribution((rows[:, None] * columns + self.shift).double())
 
     def _scored(self):
-        return self._scored_examples()
+        return self.scored_examples()
 
 
 Product.method = "product for a test"  # after the class was made, so that it is not registered
@@ -70,8 +70,8 @@ class Few(Product):
 
     places = (50, 3, 17, 4)
 
-    def _scored_examples(self):
-        return self._train.subset(self.places)
+    def scored_examples(self):
+        return self.train_data.subset(self.places)
 
 
 # ---- which numbers ----------------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def test_a_method_that_scores_some_examples_gives_those(model, batch_size):
 
 
 def test_a_method_whose_queries_share_work_is_asked_once(model, monkeypatch):
-    monkeypatch.setattr(Product, "_shares_work", True)
+    monkeypatch.setattr(Product, "asks_at_once", True)
     attributor = Product(batch_size=7, show_progress=False).fit(model, DATA)
     attributor.self_influence()
     assert attributor.asked == [60]
@@ -132,8 +132,8 @@ def test_a_method_whose_queries_share_work_is_asked_once(model, monkeypatch):
 
 def test_a_method_may_know_better(model):
     class Known(Product):
-        def _self_influence(self, model, device):
-            return torch.arange(len(self._train), device=device).double()
+        def score_training_data(self, model, device):
+            return torch.arange(len(self.train_data), device=device).double()
 
     found = Known().fit(model, DATA).self_influence()
     assert found.tolist() == list(range(60))

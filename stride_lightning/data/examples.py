@@ -1,4 +1,12 @@
-"""A data set in fixed order: positions and sequential reading."""
+"""A data set in fixed order, read one example after the other.
+
+Four words for an index, here and everywhere:
+
+* ``position``: index of an example in the user's dataset;
+* ``place``: index among the examples that are read, ``0..n-1``;
+* ``row``: index of an example within a batch;
+* ``column``: index of a training example in a matrix of scores.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +46,7 @@ class Examples:
     Args:
         dataset: Map-style data set.
         collate_fn: How its examples become a batch.
-        positions: Positions that are read, in order; all of them when None.
+        positions: Positions that are read, in order, int64 of shape ``(n,)``; by default all of the dataset.
         num_workers: Worker processes that read.
         worker_init_fn: Passed on to the DataLoader.
         owners: Objects whose Lightning batch-transfer hooks apply, first match wins (data module, then model).
@@ -47,7 +55,7 @@ class Examples:
 
     dataset: Any
     collate_fn: Callable[[list[Any]], Any] = default_collate
-    positions: Tensor | None = None
+    positions: Tensor = None  # pyright: ignore[reportAssignmentType]  # set in __post_init__
     num_workers: int = 0
     worker_init_fn: Callable[[int], None] | None = None
     owners: tuple[Any, ...] = ()
@@ -55,24 +63,33 @@ class Examples:
     _random: bool | None = field(default=None, init=False)
     _held: Any = field(default=None, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        if self.positions is None:
+            self.positions = torch.arange(len(self.dataset))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the whole dataset is read in its own order."""
+        return torch.equal(self.positions, torch.arange(len(self.dataset)))
+
     def __len__(self) -> int:
         """Number of examples that are read."""
-        return len(self.dataset) if self.positions is None else len(self.positions)
+        return len(self.positions)
 
     def __getitem__(self, index: int) -> Any:
         """The example at the given place of the reading order, as the dataset returns it."""
-        return self.dataset[index if self.positions is None else int(self.positions[index])]
+        return self.dataset[int(self.positions[index])]
 
     def subset(self, indices: Sequence[int]) -> Examples:
         """The examples at the given places of the reading order."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
-        part = replace(self, positions=chosen if self.positions is None else self.positions[chosen])
+        part = replace(self, positions=self.positions[chosen])
         part._random = self._random
         return part
 
     def name(self, place: int) -> int:
         """Position in the dataset of the example at a place of the reading order."""
-        return place if self.positions is None else int(self.positions[place])
+        return int(self.positions[place])
 
     @contextmanager
     def naming(self, start: int | Tensor) -> Iterator[None]:
@@ -92,7 +109,7 @@ class Examples:
         """Whether two reads of one example differ, as under random augmentation (found out by trying)."""
         if self._random is None:
             step = max(1, len(self) // _NUM_PROBES)
-            probes = (range(len(self)) if self.positions is None else self.positions.tolist())[::step][:_NUM_PROBES]
+            probes = self.positions[::step][:_NUM_PROBES].tolist()
             with preserved_random_state():
                 self._random = any(digest(self.dataset[i]) != digest(self.dataset[i]) for i in probes)
             if self._random:
@@ -114,11 +131,10 @@ class Examples:
             The batch on ``device``, the digest of each of its examples (uint8, ``(B, 32)``) and ``B``.
         """
         reader = _SeededReader(self.dataset, content=not self.is_random)
-        positions = range(len(self)) if self.positions is None else self.positions.tolist()
         loader = DataLoader(
             reader,
             batch_size=batch_size,
-            sampler=positions,
+            sampler=self.positions.tolist(),
             collate_fn=_CollateWithDigests(self.collate_fn),
             num_workers=self.num_workers,
             worker_init_fn=self.worker_init_fn,
@@ -142,7 +158,7 @@ class Examples:
             for batch in batches:
                 yield self.transfer(pytree.tree_map(lambda whole, batch=batch: whole[batch], self._held), device)
             return
-        positions = [(batch if self.positions is None else self.positions[batch]).tolist() for batch in batches]
+        positions = [self.positions[batch].tolist() for batch in batches]
         loader = DataLoader(
             _Redrawn(self.dataset, seed) if self.is_random else self.dataset,
             batch_sampler=positions,

@@ -87,18 +87,12 @@ def _from_loader_or_dataset(source: Any, what: str, owners: tuple[Any, ...]) -> 
             f"`{what}` must be a Dataset, a DataLoader or a LightningDataModule, got {type(source).__name__}. Wrap "
             "tensors in torch.utils.data.TensorDataset; pass one of several loaders."
         )
-    if isinstance(source, DataLoader):
-        dataset = source.dataset
-        if source.batch_sampler is None:
-            raise ValueError(
-                f"The `{what}` DataLoader has batch_size=None: its dataset makes batches by itself, so single examples "
-                "have no position. Give it a batch_size, or pass a dataset of examples."
-            )
-        workers = source.num_workers, source.worker_init_fn
-        examples = Examples(dataset, source.collate_fn, None, *workers, owners, loading_of(source))
-    else:
-        dataset = source
-        examples = Examples(dataset, owners=owners)
+    dataset = source.dataset if isinstance(source, DataLoader) else source
+    if isinstance(source, DataLoader) and source.batch_sampler is None:
+        raise ValueError(
+            f"The `{what}` DataLoader has batch_size=None: its dataset makes batches by itself, so single examples "
+            "have no position. Give it a batch_size, or pass a dataset of examples."
+        )
     if isinstance(dataset, IterableDataset):
         raise TypeError(
             f"`{what}` is an IterableDataset ({type(dataset).__name__}): its examples have no position to be named by. "
@@ -110,7 +104,16 @@ def _from_loader_or_dataset(source: Any, what: str, owners: tuple[Any, ...]) -> 
         )
     if len(dataset) == 0:  # type: ignore[arg-type]
         raise ValueError(f"`{what}` is empty.")
-    return examples
+    if not isinstance(source, DataLoader):
+        return Examples(dataset, owners=owners)
+    return Examples(
+        dataset,
+        source.collate_fn,
+        num_workers=source.num_workers,
+        worker_init_fn=source.worker_init_fn,
+        owners=owners,
+        loading=loading_of(source),
+    )
 
 
 def _reads_everything(loader: DataLoader[Any]) -> bool:

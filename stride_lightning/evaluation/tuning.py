@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stride_lightning.attributor import Attributor
+from stride_lightning.attribute import class_of, create, methods
 from stride_lightning.evaluation.evaluate import evaluate
 from stride_lightning.gradients.damping import check_damping
 from stride_lightning.gradients.presets import InfluenceAttributor
@@ -108,9 +108,9 @@ def tune_damping(
         raise ValueError("`dampings` is empty: give at least one number.")
     names = ("ckpt_path", "record", "task", "train_indices", "device")
     fitting = {name: arguments.pop(name) for name in names if name in arguments}
-    attributor = Attributor.create(method, show_progress=show_progress, **arguments)
+    attributor = create(method, show_progress=show_progress, **arguments)
     if not isinstance(attributor, InfluenceAttributor):
-        known = [name for name in Attributor.methods() if issubclass(Attributor.class_of(name), InfluenceAttributor)]
+        known = [name for name in methods() if issubclass(class_of(name), InfluenceAttributor)]
         raise ValueError(f"method={method!r} has no damping. Methods that have one: {', '.join(known)}.")
     attributor.fit(model, train_data, **fitting)
     found = []

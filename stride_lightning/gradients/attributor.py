@@ -54,8 +54,8 @@ class GradientAttributor(PlannedAttributor):
     .. math:: s_{qi} = \sum_c g_q' (H_c + \lambda_c I)^{-1} g_i
 
     over checkpoints c, with features g (gradients in which parameters, of what, projected or not) and a curvature H.
-    A new method is a subclass with a name that overrides one or two of :meth:`_curvature`, :meth:`_features`,
-    :meth:`_projection`, :meth:`_kernel_weights` and :meth:`_example_weights`.
+    A new method is a subclass with a name that overrides one or two of :meth:`curvature`, :meth:`features`,
+    :meth:`projection`, :meth:`kernel_weights` and :meth:`example_weights`.
 
     Gradients of training examples are made batch by batch and used at once; those of queries are held, as factors of
     each layer where products of factors are cheaper (``T T' (L + R) < L R`` for matrices of shape ``(L, R)`` and
@@ -87,26 +87,26 @@ class GradientAttributor(PlannedAttributor):
     # ---- what a method chooses --------------------------------------------------------------------------------
 
     @abstractmethod
-    def _curvature(self) -> Curvature:
+    def curvature(self) -> Curvature:
         """A curvature to fit, one for each checkpoint."""
 
-    def _features(self, batch: Batch) -> Gradients:
+    def features(self, batch: Batch) -> Gradients:
         """Gradients that are compared, of training examples and queries alike."""
         return batch.loss()
 
-    def _projection(self, capture: Capture) -> Projection | None:
+    def projection(self, capture: Capture) -> Projection | None:
         """What makes features so few that those of all training examples are kept; None to keep none."""
         return None
 
-    def _kernel_weights(self, batch: Batch) -> Tensor | None:
+    def kernel_weights(self, batch: Batch) -> Tensor | None:
         """Factors in the Fisher matrix of the examples whose features are kept, shape ``(B,)``; None for 1."""
         return None
 
-    def _example_weights(self, batch: Batch) -> Tensor | None:
+    def example_weights(self, batch: Batch) -> Tensor | None:
         """Factors of the examples whose features are kept, shape ``(B,)``; averaged over checkpoints by themselves."""
         return None
 
-    def _starts(self, model: nn.Module, record: Any, checkpoint: Any) -> list[tuple[Checkpoint | None, Any]]:
+    def starting_points(self, model: nn.Module, record: Any, checkpoint: Any) -> list[tuple[Checkpoint | None, Any]]:
         """The checkpoints and the learning rates that weight them; None for the attributed weights, or no weights."""
         if record is not None:
             raise ValueError(f"method={self.method!r} reads no record. Leave out `record`.")
@@ -114,17 +114,17 @@ class GradientAttributor(PlannedAttributor):
             return [(None, None)]
         return [(found, None) for found in read_checkpoints(self.checkpoints, model)]
 
-    def _scale(self) -> float:
+    def scale(self) -> float:
         """Factor of all scores: the mean over checkpoints, of the effect of one of n examples on a mean loss."""
-        return 1 / (len(self._fitted) * len(self._train))
+        return 1 / (len(self._fitted) * len(self.train_data))
 
     # ---- fit --------------------------------------------------------------------------------------------------
 
     @override
-    def _fit(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
-        starts = self._starts(model, record, checkpoint)
-        self._plan(model, device)
-        self._map = self._projection(self._capture)
+    def fit_model(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
+        starts = self.starting_points(model, record, checkpoint)
+        self.plan(model, device)
+        self._map = self.projection(self.capture)
         self._fitted = [self._fit_one(model, found, rates) for found, rates in starts]
         weights = [fitted.example_weights for fitted in self._fitted if fitted.example_weights is not None]
         self._column_weights = torch.stack(weights).mean(0) if weights else None
@@ -135,10 +135,10 @@ class GradientAttributor(PlannedAttributor):
         ]
 
     def _fit_one(self, model: nn.Module, checkpoint: Checkpoint | None, rates: Any) -> Fitted:
-        curvature = self._curvature()
+        curvature = self.curvature()
         with self._at(model, checkpoint):
             side = TrainingSide(
-                self._capture, self._task, self._reader, self._share, self._compared, self.seed, self._projected
+                self.capture, self.task, self.reader, self.share, self._compared, self.seed, self._projected
             )
             weights = None if self._map is None else self._keep(side)
             curvature.fit(side)
@@ -149,8 +149,8 @@ class GradientAttributor(PlannedAttributor):
         kept, in_kernel, of_examples = [], [], []
         for batch in side.batches("Features"):
             kept.append(self._compared(batch))
-            in_kernel.append(self._kernel_weights(batch))
-            of_examples.append(self._example_weights(batch))
+            in_kernel.append(self.kernel_weights(batch))
+            of_examples.append(self.example_weights(batch))
         side.kept, side.kept_weights = concatenated(kept), _joined(in_kernel)
         return _joined(of_examples)
 
@@ -165,7 +165,7 @@ class GradientAttributor(PlannedAttributor):
 
     def _compared(self, batch: Batch) -> Gradients:
         """The features of a batch, projected if they are."""
-        return self._projected(self._features(batch))
+        return self._projected(self.features(batch))
 
     def _projected(self, gradients: Gradients) -> Gradients:
         return gradients if self._map is None else self._map(gradients)
@@ -173,20 +173,20 @@ class GradientAttributor(PlannedAttributor):
     # ---- attribute --------------------------------------------------------------------------------------------
 
     @override
-    def _attribute(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
-        asked = self._read(model, queries, device, target)
+    def score_queries(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
+        asked = self.read(model, queries, device, target)
 
         def tiles(chunk: slice) -> Callable[[slice], Tensor]:
             sides: dict[int, Gradients] = {}
             return lambda columns: self._tile(model, asked, chunk, columns, sides)
 
-        attribution = self._collect(asked, self._query_chunks(len(asked)), tiles)
+        attribution = self.collect_scores(asked, self._query_chunks(len(asked)), tiles)
         attribution.metadata["curvature"] = [fitted.curvature.described() for fitted in self._fitted]
         return attribution
 
     def _query_chunks(self, num_queries: int) -> list[slice]:
         """Queries whose gradients are held at once."""
-        bytes_per_query = 4 * self.copies * self._capture.num_parameters
+        bytes_per_query = 4 * self.copies * self.capture.num_parameters
         step = num_queries if self._map is not None else max(1, QUERY_BYTES // bytes_per_query)
         return [slice(start, min(start + step, num_queries)) for start in range(0, num_queries, step)]
 
@@ -194,11 +194,11 @@ class GradientAttributor(PlannedAttributor):
         self, model: nn.Module, asked: Reader, chunk: slice, columns: slice, sides: dict[int, Gradients]
     ) -> Tensor:
         """Scores of some queries for some training examples, shape ``(q, columns)``."""
-        double = self._reader.encoded.dtype == torch.float64
+        double = self.reader.encoded.dtype == torch.float64
         part = torch.zeros(
             (chunk.stop - chunk.start, columns.stop - columns.start),
             dtype=torch.float64 if double else torch.float32,
-            device=self._reader.device,
+            device=self.reader.device,
         )
         for number, fitted in enumerate(self._fitted):
             with self._at(model, fitted.checkpoint):
@@ -211,38 +211,38 @@ class GradientAttributor(PlannedAttributor):
                 if len(self._fitted) == 1:  # with more, they are made again for each tile
                     sides[number] = side
         if self._column_weights is not None:
-            part *= self._column_weights[columns.start - self._share.start : columns.stop - self._share.start]
-        return part * self._scale()
+            part *= self._column_weights[columns.start - self.share.start : columns.stop - self.share.start]
+        return part * self.scale()
 
     def _query_side(self, fitted: Fitted, asked: Reader, chunk: slice) -> Gradients:
         """Gradients of queries, times the inverse of the curvature and the learning rates."""
-        batches = run_batches(self._capture, self._task, asked, chunk, "Queries")
+        batches = run_batches(self.capture, self.task, asked, chunk, "Queries")
         return self._solved(fitted, concatenated([self._compared(batch) for batch in batches]))
 
     def _solved(self, fitted: Fitted, gradients: Gradients) -> Gradients:
         solved = fitted.curvature.solve(gradients)
         if fitted.rates is None:
             return solved
-        layouts = self._capture.layouts
+        layouts = self.capture.layouts
         return Gradients({name: layouts[name].times(block, fitted.rates) for name, block in solved.items()})
 
     # ---- self-influence ---------------------------------------------------------------------------------------
 
     @override
-    def _self_influence(self, model: nn.Module, device: torch.device) -> Tensor:
-        own = torch.zeros(len(self._train))
+    def score_training_data(self, model: nn.Module, device: torch.device) -> Tensor:
+        own = torch.zeros(len(self.train_data))
         for fitted in self._fitted:
-            share = slice(0, len(self._train)) if fitted.curvature.is_collective else self._share
+            share = slice(0, len(self.train_data)) if fitted.curvature.is_collective else self.share
             with self._at(model, fitted.checkpoint):
                 for places, gradients in fitted.side.gradients("Self-influence", share):
                     for rows in self._query_chunks(gradients.num_examples):
                         some = gradients.rows(rows)
                         found = self._solved(fitted, some).row_inner(some).float().cpu()
                         own[places.start + rows.start :][: len(found)] += found
-        mine = own[self._share] * self._scale()
+        mine = own[self.share] * self.scale()
         if self._column_weights is not None:
             mine *= self._column_weights.float().cpu()
-        return gather(mine, len(self._train))
+        return gather(mine, len(self.train_data))
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -85,8 +85,6 @@ class Reader:
 
     def positions(self, places: slice) -> Tensor:
         """Positions in the dataset of the examples at some places."""
-        if self.examples.positions is None:
-            return torch.arange(places.start, places.stop)
         return self.examples.positions[places]
 
     def batches(self, share: slice | None = None, description: str = "") -> Iterator[tuple[slice, Any, Tensor]]:

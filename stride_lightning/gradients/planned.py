@@ -50,50 +50,51 @@ class PlannedAttributor(Attributor):
             raise ValueError(f"`top_k` must be an integer of at least 1, got {top_k!r}.")
         self.layers, self.top_k = layers, top_k
 
-    def _layers(self, model: nn.Module, inputs: Any) -> Sequence[str] | None:
+    def chosen_layers(self, model: nn.Module, inputs: Any) -> Sequence[str] | None:
         """Names of the modules whose parameters count; ``inputs`` are those of a batch."""
         return self.layers
 
-    def _check_data(self, fingerprint: dict[str, Any]) -> None:
+    def check_data(self, fingerprint: dict[str, Any]) -> None:
         """Refuse training data that are not those of a record."""
 
-    def _options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """Options and automatic choices, for the metadata."""
         return {"layers": None if self.layers is None else list(self.layers), "top_k": self.top_k}
 
-    def _plan(self, model: nn.Module, device: torch.device) -> None:
+    def plan(self, model: nn.Module, device: torch.device) -> None:
         """Find out how gradients are read, and read the training data once."""
         num_parameters = sum(value.numel() for value in model.parameters() if value.requires_grad)
-        places = probe_places(len(self._train), max(1, num_parameters))
-        probes = self._train.subset(places)
+        places = probe_places(len(self.train_data), max(1, num_parameters))
+        probes = self.train_data.subset(places)
         head = first_batch(probes, len(places), device)
-        names = places if self._train.positions is None else self._train.positions[places].tolist()
+        names = self.train_data.positions[places].tolist()
         with probes.naming(0):
-            self._num_outputs = count_outputs(model, self._task, cloned(head))  # models may change their inputs
+            self.num_outputs = count_outputs(model, self.task, cloned(head))  # models may change their inputs
         together = cloned(self._inputs(model, head))
         if isinstance(together, Mapping):  # texts, padded alike
             single = [{name: value[row : row + 1] for name, value in together.items()} for row in range(len(places))]
         else:
-            single = [self._inputs(model, first_batch(self._train.subset([place]), 1, device)) for place in places]
-        self._capture = plan_capture(model, self._task, single, together, self._layers(model, together), names)
-        announce(self._capture.warning, show=self.show_progress and bool(self._capture.warning))
-        self._reader = self._read(model, self._train, device, "label")
-        self._check_data(self._reader.fingerprint)
-        if len(self._train) < world_size():
-            raise ValueError(f"{len(self._train)} training examples cannot be shared by {world_size()} processes.")
-        self._share = shard(len(self._train))
+            single = [self._inputs(model, first_batch(self.train_data.subset([place]), 1, device)) for place in places]
+        self.capture = plan_capture(model, self.task, single, together, self.chosen_layers(model, together), names)
+        announce(self.capture.warning, show=self.show_progress and bool(self.capture.warning))
+        self.reader = self.read(model, self.train_data, device, "label")
+        self.check_data(self.reader.fingerprint)
+        if len(self.train_data) < world_size():
+            raise ValueError(f"{len(self.train_data)} training examples cannot be shared by {world_size()} processes.")
+        self.share = shard(len(self.train_data))
         self.metadata |= {
-            "data": self._reader.fingerprint,
-            "options": self._options(),
-            "gradients": self._capture.described(),
+            "data": self.reader.fingerprint,
+            "options": self.options(),
+            "gradients": self.capture.described(),
         }
 
-    def _read(self, model: nn.Module, examples: Examples, device: torch.device, target: str) -> Reader:
+    def read(self, model: nn.Module, examples: Examples, device: torch.device, target: str) -> Reader:
+        """Examples as batches of inputs and encoded targets, read once."""
         return Reader(
             examples,
             model,
-            self._task,
-            self._num_outputs,
+            self.task,
+            self.num_outputs,
             batch_size=self.batch_size,
             device=device,
             target=target,
@@ -101,9 +102,9 @@ class PlannedAttributor(Attributor):
         )
 
     def _inputs(self, model: nn.Module, batch: Any) -> Any:
-        return in_precision_of(model, self._task.inputs(batch))
+        return in_precision_of(model, self.task.inputs(batch))
 
-    def _collect(
+    def collect_scores(
         self, asked: Reader, chunks: Sequence[slice], tiles: Callable[[slice], Callable[[slice], Tensor]]
     ) -> Attribution:
         """Scores of this process's training examples for chunks of queries, gathered; or the top of each query.
@@ -113,25 +114,25 @@ class PlannedAttributor(Attributor):
             chunks: Which of them are done at once.
             tiles: For a chunk, what gives scores of shape ``(chunk, columns)`` for some training examples.
         """
-        mine = self._share.stop - self._share.start
-        k = None if self.top_k is None else min(self.top_k, len(self._train))
+        mine = self.share.stop - self.share.start
+        k = None if self.top_k is None else min(self.top_k, len(self.train_data))
         scores = torch.empty(len(asked), mine) if k is None else torch.empty(0)
         collectors: list[TopCollector] = []
-        longest = -(-len(self._train) // world_size())
+        longest = -(-len(self.train_data) // world_size())
         for chunk in chunks:
             size, tile = chunk.stop - chunk.start, tiles(chunk)
             step = longest if k is None else max(1, TILE_BYTES // (4 * size))
             collectors.append(TopCollector(size, k or 1))
             # As many tiles on every rank, as some curvatures solve together.
-            for start in range(self._share.start, self._share.start + longest, step):
-                columns = slice(min(start, self._share.stop), min(start + step, self._share.stop))
+            for start in range(self.share.start, self.share.start + longest, step):
+                columns = slice(min(start, self.share.stop), min(start + step, self.share.stop))
                 part = tile(columns)
                 if not torch.isfinite(part).all():
                     query, column = (~torch.isfinite(part)).nonzero()[0].tolist()
                     raise ValueError(
                         f"The score of query {asked.examples.name(chunk.start + query)} for training example "
-                        f"{self._train.name(columns.start + column)} is not finite: its gradient is too large for the "
-                        "precision, or the curvature too small. Check the weights, or give a larger `damping=` (or "
+                        f"{self.train_data.name(columns.start + column)} is not finite: its gradient is too large for "
+                        "the precision, or the curvature too small. Check the weights, or give a larger `damping=` (or "
                         "`ridge=`)."
                     )
                 if k is None:
@@ -139,12 +140,12 @@ class PlannedAttributor(Attributor):
                 else:
                     collectors[-1].update(part, torch.arange(columns.start, columns.stop))
         about: dict[str, Any] = {
-            "train_targets": self._task.shown(self._reader.encoded),
-            "query_targets": self._task.shown(asked.encoded),
+            "train_targets": self.task.shown(self.reader.encoded),
+            "query_targets": self.task.shown(asked.encoded),
             "metadata": {"query_data": asked.fingerprint},
         }
         if k is None:
-            return Attribution(gather(scores, len(self._train), dim=1), **about)
+            return Attribution(gather(scores, len(self.train_data), dim=1), **about)
         for collector in collectors:
             collector.gather()
-        return TopAttribution(joined([collector.compute() for collector in collectors]), len(self._train), **about)
+        return TopAttribution(joined([collector.compute() for collector in collectors]), len(self.train_data), **about)

@@ -40,11 +40,11 @@ class GradDotAttributor(GradientAttributor):
     unit = "nats of query loss per unit of learning rate"
 
     @override
-    def _curvature(self) -> Curvature:
+    def curvature(self) -> Curvature:
         return Identity()
 
     @override
-    def _scale(self) -> float:
+    def scale(self) -> float:
         return 1 / len(self._fitted)
 
 
@@ -58,11 +58,11 @@ class GradCosAttributor(GradDotAttributor):
     unit = "cosines, from -1 to 1"
 
     @override
-    def _self_influence(self, model: nn.Module, device: torch.device) -> Tensor:
+    def score_training_data(self, model: nn.Module, device: torch.device) -> Tensor:
         raise ValueError("The cosine of every gradient with itself is 1: use the self-influence of another method.")
 
     @override
-    def _features(self, batch: Batch) -> Gradients:
+    def features(self, batch: Batch) -> Gradients:
         gradients = batch.loss()
         norms = gradients.squared_norms().sqrt()
         return gradients.scaled((norms > 0) / norms.clamp(min=1e-30))
@@ -87,7 +87,7 @@ class TracInAttributor(GradDotAttributor):
     unit = "nats of query loss, to first order"
 
     @override
-    def _starts(self, model: nn.Module, record: Any, checkpoint: Any) -> list[tuple[Checkpoint | None, Any]]:
+    def starting_points(self, model: nn.Module, record: Any, checkpoint: Any) -> list[tuple[Checkpoint | None, Any]]:
         if record is not None and self.checkpoints is not None:
             raise ValueError("`record` and `checkpoints` both name checkpoints of TracIn; give one of them.")
         found = tracin_checkpoints(record if record is not None else self.checkpoints, checkpoint, model)
@@ -99,7 +99,7 @@ class TracInAttributor(GradDotAttributor):
             )
         checkpoints, self._recorded_data, _, note = found
         self.metadata["record_note"] = note
-        if record is None and self.checkpoints is None and self._weights not in map(recorded_weights, checkpoints):
+        if record is None and self.checkpoints is None and self.weights not in map(recorded_weights, checkpoints):
             warnings.warn(
                 f"{note}, but none of them has the weights of the model as it is now: scores say what that training "
                 "did, not how the model came to be as it is.",
@@ -130,7 +130,7 @@ class TracInAttributor(GradDotAttributor):
         return [(one, {name: (one.learning_rates or {}).get(name, 0.0) for name in names}) for one in checkpoints]
 
     @override
-    def _check_data(self, fingerprint: dict[str, Any]) -> None:
+    def check_data(self, fingerprint: dict[str, Any]) -> None:
         if self._recorded_data is not None and self._recorded_data != fingerprint:
             raise ValueError(
                 "The records of TracInCallback were made with other training data.\n"
@@ -139,7 +139,7 @@ class TracInAttributor(GradDotAttributor):
             )
 
     @override
-    def _scale(self) -> float:
+    def scale(self) -> float:
         return 1.0
 
 
@@ -175,15 +175,15 @@ class InfluenceAttributor(GradientAttributor):
             self.metadata["options"]["damping"] = self._damping
 
     @override
-    def _options(self) -> dict[str, Any]:
-        return {**super()._options(), "damping": self._damping}
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "damping": self._damping}
 
     @abstractmethod
     def _undamped(self) -> Curvature:
         """The curvature; its damping is set afterwards."""
 
     @override
-    def _curvature(self) -> Curvature:
+    def curvature(self) -> Curvature:
         curvature = self._undamped()
         curvature.damping = self._damping
         return curvature
@@ -283,12 +283,12 @@ class LastLayerAttributor(ConjugateGradientAttributor):
     method, default_damping = "last-layer", 1.0
 
     @override
-    def _layers(self, model: nn.Module, inputs: Any) -> Sequence[str] | None:
-        return [last_layer(model, self._task, inputs)] if self.layers is None else self.layers
+    def chosen_layers(self, model: nn.Module, inputs: Any) -> Sequence[str] | None:
+        return [last_layer(model, self.task, inputs)] if self.layers is None else self.layers
 
     @override
     def _undamped(self) -> Curvature:
-        is_small = len(self._capture.layouts) == 1 and self._capture.num_parameters <= MAX_FACTORISED
+        is_small = len(self.capture.layouts) == 1 and self.capture.num_parameters <= MAX_FACTORISED
         return GaussNewtonBlocks() if is_small else super()._undamped()
 
 
@@ -313,7 +313,7 @@ class LoGraAttributor(InfluenceAttributor):
         self.projection_dim = projection_dim
 
     @override
-    def _projection(self, capture: Capture) -> Projection:
+    def projection(self, capture: Capture) -> Projection:
         return LayerProjection(self.projection_dim, self.seed)
 
     @override
@@ -347,15 +347,15 @@ class TRAKAttributor(InfluenceAttributor):
         self.projection_dim = projection_dim
 
     @override
-    def _projection(self, capture: Capture) -> Projection:
+    def projection(self, capture: Capture) -> Projection:
         return JointProjection(self.projection_dim, self.seed, capture.num_parameters)
 
     @override
-    def _features(self, batch: Batch) -> Gradients:
+    def features(self, batch: Batch) -> Gradients:
         return batch.margin()
 
     @override
-    def _example_weights(self, batch: Batch) -> Tensor:
+    def example_weights(self, batch: Batch) -> Tensor:
         return batch.margin_weights
 
     @override
@@ -379,5 +379,5 @@ class TRAKNewtonAttributor(TRAKAttributor):
     method = "trak-newton"
 
     @override
-    def _kernel_weights(self, batch: Batch) -> Tensor:
+    def kernel_weights(self, batch: Batch) -> Tensor:
         return batch.margin_curvature

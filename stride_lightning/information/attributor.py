@@ -97,29 +97,29 @@ class InformationAttributor(PlannedAttributor):
         self.evidence: Evidence | None = None
 
     @override
-    def _options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         own = {"likelihood": self.likelihood, "projection_dim": self.projection_dim, "signed": self.signed}
-        return {**super()._options(), **own}
+        return {**super().options(), **own}
 
     # ---- fit --------------------------------------------------------------------------------------------------
 
     @override
-    def _fit(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
+    def fit_model(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
         if record is not None:
             raise ValueError(f"method={self.method!r} reads no record. Leave out `record`.")
-        if self._task.has_tokens:
+        if self.task.has_tokens:
             raise ValueError(
                 f"method={self.method!r} is defined for models with one prediction per example, and a task of "
-                f"{self._task.name} has one for each token. Use method='ekfac', 'trak' or 'logra' for language models."
+                f"{self.task.name} has one for each token. Use method='ekfac', 'trak' or 'logra' for language models."
             )
-        self._plan(model, device)
-        self._tangents = TangentFeatures(
-            self._capture, self._task, self.likelihood, self.projection_dim, self.seed, signed=self.signed
+        self.plan(model, device)
+        self.tangents = TangentFeatures(
+            self.capture, self.task, self.likelihood, self.projection_dim, self.seed, signed=self.signed
         )
         self._kept: list[Tangents] | None = []
-        gram = torch.zeros(self._tangents.dim, self._tangents.dim, dtype=torch.float64, device=device)
+        gram = torch.zeros(self.tangents.dim, self.tangents.dim, dtype=torch.float64, device=device)
         losses, size = torch.zeros((), dtype=torch.float64, device=device), 0
-        for batch in self._tangents.batches(self._reader, self._share, "Tangent features"):
+        for batch in self.tangents.batches(self.reader, self.share, "Tangent features"):
             rows = batch.rows.flatten(0, 1)
             gram.addmm_(rows.T.double(), rows.double())
             losses += batch.losses.double().sum()
@@ -128,41 +128,41 @@ class InformationAttributor(PlannedAttributor):
                 self._kept.append(batch)
                 self._kept = self._kept if size <= KEPT_BYTES else None
         gram, losses = total(gram), total(losses)
-        precision = max(torch.finfo(weight.dtype).eps for weight in self._capture.parameters.values())
+        precision = max(torch.finfo(weight.dtype).eps for weight in self.capture.parameters.values())
         ridge = self._choose_ridge(gram, float(losses)) if self.ridge is None else self.ridge
-        self.posterior = Posterior(gram, ridge, num_examples=len(self._train), precision=precision)
+        self.posterior = Posterior(gram, ridge, num_examples=len(self.train_data), precision=precision)
         self.metadata["posterior"] = {
             "ridge": ridge,
-            "mean_squared_feature": float(gram.trace()) / len(self._train),
+            "mean_squared_feature": float(gram.trace()) / len(self.train_data),
             **({} if self.evidence is None else self.evidence.described()),
         }
 
     def _choose_ridge(self, gram: Tensor, losses: float) -> float:
-        weights = sum(float(weight.detach().double().square().sum()) for weight in self._capture.parameters.values())
+        weights = sum(float(weight.detach().double().square().sum()) for weight in self.capture.parameters.values())
         # The noise of labels is that of their distribution; that of a regression is unknown.
-        noise = None if isinstance(self._task, Regression) else 1.0
-        num_rows = len(self._train) * self._num_outputs
+        noise = None if isinstance(self.task, Regression) else 1.0
+        num_rows = len(self.train_data) * self.num_outputs
         self.evidence = fit_evidence(gram, weights, 2 * losses, num_rows, noise_variance=noise)
         return self.evidence.ridge
 
     # ---- attribute --------------------------------------------------------------------------------------------
 
     @override
-    def _attribute(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
-        asked = self._read(model, queries, device, target)
+    def score_queries(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
+        asked = self.read(model, queries, device, target)
         searched = self._asked(asked)
 
         def tiles(chunk: slice) -> Callable[[slice], Tensor]:
             return lambda columns: self._tile(searched.at(chunk), columns)
 
-        attribution = self._collect(asked, [slice(0, len(asked))], tiles)
+        attribution = self.collect_scores(asked, [slice(0, len(asked))], tiles)
         attribution.metadata["unit"] = f"nats{'' if self.signed else ', unsigned'}"
         if not self.signed:
-            attribution.diversify = partial(self._diversify, self.posterior, self._train)
+            attribution.diversify = partial(self._diversify, self.posterior, self.train_data)
         return attribution
 
     def _asked(self, asked: Reader) -> Searched:
-        batches = list(self._tangents.batches(asked, None, "Queries", asked=True))
+        batches = list(self.tangents.batches(asked, None, "Queries", asked=True))
         vectors = torch.cat([query_vectors(batch.rows, self.posterior, self.form) for batch in batches])
         if not self.signed:
             return Searched(vectors, None)
@@ -184,25 +184,25 @@ class InformationAttributor(PlannedAttributor):
         if self._kept is not None:
             return (batch.between(columns) for batch in self._kept)
         # Whole batches: those that are cut elsewhere are rounded differently.
-        size = self._reader.batch_size
-        stop = min(-(-columns.stop // size) * size, len(self._train))
+        size = self.reader.batch_size
+        stop = min(-(-columns.stop // size) * size, len(self.train_data))
         share = slice(columns.start - columns.start % size, stop)
-        return (batch.between(columns) for batch in self._tangents.batches(self._reader, share, "Information"))
+        return (batch.between(columns) for batch in self.tangents.batches(self.reader, share, "Information"))
 
     def _diversify(
         self, posterior: Posterior, train: Examples, queries: Examples, target: str, candidates: Tensor, k: int
     ) -> TopExamples:
         """Greedy sets of the most information gained about each query, among candidate columns ``(q, m)``."""
-        if posterior is not self.posterior or train is not self._train:
+        if posterior is not self.posterior or train is not self.train_data:
             raise ValueError("The attributor has been fitted again since: call attribute(queries) again.")
-        with self._borrowed_model() as (model, device):
-            asked = self._read(model, queries, device, target)
-            searched = torch.cat([batch.rows for batch in self._tangents.batches(asked, asked=True)])
+        with self.borrowed_model() as (model, device):
+            asked = self.read(model, queries, device, target)
+            searched = torch.cat([batch.rows for batch in self.tangents.batches(asked, asked=True)])
             every, places = candidates.unique(return_inverse=True)
-            chosen = self._read(model, self._train.subset(every.tolist()), device, "label")
-            features = torch.cat([batch.rows for batch in self._tangents.batches(chosen)])
+            chosen = self.read(model, self.train_data.subset(every.tolist()), device, "label")
+            features = torch.cat([batch.rows for batch in self.tangents.batches(chosen)])
         # As if seen without the noise of their labels: a copy would halve it, and so seem to tell something new.
-        mean = float(self.posterior.gram.trace()) / len(self._train)
+        mean = float(self.posterior.gram.trace()) / len(self.train_data)
         features = features * (_SIGNAL_TO_NOISE * self.posterior.ridge / mean if mean > 0 else 1.0) ** 0.5
         found = [
             greedy_sets(features[own], query[None], self.posterior, k, form="gain")
@@ -225,28 +225,27 @@ class InformationAttributor(PlannedAttributor):
         Returns:
             Positions in the training dataset, in order of choice, and what each adds in nats.
         """
-        self._check_fitted("coreset()")
+        self.check_fitted("coreset()")
         if isinstance(size, bool) or not isinstance(size, int):
             raise ValueError(f"`size` must be an integer, got {size!r}.")
-        with self._borrowed_model():
-            everything = slice(0, len(self._train))
-            whole = self._training(everything) if self._share == everything else self._tangents.batches(self._reader)
+        with self.borrowed_model():
+            everything = slice(0, len(self.train_data))
+            whole = self._training(everything) if self.share == everything else self.tangents.batches(self.reader)
             features = torch.cat([batch.rows for batch in whole])
         chosen = choose_coreset(features, size, self.posterior.prior())
-        positions = torch.arange(len(self._train)) if self._train.positions is None else self._train.positions
-        return chosen._replace(places=positions[chosen.places.cpu()])
+        return chosen._replace(places=self.train_data.positions[chosen.places.cpu()])
 
     @override
-    def _self_influence(self, model: nn.Module, device: torch.device) -> Tensor:
+    def score_training_data(self, model: nn.Module, device: torch.device) -> Tensor:
         own = []
-        exact = self._tangents.is_exact
-        asked = () if exact else self._tangents.batches(self._reader, self._share, "Self-influence", asked=True)
+        exact = self.tangents.is_exact
+        asked = () if exact else self.tangents.batches(self.reader, self.share, "Self-influence", asked=True)
         rows = None if exact else torch.cat([batch.rows for batch in asked])
-        for batch in self._training(self._share):
-            own_places = slice(batch.places.start - self._share.start, batch.places.stop - self._share.start)
+        for batch in self._training(self.share):
+            own_places = slice(batch.places.start - self.share.start, batch.places.stop - self.share.start)
             searched = query_vectors(batch.rows if rows is None else rows[own_places], self.posterior, self.form)
             own.append(nats(searched @ index_vectors(batch.rows, self.posterior, self.form).mT, self.form))
-        return gather(torch.cat(own).float().cpu(), len(self._train))
+        return gather(torch.cat(own).float().cpu(), len(self.train_data))
 
 
 class InformationLossAttributor(InformationAttributor):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from stride_lightning.attributor import Attributor
 from stride_lightning.data.examples import Examples, first_look
@@ -55,7 +56,7 @@ class FurtherTrainingAttributor(Attributor):
 
     method = "further-training"
     unit = "nats of query loss"
-    _shares_work = True
+    asks_at_once = True
 
     def __init__(
         self,
@@ -78,19 +79,20 @@ class FurtherTrainingAttributor(Attributor):
         self.left_out, self.epochs, self.num_seeds = left_out, epochs, num_seeds
         self.optimizer, self.train_batch_size, self.memory_budget = optimizer, train_batch_size, memory_budget
 
-    def _fit(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
+    @override
+    def fit_model(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
         self._explicit = record is not None
-        found, self._note = choose_record(record, checkpoint, model, self._weights, {}, "further-training")
+        found, self._note = choose_record(record, checkpoint, model, self.weights, {}, "further-training")
         if not all_equal(None if found is None else dict(found.checksums)):
             # They would go separate ways, and wait for each other forever.
             found, self._note = None, "not every rank found the same record; computed on the spot"
-        surveyed = survey(self._train, self._task)
+        surveyed = survey(self.train_data, self.task)
         self._fingerprint, self._targets = surveyed.fingerprint, surveyed.targets
-        self._chosen = None if self.left_out is None else find_left_out(self.left_out, self._train)[0]
+        self._chosen = None if self.left_out is None else find_left_out(self.left_out, self.train_data)[0]
         self._found, self._leaving_out = None, None
         if found is not None:
             self._found = FurtherTraining.from_record(found)
-            mismatch = explain_mismatch(found, self._fingerprint, repr(self._task))
+            mismatch = explain_mismatch(found, self._fingerprint, repr(self.task))
             mismatch = self._conflict(self._found, model) if mismatch is None else mismatch
             if mismatch is not None:
                 if self._explicit:
@@ -120,20 +122,21 @@ class FurtherTrainingAttributor(Attributor):
         return f"The record was made with other options: {', '.join(differing)}. Leave them out, or `record`."
 
     def _prepare(self, model: nn.Module, device: torch.device) -> None:
-        if self.train_batch_size is None and self._train.loading is None:
+        if self.train_batch_size is None and self.train_data.loading is None:
             raise ValueError(_NO_BATCH_SIZE)
         self._leaving_out = make_leaving_out(
             model,
-            self._task,
-            self._train,
-            first_look(self._train, 64, device),
+            self.task,
+            self.train_data,
+            first_look(self.train_data, 64, device),
             batch_size=self.train_batch_size,
             optimizer=self.optimizer,
             memory_budget=self.memory_budget,
         )
 
-    def _attribute(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
-        surveyed = survey(queries, self._task)
+    @override
+    def score_queries(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
+        surveyed = survey(queries, self.task)
         query_data, query_targets = surveyed.fingerprint, surveyed.targets
         result, note = self._found, self._note
         if result is not None and (target != "label" or result.metadata["query_data"] != query_data):
@@ -147,7 +150,7 @@ class FurtherTrainingAttributor(Attributor):
         positions = result.left_out if self._chosen is None else self._chosen
         place_of = {position: place for place, position in enumerate(result.left_out.tolist())}
         columns, error = [place_of[position] for position in positions.tolist()], result.std_error(epochs)
-        self._scored = find_left_out(positions, self._train)[1]
+        self._scored = find_left_out(positions, self.train_data)[1]
         return Attribution(
             result.effects(epochs)[:, columns],
             None if error is None else error[:, columns],
@@ -171,22 +174,22 @@ class FurtherTrainingAttributor(Attributor):
             self._prepare(model, device)
         assert self._leaving_out is not None
         num_outputs = self._leaving_out.num_outputs
-        batches = encoded_batches(queries, model, self._task, num_outputs, self.batch_size, device, target)
-        every = torch.arange(len(self._train.dataset)) if self._train.positions is None else self._train.positions
+        batches = encoded_batches(queries, model, self.task, num_outputs, self.batch_size, device, target)
         return measure_effects(
             self._leaving_out,
             batches,
-            left_out=every if self._chosen is None else self._chosen,
+            left_out=self.train_data.positions if self._chosen is None else self._chosen,
             epochs=1 if self.epochs is None else self.epochs,
             seeds=range(self.seed, self.seed + (5 if self.num_seeds is None else self.num_seeds)),
             path=None,
-            metadata={"weights": self._weights, "query_data": query_data, "data": self._fingerprint},
+            metadata={"weights": self.weights, "query_data": query_data, "data": self._fingerprint},
             show_progress=self.show_progress,
         )
 
-    def _scored_examples(self) -> Examples:
-        everything = self._scored.equal(torch.arange(len(self._train)))
-        return self._train if everything else self._train.subset(self._scored.tolist())
+    @override
+    def scored_examples(self) -> Examples:
+        everything = self._scored.equal(torch.arange(len(self.train_data)))
+        return self.train_data if everything else self.train_data.subset(self._scored.tolist())
 
 
 class RetrainingAttributor(Attributor):
@@ -215,7 +218,7 @@ class RetrainingAttributor(Attributor):
 
     method = "retraining"
     unit = "nats of query loss"
-    _shares_work = True
+    asks_at_once = True
 
     def __init__(
         self,
@@ -262,31 +265,33 @@ class RetrainingAttributor(Attributor):
             "show_progress": show_progress,
         }
 
-    def _fit(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
+    @override
+    def fit_model(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
         if record is not None and self.recovery != "prior":
             raise ValueError("`record` is what recovery='prior' starts from; leave it out with other recoveries.")
-        surveyed = survey(self._train, self._task)
+        surveyed = survey(self.train_data, self.task)
         self._fingerprint, self._targets = surveyed.fingerprint, surveyed.targets
         self.metadata |= {"data": self._fingerprint, "options": {"recovery": self.recovery}}
         if self.truth is not None:
             self.truth.check_data(self.metadata, "`train_data`")
-            if self.truth.num_train != len(self._train):
-                raise ValueError(f"`truth` is of {self.truth.num_train} training examples, got {len(self._train)}.")
-        elif self._how["batch_size"] is None and self._train.loading is None:
+            if self.truth.num_train != len(self.train_data):
+                raise ValueError(f"`truth` is of {self.truth.num_train} training examples, got {len(self.train_data)}.")
+        elif self._how["batch_size"] is None and self.train_data.loading is None:
             raise ValueError(_NO_BATCH_SIZE)
         if self.recovery == "prior":
             self._stride.take_over(self)
-            self._stride._fit(model, device, record, checkpoint)
+            self._stride.fit_model(model, device, record, checkpoint)
 
-    def _attribute(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
+    @override
+    def score_queries(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
         if target != "label":
             raise ValueError("method='retraining' measures losses of labelled queries: use target='label'.")
-        surveyed = survey(queries, self._task)
+        surveyed = survey(queries, self.task)
         query_data, query_targets = surveyed.fingerprint, surveyed.targets
         truth = self.truth
         if truth is None:
-            how = {**self._how, "task": self._task}
-            truth = retrain(queries=queries, train_data=self._train, device=device, **how)
+            how = {**self._how, "task": self.task}
+            truth = retrain(queries=queries, train_data=self.train_data, device=device, **how)
         truth.check_data({"query_data": query_data}, "`queries`")
         if truth.num_queries != len(queries):
             raise ValueError(f"`truth` is of {truth.num_queries} queries, got {len(queries)}.")
@@ -307,7 +312,7 @@ class RetrainingAttributor(Attributor):
     ) -> Recovery:
         show = self.show_progress
         if self.recovery == "prior":
-            prior = self._stride._attribute(model, queries, device, "label").scores.double()
+            prior = self._stride.score_queries(model, queries, device, "label").scores.double()
             return recover_with_prior(measurements, design, prior, show_progress=show)
         if self.recovery == "ridge":
             return recover_ridge(measurements, design, penalty=self.penalty, show_progress=show)

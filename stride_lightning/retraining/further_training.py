@@ -281,7 +281,7 @@ def find_left_out(left_out: Sequence[int] | Tensor | None, train: Examples) -> t
     Raises:
         TypeError, ValueError: If they are not positions of training examples, each once.
     """
-    every = torch.arange(len(train.dataset)) if train.positions is None else train.positions
+    every = train.positions
     if left_out is None:
         places = torch.from_numpy(np.linspace(0, len(every) - 1, min(NUM_LEFT_OUT, len(every))).astype(np.int64))
         return every[places], places

@@ -169,4 +169,4 @@ class _SubsetBatches:
         positions = self.recipe.train.positions
         members = [batch[self.mask[batch]] for batch in self.recipe.order(self.seed, self.epoch)]
         kept = [batch for batch in members if len(batch) >= self.smallest]
-        return [(batch if positions is None else positions[batch]).tolist() for batch in kept]
+        return [positions[batch].tolist() for batch in kept]

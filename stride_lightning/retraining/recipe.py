@@ -152,7 +152,7 @@ class Recipe:
             "seeds": list(seeds),
             "data": found.fingerprint,
             "query_data": survey(self.queries, self.task, models[0], self.num_outputs).fingerprint,
-            "train_indices": None if self.train.positions is None else self.train.positions.tolist(),
+            "train_indices": None if self.train.is_whole else self.train.positions.tolist(),
         }
 
 

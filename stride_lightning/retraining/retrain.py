@@ -183,7 +183,7 @@ def retrain_without(
             f"The attribution is of {attribution.num_queries} queries and {attribution.num_train} training examples; "
             f"got {num_queries} queries and {num_train} training examples. Pass the data it was made with."
         )
-    positions = torch.arange(num_train) if recipe.train.positions is None else recipe.train.positions
+    positions = recipe.train.positions
     if not torch.equal(attribution.train_indices.sort().values, positions.sort().values):
         raise ValueError(
             "The attribution's train_indices are not the positions of the training data. Pass the data it was made "

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from stride_lightning.attributor import Attributor
 from stride_lightning.data.examples import Examples, first_batch
@@ -116,9 +117,10 @@ class StrideAttributor(Attributor):
 
     # ---- fit ------------------------------------------------------------------------------------------------
 
-    def _fit(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
+    @override
+    def fit_model(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
         started = time.perf_counter()
-        self._sequences = fitted_sequences(self, model, device, record, checkpoint) if self._task.has_tokens else None
+        self._sequences = fitted_sequences(self, model, device, record, checkpoint) if self.task.has_tokens else None
         if self._sequences is not None:
             return
         self._check_options()
@@ -129,7 +131,7 @@ class StrideAttributor(Attributor):
         passed = time.perf_counter()
         self.module = StrideModule(
             self.design,
-            self._task,
+            self.task,
             basis=self.basis,
             rank=self.rank or 16,
             stability=self.stability,
@@ -166,7 +168,7 @@ class StrideAttributor(Attributor):
         """What was asked for, or the default of the task."""
         if self._recovery_asked is not None:
             return self._recovery_asked
-        return "closed-form" if self._task.has_tokens and self.basis == "statistics" else "prior"
+        return "closed-form" if self.task.has_tokens and self.basis == "statistics" else "prior"
 
     @property
     def stability(self) -> float:
@@ -177,7 +179,7 @@ class StrideAttributor(Attributor):
         if self.recovery == "closed-form" or self.steps != 1 or self.cache_dir is not None:
             raise ValueError(
                 "recovery='closed-form', `steps` and `cache_dir` are for language models; the task is "
-                f"{self._task!r}. Leave them out."
+                f"{self.task!r}. Leave them out."
             )
 
     def _start_from_record(
@@ -197,19 +199,19 @@ class StrideAttributor(Attributor):
         if self._record is not None:
             layers = self._record.info["layers"]
             self._basis = Basis.from_tensors(layers, self._record.tensors("basis"))
-            self._train_pass = observe(model, self._task, self._train, self._basis, **settings)
+            self._train_pass = observe(model, self.task, self.train_data, self._basis, **settings)
             if self.keeps_record(self._train_pass.fingerprint, explicit):
                 return
         layers = self.layers
         if layers is None:
-            size = min(self.batch_size, 64, len(self._train))
-            inputs = in_precision_of(model, self._task.inputs(first_batch(self._train, size, device)))
-            layers = choose_layers(model, lambda: self._task.outputs(model, inputs), size)
-        self._basis, self._train_pass = fit_basis(model, self._task, self._train, layers, **settings)
+            size = min(self.batch_size, 64, len(self.train_data))
+            inputs = in_precision_of(model, self.task.inputs(first_batch(self.train_data, size, device)))
+            layers = choose_layers(model, lambda: self.task.outputs(model, inputs), size)
+        self._basis, self._train_pass = fit_basis(model, self.task, self.train_data, layers, **settings)
 
     def find_record(self, model: nn.Module, explicit: str | Path | None, checkpoint: Any) -> None:
         """Choose the record to start from, the same on every rank."""
-        self._record, self._record_note = choose_record(explicit, checkpoint, model, self._weights, self._asked())
+        self._record, self._record_note = choose_record(explicit, checkpoint, model, self.weights, self._asked())
         if not all_equal(None if self._record is None else dict(self._record.checksums)):
             # They would go separate ways, and wait for each other forever.
             self._record, self._record_note = None, "not every rank found the same record; computed on the spot"
@@ -217,7 +219,7 @@ class StrideAttributor(Attributor):
     def keeps_record(self, fingerprint: dict[str, Any], explicit: str | Path | None) -> bool:
         """Whether the record is of this data and task; one that the caller named is refused if not, others dropped."""
         assert self._record is not None
-        note = explain_mismatch(self._record, fingerprint, repr(self._task))
+        note = explain_mismatch(self._record, fingerprint, repr(self.task))
         if note is None:
             return True
         if explicit is not None:
@@ -228,7 +230,7 @@ class StrideAttributor(Attributor):
     def _asked(self) -> dict[str, Any]:
         """Options that a record must agree with, where they were given."""
         layers = None if self.layers is None else list(self.layers)
-        if self._task.has_tokens:  # whose record serves any design
+        if self.task.has_tokens:  # whose record serves any design
             return {"layers": None if self.basis == "learned" else layers}
         return {"layers": layers, "num_subsets": self.num_subsets, "degree": self.degree}
 
@@ -236,7 +238,7 @@ class StrideAttributor(Attributor):
         if self._record is not None:
             self.design = Design.restore(self._record.info["design"], self._record.tensors("design"))
         else:
-            self.design = sample_design(len(self._train), self.num_subsets, self.degree, seed=self.seed)
+            self.design = sample_design(len(self.train_data), self.num_subsets, self.degree, seed=self.seed)
 
     def _takes_operators(self) -> bool:
         """Whether a record's operators are what these options ask for."""
@@ -244,12 +246,13 @@ class StrideAttributor(Attributor):
 
     # ---- attribute ------------------------------------------------------------------------------------------
 
-    def _attribute(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
+    @override
+    def score_queries(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
         if self._sequences is not None:
             return attribute_sequences(self, self._sequences, queries, target)
         asked = observe(
             model,
-            self._task,
+            self.task,
             queries,
             self._basis,
             batch_size=self.batch_size,
@@ -265,7 +268,7 @@ class StrideAttributor(Attributor):
         measurements = gather(self.module.measure(mine), len(asked))
         check_measurements(measurements, self.design)
         measured = time.perf_counter()
-        nothing = Recovery(measurements.new_empty(0, len(self._train)))
+        nothing = Recovery(measurements.new_empty(0, len(self.train_data)))
         recovered = self._recover(mine, measurements, share) if len(mine) else nothing
         scores = gather(recovered.scores.float(), len(asked))
         has_std = self.recovery != "lasso"
@@ -273,8 +276,8 @@ class StrideAttributor(Attributor):
         return Attribution(
             scores.cpu(),
             gather(std.float(), len(asked)).cpu() if has_std else None,
-            train_targets=self._task.shown(self._train_pass.encoded),
-            query_targets=self._task.shown(asked.encoded),
+            train_targets=self.task.shown(self._train_pass.encoded),
+            query_targets=self.task.shown(asked.encoded),
             metadata={
                 "recovered": broadcast_object(recovered.chosen),
                 "query_data": asked.fingerprint,

@@ -200,7 +200,7 @@ def observe(
             for name, value in values.items():
                 if not torch.isfinite(value).all():
                     bad = int((~torch.isfinite(value)).reshape(len(value), -1).any(1).nonzero()[0])
-                    position = start + bad if examples.positions is None else int(examples.positions[start + bad])
+                    position = examples.name(start + bad)
                     what = "targets" if name == "encoded" else name
                     raise ValueError(
                         f"The {what} of example {position} are not finite. Attribution needs a model whose outputs and "

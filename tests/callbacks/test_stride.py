@@ -23,7 +23,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from stride_lightning import Attributor, Classification, StrideCallback, attribute
+from stride_lightning import Classification, StrideCallback, attribute
+from stride_lightning.attribute import create
 from stride_lightning.model.weights import weight_hash
 from stride_lightning.steering.subsets import Design
 from stride_lightning.storage.records import find_records, read_record
@@ -681,7 +682,7 @@ def test_data_module_hooks_apply_to_the_record(tmp_path):
     with torch.no_grad():
         expected = F.cross_entropy(model(x + 3), y, reduction="none")
     torch.testing.assert_close(read_record(callback.records[0]).tensors("losses")["train"], expected)
-    attribution = Attributor.create("stride", **QUIET).fit(model, data).attribute(data)
+    attribution = create("stride", **QUIET).fit(model, data).attribute(data)
     assert attribution.metadata["record"] == str(callback.records[0])
     assert attribution.metadata["num_queries"] == 4
 

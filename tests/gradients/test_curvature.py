@@ -44,7 +44,7 @@ def identity(size):
 def test_diagonal(name, batch_size):
     make, data, queries = CASES[name]
     attributor = fitted(make(), data, "diagonal", damping=0.3, batch_size=batch_size)
-    mine, theirs = (gradients_of(make(), attributor._task, part) for part in (queries, data))
+    mine, theirs = (gradients_of(make(), attributor.task, part) for part in (queries, data))
     squares = theirs.square().mean(0)
     close(exact_scores(attributor, queries), mine / (squares + 0.3 * squares.mean()) @ theirs.T)
 
@@ -55,7 +55,7 @@ def test_datainf(name, batch_size):
     make, data, queries = CASES[name]
     model = make()
     attributor = fitted(model, data, "datainf", damping=0.3, batch_size=batch_size)
-    mine, theirs = (gradients_of(model, attributor._task, part) for part in (queries, data))
+    mine, theirs = (gradients_of(model, attributor.task, part) for part in (queries, data))
     expected = 0
     for at in blocks_of(model).values():
         damped = 0.3 * theirs[:, at].square().mean() * identity(len(at))
@@ -70,8 +70,8 @@ def test_blocks_of_the_gauss_newton_matrix(name, batch_size):
     make, data, queries = CASES[name]
     model = make()
     attributor = fitted(model, data, "logra", damping=0.3, batch_size=batch_size)
-    mine, theirs = (gradients_of(model, attributor._task, part) for part in (queries, data))
-    matrix, places = gauss_newton_of(model, attributor._task, data), blocks_of(model).values()
+    mine, theirs = (gradients_of(model, attributor.task, part) for part in (queries, data))
+    matrix, places = gauss_newton_of(model, attributor.task, data), blocks_of(model).values()
     damping = 0.3 * matrix.trace() / sum(min(len(at), len(data)) for at in places)
     expected = sum(
         mine[:, at] @ torch.linalg.solve(matrix[at][:, at] + damping * identity(len(at)), theirs[:, at].T)
@@ -86,7 +86,7 @@ def test_fisher(name, batch_size):
     """By the matrix where there are more examples than features, by the kernel where there are fewer."""
     make, data, queries = CASES[name]
     attributor = fitted(make(), data, "trak", damping=0.3, batch_size=batch_size)
-    mine, theirs = (gradients_of(make(), attributor._task, part, margin_of) for part in (queries, data))
+    mine, theirs = (gradients_of(make(), attributor.task, part, margin_of) for part in (queries, data))
     matrix = theirs.T @ theirs / len(data)
     damping = 0.3 * matrix.trace() / min(matrix.shape[0], len(data))
     expected = mine @ torch.linalg.solve(matrix + damping * identity(len(matrix)), theirs.T)

@@ -56,12 +56,12 @@ def close(found, expected):
 def read(model, task, data, what, batch_size=4, seed=0):
     """Vectors of all examples in the order of the parameters."""
     attributor = fitted(model, data, "grad-dot", task=task)
-    reader = attributor._reader
+    reader = attributor.reader
     reader.batch_size = batch_size
     reader._held = None
-    rows = [list(what(batch)) for batch in run_batches(attributor._capture, task, reader)]
+    rows = [list(what(batch)) for batch in run_batches(attributor.capture, task, reader)]
     return [
-        torch.cat([g.dense()[:, order_of(attributor._capture)] for g in column]) for column in zip(*rows, strict=True)
+        torch.cat([g.dense()[:, order_of(attributor.capture)] for g in column]) for column in zip(*rows, strict=True)
     ]
 
 
@@ -166,8 +166,8 @@ def test_signs_of_an_example_do_not_depend_on_what_else_is_trained_on(monkeypatc
 
     def curvature(positions):
         given = Examples(points_for(), positions=positions)
-        reader = Reader(given, attributor._model, task, 3, batch_size=4, device=CPU, show_progress=False)
-        batches = run_batches(attributor._capture, task, reader)
+        reader = Reader(given, attributor.model, task, 3, batch_size=4, device=CPU, show_progress=False)
+        batches = run_batches(attributor.capture, task, reader)
         return torch.cat([torch.stack([g.dense() for g in batch.curvature(0)], 1) for batch in batches])
 
     with torch.no_grad():

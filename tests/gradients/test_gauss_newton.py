@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from stride_lightning import Attributor, attribute
+from stride_lightning import attribute
+from stride_lightning.attribute import create
 from stride_lightning.gradients import features, gauss_newton
 from tests.helpers.gradient_models import (
     GPT2,
@@ -73,7 +74,7 @@ def test_products(name):
     make, data, task = CASES[name]
     model = make()
     attributor = fitted(model, data, "influence-cg", damping=1.0, task=task, batch_size=5)
-    curvature, layouts = attributor._fitted[0].curvature, attributor._capture.layouts
+    curvature, layouts = attributor._fitted[0].curvature, attributor.capture.layouts
     size = sum(layout.num_parameters for layout in layouts.values())
     with torch.no_grad():
         matrix = curvature.product(torch.eye(size, dtype=torch.float64))
@@ -203,4 +204,4 @@ def test_random_directions_change_the_trace_alone(monkeypatch):
 )
 def test_wrong_options(method, options):
     with pytest.raises(ValueError, match=f"`{next(iter(options))}`"):
-        Attributor.create(method, **options)
+        create(method, **options)

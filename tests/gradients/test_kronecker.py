@@ -145,7 +145,7 @@ def test_conv_of_width_one_has_several_places():
     attributor = fitted(model, data, "ekfac", damping=DAMPING)
     eigenvalues, basis = (getattr(attributor._fitted[0].curvature, n)["0.weight"] for n in ("_eigenvalues", "_bases"))
     columns = torch.einsum(
-        "ncp,ncr->nrp", jacobians_of(model, data), roots(second_derivatives(model, attributor._task, data))
+        "ncp,ncr->nrp", jacobians_of(model, data), roots(second_derivatives(model, attributor.task, data))
     )[:, :, matrix_places(model, "0.weight").flatten()]
     explicit = (columns @ torch.kron(basis.left, basis.right)).square().sum(1).mean(0)
     torch.testing.assert_close(eigenvalues, explicit, rtol=1e-9, atol=1e-12)
@@ -179,7 +179,7 @@ def test_wide_sides_keep_their_own_basis(kind, limit, value, monkeypatch):
     assert exact_scores(attributor, data).isfinite().all()
 
     columns = torch.einsum(
-        "ncp,ncr->nrp", jacobians_of(model, data), roots(second_derivatives(model, attributor._task, data))
+        "ncp,ncr->nrp", jacobians_of(model, data), roots(second_derivatives(model, attributor.task, data))
     )
     trace = columns.square().sum((1, 2)).mean()
     assert float(sum(v.sum() for v in curvature._eigenvalues.values())) == pytest.approx(float(trace), rel=1e-9)
@@ -190,7 +190,7 @@ def test_a_matrix_used_twice_and_one_not_used():
     model = seeded(Twice)
     data = type(points_for())(random_tensor(14, 6, seed=0), targets_for(TASKS["classification"][0], 3, 14, 1))
     attributor = fitted(model, data, "ekfac", damping=DAMPING)
-    task = attributor._task
+    task = attributor.task
     scores = exact_scores(attributor, data)
     assert scores.isfinite().all()
     columns = torch.einsum("ncp,ncr->nrp", jacobians_of(model, data), roots(second_derivatives(model, task, data)))

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from stride_lightning import Attributor, BinaryClassification, Classification, Regression, attribute
+from stride_lightning.attribute import create, methods
 from tests.helpers.gradient_models import (
     EXACT,
     QUIET,
@@ -134,7 +135,7 @@ def test_last_layer_is_the_one_that_runs_last():
             return self.frozen(self.runs_last(torch.tanh(self.runs_first(x))))
 
     attributor = fitted(seeded(Backwards), points_for(), "last-layer", **EXACT["last-layer"])
-    assert set(attributor._capture.parameters) == {"runs_last.weight", "runs_last.bias"}
+    assert set(attributor.capture.parameters) == {"runs_last.weight", "runs_last.bias"}
 
 
 #: What each damping is relative to: a sum of eigenvalues, and by how many it is divided.
@@ -212,7 +213,7 @@ def projection_matrix(attributor, model):
     """
     from stride_lightning.model.blocks import Block, Gradients
 
-    identity, names = {}, attributor._capture.layouts
+    identity, names = {}, attributor.capture.layouts
     sizes = [layout.num_parameters for layout in names.values()]
     start = 0
     for name, size in zip(names, sizes, strict=True):
@@ -245,7 +246,7 @@ def test_trak_projected(dim):
     _, matrix = projection_matrix(attributor, model)
     assert matrix["all parameters"].dense().shape == (43, dim)
     (features, weights, _), (asked, *_) = (margins_by_hand(model, task, part) for part in (data, queries))
-    order = torch.cat([joined_places(model, name) for name in attributor._capture.layouts])
+    order = torch.cat([joined_places(model, name) for name in attributor.capture.layouts])
     project = matrix["all parameters"].dense()
     features, asked = features[:, order] @ project, asked[:, order] @ project
     kernel = features.T @ features / len(data)
@@ -263,7 +264,7 @@ def test_logra_projected(dim):
     grads = [gradients_of(model, task, part) for part in (queries, data)]
     gauss_newton = gauss_newton_of(model, task, data)
     projected, start = {}, 0
-    for name, layout in attributor._capture.layouts.items():
+    for name, layout in attributor.capture.layouts.items():
         own = matrices[name].dense()[start : start + layout.num_parameters]
         start += layout.num_parameters
         at = joined_places(model, name)
@@ -450,7 +451,7 @@ def test_no_gradient_has_no_cosine():
 def test_every_method_is_tested_here():
     from stride_lightning.gradients.attributor import GradientAttributor
 
-    made = {m for m in Attributor.methods() if issubclass(Attributor._registry[m], GradientAttributor)}
+    made = {m for m in methods() if issubclass(Attributor.registry[m], GradientAttributor)}
     assert made == {*EXACT, "tracin"}
 
 
@@ -458,30 +459,30 @@ def test_every_method_is_tested_here():
 @pytest.mark.parametrize("dim", [0, -1, 2.0, True, "8"])
 def test_wrong_projection_dim(method, dim):
     with pytest.raises(ValueError, match="`projection_dim` must be an integer of at least 1"):
-        Attributor.create(method, projection_dim=dim)
+        create(method, projection_dim=dim)
 
 
 @pytest.mark.parametrize("method", [m for m in EXACT if m not in ("grad-dot", "grad-cos")])
 @pytest.mark.parametrize("damping", [-0.1, float("nan"), float("inf"), True, "0.1"])
 def test_wrong_damping(method, damping):
     with pytest.raises(ValueError, match="`damping` must be a number of at least 0"):
-        Attributor.create(method, damping=damping)
+        create(method, damping=damping)
 
 
 @pytest.mark.parametrize("top_k", [0, -1, 2.0, True])
 def test_wrong_top_k(top_k):
     with pytest.raises(ValueError, match="`top_k` must be an integer of at least 1"):
-        Attributor.create("grad-dot", top_k=top_k)
+        create("grad-dot", top_k=top_k)
 
 
 def test_layers_must_be_a_list():
     with pytest.raises(TypeError, match=r"write layers=\['0'\]"):
-        Attributor.create("grad-dot", layers="0")
+        create("grad-dot", layers="0")
 
 
 def test_options_of_others_are_refused():
     with pytest.raises(TypeError, match="Unknown option damping for method 'grad-dot'"):
-        Attributor.create("grad-dot", damping=0.1)
+        create("grad-dot", damping=0.1)
     with pytest.raises(ValueError, match="reads no record"):
         attribute(mlp(), points_for(), train_data=points_for(), method="ekfac", record="somewhere", **QUIET)
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from stride_lightning import Attributor, CausalLanguageModeling, attribute, self_influence
+from stride_lightning import CausalLanguageModeling, attribute, self_influence
+from stride_lightning.attribute import create
 from stride_lightning.gradients import features
 from tests.helpers.gradient_models import EXACT, QUIET, close_scores
 from tests.helpers.language_models import (
@@ -73,11 +74,11 @@ def places_of_blocks(attributor, model):
     for name, parameter in model.named_parameters():
         ends[name] = torch.arange(start, start + parameter.numel())
         start += parameter.numel()
-    return [torch.cat([ends[name] for name in layout.parameters]) for layout in attributor._capture.layouts.values()]
+    return [torch.cat([ends[name] for name in layout.parameters]) for layout in attributor.capture.layouts.values()]
 
 
 def fitted(kind, method, data=SHORT, collate_fn=padded, **options):
-    attributor = Attributor.create(method, **{**QUIET, "batch_size": 4, **EXACT[method], **options})
+    attributor = create(method, **{**QUIET, "batch_size": 4, **EXACT[method], **options})
     return attributor.fit(model_of(kind), loader(data, collate_fn), task_of(kind))
 
 
@@ -253,7 +254,7 @@ def curvature_rows(kind, data, collate_fn, batch_size, seed=0):
     """Gradients along the directions that curvature is made of, shape ``(directions, n, p)``."""
     attributor = fitted(kind, "grad-dot", data, collate_fn, batch_size=batch_size)
     with torch.no_grad():
-        batches = features.run_batches(attributor._capture, attributor._task, attributor._reader)
+        batches = features.run_batches(attributor.capture, attributor.task, attributor.reader)
         rows = [torch.stack([gradients.dense() for gradients in batch.curvature(seed)]) for batch in batches]
     assert batch_size > 1 or len(rows) == len(data)
     return rows
@@ -275,7 +276,7 @@ def test_random_directions_give_the_matrix_on_average():
     order = torch.cat(places_of_blocks(attributor, model_of("Llama")))
     for seed in range(25):
         with torch.no_grad():
-            batches = features.run_batches(attributor._capture, attributor._task, attributor._reader)
+            batches = features.run_batches(attributor.capture, attributor.task, attributor.reader)
             rows = torch.cat([gradients.dense() for batch in batches for gradients in batch.curvature(seed)])
         drawn.append(rows.T @ rows / len(LONG))
     drawn, exact = torch.stack(drawn), exact[order][:, order]

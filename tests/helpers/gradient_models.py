@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from stride_lightning import Attributor, BinaryClassification, Classification, Regression
+from stride_lightning import BinaryClassification, Classification, Regression
+from stride_lightning.attribute import create
 from tests.helpers.tiny import examples_of, random_tensor
 
 NUM_OUTPUTS = 3
@@ -381,13 +382,13 @@ EXACT = {
 def fitted(model, data, method, **options):
     """An attributor after its fit."""
     task = options.pop("task", None)
-    return Attributor.create(method, **QUIET | options).fit(model, data, task)
+    return create(method, **QUIET | options).fit(model, data, task)
 
 
 @torch.no_grad()
 def exact_scores(attributor, queries):
     """Scores of an attributor of one checkpoint before they are scaled and rounded to float32."""
-    asked = attributor._read(attributor._model, examples_of(*queries.tensors), torch.device("cpu"), "label")
+    asked = attributor.read(attributor.model, examples_of(*queries.tensors), torch.device("cpu"), "label")
     (one,) = attributor._fitted
     side = attributor._query_side(one, asked, slice(0, len(asked)))
     return torch.cat([side.inner(gradients) for _, gradients in one.side.gradients()], 1)

@@ -9,8 +9,8 @@ from torch import distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from stride_lightning import Attribution, Attributor, Regression, TopAttribution, attribute
-from stride_lightning.attribute import self_influence
+from stride_lightning import Attribution, Regression, TopAttribution, attribute
+from stride_lightning.attribute import create, methods, self_influence
 from stride_lightning.gradients import features, planned
 from stride_lightning.information import attributor as module
 from stride_lightning.information.evidence import fit_evidence
@@ -74,9 +74,9 @@ def made(method="information-loss", model=None, data=DATA, **options):
 
 def exact_of(attributor, queries):
     """Scores before they are rounded to float32."""
-    with attributor._borrowed_model() as (model, device):
-        asked = attributor._read(model, examples_of(*queries.tensors), device, "label")
-        return attributor._tile(attributor._asked(asked), slice(0, len(attributor._train)))
+    with attributor.borrowed_model() as (model, device):
+        asked = attributor.read(model, examples_of(*queries.tensors), device, "label")
+        return attributor._tile(attributor._asked(asked), slice(0, len(attributor.train_data)))
 
 
 def exactly(found, expected, tolerance=1e-10):
@@ -108,9 +108,9 @@ def test_projected_features_are_those_of_the_process(method):
     attributor = made(method, ridge=RIDGE, projection_dim=7)
     assert attributor.posterior.num_features == 7
     with torch.no_grad():
-        train = torch.cat([batch.rows for batch in attributor._tangents.batches(attributor._reader)])
-        reader = attributor._read(attributor._model, examples_of(*QUERIES.tensors), CPU, "label")
-        asked = torch.cat([batch.rows for batch in attributor._tangents.batches(reader)])
+        train = torch.cat([batch.rows for batch in attributor.tangents.batches(attributor.reader)])
+        reader = attributor.read(attributor.model, examples_of(*QUERIES.tensors), CPU, "label")
+        asked = torch.cat([batch.rows for batch in attributor.tangents.batches(reader)])
     exactly(exact_of(attributor, QUERIES), dense.single(METHODS[method], asked, train, RIDGE))
 
 
@@ -572,7 +572,7 @@ def test_coreset_is_greedy(method, name, likelihood):
 
 def test_coreset_positions():
     part = [7, 2, 11, 5, 0, 4]
-    attributor = Attributor.create("information-loss", ridge=RIDGE, **QUIET).fit(mlp(), DATA, train_indices=part)
+    attributor = create("information-loss", ridge=RIDGE, **QUIET).fit(mlp(), DATA, train_indices=part)
     train = dense.tangents_of(mlp(), TASKS["classification"][0], DATA)[part]
     expected = dense.greedy_about_weights(train, 4, RIDGE)[0]
     assert attributor.coreset(4).places.tolist() == [part[place] for place in expected]
@@ -580,7 +580,7 @@ def test_coreset_positions():
 
 def test_coreset_where_it_cannot_be():
     with pytest.raises(RuntimeError, match=r"Call fit\(model, train_data\) before coreset\(\)"):
-        Attributor.create("information-loss", **QUIET).coreset(2)
+        create("information-loss", **QUIET).coreset(2)
     model = mlp()
     attributor = made(model=model)
     for size in (0, 14):
@@ -606,10 +606,10 @@ def many(monkeypatch):
 @torch.no_grad()
 def rows_of(attributor, queries):
     """Features of the training examples and of queries, as they are compared."""
-    asked = attributor._read(attributor._model, examples_of(*queries.tensors), CPU, "label")
+    asked = attributor.read(attributor.model, examples_of(*queries.tensors), CPU, "label")
     batches = (
-        attributor._tangents.batches(attributor._reader),
-        attributor._tangents.batches(asked, asked=True),
+        attributor.tangents.batches(attributor.reader),
+        attributor.tangents.batches(asked, asked=True),
     )
     return [torch.cat([batch.rows for batch in part]) for part in batches]
 
@@ -730,7 +730,7 @@ def test_no_prior_where_the_data_determine_all_weights():
     expected = torch.stack([0.5 * ((1 + variance(rows)) / (1 + variance(train))).log() for rows in left], 1)
     exactly(exact_of(made(model=model, data=data, task=task, ridge=0), queries), expected)
     with pytest.raises(ValueError, match="A gain is relative to a prior, and `ridge=0` is none"):
-        Attributor.create("information-gain", ridge=0)
+        create("information-gain", ridge=0)
 
 
 def test_leverage_at_one():
@@ -920,7 +920,7 @@ def test_metadata_and_saving(method, tmp_path):
 
 
 def test_methods_are_known():
-    assert set(METHODS) <= set(Attributor.methods())
+    assert set(METHODS) <= set(methods())
 
 
 def test_progress_is_quiet_when_told(capsys):

@@ -52,8 +52,8 @@ def model_of(name):
 def read(model, task, data, likelihood="gauss-newton", *, dim=EVERY, batch_size=4, seed=0, signed=False, share=None):
     """Rows, losses and downhill directions; the columns in the order of the parameters if all are kept."""
     attributor = fitted(model, data, "grad-dot", task=task)
-    reader = reader_of(data, model, task, attributor._num_outputs, batch_size)
-    capture = attributor._capture
+    reader = reader_of(data, model, task, attributor.num_outputs, batch_size)
+    capture = attributor.capture
     tangents = TangentFeatures(capture, task, likelihood, dim, seed, signed=signed)
     batches = list(tangents.batches(reader, share))
     order = order_of(capture) if dim >= capture.num_parameters else slice(None)
@@ -136,9 +136,9 @@ def test_projection_is_linear(likelihood):
     """Projected rows are the rows times the projected gradients of single parameters."""
     model, data, task = model_of("classification")
     attributor = fitted(model, data, "grad-dot", task=task)
-    order = order_of(attributor._capture)
-    tangents = TangentFeatures(attributor._capture, task, likelihood, 7, 3)
-    matrix = matrix_of(tangents._project, attributor._capture)
+    order = order_of(attributor.capture)
+    tangents = TangentFeatures(attributor.capture, task, likelihood, 7, 3)
+    matrix = matrix_of(tangents._project, attributor.capture)
     assert matrix.shape == (43, 7)
     rows, _, downhill = read(model, task, data, likelihood, dim=7, seed=3, signed=True)
     close(rows, read(model, task, data, likelihood)[0] @ matrix[order])
@@ -172,7 +172,7 @@ def test_batches_and_shares(likelihood, dim):
 def test_between():
     model, data, task = model_of("classification")
     attributor = fitted(model, data, "grad-dot", task=task)
-    tangents = TangentFeatures(attributor._capture, task, "gauss-newton", EVERY, 0, signed=True)
+    tangents = TangentFeatures(attributor.capture, task, "gauss-newton", EVERY, 0, signed=True)
     with torch.no_grad():
         first, second, *_ = tangents.batches(reader_of(data, model, task, batch_size=5))
     part = second.between(slice(3, 7))
@@ -211,7 +211,7 @@ def test_directions_are_those_of_a_position(monkeypatch):
     """Whatever is read with it and in whatever order; those of queries are other ones."""
     model, data, task = model_of("classification")
     attributor = fitted(model, data, "grad-dot", task=task)
-    tangents = TangentFeatures(attributor._capture, task, "gauss-newton", EVERY, 3)
+    tangents = TangentFeatures(attributor.capture, task, "gauss-newton", EVERY, 3)
 
     def rows_at(places, *, asked=False):
         reader = Reader(examples_of(*data.tensors).subset(places), model, task, 3, **options)
@@ -247,7 +247,7 @@ def test_directions_are_those_of_a_position(monkeypatch):
     ],
 )
 def test_wrong_options(options, message):
-    capture = fitted(mlp(), points_for(), "grad-dot")._capture
+    capture = fitted(mlp(), points_for(), "grad-dot").capture
     with pytest.raises(ValueError, match=message):
         TangentFeatures(capture, Classification(), *options, 0)
 
@@ -263,7 +263,7 @@ def test_precision_of_the_model(dtype):
 def test_outputs_that_are_not_finite_are_named():
     model, data = mlp(), points_for()
     attributor = fitted(model, data, "grad-dot")
-    tangents = TangentFeatures(attributor._capture, Classification(), "gauss-newton", EVERY, 0)
+    tangents = TangentFeatures(attributor.capture, Classification(), "gauss-newton", EVERY, 0)
     data.tensors[0][5] = torch.nan
     with torch.no_grad(), pytest.raises(ValueError, match="The loss of example 5 is not finite"):
         list(tangents.batches(reader_of(data, model)))

@@ -382,12 +382,12 @@ def test_a_method_may_give_the_top_only():
             super().__init__(**common)
             self.top_k = top_k
 
-        def _fit(self, model, device, record, checkpoint):
+        def fit_model(self, model, device, record, checkpoint):
             pass
 
-        def _attribute(self, model, queries, device, target):
-            scores = random(len(queries), len(self._train))
-            return TopAttribution(collect(scores, self.top_k).compute(), len(self._train))
+        def score_queries(self, model, queries, device, target):
+            scores = random(len(queries), len(self.train_data))
+            return TopAttribution(collect(scores, self.top_k).compute(), len(self.train_data))
 
     data, chosen = classification_data(), list(range(40, 10, -2))
     try:
@@ -400,7 +400,7 @@ def test_a_method_may_give_the_top_only():
             top_k=3,
         )
     finally:
-        del Attributor._registry[Streaming.method]
+        del Attributor.registry[Streaming.method]
     assert_same(given.top(), Attribution(random(3, 15), train_indices=torch.tensor(chosen)).top(3))
     assert given.metadata["num_queries"] == 3
     assert len(given.queries) == 3

@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from stride_lightning import (
     Attribution,
-    Attributor,
     FurtherTraining,
     FurtherTrainingCallback,
     GroundTruth,
@@ -20,6 +19,7 @@ from stride_lightning import (
     further_train,
     retrain,
 )
+from stride_lightning.attribute import create
 from stride_lightning.retraining import attributors as module
 from stride_lightning.steering.recovery import NOISES
 from tests.helpers.models import Classifier, build, classification_data, loader, picture_data, train
@@ -155,7 +155,7 @@ def test_predicted_targets():
 
 def test_fit_once_and_ask_often():
     model = build(Classifier)
-    attributor = Attributor.create("further-training", num_seeds=2, **QUIET).fit(model, loader(DATA))
+    attributor = create("further-training", num_seeds=2, **QUIET).fit(model, loader(DATA))
     for queries in (QUERIES, Subset(QUERIES, [3, 1])):
         assert attributor.attribute(queries).scores.equal(ask(model, queries, num_seeds=2).scores)
 

@@ -71,19 +71,21 @@ def build_index(
 
     Reference: arXiv:2604.03858.
     """
-    attributor._check_fitted("build_index()")
+    attributor.check_fitted("build_index()")
     columns = {name: as_list(values) for name, values in (columns or {}).items()}
-    if attributor._tangents.num_rows != 1:
+    if attributor.tangents.num_rows != 1:
         raise ValueError(
-            f"An index holds one vector per example, and these have {attributor._tangents.num_rows} outputs. Fit with "
+            f"An index holds one vector per example, and these have {attributor.tangents.num_rows} outputs. Fit with "
             "likelihood='margin'."
         )
-    wrong = {name: len(values) for name, values in columns.items() if len(values) != len(attributor._train)}
+    wrong = {name: len(values) for name, values in columns.items() if len(values) != len(attributor.train_data)}
     if wrong:
-        raise ValueError(f"Expected {len(attributor._train)} values per column, one per training example; got {wrong}.")
+        raise ValueError(
+            f"Expected {len(attributor.train_data)} values per column, one per training example; got {wrong}."
+        )
     types = {name: type_of(name, values) for name, values in columns.items()}
     form = attributor.form if form is None else form
-    dim, identity = attributor._tangents.dim, index_identity(attributor, form)
+    dim, identity = attributor.tangents.dim, index_identity(attributor, form)
     if path is not None and is_index(path):
         identity = index_identity(attributor, form, InformationIndex.open(path).identity)
     index: InformationIndex | MemoryIndex
@@ -117,14 +119,14 @@ def search_index(
     Raises:
         VectorIndexError: If the index is of another model, projection or prior.
     """
-    attributor._check_fitted("search_index()")
+    attributor.check_fitted("search_index()")
     form = index.identity.get("form", attributor.form)
     index.check_identity(index_identity(attributor, form, index.identity))
-    with attributor._borrowed_model() as (model, device):
-        asked = attributor._read(model, resolve_queries(queries, model), device, target)
+    with attributor.borrowed_model() as (model, device):
+        asked = attributor.read(model, resolve_queries(queries, model), device, target)
         parts = [
             query_vectors(batch.rows, attributor.posterior, form)[:, 0].cpu()
-            for batch in attributor._tangents.batches(asked, None, "Queries", asked=True)
+            for batch in attributor.tangents.batches(asked, None, "Queries", asked=True)
         ]
     hits = index.search(torch.cat(parts), k, **options)
     return Retrieved(hits.positions, nats(hits.dots[..., None, None], form), hits.columns)
@@ -143,13 +145,13 @@ def index_identity(
         form: Which information.
         made_with: Identity of the index that this one is compared with.
     """
-    tangents, posterior = attributor._tangents, attributor.posterior
+    tangents, posterior = attributor.tangents, attributor.posterior
     data, before = attributor.metadata["data"], (made_with or {}).get("data")
-    if form == "gain" and isinstance(before, dict) and before.get("num_examples", 0) < len(attributor._train):
-        data = fingerprint_of(attributor._train.subset(range(before["num_examples"])), attributor._task)
+    if form == "gain" and isinstance(before, dict) and before.get("num_examples", 0) < len(attributor.train_data):
+        data = fingerprint_of(attributor.train_data.subset(range(before["num_examples"])), attributor.task)
     identity = {
-        "weights": attributor._weights,
-        "task": repr(attributor._task),
+        "weights": attributor.weights,
+        "task": repr(attributor.task),
         "layers": None if attributor.layers is None else list(attributor.layers),
         "likelihood": tangents.likelihood,
         "projection_dim": tangents.dim,
@@ -161,21 +163,21 @@ def index_identity(
     if form == "gain" or data["content"] is not None:
         return identity
     # Under random augmentation the data are known by shapes and targets only: their features tell more.
-    return identity | {"mean_squared_feature": f"{float(posterior.gram.trace()) / len(attributor._train):.3g}"}
+    return identity | {"mean_squared_feature": f"{float(posterior.gram.trace()) / len(attributor.train_data):.3g}"}
 
 
 def _missing(
     attributor: InformationAttributor, index: VectorIndex, form: Form, columns: Mapping[str, Sequence[Any]]
 ) -> Iterator[tuple[Tensor, Tensor, dict[str, list[Any]]]]:
     """Positions, vectors and columns of the training examples that are not in the index."""
-    train = attributor._train
-    positions = torch.arange(len(train)) if train.positions is None else train.positions
+    train = attributor.train_data
+    positions = train.positions
     places = (~index.holds(positions)).nonzero()[:, 0]
     if len(places) == 0:
         return
-    with attributor._borrowed_model() as (model, device):
-        reader = attributor._read(model, train.subset(places.tolist()), device, "label")
-        for batch in attributor._tangents.batches(reader):
+    with attributor.borrowed_model() as (model, device):
+        reader = attributor.read(model, train.subset(places.tolist()), device, "label")
+        for batch in attributor.tangents.batches(reader):
             own = places[batch.places]
             vectors = index_vectors(batch.rows, attributor.posterior, form)[:, 0].cpu()
             yield positions[own], vectors, {name: [values[i] for i in own.tolist()] for name, values in columns.items()}

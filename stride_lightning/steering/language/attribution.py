@@ -25,7 +25,7 @@ def fitted_sequences(
     options: StrideAttributor, model: nn.Module, device: torch.device, explicit: str | Path | None, checkpoint: Any
 ) -> SequenceStride:
     """The pass over the training sequences, or what a record knows of it, and operators if recovery asks for any."""
-    task = options._task
+    task = options.task
     assert isinstance(task, CausalLanguageModeling)
     if options.basis == "learned" and options.recovery == "closed-form":
         raise ValueError("recovery='closed-form' fits no operators, so basis='learned' has no part in it.")
@@ -81,7 +81,7 @@ def _prepared(
         seed=options.seed,
         show_progress=options.show_progress,
     )
-    found.prepare(model, options._train, device, {"weights": options._weights})
+    found.prepare(model, options.train_data, device, {"weights": options.weights})
     return found
 
 
@@ -92,7 +92,7 @@ def _design(options: StrideAttributor) -> Design:
         asked = {"num_subsets": options.num_subsets, "degree": options.degree}
         if all(value in (None, getattr(design, name)) for name, value in asked.items()):
             return design
-    return sample_design(len(options._train), options.num_subsets, options.degree, seed=options.seed)
+    return sample_design(len(options.train_data), options.num_subsets, options.degree, seed=options.seed)
 
 
 def _fit_operators(options: StrideAttributor, found: SequenceStride, model: nn.Module, design: Design) -> None:

@@ -137,7 +137,7 @@ class _Source:
     def _read(self, place: int) -> Any:
         """The example as it was attributed: under random augmentation, read under the seed of its position."""
         assert self.data is not None
-        with seeded(place if self.data.positions is None else int(self.data.positions[place])):
+        with seeded(self.data.name(place)):
             return self.data[place]
 
     def _shows(self, example: Any) -> bool:
@@ -160,7 +160,7 @@ class _Source:
 
     def _position(self, place: int) -> int:
         """Where an example stands in its dataset."""
-        positions = self.indices if self.data is None or self.data.positions is None else self.data.positions
+        positions = self.indices if self.data is None else self.data.positions
         return place if positions is None else int(positions[place])
 
 

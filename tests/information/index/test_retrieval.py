@@ -43,7 +43,7 @@ def test_the_ranking_and_the_nats_of_all_pairs(kind, on_disk, tmp_path):
 def test_one_more_copy():
     attributor = fitted()
     found = search_index(attributor, build_index(attributor, form="copy"), queries(), k=5)
-    rows = [torch.cat([b.rows for b in attributor._tangents.batches(reader)]) for reader in readers(attributor)]
+    rows = [torch.cat([b.rows for b in attributor.tangents.batches(reader)]) for reader in readers(attributor)]
     expected = information_gain(*rows, attributor.posterior, form="copy").sort(descending=True, stable=True)
     assert torch.equal(found.positions, expected.indices[:, :5])
     torch.testing.assert_close(found.nats.float(), expected.values[:, :5], rtol=1e-4, atol=1e-9)
@@ -53,7 +53,7 @@ def readers(attributor):
     from stride_lightning.data.sources import resolve_queries
 
     asked = resolve_queries(queries())
-    return attributor._reader, attributor._read(attributor._model, asked, torch.device("cpu"), "label")
+    return attributor.reader, attributor.read(attributor.model, asked, torch.device("cpu"), "label")
 
 
 def test_your_own_columns_and_filters():
