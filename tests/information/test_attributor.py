@@ -76,7 +76,7 @@ def exact_of(attributor, queries):
     """Scores before they are rounded to float32."""
     with attributor.borrowed_model() as (model, device):
         asked = attributor.read(model, examples_of(*queries.tensors), device, "label")
-        return attributor._tile(attributor._asked(asked), slice(0, len(attributor.train_data)))
+        return attributor._tile(*attributor._query_side(asked), slice(0, len(attributor.train_data)))
 
 
 def exactly(found, expected, tolerance=1e-10):
@@ -292,7 +292,7 @@ def test_features_that_are_not_kept(method, monkeypatch):
     own = self_influence(mlp(), train_data=DATA, method=method, **QUIET, **options)
     places = made(method, **options).coreset(5).places
     monkeypatch.setattr(module, "KEPT_BYTES", 0)
-    assert made(method, **options)._kept is None
+    assert made(method, **options)._held is None
     found = ask(method, **options)
     close_scores(found.scores, expected.scores, 1e-7)
     assert torch.equal(ask(method, **plain).top(4, diverse=True).proponents, chosen.proponents)
@@ -306,7 +306,7 @@ def test_features_are_kept_up_to_a_size(monkeypatch):
     size = 13 * 3 * 43 * 8
     for limit, kept in ((size, True), (size - 1, False)):
         monkeypatch.setattr(module, "KEPT_BYTES", limit)
-        assert (made(batch_size=4)._kept is not None) == kept
+        assert (made(batch_size=4)._held is not None) == kept
 
 
 @both_methods
@@ -740,7 +740,7 @@ def test_leverage_at_one():
     for dtype in (torch.float64, torch.float32):
         attributor = made(model=mlp().to(dtype), ridge=1e-9)
         with torch.no_grad():
-            rows = torch.cat([batch.rows for batch in attributor._kept])
+            rows = torch.cat([batch.rows for batch in attributor._held])
         assert attributor.posterior.leverage(rows).max() > 2 - 1e-5
         scores = ask(model=mlp().to(dtype), queries=DATA, ridge=1e-9).scores
         assert scores.isfinite().all()
