@@ -15,8 +15,8 @@ from stride_lightning.gradients.features import Reader, cloned
 from stride_lightning.gradients.plan import plan_capture, probe_places
 from stride_lightning.model.layers import check_layers, in_precision_of
 from stride_lightning.results.attribution import Attribution
-from stride_lightning.results.top_attribution import TopAttribution, TopCollector
-from stride_lightning.results.top_examples import joined
+from stride_lightning.results.top_attribution import TopAttribution
+from stride_lightning.results.top_examples import TopCollector, joined
 from stride_lightning.runtime.distributed import gather, shard, world_size
 from stride_lightning.runtime.progress import announce
 
@@ -106,7 +106,7 @@ class PlannedAttributor(Attributor):
 
     def collect_scores(
         self, asked: Reader, chunks: Sequence[slice], tiles: Callable[[slice], Callable[[slice], Tensor]]
-    ) -> Attribution:
+    ) -> Attribution | TopAttribution:
         """Scores of this process's training examples for chunks of queries, gathered; or the top of each query.
 
         Args:
