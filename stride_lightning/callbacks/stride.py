@@ -18,6 +18,7 @@ from stride_lightning.callbacks.recording import RecordingCallback, is_dev_run
 from stride_lightning.data.examples import Examples, first_look
 from stride_lightning.model.layers import in_precision_of
 from stride_lightning.model.weights import borrowed, rank_zero_state, weight_hash
+from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import barrier, rank
 from stride_lightning.runtime.versions import versions
 from stride_lightning.steering.activations import capture_inputs, choose_layers
@@ -107,19 +108,19 @@ class StrideCallback(RecordingCallback):
         super().__init__(dirpath, train_indices)
         if isinstance(layers, str):
             raise MisconfigurationException(f"`layers` must be a list of names: write layers=[{layers!r}].")
-        try:
-            check_task(task)
-        except TypeError as error:
-            raise MisconfigurationException(str(error)) from error
         counts = {
             "every_n_epochs": every_n_epochs,
             "every_n_train_steps": every_n_train_steps,
             "statistics_every_n_steps": statistics_every_n_steps,
             "batch_size": batch_size,
         }
-        for name, value in counts.items():
-            if value is not None and value < 1:
-                raise MisconfigurationException(f"`{name}` must be at least 1, got {value}.")
+        try:
+            check_task(task)
+            for name, value in counts.items():
+                if value is not None:
+                    check_count(name, value)
+        except (TypeError, ValueError) as error:
+            raise MisconfigurationException(str(error)) from error
         if save_last_k < -1 or save_last_k == 0:
             raise MisconfigurationException(f"`save_last_k` must be -1 (keep all) or positive, got {save_last_k}.")
         self.layers, self.task = layers, task

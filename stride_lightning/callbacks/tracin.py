@@ -24,6 +24,7 @@ from stride_lightning.data.examples import first_look
 from stride_lightning.data.reading import fingerprint_of
 from stride_lightning.model.layers import plain_name
 from stride_lightning.model.weights import borrowed, weight_hash
+from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import broadcast_object, rank
 from stride_lightning.runtime.versions import versions
 from stride_lightning.storage.records import RecordError, read_info, read_record, remove_record, write_record
@@ -91,11 +92,11 @@ class TracInCallback(RecordingCallback):
         super().__init__(dirpath, train_indices)
         try:
             check_task(task)
-        except TypeError as error:
+            for name, value in {"every_n_epochs": every_n_epochs, "every_n_train_steps": every_n_train_steps}.items():
+                if value is not None:
+                    check_count(name, value)
+        except (TypeError, ValueError) as error:
             raise MisconfigurationException(str(error)) from error
-        for name, value in {"every_n_epochs": every_n_epochs, "every_n_train_steps": every_n_train_steps}.items():
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise MisconfigurationException(f"`{name}` must be an integer of at least 1, got {value!r}.")
         if not isinstance(save_last_k, int) or save_last_k < -1 or save_last_k == 0:
             raise MisconfigurationException(f"`save_last_k` must be -1 (keep all) or positive, got {save_last_k!r}.")
         if every_n_epochs is None and every_n_train_steps is None:

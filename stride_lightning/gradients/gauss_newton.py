@@ -17,6 +17,7 @@ from stride_lightning.gradients.curvature import Curvature, TrainingSide
 from stride_lightning.gradients.kronecker import EKFAC
 from stride_lightning.model.blocks import Block, Gradients
 from stride_lightning.model.layers import uncompiled
+from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import total
 from stride_lightning.runtime.progress import counting, track
 from stride_lightning.runtime.randomness import mix
@@ -192,9 +193,7 @@ class LiSSA(GaussNewton):
 
     def __init__(self, damping: float = 0.0, *, depth: int = 200) -> None:
         super().__init__(damping)
-        if depth < 1:
-            raise ValueError(f"`depth` must be at least 1, got {depth!r}.")
-        self.depth = depth
+        self.depth = check_count("depth", depth)
 
     @override
     def fit(self, train: TrainingSide) -> None:

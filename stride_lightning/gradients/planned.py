@@ -17,6 +17,7 @@ from stride_lightning.model.layers import check_layers, in_precision_of
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.results.top_examples import TopCollector, joined
+from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import gather, shard, world_size
 from stride_lightning.runtime.progress import announce
 
@@ -46,9 +47,7 @@ class PlannedAttributor(Attributor):
     ) -> None:
         super().__init__(seed=seed, batch_size=batch_size, show_progress=show_progress)
         check_layers(layers)
-        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-            raise ValueError(f"`top_k` must be an integer of at least 1, got {top_k!r}.")
-        self.layers, self.top_k = layers, top_k
+        self.layers, self.top_k = layers, None if top_k is None else check_count("top_k", top_k)
 
     def chosen_layers(self, model: nn.Module, inputs: Any) -> Sequence[str] | None:
         """Names of the modules whose parameters count; ``inputs`` are those of a batch."""

@@ -19,9 +19,10 @@ from stride_lightning.gradients.features import Batch
 from stride_lightning.gradients.gauss_newton import ConjugateGradient, LiSSA
 from stride_lightning.gradients.kronecker import EKFAC
 from stride_lightning.gradients.plan import last_layer
-from stride_lightning.gradients.projection import JointProjection, LayerProjection, Projection, check_projection_dim
+from stride_lightning.gradients.projection import JointProjection, LayerProjection, Projection
 from stride_lightning.model.blocks import Gradients
 from stride_lightning.model.capture import Capture, chosen_parameters
+from stride_lightning.runtime.checks import check_count
 from stride_lightning.storage.lookup import show_fingerprint
 
 #: Parameters of a last layer whose curvature is made and factorised.
@@ -309,7 +310,7 @@ class LoGraAttributor(InfluenceAttributor):
 
     def __init__(self, *, projection_dim: int = 32, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_projection_dim(projection_dim)
+        check_count("projection_dim", projection_dim)
         self.projection_dim = projection_dim
 
     @override
@@ -343,7 +344,7 @@ class TRAKAttributor(InfluenceAttributor):
 
     def __init__(self, *, projection_dim: int = 4096, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_projection_dim(projection_dim)
+        check_count("projection_dim", projection_dim)
         self.projection_dim = projection_dim
 
     @override

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +11,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from stride_lightning.data.examples import Examples
+from stride_lightning.data.reading import fingerprint_of
+from stride_lightning.data.sources import resolve_queries
 from stride_lightning.gradients.features import Reader
 from stride_lightning.gradients.planned import PlannedAttributor
 from stride_lightning.information.coreset import Coreset, choose_coreset
@@ -25,6 +26,7 @@ from stride_lightning.results.attribution import Attribution
 from stride_lightning.results.scores import AttributionResult
 from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.results.top_examples import TopExamples
+from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import gather, total
 from stride_lightning.tasks.likelihoods import Regression
 
@@ -34,23 +36,6 @@ KEPT_BYTES = 2**29
 NUM_CANDIDATES, CANDIDATES_EACH = 500, 10
 #: Where diverse examples are chosen: variance of an example's output under the prior, in units of its noise.
 _SIGNAL_TO_NOISE = 1e6
-
-
-@dataclass
-class Searched:
-    """Queries as they are compared with training examples.
-
-    Args:
-        vectors: Shape ``(q, C, k)``.
-        downhill: Whitened gradients of minus their losses, ``(q, k)``, where scores are signed.
-    """
-
-    vectors: Tensor
-    downhill: Tensor | None
-
-    def at(self, chunk: slice) -> Searched:
-        """Some of them."""
-        return Searched(self.vectors[chunk], None if self.downhill is None else self.downhill[chunk])
 
 
 class InformationAttributor(PlannedAttributor):
@@ -101,8 +86,8 @@ class InformationAttributor(PlannedAttributor):
 
     @override
     def options(self) -> dict[str, Any]:
-        own = {"likelihood": self.likelihood, "projection_dim": self.projection_dim, "signed": self.signed}
-        return {**super().options(), **own}
+        names = ("likelihood", "projection_dim", "signed")
+        return super().options() | {name: getattr(self, name) for name in names}
 
     # ---- fit --------------------------------------------------------------------------------------------------
 
@@ -119,7 +104,7 @@ class InformationAttributor(PlannedAttributor):
         self.tangents = TangentFeatures(
             self.capture, self.task, self.likelihood, self.projection_dim, self.seed, signed=self.signed
         )
-        self._kept: list[Tangents] | None = []
+        self._held: list[Tangents] | None = []
         gram = torch.zeros(self.tangents.dim, self.tangents.dim, dtype=torch.float64, device=device)
         losses, size = torch.zeros((), dtype=torch.float64, device=device), 0
         for batch in self.tangents.batches(self.reader, self.share, "Tangent features"):
@@ -127,9 +112,9 @@ class InformationAttributor(PlannedAttributor):
             gram.addmm_(rows.T.double(), rows.double())
             losses += batch.losses.double().sum()
             size += batch.num_bytes
-            if self._kept is not None:
-                self._kept.append(batch)
-                self._kept = self._kept if size <= KEPT_BYTES else None
+            if self._held is not None:
+                self._held.append(batch)
+                self._held = self._held if size <= KEPT_BYTES else None
         gram, losses = total(gram), total(losses)
         precision = max(torch.finfo(weight.dtype).eps for weight in self.capture.parameters.values())
         ridge = self._choose_ridge(gram, float(losses)) if self.ridge is None else self.ridge
@@ -154,38 +139,39 @@ class InformationAttributor(PlannedAttributor):
     def score_queries(
         self, model: nn.Module, queries: Examples, device: torch.device, target: str
     ) -> Attribution | TopAttribution:
-        asked = self.read(model, queries, device, target)
-        searched = self._asked(asked)
+        reader = self.read(model, queries, device, target)
+        vectors, downhill = self._query_side(reader)
 
-        def tiles(chunk: slice) -> Callable[[slice], Tensor]:
-            return lambda columns: self._tile(searched.at(chunk), columns)
+        def tile(columns: slice) -> Tensor:
+            return self._tile(vectors, downhill, columns)
 
-        attribution = self.collect_scores(asked, [slice(0, len(asked))], tiles)
+        attribution = self.collect_scores(reader, [slice(0, len(reader))], lambda _: tile)
         attribution.metadata["unit"] = f"nats{'' if self.signed else ', unsigned'}"
         return attribution
 
-    def _asked(self, asked: Reader) -> Searched:
-        batches = list(self.tangents.batches(asked, None, "Queries", asked=True))
+    def _query_side(self, reader: Reader) -> tuple[Tensor, Tensor | None]:
+        """Vectors of queries, ``(q, C, k)``; where signed, whitened gradients of minus their losses, ``(q, k)``."""
+        batches = list(self.tangents.batches(reader, None, "Queries", asked=True))
         vectors = torch.cat([query_vectors(batch.rows, self.posterior, self.form) for batch in batches])
         if not self.signed:
-            return Searched(vectors, None)
+            return vectors, None
         downhill = torch.cat([batch.downhill for batch in batches if batch.downhill is not None])
-        return Searched(vectors, self.posterior.whiten(downhill))
+        return vectors, self.posterior.whiten(downhill)
 
-    def _tile(self, searched: Searched, columns: slice) -> Tensor:
+    def _tile(self, queries: Tensor, downhill: Tensor | None, columns: slice) -> Tensor:
         """Information of some training examples about the queries, shape ``(q, columns)``."""
-        parts = [searched.vectors.new_empty(len(searched.vectors), 0)]
+        parts = [queries.new_empty(len(queries), 0)]
         for batch in self._training(columns):
-            found = pair_nats(searched.vectors, index_vectors(batch.rows, self.posterior, self.form), self.form)
-            if searched.downhill is not None and batch.downhill is not None:
-                found = found * torch.sign(searched.downhill @ self.posterior.whiten(batch.downhill).T)
-            parts.append(found)
+            part = pair_nats(queries, index_vectors(batch.rows, self.posterior, self.form), self.form)
+            if downhill is not None and batch.downhill is not None:
+                part = part * torch.sign(downhill @ self.posterior.whiten(batch.downhill).T)
+            parts.append(part)
         return torch.cat(parts, 1)
 
     def _training(self, columns: slice) -> Iterator[Tangents]:
         """Features of some training examples of this process, batch by batch."""
-        if self._kept is not None:
-            return (batch.between(columns) for batch in self._kept)
+        if self._held is not None:
+            return (batch.between(columns) for batch in self._held)
         # Whole batches: those that are cut elsewhere are rounded differently.
         size = self.reader.batch_size
         stop = min(-(-columns.stop // size) * size, len(self.train_data))
@@ -212,7 +198,7 @@ class InformationAttributor(PlannedAttributor):
         """
         queries = self._checked_queries(attribution)
         size = attribution.top_columns(k).proponents.shape[1]
-        wanted = min(attribution.num_train, max(NUM_CANDIDATES, int(CANDIDATES_EACH * size)))
+        wanted = min(attribution.num_train, max(NUM_CANDIDATES, CANDIDATES_EACH * size))
         if attribution.num_ranked < wanted:
             raise ValueError(
                 f"diverse() chooses among the {wanted} strongest of each query, and {attribution.num_ranked} are held: "
@@ -273,8 +259,7 @@ class InformationAttributor(PlannedAttributor):
             Positions in the training dataset, in order of choice, and what each adds in nats.
         """
         self.check_fitted("coreset()")
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise ValueError(f"`size` must be an integer, got {size!r}.")
+        check_count("size", size, maximum=len(self.train_data))
         with self.borrowed_model():
             everything = slice(0, len(self.train_data))
             whole = self._training(everything) if self.share == everything else self.tangents.batches(self.reader)
@@ -284,15 +269,78 @@ class InformationAttributor(PlannedAttributor):
 
     @override
     def score_training_data(self, model: nn.Module, device: torch.device) -> Tensor:
-        own = []
-        exact = self.tangents.is_exact
-        asked = () if exact else self.tangents.batches(self.reader, self.share, "Self-influence", asked=True)
-        rows = None if exact else torch.cat([batch.rows for batch in asked])
+        # As queries, examples of many outputs are looked at along other directions than as training examples.
+        batches = self.tangents.batches(self.reader, self.share, "Self-influence", asked=True)
+        queries = None if self.tangents.is_exact else torch.cat([batch.rows for batch in batches])
+        parts = []
         for batch in self._training(self.share):
-            own_places = slice(batch.places.start - self.share.start, batch.places.stop - self.share.start)
-            searched = query_vectors(batch.rows if rows is None else rows[own_places], self.posterior, self.form)
-            own.append(nats(searched @ index_vectors(batch.rows, self.posterior, self.form).mT, self.form))
-        return gather(torch.cat(own).float().cpu(), len(self.train_data))
+            rows = slice(batch.places.start - self.share.start, batch.places.stop - self.share.start)
+            query = query_vectors(batch.rows if queries is None else queries[rows], self.posterior, self.form)
+            parts.append(nats(query @ index_vectors(batch.rows, self.posterior, self.form).mT, self.form))
+        return gather(torch.cat(parts).float().cpu(), len(self.train_data))
+
+    # ---- what an index of the training examples is made of -----------------------------------------------------
+
+    @property
+    def vector_shape(self) -> tuple[int, int]:
+        """``(C, k)``: how many vectors stand for an example, and their length; needs :meth:`fit`."""
+        return self.tangents.num_rows, self.tangents.dim
+
+    def vectors(self, places: Tensor, form: Form | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Vectors of training examples as :func:`index_vectors` makes them, batch by batch; runs the model again.
+
+        Args:
+            places: Of the examples, in the order of the training data.
+            form: Which information; by default that of the method.
+
+        Yields:
+            Some of the places, ``(b,)``, and the vectors of the examples there, ``(b, C, k)`` on the CPU.
+        """
+        if len(places) == 0:
+            return
+        with self.borrowed_model() as (model, device):
+            reader = self.read(model, self.train_data.subset(places.tolist()), device, "label")
+            for batch in self.tangents.batches(reader):
+                yield places[batch.places], index_vectors(batch.rows, self.posterior, form or self.form).cpu()
+
+    def query_vectors(self, queries: Any, target: str = "label", form: Form | None = None) -> Tensor:
+        """Vectors whose squared inner products with those of :meth:`vectors` rank them, ``(q, C, k)`` on the CPU.
+
+        Args:
+            queries: A Dataset, DataLoader or LightningDataModule.
+            target: ``"label"`` or ``"predicted"``.
+            form: Which information; by default that of the method.
+        """
+        with self.borrowed_model() as (model, device):
+            reader = self.read(model, resolve_queries(queries, model), device, target)
+            batches = self.tangents.batches(reader, None, "Queries", asked=True)
+            return torch.cat([query_vectors(batch.rows, self.posterior, form or self.form).cpu() for batch in batches])
+
+    def identity(self, form: Form | None = None, num_train: int | None = None) -> dict[str, Any]:
+        """Plain values that decide the vectors: the weights, the features, the prior and the data.
+
+        Args:
+            form: Which information; by default that of the method.
+            num_train: How many training examples, from the first on, the data are; all by default.
+        """
+        form, data = form or self.form, self.metadata["data"]
+        if num_train is not None and num_train < len(self.train_data):
+            data = fingerprint_of(self.train_data.subset(range(num_train)), self.task)
+        identity = {
+            "weights": self.weights,
+            "task": repr(self.task),
+            "layers": None if self.layers is None else list(self.layers),
+            "likelihood": self.likelihood,
+            "projection_dim": self.tangents.dim,
+            "seed": self.seed,
+            "form": form,
+            "ridge": self.posterior.ridge,
+            "data": data,
+        }
+        if form == "gain" or data["content"] is not None:
+            return identity
+        # Under random augmentation the data are known by shapes and targets only: their features tell more.
+        return identity | {"mean_squared_feature": f"{self.metadata['posterior']['mean_squared_feature']:.3g}"}
 
 
 class InformationLossAttributor(InformationAttributor):

@@ -17,6 +17,7 @@ from typing_extensions import Self
 from stride_lightning.data.examples import Examples
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
 from stride_lightning.results.top_examples import TopExamples
+from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import barrier, broadcast_object, rank
 from stride_lightning.storage.records import RecordError, read_record, write_record
 
@@ -172,9 +173,7 @@ class AttributionResult(ABC):
 
     def top_columns(self, k: int | None = None) -> TopExamples:
         """As :meth:`top`, with columns of the scores in place of positions in the training dataset."""
-        k = max(1, min(10, self.num_ranked)) if k is None else k
-        if k < 1:
-            raise ValueError(f"`k` must be at least 1, got {k}.")
+        k = max(1, min(10, self.num_ranked)) if k is None else check_count("k", k)
         return self._ranked(min(k, self.num_train))
 
     def save(self, path: str | Path) -> Path:

@@ -15,6 +15,7 @@ from stride_lightning.attributor import Attributor
 from stride_lightning.data.examples import Examples, first_batch
 from stride_lightning.model.layers import check_layers, in_precision_of
 from stride_lightning.results.attribution import Attribution
+from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import all_equal, broadcast_object, gather, shard
 from stride_lightning.runtime.parallel import num_workers
 from stride_lightning.runtime.progress import announce
@@ -104,8 +105,7 @@ class StrideAttributor(Attributor):
         check_layers(layers)
         if penalty is not None and recovery not in ("lasso", "ridge"):
             raise ValueError(f"`penalty` belongs to recovery='lasso' or 'ridge'; recovery={recovery!r} has none.")
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"`steps` must be an integer of at least 1, got {steps!r}.")
+        check_count("steps", steps)
         if rank is not None and basis != "learned":
             raise ValueError("`rank` belongs to basis='learned'; the statistics basis keeps all its features.")
         self.num_subsets, self.degree, self.layers = num_subsets, degree, layers

@@ -153,7 +153,7 @@ def test_a_column_may_come_once():
 def test_collectors_that_do_not_fit():
     with pytest.raises(ValueError, match="seen no scores: call `update` first"):
         TopCollector(2, 1).compute()
-    with pytest.raises(ValueError, match="`k` at least 1, got 2 and 0"):
+    with pytest.raises(ValueError, match="`k` must be an integer of at least 1, got 0"):
         TopCollector(2, 0)
     with pytest.raises(ValueError, match="of 2 queries and k=1, got one of 2 and k=3"):
         TopCollector(2, 1).merge(TopCollector(2, 3))
