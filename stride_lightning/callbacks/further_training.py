@@ -73,6 +73,7 @@ class FurtherTrainingCallback(RecordingCallback):
     Reference: arXiv:2412.03906, section 3.
     """
 
+    record_kind = "further-training"
     folder = "further-training"
 
     def __init__(

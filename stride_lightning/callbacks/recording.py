@@ -24,6 +24,8 @@ class RecordingCallback(L.Callback):
         train_indices: Positions in the dataset that are trained on, where the sampler does not tell.
     """
 
+    #: Kind of the records, by which lookup knows the callback.
+    record_kind: ClassVar[str]
     #: Name of the default folder.
     folder: ClassVar[str]
 

@@ -85,6 +85,7 @@ class StrideCallback(RecordingCallback):
     Reference: arXiv:2606.05165 (STRIDE).
     """
 
+    record_kind = "stride"
     folder = "stride"
 
     def __init__(

@@ -76,6 +76,7 @@ class TracInCallback(RecordingCallback):
     Reference: arXiv:2002.08484 (TracInCP, section 3.3).
     """
 
+    record_kind = "tracin"
     folder = "tracin"
 
     def __init__(
