@@ -23,6 +23,7 @@ from stride_lightning.model.weights import (
     weight_hash,
 )
 from stride_lightning.results.attribution import Attribution
+from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.metering import Meter
 from stride_lightning.runtime.progress import track
 from stride_lightning.runtime.versions import versions
@@ -58,11 +59,8 @@ class Attributor(ABC):
             Attributor.registry[cls.method] = cls
 
     def __init__(self, *, seed: int = 0, batch_size: int = 256, show_progress: bool = True) -> None:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"`seed` must be an integer of at least 0, got {seed!r}.")
-        self.seed, self.batch_size, self.show_progress = seed, batch_size, show_progress
+        self.seed, self.batch_size = check_count("seed", seed, 0), check_count("batch_size", batch_size)
+        self.show_progress = show_progress
         self.metadata: dict[str, Any] = {}
         self.model: nn.Module | None = None
 

@@ -456,7 +456,7 @@ def test_unknown_names_list_the_right_ones(model):
         ({"rank": 4}, "`rank` belongs to basis='learned'"),
         ({"batch_size": 0}, "`batch_size` must be an integer of at least 1"),
         ({"num_subsets": 4, "degree": 4}, "degree=4 with num_subsets=4"),
-        ({"ridge": -1.0}, "`ridge` must be positive"),
+        ({"ridge": -1.0}, "`ridge` must be a positive number"),
     ],
     ids=str,
 )

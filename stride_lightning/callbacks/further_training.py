@@ -21,7 +21,6 @@ from stride_lightning.data.sources import resolve_queries
 from stride_lightning.model.weights import borrowed, rank_zero_state, weight_hash
 from stride_lightning.retraining.further_training import (
     FurtherTraining,
-    check_num_seeds,
     find_left_out,
     make_leaving_out,
     measure_effects,
@@ -29,6 +28,7 @@ from stride_lightning.retraining.further_training import (
 )
 from stride_lightning.retraining.leaving_out import LeavingOut
 from stride_lightning.retraining.optimizers import MakeOptimizer
+from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import barrier, rank
 from stride_lightning.runtime.randomness import preserved_random_state
 from stride_lightning.tasks.inference import infer_task_of
@@ -102,12 +102,12 @@ class FurtherTrainingCallback(RecordingCallback):
     ) -> None:
         super().__init__(dirpath, train_indices, task)
         try:
-            check_num_seeds(num_seeds)
+            check_count("num_seeds", num_seeds)
+            if batch_size is not None:
+                check_count("batch_size", batch_size)
             self.epochs = read_amounts(epochs)
         except (TypeError, ValueError) as error:
             raise MisconfigurationException(str(error)) from error
-        if batch_size is not None and batch_size < 1:
-            raise MisconfigurationException(f"`batch_size` must be at least 1, got {batch_size}.")
         self.queries, self.left_out, self.num_seeds, self.optimizer = queries, left_out, num_seeds, optimizer
         self.batch_size, self.seed, self.memory_budget = batch_size, seed, memory_budget
         #: What was measured at the end of the last fit.

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from stride_lightning.data.examples import Examples
 from stride_lightning.data.sources import resolve_train_data
+from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.versions import versions
 from stride_lightning.storage.records import write_record
 from stride_lightning.tasks.inference import check_task
@@ -123,9 +124,12 @@ def check_frequencies(save_last_k: int, **frequencies: int | None) -> None:
         save_last_k: Records to keep; -1 for all.
         **frequencies: Every how many epochs or steps something is done; None for never.
     """
-    for name, value in frequencies.items():
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise MisconfigurationException(f"`{name}` must be an integer of at least 1, got {value!r}.")
+    try:
+        for name, value in frequencies.items():
+            if value is not None:
+                check_count(name, value)
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from error
     if not isinstance(save_last_k, int) or save_last_k < -1 or save_last_k == 0:
         raise MisconfigurationException(f"`save_last_k` must be -1 (keep all) or positive, got {save_last_k!r}.")
 

@@ -24,6 +24,7 @@ from stride_lightning.information.posterior import Posterior, check_ridge
 from stride_lightning.information.tangent import Likelihood, TangentFeatures, Tangents
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.results.top_examples import TopExamples
+from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import gather, total
 from stride_lightning.tasks.likelihoods import Regression
 
@@ -226,8 +227,7 @@ class InformationAttributor(PlannedAttributor):
             Positions in the training dataset, in order of choice, and what each adds in nats.
         """
         self.check_fitted("coreset()")
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise ValueError(f"`size` must be an integer, got {size!r}.")
+        check_count("size", size, maximum=len(self.train_data))
         with self.borrowed_model():
             everything = slice(0, len(self.train_data))
             whole = self._training(everything) if self.share == everything else self.tangents.batches(self.reader)

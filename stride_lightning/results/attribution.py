@@ -15,6 +15,7 @@ from torch import Tensor
 from stride_lightning.data.examples import Examples
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
 from stride_lightning.results.top_examples import TopExamples, rank_columns
+from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import barrier, broadcast_object, rank
 from stride_lightning.storage.records import RecordError, read_record, write_record
 
@@ -172,9 +173,7 @@ class Attribution:
 
     def top_columns(self, k: int | None = None) -> TopExamples:
         """As :meth:`top`, with columns of the scores in place of positions in the training dataset."""
-        k = max(1, min(10, self.num_ranked)) if k is None else k
-        if k < 1:
-            raise ValueError(f"`k` must be at least 1, got {k}.")
+        k = max(1, min(10, self.num_ranked)) if k is None else check_count("k", k)
         return self._ranked(min(k, self.num_train))
 
     def _ranked(self, k: int) -> TopExamples:

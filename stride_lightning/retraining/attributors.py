@@ -19,6 +19,7 @@ from stride_lightning.retraining.further_training import find_left_out, make_lea
 from stride_lightning.retraining.ground_truth import GroundTruth
 from stride_lightning.retraining.optimizers import MakeOptimizer
 from stride_lightning.retraining.retrain import retrain
+from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import all_equal
 from stride_lightning.steering.attributor import StrideAttributor
 from stride_lightning.steering.recovery import RecoveryName, recover
@@ -71,11 +72,9 @@ class FurtherTrainingAttributor(Attributor):
         show_progress: bool = True,
     ) -> None:
         super().__init__(seed=seed, batch_size=batch_size, show_progress=show_progress)
-        if num_seeds is not None and num_seeds < 1:
-            raise ValueError(f"`num_seeds` must be at least 1, got {num_seeds}.")
-        if epochs is not None and (not isinstance(epochs, int) or epochs < 1):
-            raise ValueError(f"`epochs` must be an integer of at least 1, got {epochs!r}.")
-        self.left_out, self.epochs, self.num_seeds = left_out, epochs, num_seeds
+        self.left_out = left_out
+        self.epochs = None if epochs is None else check_count("epochs", epochs)
+        self.num_seeds = None if num_seeds is None else check_count("num_seeds", num_seeds)
         self.optimizer, self.train_batch_size, self.memory_budget = optimizer, train_batch_size, memory_budget
 
     @override

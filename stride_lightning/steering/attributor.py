@@ -14,6 +14,7 @@ from stride_lightning.attributor import Attributor
 from stride_lightning.data.examples import Examples
 from stride_lightning.model.layers import check_layers
 from stride_lightning.results.attribution import Attribution
+from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import all_equal, broadcast_object, gather
 from stride_lightning.runtime.progress import announce
 from stride_lightning.steering.dense import DenseFit
@@ -275,8 +276,7 @@ class LanguageStrideAttributor(StrideAttributor):
         **kwargs: Any,
     ) -> None:
         super().__init__(recovery=recovery, **kwargs)  # pyright: ignore[reportArgumentType]  # one more value
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"`steps` must be an integer of at least 1, got {steps!r}.")
+        check_count("steps", steps)
         self.steps, self.cache_dir = steps, cache_dir
 
 

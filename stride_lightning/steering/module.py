@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from stride_lightning.runtime.checks import check_count, check_positive
 from stride_lightning.runtime.distributed import gather, shard
 from stride_lightning.steering.basis import Observation
 from stride_lightning.steering.influence import imitation_ridge, influence, mean_curvature
@@ -62,12 +63,11 @@ class StrideModule(nn.Module):
         super().__init__()
         if basis not in get_args(BasisName):
             raise ValueError(f"`basis` must be one of {get_args(BasisName)}, got {basis!r}.")
-        if rank < 1:
-            raise ValueError(f"`rank` must be at least 1, got {rank}.")
+        check_count("rank", rank)
         if stability is not None and not stability >= 0:
             raise ValueError(f"`stability` must not be negative, got {stability}.")
-        if ridge is not None and not ridge > 0:
-            raise ValueError(f"`ridge` must be positive, got {ridge}.")
+        if ridge is not None:
+            check_positive("ridge", ridge)
         self.design, self.task, self.basis, self.rank = design, task, basis, rank
         self.stability = stability if stability is not None else float(basis == "learned")
         self.ridge, self.learning_rate, self.max_steps, self.seed = ridge, learning_rate, max_steps, seed

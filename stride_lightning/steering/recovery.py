@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from stride_lightning.runtime.checks import check_positive
 from stride_lightning.runtime.parallel import even_slices, map_chunks
 from stride_lightning.steering.lasso import cross_validate_penalty, solve_lasso
 from stride_lightning.steering.subsets import Design
@@ -128,8 +129,8 @@ def recover_with_prior(
         >>> recover_with_prior(design.responses(truth), design, truth + 0.01).scores.argmax().item()
         7
     """
-    if noise is not None and not noise > 0:
-        raise ValueError(f"`noise` must be positive, got {noise}.")
+    if noise is not None:
+        check_positive("noise", noise)
     check_measurements(measurements, design)
     centred = measurements - measurements.mean(1, keepdim=True)
     response = design.responses(prior)
@@ -168,8 +169,8 @@ def recover_ridge(
     Returns:
         Scores, posterior standard deviations and the penalty.
     """
-    if penalty is not None and not penalty > 0:
-        raise ValueError(f"`penalty` must be positive, got {penalty}.")
+    if penalty is not None:
+        check_positive("penalty", penalty)
     check_measurements(measurements, design)
     centred = measurements - measurements.mean(1, keepdim=True)
     ones = measurements.new_ones(1, design.num_train)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from stride_lightning.runtime.checks import check_count
+
 if TYPE_CHECKING:
     from pandas import DataFrame
 
@@ -25,8 +27,8 @@ def dataframe(attribution: Attribution, k: int | None = None) -> DataFrame:
         import pandas as pd
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("to_dataframe() needs pandas: pip install 'stride-lightning[pandas]'.") from error
-    if k is not None and k < 1:
-        raise ValueError(f"`k` must be at least 1, got {k}.")
+    if k is not None:
+        check_count("k", k)
     rows, columns, scores, std = attribution.pairs(k)
     table: dict[str, Any] = {"query": rows, "train_index": attribution.train_indices[columns], "score": scores}
     if std is not None:

@@ -41,7 +41,7 @@ def test_top_names_positions_in_the_data_set():
 
 def test_top_of_more_than_there_are():
     assert example().top(9).proponents.shape == (2, 4)
-    with pytest.raises(ValueError, match="`k` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`k` must be an integer of at least 1, got 0"):
         example().top(0)
 
 
@@ -124,7 +124,7 @@ def test_to_dataframe():
     assert ends[["query", "train_index"]].values.tolist()[:2] == [[0, 40], [0, 20]]
     assert len(ends) == 4
     assert isinstance(frame, pd.DataFrame)
-    with pytest.raises(ValueError, match="`k` must be at least 1"):
+    with pytest.raises(ValueError, match="`k` must be an integer of at least 1"):
         example().to_dataframe(k=0)
 
 

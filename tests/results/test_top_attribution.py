@@ -164,7 +164,7 @@ def test_a_column_may_come_once():
 def test_collectors_that_do_not_fit():
     with pytest.raises(ValueError, match="seen no scores: call `update` first"):
         TopCollector(2, 1).compute()
-    with pytest.raises(ValueError, match="`k` at least 1, got 2 and 0"):
+    with pytest.raises(ValueError, match="`k` must be an integer of at least 1, got 0"):
         TopCollector(2, 0)
     with pytest.raises(ValueError, match="of 2 queries and k=1, got one of 2 and k=3"):
         TopCollector(2, 1).merge(TopCollector(2, 3))
@@ -197,7 +197,7 @@ def test_top():
     assert (len(top), top.num_queries, top.num_train, top.num_ranked) == (3, 3, 12, 4)
     with pytest.raises(ValueError, match=r"`k` is 5, but only the 4 strongest.*`top_k=5`"):
         top.top(5)
-    with pytest.raises(ValueError, match="`k` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`k` must be an integer of at least 1, got 0"):
         top.top(0)
     all_held = TopAttribution(collect(SCORES, 40).compute(), 12)
     assert_same(all_held.top(30), Attribution(SCORES).top(30))
@@ -221,7 +221,7 @@ def test_table():
     assert top.to_dataframe().equals(whole.to_dataframe(4))
     with pytest.raises(ValueError, match="only the 4 strongest"):
         top.to_dataframe(6)
-    with pytest.raises(ValueError, match="`k` must be at least 1"):
+    with pytest.raises(ValueError, match="`k` must be an integer of at least 1"):
         top.to_dataframe(0)
 
 

@@ -184,7 +184,7 @@ def test_one_by_one_in_attribute(network):
 
 
 OPTIONS = {
-    "no seeds": ({"num_seeds": 0}, "`num_seeds` must be at least 1, got 0"),
+    "no seeds": ({"num_seeds": 0}, "`num_seeds` must be an integer of at least 1, got 0"),
     "no epochs": ({"epochs": 0}, "`epochs` must be an integer of at least 1, got 0"),
     "several epochs": ({"epochs": [1, 2]}, r"`epochs` must be an integer of at least 1, got \[1, 2\]"),
     "batch size": ({"data": DATA}, r"DataLoader with a batch_size, or `train_batch_size=`"),

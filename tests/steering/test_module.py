@@ -146,10 +146,10 @@ def test_modules_that_are_not_fitted_say_so(basis: str) -> None:
 def test_wrong_options_are_refused() -> None:
     for options, message in (
         ({"basis": "fourier"}, r"`basis` must be one of \('statistics', 'learned'\), got 'fourier'"),
-        ({"rank": 0}, "`rank` must be at least 1, got 0"),
+        ({"rank": 0}, "`rank` must be an integer of at least 1, got 0"),
         ({"stability": -0.1}, "`stability` must not be negative, got -0.1"),
         ({"stability": float("nan")}, "`stability` must not be negative, got nan"),
-        ({"ridge": 0.0}, "`ridge` must be positive, got 0.0"),
+        ({"ridge": 0.0}, "`ridge` must be a positive number, got 0.0"),
     ):
         with pytest.raises(ValueError, match=message):
             StrideModule(DESIGN, Classification(), **options)

@@ -156,7 +156,7 @@ def test_wrong_arguments_are_refused():
         plot_grid(make_attribution(), [])
     with pytest.raises(IndexError, match="Query 2 of 2"):
         make_attribution().plot(2)
-    with pytest.raises(ValueError, match="`k` must be at least 1"):
+    with pytest.raises(ValueError, match="`k` must be an integer of at least 1"):
         make_attribution().plot(0, 0)
 
 

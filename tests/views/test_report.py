@@ -55,7 +55,7 @@ def test_queries_can_be_chosen(tmp_path):
         attribution.report(tmp_path / "none", queries=[])
     with pytest.raises(IndexError, match="Query 3 of 3"):
         attribution.report(tmp_path / "none", queries=3)
-    with pytest.raises(ValueError, match="`k` must be at least 1"):
+    with pytest.raises(ValueError, match="`k` must be an integer of at least 1"):
         attribution.report(tmp_path / "none", k=0)
     assert not list(tmp_path.glob("*none*"))
 
