@@ -22,7 +22,6 @@ from stride_lightning.retraining.further_training import (
     FurtherTraining,
     check_num_seeds,
     find_left_out,
-    make_leaving_out,
     measure_effects,
     read_amounts,
 )
@@ -183,11 +182,11 @@ class FurtherTrainingCallback(RecordingCallback):
         size, loading = self.batch_size, self._examples.loading
         if size is None and loading is not None:  # what one optimizer step takes in
             size = loading.batch_size * trainer.world_size * trainer.accumulate_grad_batches
-        return make_leaving_out(
+        return LeavingOut(
             pl_module,
-            self._task,
             self._examples,
             head,
+            self._task,
             batch_size=size,
             optimizer=self.optimizer,
             memory_budget=self.memory_budget,
