@@ -22,7 +22,6 @@ from stride_lightning.model.weights import borrowed, rank_zero_state, weight_has
 from stride_lightning.retraining.further_training import (
     FurtherTraining,
     find_left_out,
-    make_leaving_out,
     measure_effects,
     read_amounts,
 )
@@ -184,11 +183,11 @@ class FurtherTrainingCallback(RecordingCallback):
         size, loading = self.batch_size, known.examples.loading
         if size is None and loading is not None:  # what one optimizer step takes in
             size = loading.batch_size * trainer.world_size * trainer.accumulate_grad_batches
-        return make_leaving_out(
+        return LeavingOut(
             pl_module,
-            known.task,
             known.examples,
             head,
+            known.task,
             batch_size=size,
             optimizer=self.optimizer,
             memory_budget=self.memory_budget,
