@@ -161,7 +161,8 @@ def test_weights_that_a_callback_listed_before_swaps_in(name, tmp_path):
                 for weight in pl_module.parameters():
                     weight.mul_(0.5)
 
-    model, callback = build(Classifier), callback_of(name)
+    frequent = {} if name == "further-training" else {"every_n_epochs": 1}
+    model, callback = build(Classifier), callback_of(name, **frequent)
     make_trainer(tmp_path, Averaging(), callback, max_epochs=1).fit(model, loader(DATA))
     assert read_info(callback.records[-1])["weights"] == weight_hash(model)
 
@@ -179,8 +180,10 @@ def test_train_indices_of_a_sampler(name, tmp_path):
     chosen = [30, 4, 22, 12, 1, 3, 8, 13]
     sampled = DataLoader(DATA, 4, sampler=SubsetRandomSampler(chosen))
     callback = callback_of(name, train_indices=chosen)
-    train(build(Classifier), sampled, tmp_path, callback)
+    model = build(Classifier)
+    train(model, sampled, tmp_path, callback)
     assert read_info(callback.records[0])["data"]["num_examples"] == 8
+    assert name == "tracin" or found_by(name, model, train_indices=chosen) == str(callback.records[0])
 
 
 @every_callback
@@ -197,6 +200,7 @@ def test_the_other_lightning(name, tmp_path):
     model = fit_in_the_other_tree(callback, DATA, tmp_path)
     assert names_in(tmp_path / name) == ["step=4"]
     assert read_info(callback.records[0])["weights"] == weight_hash(model)
+    assert name == "tracin" or found_by(name, model) == str(callback.records[0])
 
 
 # ---- training goes on as if it were not there -----------------------------------------------------------------------
