@@ -18,6 +18,7 @@ from stride_lightning.information.forms import (
     small_product,
 )
 from stride_lightning.information.posterior import Features, Posterior, check_features, feature_batches
+from stride_lightning.runtime.checks import check_count
 
 TIE = 1e-9  # relative difference of scores that are taken as equal
 _ELEMENTS = 1 << 22  # of the state of the queries that are worked on together
@@ -75,8 +76,7 @@ def greedy_sets(
         variances.append(rows @ rows.mT)
         parts.append(rows)
     num_train = sum(map(len, parts))
-    if not 1 <= size <= num_train:
-        raise ValueError(f"`size` must be in 1..{num_train}, the number of training examples; got {size}.")
+    check_count("size", size, maximum=num_train)
     whitened, variance = torch.cat(parts), torch.cat(variances)
     if form == "loss":
         check_members(variance)

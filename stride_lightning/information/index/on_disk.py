@@ -21,7 +21,6 @@ from stride_lightning.information.index.checks import (
     PositionSet,
     VectorIndexError,
     as_column_types,
-    as_dim,
     as_identity,
     compare_identities,
 )
@@ -39,6 +38,7 @@ from stride_lightning.information.index.lance import (
     table_schema,
 )
 from stride_lightning.information.index.ranking import magnitude, rank_rows
+from stride_lightning.runtime.checks import check_count
 
 __all__ = ["InformationIndex"]
 
@@ -111,7 +111,8 @@ class InformationIndex(VectorIndex):
         """
         lancedb = import_lancedb()
         path = Path(path)
-        dim, identity, types = as_dim(dim), as_identity(identity), as_column_types(columns or {})
+        dim = check_count("dim", dim)
+        identity, types = as_identity(identity), as_column_types(columns or {})
         if path.exists() and not path.is_dir():
             raise FileExistsError(f"'{path}' is a file: give the folder of the index.")
         if is_index(path):
@@ -217,9 +218,8 @@ class InformationIndex(VectorIndex):
             self._check_condition(where)
         if exact:
             return self._search_exactly(queries, k, where)
-        for name, value in (("nprobes", nprobes), ("refine_factor", refine_factor)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        check_count("nprobes", nprobes)
+        check_count("refine_factor", refine_factor)
         if not self.has_ann:
             raise ValueError("There is no approximate index: call `create_ann()` first, or search with exact=True.")
         step = max(1, min(128, 2**28 // (8 * self.dim * k)))
@@ -244,8 +244,8 @@ class InformationIndex(VectorIndex):
         """
         if num_sub_vectors is not None and (num_sub_vectors < 1 or self.dim % num_sub_vectors):
             raise ValueError(f"`num_sub_vectors` must divide dim={self.dim}, got {num_sub_vectors}.")
-        if num_partitions is not None and num_partitions < 1:
-            raise ValueError(f"`num_partitions` must be at least 1, got {num_partitions}.")
+        if num_partitions is not None:
+            check_count("num_partitions", num_partitions)
         self._refresh()
         if (rows := len(self)) < _MIN_TRAINING_ROWS:
             raise ValueError(
