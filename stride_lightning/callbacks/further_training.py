@@ -82,6 +82,7 @@ class FurtherTrainingCallback(RecordingCallback):
     Reference: arXiv:2412.03906, section 3.
     """
 
+    record_kind = "further-training"
     folder = "further-training"
     _questions: _Questions  # from the start of training
 

@@ -34,6 +34,8 @@ class RecordingCallback(L.Callback):
         task: What a batch means; inferred from the first batch by default.
     """
 
+    #: Kind of the records, by which lookup knows the callback.
+    record_kind: ClassVar[str]
     #: Name of the default folder.
     folder: ClassVar[str]
 

@@ -82,6 +82,7 @@ class StrideCallback(RecordingCallback):
     Reference: arXiv:2606.05165 (STRIDE).
     """
 
+    record_kind = "stride"
     folder = "stride"
     _watched: _Watched  # from the start of training
 

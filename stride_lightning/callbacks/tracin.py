@@ -82,6 +82,7 @@ class TracInCallback(RecordingCallback):
     Reference: arXiv:2002.08484 (TracInCP, section 3.3).
     """
 
+    record_kind = "tracin"
     folder = "tracin"
     _known: _Run  # from the start of training
 

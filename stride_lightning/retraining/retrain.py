@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.results.attribution import Attribution
+from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.retraining.batchability import vectorised_attention
 from stride_lightning.retraining.ground_truth import Counterfactual, GroundTruth, Retrained
 from stride_lightning.retraining.one_by_one import train_alone
@@ -132,7 +133,7 @@ def retrain(
 
 
 def retrain_without(
-    attribution: Attribution,
+    attribution: Attribution | TopAttribution,
     model_fn: Callable[[], nn.Module],
     queries: Any,
     *,
@@ -171,6 +172,8 @@ def retrain_without(
     known = set(inspect.signature(make_recipe).parameters)
     if unknown := sorted(how.keys() - known):
         raise TypeError(f"retrain_without() takes no {', '.join(unknown)}; it takes {', '.join(sorted(known))}.")
+    if isinstance(attribution, TopAttribution):
+        raise ValueError(attribution.why_no_scores)
     if not isinstance(attribution, Attribution):
         raise TypeError(f"`attribution` must be an Attribution, got {type(attribution).__name__}: wrap its scores.")
     if not torch.isfinite(attribution.scores).all():

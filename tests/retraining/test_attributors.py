@@ -303,9 +303,9 @@ def test_records_by_name(fitted, refuse_to_train, tmp_path):
     refuse_to_train()
     for record in (further.records[0], tmp_path / "further", str(further.records[0])):
         assert ask(model, record=record).scores.equal(further.result.effects())
-    with pytest.raises(ValueError, match="holds 'stride', not what FurtherTrainingCallback writes"):
+    with pytest.raises(ValueError, match="holds 'stride', not what the callback for 'further-training' writes"):
         ask(model, record=stride.records[0])
-    with pytest.raises(ValueError, match="holds 'further-training', not what StrideCallback writes"):
+    with pytest.raises(ValueError, match="holds 'further-training', not what the callback for 'stride' writes"):
         attribute(model, QUERIES, train_data=DATA, record=further.records[0], **QUIET)
 
 
