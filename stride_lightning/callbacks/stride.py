@@ -21,7 +21,7 @@ from stride_lightning.model.weights import borrowed, rank_zero_state, weight_has
 from stride_lightning.runtime.distributed import barrier, rank
 from stride_lightning.steering.activations import capture_inputs
 from stride_lightning.steering.attributor import make_fit
-from stride_lightning.steering.fit import Fit
+from stride_lightning.steering.fit import Fit, FitOptions
 from stride_lightning.steering.statistics import StreamingStatistics
 from stride_lightning.steering.subsets import Design, sample_design
 from stride_lightning.storage.records import remove_record
@@ -150,7 +150,7 @@ class StrideCallback(RecordingCallback):
                 if self.layers is None:
                     is_text = isinstance(inputs, Mapping) and "input_ids" in inputs
                     size = len(inputs["input_ids"]) if is_text else min(self.batch_size, 64, len(examples))
-                    layers = make_fit(task).choose_layers(pl_module, inputs, size)
+                    layers = make_fit(task, FitOptions()).choose_layers(pl_module, inputs, size)
                 else:
                     layers = list(self.layers)
                     with capture_inputs(pl_module, layers) as captured:
@@ -224,12 +224,9 @@ class StrideCallback(RecordingCallback):
                 if again and not fit_operators:
                     return
                 self._recorded_step, self._recorded_weights = step, weights
-                fit = make_fit(
-                    watched.task,
-                    layers=watched.layers,
-                    batch_size=self.batch_size,
-                    show_progress=trainer.progress_bar_callback is not None,
-                )
+                show = trainer.progress_bar_callback is not None
+                options = FitOptions(layers=watched.layers, batch_size=self.batch_size, show_progress=show)
+                fit = make_fit(watched.task, options)
                 fit.prepare(pl_module, watched.examples, device)
                 fit.fit(watched.design if fit_operators else None)
         except ValueError as error:  # diverged weights: no reason to end the user's run

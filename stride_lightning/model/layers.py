@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,22 @@ def uncompiled() -> Any:
     """A context in which compiled modules run eagerly (nothing on a torch that cannot compile)."""
     set_stance = getattr(torch.compiler, "set_stance", None)
     return set_stance("force_eager") if set_stance is not None else nullcontext()
+
+
+@contextmanager
+def watching_inputs(model: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Call hooks before named modules run, inside the block, as ``hook(module, args, kwargs)``.
+
+    Compiled modules run uncompiled there, since a compiled graph never calls hooks that were added later.
+    """
+    modules = {name: find_module(model, name) for name in hooks}
+    handles = [modules[name].register_forward_pre_hook(hook, with_kwargs=True) for name, hook in hooks.items()]
+    try:
+        with uncompiled():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:

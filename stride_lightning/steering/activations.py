@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stride_lightning.model.layers import find_module, layer_names, uncompiled
+from stride_lightning.model.layers import layer_names, watching_inputs
 
 #: Most layers that are chosen when the user names none.
 MAX_LAYERS = 8
@@ -37,8 +37,7 @@ class Captured(dict[str, Tensor]):
 def capture_inputs(model: nn.Module, layers: Sequence[str]) -> Iterator[Captured]:
     """Collect the pooled input of each named layer at every forward pass inside the block.
 
-    Hooks live in the block only. Compiled modules run uncompiled inside it, since a compiled graph never calls
-    hooks that were added later.
+    Hooks live in the block only, and compiled modules run uncompiled inside it.
 
     Args:
         model: Any module; compiled wrappers are looked through.
@@ -71,16 +70,8 @@ def capture_inputs(model: nn.Module, layers: Sequence[str]) -> Iterator[Captured
 
         return hook
 
-    handles = []
-    try:
-        for name in layers:
-            module = find_module(model, name)
-            handles.append(module.register_forward_pre_hook(hook_for(name), with_kwargs=True))
-        with uncompiled():
-            yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watching_inputs(model, {name: hook_for(name) for name in layers}):
+        yield captured
 
 
 def choose_layers(
@@ -105,27 +96,20 @@ def choose_layers(
 
     def hook_for(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            usable = tensors and tensors[0].is_floating_point() and tensors[0].ndim >= 2
-            if not usable or name in order:
+            inputs = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            if inputs is None or not inputs.is_floating_point() or inputs.ndim < 2 or name in order:
                 return
-            expected = (batch_size, num_tokens) if num_tokens else (batch_size,)
-            shape = tensors[0].shape if num_tokens else _rows_first(module, tensors[0]).shape
-            if shape[: len(expected)] == expected and (not num_tokens or len(shape) == 3):
+            if num_tokens:
+                fits = inputs.ndim == 3 and inputs.shape[:2] == (batch_size, num_tokens)
+            else:
+                fits = len(_rows_first(module, inputs)) == batch_size
+            if fits:
                 order.append(name)
 
         return hook
 
-    handles = []
-    try:
-        for name in layer_names(model):
-            handle = find_module(model, name).register_forward_pre_hook(hook_for(name), with_kwargs=True)
-            handles.append(handle)
-        with uncompiled(), torch.no_grad():
-            forward()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watching_inputs(model, {name: hook_for(name) for name in layer_names(model)}), torch.no_grad():
+        forward()
     if not order:
         raise ValueError(
             f"Found no layer of {type(model).__name__} with a weight matrix and an input of shape (batch, ...). Name "

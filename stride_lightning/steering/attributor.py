@@ -18,9 +18,8 @@ from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import all_equal, broadcast_object, gather
 from stride_lightning.runtime.progress import announce
 from stride_lightning.steering.dense import DenseFit
-from stride_lightning.steering.fit import Answers, Fit
+from stride_lightning.steering.fit import Answers, BasisName, Fit, FitOptions
 from stride_lightning.steering.language.sequences import SequenceStride
-from stride_lightning.steering.module import BasisName
 from stride_lightning.steering.recovery import Recovery, RecoveryName, recover
 from stride_lightning.steering.subsets import Design, sample_design
 from stride_lightning.storage.lookup import choose_record, explain_mismatch
@@ -178,9 +177,7 @@ class StrideAttributor(Attributor):
         return {"layers": self.layers, "num_subsets": self.num_subsets, "degree": self.degree}
 
     def _prepared(self, model: nn.Module, device: torch.device, record: Record | None) -> Fit:
-        fit = make_fit(
-            self.task,
-            {"steps": self.steps, "cache_dir": self.cache_dir, "weights": self.weights},
+        options = FitOptions(
             layers=self.layers,
             basis=self.basis,
             rank=self.rank,
@@ -190,7 +187,11 @@ class StrideAttributor(Attributor):
             seed=self.seed,
             batch_size=self.batch_size,
             show_progress=self.show_progress,
+            steps=self.steps,
+            cache_dir=self.cache_dir,
+            weights=self.weights,
         )
+        fit = make_fit(self.task, options)
         fit.prepare(model, self.train_data, device, record)
         return fit
 
@@ -280,14 +281,6 @@ class LanguageStrideAttributor(StrideAttributor):
         self.steps, self.cache_dir = steps, cache_dir
 
 
-def make_fit(task: Task, of_language: dict[str, Any] | None = None, **options: Any) -> Fit:
-    """The fit that a task needs.
-
-    Args:
-        task: What a batch means.
-        of_language: Options of :class:`SequenceStride` alone.
-        **options: Options of both.
-    """
-    if isinstance(task, CausalLanguageModeling):
-        return SequenceStride(task, **options, **(of_language or {}))
-    return DenseFit(task, **options)
+def make_fit(task: Task, options: FitOptions) -> Fit:
+    """The fit that a task needs."""
+    return SequenceStride(task, options) if isinstance(task, CausalLanguageModeling) else DenseFit(task, options)

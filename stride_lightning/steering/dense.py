@@ -15,8 +15,8 @@ from stride_lightning.runtime.distributed import gather, shard
 from stride_lightning.runtime.parallel import num_workers
 from stride_lightning.steering.activations import choose_layers
 from stride_lightning.steering.basis import Basis, Observation, fit_basis, observe
-from stride_lightning.steering.fit import Answers, FitRecord
-from stride_lightning.steering.module import BasisName, StrideModule
+from stride_lightning.steering.fit import Answers, FitOptions, FitRecord
+from stride_lightning.steering.module import StrideModule
 from stride_lightning.steering.recovery import check_measurements
 from stride_lightning.steering.subsets import Design
 from stride_lightning.storage.records import Record
@@ -24,33 +24,14 @@ from stride_lightning.tasks.likelihoods import Task
 
 
 class DenseFit:
-    """A :class:`~stride_lightning.steering.fit.Fit`; options as in :class:`~stride_lightning.StrideAttributor`."""
+    """A :class:`~stride_lightning.steering.fit.Fit`: one pass over the training data, then operators of a design."""
 
-    def __init__(
-        self,
-        task: Task,
-        *,
-        layers: list[str] | None = None,
-        basis: BasisName = "statistics",
-        rank: int | None = None,
-        stability: float = 0.0,
-        ridge: float | None = None,
-        recovery: str = "",
-        seed: int = 0,
-        batch_size: int = 256,
-        show_progress: bool = True,
-    ) -> None:
-        self.task, self.batch_size, self.show_progress = task, batch_size, show_progress
-        self.layers: list[str] = layers or []
-        self._recovery = recovery
-        self._operators: dict[str, Any] = {
-            "basis": basis,
-            "rank": rank or 16,
-            "stability": stability,
-            "ridge": ridge,
-            "seed": seed,
-        }
-        self.options = {"stability": stability, **({"rank": rank or 16} if basis == "learned" else {})}
+    def __init__(self, task: Task, options: FitOptions) -> None:
+        self.task, self._given, self.layers = task, options, options.layers or []
+        self.options: dict[str, Any] = {"stability": options.stability}
+        if options.basis == "learned":
+            self.options["rank"] = options.known_rank
+        self._settings: dict[str, Any] = {"batch_size": options.batch_size, "show_progress": options.show_progress}
         self.metadata: dict[str, Any] = {}
         self.module: StrideModule | None = None
 
@@ -61,18 +42,17 @@ class DenseFit:
     def prepare(self, model: nn.Module, train: Examples, device: torch.device, record: Record | None = None) -> None:
         """One pass over the training set, in the basis of a record if there is one, else in a basis of its own."""
         started = time.perf_counter()
-        self._model, self._device = model, device
-        settings = {"batch_size": self.batch_size, "device": device, "show_progress": self.show_progress}
+        self._model, self._settings["device"] = model, device
         if record is not None:
             self.layers = record.info["layers"]
             self.basis = Basis.from_tensors(self.layers, record.tensors("basis"))
-            self.train_pass = observe(model, self.task, train, self.basis, **settings)
+            self.train_pass = observe(model, self.task, train, self.basis, **self._settings)
         else:
             if not self.layers:
-                size = min(self.batch_size, 64, len(train))
+                size = min(self._given.batch_size, 64, len(train))
                 inputs = in_precision_of(model, self.task.inputs(first_batch(train, size, device)))
                 self.layers = self.choose_layers(model, inputs, size)
-            self.basis, self.train_pass = fit_basis(model, self.task, train, self.layers, **settings)
+            self.basis, self.train_pass = fit_basis(model, self.task, train, self.layers, **self._settings)
         self.fingerprint, self.losses = self.train_pass.fingerprint, self.train_pass.losses.cpu()
         self.train_targets = self.task.shown(self.train_pass.encoded)
         self._pass_seconds = time.perf_counter() - started
@@ -80,7 +60,7 @@ class DenseFit:
     def estimate(self, design: Design | None) -> DenseCost:
         """What the operators of a design will take, and queries after them."""
         assert design is not None
-        cost = estimate_cost(self.train_pass, design.num_subsets, self._recovery)
+        cost = estimate_cost(self.train_pass, design.num_subsets, self._given.recovery)
         self.metadata["estimate"] = vars(cost)
         return cost
 
@@ -89,14 +69,23 @@ class DenseFit:
         if design is None:
             return
         started = time.perf_counter()
-        self.module = module = StrideModule(design, self.task, **self._operators)
+        given = self._given
+        self.module = module = StrideModule(
+            design,
+            self.task,
+            basis=given.basis,
+            rank=given.known_rank,
+            stability=given.stability,
+            ridge=given.ridge,
+            seed=given.seed,
+        )
         as_recorded = module.basis == "statistics" and module.stability == 0 and module.ridge is None
         stored = record is not None and "operators" in record.groups and as_recorded
         if record is not None and stored:
-            module.restore(record.info["operators"], record.tensors("operators"), self._device)
+            module.restore(record.info["operators"], record.tensors("operators"), self._settings["device"])
         else:
-            module.fit_operators(self.train_pass, show_progress=self.show_progress)
-        self._train_mean = module.mean_prediction(self.train_pass) if self._recovery == "prior" else None
+            module.fit_operators(self.train_pass, show_progress=self._given.show_progress)
+        self._train_mean = module.mean_prediction(self.train_pass) if self._given.recovery == "prior" else None
         self.metadata |= {
             "operators": {**module.chosen, "from_record": stored},
             "num_features": self.train_pass.features.shape[1],
@@ -106,16 +95,7 @@ class DenseFit:
     def ask(self, queries: Examples, target: str = "label") -> Answers:
         """One pass over the queries; every rank measures a share of them and finds their priors."""
         assert self.module is not None
-        observed = observe(
-            self._model,
-            self.task,
-            queries,
-            self.basis,
-            batch_size=self.batch_size,
-            device=self._device,
-            target=target,
-            show_progress=self.show_progress,
-        )
+        observed = observe(self._model, self.task, queries, self.basis, target=target, **self._settings)
         share = shard(len(observed))
         part = observed.select(share)
         # Gathered at once, so that a choice made over all queries is the same on every rank.
@@ -124,7 +104,7 @@ class DenseFit:
         prior, second_opinion = None, None
         if self._train_mean is not None and len(part):
             prior, second_opinion = self.module.priors(
-                self.train_pass, part, self._train_mean, show_progress=self.show_progress
+                self.train_pass, part, self._train_mean, show_progress=self._given.show_progress
             )
         targets = self.task.shown(observed.encoded)
         return Answers(observed.losses, measurements, observed.fingerprint, targets, share, prior, second_opinion)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,33 @@ from torch import Tensor, nn
 from stride_lightning.data.examples import Examples
 from stride_lightning.steering.subsets import Design
 from stride_lightning.storage.records import Record
+
+BasisName = Literal["statistics", "learned"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """Options of :class:`~stride_lightning.LanguageStrideAttributor`; the last three are for language models."""
+
+    layers: list[str] | None = None
+    basis: BasisName = "statistics"
+    rank: int | None = None
+    stability: float = 0.0
+    ridge: float | None = None
+    #: Name of the recovery that will follow; none without queries.
+    recovery: str = ""
+    seed: int = 0
+    batch_size: int = 256
+    show_progress: bool = True
+    steps: int = 1
+    cache_dir: str | Path | None = None
+    #: Hash of the model's weights, which a cache must be of.
+    weights: str = ""
+
+    @property
+    def known_rank(self) -> int:
+        """The rank of a learned basis."""
+        return self.rank or 16
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +10,13 @@ from torch import Tensor, nn
 from stride_lightning.runtime.checks import check_count, check_positive
 from stride_lightning.runtime.distributed import gather, shard
 from stride_lightning.steering.basis import Observation
+from stride_lightning.steering.fit import BasisName
 from stride_lightning.steering.influence import imitation_ridge, influence, mean_curvature
 from stride_lightning.steering.operators import mean_prediction, measure
 from stride_lightning.steering.published.learned_basis import LearnedBasis
 from stride_lightning.steering.solvers import fit_operators, refit
 from stride_lightning.steering.subsets import Design
 from stride_lightning.tasks.likelihoods import Task
-
-BasisName = Literal["statistics", "learned"]
 
 
 class StrideModule(nn.Module):

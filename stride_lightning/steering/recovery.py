@@ -230,7 +230,7 @@ def _solve(system: Tensor, residual: Tensor, noise: float | None) -> tuple[Tenso
     num_subsets = residual.shape[1]
     level = system.diagonal(dim1=1, dim2=2).mean(1)
     level = torch.where(level > 0, level, 1.0)  # no variation at all: any ridge gives the right answer, zero
-    best: tuple[Tensor, Tensor, Tensor] | None = None
+    best: tuple[Tensor, ...] = ()
     best_evidence = residual.new_full((len(residual),), -torch.inf)
     for candidate in NOISES if noise is None else (noise,):
         ridged = system.clone()
@@ -241,17 +241,13 @@ def _solve(system: Tensor, residual: Tensor, noise: float | None) -> tuple[Tenso
         # Centring took one direction: it holds no data, only ridge.
         log_determinant = 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1) - (candidate * level).log()
         evidence = -0.5 * (log_determinant + (num_subsets - 1) * quadratic.log())
-        noises = torch.full_like(evidence, candidate)
-        if best is None:
-            best, best_evidence = (factor, solved, noises), evidence
-        else:
-            better = evidence > best_evidence + 1e-5  # two subsets leave all alike, but for rounding
-            best_evidence = torch.where(better, evidence, best_evidence)
-            kept = (better[:, None, None], better[:, None], better)
-            new = (factor, solved, noises)
-            best = tuple(torch.where(k, n, b) for k, n, b in zip(kept, new, best, strict=True))  # type: ignore[assignment]
-    assert best is not None
-    return best
+        better = evidence > best_evidence + 1e-5  # two subsets leave all alike, but for rounding
+        new = (factor, solved, torch.full_like(evidence, candidate))
+        masks = (better[:, None, None], better[:, None], better)
+        best = tuple(map(torch.where, masks, new, best)) if best else new
+        best_evidence = torch.where(better, evidence, best_evidence)
+    factor, solved, noises = best  # pyright: ignore[reportAssignmentType]
+    return factor, solved, noises
 
 
 def check_measurements(measurements: Tensor, design: Design) -> None:

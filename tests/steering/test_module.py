@@ -257,8 +257,7 @@ def test_nothing_of_the_training_set_stays_in_the_module() -> None:
 @pytest.mark.parametrize("num_seen", [40, 10])
 def test_training_step_adds_up_its_three_losses(task: Task, num_seen: int) -> None:
     observed = observation(task)
-    options = {"rank": 2, "stability": 0.7, "learning_rate": 0.03, "max_steps": 1, "seed": 0}
-    module = learned_basis.LearnedBasis(DESIGN, task, observed, **options)
+    module = learned_basis.LearnedBasis(DESIGN, task, observed, rank=2, stability=0.7)
     with torch.no_grad():
         module.operators.copy_(0.3 * random_tensor(3, 2, 8, seed=5))
     positions = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:num_seen]

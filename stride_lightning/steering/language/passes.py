@@ -35,7 +35,7 @@ class TrainingPasses:
         reader: TokenReader,
         train: Examples,
         lengths: Tensor,
-        cache_dir: Path | None,
+        cache_dir: str | Path | None,
         identity: Mapping[str, Any],
     ) -> None:
         self.reader, self.train, self.share = reader, train, shard(len(train))
@@ -46,7 +46,7 @@ class TrainingPasses:
         self.num_features, self.dtype = probe.features.shape[-1], probe.features.dtype
         self.cache: ActivationCache | None = None
         if cache_dir is not None:
-            folder = cache_dir / f"sequences-{self.share.start}-{self.share.stop}"
+            folder = Path(cache_dir).expanduser() / f"sequences-{self.share.start}-{self.share.stop}"
             widths = {name: values.shape[-1] for name, values in reader.kept(probe).items()}
             self.cache = ActivationCache(folder, identity, lengths[self.share], widths)
 

@@ -6,7 +6,6 @@ import math
 import time
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from stride_lightning.data.examples import Examples, first_batch
 from stride_lightning.data.reading import fingerprint_of
 from stride_lightning.runtime.distributed import gather, shard
 from stride_lightning.steering.activations import choose_layers
-from stride_lightning.steering.fit import Answers, FitRecord
+from stride_lightning.steering.fit import Answers, FitOptions, FitRecord
 from stride_lightning.steering.language.curvature import FEATURE_DAMPING, TokenCurvature, TokenMoments
 from stride_lightning.steering.language.operators import TokenOperators, fit_token_operators, measure_tokens
 from stride_lightning.steering.language.output_space import choose_output_space
@@ -90,48 +89,27 @@ class SequenceStride:
     queries (at most 1 GiB: more take more passes), ``4 K r c`` for operators (cut to 1 GiB), and one batch (256 MiB of
     logits at most, or one sequence). Nothing grows with the number of training sequences but the scores.
 
-    It is a :class:`~stride_lightning.steering.fit.Fit`. Options that are not listed are those of
-    :class:`~stride_lightning.LanguageStrideAttributor`.
+    It is a :class:`~stride_lightning.steering.fit.Fit`.
 
     Args:
         task: The losses.
-        layers: Modules whose inputs are features, five by default; of a learned basis, the one whose input is steered.
-        ridge: Damping of ``A`` relative to its mean eigenvalue, by default .1.
-        batch_size: Sequences per forward pass at most.
-        weights: Hash of the model's weights, which a cache must be of.
+        options: Layers are five by default; of a learned basis, the one whose input is steered. ``ridge`` is the
+            damping of ``A`` relative to its mean eigenvalue, by default .1.
 
     Reference: arXiv:2606.05165 (STRIDE), steering operators in hidden-state space; the closed form is ours.
     """
 
-    def __init__(
-        self,
-        task: CausalLanguageModeling,
-        *,
-        layers: list[str] | None = None,
-        basis: str = "statistics",
-        rank: int | None = None,
-        stability: float = 0.0,
-        ridge: float | None = None,
-        recovery: str = "",
-        seed: int = 0,
-        batch_size: int = 256,
-        show_progress: bool = True,
-        steps: int = 1,
-        cache_dir: str | Path | None = None,
-        weights: str = "",
-    ) -> None:
-        self.task, self.seed, self.batch_size, self.show_progress = task, seed, batch_size, show_progress
-        self.layers: list[str] = [] if layers is None or basis == "learned" else list(layers)
-        self._is_learned, self._rank, self._stability, self._steered = basis == "learned", rank or 16, stability, layers
-        self._ridge, self._recovery, self._steps, self._weights = ridge, recovery, steps, weights
-        self._cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
+    def __init__(self, task: CausalLanguageModeling, options: FitOptions | None = None) -> None:
+        self.task, self._given = task, options or FitOptions()
+        self._is_learned = self._given.basis == "learned"
+        self.layers: list[str] = [] if self._is_learned else list(self._given.layers or [])
         self.design: Design | None = None
         self.operators: TokenOperators | None = None
         self.hidden: HiddenStateOperators | None = None
         #: What was chosen, and what it cost; plain values.
         self.info: dict[str, Any] = {}
-        self.options: dict[str, Any] = {}
         self.metadata: dict[str, Any] = {"sequences": self.info}
+        self.options: dict[str, Any] = {}
         self.train_targets: Tensor | None = None
 
     # ---- fit ------------------------------------------------------------------------------------------------
@@ -144,7 +122,7 @@ class SequenceStride:
 
     def prepare(self, model: nn.Module, train: Examples, device: torch.device, record: Record | None = None) -> None:
         """Look at the model and a first batch: layers, where to steer, and what identifies the data."""
-        head = first_batch(train, min(self.batch_size, 4), device)
+        head = first_batch(train, min(self._given.batch_size, 4), device)
         with train.naming(0):
             self.task.check_batch(model, head)
         inputs = self.task.inputs(head)
@@ -154,7 +132,7 @@ class SequenceStride:
         elif not self.layers:
             self.layers = self.choose_layers(model, inputs)
         self.fingerprint, lengths, longest = survey_sequences(
-            model, self.task, train, space.vocabulary, self.batch_size, show=self.show_progress
+            model, self.task, train, space.vocabulary, self._given.batch_size, show=self._given.show_progress
         )
         self.space = replace(space, longest=longest)
         self._model, self._device, self._is_recorded = model, device, record is not None
@@ -163,18 +141,18 @@ class SequenceStride:
             self.task,
             self.layers,
             self.space,
-            batch_size=self.batch_size,
+            batch_size=self._given.batch_size,
             device=device,
-            show_progress=self.show_progress,
+            show_progress=self._given.show_progress,
         )
         identity = {
-            "weights": self._weights,
+            "weights": self._given.weights,
             "data": self.fingerprint,
             "layers": list(self.layers),
             "steered": self.space.kind,
             "task": repr(self.task),
         }
-        self.passes = TrainingPasses(self.reader, train, lengths, self._cache_dir, identity)
+        self.passes = TrainingPasses(self.reader, train, lengths, self._given.cache_dir, identity)
         self.widths, self._num_features, self._dtype = (
             (*self.reader.widths, 1),
             self.passes.num_features,
@@ -230,7 +208,7 @@ class SequenceStride:
         self.curvature = TokenCurvature(
             self.moments,
             self.widths,
-            damping=FEATURE_DAMPING if self._ridge is None else self._ridge,
+            damping=FEATURE_DAMPING if self._given.ridge is None else self._given.ridge,
             max_values=max(1024, min(MAX_VALUES, HELD_BYTES // (4 * count))),
             dtype=self._dtype,
             device=self._device,
@@ -249,27 +227,36 @@ class SequenceStride:
         """Fit the operators of a design, or take those of a record if they are what the options ask for."""
         stored = record is not None and "operators" in record.groups and design.info() == record.info["design"]
         # Where something was cut, operators stand in directions of their own.
-        if record is not None and stored and self._steps == 1 and self._ridge is None and self.curvature.is_whole:
+        if (
+            record is not None
+            and stored
+            and self._given.steps == 1
+            and self._given.ridge is None
+            and self.curvature.is_whole
+        ):
             coefficients = record.tensors("operators")["coefficients"].to(self._device)
             self.operators = TokenOperators(coefficients, torch.full((len(coefficients),), torch.nan))
         else:
-            self.operators = fit_token_operators(self.passes, design, self.curvature, self.space, steps=self._steps)
+            self.operators = fit_token_operators(
+                self.passes, design, self.curvature, self.space, steps=self._given.steps
+            )
 
     def _learn_operators(self, design: Design) -> None:
         """Fit operators on a hidden state inside the network, as published."""
-        if self._steered is not None and len(self._steered) != 1:
-            raise ValueError(f"basis='learned' steers one hidden state: name one layer, not {self._steered}.")
+        layers = self._given.layers
+        if layers is not None and len(layers) != 1:
+            raise ValueError(f"basis='learned' steers one hidden state: name one layer, not {layers}.")
         self.hidden = HiddenStateOperators(
             self._model,
             self.task,
             design,
-            layer=None if self._steered is None else self._steered[0],
-            rank=self._rank,
-            stability=self._stability,
-            seed=self.seed,
+            layer=None if layers is None else layers[0],
+            rank=self._given.known_rank,
+            stability=self._given.stability,
+            seed=self._given.seed,
         )
-        self.hidden.fit_operators(self.passes.train, self._device, show_progress=self.show_progress)
-        self.info |= {"steered": self.hidden.layer, "rank": self._rank, "steps": self.hidden.max_steps}
+        self.hidden.fit_operators(self.passes.train, self._device, show_progress=self._given.show_progress)
+        self.info |= {"steered": self.hidden.layer, "rank": self._given.known_rank, "steps": self.hidden.max_steps}
 
     def record(self) -> FitRecord:
         """The moments and losses, and the operators if there are any."""
@@ -289,7 +276,7 @@ class SequenceStride:
             part = self.measure(queries.subset(places.tolist()))
             measurements.append(part.measurements)
             losses.append(part.losses)
-            if self._recovery in ("closed-form", "prior"):
+            if self._given.recovery in ("closed-form", "prior"):
                 priors.append(self.influence(part))
         measured = torch.cat(measurements)
         if self.design is not None:
@@ -314,7 +301,7 @@ class SequenceStride:
                 measured[rows] = measure_tokens(batch, self.operators.coefficients, self.curvature, self.space)
         if self.hidden is not None and size:
             part = queries.subset(range(share.start, share.stop))
-            measured = self.hidden.measure(part, self._device, show_progress=self.show_progress).to(measured)
+            measured = self.hidden.measure(part, self._device, show_progress=self._given.show_progress).to(measured)
         return Queries(*(gather(part, len(queries)) for part in (solved, measured, losses)))
 
     def queries_per_pass(self) -> int:

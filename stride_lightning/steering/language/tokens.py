@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples
-from stride_lightning.model.layers import find_module, uncompiled
+from stride_lightning.model.layers import watching_inputs
 from stride_lightning.runtime.progress import counting
 from stride_lightning.steering.activations import first_tensor, fold
 from stride_lightning.steering.language.output_space import OutputSpace
@@ -202,14 +202,8 @@ def capture_tokens(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str
 
         return hook
 
-    modules = {name: find_module(model, name) for name in layers}
-    handles = [modules[name].register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in layers]
-    try:
-        with uncompiled():
-            yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watching_inputs(model, {name: hook_for(name) for name in layers}):
+        yield captured
 
 
 def exact(device: torch.device) -> torch.autocast:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning.pytorch as L
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor
 
 from stride_lightning.steering.basis import Observation
 from stride_lightning.steering.operators import steer
-from stride_lightning.steering.published.fitting import fit_by_trainer, unexplained
+from stride_lightning.steering.published.fitting import PublishedOperators, unexplained
 from stride_lightning.steering.subsets import Design
 from stride_lightning.tasks.likelihoods import Task
 
 
-class LearnedBasis(L.LightningModule):
+class LearnedBasis(PublishedOperators):
     """Operators ``o + phi B a_k`` on top of the frozen model's outputs ``o``, with a basis ``B`` that all share.
 
     Three losses are minimised: *fidelity*, the loss on the subset; *stability*, the divergence from the frozen model
@@ -28,56 +26,26 @@ class LearnedBasis(L.LightningModule):
         design: Which example is in which subset.
         task: The likelihood.
         observed: The evaluation pass over the training set.
-        rank: Rank of the basis.
-        stability: Weight of the stability loss.
-        learning_rate: Of Adam.
-        max_steps: Optimizer steps.
-        seed: Of initialisation, sketch and batch order.
+        **options: As in :class:`PublishedOperators`. Small batches drown the effect of an operator in noise, since it
+            sees a share of a batch only.
 
     Reference: arXiv:2606.05165 (STRIDE).
     """
 
-    def __init__(
-        self,
-        design: Design,
-        task: Task,
-        observed: Observation,
-        *,
-        rank: int,
-        stability: float,
-        learning_rate: float,
-        max_steps: int,
-        seed: int,
-    ) -> None:
-        super().__init__()
-        self.design, self.task, self.observed = design, task, observed
-        self.stability, self.learning_rate, self.max_steps, self.seed = stability, learning_rate, max_steps, seed
-        generator = torch.Generator().manual_seed(seed)
+    def __init__(self, design: Design, task: Task, observed: Observation, **options: Any) -> None:
+        super().__init__(design, **options)
+        self.task, self.observed, self.predicted = task, observed, task.mean(observed.outputs)
+        generator = torch.Generator().manual_seed(self.seed)
         num_features, num_outputs = observed.features.shape[1], observed.outputs.shape[1]
-        start = torch.randn(num_features, rank, generator=generator) / rank**0.5
-        self.basis = nn.Parameter(start.to(observed.features))
-        # Operators start at zero: the steered model is the frozen one, and the basis learns once they move.
-        self.operators = nn.Parameter(observed.features.new_zeros(num_outputs, rank, design.num_subsets))
-        self.predicted = task.mean(observed.outputs)
+        shape = (num_outputs, self.rank, design.num_subsets)
+        self.start(num_features, shape, generator, observed.features, size=self.rank)
         self.unexplained = unexplained(design, generator).to(observed.features)
         self.sizes = design.sizes.to(observed.features)
 
     def fit(self, *, show_progress: bool = True) -> Tensor:
-        """Fit basis and operators with a Trainer.
-
-        Returns:
-            The operators on the features, shape ``(C, r, K)``.
-        """
-        device = self.observed.features.device
-        fit_by_trainer(self, self.train_dataloader(), device, self.max_steps, show_progress=show_progress)
+        """Fit basis and operators; gives the operators on the features, shape ``(C, r, K)``."""
+        self.run_trainer(self.observed.features.device, show_progress=show_progress)
         return (self.basis @ self.operators).detach()
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Places of training examples, shuffled by the seed."""
-        places = TensorDataset(torch.arange(self.design.num_train))
-        generator = torch.Generator().manual_seed(self.seed)
-        # Each operator sees a share of a batch only: small batches drown its effect in noise.
-        return DataLoader(places, min(1024, self.design.num_train), shuffle=True, generator=generator)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """Fidelity, stability and linearity of all operators on a batch of places."""
@@ -96,7 +64,3 @@ class LearnedBasis(L.LightningModule):
         response = response - response.mean(1, keepdim=True)
         nonlinearity = (response @ self.unexplained).square().sum() / response.square().sum().clamp(min=1e-12)
         return fidelity + self.stability * stability + nonlinearity
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam on the basis and the operators."""
-        return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
