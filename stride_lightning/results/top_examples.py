@@ -41,9 +41,9 @@ class TopExamples:
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: tensor for name, tensor in named.items() if isinstance(tensor, Tensor)}
 
-    def at(self, queries: slice | list[int], k: int) -> TopExamples:
-        """The first ``k`` of each kind, of some queries."""
-        return replace(self, **{name: tensor[queries, :k] for name, tensor in self.tensors().items()})
+    def first(self, k: int) -> TopExamples:
+        """The first ``k`` of each kind."""
+        return replace(self, **{name: tensor[:, :k] for name, tensor in self.tensors().items()})
 
     def renamed(self, names: Tensor) -> TopExamples:
         """Columns of the scores turned into what ``names``, shape ``(num_train,)``, calls them."""

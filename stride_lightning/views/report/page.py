@@ -128,8 +128,7 @@ def header_facts(attribution: AttributionResult, num_shown: int, k: int) -> list
         ("Training examples", f"{attribution.num_train:,}"),
         ("Shown per query", f"{known} strongest" + (" of each side" if attribution.is_signed else "")),
     ]
-    seconds = metadata.get("seconds")
-    seconds = seconds.get("total") if isinstance(seconds, dict) else seconds
+    seconds = attribution.seconds
     if isinstance(seconds, int | float):
         facts.append(("Computed in", f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"))
     return [*facts, ("Unit of scores", str(metadata.get("unit") or "that of the method"))]
