@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from stride_lightning.attributor import Attributor
 from stride_lightning.data.examples import Examples, first_batch
 from stride_lightning.data.reading import count_outputs
-from stride_lightning.gradients.features import Reader, cloned
-from stride_lightning.gradients.plan import plan_capture, probe_places
-from stride_lightning.model.layers import check_layers, in_precision_of
+from stride_lightning.gradients.features import Reader
+from stride_lightning.gradients.outputs import TaskOutputs
+from stride_lightning.model.layers import check_layers, cloned, in_precision_of
+from stride_lightning.model.plan import plan_capture, probe_places
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.results.top_examples import TopCollector, joined
@@ -74,7 +75,8 @@ class PlannedAttributor(Attributor):
             single = [{name: value[row : row + 1] for name, value in together.items()} for row in range(len(places))]
         else:
             single = [self._inputs(model, first_batch(self.train_data.subset([place]), 1, device)) for place in places]
-        self.capture = plan_capture(model, self.task, single, together, self.chosen_layers(model, together), names)
+        outputs, layers = TaskOutputs(model, self.task), self.chosen_layers(model, together)
+        self.capture = plan_capture(outputs, single, together, layers, names)
         announce(self.capture.warning, show=self.show_progress and bool(self.capture.warning))
         self.reader = self.read(model, self.train_data, device, "label")
         self.check_data(self.reader.fingerprint)

@@ -18,10 +18,11 @@ from stride_lightning.gradients.damping import check_damping
 from stride_lightning.gradients.features import Batch
 from stride_lightning.gradients.gauss_newton import ConjugateGradient, LiSSA
 from stride_lightning.gradients.kronecker import EKFAC
-from stride_lightning.gradients.plan import last_layer
+from stride_lightning.gradients.outputs import TaskOutputs
 from stride_lightning.gradients.projection import JointProjection, LayerProjection, Projection
 from stride_lightning.model.blocks import Gradients
 from stride_lightning.model.capture import Capture, chosen_parameters
+from stride_lightning.model.plan import last_layer
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.storage.lookup import show_fingerprint
 
@@ -285,7 +286,7 @@ class LastLayerAttributor(ConjugateGradientAttributor):
 
     @override
     def chosen_layers(self, model: nn.Module, inputs: Any) -> Sequence[str] | None:
-        return [last_layer(model, self.task, inputs)] if self.layers is None else self.layers
+        return [last_layer(TaskOutputs(model, self.task), inputs)] if self.layers is None else self.layers
 
     @override
     def _undamped(self) -> Curvature:
