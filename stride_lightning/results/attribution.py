@@ -104,10 +104,6 @@ class Attribution(AttributionResult):
         return names, self.scores.new_zeros(self.num_queries, len(names)).index_add_(1, index, self.scores)
 
     @override
-    def _keep(self, rows: list[int]) -> None:
-        self.scores, self.std = self.scores[rows], None if self.std is None else self.std[rows]
-
-    @override
     def _ranked(self, k: int) -> TopExamples:
         return rank_columns(self.scores, k, self.std)
 

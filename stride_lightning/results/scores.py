@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
@@ -113,10 +112,6 @@ class AttributionResult(ABC):
         """
 
     @abstractmethod
-    def _keep(self, rows: list[int]) -> None:
-        """Forget the scores of all other queries."""
-
-    @abstractmethod
     def _ranked(self, k: int) -> TopExamples:
         """The top as columns of the scores, ``k`` from 1 to ``num_train``."""
 
@@ -127,7 +122,7 @@ class AttributionResult(ABC):
     @classmethod
     @abstractmethod
     def _from_tensors(cls, tensors: dict[str, Tensor], **described: Any) -> Self:
-        """The result that was saved as these scores, and what is known of rows and columns."""
+        """The result of these scores, and of what is known of rows and columns."""
 
     @abstractmethod
     def _summary(self) -> str:
@@ -145,17 +140,22 @@ class AttributionResult(ABC):
         if not -self.num_queries <= query < self.num_queries:
             raise IndexError(f"Query {query} of {self.num_queries}.")
         rows = [query % self.num_queries]
-        one = copy.copy(self)
-        one._keep(rows)
-        one.query_targets = None if self.query_targets is None else self.query_targets[rows]
-        one.query_info = {name: [values[rows[0]]] for name, values in self.query_info.items()}
-        one.queries = None if self.queries is None else self.queries.subset(rows)
-        return one
+        known = {field.name: getattr(self, field.name) for field in fields(AttributionResult)}
+        known["query_targets"] = None if self.query_targets is None else self.query_targets[rows]
+        known["query_info"] = {name: [values[rows[0]]] for name, values in self.query_info.items()}
+        known["queries"] = None if self.queries is None else self.queries.subset(rows)
+        return self._from_tensors({name: values[rows] for name, values in self._tensors().items()}, **known)
 
     @property
     def is_signed(self) -> bool:
         """Whether positive scores mean helpful; those of unsigned information do not."""
         return "unsigned" not in self.metadata.get("unit", "")
+
+    @property
+    def seconds(self) -> float | None:
+        """What everything took, if the metadata say."""
+        seconds = self.metadata.get("seconds")
+        return seconds.get("total") if isinstance(seconds, dict) else seconds
 
     def top(self, k: int | None = None) -> TopExamples:
         """Proponents and opponents of every query; ties come in order of columns.
@@ -228,8 +228,7 @@ class AttributionResult(ABC):
 
     def __repr__(self) -> str:
         method = self.metadata.get("method", "scores")
-        seconds = self.metadata.get("seconds", {}).get("total")
-        took = f", {seconds:.1f} s" if seconds is not None else ""
+        took = f", {self.seconds:.1f} s" if self.seconds is not None else ""
         return f"{type(self).__name__}({method}: {self._summary()}{took})"
 
     # ---- views ------------------------------------------------------------------------------------------------

@@ -10,7 +10,10 @@ def score_text(score: float) -> str:
         >>> score_text(0.0123), score_text(-0.5), score_text(12.34), score_text(4.2e-7)
         ('+0.012', '-0.50', '+12', '+4.2e-07')
     """
-    return f"{score:+.{_decimals(score)}f}" if _is_plain(score) else f"{score:+.1e}"
+    if score != 0 and not 1e-3 <= abs(score) < 1e5:
+        return f"{score:+.1e}"
+    decimals = 2 if score == 0 else max(0, 1 - math.floor(math.log10(abs(score))))
+    return f"{score:+.{decimals}f}"
 
 
 def interval_text(score: float, std: float | None) -> str:
@@ -34,11 +37,3 @@ def shortened(text: str, length: int) -> str:
     """
     line = " ".join(text.split())
     return line if len(line) <= length else line[: length - 1] + "…"
-
-
-def _is_plain(score: float) -> bool:
-    return score == 0 or 1e-3 <= abs(score) < 1e5
-
-
-def _decimals(score: float) -> int:
-    return 2 if score == 0 else max(0, 1 - math.floor(math.log10(abs(score))))

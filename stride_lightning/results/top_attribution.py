@@ -102,17 +102,13 @@ class TopAttribution(AttributionResult):
         return rows, columns, scores, joined(top.proponent_stds, top.opponent_stds)
 
     @override
-    def _keep(self, rows: list[int]) -> None:
-        self.examples = self.examples.at(rows, self.num_ranked)
-
-    @override
     def _ranked(self, k: int) -> TopExamples:
         if k > self.num_ranked:
             raise ValueError(
                 f"`k` is {k}, but only the {self.num_ranked} strongest proponents and opponents of each query are "
                 f"held: attribute with `top_k={k}` or more."
             )
-        return self.examples.at(slice(None), k)
+        return self.examples.first(k)
 
     @override
     def _tensors(self) -> dict[str, Tensor]:

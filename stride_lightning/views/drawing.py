@@ -33,7 +33,7 @@ def draw_pictures(
     Args:
         attribution: The scores, with ``queries`` and ``train_data``.
         queries: Rows of the scores.
-        ranked: Their proponents and opponents.
+        ranked: Of each of them.
         to_image: Picture of an example, shape ``(H, W)`` or ``(H, W, 3)`` in 0..1.
     """
     assert attribution.queries is not None
@@ -92,13 +92,7 @@ def draw_pictures(
 
 
 def draw_bars(attribution: AttributionResult, queries: Sequence[int], ranked: Ranked) -> Figure:
-    """One chart per query, bars in order of their score, error bars of one posterior standard deviation.
-
-    Args:
-        attribution: The scores.
-        queries: Rows of the scores.
-        ranked: Their proponents and opponents.
-    """
+    """One chart per query, bars in order of their score, error bars of one posterior standard deviation."""
     heights = [_TITLE + _AXIS + _BAR * max(1, len(helpful) + len(harmful)) for helpful, harmful in ranked]
     labels = [_bar_label(example) for groups in ranked for examples in groups for example in examples]
     figure = blank_figure(1, 1)

@@ -66,17 +66,7 @@ def log_evaluation(evaluation: Evaluation, loggers: Any, *, step: int) -> None:
 
 
 def plot_evaluation(evaluation: Evaluation) -> Figure:
-    """Bars of the scores with intervals, dots for single queries, a line at the ceiling; and counterfactual curves.
-
-    Args:
-        evaluation: What is drawn.
-
-    Returns:
-        A figure of one chart, or two if counterfactuals were measured.
-
-    Raises:
-        ModuleNotFoundError: If matplotlib is not installed.
-    """
+    """Bars of the scores with intervals, dots for single queries, a line at the ceiling; and counterfactual curves."""
     figure = blank_figure(1, 1)
     labels = [shortened(row.name, NAME_LENGTH) for row in evaluation.rows]
     texts = [row.interval_text for row in evaluation.rows]

@@ -23,11 +23,7 @@ def plot_grid(
 ) -> Figure:
     """A figure with one row per query: its proponents and opponents as pictures, or as bars if inputs are no images.
 
-    Args:
-        attribution: The scores; with ``queries`` and ``train_data`` if pictures are wanted.
-        queries: Rows of the scores.
-        k: At most how many proponents, and how many opponents, of each query.
-        image_shape: Shape that makes a picture of flattened inputs, such as ``(28, 28)``.
+    Arguments as in :meth:`~stride_lightning.Attribution.plot`; ``queries`` are rows of the scores.
 
     Returns:
         A figure without pyplot: ``figure.savefig("queries.png")`` writes it, nothing needs closing.

@@ -88,10 +88,6 @@ def tag_of(attribution: AttributionResult) -> str:
 def summarize(attribution: AttributionResult, k: int) -> dict[str, float]:
     """Scalars that describe all scores, where the attribution holds all, and what they cost.
 
-    Args:
-        attribution: The scores.
-        k: Size of the top in ``stride/top_share``.
-
     Returns:
         ``stride/score_std`` (over all scores), ``stride/top_share`` (share of a query's total absolute score that its
         ``k`` largest hold, mean over queries), ``stride/positive_fraction`` and ``stride/nonzero_fraction``; with a

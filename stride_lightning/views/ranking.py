@@ -12,16 +12,7 @@ from stride_lightning.results.scores import AttributionResult
 
 @dataclass(frozen=True)
 class RankedExample:
-    """One proponent or opponent.
-
-    Args:
-        column: Its column of the scores.
-        position: Its position in the training dataset.
-        score: Its score.
-        std: Posterior standard deviation of the score, if there is one.
-        target: Its target as text, if it has one.
-        info: Its values of the columns of ``train_info``, as text.
-    """
+    """One proponent or opponent; target and values of ``train_info`` are texts."""
 
     column: int
     position: int
@@ -34,17 +25,9 @@ class RankedExample:
 def rank_examples(
     attribution: AttributionResult, query: int, k: int
 ) -> tuple[list[RankedExample], list[RankedExample]]:
-    """Proponents and opponents of one query, strongest first.
+    """Proponents and opponents of one query, strongest first, at most ``k`` of each.
 
     Examples that score exactly zero, or have the other sign, are neither.
-
-    Args:
-        attribution: The scores.
-        query: Row of the scores.
-        k: At most how many of each; fewer where the attribution holds fewer.
-
-    Returns:
-        Proponents and opponents, at most ``k`` of each.
 
     Example:
         >>> import torch

@@ -14,10 +14,6 @@ if TYPE_CHECKING:
 def dataframe(attribution: AttributionResult, k: int | None = None) -> DataFrame:
     """One row per query and training example, as :meth:`Attribution.to_dataframe` describes them.
 
-    Args:
-        attribution: The scores.
-        k: Only the top ``k`` proponents and opponents of each query.
-
     Raises:
         ModuleNotFoundError: If pandas is not installed.
         ValueError: If ``k`` is below 1.

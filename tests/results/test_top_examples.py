@@ -81,19 +81,6 @@ def test_other_precisions_compare_as_float32():
     assert_same(collect(half, 3).compute(), Attribution(half.float()).top(3))
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_collectors_merge(seed):
-    scores = whole_numbers(3, 25, seed=seed)
-    parts = [TopCollector(3, 4) for _ in range(4)]  # the last stays empty
-    for number, (tile, columns) in enumerate(tiles(scores, seed)):
-        parts[number % 3].update(tile, columns)
-    first, *others = parts
-    for other in others:
-        first.merge(other)
-    assert first.num_columns == 25
-    assert_same(first.compute(), Attribution(scores).top(4))
-
-
 def test_queries_in_turn_are_queries_at_once():
     scores = whole_numbers(7, 20)
     parts = [collect(scores[rows], 4, seed).compute() for seed, rows in enumerate([range(3), range(3, 4), range(4, 7)])]
@@ -145,7 +132,7 @@ def test_scores_that_cannot_be_ranked():
 
 def test_a_column_may_come_once():
     collector = collect(whole_numbers(2, 9), 3)
-    collector.merge(collect(whole_numbers(2, 9), 3))
+    collector.update(whole_numbers(2, 9), torch.arange(9))
     with pytest.raises(ValueError, match=r"example \d .* came twice"):
         collector.compute()
 
@@ -155,5 +142,3 @@ def test_collectors_that_do_not_fit():
         TopCollector(2, 1).compute()
     with pytest.raises(ValueError, match="`k` must be an integer of at least 1, got 0"):
         TopCollector(2, 0)
-    with pytest.raises(ValueError, match="of 2 queries and k=1, got one of 2 and k=3"):
-        TopCollector(2, 1).merge(TopCollector(2, 3))

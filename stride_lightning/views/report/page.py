@@ -31,36 +31,31 @@ _UNSIGNED = (
 
 def write_report(
     attribution: AttributionResult,
-    path: str | os.PathLike[str],
+    path: Path,
     *,
     queries: int | Sequence[int] | None = None,
     k: int = 5,
     title: str | None = None,
     **shown: Any,
-) -> Path:
-    """Write the page; arguments as in :meth:`~stride_lightning.Attribution.report`, the rest go to the content.
-
-    Returns:
-        The file that was written.
+) -> None:
+    """Write the page to this very path; arguments as in :meth:`~stride_lightning.Attribution.report`.
 
     Example:
         >>> import tempfile
         >>> import torch
         >>> from stride_lightning.results.attribution import Attribution
-        >>> path = write_report(Attribution(torch.tensor([[0.5, -0.25]])), Path(tempfile.mkdtemp()) / "report")
-        >>> path.name
-        'report.html'
+        >>> path = Path(tempfile.mkdtemp()) / "report.html"
+        >>> write_report(Attribution(torch.tensor([[0.5, -0.25]])), path)
+        >>> "<title>" in path.read_text("utf-8")
+        True
     """
-    path = html_path(path)
-    asked = range(attribution.num_queries) if queries is None else [queries] if isinstance(queries, int) else queries
-    asked = [int(row) for row in asked]
-    if not asked:
+    given = range(attribution.num_queries) if queries is None else [queries] if isinstance(queries, int) else queries
+    if not len(given):
         raise ValueError("`queries` is empty: nothing to report.")
     # Rows are counted from the start, as the page names them.
-    rows = list(dict.fromkeys(row + attribution.num_queries if row < 0 else row for row in asked))
+    rows = list(dict.fromkeys(int(row) + attribution.num_queries if row < 0 else int(row) for row in given))
     content = report_content(attribution, rows, k, **shown)
     _write_at_once(path, page(attribution, content, k=k, title=title).encode(errors="replace"))
-    return path
 
 
 def html_path(path: str | os.PathLike[str]) -> Path:
@@ -80,13 +75,7 @@ def html_path(path: str | os.PathLike[str]) -> Path:
 
 
 def page(attribution: AttributionResult, content: dict[str, Any], *, k: int, title: str | None = None) -> str:
-    """The whole page as text.
-
-    Args:
-        attribution: The scores, of which the header tells.
-        content: What :func:`~stride_lightning.views.report.content.report_content` gives.
-        k: How many of each side were asked for.
-        title: Heading of the page.
+    """The whole page as text, of what :func:`~stride_lightning.views.report.content.report_content` gives.
 
     Example:
         >>> import torch
@@ -139,8 +128,7 @@ def header_facts(attribution: AttributionResult, num_shown: int, k: int) -> list
         ("Training examples", f"{attribution.num_train:,}"),
         ("Shown per query", f"{known} strongest" + (" of each side" if attribution.is_signed else "")),
     ]
-    seconds = metadata.get("seconds")
-    seconds = seconds.get("total") if isinstance(seconds, dict) else seconds
+    seconds = attribution.seconds
     if isinstance(seconds, int | float):
         facts.append(("Computed in", f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"))
     return [*facts, ("Unit of scores", str(metadata.get("unit") or "that of the method"))]
