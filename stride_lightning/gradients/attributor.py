@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -68,19 +68,13 @@ class GradientAttributor(PlannedAttributor):
     Args:
         checkpoints: Weights that scores are averaged over, in place of the attributed ones: a folder of checkpoints,
             or a list of files.
-        kwargs: Arguments of :class:`PlannedAttributor`: ``layers``, ``top_k``, ``seed``, ``batch_size`` and
-            ``show_progress``.
+        kwargs: Arguments of :class:`PlannedAttributor`.
     """
 
     #: Copies of a query's gradient that are needed at once.
     copies: ClassVar[int] = 2
 
-    def __init__(
-        self,
-        *,
-        checkpoints: str | Path | Sequence[str | Path] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *, checkpoints: str | Path | Sequence[str | Path] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.checkpoints = checkpoints
         self._fitted: list[Fitted] = []
@@ -147,22 +141,15 @@ class GradientAttributor(PlannedAttributor):
 
     def _keep(self, side: TrainingSide) -> Tensor | None:
         """Keep the features of the training examples, from one pass; returns the factors of the examples."""
-        kept, in_kernel, of_examples = [], [], []
-        for batch in side.batches("Features"):
-            kept.append(self._compared(batch))
-            in_kernel.append(self.kernel_weights(batch))
-            of_examples.append(self.example_weights(batch))
-        side.kept, side.kept_weights = concatenated(kept), _joined(in_kernel)
+        batches = side.batches("Features")
+        parts = [(self._compared(batch), self.kernel_weights(batch), self.example_weights(batch)) for batch in batches]
+        features, in_kernel, of_examples = zip(*parts, strict=True)
+        side.kept, side.kept_weights = concatenated(features), _joined(in_kernel)
         return _joined(of_examples)
 
-    @contextmanager
-    def _at(self, model: nn.Module, checkpoint: Checkpoint | None) -> Iterator[None]:
+    def _at(self, model: nn.Module, checkpoint: Checkpoint | None) -> AbstractContextManager[Any]:
         """The model with the weights of a checkpoint."""
-        if checkpoint is None:
-            yield
-            return
-        with borrowed(model, checkpoint.load(), None):
-            yield
+        return nullcontext() if checkpoint is None else borrowed(model, checkpoint.load(), None)
 
     def _compared(self, batch: Batch) -> Gradients:
         """The features of a batch, projected if they are."""
@@ -197,17 +184,12 @@ class GradientAttributor(PlannedAttributor):
         self, model: nn.Module, asked: Reader, chunk: slice, columns: slice, sides: dict[int, Gradients]
     ) -> Tensor:
         """Scores of some queries for some training examples, shape ``(q, columns)``."""
-        double = self.reader.encoded.dtype == torch.float64
-        part = torch.zeros(
-            (chunk.stop - chunk.start, columns.stop - columns.start),
-            dtype=torch.float64 if double else torch.float32,
-            device=self.reader.device,
-        )
+        dtype = torch.promote_types(self.reader.encoded.dtype, torch.float32)
+        shape = chunk.stop - chunk.start, columns.stop - columns.start
+        part = torch.zeros(shape, dtype=dtype, device=self.reader.device)
         for number, fitted in enumerate(self._fitted):
             with self._at(model, fitted.checkpoint):
-                side = sides.get(number)
-                if side is None:
-                    side = self._query_side(fitted, asked, chunk)
+                side = sides[number] if number in sides else self._query_side(fitted, asked, chunk)
                 for places, gradients in fitted.side.gradients("Scores", columns):
                     side = side.prepared(gradients)
                     part[:, places.start - columns.start : places.stop - columns.start] += side.inner(gradients)

@@ -97,7 +97,7 @@ def read_checkpoints(source: PathLike | Sequence[PathLike], model: nn.Module) ->
 
 def tracin_checkpoints(
     record: PathLike | Sequence[PathLike] | None, checkpoint: Mapping[str, Any] | None, model: nn.Module
-) -> tuple[list[Checkpoint], dict[str, Any] | None, str | None, str] | None:
+) -> tuple[list[Checkpoint], dict[str, Any] | None, str] | None:
     """What TracIn starts from.
 
     Args:
@@ -107,27 +107,31 @@ def tracin_checkpoints(
             records of the whole fit. They are not asked if the weights come from a checkpoint of another run.
 
     Returns:
-        The checkpoints, the fingerprint of the training data and the task's repr (None where plain files do not
-        tell), and a sentence about them for the metadata; or None if no records are known.
+        The checkpoints, the fingerprint of the training data (None where plain files do not tell), and a sentence
+        about them for the metadata; or None if no records are known.
 
     Raises:
         FileNotFoundError, RecordError, ValueError: As :func:`read_checkpoints`.
     """
-    if record is not None:
-        found = read_checkpoints(record, model)
-        return found, *_data_and_task(found), f"{len(found)} checkpoints given by the caller"
+    source, of = (record, "checkpoints given by the caller") if record is not None else _known(checkpoint, model)
+    if source is None:
+        return None
+    checkpoints = read_checkpoints(source, model)
+    recorded = (read_info(one.path) for one in reversed(checkpoints) if one.path.is_dir())
+    return checkpoints, next((info["data"] for info in recorded), None), f"{len(checkpoints)} {of}"
+
+
+def _known(checkpoint: Mapping[str, Any] | None, model: nn.Module) -> tuple[list[Path] | None, str]:
+    """The records that callbacks name, and whose they are."""
     weights = weight_hash(model)
     for state in saved_states(checkpoint):
-        paths = _records_up_to(weights, state)
-        if paths:
-            found = read_checkpoints(paths, model)
-            return found, *_data_and_task(found), f"{len(found)} records of the run that the checkpoint is of"
+        if paths := _records_up_to(weights, state):
+            return paths, "records of the run that the checkpoint is of"
     for state in attached_states(model):
         paths = _listed(state)
         if paths and (checkpoint is None or weights in [read_info(path)["weights"] for path in paths]):
-            found = read_checkpoints(paths, model)
-            return found, *_data_and_task(found), f"{len(found)} records of the attached trainer's fit"
-    return None
+            return paths, "records of the attached trainer's fit"
+    return None, ""
 
 
 def recorded_weights(checkpoint: Checkpoint) -> str:
@@ -240,15 +244,6 @@ def _without_repeats(found: list[Checkpoint]) -> list[Checkpoint]:
         alone = checkpoint.step is None or steps.count(checkpoint.step) == 1
         kept.setdefault((checkpoint.path,) if alone else (checkpoint.step, state_hash(checkpoint.load())), checkpoint)
     return list(kept.values())
-
-
-def _data_and_task(found: Sequence[Checkpoint]) -> tuple[dict[str, Any] | None, str | None]:
-    """What the last of the records says of the data and the task."""
-    for checkpoint in reversed(found):
-        if checkpoint.path.is_dir():
-            info = read_info(checkpoint.path)
-            return info["data"], info["task"]
-    return None, None
 
 
 def _place(checkpoint: Checkpoint) -> tuple[Any, ...]:

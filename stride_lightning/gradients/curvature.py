@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -130,11 +131,10 @@ class Diagonal(Curvature):
 
     @override
     def fit(self, train: TrainingSide) -> None:
-        sums: dict[str, Tensor] = {}
+        sums: defaultdict[str, Any] = defaultdict(float)
         for _, gradients in train.gradients("Diagonal of the Fisher matrix"):
             for name, block in gradients.items():
-                found = block.sum_of_squares().double()
-                sums[name] = sums[name] + found if name in sums else found
+                sums[name] += block.sum_of_squares().double()
         self._diagonals = {name: total(values) / len(train) for name, values in sums.items()}
         self.set_mean_eigenvalue(float(torch.cat(list(self._diagonals.values())).mean()))
 
@@ -157,13 +157,12 @@ class GaussNewtonBlocks(Curvature):
 
     @override
     def fit(self, train: TrainingSide) -> None:
-        sums: dict[str, Tensor] = {}
+        sums: defaultdict[str, Any] = defaultdict(float)
         for batch in train.batches("Gauss-Newton blocks"):
             for gradients in batch.curvature(train.seed):
                 for name, block in train.project(gradients).items():
                     dense = block.dense()
-                    found = (dense.T @ dense).double()
-                    sums[name] = sums[name].add_(found) if name in sums else found
+                    sums[name] += (dense.T @ dense).double()
         self._set_blocks({name: DampedMatrix(total(sums[name]) / len(train), name) for name in sums}, len(train))
 
     def _set_blocks(self, blocks: Mapping[str, Damped], num_train: int) -> None:
@@ -216,11 +215,10 @@ class DataInf(Curvature):
 
     @override
     def fit(self, train: TrainingSide) -> None:
-        sums: dict[str, Tensor] = {}
+        sums: defaultdict[str, Any] = defaultdict(float)
         for _, gradients in train.gradients("Norms of gradients"):
             for name, block in gradients.items():
-                found = block.squared_norms().double().sum() / block.size
-                sums[name] = sums[name] + found if name in sums else found
+                sums[name] += block.squared_norms().double().sum() / block.size
         self._train = train
         self._means = {name: float(total(value)) / len(train) for name, value in sums.items()}
 

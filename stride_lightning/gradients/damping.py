@@ -38,14 +38,11 @@ class Damped(ABC):
         name: What it is, for messages.
     """
 
-    #: Number of features, and the sum of eigenvalues.
-    size: int
-    trace: float
-
     def __init__(self, factored: Tensor, name: str) -> None:
         self._matrix, self._name = factored, name
         self._factor: tuple[float, Tensor] | None = None
-        self.trace = float(factored.trace())
+        #: Number of features, and the sum of eigenvalues.
+        self.size, self.trace = len(factored), float(factored.trace())
 
     @abstractmethod
     def solve(self, vectors: Tensor, damping: float) -> Tensor:
@@ -73,10 +70,6 @@ class Damped(ABC):
 
 class DampedMatrix(Damped):
     """The matrix itself, shape ``(k, k)``."""
-
-    def __init__(self, matrix: Tensor, name: str) -> None:
-        super().__init__(matrix, name)
-        self.size = len(matrix)
 
     @override
     def solve(self, vectors: Tensor, damping: float) -> Tensor:

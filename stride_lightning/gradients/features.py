@@ -143,7 +143,7 @@ class Batch:
 
     def loss(self) -> Gradients:
         """Gradients of each example's loss."""
-        return self._of(lambda outputs: self._task.loss(outputs, self.encoded))
+        return self._backward.gradients(self._derivative(lambda outputs: self._task.loss(outputs, self.encoded)))
 
     def margin(self, *, last: bool = True) -> Gradients:
         """Gradients of each example's margin, or of its outputs towards the target where a task has no margin.
@@ -187,20 +187,15 @@ class Batch:
         mean, width = self._task.mean(self.outputs), self.outputs.shape[-1]
         exact = width * self.most_tokens <= MAX_EXACT_OUTPUTS
         number = self._token_numbers()
+        # What signs are made of; the tokens of an example have numbers of their own.
+        keys = self.positions if number is None else _scrambled(self.positions)[:, None] + number
         count = NUM_DIRECTIONS if not exact else width if number is None else width * (int(number.max()) + 1)
         for column in range(count):
             if exact:
                 direction = torch.zeros_like(mean)
                 direction[..., column % width] = 1 if number is None else (number == column // width).to(mean)
-            elif number is None:
-                direction = random_signs(self.positions, column, width, seed, mean) / NUM_DIRECTIONS**0.5
             else:
-                direction = torch.stack(
-                    [
-                        random_signs(_scrambled(position) + own, column, width, seed, mean) / NUM_DIRECTIONS**0.5
-                        for position, own in zip(self.positions, number, strict=True)
-                    ]
-                )
+                direction = random_signs(keys, column, width, seed, mean) / NUM_DIRECTIONS**0.5
             root = self._task.curvature_root(mean, direction) * torch.as_tensor(self._weights).sqrt()
             yield self._backward.gradients(root, last=last and column == count - 1)
 
@@ -214,9 +209,6 @@ class Batch:
     @property
     def _weights(self) -> Tensor | float:
         return self._task.output_weights(self.encoded)
-
-    def _of(self, function: Callable[[Tensor], Tensor]) -> Gradients:
-        return self._backward.gradients(self._derivative(function))
 
     def _derivative(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         with torch.enable_grad():
@@ -261,8 +253,8 @@ def _counted(task: Task, encoded: Tensor) -> Tensor:
 
 
 def random_signs(positions: Tensor, column: int, width: int, seed: int, like: Tensor) -> Tensor:
-    """Signs of shape ``(B, width)`` that depend on nothing but the seed, the column and each example's position."""
-    rows = positions.to(like.device)[:, None]
+    """Signs of shape ``(*positions, width)`` that depend on nothing but the seed, the column and each position."""
+    rows = positions.to(like.device)[..., None]
     keys = (rows * NUM_DIRECTIONS + column) * width + torch.arange(width, device=like.device)
     return ((_scrambled(keys + _scrambled(torch.tensor(seed, device=like.device))) & 1) * 2 - 1).to(like)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,10 +81,10 @@ class EKFAC(Curvature):
     @override
     def fit(self, train: TrainingSide) -> None:
         self._bases = self._fit_bases(train)
-        sums: dict[str, Tensor] = {}
+        sums: defaultdict[str, Any] = defaultdict(float)
         for batch in train.batches("EK-FAC eigenvalues"):
-            for name, found in self._squares(batch, train):
-                sums[name] = sums[name].add_(found) if name in sums else found
+            for name, squares in self._squares(batch, train):
+                sums[name] += squares
         self._eigenvalues = {name: total(values) / len(train) for name, values in sums.items()}
         self.set_mean_eigenvalue(float(torch.cat(list(self._eigenvalues.values())).double().mean()))
 
@@ -104,40 +106,35 @@ class EKFAC(Curvature):
 
     def _squares(self, batch: Batch, train: TrainingSide) -> Iterator[tuple[str, Tensor]]:
         """Sums over examples and functions of the outputs of the squared gradients in the bases."""
-        entered: dict[str, Tensor] = {}
-        came_back: dict[str, Tensor] = {}
+        lefts: defaultdict[str, Any] = defaultdict(float)
+        rights: defaultdict[str, Any] = defaultdict(float)
         for gradients in batch.curvature(train.seed):
             for name, block in gradients.items():
-                basis, side = self._bases[name], train.capture.layouts[name].constant_side
-                if block.num_places != 1 or block.outers[0].is_lookup or side is None:
+                basis, constant = self._bases[name], train.capture.layouts[name].constant_side
+                if block.num_places != 1 or block.outers[0].is_lookup or constant is None:
                     yield name, basis.rotated(block).sum_of_squares()
                     continue
                 # Squares of a single outer product are products of squares: what entered is the same for all outputs.
                 (outer,) = block.outers
-                if name not in entered:
-                    entered[name] = (basis.rows(outer) if side == "left" else basis.columns(outer))[:, 0].square()
-                varying = (basis.columns(outer) if side == "left" else basis.rows(outer))[:, 0].square()
-                came_back[name] = came_back[name].add_(varying) if name in came_back else varying
-        for name, varying in came_back.items():
-            left, right = varying, entered[name]
-            if train.capture.layouts[name].constant_side == "left":
-                left, right = right, left
-            yield name, (left.T @ right).flatten()
+                for sums, side, rotate in ((lefts, "left", basis.rows), (rights, "right", basis.columns)):
+                    if side != constant or name not in sums:
+                        sums[name] += rotate(outer)[:, 0].square()
+        for name, left in lefts.items():
+            yield name, (left.T @ rights[name]).flatten()
 
     def _fit_bases(self, train: TrainingSide) -> dict[str, Basis]:
-        lefts: dict[str, Tensor] = {}
-        rights: dict[str, Tensor] = {}
-        constant = {name: layout.constant_side for name, layout in train.capture.layouts.items()}
+        lefts: defaultdict[str, Any] = defaultdict(float)
+        rights: defaultdict[str, Any] = defaultdict(float)
         shapes: dict[str, tuple[int, int]] = {}
         padded = train.task.has_padding
         for batch in train.batches("EK-FAC factors"):
             for column, gradients in enumerate(batch.curvature(train.seed)):
                 for name, block in gradients.items():
-                    shapes[name] = block.shape
-                    if column == 0 or padded or constant[name] != "left":
-                        _add_covariance(lefts, name, _left_factors(block, padded=padded))
-                    if column == 0 or padded or constant[name] != "right":
-                        _add_covariance(rights, name, _right_factors(block, padded=padded))
+                    shapes[name], constant = block.shape, train.capture.layouts[name].constant_side
+                    for sums, side, factors in ((lefts, "left", _left_factors), (rights, "right", _right_factors)):
+                        if column == 0 or padded or side != constant:
+                            for factor in factors(block, padded=padded):
+                                sums[name] += factor.T @ factor
         return {
             name: Basis(shape, _eigenvectors(lefts.get(name)), _eigenvectors(rights.get(name)))
             for name, shape in shapes.items()
@@ -173,12 +170,6 @@ def _right_factors(block: Block, *, padded: bool) -> list[Tensor]:
 def _is_not_zero(factor: Tensor) -> Tensor:
     """Of the places of outer products, shape ``(B, places, 1)``."""
     return (factor != 0).any(-1, keepdim=True)
-
-
-def _add_covariance(sums: dict[str, Tensor], name: str, factors: list[Tensor]) -> None:
-    for factor in factors:
-        found = factor.T @ factor
-        sums[name] = sums[name].add_(found) if name in sums else found
 
 
 def _eigenvectors(covariance: Tensor | None) -> Tensor | None:

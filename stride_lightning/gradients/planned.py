@@ -32,21 +32,11 @@ class PlannedAttributor(Attributor):
     Args:
         layers: Names of the modules whose parameters count; all trainable ones by default.
         top_k: Keep only so many proponents and opponents of each query, for data where all scores are too many.
-        seed: Seed of everything random.
-        batch_size: Examples per forward pass.
-        show_progress: Show progress bars.
+        kwargs: Arguments of :class:`Attributor`.
     """
 
-    def __init__(
-        self,
-        *,
-        layers: Sequence[str] | None = None,
-        top_k: int | None = None,
-        seed: int = 0,
-        batch_size: int = 256,
-        show_progress: bool = True,
-    ) -> None:
-        super().__init__(seed=seed, batch_size=batch_size, show_progress=show_progress)
+    def __init__(self, *, layers: Sequence[str] | None = None, top_k: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         check_layers(layers)
         self.layers, self.top_k = layers, None if top_k is None else check_count("top_k", top_k)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -92,14 +91,14 @@ class TracInAttributor(GradDotAttributor):
     def starting_points(self, model: nn.Module, record: Any, checkpoint: Any) -> list[tuple[Checkpoint | None, Any]]:
         if record is not None and self.checkpoints is not None:
             raise ValueError("`record` and `checkpoints` both name checkpoints of TracIn; give one of them.")
-        found = tracin_checkpoints(record if record is not None else self.checkpoints, checkpoint, model)
-        if found is None or not found[0]:
+        known = tracin_checkpoints(record if record is not None else self.checkpoints, checkpoint, model)
+        if known is None:
             raise ValueError(
                 "method='tracin' needs checkpoints along training, and none are known for these weights. Train with "
                 "TracInCallback() in the trainer's callbacks, or pass `record=`: a folder of its records or of .ckpt "
                 "files."
             )
-        checkpoints, self._recorded_data, _, note = found
+        checkpoints, self._recorded_data, note = known
         self.metadata["record_note"] = note
         if record is None and self.checkpoints is None and self.weights not in map(recorded_weights, checkpoints):
             warnings.warn(
@@ -152,12 +151,14 @@ class InfluenceAttributor(GradientAttributor):
     curvature leaves out, shrink or stretch it, so that it is a ranking rather than a prediction.
 
     Args:
-        damping: Relative to the mean eigenvalue of the curvature.
+        damping: Relative to the mean eigenvalue of the curvature; it can be set after a fit, which stays as it is.
         kwargs: Arguments of :class:`GradientAttributor`.
     """
 
     #: Damping where none is given.
     default_damping: ClassVar[float]
+    #: The curvature that is damped.
+    curvature_class: ClassVar[type[Curvature]]
 
     def __init__(self, *, damping: float | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -180,25 +181,19 @@ class InfluenceAttributor(GradientAttributor):
     def options(self) -> dict[str, Any]:
         return {**super().options(), "damping": self._damping}
 
-    @abstractmethod
-    def _undamped(self) -> Curvature:
-        """The curvature; its damping is set afterwards."""
+    def curvature_options(self) -> dict[str, Any]:
+        """Arguments of the curvature besides the damping."""
+        return {}
 
     @override
     def curvature(self) -> Curvature:
-        curvature = self._undamped()
-        curvature.damping = self._damping
-        return curvature
+        return self.curvature_class(self._damping, **self.curvature_options())
 
 
 class DiagonalAttributor(InfluenceAttributor):
     """Influence with the diagonal of the empirical Fisher matrix; one damping for all parameters."""
 
-    method, default_damping = "diagonal", 0.1
-
-    @override
-    def _undamped(self) -> Curvature:
-        return Diagonal()
+    method, default_damping, curvature_class = "diagonal", 0.1, Diagonal
 
 
 class DataInfAttributor(InfluenceAttributor):
@@ -209,11 +204,7 @@ class DataInfAttributor(InfluenceAttributor):
     Reference: arXiv:2310.00902.
     """
 
-    method, default_damping = "datainf", 0.1
-
-    @override
-    def _undamped(self) -> Curvature:
-        return DataInf()
+    method, default_damping, curvature_class = "datainf", 0.1, DataInf
 
 
 class EKFACAttributor(InfluenceAttributor):
@@ -222,58 +213,53 @@ class EKFACAttributor(InfluenceAttributor):
     Reference: arXiv:1806.03884; arXiv:2308.03296.
     """
 
-    method, default_damping = "ekfac", 1.0
-
-    @override
-    def _undamped(self) -> Curvature:
-        return EKFAC()
+    method, default_damping, curvature_class = "ekfac", 1.0, EKFAC
 
 
 class ConjugateGradientAttributor(InfluenceAttributor):
     """Influence with the whole Gauss-Newton matrix of the training loss, by conjugate gradients.
 
     Args:
-        damping: Relative to the mean eigenvalue.
         tolerance: Largest relative residual.
         max_iterations: Products with the matrix at most.
-        kwargs: Arguments of :class:`GradientAttributor`.
+        kwargs: Arguments of :class:`InfluenceAttributor`.
 
     Reference: arXiv:1703.04730, section 3.
     """
 
-    method, default_damping, copies = "influence-cg", 3.0, 8
+    method, default_damping, curvature_class = "influence-cg", 3.0, ConjugateGradient
+    copies = 8
 
     def __init__(self, *, tolerance: float = 1e-3, max_iterations: int = 200, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.tolerance, self.max_iterations = tolerance, max_iterations
-        ConjugateGradient(tolerance=tolerance, max_iterations=max_iterations)  # refuses what cannot be, before any work
+        ConjugateGradient(**self.curvature_options())  # refuses what cannot be, before any work
 
     @override
-    def _undamped(self) -> Curvature:
-        return ConjugateGradient(tolerance=self.tolerance, max_iterations=self.max_iterations)
+    def curvature_options(self) -> dict[str, Any]:
+        return {"tolerance": self.tolerance, "max_iterations": self.max_iterations}
 
 
 class LiSSAAttributor(InfluenceAttributor):
     """Influence with the whole Gauss-Newton matrix, by a Neumann series over random batches.
 
     Args:
-        damping: Relative to the mean eigenvalue.
         depth: Terms of the series, one batch each.
-        kwargs: Arguments of :class:`GradientAttributor`.
+        kwargs: Arguments of :class:`InfluenceAttributor`.
 
     Reference: arXiv:1602.03943; arXiv:1703.04730, section 3.
     """
 
-    method, default_damping, copies = "influence-lissa", 3.0, 8
+    method, default_damping, curvature_class = "influence-lissa", 3.0, LiSSA
+    copies = 8
 
     def __init__(self, *, depth: int = 200, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.depth = depth
-        self._undamped()
+        self.depth = check_count("depth", depth)
 
     @override
-    def _undamped(self) -> Curvature:
-        return LiSSA(depth=self.depth)
+    def curvature_options(self) -> dict[str, Any]:
+        return {"depth": self.depth}
 
 
 class LastLayerAttributor(ConjugateGradientAttributor):
@@ -289,9 +275,9 @@ class LastLayerAttributor(ConjugateGradientAttributor):
         return [last_layer(TaskOutputs(model, self.task), inputs)] if self.layers is None else self.layers
 
     @override
-    def _undamped(self) -> Curvature:
+    def curvature(self) -> Curvature:
         is_small = len(self.capture.layouts) == 1 and self.capture.num_parameters <= MAX_FACTORISED
-        return GaussNewtonBlocks() if is_small else super()._undamped()
+        return GaussNewtonBlocks(self.damping) if is_small else super().curvature()
 
 
 class LoGraAttributor(InfluenceAttributor):
@@ -300,27 +286,21 @@ class LoGraAttributor(InfluenceAttributor):
     The matrix is the mean over the labels that the model expects, where the paper takes those of the training set.
 
     Args:
-        damping: Relative to the mean eigenvalue.
         projection_dim: Rows and columns that are left of each layer's gradient; narrower sides are kept.
-        kwargs: Arguments of :class:`GradientAttributor`.
+        kwargs: Arguments of :class:`InfluenceAttributor`.
 
     Reference: arXiv:2405.13954.
     """
 
-    method, default_damping = "logra", 1.0
+    method, default_damping, curvature_class = "logra", 1.0, GaussNewtonBlocks
 
     def __init__(self, *, projection_dim: int = 32, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_count("projection_dim", projection_dim)
-        self.projection_dim = projection_dim
+        self.projection_dim = check_count("projection_dim", projection_dim)
 
     @override
     def projection(self, capture: Capture) -> Projection:
         return LayerProjection(self.projection_dim, self.seed)
-
-    @override
-    def _undamped(self) -> Curvature:
-        return GaussNewtonBlocks()
 
 
 class TRAKAttributor(InfluenceAttributor):
@@ -333,20 +313,18 @@ class TRAKAttributor(InfluenceAttributor):
     towards the target in place of it, and the size of the residual in place of ``1 - p``.
 
     Args:
-        damping: Relative to the mean eigenvalue of the kernel.
         projection_dim: Number of features of an example.
-        kwargs: Arguments of :class:`GradientAttributor`.
+        kwargs: Arguments of :class:`InfluenceAttributor`; the damping is relative to the kernel's mean eigenvalue.
 
     Reference: arXiv:2303.14186.
     """
 
-    method, default_damping = "trak", 3.0
+    method, default_damping, curvature_class = "trak", 3.0, Fisher
     unit = "log-odds of the query's target, to first order"
 
     def __init__(self, *, projection_dim: int = 4096, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_count("projection_dim", projection_dim)
-        self.projection_dim = projection_dim
+        self.projection_dim = check_count("projection_dim", projection_dim)
 
     @override
     def projection(self, capture: Capture) -> Projection:
@@ -360,10 +338,6 @@ class TRAKAttributor(InfluenceAttributor):
     def example_weights(self, batch: Batch) -> Tensor:
         return batch.margin_weights
 
-    @override
-    def _undamped(self) -> Curvature:
-        return Fisher()
-
 
 class TRAKNewtonAttributor(TRAKAttributor):
     r"""TRAK with the weights of its derivation, one step of Newton's method for a logistic regression.
@@ -371,9 +345,6 @@ class TRAKNewtonAttributor(TRAKAttributor):
     .. math:: \phi_q' (\Phi' R \Phi + \lambda I)^{-1} \phi_i (1 - p_i), \qquad R = \mathrm{diag}(p_i (1 - p_i))
 
     Published TRAK leaves R out. With it, an example that the model is sure of does not count in the kernel.
-
-    Args:
-        kwargs: Arguments of :class:`TRAKAttributor`.
 
     Reference: arXiv:2303.14186.
     """

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
@@ -75,17 +77,18 @@ class JointProjection(Projection):
     def __call__(self, gradients: Gradients) -> Gradients:
         if self._keeps_all:
             return Gradients({EVERYTHING: Block(gradients.dense())})
-        total: Tensor | None = None
-        for name, block in gradients.items():
-            part = self._count_sketch(name, block, self.dim) if block.is_dense else self._of_factors(name, block)
-            total = part if total is None else total + part
-        assert total is not None
-        return Gradients({EVERYTHING: Block(total)})
+        return Gradients({EVERYTHING: Block(reduce(add, (self._sketch(*item) for item in gradients.items())))})
 
-    def _of_factors(self, name: str, block: Block) -> Tensor:
-        left = self._signs(f"{name}/left", block.shape[0], self.dim, block.outers[0].right)
-        right = self._signs(f"{name}/right", block.shape[1], self.dim, block.outers[0].right)
-        parts = [_sketched(outer, left, right) for outer in block.outers]
+    def _sketch(self, name: str, block: Block) -> Tensor:
+        """Features of one block, shape ``(B, dim)``."""
+        if block.is_dense:
+            return self._count_sketch(name, block, self.dim)
+        left = self._signs(f"{name}/left", block.shape[0], self.dim, block.like)
+        right = self._signs(f"{name}/right", block.shape[1], self.dim, block.like)
+        parts = []
+        for outer in block.outers:
+            places = left[outer.left] if outer.is_lookup else outer.left @ left
+            parts.append(places.mul_(outer.right @ right).sum(1))
         return torch.stack(parts).sum(0) / self.dim**0.5
 
 
@@ -121,9 +124,3 @@ class LayerProjection(Projection):
                 right = right @ self._signs(f"{name}/right", block.shape[1], self.dim, right) / self.dim**0.5
             outers.append(Outer(left, right, min(self.dim, block.shape[0])))
         return Block(Block(None, tuple(outers)).dense())
-
-
-def _sketched(outer: Outer, left: Tensor, right: Tensor) -> Tensor:
-    """Sum over places of products of the projected factors, shape ``(B, dim)``."""
-    places = left[outer.left] if outer.is_lookup else outer.left @ left
-    return places.mul_(outer.right @ right).sum(1)

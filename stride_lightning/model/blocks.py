@@ -6,8 +6,10 @@ what leaves backward and what entered forward. Inner products of two examples ne
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
@@ -89,10 +91,7 @@ class Block:
         """Vectors of shape ``(B, size)``, matrices row by row."""
         if self.values is not None:
             return self.values
-        first, *others = (outer.dense() for outer in self.outers)
-        for other in others:
-            first = first + other
-        return first.flatten(1)
+        return reduce(add, (outer.dense() for outer in self.outers)).flatten(1)
 
     def __getitem__(self, rows: slice | Tensor) -> Block:
         if self.values is not None:
@@ -110,13 +109,11 @@ class Block:
 
         Factors cost ``T T' (L + R)`` per pair of examples with T and T' places, matrices ``L R``.
         """
-        if self.is_dense or (not others.is_dense and _factors_are_cheaper(self, others)):
-            return self
-        return Block(self.dense())
+        return self if self.is_dense or _factors_are_cheaper(self, others) else Block(self.dense())
 
     def inner(self, others: Block) -> Tensor:
         """Inner products with other examples, shape ``(B, B')``."""
-        if not self.is_dense and not others.is_dense and _factors_are_cheaper(self, others):
+        if _factors_are_cheaper(self, others):
             return _inner_of_factors(self, others)
         mine = self.dense()
         if others.values is not None:
@@ -129,10 +126,8 @@ class Block:
         """Inner product of each example with the same example of the other, shape ``(B,)``."""
         if self.values is not None and others.values is not None:
             return (self.values * others.values).sum(1)
-        places = self.num_places * others.num_places
-        if not self.is_dense and not others.is_dense and places * sum(self.shape) < self.size:
-            pairs = [(a, b) for a in self.outers for b in others.outers]
-            return sum((_rows_of_factors(a, b) for a, b in pairs), start=self.outers[0].right.new_zeros(len(self)))
+        if _factors_are_cheaper(self, others):
+            return reduce(add, (_rows_of_factors(a, b) for a in self.outers for b in others.outers))
         return torch.cat([(self[chunk].dense() * others[chunk].dense()).sum(1) for chunk in self._chunks()])
 
     def squared_norms(self) -> Tensor:
@@ -144,11 +139,11 @@ class Block:
         if not self.is_dense and self.num_places == 1 and not self.outers[0].is_lookup:
             (outer,) = self.outers
             return (outer.left[:, 0].square().T @ outer.right[:, 0].square()).flatten()
-        return _total(self[chunk].dense().square().sum(0) for chunk in self._chunks())
+        return reduce(add, (self[chunk].dense().square().sum(0) for chunk in self._chunks()))
 
     def combined(self, coefficients: Tensor) -> Tensor:
         """Sums of the gradients with coefficients ``(q, B)``, shape ``(q, size)``."""
-        return _total(coefficients[:, chunk] @ self[chunk].dense() for chunk in self._chunks())
+        return reduce(add, (coefficients[:, chunk] @ self[chunk].dense() for chunk in self._chunks()))
 
     def _chunks(self) -> list[slice]:
         """Examples whose matrices are made at once."""
@@ -156,25 +151,13 @@ class Block:
         return [slice(start, min(start + step, len(self))) for start in range(0, len(self), step)]
 
 
-class Gradients(Mapping[str, Block]):
-    """Gradients of ``B`` examples in all blocks."""
-
-    def __init__(self, blocks: Mapping[str, Block]) -> None:
-        self._blocks = dict(blocks)
-
-    def __getitem__(self, name: str) -> Block:
-        return self._blocks[name]
-
-    def __iter__(self):  # noqa: ANN204 - Iterator[str], from Mapping
-        return iter(self._blocks)
-
-    def __len__(self) -> int:
-        return len(self._blocks)
+class Gradients(dict[str, Block]):
+    """Gradients of ``B`` examples in all blocks, by name."""
 
     @property
     def num_examples(self) -> int:
         """``B``."""
-        return len(next(iter(self._blocks.values())))
+        return len(next(iter(self.values())))
 
     def rows(self, rows: slice | Tensor) -> Gradients:
         """Those of some examples."""
@@ -190,27 +173,24 @@ class Gradients(Mapping[str, Block]):
 
     def inner(self, others: Gradients) -> Tensor:
         """Inner products over all blocks, shape ``(B, B')``."""
-        return _total(block.inner(others[name]) for name, block in self.items())
+        return reduce(add, (block.inner(others[name]) for name, block in self.items()))
 
     def row_inner(self, others: Gradients) -> Tensor:
         """Inner product of each example with the same example of the other, shape ``(B,)``."""
-        return _total(block.row_inner(others[name]) for name, block in self.items())
+        return reduce(add, (block.row_inner(others[name]) for name, block in self.items()))
 
     def squared_norms(self) -> Tensor:
         """Squared norm of each example's gradient, shape ``(B,)``."""
-        return _total(block.squared_norms() for block in self.values())
+        return reduce(add, (block.squared_norms() for block in self.values()))
 
     def dense(self) -> Tensor:
         """All blocks as one vector per example, shape ``(B, p)``."""
         return torch.cat([block.dense() for block in self.values()], 1)
 
 
-def concatenated(parts: list[Gradients]) -> Gradients:
+def concatenated(parts: Sequence[Gradients]) -> Gradients:
     """The examples of several batches after one another; blocks that differ in places become vectors."""
-    blocks = {}
-    for name in parts[0]:
-        blocks[name] = _concatenated([part[name] for part in parts])
-    return Gradients(blocks)
+    return Gradients({name: _concatenated([part[name] for part in parts]) for name in parts[0]})
 
 
 def _concatenated(blocks: list[Block]) -> Block:
@@ -224,15 +204,9 @@ def _concatenated(blocks: list[Block]) -> Block:
     return Block(None, tuple(outers))
 
 
-def _total(terms: Iterable[Tensor]) -> Tensor:
-    total, *others = terms
-    for other in others:
-        total = total + other
-    return total
-
-
 def _factors_are_cheaper(one: Block, other: Block) -> bool:
-    return one.num_places * other.num_places * sum(one.shape) < one.size
+    both = not one.is_dense and not other.is_dense
+    return both and one.num_places * other.num_places * sum(one.shape) < one.size
 
 
 def _through(matrices: Tensor, outer: Outer) -> Tensor:
@@ -241,17 +215,13 @@ def _through(matrices: Tensor, outer: Outer) -> Tensor:
     if matrices.shape[1] > matrices.shape[2]:
         matrices, left, right = matrices.transpose(1, 2), right, left
     step = max(1, CHUNK_BYTES // (4 * len(left) * matrices.shape[1]))
-    parts = [((some @ right.T) * left.T).sum(1) for some in matrices.split(step)]
-    return torch.cat(parts)
+    return torch.cat([((some @ right.T) * left.T).sum(1) for some in matrices.split(step)])
 
 
 def _inner_of_factors(one: Block, other: Block) -> Tensor:
-    largest = len(one) * one.num_places * other.num_places * 4
-    step = max(1, CHUNK_BYTES // max(1, largest))
-    parts = []
-    for start in range(0, len(other), step):
-        chunk = other[slice(start, start + step)]
-        parts.append(_total(_products(a, b) for a in one.outers for b in chunk.outers))
+    step = max(1, CHUNK_BYTES // max(1, len(one) * one.num_places * other.num_places * 4))
+    chunks = [other[start : start + step] for start in range(0, len(other), step)]
+    parts = [reduce(add, (_products(a, b) for a in one.outers for b in chunk.outers)) for chunk in chunks]
     return torch.cat(parts, 1)
 
 

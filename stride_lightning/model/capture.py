@@ -94,11 +94,6 @@ class Capture:
         ways = Counter(layout.way for layout in self.layouts.values())
         return {"num_parameters": self.num_parameters, "blocks": dict(ways)}
 
-    def own_names(self, module: str, parameters: Sequence[str]) -> dict[str, str]:
-        """How parameters of the model are named inside one of its modules."""
-        own = {id(value): name for name, value in self.module(module).named_parameters()}
-        return {name: own[id(self.parameters[name])] for name in parameters}
-
     @contextmanager
     def watch(self) -> Iterator[Backward]:
         """Run the model inside the block, then take gradients from what is yielded; hooks live in the block only.
@@ -213,13 +208,10 @@ class Backward:
         self._direction = direction
         self._again.clear()
         edges = [edge for calls in self._calls.values() for call in calls for edge in call.edges if edge is not None]
-        came = iter(
-            torch.autograd.grad(self._outputs, edges, direction, retain_graph=not last, allow_unused=True)
-            if edges
-            else ()
-        )
+        options = {"retain_graph": not last, "allow_unused": True}
+        gradients = iter(torch.autograd.grad(self._outputs, edges, direction, **options) if edges else ())
         self._back = {
-            name: [[None if edge is None else next(came) for edge in call.edges] for call in calls]
+            name: [[None if edge is None else next(gradients) for edge in call.edges] for call in calls]
             for name, calls in self._calls.items()
         }
 
@@ -228,34 +220,32 @@ class Backward:
         """Gradients in one block, from all calls of all modules that contribute."""
         outers: list[Outer] = []
         total: Tensor | None = None
-        num_examples = len(self._direction)
         for source in layout.sources:
             calls = zip(self._calls[source.module], self._back[source.module], strict=True)
-            for number, (call, came) in enumerate(calls):
-                if all(gradient is None for gradient in came):
+            for number, (call, back) in enumerate(calls):
+                if all(gradient is None for gradient in back):
                     continue
-                if source.rule is not None:
-                    (gradient,) = came
-                    assert gradient is not None
-                    outer = self._outer(source, source.rule, call, gradient)
-                    left = outer.left if outer.is_lookup else _at_least_single(outer.left)
-                    outers.append(Outer(left, _at_least_single(outer.right), outer.num_rows))
-                    continue
-                vectors = _at_least_single(self._run_again(layout, source, number, came))
-                total = vectors if total is None else total + vectors
+                try:
+                    if source.rule is None:
+                        vectors = _at_least_single(self._run_again(layout, source, number))
+                        total = vectors if total is None else total + vectors
+                    else:
+                        outers.append(self._outer(source.rule, call, *back))
+                except UnusualShape as error:
+                    raise self._unusual(source) from error
         if outers:
             return Block(None, tuple(outers))
         if total is None:
-            total = _at_least_single(self._direction.new_zeros(num_examples, layout.num_parameters))
+            total = _at_least_single(self._direction.new_zeros(len(self._direction), layout.num_parameters))
         return Block(total)
 
-    def _outer(self, source: Source, rule: LayerRule, call: Call, gradient: Tensor) -> Outer:
-        try:
-            return rule.outer(call, gradient, len(self._direction))
-        except UnusualShape as error:
-            raise self._unusual(source) from error
+    def _outer(self, rule: LayerRule, call: Call, back: Tensor | None) -> Outer:
+        assert back is not None
+        outer = rule.outer(call, back, len(self._direction))
+        left = outer.left if outer.is_lookup else _at_least_single(outer.left)
+        return Outer(left, _at_least_single(outer.right), outer.num_rows)
 
-    def _run_again(self, layout: Layout, source: Source, number: int, came: list[Tensor | None]) -> Tensor:
+    def _run_again(self, layout: Layout, source: Source, number: int) -> Tensor:
         key = (source.module, source.vectorized, number)
         if key not in self._again or any(name not in self._again[key] for name in layout.parameters):
             # All parameters that are read off this module together: running it again is what takes time.
@@ -268,20 +258,19 @@ class Backward:
                 for name in other.parameters
             ]
             names = same if set(layout.parameters) <= set(same) else list(layout.parameters)
-            own = self._capture.own_names(source.module, names)
-            try:
-                found = gradients_through(
-                    self._capture.module(source.module),
-                    self._calls[source.module][number],
-                    came,
-                    {own[name]: self._capture.parameters[name].detach() for name in names},
-                    len(self._direction),
-                    source.is_cut[number],
-                    vectorized=source.vectorized,
-                )
-            except UnusualShape as error:
-                raise self._unusual(source) from error
-            self._again[key] = {name: found[own[name]] for name in names}
+            module = self._capture.module(source.module)
+            inside = {id(parameter): name for name, parameter in module.named_parameters()}
+            parameters = {inside[id(self._capture.parameters[name])]: self._capture.parameters[name] for name in names}
+            gradients = gradients_through(
+                module,
+                self._calls[source.module][number],
+                self._back[source.module][number],
+                {name: parameter.detach() for name, parameter in parameters.items()},
+                len(self._direction),
+                source.is_cut[number],
+                vectorized=source.vectorized,
+            )
+            self._again[key] = dict(zip(names, gradients.values(), strict=True))
         return layout.join({name: self._again[key][name] for name in layout.parameters})
 
     def _unusual(self, source: Source) -> ValueError:

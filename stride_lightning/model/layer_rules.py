@@ -82,18 +82,14 @@ class ConvolutionRule(LayerRule):
     def _patches(self, inputs: Tensor) -> Tensor:
         """Shape ``(B, places, channels * kernel)``."""
         module, dims = self.module, len(self.module.kernel_size)
-        if isinstance(module.padding, str) or module.padding_mode != "zeros":
-            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-            inputs = F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
-        else:
-            inputs = F.pad(inputs, [size for width in reversed(module.padding) for size in (width, width)])
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        inputs = F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
         for axis in range(dims):
             kernel, dilation = module.kernel_size[axis], module.dilation[axis]
             inputs = inputs.unfold(axis + 2, dilation * (kernel - 1) + 1, module.stride[axis])[..., ::dilation]
         # (B, channels, *places, *kernel) -> (B, places, channels * kernel)
         order = [0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims)]
-        patches = inputs.permute(order)
-        return patches.flatten(1 + dims).flatten(1, dims)
+        return inputs.permute(order).flatten(1 + dims).flatten(1, dims)
 
 
 class EmbeddingRule(LayerRule):
@@ -159,10 +155,8 @@ def gradients_through(
     """
     leaves, layout = pytree.tree_flatten((call.args, call.kwargs))
     cut = [leaf.detach() for leaf, yes in zip(leaves, is_cut, strict=True) if yes]
-    if any(len(leaf) != num_examples for leaf in cut):
-        raise UnusualShape
     used = [back for back in coming_back if back is not None]
-    if any(len(back) != num_examples for back in used):
+    if any(len(tensor) != num_examples for tensor in (*cut, *used)):
         raise UnusualShape
 
     def outputs(given: dict[str, Tensor], pieces: list[Tensor]) -> list[Tensor]:
@@ -181,11 +175,9 @@ def gradients_through(
         given = {name: value.detach().requires_grad_() for name, value in parameters.items()}
         with torch.enable_grad():
             made = outputs(given, pieces)
-        found = torch.autograd.grad(made, list(given.values()), [piece[None] for piece in back], allow_unused=True)
-        return {
-            name: torch.zeros_like(given[name]) if gradient is None else gradient
-            for name, gradient in zip(given, found, strict=True)
-        }
+        back = [piece[None] for piece in back]
+        gradients = torch.autograd.grad(made, [*given.values()], back, allow_unused=True, materialize_grads=True)
+        return dict(zip(given, gradients, strict=True))
 
     if not vectorized:
         each = [one_alone([leaf[i] for leaf in cut], [b[i] for b in used]) for i in range(num_examples)]

@@ -95,14 +95,15 @@ class _Probe:
                 generator = torch.Generator().manual_seed(place)
                 direction = torch.randn(outputs[-1].shape, generator=generator, dtype=torch.float64)
                 directions.append(direction.to(outputs[-1]))
-                gradients.append(torch.autograd.grad(outputs[-1], parameters, directions[-1], allow_unused=True))
+                unused = {"allow_unused": True, "materialize_grads": True}
+                gradients.append(torch.autograd.grad(outputs[-1], parameters, directions[-1], **unused))
             #: Modules that run in the forward pass.
             self.ran = {name for name, calls in watch.calls.items() if calls}
             self._lengths_of_one = {name: [lengths(call) for call in calls] for name, calls in watch.calls.items()}
         self._directions, self._outputs_of_each = torch.cat(directions), torch.cat(outputs).detach()
         self._expected = {
-            name: torch.stack([_dense(each[i], p) for each in gradients])
-            for i, (name, p) in enumerate(capture.parameters.items())
+            name: torch.stack([gradient.to_dense() if gradient.is_sparse else gradient for gradient in of_each])
+            for name, of_each in zip(capture.parameters, zip(*gradients, strict=True), strict=True)
         }
         self._largest = max(float(expected.abs().max()) for expected in self._expected.values())
 
@@ -179,12 +180,6 @@ class _Probe:
             )
 
 
-def _dense(gradient: Tensor | None, parameter: Tensor) -> Tensor:
-    if gradient is None:
-        return torch.zeros_like(parameter)
-    return gradient.to_dense() if gradient.is_sparse else gradient
-
-
 def _close(found: Tensor, expected: Tensor, scale: float) -> bool:
     tolerance = {torch.float64: 1e-6, torch.float32: 1e-3}.get(expected.dtype, 0.1)
     return bool((found - expected).abs().max() <= tolerance * scale)
@@ -199,37 +194,32 @@ def _groups(capture: Capture, owners: Owners, ran: set[str]) -> list[tuple[str, 
         (module_name, own), *others = owners[name]
         module = find_module(capture.model, module_name)
         bias = getattr(module, "bias", None)
-        joins = (
-            own == "weight"
-            and not others
-            and module_name in ran
-            and rule_for(module) is not None
-            and id(bias) in names
-            and len(owners[names[id(bias)]]) == 1
-        )
-        if joins:
+        has_rule = own == "weight" and not others and module_name in ran and rule_for(module) is not None
+        if has_rule and id(bias) in names and len(owners[names[id(bias)]]) == 1:
             joined.add(names[id(bias)])
-        groups.append((name, names[id(bias)]) if joins else (name,))
+            groups.append((name, names[id(bias)]))
+        else:
+            groups.append((name,))
     return [group for group in groups if not (len(group) == 1 and group[0] in joined)]
 
 
 def _candidates(capture: Capture, owners: Owners, group: tuple[str, ...], ran: set[str]) -> Iterator[Layout]:
-    parameters = tuple(group)
     shapes = tuple(capture.parameters[name].shape for name in group)
     held = owners[group[0]]
-    rules = {module: rule_for(find_module(capture.model, module)) for module, _ in held if module in ran}
-    if rules and all(rules.values()) and all(own == "weight" for _, own in held):
-        made = [
-            Source(name, rule(find_module(capture.model, name), has_bias=len(group) == 2))
-            for name, rule in rules.items()
-            if rule is not None
-        ]
-        yield Layout(parameters, shapes, made[0].rule.bias_axis if made[0].rule else 1, made)
+    kinds = {module: rule_for(find_module(capture.model, module)) for module, _ in held if module in ran}
+    rules = {
+        module: kind(find_module(capture.model, module), has_bias=len(group) == 2)
+        for module, kind in kinds.items()
+        if kind is not None
+    }
+    if rules and len(rules) == len(kinds) and all(own == "weight" for _, own in held):
+        bias_axis = next(iter(rules.values())).bias_axis
+        yield Layout(group, shapes, bias_axis, [Source(module, rule) for module, rule in rules.items()])
     nearest = list(dict.fromkeys(_nearest(module, ran) for module, _ in held))
     if nearest != [WHOLE]:
-        yield Layout(parameters, shapes, 1, [Source(name, None) for name in nearest])
-    yield Layout(parameters, shapes, 1, [Source(WHOLE, None)])
-    yield Layout(parameters, shapes, 1, [Source(WHOLE, None, vectorized=False)])
+        yield Layout(group, shapes, 1, [Source(name, None) for name in nearest])
+    yield Layout(group, shapes, 1, [Source(WHOLE, None)])
+    yield Layout(group, shapes, 1, [Source(WHOLE, None, vectorized=False)])
 
 
 def _owners(capture: Capture) -> Owners:

@@ -145,7 +145,7 @@ def borrowed(
     saved = None
     try:
         if state is not None:
-            fitting = _matched(model, state)
+            fitting = check_fits(model, state)
             saved = {
                 name: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
                 for name, value in model.state_dict().items()
@@ -177,20 +177,19 @@ def borrowed(
             module.training = training
 
 
-def check_fits(model: nn.Module, state: Mapping[str, Any]) -> None:
+def check_fits(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """Refuse weights of another architecture, without loading them.
+
+    Returns:
+        The weights under the model's own names; both sides may or may not be compiled.
 
     Raises:
         ValueError: Naming the parameters.
 
     Example:
-        >>> check_fits(nn.Linear(2, 1), nn.Linear(2, 1).state_dict())
+        >>> sorted(check_fits(nn.Linear(2, 1), nn.Linear(2, 1).state_dict()))
+        ['bias', 'weight']
     """
-    _matched(model, state)
-
-
-def _matched(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The given weights under the model's own names; both sides may or may not be compiled."""
     own = {plain_name(name): name for name in model.state_dict()}
     # What is no tensor (`get_extra_state`) a record does not hold: the model keeps its own.
     extra = {plain_name(name): value for name, value in model.state_dict().items() if not isinstance(value, Tensor)}

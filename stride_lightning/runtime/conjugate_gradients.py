@@ -55,16 +55,21 @@ def conjugate_gradients(
     for iteration in range(max_iterations):
         waiting = _norm(residual) > target
         if not bool(waiting.any()):
-            return Solution(values, iteration, True)
+            return Solution(values, iteration, bool(residual.isfinite().all()))
         scaled = precondition(residual)
         following = (residual * scaled).sum((0, 1))
-        direction = torch.where(waiting, scaled + following / energy.clamp(min=1e-38) * direction, direction)
+        direction = torch.where(waiting, scaled + following / _or_one(energy) * direction, direction)
         energy = following
         mapped = product(direction)
-        step = waiting * energy / (direction * mapped).sum((0, 1)).clamp(min=1e-38)
+        step = waiting * energy / _or_one((direction * mapped).sum((0, 1)))
         values += step * direction
         residual -= step * mapped
     return Solution(values, max_iterations, False)
+
+
+def _or_one(divisors: Tensor) -> Tensor:
+    """Divisors that are zero, as of a system whose right side is, divide zero only: by one in place of it."""
+    return torch.where(divisors == 0, 1.0, divisors)
 
 
 def _norm(vectors: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ _PROBABILITIES = (
 )
 
 
-def infer_task(batch: Any, model: nn.Module) -> Task:
+def infer_task_of(batch: Any, model: nn.Module) -> Task:
     """The built-in task that fits the first batch, or an error that says how to pass one.
 
     Integer targets of shape ``(B,)`` and two or more outputs are a classification; integers 0 and 1 with a single
@@ -34,7 +34,7 @@ def infer_task(batch: Any, model: nn.Module) -> Task:
     language modeling if the model gives logits for every token, else classification.
 
     Args:
-        batch: The first batch, on the model's device.
+        batch: The first batch, on the model's device; it is read in the precision of the model.
         model: The model in eval mode.
 
     Raises:
@@ -45,8 +45,7 @@ def infer_task(batch: Any, model: nn.Module) -> Task:
     if isinstance(batch, Mapping) and "input_ids" in batch:
         return _infer_language_task(batch, model)
     reader = Classification()
-    targets = reader.targets(batch)
-    inputs = reader.inputs(batch)
+    targets, inputs = reader.targets(batch), in_precision_of(model, reader.inputs(batch))
     if not isinstance(targets, Tensor) or targets.ndim == 0:
         raise TypeError(f"The task cannot be told from a batch of {describe(batch)}. {HOW_TO_PASS_TASK}")
     with torch.no_grad():
@@ -54,7 +53,7 @@ def infer_task(batch: Any, model: nn.Module) -> Task:
     if isinstance(outputs, Tensor) and outputs.ndim == 3 and targets.shape == outputs.shape[:2]:
         task = CausalLanguageModeling()
         task.targets(batch)
-        return _check_tokens(outputs, task)
+        return _checked(task, outputs)
     check_outputs(outputs, len(targets))
     num_outputs = 1 if outputs.ndim == 1 else outputs.shape[1]
     both = f"targets {describe(targets)} and outputs {describe(outputs)}"
@@ -65,7 +64,8 @@ def infer_task(batch: Any, model: nn.Module) -> Task:
                 f"examples out, or say what they mean. {HOW_TO_PASS_TASK}"
             )
         if num_outputs >= 2 and targets.ndim == 1:
-            return _check_logits(outputs, Classification(), targets)
+            reader.encode(targets, num_outputs)
+            return _checked(reader, outputs)
         if num_outputs == 1 and targets.numel() == len(targets) and int(targets.max()) <= 1:
             if ((outputs >= 0) & (outputs <= 1)).all():
                 warnings.warn(
@@ -95,7 +95,7 @@ def _infer_language_task(batch: Mapping[str, Any], model: nn.Module) -> Task:
         outputs = logits_of(model, task.inputs(batch))
     if outputs.ndim == 3:
         task.targets(batch)  # which refuses labels of another task
-        return _check_tokens(outputs, task)
+        return _checked(task, outputs)
     labels = batch.get("labels", batch.get("label"))
     if labels is None or (labels.ndim == 1 and not labels.is_floating_point() and outputs.shape[1] >= 2):
         return SequenceClassification()
@@ -104,7 +104,8 @@ def _infer_language_task(batch: Mapping[str, Any], model: nn.Module) -> Task:
     )
 
 
-def _check_tokens(outputs: Tensor, task: Task) -> Task:
+def _checked(task: Task, outputs: Tensor) -> Task:
+    """The task, if its outputs are not probabilities."""
     if (outputs >= 0).all() and torch.allclose(outputs.sum(-1), outputs.new_ones(()), atol=1e-3):
         raise ValueError(_PROBABILITIES)
     return task
@@ -129,29 +130,8 @@ def check_task(task: object) -> None:
 
 def check_outputs(outputs: object, batch_size: int, task: Task | None = None) -> None:
     """Refuse outputs that are not one row of numbers per example, or per token if the task is one of tokens."""
+    expected, dims = "The model's outputs must be a tensor of shape (B,) or (B, C)", (1, 2)
     if task is not None and task.has_tokens:
-        if not isinstance(outputs, Tensor) or outputs.ndim != 3 or len(outputs) != batch_size:
-            raise TypeError(
-                f"A task of {task.name} expects logits of shape (B, T, V) with B={batch_size} rows, got "
-                f"{describe(outputs)}. {HOW_TO_PASS_TASK}"
-            )
-        return
-    if not isinstance(outputs, Tensor) or outputs.ndim not in (1, 2) or len(outputs) != batch_size:
-        raise TypeError(
-            f"The model's outputs must be a tensor of shape (B,) or (B, C) with B={batch_size} rows, got "
-            f"{describe(outputs)}. {HOW_TO_PASS_TASK}"
-        )
-
-
-def _check_logits(outputs: Tensor, task: Task, targets: Tensor) -> Task:
-    if (outputs >= 0).all() and torch.allclose(outputs.sum(1), outputs.new_ones(()), atol=1e-3):
-        raise ValueError(_PROBABILITIES)
-    task.encode(targets, outputs.shape[1])
-    return task
-
-
-def infer_task_of(batch: Any, model: nn.Module) -> Task:
-    """The built-in task that fits a batch, its inputs read in the precision of the model."""
-    if isinstance(batch, tuple | list) and len(batch) > 0:
-        batch = (in_precision_of(model, batch[0]), *batch[1:])
-    return infer_task(batch, model)
+        expected, dims = f"A task of {task.name} expects logits of shape (B, T, V)", (3,)
+    if not isinstance(outputs, Tensor) or outputs.ndim not in dims or len(outputs) != batch_size:
+        raise TypeError(f"{expected} with B={batch_size} rows, got {describe(outputs)}. {HOW_TO_PASS_TASK}")

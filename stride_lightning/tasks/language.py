@@ -40,10 +40,9 @@ class _TokenTask(Classification):
         inputs = {name: value for name, value in batch.items() if name not in _ASKED}
         if not is_packed(batch):
             return inputs
-        kept = {name: value for name, value in inputs.items() if name not in _PACKING and name != "attention_mask"}
-        unpacked = {name: unpack(value, batch["position_ids"], 0) for name, value in kept.items()}
-        mask = unpack(torch.ones_like(ids), batch["position_ids"], 0)
-        return {**unpacked, "attention_mask": mask}
+        packed = {name: value for name, value in inputs.items() if name not in _PACKING}
+        packed["attention_mask"] = torch.ones_like(ids)
+        return {name: unpack(value, batch["position_ids"], 0) for name, value in packed.items()}
 
     @override
     def outputs(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -78,13 +77,11 @@ class _TokenTask(Classification):
                 stacklevel=2,
             )
         size, limit = vocabulary_size(model), max_length(model)
-        if ids.numel() and int(ids.min()) < 0:
-            row = int((ids < 0).any(1).nonzero()[0])
+        if (row := _first_row(ids < 0)) is not None:
             raise RowError(
                 row, f"has the token id {int(ids[row].min())}; padding takes an attention_mask and labels -100"
             )
-        if size is not None and int(ids.max()) >= size:
-            row = int((ids >= size).any(1).nonzero()[0])
+        if size is not None and (row := _first_row(ids >= size)) is not None:
             raise RowError(
                 row,
                 f"has the token id {int(ids[row].max())}, and the model knows 0..{size - 1}: the tokenizer is not the "
@@ -148,15 +145,14 @@ class CausalLanguageModeling(_TokenTask):
     @override
     def targets(self, batch: Any) -> Tensor:
         """The label that each output predicts and its weight, float32 of shape ``(B, T, 2)``; exact for 2^24 labels."""
-        ids, labels, weights = _token_ids(batch), None, None
-        if isinstance(batch, Mapping):
-            labels, weights = batch.get("labels"), batch.get("loss_weights")
-        elif isinstance(batch, tuple | list):
+        ids, named = _token_ids(batch), batch if isinstance(batch, Mapping) else {}
+        labels, weights, mask = (named.get(name) for name in ("labels", "loss_weights", "attention_mask"))
+        if isinstance(batch, tuple | list) and len(batch) > 1:
             if len(batch) > 2:
                 raise TypeError(
                     f"Expected a batch (ids, next_ids), got {describe(batch)}: name its items in a dictionary."
                 )
-            labels = batch[1] if len(batch) > 1 else None
+            labels = batch[1]
         for name, value in (("labels", labels), ("loss_weights", weights)):
             if value is not None and (not isinstance(value, Tensor) or value.shape != ids.shape):
                 raise ValueError(
@@ -169,11 +165,9 @@ class CausalLanguageModeling(_TokenTask):
             _check_labels(ids, labels, is_shifted=is_shifted)
         weights = torch.ones(labels.shape, device=ids.device) if weights is None else weights.float()
         weights = weights.masked_fill(labels == IGNORED, 0)
-        mask = torch.ones_like(ids) if not isinstance(batch, Mapping) else batch.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
-        if isinstance(batch, Mapping) and is_packed(batch):
-            mask = torch.ones_like(ids)
-            labels, weights, mask = (unpack(value, batch["position_ids"], 0) for value in (labels, weights, mask))
+        if is_packed(named):
+            labels, weights, mask = (unpack(value, named["position_ids"], 0) for value in (labels, weights, mask))
         if not is_shifted:
             # Neither is padding predicted, nor the first token from padding before it; the last predicts nothing.
             weights = F.pad(weights[:, 1:] * mask[:, 1:] * mask[:, :-1], (0, 1))
@@ -183,18 +177,16 @@ class CausalLanguageModeling(_TokenTask):
     @override
     def encode(self, targets: Tensor, num_outputs: int) -> Tensor:
         labels, weights = targets[..., 0], targets[..., 1]
-        empty = ~(weights.sum(1) > 0)
-        if (weights < 0).any():
-            raise RowError(int((weights < 0).any(1).nonzero()[0]), "has a negative loss weight")
-        if empty.any():
+        if (row := _first_row(weights < 0)) is not None:
+            raise RowError(row, "has a negative loss weight")
+        if (row := _first_row(~(weights.sum(1, keepdim=True) > 0))) is not None:
             raise RowError(
-                int(empty.nonzero()[0]),
+                row,
                 "has no token to predict: it needs at least two tokens, and a label other than -100 after the first "
                 "(was the answer truncated?)",
             )
         outside = (labels < 0) | (labels >= num_outputs)
-        if outside.any():
-            row = int(outside.any(1).nonzero()[0])
+        if (row := _first_row(outside)) is not None:
             raise RowError(
                 row, f"has the label {int(labels[row][outside[row]][0])}; the model predicts 0..{num_outputs - 1}"
             )
@@ -258,14 +250,13 @@ class SequenceClassification(_TokenTask):
 
 def _check_labels(ids: Tensor, labels: Tensor, *, is_shifted: bool) -> None:
     """Refuse labels that are not the tokens at their places, or one ahead if shifted."""
-    own, next_ones = labels[:, :-1] if is_shifted else labels, ids[:, 1:] if is_shifted else ids
-    wrong = ((own != IGNORED) & (own != next_ones)).any(1)
-    if wrong.any():
-        stand = "one place ahead of their tokens" if is_shifted else "beside their own tokens"
-        other = "beside them: pass task=CausalLanguageModeling(shifted=False)"
-        other = other if is_shifted else "one place ahead: pass task=CausalLanguageModeling(shifted=True)"
+    stand, other = "beside their own tokens", "one place ahead: pass task=CausalLanguageModeling(shifted=True)"
+    if is_shifted:
+        labels, ids = labels[:, :-1], ids[:, 1:]
+        stand, other = "one place ahead of their tokens", "beside them: pass task=CausalLanguageModeling(shifted=False)"
+    if (row := _first_row((labels != IGNORED) & (labels != ids))) is not None:
         raise RowError(
-            int(wrong.nonzero()[0]),
+            row,
             f"has labels that are not its input_ids. They are expected {stand}. If they stand {other}. Masked language "
             "models and classes of tokens are not supported",
         )
@@ -378,6 +369,12 @@ def _is_too_much(model: nn.Module, inputs: Mapping[str, Any], row: int) -> bool:
 
 def _row(value: Any, row: int, size: int) -> Any:
     return value[row : row + 1] if isinstance(value, Tensor) and value.ndim > 0 and len(value) == size else value
+
+
+def _first_row(flags: Tensor) -> int | None:
+    """The first row of ``(B, T)`` flags with one that is set."""
+    rows = flags.any(1).nonzero()
+    return int(rows[0]) if len(rows) else None
 
 
 def _token_ids(batch: Any) -> Tensor:

@@ -379,11 +379,11 @@ def test_another_architecture_is_refused_by_name_before_anything_is_computed(run
 def test_given_by_the_caller(run):
     folder, model = run
     info = read_info(folder / "records/step=8")
-    found, data, task, note = tracin_checkpoints(folder / "records", None, model)
-    assert (steps(found), data, task) == ([2, 4, 6, 8], info["data"], "Classification()")
+    found, data, note = tracin_checkpoints(folder / "records", None, model)
+    assert (steps(found), data) == ([2, 4, 6, 8], info["data"])
     assert note == "4 checkpoints given by the caller"
-    found, data, task, _ = tracin_checkpoints(folder / "kept", None, model)
-    assert (steps(found), data, task) == ([2, 4, 6, 8], None, None)
+    found, data, _ = tracin_checkpoints(folder / "kept", None, model)
+    assert (steps(found), data) == ([2, 4, 6, 8], None)
 
 
 def test_known_from_the_trainer_and_from_checkpoints(tmp_path):
@@ -393,9 +393,9 @@ def test_known_from_the_trainer_and_from_checkpoints(tmp_path):
     trainer = make_trainer(tmp_path, *callbacks, enable_checkpointing=True)
     assert tracin_checkpoints(None, None, model) is None
     trainer.fit(model, IN_ORDER)
-    found, data, task, note = tracin_checkpoints(None, None, model)
+    found, data, note = tracin_checkpoints(None, None, model)
     assert [checkpoint.path for checkpoint in found] == tracin.records
-    assert (data, task) == (read_info(tracin.records[0])["data"], "Classification()")
+    assert data == read_info(tracin.records[0])["data"]
     assert note == "4 records of the attached trainer's fit"
     for step in (4, 8):
         saved = torch.load(tmp_path / f"kept/step={step}.ckpt")

@@ -124,10 +124,7 @@ class Halved(Curvature):
 
 
 class HalvedAttributor(InfluenceAttributor):
-    default_damping = 1.0
-
-    def _undamped(self):
-        return Halved()
+    default_damping, curvature_class = 1.0, Halved
 
 
 HalvedAttributor.method = "halved for a test"  # after the class was made, so that it is not registered

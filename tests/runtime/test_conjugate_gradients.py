@@ -81,6 +81,8 @@ def test_stopping():
     zero = conjugate_gradients(times(matrix), 0 * right, precondition, tolerance=1e-9, max_iterations=3)
     assert (zero.num_iterations, zero.is_solved) == (0, True)
     assert not zero.values.any()
+    lost = conjugate_gradients(lambda x: x * torch.nan, right, precondition, tolerance=1e-9, max_iterations=3)
+    assert (lost.num_iterations, lost.is_solved) == (1, False)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from stride_lightning import CausalLanguageModeling, Classification, SequenceClassification, attribute, self_influence
-from stride_lightning.tasks.inference import infer_task
+from stride_lightning.tasks.inference import infer_task_of
 from stride_lightning.tasks.language import is_packed, logits_of, max_length, unpack, vocabulary_size
 from stride_lightning.tasks.likelihoods import RowError
 from tests.helpers.gradient_models import QUIET, close_scores
@@ -237,7 +237,7 @@ WRAPPED = {
 @torch.compiler.set_stance("force_eager")
 def test_every_way_to_wrap_a_model(kind):
     model, expected = WRAPPED[kind](), losses_of(gpt2(), padded(TEXTS))
-    assert repr(infer_task(padded(TEXTS), model)) == "CausalLanguageModeling(reduction='mean')"
+    assert repr(infer_task_of(padded(TEXTS), model)) == "CausalLanguageModeling(reduction='mean')"
     close(losses_of(model, padded(TEXTS)), expected)
     found = attribute(model, loader(TEXTS), train_data=loader(TEXTS), method="grad-dot", batch_size=4, **QUIET)
     rows = gradients_by_hand(gpt2(), TEXTS)
@@ -271,7 +271,7 @@ class LastTokenOnly(nn.Module):
 
 def test_outputs_without_logits_of_every_token():
     with pytest.raises(TypeError, match="LossOnly gave NoneType for a batch of token ids, expected logits"):
-        infer_task(padded(TEXTS), LossOnly())
+        infer_task_of(padded(TEXTS), LossOnly())
     with pytest.raises(TypeError, match=r"logits of shape \(3, 1, 7\) for token ids of shape \(3, 4\)"):
         attribute(
             LastTokenOnly(),
@@ -295,17 +295,17 @@ def test_what_models_say_of_themselves():
 def test_inference_of_the_task():
     ids = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]])}
     labels = torch.tensor([0, 2])
-    assert isinstance(infer_task(ids, gpt2()), CausalLanguageModeling)
+    assert isinstance(infer_task_of(ids, gpt2()), CausalLanguageModeling)
     for batch in (ids, {**ids, "labels": labels}, {**ids, "label": labels}):
-        assert isinstance(infer_task(batch, bert()), SequenceClassification)
+        assert isinstance(infer_task_of(batch, bert()), SequenceClassification)
     with pytest.raises(ValueError, match=r"labels float32 tensor of shape \(2,\) and outputs"):
-        infer_task({**ids, "labels": labels.float()}, bert())
+        infer_task_of({**ids, "labels": labels.float()}, bert())
     whole = ids["input_ids"]
-    assert isinstance(infer_task((whole[:, :-1], whole[:, 1:]), plain_gpt()), CausalLanguageModeling)
+    assert isinstance(infer_task_of((whole[:, :-1], whole[:, 1:]), plain_gpt()), CausalLanguageModeling)
     # Labels of tokens could be classes of their own, such as parts of speech, or tokens that were masked.
     for other in (torch.tensor([[0, 1, 1], [1, 0, 0]]), torch.tensor([[2, 3, 3], [5, 6, 6]])):
         with pytest.raises(ValueError, match=r"has labels that are not its input_ids.*Masked language models"):
-            infer_task({**ids, "labels": other}, gpt2())
+            infer_task_of({**ids, "labels": other}, gpt2())
 
     class Probabilities(nn.Module):
         def __init__(self):
@@ -316,7 +316,7 @@ def test_inference_of_the_task():
             return self.model(x).softmax(-1)
 
     with pytest.raises(ValueError, match="look like probabilities"):
-        infer_task((whole[:, :-1], whole[:, 1:]), Probabilities())
+        infer_task_of((whole[:, :-1], whole[:, 1:]), Probabilities())
 
 
 def test_classes_of_texts():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stride_lightning.tasks.inference import check_forward, check_outputs, infer_task
+from stride_lightning.tasks.inference import check_forward, check_outputs, infer_task_of
 from stride_lightning.tasks.likelihoods import BinaryClassification, Classification, Regression, Task
 from tests.helpers.tiny import DictTask, every_task, random_targets, random_tensor
 
@@ -165,7 +165,7 @@ INPUTS = torch.ones(4, 2)
     ],
 )
 def test_tasks_that_can_be_told(targets: Tensor, outputs: Tensor, expected: type[Task]) -> None:
-    assert type(infer_task((INPUTS, targets), Constant(outputs))) is expected
+    assert type(infer_task_of((INPUTS, targets), Constant(outputs))) is expected
 
 
 @pytest.mark.parametrize(
@@ -190,12 +190,12 @@ def test_tasks_that_can_be_told(targets: Tensor, outputs: Tensor, expected: type
 )
 def test_tasks_that_cannot_be_told(batch: object, outputs: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"(?s){message}.*{HINT}"):
-        infer_task(batch, Constant(outputs))
+        infer_task_of(batch, Constant(outputs))
 
 
 def test_targets_without_rows_cannot_be_told() -> None:
     with pytest.raises(TypeError, match=HINT):
-        infer_task((INPUTS, torch.tensor(1)), Constant(torch.zeros(4, 2)))
+        infer_task_of((INPUTS, torch.tensor(1)), Constant(torch.zeros(4, 2)))
 
 
 def test_modules_without_a_forward_are_refused() -> None:
@@ -221,7 +221,7 @@ def test_outputs_of_one_row_per_example_pass() -> None:
 
 def test_inference_keeps_no_graph_and_reads_floats_of_any_precision() -> None:
     model = nn.Linear(2, 1).double()
-    task = infer_task((INPUTS.double(), random_tensor(4, seed=0).double()), model)
+    task = infer_task_of((INPUTS.double(), random_tensor(4, seed=0).double()), model)
     assert isinstance(task, Regression)
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -230,4 +230,4 @@ def test_probabilities_with_one_output_are_doubted():
     model = nn.Sequential(nn.Linear(4, 1), nn.Sigmoid())
     batch = torch.zeros(4, 4), torch.tensor([0, 1, 1, 0])
     with pytest.warns(UserWarning, match="lie between 0 and 1 and are read as logits.*Pass `task=`"):
-        infer_task(batch, model)
+        infer_task_of(batch, model)
