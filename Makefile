@@ -21,10 +21,11 @@ demo: $(STAMP)  ## Attribute handwritten digits to their training examples
 test: $(STAMP)  ## Run the tests and the examples in the docstrings
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope $(ARGS)
 
-lint: $(STAMP)  ## Check style, formatting and types
+lint: $(STAMP)  ## Check style, formatting, types and the order of the rooms
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 
 bench: $(STAMP)  ## Run the benchmarks (with TRUTH=file.npz those too that compare with retrained models)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
@@ -32,7 +33,7 @@ bench: $(STAMP)  ## Run the benchmarks (with TRUTH=file.npz those too that compa
 	$(if $(TRUTH),for script in $$(grep -l '"--truth"' benchmarks/*.py); do $(BIN)/python "$$script" --truth $(TRUTH) || exit 1; done)
 
 clean:  ## Remove the environment and everything generated
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache lightning_logs
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .import_linter_cache lightning_logs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone: an exact version is already there when the other packages ask for it.

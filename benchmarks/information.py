@@ -12,8 +12,8 @@
   k-centre greedy (on hidden activations), with the features of a model trained on the whole pool or on 50 random digits
   of it; or at random. Mean over trainings; for random choice over draws also their standard deviation.
 * ``duplicates``: each query's 10 highest-scoring digits are planted five times more and the model is trained again; how
-  many different digits are among the first 10 now? Plain, and with ``top(10, diverse=True)``; in the last row the 10
-  whose removal, one after the other, loses most information.
+  many different digits are among the first 10 now? Plain, and with ``attributor.diverse(attribution, 10)``; in the last
+  row the 10 whose removal, one after the other, loses most information.
 * ``refits``: information loss freezes the curvature and knows no labels; what happens if a model is really fitted
   again? Logistic regressions on random data (n = 120, 6 weights, ridge 1/2) without each of their examples.
 
@@ -48,6 +48,7 @@ from stride_lightning import (
     attribute,
     retrain_without,
 )
+from stride_lightning.attribute import create
 from stride_lightning.data.sources import resolve_queries
 from stride_lightning.information.greedy import greedy_sets
 from stride_lightning.information.loss import information
@@ -282,8 +283,9 @@ def duplicates(arguments):
         again = fit(crowded, 30)
         attribution, _ = scored(way, again, queries, crowded)
         plain, varied = different(attribution.top(k).proponents, original), ""
-        if attribution.diversify is not None:
-            varied = f"{different(attribution.top(k, diverse=True).proponents, original):.1f}"
+        if way in (LOSS, GAIN):
+            attributor = create(way, show_progress=False).fit(again, crowded)
+            varied = f"{different(attributor.diverse(attribution, k).proponents, original):.1f}"
         print(f"{way:<32} {5 * len(top):>8} {plain:6.1f} {varied:>8}", flush=True)
         if way == LOSS:
             last = different(removed_greedily(again, queries, crowded, k), original), 5 * len(top)

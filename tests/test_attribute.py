@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
-import stride_lightning.steering.attributor as stride_attributor
 from stride_lightning import (
     Attributor,
     Classification,
@@ -25,6 +24,8 @@ from stride_lightning import (
 )
 from stride_lightning.attribute import methods
 from stride_lightning.model.weights import weight_hash
+from stride_lightning.steering import attributor as stride_attributor
+from stride_lightning.steering import dense
 from stride_lightning.steering.subsets import Design, sample_design
 from tests.helpers.models import (
     NUM_QUERIES,
@@ -455,7 +456,7 @@ def test_unknown_names_list_the_right_ones(model):
         ({"rank": 4}, "`rank` belongs to basis='learned'"),
         ({"batch_size": 0}, "`batch_size` must be an integer of at least 1"),
         ({"num_subsets": 4, "degree": 4}, "degree=4 with num_subsets=4"),
-        ({"ridge": -1.0}, "`ridge` must be positive"),
+        ({"ridge": -1.0}, "`ridge` must be a positive number"),
     ],
     ids=str,
 )
@@ -508,7 +509,7 @@ def test_queries_without_labels(model, expected):
 
 def test_a_fitted_attributor_is_asked_again(model, expected, monkeypatch):
     attributor = StrideAttributor(**FEW).fit(model, DATA)
-    monkeypatch.setattr(stride_attributor.StrideModule, "fit_operators", None)  # asking must not fit
+    monkeypatch.setattr(dense.StrideModule, "fit_operators", None)  # asking must not fit
     same(attributor.attribute(QUERIES), expected)
     same(attributor.attribute(Subset(QUERIES, [4, 1])), expected.scores[[4, 1]], rtol=SOLVED_TOGETHER)
 
@@ -575,8 +576,8 @@ def test_metadata_states_every_choice_and_is_plain(expected):
 
 
 def test_a_cost_estimate_comes_before_long_work(model, capsys, monkeypatch):
-    slow = stride_attributor.Cost(100.0, 0.05, 3 * 2**20, 2**20)
-    monkeypatch.setattr(stride_attributor, "estimate_cost", lambda *_: slow)
+    slow = dense.DenseCost(100.0, 0.05, 3 * 2**20, 2**20)
+    monkeypatch.setattr(dense, "estimate_cost", lambda *_: slow)
     attribute(model, QUERIES, train_data=DATA, num_subsets=8)
     assert "STRIDE: about 100 s to fit and 0.05 s per query, 3 MiB of memory, 1 MiB" in capsys.readouterr().err
     attribute(model, QUERIES, train_data=DATA, num_subsets=8, show_progress=False)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
+from stride_lightning.runtime.checks import check_count
+
 if TYPE_CHECKING:
     from stride_lightning.data.examples import Examples
 
@@ -48,14 +50,12 @@ def check_loading(examples: Examples, batch_size: int | None) -> Loading:
             "Training is repeated with every example once per epoch: pass a DataLoader that does so too, or the "
             "dataset and `batch_size=`."
         )
-    if batch_size is None and loading is None:
+    if batch_size is not None:
+        batch_size = check_count("batch_size", batch_size)
+        return Loading(batch_size, True, False) if loading is None else replace(loading, batch_size=batch_size)
+    if loading is None:
         raise ValueError(
             "The batch size cannot be told from the training data, and decides what training gives. Pass a DataLoader "
             "with a batch_size, or `batch_size=`."
         )
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
-    if loading is None:
-        assert batch_size is not None
-        return Loading(batch_size, shuffle=True, drop_last=False)
-    return loading if batch_size is None else replace(loading, batch_size=batch_size)
+    return loading

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,15 +13,15 @@ from stride_lightning.metrics.counterfactual import counterfactual_score
 from stride_lightning.metrics.linear_datamodeling import LinearDatamodelingScore
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.results.evaluation import Evaluation, EvaluationRow
+from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.retraining.ground_truth import Counterfactual, GroundTruth
 from stride_lightning.runtime.progress import track
 
-if TYPE_CHECKING:
-    pass
+_Result: TypeAlias = Attribution | TopAttribution
 
 
 def evaluate(
-    attributions: Mapping[str, Attribution] | Sequence[Attribution] | Attribution,
+    attributions: Mapping[str, _Result] | Sequence[_Result] | _Result,
     truth: GroundTruth,
     *,
     counterfactuals: Mapping[str, Counterfactual] | None = None,
@@ -99,12 +99,12 @@ def evaluate(
     )
 
 
-def _named(attributions: Mapping[str, Attribution] | Sequence[Attribution] | Attribution) -> dict[str, Attribution]:
+def _named(attributions: Mapping[str, _Result] | Sequence[_Result] | _Result) -> dict[str, _Result]:
     if isinstance(attributions, Mapping):
         named = {str(name): attribution for name, attribution in attributions.items()}
     else:
         named = {}
-        for attribution in [attributions] if isinstance(attributions, Attribution) else attributions:
+        for attribution in [attributions] if isinstance(attributions, _Result) else attributions:
             method = str(getattr(attribution, "metadata", {}).get("method", "scores"))
             name, number = method, 1
             while name in named:
@@ -113,13 +113,13 @@ def _named(attributions: Mapping[str, Attribution] | Sequence[Attribution] | Att
     if not named:
         raise ValueError("`attributions` is empty: nothing to evaluate.")
     for name, attribution in named.items():
-        if not isinstance(attribution, Attribution):
+        if not isinstance(attribution, _Result):
             kind = type(attribution).__name__
             raise TypeError(f"Expected {name!r} to be an Attribution, got {kind}: wrap scores in Attribution(scores).")
     return named
 
 
-def _checked(name: str, attribution: Attribution, truth: GroundTruth) -> Tensor:
+def _checked(name: str, attribution: _Result, truth: GroundTruth) -> Tensor:
     """The scores, their columns in the order of the truth's."""
     what = f"The attribution {name!r}"
     truth.check_data(attribution.metadata, what)
@@ -133,10 +133,9 @@ def _checked(name: str, attribution: Attribution, truth: GroundTruth) -> Tensor:
             f"{what} has scores of {attribution.num_train} training examples, the ground truth is of "
             f"{truth.num_train}: the linear datamodeling score needs a score for every training example, and no others."
         )
-    try:
-        scores = attribution.scores.detach().cpu()
-    except ValueError as error:  # a TopAttribution says why it has none
-        raise ValueError(f"{what} cannot be evaluated. {error}") from error
+    if isinstance(attribution, TopAttribution):
+        raise ValueError(f"{what} cannot be evaluated. {attribution.why_no_scores}")
+    scores = attribution.scores.detach().cpu()
     bad = (~torch.isfinite(scores)).nonzero().tolist()
     if bad:
         query, column = bad[0]

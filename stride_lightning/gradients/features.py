@@ -17,7 +17,7 @@ from stride_lightning.data.fingerprints import Fingerprint
 from stride_lightning.data.reading import encoded_batch
 from stride_lightning.model.blocks import Gradients
 from stride_lightning.model.capture import Backward, Capture
-from stride_lightning.model.layers import in_precision_of
+from stride_lightning.model.layers import cloned, in_precision_of
 from stride_lightning.runtime.progress import counting, track
 from stride_lightning.tasks.likelihoods import Task
 
@@ -258,11 +258,6 @@ def _joined(encoded: list[Tensor]) -> Tensor:
 def _counted(task: Task, encoded: Tensor) -> Tensor:
     """Which tokens count in the loss of their example, bool of shape ``(B, T)``."""
     return torch.as_tensor(task.output_weights(encoded))[..., 0] > 0
-
-
-def cloned(inputs: Any) -> Any:
-    """Inputs that a model may change in place, as one that normalises them does."""
-    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
 
 
 def random_signs(positions: Tensor, column: int, width: int, seed: int, like: Tensor) -> Tensor:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor
 from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,6 +15,8 @@ from stride_lightning.gradients.curvature import Curvature, TrainingSide
 from stride_lightning.gradients.kronecker import EKFAC
 from stride_lightning.model.blocks import Block, Gradients
 from stride_lightning.model.layers import uncompiled
+from stride_lightning.runtime.checks import check_count
+from stride_lightning.runtime.conjugate_gradients import conjugate_gradients
 from stride_lightning.runtime.distributed import total
 from stride_lightning.runtime.progress import counting, track
 from stride_lightning.runtime.randomness import mix
@@ -102,7 +102,7 @@ class GaussNewton(Curvature):
 
 
 class ConjugateGradient(GaussNewton):
-    """Damped Gauss-Newton systems by scipy's conjugate gradients, preconditioned by EK-FAC.
+    """Damped Gauss-Newton systems by conjugate gradients, preconditioned by EK-FAC.
 
     The systems of several queries are solved together, as one with a block for each; every query is scaled to unit
     norm first, so that none is solved less well than another.
@@ -134,46 +134,26 @@ class ConjugateGradient(GaussNewton):
         norms = dense.norm(dim=1, keepdim=True).clamp(min=torch.finfo(dense.dtype).tiny)
         start, damping = dense / norms, self.absolute_damping
 
-        def from_scipy(vector: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(vector)).view(dense.shape).to(dense)
+        def product(vectors: Tensor) -> Tensor:
+            bar.update(1)
+            return self.product(vectors) + damping * vectors
 
-        def to_scipy(vectors: Tensor) -> np.ndarray:
-            return vectors.flatten().cpu().numpy()
+        def precondition(vectors: Tensor) -> Tensor:
+            return self._preconditioner.solve_damped(self._gradients(vectors), damping).dense()
 
-        def matvec(vector: np.ndarray) -> np.ndarray:
-            given = from_scipy(vector)
-            return to_scipy(self.product(given) + damping * given)
-
-        def precondition(vector: np.ndarray) -> np.ndarray:
-            return to_scipy(self._preconditioner.solve_damped(self._gradients(from_scipy(vector)), damping).dense())
-
-        right = to_scipy(start)
-        shape = (right.size, right.size)
-        iterations = 0
         with counting(self.max_iterations, "Conjugate gradients", self._train.reader.show_progress) as bar:
-
-            def count(_: object) -> None:
-                nonlocal iterations
-                iterations += 1
-                bar.update(1)
-
-            solution, failed = cg(
-                LinearOperator(shape, matvec, dtype=right.dtype),  # pyright: ignore[reportCallIssue]  # scipy's stubs
-                right,
-                rtol=self.tolerance,
-                maxiter=self.max_iterations,
-                M=LinearOperator(shape, precondition, dtype=right.dtype),  # pyright: ignore[reportCallIssue]
-                callback=count,
+            solution = conjugate_gradients(
+                product, start, precondition, tolerance=self.tolerance, max_iterations=self.max_iterations
             )
-        self.chosen["iterations"] = max(iterations, self.chosen.get("iterations", 0))
-        if failed:
+        self.chosen["iterations"] = max(solution.num_iterations, self.chosen.get("iterations", 0))
+        if not solution.is_solved:
             warnings.warn(
                 f"Conjugate gradients did not reach a residual of {self.tolerance:g} in {self.max_iterations} "
                 "iterations, so scores are those of a stronger damping in the directions that are left. Give a larger "
                 "`damping=`, or more `max_iterations=`.",
                 stacklevel=2,
             )
-        return self._gradients(from_scipy(solution) * norms)
+        return self._gradients(solution.values * norms)
 
 
 class LiSSA(GaussNewton):
@@ -192,9 +172,7 @@ class LiSSA(GaussNewton):
 
     def __init__(self, damping: float = 0.0, *, depth: int = 200) -> None:
         super().__init__(damping)
-        if depth < 1:
-            raise ValueError(f"`depth` must be at least 1, got {depth!r}.")
-        self.depth = depth
+        self.depth = check_count("depth", depth)
 
     @override
     def fit(self, train: TrainingSide) -> None:

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from stride_lightning.attributor import Attributor
 from stride_lightning.data.examples import Examples, first_batch
 from stride_lightning.data.reading import count_outputs
-from stride_lightning.gradients.features import Reader, cloned
-from stride_lightning.gradients.plan import plan_capture, probe_places
-from stride_lightning.model.layers import check_layers, in_precision_of
+from stride_lightning.gradients.features import Reader
+from stride_lightning.gradients.outputs import TaskOutputs
+from stride_lightning.model.layers import check_layers, cloned, in_precision_of
+from stride_lightning.model.plan import plan_capture, probe_places
 from stride_lightning.results.attribution import Attribution
-from stride_lightning.results.top_attribution import TopAttribution, TopCollector
-from stride_lightning.results.top_examples import joined
+from stride_lightning.results.top_attribution import TopAttribution
+from stride_lightning.results.top_examples import TopCollector, joined
+from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import gather, shard, world_size
 from stride_lightning.runtime.progress import announce
 
@@ -46,9 +48,7 @@ class PlannedAttributor(Attributor):
     ) -> None:
         super().__init__(seed=seed, batch_size=batch_size, show_progress=show_progress)
         check_layers(layers)
-        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-            raise ValueError(f"`top_k` must be an integer of at least 1, got {top_k!r}.")
-        self.layers, self.top_k = layers, top_k
+        self.layers, self.top_k = layers, None if top_k is None else check_count("top_k", top_k)
 
     def chosen_layers(self, model: nn.Module, inputs: Any) -> Sequence[str] | None:
         """Names of the modules whose parameters count; ``inputs`` are those of a batch."""
@@ -75,7 +75,8 @@ class PlannedAttributor(Attributor):
             single = [{name: value[row : row + 1] for name, value in together.items()} for row in range(len(places))]
         else:
             single = [self._inputs(model, first_batch(self.train_data.subset([place]), 1, device)) for place in places]
-        self.capture = plan_capture(model, self.task, single, together, self.chosen_layers(model, together), names)
+        outputs, layers = TaskOutputs(model, self.task), self.chosen_layers(model, together)
+        self.capture = plan_capture(outputs, single, together, layers, names)
         announce(self.capture.warning, show=self.show_progress and bool(self.capture.warning))
         self.reader = self.read(model, self.train_data, device, "label")
         self.check_data(self.reader.fingerprint)
@@ -106,7 +107,7 @@ class PlannedAttributor(Attributor):
 
     def collect_scores(
         self, asked: Reader, chunks: Sequence[slice], tiles: Callable[[slice], Callable[[slice], Tensor]]
-    ) -> Attribution:
+    ) -> Attribution | TopAttribution:
         """Scores of this process's training examples for chunks of queries, gathered; or the top of each query.
 
         Args:

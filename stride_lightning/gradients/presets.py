@@ -18,10 +18,12 @@ from stride_lightning.gradients.damping import check_damping
 from stride_lightning.gradients.features import Batch
 from stride_lightning.gradients.gauss_newton import ConjugateGradient, LiSSA
 from stride_lightning.gradients.kronecker import EKFAC
-from stride_lightning.gradients.plan import last_layer
-from stride_lightning.gradients.projection import JointProjection, LayerProjection, Projection, check_projection_dim
+from stride_lightning.gradients.outputs import TaskOutputs
+from stride_lightning.gradients.projection import JointProjection, LayerProjection, Projection
 from stride_lightning.model.blocks import Gradients
 from stride_lightning.model.capture import Capture, chosen_parameters
+from stride_lightning.model.plan import last_layer
+from stride_lightning.runtime.checks import check_count
 from stride_lightning.storage.lookup import show_fingerprint
 
 #: Parameters of a last layer whose curvature is made and factorised.
@@ -284,7 +286,7 @@ class LastLayerAttributor(ConjugateGradientAttributor):
 
     @override
     def chosen_layers(self, model: nn.Module, inputs: Any) -> Sequence[str] | None:
-        return [last_layer(model, self.task, inputs)] if self.layers is None else self.layers
+        return [last_layer(TaskOutputs(model, self.task), inputs)] if self.layers is None else self.layers
 
     @override
     def _undamped(self) -> Curvature:
@@ -309,7 +311,7 @@ class LoGraAttributor(InfluenceAttributor):
 
     def __init__(self, *, projection_dim: int = 32, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_projection_dim(projection_dim)
+        check_count("projection_dim", projection_dim)
         self.projection_dim = projection_dim
 
     @override
@@ -343,7 +345,7 @@ class TRAKAttributor(InfluenceAttributor):
 
     def __init__(self, *, projection_dim: int = 4096, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_projection_dim(projection_dim)
+        check_count("projection_dim", projection_dim)
         self.projection_dim = projection_dim
 
     @override

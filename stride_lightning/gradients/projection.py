@@ -16,12 +16,6 @@ from stride_lightning.runtime.randomness import mix
 EVERYTHING = "all parameters"
 
 
-def check_projection_dim(projection_dim: object) -> None:
-    """Refuse what is not a number of features."""
-    if isinstance(projection_dim, bool) or not isinstance(projection_dim, int) or projection_dim < 1:
-        raise ValueError(f"`projection_dim` must be an integer of at least 1, got {projection_dim!r}.")
-
-
 class Projection(ABC):
     """A linear map of gradients to fewer features, the same for every example.
 

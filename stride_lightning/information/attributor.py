@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,12 +23,17 @@ from stride_lightning.information.loss import pair_nats
 from stride_lightning.information.posterior import Posterior, check_ridge
 from stride_lightning.information.tangent import Likelihood, TangentFeatures, Tangents
 from stride_lightning.results.attribution import Attribution
+from stride_lightning.results.scores import AttributionResult
+from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.results.top_examples import TopExamples
+from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import gather, total
 from stride_lightning.tasks.likelihoods import Regression
 
 #: Bytes of the features of training examples that are kept between calls.
 KEPT_BYTES = 2**29
+#: Diverse examples are chosen among this many, or among this many for each of them.
+NUM_CANDIDATES, CANDIDATES_EACH = 500, 10
 #: Where diverse examples are chosen: variance of an example's output under the prior, in units of its noise.
 _SIGNAL_TO_NOISE = 1e6
 
@@ -132,7 +136,9 @@ class InformationAttributor(PlannedAttributor):
     # ---- attribute --------------------------------------------------------------------------------------------
 
     @override
-    def score_queries(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
+    def score_queries(
+        self, model: nn.Module, queries: Examples, device: torch.device, target: str
+    ) -> Attribution | TopAttribution:
         reader = self.read(model, queries, device, target)
         vectors, downhill = self._query_side(reader)
 
@@ -141,8 +147,6 @@ class InformationAttributor(PlannedAttributor):
 
         attribution = self.collect_scores(reader, [slice(0, len(reader))], lambda _: tile)
         attribution.metadata["unit"] = f"nats{'' if self.signed else ', unsigned'}"
-        if not self.signed:
-            attribution.diversify = partial(self._diversify, self.posterior, self.train_data)
         return attribution
 
     def _query_side(self, reader: Reader) -> tuple[Tensor, Tensor | None]:
@@ -174,29 +178,73 @@ class InformationAttributor(PlannedAttributor):
         share = slice(columns.start - columns.start % size, stop)
         return (batch.between(columns) for batch in self.tangents.batches(self.reader, share, "Information"))
 
-    def _diversify(
-        self, posterior: Posterior, train: Examples, queries: Examples, target: str, candidates: Tensor, k: int
-    ) -> TopExamples:
-        """Greedy sets of the most information gained about each query, among candidate columns ``(q, m)``."""
-        if posterior is not self.posterior or train is not self.train_data:
-            raise ValueError("The attributor has been fitted again since: call attribute(queries) again.")
+    def diverse(self, attribution: AttributionResult, k: int | None = None) -> TopExamples:
+        """Training examples chosen one after the other, each for what it tells beyond those before it: no near-copies.
+
+        They are chosen from the 500 (or ``10 k``) with the highest scores, as if their labels had no noise. Every
+        process must call it.
+
+        Args:
+            attribution: What :meth:`attribute` returned, of this attributor or of one that was fitted alike; a loaded
+                one needs its queries: ``Attribution.load(path, queries=queries)``.
+            k: How many for each query, by default 10; all examples if there are fewer.
+
+        Returns:
+            Positions in the training dataset and what each adds, in nats, each of shape ``(num_queries, k)``; there are
+            no opponents.
+
+        Raises:
+            ValueError: If ``k`` is below 1, scores are signed, or the attribution is of other weights, data or options.
+        """
+        queries = self._checked_queries(attribution)
+        size = attribution.top_columns(k).proponents.shape[1]
+        wanted = min(attribution.num_train, max(NUM_CANDIDATES, CANDIDATES_EACH * size))
+        if attribution.num_ranked < wanted:
+            raise ValueError(
+                f"diverse() chooses among the {wanted} strongest of each query, and {attribution.num_ranked} are held: "
+                f"attribute with `top_k={wanted}`, or without."
+            )
+        candidates = attribution.top_columns(wanted).proponents
         with self.borrowed_model() as (model, device):
-            asked = self.read(model, queries, device, target)
-            searched = torch.cat([batch.rows for batch in self.tangents.batches(asked, asked=True)])
+            reader = self.read(model, queries, device, attribution.metadata["target"])
+            is_whole = len(queries) == attribution.metadata["num_queries"]
+            if is_whole and reader.fingerprint != attribution.metadata["query_data"]:
+                raise ValueError("The attribution was loaded with other queries than it is of: give it those.")
+            query_rows = torch.cat([batch.rows for batch in self.tangents.batches(reader, asked=True)])
             every, places = candidates.unique(return_inverse=True)
             chosen = self.read(model, self.train_data.subset(every.tolist()), device, "label")
             features = torch.cat([batch.rows for batch in self.tangents.batches(chosen)])
         # As if seen without the noise of their labels: a copy would halve it, and so seem to tell something new.
         mean = float(self.posterior.gram.trace()) / len(self.train_data)
         features = features * (_SIGNAL_TO_NOISE * self.posterior.ridge / mean if mean > 0 else 1.0) ** 0.5
-        found = [
-            greedy_sets(features[own], query[None], self.posterior, k, form="gain")
-            for query, own in zip(searched, places, strict=True)
+        sets_of_queries = [
+            greedy_sets(features[own], query[None], self.posterior, size, form="gain")
+            for query, own in zip(query_rows, places, strict=True)
         ]
-        columns = [every[own[sets.places[0].cpu()]] for own, sets in zip(places, found, strict=True)]
-        gains = [torch.diff(sets.nats[0], prepend=sets.nats.new_zeros(1)).float().cpu() for sets in found]
-        none = torch.empty(len(found), 0)
-        return TopExamples(torch.stack(columns), torch.stack(gains), none.long(), none)
+        columns = [every[own[sets.places[0].cpu()]] for own, sets in zip(places, sets_of_queries, strict=True)]
+        gains = [torch.diff(sets.nats[0], prepend=sets.nats.new_zeros(1)).float().cpu() for sets in sets_of_queries]
+        none = torch.empty(len(queries), 0)
+        top = TopExamples(torch.stack(columns), torch.stack(gains), none.long(), none, is_signed=False)
+        return top.renamed(attribution.train_indices)
+
+    def _checked_queries(self, attribution: AttributionResult) -> Examples:
+        """The queries of an attribution, if it is one of what this attributor was fitted to."""
+        self.check_fitted("diverse(attribution)")
+        if self.signed:
+            raise ValueError(
+                "diverse() needs scores that say how much an example tells, and signed ones say whether it helps: "
+                "attribute without `signed`."
+            )
+        names = ("method", "weights", "data", "task", "seed", "options")
+        others = [name for name in names if attribution.metadata.get(name) != self.metadata.get(name)]
+        if others:
+            raise ValueError(
+                f"The attribution is not of what this attributor was fitted to: other {', '.join(others)}. Give "
+                "diverse() what attribute(queries) of this attributor returns."
+            )
+        if attribution.queries is None:
+            raise ValueError("The attribution holds no queries: load it with `queries=`.")
+        return attribution.queries
 
     def coreset(self, size: int) -> Coreset:
         """Training examples chosen one after the other for most information about all weights; needs :meth:`fit`.
@@ -208,8 +256,7 @@ class InformationAttributor(PlannedAttributor):
             Positions in the training dataset, in order of choice, and what each adds in nats.
         """
         self.check_fitted("coreset()")
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise ValueError(f"`size` must be an integer, got {size!r}.")
+        check_count("size", size, maximum=len(self.train_data))
         with self.borrowed_model():
             everything = slice(0, len(self.train_data))
             whole = self._training(everything) if self.share == everything else self.tangents.batches(self.reader)

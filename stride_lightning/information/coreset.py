@@ -10,6 +10,7 @@ from torch import Tensor
 from stride_lightning.information.forms import inverse_root, noise_with, small_product
 from stride_lightning.information.greedy import TIE, first_best
 from stride_lightning.information.posterior import Posterior, check_features
+from stride_lightning.runtime.checks import check_count
 
 _BATCH = 64  # examples whose gains are brought up to date together
 
@@ -53,8 +54,7 @@ def choose_coreset(features: Tensor, size: int, posterior: Posterior) -> Coreset
     """
     check_features(features)
     num_train, num_outputs, _ = features.shape
-    if not 1 <= size <= num_train:
-        raise ValueError(f"`size` must be in 1..{num_train}, the number of examples; got {size}.")
+    check_count("size", size, maximum=num_train)
     whitened = posterior.whiten(features)
     variance = torch.cat([(rows.double() @ rows.double().mT) for rows in whitened.split(4096)])
     bounds = _gains(variance)

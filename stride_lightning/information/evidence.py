@@ -12,6 +12,8 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from stride_lightning.runtime.checks import check_positive
+
 _GRID = 97  # ridges of the whole profile, eight a decade
 _FINE = 61  # further ones about the best, where many data decide within a step of the others
 
@@ -126,8 +128,8 @@ def fit_evidence(
 
     Reference: MacKay 1992, A practical Bayesian framework for backpropagation networks; arXiv:2104.04975.
     """
-    if noise_variance is not None and not 0 < noise_variance < math.inf:
-        raise ValueError(f"`noise_variance` must be a positive number, got {noise_variance}.")
+    if noise_variance is not None:
+        check_positive("noise_variance", noise_variance)
     if not (math.isfinite(squared_norm + squared_residuals) and bool(gram.isfinite().all())):
         raise ValueError("Features, weights or losses hold NaN or infinite values: did training diverge?")
     if squared_norm <= 0 or float(gram.trace()) <= 0:

@@ -10,6 +10,7 @@ from torch import Tensor
 from stride_lightning.information import forms
 from stride_lightning.information.forms import Form, inverse_root, nats, noise_given, noise_with, small_product
 from stride_lightning.information.posterior import Features, Posterior, feature_batches
+from stride_lightning.runtime.checks import check_count
 
 TIE = 1e-9  # relative difference of scores that are taken as equal
 _ELEMENTS = 1 << 22  # of the state of the queries that are worked on together
@@ -61,8 +62,7 @@ def greedy_sets(
     before = forms.known(posterior, form)
     parts = [before.whitened(batch) for batch in feature_batches(train)]
     num_train = sum(len(rows) for rows, _ in parts)
-    if not 1 <= size <= num_train:
-        raise ValueError(f"`size` must be in 1..{num_train}, the number of training examples; got {size}.")
+    check_count("size", size, maximum=num_train)
     whitened, variance = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     if form == "loss":
         forms.check_members(variance)

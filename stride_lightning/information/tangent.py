@@ -11,9 +11,10 @@ from torch import Tensor
 
 from stride_lightning.gradients import features
 from stride_lightning.gradients.features import Batch, Reader, run_batches
-from stride_lightning.gradients.projection import EVERYTHING, JointProjection, check_projection_dim
+from stride_lightning.gradients.projection import EVERYTHING, JointProjection
 from stride_lightning.model.blocks import Gradients
 from stride_lightning.model.capture import Capture
+from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.randomness import mix
 from stride_lightning.tasks.likelihoods import Task
 
@@ -95,7 +96,7 @@ class TangentFeatures:
         """Refuse options that cannot be."""
         if likelihood not in get_args(Likelihood):
             raise ValueError(f"`likelihood` must be one of {get_args(Likelihood)}, got {likelihood!r}.")
-        check_projection_dim(projection_dim)
+        check_count("projection_dim", projection_dim)
 
     def batches(
         self, reader: Reader, share: slice | None = None, description: str = "", *, asked: bool = False

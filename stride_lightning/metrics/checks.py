@@ -112,23 +112,6 @@ def check_flags(name: str, values: Tensor) -> None:
         raise ValueError(f"Expected `{name}` to hold booleans (or 0 and 1), got {bad} other values: compare first.")
 
 
-def check_count(name: str, value: Any, most: int | None = None, unit: str = "training examples") -> None:
-    """Refuse a count that is no whole number from 1 to ``most``.
-
-    Args:
-        name: The argument, as the caller calls it.
-        value: What came.
-        most: The largest count that makes sense, if known.
-        unit: What there are ``most`` of.
-
-    Raises:
-        ValueError: If it is no integer, below 1, or above ``most``.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (most is not None and value > most):
-        upper = "" if most is None else f" and at most {most}, the number of {unit}"
-        raise ValueError(f"`{name}` must be a whole number, at least 1{upper}, got {value!r}.")
-
-
 def listed(rows: Collection[int], limit: int = 10) -> str:
     """Row numbers for a message, cut where there are many.
 

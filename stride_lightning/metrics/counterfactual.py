@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from stride_lightning.metrics.base import AttributionMetric, Reduction, new_axes
-from stride_lightning.metrics.checks import check_choice, check_count, check_finite, check_shape, check_tensor
+from stride_lightning.metrics.checks import check_choice, check_finite, check_shape, check_tensor
+from stride_lightning.runtime.checks import check_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from stride_lightning.metrics.base import AttributionMetric, Reduction, reduce_over_queries
-from stride_lightning.metrics.checks import check_choice, check_count, check_finite, check_matrix, check_tensor
+from stride_lightning.metrics.checks import check_choice, check_finite, check_matrix, check_tensor
 from stride_lightning.metrics.correlation import centred_ranks, resampled_rank_correlations, row_cosines, tied
+from stride_lightning.runtime.checks import check_count
 
 _UNDEFINED = "constant scores or losses"
 _ROUNDING = 1e-12  # of a sum in float64, relative to the sum of magnitudes; generous

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from stride_lightning.metrics.base import PerQueryMetric, Reduction, reduce_over_queries
-from stride_lightning.metrics.checks import check_choice, check_count, check_finite, check_matrix, check_shape
+from stride_lightning.metrics.checks import check_choice, check_finite, check_matrix, check_shape
+from stride_lightning.runtime.checks import check_count
 
 
 def top_k_overlap(one: Tensor, other: Tensor, k: int, reduction: Reduction = "mean") -> Tensor:
@@ -83,7 +84,7 @@ def _overlap(one: Tensor, other: Tensor, k: int) -> Tensor:
     check_matrix("one", one)
     check_shape("other", other, tuple(one.shape), "the shape of `one`")
     check_finite("other", other)
-    check_count("k", k, one.shape[1])
+    check_count("k", k, maximum=one.shape[1])
     common = (_chance_in_top(one.cpu(), k) * _chance_in_top(other.cpu(), k)).sum(1)
     return (common / k).to(one.device, torch.float32)
 

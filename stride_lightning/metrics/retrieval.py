@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from stride_lightning.metrics.base import PerQueryMetric, Reduction, reduce_over_queries
-from stride_lightning.metrics.checks import check_choice, check_count, check_flags, check_matrix, check_shape, listed
+from stride_lightning.metrics.checks import check_choice, check_flags, check_matrix, check_shape, listed
+from stride_lightning.runtime.checks import check_count
 
 
 def retrieval_recall(scores: Tensor, relevant: Tensor, k: int, reduction: Reduction = "mean") -> Tensor:
@@ -147,7 +148,7 @@ class MeanReciprocalRank(PerQueryMetric):
 
 def _recall(scores: Tensor, relevant: Tensor, k: int) -> Tensor:
     hits = _ranked(scores, relevant)
-    check_count("k", k, scores.shape[1])
+    check_count("k", k, maximum=scores.shape[1])
     return (hits[:, :k].sum(1).double() / hits.sum(1)).to(scores.device, torch.float32)
 
 

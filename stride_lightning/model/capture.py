@@ -15,29 +15,34 @@ from stride_lightning.model.blocks import Block, Gradients, Outer
 from stride_lightning.model.layer_rules import Call, LayerRule, UnusualShape, gradients_through, output_tensors
 from stride_lightning.model.layers import check_layers, find_module, plain_name, uncompiled
 from stride_lightning.model.layout import Layout, Source
-from stride_lightning.tasks.inference import check_outputs
-from stride_lightning.tasks.likelihoods import Task, columns
 
 #: Module through which parameters go that no module of their own accounts for: the whole model.
 WHOLE = ""
 
 
-class ModelOutputs(nn.Module):
-    """The outputs that a task reads off a model, as a module, so that it can be run with other parameters."""
+class Outputs(nn.Module):
+    """What gradients are taken of, as a module, so that it can be run with other parameters.
 
-    def __init__(self, model: nn.Module, task: Task) -> None:
+    Args:
+        model: The model; what it returns are the outputs.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self._task = [task]  # in a list: a task may be a module, and is not part of the model
 
     def forward(self, inputs: Any) -> Tensor:
         """Outputs of shape ``(B, C)``, or ``(B, T, C)`` for tokens."""
-        return columns(self._task[0].outputs(self.model, inputs))
+        return self.model(inputs)
 
-    @property
-    def task(self) -> Task:
-        """What reads the outputs."""
-        return self._task[0]
+    def check(self, outputs: object, num_examples: int) -> None:
+        """Refuse outputs that are not one row of numbers per example.
+
+        Raises:
+            TypeError: If they are not.
+        """
+        if not isinstance(outputs, Tensor) or outputs.ndim < 2 or len(outputs) != num_examples:
+            raise TypeError(f"Expected outputs of shape ({num_examples}, C) from {type(self.model).__name__}.")
 
 
 class Capture:
@@ -49,18 +54,16 @@ class Capture:
     compared with ordinary gradients of single examples before it is used.
 
     Args:
-        model: The model in eval mode, on its device, whose weights may be exchanged later.
-        task: What its outputs are.
+        outputs: Outputs of the model in eval mode, on its device, whose weights may be exchanged later.
         layers: Names of modules whose parameters count; all trainable ones when None.
 
     Raises:
         ValueError: If a name is not a submodule, or nothing is trainable.
     """
 
-    def __init__(self, model: nn.Module, task: Task, layers: Sequence[str] | None = None) -> None:
-        self.outputs = ModelOutputs(model, task)
-        self.model = model
-        self.parameters = chosen_parameters(model, layers)
+    def __init__(self, outputs: Outputs, layers: Sequence[str] | None = None) -> None:
+        self.outputs, self.model = outputs, outputs.model
+        self.parameters = chosen_parameters(self.model, layers)
         self.layouts: dict[str, Layout] = {}
         #: Whether embeddings that are looked up once for all examples are repeated for each.
         self.repeats = True
@@ -101,10 +104,9 @@ class Capture:
         """Run the model inside the block, then take gradients from what is yielded; hooks live in the block only.
 
         Example:
-            >>> from stride_lightning.gradients.plan import plan_capture
-            >>> from stride_lightning.tasks.likelihoods import Classification
-            >>> model, x = nn.Linear(3, 2), torch.ones(5, 3)
-            >>> capture = plan_capture(model, Classification(), [x[:1], x[1:2]])
+            >>> from stride_lightning.model.plan import plan_capture
+            >>> x = torch.ones(5, 3)
+            >>> capture = plan_capture(Outputs(nn.Linear(3, 2)), [x[:1], x[1:2]])
             >>> with capture.watch() as backward:
             ...     outputs = backward.run(x, len(x))
             ...     gradients = backward.gradients(torch.ones_like(outputs))
@@ -192,7 +194,7 @@ class Backward:
     def run(self, inputs: Any, num_examples: int) -> Tensor:
         """Run the model on a batch; outputs of shape ``(B, C)``, detached."""
         self._outputs = self._watch.run(lambda: self._capture.outputs(inputs), num_examples)
-        check_outputs(self._outputs, num_examples, self._capture.outputs.task)
+        self._capture.outputs.check(self._outputs, num_examples)
         return self._outputs.detach()
 
     def gradients(self, direction: Tensor, *, last: bool = True) -> Gradients:

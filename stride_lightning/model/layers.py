@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 _LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
 
@@ -49,6 +50,11 @@ def layer_names(model: nn.Module) -> list[str]:
 def plain_name(name: str) -> str:
     """A dotted name without the parts that ``torch.compile`` adds."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def cloned(inputs: Any) -> Any:
+    """Inputs that a model may change in place, as one that normalises them does."""
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
 
 
 def in_precision_of(model: nn.Module, value: Any) -> Any:

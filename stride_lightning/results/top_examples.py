@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import gather, world_size
 
 
@@ -120,9 +121,7 @@ class TopCollector:
     """
 
     def __init__(self, num_queries: int, k: int) -> None:
-        if num_queries < 0 or k < 1:
-            raise ValueError(f"`num_queries` must be at least 0 and `k` at least 1, got {num_queries} and {k}.")
-        self.num_queries, self.k = num_queries, k
+        self.num_queries, self.k = check_count("num_queries", num_queries, 0), check_count("k", k)
         self.num_columns = 0
         # Of proponents, and of opponents with minus their scores: the largest values of each row and their columns.
         nothing = torch.empty(num_queries, 0), torch.empty(num_queries, 0, dtype=torch.int64)

@@ -19,10 +19,10 @@ from stride_lightning.retraining.further_training import find_left_out, make_lea
 from stride_lightning.retraining.ground_truth import GroundTruth
 from stride_lightning.retraining.optimizers import MakeOptimizer
 from stride_lightning.retraining.retrain import retrain
+from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import all_equal
-from stride_lightning.steering.attributor import RecoveryName, StrideAttributor
-from stride_lightning.steering.lasso import cross_validate_penalty, solve_lasso
-from stride_lightning.steering.recovery import Recovery, recover_ridge, recover_with_prior
+from stride_lightning.steering.attributor import StrideAttributor
+from stride_lightning.steering.recovery import RecoveryName, recover
 from stride_lightning.steering.subsets import Design
 from stride_lightning.storage.lookup import choose_record, explain_mismatch
 
@@ -72,11 +72,9 @@ class FurtherTrainingAttributor(Attributor):
         show_progress: bool = True,
     ) -> None:
         super().__init__(seed=seed, batch_size=batch_size, show_progress=show_progress)
-        if num_seeds is not None and num_seeds < 1:
-            raise ValueError(f"`num_seeds` must be at least 1, got {num_seeds}.")
-        if epochs is not None and (not isinstance(epochs, int) or epochs < 1):
-            raise ValueError(f"`epochs` must be an integer of at least 1, got {epochs!r}.")
-        self.left_out, self.epochs, self.num_seeds = left_out, epochs, num_seeds
+        self.left_out = left_out
+        self.epochs = None if epochs is None else check_count("epochs", epochs)
+        self.num_seeds = None if num_seeds is None else check_count("num_seeds", num_seeds)
         self.optimizer, self.train_batch_size, self.memory_budget = optimizer, train_batch_size, memory_budget
 
     @override
@@ -298,7 +296,11 @@ class RetrainingAttributor(Attributor):
         # In double precision: with more subsets than examples the systems are close to singular.
         measurements = -truth.losses_by_seed.double().mean(0).T.contiguous()
         design = Design.from_masks(truth.masks)
-        recovered = self._recover(measurements, design, model, queries, device)
+        prior = None
+        if self.recovery == "prior":
+            prior = self._stride.score_queries(model, queries, device, "label").scores.double()
+        how = {"penalty": self.penalty, "seed": self.seed, "show_progress": self.show_progress}
+        recovered = recover(measurements, design, self.recovery, prior, **how)
         return Attribution(
             recovered.scores.float().cpu(),
             None if recovered.std is None else recovered.std.float().cpu(),
@@ -306,18 +308,3 @@ class RetrainingAttributor(Attributor):
             query_targets=query_targets,
             metadata={"query_data": query_data, "recovered": recovered.chosen, "retraining": truth.metadata},
         )
-
-    def _recover(
-        self, measurements: Tensor, design: Design, model: nn.Module, queries: Examples, device: torch.device
-    ) -> Recovery:
-        show = self.show_progress
-        if self.recovery == "prior":
-            prior = self._stride.score_queries(model, queries, device, "label").scores.double()
-            return recover_with_prior(measurements, design, prior, show_progress=show)
-        if self.recovery == "ridge":
-            return recover_ridge(measurements, design, penalty=self.penalty, show_progress=show)
-        penalty: float | Tensor | None = self.penalty
-        if penalty is None:
-            penalty = cross_validate_penalty(measurements, design, seed=self.seed, show_progress=show)
-        solution = solve_lasso(measurements, design, penalty, show_progress=show)
-        return Recovery(solution.scores, None, {"penalty": float(torch.as_tensor(penalty).median())})

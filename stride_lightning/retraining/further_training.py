@@ -23,6 +23,7 @@ from stride_lightning.retraining.effects import FurtherTraining
 from stride_lightning.retraining.leaving_out import LeavingOut
 from stride_lightning.retraining.optimizers import MakeOptimizer
 from stride_lightning.retraining.step_losses import gradient_hooks
+from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import broadcast_object
 from stride_lightning.runtime.progress import announce, counting
 from stride_lightning.runtime.randomness import preserved_random_state
@@ -110,7 +111,7 @@ def further_train(
         came = f"the class {model.__name__}; make an instance" if isinstance(model, type) else repr(model)
         raise TypeError(f"`model` must be the final model, a torch module, got {came}.")
     check_task(task)
-    check_num_seeds(num_seeds)
+    num_seeds = check_count("num_seeds", num_seeds)
     checkpoint = None if ckpt_path is None else load_checkpoint(resolve_ckpt_path(ckpt_path, model))
     state = rank_zero_state(model) if checkpoint is None else checkpoint.get("state_dict", checkpoint)
     train, asked = resolve_train_data(train_data, train_indices, model), resolve_queries(queries, model)
@@ -202,8 +203,7 @@ def measure_effects(
     started, train, seeds = time.perf_counter(), leaving_out.train, list(seeds)
     positions, places = find_left_out(left_out, train)
     amounts = read_amounts(epochs)
-    if not seeds:
-        raise ValueError("`num_seeds` must be at least 1.")
+    check_count("num_seeds", len(seeds))
     identity = {**metadata, **leaving_out.identity(), "epochs": amounts, "seeds": seeds}
     if "data" not in identity:
         identity["data"] = survey(train, leaving_out.task, leaving_out.model, leaving_out.num_outputs).fingerprint
@@ -254,19 +254,9 @@ def read_amounts(epochs: int | Sequence[int]) -> list[int]:
         ([1, 5], [3])
     """
     several = list(epochs) if isinstance(epochs, Iterable) else [epochs]
-    if not several or not all(_is_count(amount) for amount in several):
-        raise ValueError(f"`epochs` must be one or several integers of at least 1, got {epochs!r}.")
-    return sorted(set(several))
-
-
-def check_num_seeds(num_seeds: object) -> None:
-    """Refuse what is not a number of seeds."""
-    if not _is_count(num_seeds):
-        raise ValueError(f"`num_seeds` must be an integer of at least 1, got {num_seeds!r}.")
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if not several:
+        raise ValueError(f"`epochs` must be one or several integers, got {epochs!r}.")
+    return sorted({check_count("epochs", amount) for amount in several})
 
 
 def _existing(path: Path, identity: dict[str, Any], positions: Tensor) -> FurtherTraining:

@@ -19,6 +19,7 @@ from stride_lightning.data.reading import count_outputs, encoded_batch, encoded_
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
 from stride_lightning.model.weights import borrowed, weight_hash
 from stride_lightning.retraining.optimizers import CannotBatch, MakeOptimizer, read_optimization
+from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.randomness import mix, seeded
 from stride_lightning.tasks.inference import check_task, infer_task_of
 from stride_lightning.tasks.likelihoods import Task, columns
@@ -187,8 +188,7 @@ def make_recipe(
         )
     if measure not in get_args(Measure):
         raise ValueError(f"`measure` must be one of {get_args(Measure)}, got {measure!r}.")
-    if not isinstance(max_epochs, int) or max_epochs < 1:
-        raise ValueError(f"`max_epochs` must be an integer of at least 1, got {max_epochs!r}.")
+    max_epochs = check_count("max_epochs", max_epochs)
     try:
         with seeded(0):
             model, again = model_fn(), model_fn()

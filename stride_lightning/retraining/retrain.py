@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import lightning.pytorch as L
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from stride_lightning.results.attribution import Attribution
+from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.retraining.batchability import vectorised_attention
 from stride_lightning.retraining.ground_truth import Counterfactual, GroundTruth, Retrained
 from stride_lightning.retraining.one_by_one import train_alone
 from stride_lightning.retraining.optimizers import CannotBatch, MakeOptimizer
 from stride_lightning.retraining.recipe import Recipe, make_recipe
 from stride_lightning.retraining.together import Together
+from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import broadcast_object
 from stride_lightning.runtime.progress import announce, counting
 from stride_lightning.runtime.randomness import mix, preserved_random_state
@@ -132,7 +133,7 @@ def retrain(
 
 
 def retrain_without(
-    attribution: Attribution,
+    attribution: Attribution | TopAttribution,
     model_fn: Callable[[], nn.Module],
     queries: Any,
     *,
@@ -171,6 +172,8 @@ def retrain_without(
     known = set(inspect.signature(make_recipe).parameters)
     if unknown := sorted(how.keys() - known):
         raise TypeError(f"retrain_without() takes no {', '.join(unknown)}; it takes {', '.join(sorted(known))}.")
+    if isinstance(attribution, TopAttribution):
+        raise ValueError(attribution.why_no_scores)
     if not isinstance(attribution, Attribution):
         raise TypeError(f"`attribution` must be an Attribution, got {type(attribution).__name__}: wrap its scores.")
     if not torch.isfinite(attribution.scores).all():
@@ -217,8 +220,7 @@ def sample_masks(num_train: int, num_subsets: int, fraction: float = 0.5, *, see
         >>> sample_masks(10, 3, 0.3).sum(1)
         tensor([3, 3, 3])
     """
-    if not isinstance(num_subsets, int) or num_subsets < 2:
-        raise ValueError(f"`num_subsets` must be an integer of at least 2, got {num_subsets!r}.")
+    num_subsets = check_count("num_subsets", num_subsets, 2)
     size = round(fraction * num_train)
     if not 0 < fraction < 1 or not 0 < size < num_train:
         raise ValueError(
@@ -340,8 +342,5 @@ def _check_losses(losses: Tensor, start: int, seed: int) -> None:
 
 
 def _seeds(seed: int, num_seeds: int) -> list[int]:
-    if not isinstance(num_seeds, int) or num_seeds < 1:
-        raise ValueError(f"`num_seeds` must be an integer of at least 1, got {num_seeds!r}.")
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"`seed` must be an integer of at least 0, got {seed!r}.")
-    return [int(number) for number in np.arange(seed, seed + num_seeds)]
+    first = check_count("seed", seed, 0)
+    return list(range(first, first + check_count("num_seeds", num_seeds)))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from stride_lightning.runtime.conjugate_gradients import conjugate_gradients
 from stride_lightning.runtime.parallel import even_slices, map_chunks
 from stride_lightning.steering.basis import Observation
 from stride_lightning.steering.solvers import BLOCK_BYTES, refit
@@ -116,7 +115,13 @@ def influence(
                 total += (features[rows].T / size) @ curved
             return total
 
-        solution = _conjugate_gradients(product, right, preconditioner, tolerance, max_iterations)
+        solution = conjugate_gradients(
+            product,
+            right,
+            lambda residual: preconditioner * residual,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+        ).values
         # (C, b, q) outputs moved, times what surprises about the examples
         parts = [((features[rows] @ solution) * surprise[:, rows, None]).sum(0) for rows in blocks]
         return torch.cat(parts).T / size
@@ -124,27 +129,3 @@ def influence(
     chunks = even_slices(len(queries), QUERY_CHUNK, features.device)
     solved = map_chunks(solve, chunks, features.device, "Influence", show_progress=show_progress)
     return torch.cat([features.new_empty(0, size), *solved])
-
-
-def _conjugate_gradients(
-    product: Callable[[Tensor], Tensor], right: Tensor, preconditioner: Tensor, tolerance: float, max_iterations: int
-) -> Tensor:
-    """Solve a positive definite system for all columns (last axis) at once."""
-    solution, residual = torch.zeros_like(right), right.clone()
-    target = tolerance * right.square().sum((0, 1)).sqrt()
-    scaled = preconditioner * residual
-    direction, energy = scaled.clone(), (residual * scaled).sum((0, 1))
-    for _ in range(max_iterations):
-        # Solved columns rest, so that an answer does not depend on which others are solved beside it.
-        waiting = residual.square().sum((0, 1)).sqrt() > target
-        if not bool(waiting.any()):
-            break
-        mapped = product(direction)
-        step = waiting * energy / (direction * mapped).sum((0, 1)).clamp(min=1e-38)
-        solution += step * direction
-        residual -= step * mapped
-        scaled = preconditioner * residual
-        following = (residual * scaled).sum((0, 1))
-        direction = torch.where(waiting, scaled + following / energy.clamp(min=1e-38) * direction, direction)
-        energy = following
-    return solution

@@ -1,15 +1,19 @@
-"""From K measurements to n scores: recovery with a prior, and ridge."""
+"""From K measurements to n scores: recovery with a prior, by the ridge or by the lasso."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from stride_lightning.runtime.checks import check_positive
 from stride_lightning.runtime.parallel import even_slices, map_chunks
+from stride_lightning.steering.lasso import cross_validate_penalty, solve_lasso
 from stride_lightning.steering.subsets import Design
+
+RecoveryName = Literal["prior", "lasso", "ridge"]
 
 #: Bytes the K x K systems of queries solved together may take, in each thread.
 SYSTEM_BYTES = 2**25
@@ -34,6 +38,49 @@ class Recovery:
     def select(self, queries: slice) -> Recovery:
         """The same, of some of the queries."""
         return Recovery(self.scores[queries], None if self.std is None else self.std[queries], self.chosen)
+
+
+def recover(
+    measurements: Tensor,
+    design: Design,
+    how: str,
+    prior: Tensor | None = None,
+    second_opinion: Tensor | None = None,
+    *,
+    penalty: float | None = None,
+    seed: int = 0,
+    show_progress: bool = True,
+) -> Recovery:
+    """Recover scores by name.
+
+    Args:
+        measurements: Shape ``(q, K)``, in nats.
+        design: Which example is in which subset.
+        how: ``"prior"`` (:func:`recover_with_prior`), ``"ridge"`` (:func:`recover_ridge`), or ``"lasso"``
+            (:func:`~stride_lightning.steering.lasso.solve_lasso`).
+        prior: First-order influence, shape ``(q, n)``; for ``"prior"``.
+        second_opinion: Another; for ``"prior"``.
+        penalty: Of the lasso or the ridge; by cross-validation over subsets when None.
+        seed: Of the folds of cross-validation.
+        show_progress: Show a progress bar.
+    """
+    if how == "prior":
+        assert prior is not None
+        return recover_with_prior(
+            measurements, design, prior.to(measurements), second_opinion, show_progress=show_progress
+        )
+    if how == "ridge":
+        return recover_ridge(measurements, design, penalty=penalty, show_progress=show_progress)
+    relative: float | Tensor | None = penalty
+    if relative is None:
+        relative = cross_validate_penalty(measurements, design, seed=seed, show_progress=show_progress)
+    solution = solve_lasso(measurements, design, relative, show_progress=show_progress)
+    chosen = {
+        "penalty": float(torch.as_tensor(relative).median()),
+        "duality_gap_max": float(solution.gap.max()),
+        "nonzeros_mean": float((solution.scores != 0).sum(1).float().mean()),
+    }
+    return Recovery(solution.scores, None, chosen)
 
 
 def recover_with_prior(
@@ -82,8 +129,8 @@ def recover_with_prior(
         >>> recover_with_prior(design.responses(truth), design, truth + 0.01).scores.argmax().item()
         7
     """
-    if noise is not None and not noise > 0:
-        raise ValueError(f"`noise` must be positive, got {noise}.")
+    if noise is not None:
+        check_positive("noise", noise)
     check_measurements(measurements, design)
     centred = measurements - measurements.mean(1, keepdim=True)
     response = design.responses(prior)
@@ -122,8 +169,8 @@ def recover_ridge(
     Returns:
         Scores, posterior standard deviations and the penalty.
     """
-    if penalty is not None and not penalty > 0:
-        raise ValueError(f"`penalty` must be positive, got {penalty}.")
+    if penalty is not None:
+        check_positive("penalty", penalty)
     check_measurements(measurements, design)
     centred = measurements - measurements.mean(1, keepdim=True)
     ones = measurements.new_ones(1, design.num_train)

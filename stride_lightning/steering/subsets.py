@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stride_lightning.runtime.checks import check_count
+
 #: Above this many memberships (subsets x examples) a default design becomes sparse.
 DENSE_LIMIT = 10**8
 #: Examples drawn at once. Part of the seeded recipe: changing it changes every design.
@@ -187,9 +189,7 @@ def sample_design(
         >>> sample_design(1000).num_subsets
         200
     """
-    num_subsets = default_num_subsets(num_train) if num_subsets is None else num_subsets
-    if not isinstance(num_subsets, int) or num_subsets < 2:
-        raise ValueError(f"`num_subsets` must be an integer of at least 2, got {num_subsets}.")
+    num_subsets = check_count("num_subsets", default_num_subsets(num_train) if num_subsets is None else num_subsets, 2)
     if degree is None:
         degree = max(1, num_subsets // 2) if num_train * num_subsets <= DENSE_LIMIT else min(10, num_subsets // 2)
     if num_train < 2:

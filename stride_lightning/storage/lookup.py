@@ -11,9 +11,6 @@ from torch import nn
 from stride_lightning.model.weights import attached_trainer
 from stride_lightning.storage.records import Record, RecordError, find_records, read_info, read_record
 
-#: Which callback writes which kind of record.
-_WRITERS = {"stride": "StrideCallback", "further-training": "FurtherTrainingCallback", "tracin": "TracInCallback"}
-
 
 def choose_record(
     explicit: str | Path | None,
@@ -60,7 +57,8 @@ def attached_states(model: nn.Module) -> list[Mapping[str, Any]]:
     """States of the callbacks with records among those of the trainer that a model is attached to."""
     trainer = attached_trainer(model)
     callbacks = [] if trainer is None else trainer.callbacks
-    return [callback.state_dict() for callback in callbacks if _writes_records(callback)]
+    # By an attribute: callbacks/ builds on this file, not the other way round.
+    return [callback.state_dict() for callback in callbacks if hasattr(callback, "record_kind")]
 
 
 def saved_states(checkpoint: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
@@ -95,8 +93,8 @@ def _explicit_record(path: Path, weights: str, asked: Mapping[str, Any], kind: s
     infos = {candidate: info for candidate, info in infos.items() if info.get("kind") == kind}
     if not infos:
         raise ValueError(
-            f"{path} holds {', '.join(kinds)}, not what {_WRITERS[kind]} writes. Name one of its records, or the "
-            "folder that holds them."
+            f"{path} holds {', '.join(kinds)}, not what the callback for {kind!r} writes. Name one of its records, or "
+            "the folder that holds them."
         )
     fitting = [candidate for candidate, info in infos.items() if info.get("weights") == weights]
     if not fitting:
@@ -118,11 +116,6 @@ def _known_records(checkpoint: Mapping[str, Any] | None, model: nn.Module) -> li
     states = attached_states(model) + saved_states(checkpoint)
     folders = dict.fromkeys(Path(state["dirpath"]) for state in states if state.get("dirpath"))
     return [record for folder in folders for record in find_records(folder)]
-
-
-def _writes_records(callback: object) -> bool:
-    # By name: callbacks/ builds on this file, not the other way round.
-    return any(base.__name__ in _WRITERS.values() for base in type(callback).__mro__)
 
 
 def _conflict(info: Mapping[str, Any], asked: Mapping[str, Any]) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
+
+from stride_lightning.runtime.checks import check_positive
 
 HOW_TO_PASS_TASK = (
     "Pass `task=`: Classification(), BinaryClassification(), Regression(), SequenceClassification(), "
@@ -268,9 +269,7 @@ class Regression(Task):
     name = "regression"
 
     def __init__(self, noise_std: float = 1.0) -> None:
-        if not (math.isfinite(noise_std) and noise_std > 0):
-            raise ValueError(f"`noise_std` must be a positive number, got {noise_std}.")
-        self.noise_std = float(noise_std)
+        self.noise_std = check_positive("noise_std", noise_std)
 
     @property
     @override

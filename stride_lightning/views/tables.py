@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from stride_lightning.results.scores import AttributionResult
+from stride_lightning.runtime.checks import check_count
+
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from stride_lightning.results.attribution import Attribution
 
-
-def dataframe(attribution: Attribution, k: int | None = None) -> DataFrame:
+def dataframe(attribution: AttributionResult, k: int | None = None) -> DataFrame:
     """One row per query and training example, as :meth:`Attribution.to_dataframe` describes them.
 
     Args:
@@ -25,8 +26,8 @@ def dataframe(attribution: Attribution, k: int | None = None) -> DataFrame:
         import pandas as pd
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("to_dataframe() needs pandas: pip install 'stride-lightning[pandas]'.") from error
-    if k is not None and k < 1:
-        raise ValueError(f"`k` must be at least 1, got {k}.")
+    if k is not None:
+        check_count("k", k)
     rows, columns, scores, std = attribution.pairs(k)
     table: dict[str, Any] = {"query": rows, "train_index": attribution.train_indices[columns], "score": scores}
     if std is not None:

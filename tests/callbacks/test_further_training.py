@@ -413,11 +413,11 @@ def test_weights_that_a_callback_listed_before_swaps_in(tmp_path):
 ARGUMENTS = {
     "num_seeds": ({"num_seeds": 0}, "`num_seeds` must be an integer of at least 1, got 0"),
     "half a seed": ({"num_seeds": 2.5}, r"`num_seeds` must be an integer of at least 1, got 2\.5"),
-    "true": ({"epochs": True}, "`epochs` must be one or several integers of at least 1, got True"),
-    "batch_size": ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
-    "epochs": ({"epochs": [1, 0]}, r"`epochs` must be one or several integers of at least 1, got \[1, 0\]"),
+    "true": ({"epochs": True}, "`epochs` must be an integer of at least 1, got True"),
+    "batch_size": ({"batch_size": 0}, "`batch_size` must be an integer of at least 1, got 0"),
+    "epochs": ({"epochs": [1, 0]}, r"`epochs` must be an integer of at least 1, got 0"),
     "no epochs": ({"epochs": []}, r"`epochs` must be one or several integers.*got \[\]"),
-    "half an epoch": ({"epochs": 0.5}, r"`epochs` must be one or several integers of at least 1, got 0\.5"),
+    "half an epoch": ({"epochs": 0.5}, r"`epochs` must be an integer of at least 1, got 0\.5"),
     "task": ({"task": Classification}, "`task` must be an instance of Task, got the class Classification"),
 }
 

@@ -30,7 +30,7 @@ from tests.helpers.gradient_models import (
     seeded,
     words_for,
 )
-from tests.helpers.tiny import CPU, examples_of, permutation, random_tensor
+from tests.helpers.tiny import CPU, examples_of, permutation
 from tests.information import dense
 from tests.runtime.test_distributed import run_two, start
 
@@ -70,6 +70,18 @@ def ask(method="information-loss", model=None, data=DATA, queries=QUERIES, **opt
 def made(method="information-loss", model=None, data=DATA, **options):
     """Fitted, with features and scores in the precision of the model."""
     return fitted(mlp() if model is None else model, data, method, **options)
+
+
+def informed(method="information-loss", model=None, data=DATA, queries=QUERIES, target="label", **options):
+    """An attributor and what it says of the queries."""
+    fit = {name: options.pop(name, None) for name in ("task", "train_indices")}
+    attributor = create(method, **QUIET | options).fit(mlp() if model is None else model, data, **fit)
+    return attributor, attributor.attribute(queries, target=target)
+
+
+def diverse(*arguments, k=None, **options):
+    attributor, attribution = informed(*arguments, **options)
+    return attributor.diverse(attribution, k)
 
 
 def exact_of(attributor, queries):
@@ -288,14 +300,14 @@ def test_features_that_are_not_kept(method, monkeypatch):
     plain = {"ridge": RIDGE, "batch_size": 4}
     options = plain | {"signed": True}
     expected = ask(method, **options)
-    chosen = ask(method, **plain).top(4, diverse=True)
+    chosen = diverse(method, k=4, **plain)
     own = self_influence(mlp(), train_data=DATA, method=method, **QUIET, **options)
     places = made(method, **options).coreset(5).places
     monkeypatch.setattr(module, "KEPT_BYTES", 0)
     assert made(method, **options)._held is None
     found = ask(method, **options)
     close_scores(found.scores, expected.scores, 1e-7)
-    assert torch.equal(ask(method, **plain).top(4, diverse=True).proponents, chosen.proponents)
+    assert torch.equal(diverse(method, k=4, **plain).proponents, chosen.proponents)
     close_scores(self_influence(mlp(), train_data=DATA, method=method, **QUIET, **options), own, 1e-7)
     assert torch.equal(made(method, **options).coreset(5).places, places)
     monkeypatch.setattr(planned, "TILE_BYTES", 4 * 5 * 3)
@@ -318,7 +330,7 @@ def test_predicted_targets(method):
         found = ask(method, model, queries=TensorDataset(QUERIES.tensors[0]), target="predicted", **options)
         close_scores(found.scores, expected.scores)
     expected, found = (
-        ask(method, model, queries=queries, likelihood="margin", target=target).top(4, diverse=True)
+        diverse(method, model, queries=queries, likelihood="margin", target=target, k=4)
         for queries, target in ((labelled, "label"), (TensorDataset(QUERIES.tensors[0]), "predicted"))
     )
     assert torch.equal(found.proponents, expected.proponents)
@@ -336,9 +348,9 @@ def test_model_is_as_before(method):
     found = ask(method, model, signed=True)
     check_same_condition(before, model)
     close_scores(found.scores.abs(), expected)
-    plain = ask(method, model)
+    attributor, plain = informed(method, model)
     check_same_condition(before, model)
-    plain.top(3, diverse=True)
+    attributor.diverse(plain, 3)
     check_same_condition(before, model)
     made(method, model).coreset(3)
     self_influence(model, train_data=DATA, method=method, **QUIET)
@@ -379,90 +391,85 @@ def test_top_k(method, signed, tile, monkeypatch):
 def test_diverse_is_greedy(method, name, likelihood):
     make, data, queries, task = CASES[name]
     model, options = make(), {"task": task, "likelihood": likelihood, "ridge": RIDGE}
-    found = ask(method, model, data, queries, **options)
+    attributor, found = informed(method, model, data, queries, **options)
     train, asked = (dense.tangents_of(model, task, part, likelihood) for part in (data, queries))
-    diverse = found.top(5, diverse=True)
+    chosen = attributor.diverse(found, 5)
     for row, query in enumerate(asked):
         places, gains = dense.greedy_gain(query, train, list(range(len(train))), 5, RIDGE)
-        assert diverse.proponents[row].tolist() == places
-        assert diverse.proponent_scores[row].tolist() == pytest.approx(gains, rel=1e-4)
-    assert diverse.opponents.shape == diverse.opponent_scores.shape == (5, 0)
-    assert "most told by" in repr(diverse)
-    assert "harmed" not in repr(diverse)
+        assert chosen.proponents[row].tolist() == places
+        assert chosen.proponent_scores[row].tolist() == pytest.approx(gains, rel=1e-4)
+    assert chosen.opponents.shape == chosen.opponent_scores.shape == (5, 0)
+    assert "most told by" in repr(chosen)
+    assert "harmed" not in repr(chosen)
     # All together they say what the whole set says.
-    every = found.top(99, diverse=True)
+    every = attributor.diverse(found, 99)
     assert every.proponents.sort(1).values.tolist() == [list(range(len(train)))] * 5
     exact = dense.gain(asked, train, list(range(len(train))), RIDGE, dense.next_to_no_noise(train, RIDGE))
     torch.testing.assert_close(every.proponent_scores.sum(1).double(), exact, rtol=1e-5, atol=0)
 
 
 def test_diverse_of_one_query():
-    found = ask()
-    expected = found.top(4, diverse=True)
+    attributor, found = informed()
+    expected = attributor.diverse(found, 4)
     for row in (0, 3, -1):
-        one = found[row].top(4, diverse=True)
+        one = attributor.diverse(found[row], 4)
         assert torch.equal(one.proponents[0], expected.proponents[row])
         close_scores(one.proponent_scores[0], expected.proponent_scores[row], 1e-6)
-    assert found.top(diverse=True).proponents.shape == (5, 10)
+    assert attributor.diverse(found).proponents.shape == (5, 10)
 
 
 def test_diverse_positions_are_those_of_the_dataset():
     part = [7, 2, 11, 5, 0, 4]
-    found = ask(train_indices=part, ridge=RIDGE).top(3, diverse=True).proponents
+    chosen = diverse(train_indices=part, ridge=RIDGE, k=3).proponents
     train, asked = (dense.tangents_of(mlp(), TASKS["classification"][0], part_) for part_ in (DATA, QUERIES))
     for row, query in enumerate(asked):
-        assert found[row].tolist() == dense.greedy_gain(query, train, part, 3, RIDGE)[0]
+        assert chosen[row].tolist() == dense.greedy_gain(query, train, part, 3, RIDGE)[0]
 
 
 @both_methods
 def test_diverse_among_the_held(method):
-    """A TopAttribution chooses among the proponents that it holds."""
-    found = ask(method, top_k=13, ridge=RIDGE)
+    """Among the proponents that a TopAttribution holds."""
+    attributor, found = informed(method, top_k=13, ridge=RIDGE)
     train, asked = (dense.tangents_of(mlp(), TASKS["classification"][0], part) for part in (DATA, QUERIES))
-    diverse = found.top(4, diverse=True).proponents
+    chosen = attributor.diverse(found, 4).proponents
     for row, query in enumerate(asked):
         held = sorted(found.top(13).proponents[row].tolist())
-        assert diverse[row].tolist() == dense.greedy_gain(query, train, held, 4, RIDGE)[0]
-    one = found[2].top(4, diverse=True)
-    assert torch.equal(one.proponents[0], diverse[2])
+        assert chosen[row].tolist() == dense.greedy_gain(query, train, held, 4, RIDGE)[0]
+    one = attributor.diverse(found[2], 4)
+    assert torch.equal(one.proponents[0], chosen[2])
     with pytest.raises(ValueError, match=r"among the 13 strongest .* attribute with `top_k=13`"):
-        ask(method, top_k=6, ridge=RIDGE).top(4, diverse=True)
+        diverse(method, top_k=6, ridge=RIDGE, k=4)
 
 
-def test_diverse_among_candidates_of_each_query():
-    found = ask(ridge=RIDGE)
+def test_diverse_among_candidates_of_each_query(monkeypatch):
+    attributor, found = informed(ridge=RIDGE)
     train, asked = (dense.tangents_of(mlp(), TASKS["classification"][0], part) for part in (DATA, QUERIES))
     # Never 0, 7 or 10: columns are not places among the candidates.
     candidates = torch.stack([torch.tensor([12, 9, 4, 6, 2]) + shift for shift in (0, -1, 0, 0, -1)])
-    diverse = found.diversify(found.queries, "label", candidates, 3).proponents
+    best = Attribution(torch.zeros(5, 13).scatter_(1, candidates, 1.0), metadata=found.metadata, queries=found.queries)
+    monkeypatch.setattr(module, "NUM_CANDIDATES", 1)
+    monkeypatch.setattr(module, "CANDIDATES_EACH", 1)
+    chosen = attributor.diverse(best, 5).proponents
     for row, query in enumerate(asked):
         held = sorted(candidates[row].tolist())
-        assert diverse[row].tolist() == dense.greedy_gain(query, train, held, 3, RIDGE)[0]
+        assert chosen[row].tolist() == dense.greedy_gain(query, train, held, 5, RIDGE)[0]
 
 
 @pytest.mark.parametrize(("k", "num_candidates"), [(3, 500), (None, 500), (60, 600), (900, 1000)])
-def test_candidates_are_the_best(k, num_candidates):
-    asked, data = [], examples_of(torch.zeros(2, 1))
-
-    def chosen(*arguments):
-        asked.append(arguments)
-        return Attribution(torch.zeros(2, 1000)).top(1)
-
-    scores = random_tensor(2, 1000, seed=0).float()
-    found = Attribution(scores, metadata={"target": "predicted"}, queries=data, diversify=chosen)
-    found.top(k, diverse=True)
-    ((queries, target, candidates, size),) = asked
-    assert (queries, target, size) == (data, "predicted", k or 10)
-    best = scores.sort(1, descending=True).indices[:, :num_candidates]
-    assert torch.equal(candidates.sort(1).values, best.sort(1).values)
+def test_number_of_candidates(k, num_candidates):
+    attributor, found = informed()
+    best = Attribution(torch.arange(5000.0).view(5, 1000)).top_columns(num_candidates - 1)
+    held = TopAttribution(best, 1000, metadata=found.metadata, queries=found.queries)
+    with pytest.raises(ValueError, match=f"among the {num_candidates} strongest of each query, and "):
+        attributor.diverse(held, k)
 
 
 def distinct(**options):
     """Distinct examples among ten, plain and diverse, where each of twelve comes six times; mean over queries."""
     data, queries = points_for(num=12), points_for(num=4, seed=1)
     copied = TensorDataset(*(torch.cat([tensor] * 6) for tensor in data.tensors))
-    found = ask(data=copied, queries=queries, **options)
-    chosen = found.top(10).proponents % 12, found.top(10, diverse=True).proponents % 12
+    attributor, found = informed(data=copied, queries=queries, **options)
+    chosen = found.top(10).proponents % 12, attributor.diverse(found, 10).proponents % 12
     return [sum(len(row.unique()) for row in rows) / 4 for rows in chosen]
 
 
@@ -474,61 +481,66 @@ def test_copies_are_left_out(method, options):
     assert diverse >= 9
 
 
-def test_diverse_where_it_cannot_be(tmp_path):
-    found = ask()
-    again = Attribution.load(found.save(tmp_path / "scores"), queries=QUERIES, train_data=DATA)
-    top = Attribution.load(ask(top_k=4).save(tmp_path / "top"))
-    assert torch.equal(again.top(3).proponents, found.top(3).proponents)
-    # Those of signed scores might harm.
-    signed = [ask(method, signed=True, top_k=top_k) for method in METHODS for top_k in (None, 4)]
-    for other in (again, top, *signed, signed[0][2], ask("grad-dot"), Attribution(torch.zeros(1, 2))):
-        with pytest.raises(
-            ValueError,
-            match=r"needs method='information-loss' or 'information-gain' without `signed`.* a saved attribution",
-        ):
-            other.top(2, diverse=True)
-    with pytest.raises(ValueError, match="`k` must be at least 1, got 0"):
-        found.top(0, diverse=True)
+def test_diverse_of_a_loaded_attribution(tmp_path):
+    attributor, found = informed()
+    path = found.save(tmp_path / "scores")
+    expected = attributor.diverse(found, 3)
+    again = made().diverse(Attribution.load(path, queries=QUERIES), 3)
+    assert torch.equal(again.proponents, expected.proponents)
+    with pytest.raises(ValueError, match="holds no queries: load it with `queries=`"):
+        attributor.diverse(Attribution.load(path), 3)
+    with pytest.raises(ValueError, match="loaded with other queries than it is of"):
+        attributor.diverse(Attribution.load(path, queries=points_for(num=5, seed=9)), 3)
+
+
+def test_diverse_where_it_cannot_be():
+    attributor, found = informed()
+    with pytest.raises(ValueError, match="`k` must be an integer of at least 1, got 0"):
+        attributor.diverse(found, 0)
+    with pytest.raises(RuntimeError, match=r"Call fit\(model, train_data\) before diverse"):
+        create("information-gain").diverse(found)
+    for method in METHODS:  # those of signed scores might harm
+        with pytest.raises(ValueError, match="attribute without `signed`"):
+            diverse(method, signed=True)
+    others = {
+        "weights": informed(model=mlp(seed=5)),
+        "data": informed(data=points_for(num=13, seed=7)),
+        "method, options": informed("grad-dot"),
+        "method": informed("information-gain"),
+        "seed": informed(seed=3),
+        "options": informed(likelihood="margin"),
+    }
+    for names, (_, other) in others.items():
+        with pytest.raises(ValueError, match=rf"not of what this attributor was fitted to: other {names}\. Give"):
+            attributor.diverse(other)
+    with pytest.raises(ValueError, match="other method, weights, data, task, seed, options"):
+        attributor.diverse(Attribution(torch.zeros(1, 2)))
 
 
 def test_diverse_needs_the_weights_of_before():
     model = mlp()
-    found = ask(model=model)
-    expected = found.top(3, diverse=True)
+    attributor, found = informed(model=model)
+    attributor.diverse(found, 3)
     with torch.no_grad():
         model[0].weight[0, 0] += 1
         with pytest.raises(ValueError, match="weights have changed since fit"):
-            found.top(3, diverse=True)
-        model[0].weight[0, 0] -= 1
-    torch.testing.assert_close(found.top(3).proponents, ask(model=model).top(3).proponents)
-    del expected
+            attributor.diverse(found, 3)
 
 
-def test_diverse_needs_the_fit_of_before():
-    attributor = made()
-    found = attributor.attribute(QUERIES)
-    for model, data in ((mlp(seed=5), points_for(num=13, seed=7)), (mlp(), DATA)):
-        attributor.fit(model, data)
-        with pytest.raises(ValueError, match=r"fitted again since: call attribute\(queries\) again"):
-            found.top(3, diverse=True)
-    again = attributor.attribute(QUERIES).top(3, diverse=True)
-    assert torch.equal(again.proponents, ask().top(3, diverse=True).proponents)
-
-
-def test_diverse_after_a_fit_that_failed():
-    attributor = made(ridge=RIDGE, top_k=13)
-    found = attributor.attribute(QUERIES)
-    expected = found.top(3, diverse=True)
+def test_diverse_after_another_fit():
+    attributor, found = informed()
+    expected = attributor.diverse(found, 3)
+    attributor.fit(mlp(seed=5), points_for(num=13, seed=7))
+    with pytest.raises(ValueError, match="other weights, data"):
+        attributor.diverse(found, 3)
     other = TensorDataset(-DATA.tensors[0], DATA.tensors[1].clone())
-    other.tensors[1][min(set(range(13)) - set(found.top(4).proponents.flatten().tolist()))] = 7
+    other.tensors[1][3] = 7
     with pytest.raises(ValueError, match="Class targets must lie in"):
         attributor.fit(mlp(), other)
-    try:
-        again = found.top(3, diverse=True)
-    except ValueError:
-        return
-    assert torch.equal(again.proponents, expected.proponents)
-    close_scores(again.proponent_scores, expected.proponent_scores)
+    with pytest.raises(ValueError, match="other method, weights, data"):
+        attributor.diverse(found, 3)
+    attributor.fit(mlp(), DATA)
+    assert torch.equal(attributor.diverse(found, 3).proponents, expected.proponents)
 
 
 # ---- self-influence ---------------------------------------------------------------------------------------------
@@ -584,10 +596,12 @@ def test_coreset_where_it_cannot_be():
     model = mlp()
     attributor = made(model=model)
     for size in (0, 14):
-        with pytest.raises(ValueError, match=rf"`size` must be in 1..13, the number of examples; got {size}"):
+        with pytest.raises(
+            ValueError, match=rf"`size` must be an integer .* and at most 13, the number of .*, got {size}"
+        ):
             attributor.coreset(size)
     for size in (2.0, True, "2"):
-        with pytest.raises(ValueError, match=rf"`size` must be an integer, got {size!r}"):
+        with pytest.raises(ValueError, match=rf"`size` must be an integer of at least 1 .*, got {size!r}"):
             attributor.coreset(size)
     with torch.no_grad():
         model[0].weight += 1
@@ -691,14 +705,14 @@ def test_diverse_with_many_outputs(monkeypatch):
     part = [11, 2, 7, 5, 0, 4]
     train, asked = rows_of(made(ridge=RIDGE), QUERIES)
     for options in ({}, {"top_k": 13}, {"train_indices": part}):
-        found = ask("information-gain", ridge=RIDGE, **options)
-        chosen = found.top(4, diverse=True)
+        attributor, found = informed("information-gain", ridge=RIDGE, **options)
+        chosen = attributor.diverse(found, 4)
         for row, query in enumerate(asked):
             held = options.get("train_indices")
             places, gains = dense.greedy_gain(query, train, sorted(held or range(13)), 4, RIDGE)
             assert chosen.proponents[row].tolist() == places
             assert chosen.proponent_scores[row].tolist() == pytest.approx(gains, rel=1e-4)
-        one = found[3].top(4, diverse=True)
+        one = attributor.diverse(found[3], 4)
         assert torch.equal(one.proponents[0], chosen.proponents[3])
         close_scores(one.proponent_scores[0], chosen.proponent_scores[3], 1e-6)
 
@@ -789,9 +803,9 @@ class Dead(nn.Module):
 def test_zero_gradients(method):
     data = points_for("regression")
     for options in ({"signed": True}, {}):
-        found = ask(method, seeded(Dead), data, data, ridge=1.0, **options)
+        attributor, found = informed(method, seeded(Dead), data, data, ridge=1.0, **options)
         assert (found.scores == 0).all()
-    assert found.top(2, diverse=True).proponents.tolist() == [[0, 1]] * 14
+    assert attributor.diverse(found, 2).proponents.tolist() == [[0, 1]] * 14
     with pytest.raises(ValueError, match=r"All features are zero.*give `ridge=`"):
         ask(method, seeded(Dead), data, data)
     model = seeded(lambda: nn.Linear(4, 1))
@@ -886,12 +900,12 @@ def test_weights_of_another_model():
 @both_methods
 def test_one_training_example_and_one_query(method):
     one, asked = (TensorDataset(*(t[:1] for t in part.tensors)) for part in (DATA, QUERIES))
-    found = ask(method, data=one, queries=asked, ridge=RIDGE)
+    attributor, found = informed(method, data=one, queries=asked, ridge=RIDGE)
     train, query = (dense.tangents_of(mlp(), TASKS["classification"][0], part) for part in (one, asked))
     torch.testing.assert_close(
         found.scores.double(), dense.single(METHODS[method], query, train, RIDGE), rtol=1e-6, atol=0
     )
-    assert found.top(diverse=True).proponents.tolist() == [[0]]
+    assert attributor.diverse(found).proponents.tolist() == [[0]]
 
 
 # ---- metadata ---------------------------------------------------------------------------------------------------
@@ -924,7 +938,7 @@ def test_methods_are_known():
 
 
 def test_progress_is_quiet_when_told(capsys):
-    ask().top(2, diverse=True)
+    diverse(k=2)
     assert capsys.readouterr() == ("", "")
 
 
@@ -969,7 +983,7 @@ def everything():
             if kind != "many":
                 found[method, kind]["self"] = attributor.self_influence()
             if kind != "signed":
-                found[method, kind]["diverse"] = asked.top(4, diverse=True).proponents
+                found[method, kind]["diverse"] = attributor.diverse(asked, 4).proponents
     return found
 
 

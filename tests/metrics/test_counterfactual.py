@@ -55,7 +55,7 @@ def test_class_refuses_ks_that_do_not_fit() -> None:
         with pytest.raises(ValueError, match="each larger than the last"):
             CounterfactualScore(ks)
     for k in (0, 1.5, True):
-        with pytest.raises(ValueError, match=f"`ks` must be a whole number, at least 1, got {k}"):
+        with pytest.raises(ValueError, match=f"`ks` must be an integer of at least 1, got {k}"):
             CounterfactualScore([k])
     with pytest.raises(ValueError, match="`reduction` must be"):
         CounterfactualScore([1], reduction="max")

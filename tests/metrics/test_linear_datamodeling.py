@@ -241,5 +241,5 @@ def test_interval_refuses_options_out_of_range() -> None:
     for confidence in (0.0, 1.0, 95):
         with pytest.raises(ValueError, match=f"`confidence` must be between 0 and 1, got {confidence}"):
             linear_datamodeling_interval(*data, confidence=confidence)
-    with pytest.raises(ValueError, match="`num_resamples` must be a whole number, at least 1, got 0"):
+    with pytest.raises(ValueError, match="`num_resamples` must be an integer of at least 1, got 0"):
         linear_datamodeling_interval(*data, num_resamples=0)

@@ -69,5 +69,5 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="`reduction` must be"):
         top_k_overlap(one, other, 3, "sum")
     for k in (0, 1.0):
-        with pytest.raises(ValueError, match=f"`k` must be a whole number, at least 1, got {k}"):
+        with pytest.raises(ValueError, match=f"`k` must be an integer of at least 1, got {k}"):
             TopKOverlap(k)

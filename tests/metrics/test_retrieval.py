@@ -98,8 +98,8 @@ def test_what_does_not_fit_is_refused() -> None:
             retrieval_recall(scores, relevant, 3, **reduction)
     for k in (0, 41, 2.0):
         with pytest.raises(
-            ValueError, match=f"`k` must be a whole number, at least 1 and at most 40, the number of .*, got {k}"
+            ValueError, match=f"`k` must be an integer of at least 1 and at most 40, the number of .*, got {k}"
         ):
             retrieval_recall(scores, relevant, k)
-    with pytest.raises(ValueError, match="`k` must be a whole number, at least 1, got 0"):
+    with pytest.raises(ValueError, match="`k` must be an integer of at least 1, got 0"):
         RetrievalRecall(0)

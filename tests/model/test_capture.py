@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from stride_lightning import Classification
-from stride_lightning.gradients.plan import plan_capture
-from stride_lightning.model.capture import chosen_parameters
+from stride_lightning.gradients.outputs import TaskOutputs
+from stride_lightning.model.capture import Outputs, chosen_parameters
+from stride_lightning.model.plan import plan_capture
 from tests.helpers.gradient_models import (
     GPT2,
     Adapter,
@@ -174,7 +175,8 @@ def cut(inputs, rows):
 
 
 def planned(model, inputs, **options):
-    return plan_capture(model, Classification(), [cut(inputs, slice(i, i + 1)) for i in range(2)], **options)
+    outputs = TaskOutputs(model, Classification())
+    return plan_capture(outputs, [cut(inputs, slice(i, i + 1)) for i in range(2)], **options)
 
 
 def gradients_by_hand(capture, inputs, directions):
@@ -405,6 +407,14 @@ def test_examples_that_influence_each_other_or_chance(make, named, cure):
     assert "layers=[" in str(caught.value)
     after = condition_of(model)
     assert (after["hooks"], after["gradients"]) == (before["hooks"], True)
+
+
+@pytest.mark.parametrize("outputs", [torch.zeros(5), torch.zeros(4, 3), (torch.zeros(5, 3),), None])
+def test_outputs_of_another_form_are_refused(outputs):
+    module = Outputs(nn.Linear(3, 3))
+    module.check(torch.zeros(5, 3), 5)
+    with pytest.raises(TypeError, match=r"Expected outputs of shape \(5, C\) from Linear"):
+        module.check(outputs, 5)
 
 
 def test_wrong_layers():

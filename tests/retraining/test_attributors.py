@@ -184,7 +184,7 @@ def test_one_by_one_in_attribute(network):
 
 
 OPTIONS = {
-    "no seeds": ({"num_seeds": 0}, "`num_seeds` must be at least 1, got 0"),
+    "no seeds": ({"num_seeds": 0}, "`num_seeds` must be an integer of at least 1, got 0"),
     "no epochs": ({"epochs": 0}, "`epochs` must be an integer of at least 1, got 0"),
     "several epochs": ({"epochs": [1, 2]}, r"`epochs` must be an integer of at least 1, got \[1, 2\]"),
     "batch size": ({"data": DATA}, r"DataLoader with a batch_size, or `train_batch_size=`"),
@@ -303,9 +303,9 @@ def test_records_by_name(fitted, refuse_to_train, tmp_path):
     refuse_to_train()
     for record in (further.records[0], tmp_path / "further", str(further.records[0])):
         assert ask(model, record=record).scores.equal(further.result.effects())
-    with pytest.raises(ValueError, match="holds 'stride', not what FurtherTrainingCallback writes"):
+    with pytest.raises(ValueError, match="holds 'stride', not what the callback for 'further-training' writes"):
         ask(model, record=stride.records[0])
-    with pytest.raises(ValueError, match="holds 'further-training', not what StrideCallback writes"):
+    with pytest.raises(ValueError, match="holds 'further-training', not what the callback for 'stride' writes"):
         attribute(model, QUERIES, train_data=DATA, record=further.records[0], **QUIET)
 
 

@@ -321,9 +321,9 @@ def test_what_cannot_be_recovered_is_refused() -> None:
     with pytest.raises(ValueError, match=r"shape \(q, 12\), one per subset; got \(12,\)"):
         recover_with_prior(measurements[0], design, prior)
     for noise in (0.0, -1.0, math.nan):
-        with pytest.raises(ValueError, match="`noise` must be positive, got"):
+        with pytest.raises(ValueError, match="`noise` must be a positive number, got"):
             recover_with_prior(measurements, design, prior, noise=noise)
-        with pytest.raises(ValueError, match="`penalty` must be positive, got"):
+        with pytest.raises(ValueError, match="`penalty` must be a positive number, got"):
             recover_ridge(measurements, design, penalty=noise)
     measurements[1, 3], measurements[3, 0] = math.nan, math.inf
     for recover in (

@@ -55,7 +55,7 @@ def test_queries_can_be_chosen(tmp_path):
         attribution.report(tmp_path / "none", queries=[])
     with pytest.raises(IndexError, match="Query 3 of 3"):
         attribution.report(tmp_path / "none", queries=3)
-    with pytest.raises(ValueError, match="`k` must be at least 1"):
+    with pytest.raises(ValueError, match="`k` must be an integer of at least 1"):
         attribution.report(tmp_path / "none", k=0)
     assert not list(tmp_path.glob("*none*"))
 
@@ -240,6 +240,6 @@ def test_page_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr("stride_lightning.results.attribution.rank", lambda: 1)
+    monkeypatch.setattr("stride_lightning.results.scores.rank", lambda: 1)
     assert make_attribution().report(tmp_path / "report") == tmp_path / "report.html"
     assert os.listdir(tmp_path) == []

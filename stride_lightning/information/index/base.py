@@ -16,6 +16,7 @@ from torch import Tensor
 from stride_lightning.information.index import checks, ranking
 from stride_lightning.information.index.checks import Batch, Columns, Floats, Integers, PositionSet, VectorIndexError
 from stride_lightning.information.index.ranking import NOTHING, Ranked
+from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.progress import counting
 
 #: Positions of some rows, their handles, and their vectors.
@@ -65,7 +66,7 @@ class VectorIndex(ABC):
     def __init__(
         self, dim: int, identity: Mapping[str, Any] | None = None, columns: Mapping[str, type] | None = None
     ) -> None:
-        self.dim = checks.as_dim(dim)
+        self.dim = check_count("dim", dim)
         self.identity = checks.as_identity(identity or {})
         self.columns = checks.as_column_types(columns or {})
 
@@ -143,9 +144,8 @@ class VectorIndex(ABC):
         Returns:
             Number of rows appended.
         """
-        size = rows_per_commit if rows_per_commit is not None else max(1, _COMMIT_BYTES // (4 * self.dim))
-        if size < 1:
-            raise ValueError(f"`rows_per_commit` must be at least 1, got {rows_per_commit}.")
+        default = max(1, _COMMIT_BYTES // (4 * self.dim))
+        size = default if rows_per_commit is None else check_count("rows_per_commit", rows_per_commit)
         known, streamed = self._known(), PositionSet()
         pending: list[Rows] = []
         appended, waiting, since = 0, 0, time.monotonic()
@@ -294,8 +294,7 @@ class VectorIndex(ABC):
         return positions, vectors, checks.as_columns(columns or {}, self.columns, len(positions))
 
     def _checked_queries(self, queries: Any, k: int) -> Floats:
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ValueError(f"`k` must be a positive integer, got {k!r}.")
+        check_count("k", k)
         queries = checks.as_vectors(queries, self.dim, "queries", np.float64)
         if not (fine := np.isfinite(queries).all(1)).all():
             raise ValueError(f"Query {int(np.flatnonzero(~fine)[0])} is not finite: no ranking follows from it.")

@@ -51,13 +51,6 @@ class PositionSet:
         return zip(names.tolist(), np.split(order, starts[1:]), strict=bool(len(names)))
 
 
-def as_dim(dim: int) -> int:
-    """A positive integer."""
-    if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
-        raise ValueError(f"`dim` must be a positive integer, got {dim!r}.")
-    return dim
-
-
 def as_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Plain JSON values, as they come back from disk."""
     try:

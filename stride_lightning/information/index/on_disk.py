@@ -16,6 +16,7 @@ from stride_lightning.information.index import lance
 from stride_lightning.information.index.base import BLOCK_ROWS, Block, Hits, VectorIndex
 from stride_lightning.information.index.checks import Columns, Floats, Integers, PositionSet, VectorIndexError
 from stride_lightning.information.index.ranking import Ranked, magnitude, rank_rows
+from stride_lightning.runtime.checks import check_count
 
 _MIN_TRAINING_ROWS = 256  # of a product quantiser with one byte for each sub-vector
 
@@ -186,9 +187,8 @@ class InformationIndex(VectorIndex):
             return super().search(queries, k, where)
         queries = self._checked_queries(queries, k)
         self._check_where(where)
-        for name, value in (("nprobes", nprobes), ("refine_factor", refine_factor)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        check_count("nprobes", nprobes)
+        check_count("refine_factor", refine_factor)
         if not self.has_ann:
             raise ValueError("There is no approximate index: call `create_ann()` first, or search with exact=True.")
         step = max(1, min(128, 2**28 // (8 * self.dim * k)))
@@ -209,8 +209,8 @@ class InformationIndex(VectorIndex):
         """
         if num_sub_vectors is not None and (num_sub_vectors < 1 or self.dim % num_sub_vectors):
             raise ValueError(f"`num_sub_vectors` must divide dim={self.dim}, got {num_sub_vectors}.")
-        if num_partitions is not None and num_partitions < 1:
-            raise ValueError(f"`num_partitions` must be at least 1, got {num_partitions}.")
+        if num_partitions is not None:
+            check_count("num_partitions", num_partitions)
         self._refresh()
         if (rows := len(self)) < _MIN_TRAINING_ROWS:
             raise ValueError(

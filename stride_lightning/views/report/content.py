@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 from torch import Tensor
 
 from stride_lightning.data.examples import Examples
+from stride_lightning.results.scores import AttributionResult, TextSource
+from stride_lightning.results.texts import interval_text
 from stride_lightning.runtime.progress import track
 from stride_lightning.runtime.randomness import seeded
 from stride_lightning.views.figures import as_image
-from stride_lightning.views.ranking import RankedExample, interval_text, rank_examples, target_text
+from stride_lightning.views.ranking import RankedExample, rank_examples, target_text
 from stride_lightning.views.report.pictures import Pictures
-
-if TYPE_CHECKING:
-    from stride_lightning.results.attribution import Attribution
-
-#: Where texts come from: a function of the position in the dataset, one text per row or column, or a column's name.
-TextSource: TypeAlias = Callable[[int], str] | Sequence[str] | str | None
 
 #: Characters of one text that are embedded, and of one fact beyond which its column is shown as texts.
 MAX_TEXT, MAX_FACT = 2000, 60
 
 
 def report_content(
-    attribution: Attribution,
+    attribution: AttributionResult,
     rows: Sequence[int],
     k: int,
     *,
@@ -82,7 +78,7 @@ def report_content(
     return {"queries": queries, "examples": examples, "pictures": pictures.uris()}
 
 
-def _sides(attribution: Attribution, row: int, k: int) -> list[list[RankedExample]]:
+def _sides(attribution: AttributionResult, row: int, k: int) -> list[list[RankedExample]]:
     proponents, opponents = rank_examples(attribution, row, k)
     return [proponents, opponents] if attribution.is_signed else [proponents]
 

@@ -12,12 +12,10 @@ import secrets
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from stride_lightning.views.report.content import TextSource, report_content
-
-if TYPE_CHECKING:
-    from stride_lightning.results.attribution import Attribution
+from stride_lightning.results.scores import AttributionResult
+from stride_lightning.views.report.content import report_content
 
 #: Files of the page beside this one; the scripts run as one, in this order.
 _LAYOUT, _SCRIPTS = ("page.html", "page.css"), ("elements.js", "query.js", "page.js")
@@ -32,17 +30,15 @@ _UNSIGNED = (
 
 
 def write_report(
-    attribution: Attribution,
+    attribution: AttributionResult,
     path: str | os.PathLike[str],
     *,
     queries: int | Sequence[int] | None = None,
     k: int = 5,
-    image_shape: tuple[int, ...] | None = None,
-    query_text: TextSource = None,
-    train_text: TextSource = None,
     title: str | None = None,
+    **shown: Any,
 ) -> Path:
-    """Write the page; arguments as in :meth:`~stride_lightning.Attribution.report`.
+    """Write the page; arguments as in :meth:`~stride_lightning.Attribution.report`, the rest go to the content.
 
     Returns:
         The file that was written.
@@ -62,9 +58,7 @@ def write_report(
         raise ValueError("`queries` is empty: nothing to report.")
     # Rows are counted from the start, as the page names them.
     rows = list(dict.fromkeys(row + attribution.num_queries if row < 0 else row for row in asked))
-    content = report_content(
-        attribution, rows, k, image_shape=image_shape, query_text=query_text, train_text=train_text
-    )
+    content = report_content(attribution, rows, k, **shown)
     _write_at_once(path, page(attribution, content, k=k, title=title).encode(errors="replace"))
     return path
 
@@ -85,7 +79,7 @@ def html_path(path: str | os.PathLike[str]) -> Path:
     return path if path.suffix.lower() in (".html", ".htm") else path.with_name(f"{path.name}.html")
 
 
-def page(attribution: Attribution, content: dict[str, Any], *, k: int, title: str | None = None) -> str:
+def page(attribution: AttributionResult, content: dict[str, Any], *, k: int, title: str | None = None) -> str:
     """The whole page as text.
 
     Args:
@@ -126,7 +120,7 @@ def page(attribution: Attribution, content: dict[str, Any], *, k: int, title: st
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], own["page.html"])
 
 
-def header_facts(attribution: Attribution, num_shown: int, k: int) -> list[tuple[str, str]]:
+def header_facts(attribution: AttributionResult, num_shown: int, k: int) -> list[tuple[str, str]]:
     """What was computed, how and at what cost, by name.
 
     Example:
@@ -152,7 +146,7 @@ def header_facts(attribution: Attribution, num_shown: int, k: int) -> list[tuple
     return [*facts, ("Unit of scores", str(metadata.get("unit") or "that of the method"))]
 
 
-def meaning(attribution: Attribution) -> str:
+def meaning(attribution: AttributionResult) -> str:
     """How to read scores and whiskers, in a sentence or two."""
     words = "Positive scores are helpful: training on the example lowers the query's loss."
     if not attribution.is_signed:

@@ -441,11 +441,11 @@ def test_compacting_takes_appended_rows_into_the_approximate_index(clustered, tm
 def test_options_of_the_approximate_search(clustered, tmp_path):
     index, asked = clustered
     for name in ("nprobes", "refine_factor"):
-        with pytest.raises(ValueError, match=f"`{name}` must be a positive integer, got 0"):
+        with pytest.raises(ValueError, match=f"`{name}` must be an integer of at least 1, got 0"):
             index.search(asked, exact=False, **{name: 0})
     with pytest.raises(ValueError, match="`num_sub_vectors` must divide dim=64, got 7"):
         index.create_ann(num_sub_vectors=7)
-    with pytest.raises(ValueError, match="`num_partitions` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`num_partitions` must be an integer of at least 1, got 0"):
         index.create_ann(num_partitions=0)
     small = InformationIndex.create(tmp_path, 2, identity={})
     small.add([0], np.ones((1, 2)))
@@ -621,7 +621,7 @@ def test_batches_of_another_form_are_refused(make, batch):
 
 @pytest.mark.parametrize("k", [0, -1, 2.0, True])
 def test_k_must_be_positive(make, k):
-    with pytest.raises(ValueError, match=f"`k` must be a positive integer, got {k!r}"):
+    with pytest.raises(ValueError, match=f"`k` must be an integer of at least 1, got {k!r}"):
         make().search(queries(), k)
 
 
@@ -652,9 +652,9 @@ def test_bad_columns_are_refused(make, columns, error, message):
 
 def test_bad_sizes_are_refused(make):
     for dim in (0, 2.0, True):
-        with pytest.raises(ValueError, match=f"`dim` must be a positive integer, got {dim!r}"):
+        with pytest.raises(ValueError, match=f"`dim` must be an integer of at least 1, got {dim!r}"):
             make(dim=dim)
-    with pytest.raises(ValueError, match="`rows_per_commit` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`rows_per_commit` must be an integer of at least 1, got 0"):
         make().build([], rows_per_commit=0)
 
 

@@ -6,15 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from stride_lightning.gradients.features import cloned
-from stride_lightning.model.capture import WHOLE, Backward, Capture, Watch, watching
+from stride_lightning.model.capture import WHOLE, Backward, Capture, Outputs, Watch, watching
 from stride_lightning.model.layer_rules import lengths, rule_for
-from stride_lightning.model.layers import find_module, plain_name
+from stride_lightning.model.layers import cloned, find_module, plain_name
 from stride_lightning.model.layout import Layout, Source
-from stride_lightning.tasks.likelihoods import Task
 
 #: Examples on which rules are checked: so many, or fewer if their gradients take more bytes, but two at least.
 NUM_PROBES, PROBE_BYTES = 8, 2**28
@@ -29,8 +27,7 @@ _BY_ITSELF = (
 
 
 def plan_capture(
-    model: nn.Module,
-    task: Task,
+    outputs: Outputs,
     examples: Sequence[Any],
     together: Any = None,
     layers: Sequence[str] | None = None,
@@ -43,8 +40,7 @@ def plan_capture(
     the whole model, example by example.
 
     Args:
-        model: The model in eval mode.
-        task: What its outputs are.
+        outputs: Outputs of the model in eval mode.
         examples: Inputs of a few single examples, as batches of one.
         together: The same examples as one batch; by default they are concatenated.
         layers: Names of modules whose parameters count; all trainable ones when None.
@@ -55,7 +51,7 @@ def plan_capture(
     """
     if together is None:
         together = pytree.tree_map(lambda *parts: torch.cat(parts), *examples)
-    capture = Capture(model, task, layers)
+    capture = Capture(outputs, layers)
     probe = _Probe(capture, examples, together, range(len(examples)) if names is None else names)
     owners = _owners(capture)
     groups = _groups(capture, owners, probe.ran)
@@ -253,18 +249,18 @@ def _nearest(module: str, ran: set[str]) -> str:
     return module or WHOLE
 
 
-def last_layer(model: nn.Module, task: Task, inputs: Any) -> str:
+def last_layer(outputs: Outputs, inputs: Any) -> str:
     """The module with trainable parameters of its own that runs last in the forward pass.
 
     Raises:
         ValueError: If no module with parameters of its own runs.
     """
-    capture = Capture(model, task)
+    capture = Capture(outputs)
     owners = {name for held in _owners(capture).values() for name, _ in held}
-    with watching({name: find_module(model, name) for name in owners}) as watch:
-        watch.run(lambda: capture.outputs(cloned(inputs)))
+    with watching({name: find_module(outputs.model, name) for name in owners}) as watch:
+        watch.run(lambda: outputs(cloned(inputs)))
     if not watch.order:
         raise ValueError(
-            f"Found no layer of {type(model).__name__} with parameters that runs. Name it: `layers=[...]`."
+            f"Found no layer of {type(outputs.model).__name__} with parameters that runs. Name it: `layers=[...]`."
         )
     return watch.order[-1]

@@ -1,0 +1,71 @@
+"""Preconditioned conjugate gradients for many systems at once, on the device where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Solution(NamedTuple):
+    """What :func:`conjugate_gradients` gives.
+
+    Args:
+        values: The shape of the right sides.
+        num_iterations: Products with the matrix.
+        is_solved: Whether every system reached the tolerance before the last iteration allowed.
+    """
+
+    values: Tensor
+    num_iterations: int
+    is_solved: bool
+
+
+def conjugate_gradients(
+    product: Callable[[Tensor], Tensor],
+    right: Tensor,
+    precondition: Callable[[Tensor], Tensor],
+    *,
+    tolerance: float,
+    max_iterations: int,
+) -> Solution:
+    """Solve positive definite systems whose unknowns lie along the first two axes, one for each place of the others.
+
+    A system that is solved rests, so that its answer does not depend on which others are solved beside it.
+
+    Args:
+        product: The matrix times vectors of the shape of ``right``.
+        right: Right sides, shape ``(a, b, ...)``; with two axes they are one system.
+        precondition: About the inverse of the matrix, times such vectors.
+        tolerance: Norm of the residual, relative to that of the right side, at which a system counts as solved.
+        max_iterations: Stop here at the latest.
+
+    Example:
+        >>> right = torch.tensor([[[1.0, 6.0]]])  # two systems of one unknown
+        >>> conjugate_gradients(lambda x: 2 * x, right, lambda x: x, tolerance=1e-6, max_iterations=9).values
+        tensor([[[0.5000, 3.0000]]])
+
+    Reference: Hestenes and Stiefel, Methods of Conjugate Gradients for Solving Linear Systems (1952).
+    """
+    values, residual = torch.zeros_like(right), right.clone()
+    target = tolerance * _norm(right)
+    direction, energy = torch.zeros_like(right), right.new_ones(())
+    for iteration in range(max_iterations):
+        waiting = _norm(residual) > target
+        if not bool(waiting.any()):
+            return Solution(values, iteration, True)
+        scaled = precondition(residual)
+        following = (residual * scaled).sum((0, 1))
+        direction = torch.where(waiting, scaled + following / energy.clamp(min=1e-38) * direction, direction)
+        energy = following
+        mapped = product(direction)
+        step = waiting * energy / (direction * mapped).sum((0, 1)).clamp(min=1e-38)
+        values += step * direction
+        residual -= step * mapped
+    return Solution(values, max_iterations, False)
+
+
+def _norm(vectors: Tensor) -> Tensor:
+    return vectors.square().sum((0, 1)).sqrt()
