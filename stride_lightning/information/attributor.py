@@ -41,9 +41,9 @@ _SIGNAL_TO_NOISE = 1e6
 class InformationAttributor(PlannedAttributor):
     r"""What both share: a Gaussian process on tangent features, whose posterior says what is known of a query.
 
-    The model is linearised at its weights; its weights have a Gaussian prior and a posterior given the training data.
-    Scores are **unsigned**, in nats of the entropy of the predicted output of a query: they say how much an example
-    tells about a query, not whether it helps. No labels enter, but through the weights.
+    The model is linearised at its weights, which have a Gaussian prior and a posterior given the training data. Scores
+    are **unsigned**, in nats of the entropy of the predicted output of a query: they say how much an example tells of
+    it, not whether it helps. No labels enter, but through the weights.
 
     Memory beyond the model: ``24 k^2`` bytes for k features, ``4 C k`` for each query, the features of the training
     examples (``4 n C k`` bytes, if that is at most 512 MiB, else they are made again in every pass), and ``4 q n`` for
@@ -252,9 +252,6 @@ class InformationAttributor(PlannedAttributor):
         A greedy set has at least 63 % of the information of the best set of its size. Every process must call it, and
         does all of it; memory: ``8 n C k`` bytes.
 
-        Args:
-            size: How many.
-
         Returns:
             Positions in the training dataset, in order of choice, and what each adds in nats.
         """
@@ -287,14 +284,10 @@ class InformationAttributor(PlannedAttributor):
         return self.tangents.num_rows, self.tangents.dim
 
     def vectors(self, places: Tensor, form: Form | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Vectors of training examples as :func:`index_vectors` makes them, batch by batch; runs the model again.
-
-        Args:
-            places: Of the examples, in the order of the training data.
-            form: Which information; by default that of the method.
+        """Vectors of the training examples at some places, batch by batch, by the method's form or another one.
 
         Yields:
-            Some of the places, ``(b,)``, and the vectors of the examples there, ``(b, C, k)`` on the CPU.
+            Some of the places, ``(b,)``, and the vectors of :func:`index_vectors`, ``(b, C, k)`` on the CPU.
         """
         if len(places) == 0:
             return
@@ -304,13 +297,7 @@ class InformationAttributor(PlannedAttributor):
                 yield places[batch.places], index_vectors(batch.rows, self.posterior, form or self.form).cpu()
 
     def query_vectors(self, queries: Any, target: str = "label", form: Form | None = None) -> Tensor:
-        """Vectors whose squared inner products with those of :meth:`vectors` rank them, ``(q, C, k)`` on the CPU.
-
-        Args:
-            queries: A Dataset, DataLoader or LightningDataModule.
-            target: ``"label"`` or ``"predicted"``.
-            form: Which information; by default that of the method.
-        """
+        """Vectors to search with among those of :meth:`vectors`, ``(q, C, k)`` on the CPU."""
         with self.borrowed_model() as (model, device):
             reader = self.read(model, resolve_queries(queries, model), device, target)
             batches = self.tangents.batches(reader, None, "Queries", asked=True)
@@ -321,7 +308,7 @@ class InformationAttributor(PlannedAttributor):
 
         Args:
             form: Which information; by default that of the method.
-            num_train: How many training examples, from the first on, the data are; all by default.
+            num_train: Take only so many of the training examples for the data, the first ones.
         """
         form, data = form or self.form, self.metadata["data"]
         if num_train is not None and num_train < len(self.train_data):

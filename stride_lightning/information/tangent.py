@@ -47,9 +47,9 @@ class Tangents:
     def between(self, places: slice) -> Tangents:
         """Those of the examples at some places."""
         start, stop = max(places.start, self.places.start), min(places.stop, self.places.stop)
-        own = slice(start - self.places.start, max(start, stop) - self.places.start)
-        downhill = None if self.downhill is None else self.downhill[own]
-        return Tangents(slice(start, max(start, stop)), self.rows[own], self.losses[own], downhill)
+        part = slice(start - self.places.start, max(start, stop) - self.places.start)
+        downhill = None if self.downhill is None else self.downhill[part]
+        return Tangents(slice(start, max(start, stop)), self.rows[part], self.losses[part], downhill)
 
 
 class TangentFeatures:
@@ -58,8 +58,8 @@ class TangentFeatures:
     With ``likelihood="gauss-newton"`` there is one row per output, ``B_i = \Lambda_i^{1/2} J_i`` (eight random
     combinations beyond 32 outputs): the linearised Laplace approximation, whose noise is that of the labels the model
     expects.
-    With ``"margin"`` there is one row, ``\sqrt{p_i (1 - p_i)}`` times the gradient of the margin: ``C`` times less
-    work. Rows of a regression are divided by the standard deviation of the noise of its task.
+    With ``"margin"`` there is one row, ``\sqrt{p_i (1 - p_i)}`` times the gradient of the margin: C times less work.
+    Rows of a regression are divided by the standard deviation of the noise of its task.
 
     Args:
         capture: Reads gradients of the model.
@@ -85,13 +85,11 @@ class TangentFeatures:
         self.check(likelihood, projection_dim)
         self.capture, self.task, self.likelihood, self.seed, self.signed = capture, task, likelihood, seed, signed
         self.dim = min(projection_dim, capture.num_parameters)
-        self._num_rows, self._is_exact = 0, True
+        #: C, how many rows an example has; known once examples have been read.
+        self.num_rows = 0
+        #: Whether rows are those of all outputs, not random combinations; known once examples have been read.
+        self.is_exact = True
         self._project = JointProjection(projection_dim, seed, capture.num_parameters)
-
-    @property
-    def num_rows(self) -> int:
-        """C, how many rows an example has; known once examples have been read."""
-        return self._num_rows
 
     @staticmethod
     def check(likelihood: Likelihood, projection_dim: int) -> None:
@@ -99,11 +97,6 @@ class TangentFeatures:
         if likelihood not in get_args(Likelihood):
             raise ValueError(f"`likelihood` must be one of {get_args(Likelihood)}, got {likelihood!r}.")
         check_count("projection_dim", projection_dim)
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether rows are those of all outputs, not random combinations; known once examples have been read."""
-        return self._is_exact
 
     def batches(
         self, reader: Reader, share: slice | None = None, description: str = "", *, asked: bool = False
@@ -119,12 +112,12 @@ class TangentFeatures:
         """
         for batch in run_batches(self.capture, self.task, reader, share, description):
             rows = self._rows(batch, mix(self.seed, int(asked)))
-            self._num_rows = rows.shape[1]
+            self.num_rows = rows.shape[1]
             downhill = -self._vectors(batch.loss()) if self.signed else None
             yield Tangents(batch.places, rows, self.task.loss(batch.outputs, batch.encoded), downhill)
 
     def _rows(self, batch: Batch, seed: int) -> Tensor:
-        self._is_exact = self.likelihood == "margin" or batch.outputs.shape[1] <= features.MAX_EXACT_OUTPUTS
+        self.is_exact = self.likelihood == "margin" or batch.outputs.shape[1] <= features.MAX_EXACT_OUTPUTS
         last = not self.signed
         if self.likelihood == "margin":
             try:
@@ -134,8 +127,7 @@ class TangentFeatures:
                     f"likelihood='margin' is the noise of a margin: {error} With a single output "
                     "likelihood='gauss-newton' takes no more work."
                 ) from error
-            rows = self._vectors(batch.margin(last=last)) * batch.margin_curvature.sqrt()[:, None]
-            return rows[:, None]
+            return (self._vectors(batch.margin(last=last)) * batch.margin_curvature.sqrt()[:, None])[:, None]
         return torch.stack([self._vectors(gradients) for gradients in batch.curvature(seed, last=last)], 1)
 
     def _vectors(self, gradients: Gradients) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,8 @@ def build_index(
 ) -> InformationIndex | MemoryIndex:
     """One vector for each training example, the variance correction folded in, made batch by batch.
 
-    An index on disk that a killed build left is gone on with, and one of fewer examples is added to: what is there is
-    not computed again. It must be of the same weights, features and prior; a loss must also be of the same data.
+    A build on disk that was killed goes on, and an index of fewer examples is added to: what is there is not computed
+    again. It must be of the same weights, features and prior; a loss must also be of the same data.
 
     Args:
         attributor: Fitted, with one output per example: ``likelihood="margin"``, or a model with a single output.
@@ -90,15 +90,13 @@ def build_index(
         identity = _expected_identity(attributor, form, made_with)
         index = InformationIndex.create(path, dim, identity=identity, columns=types, exist_ok=True)
     missing = (~index.holds(positions)).nonzero()[:, 0]
-    batches = (
-        (
-            positions[places],
-            vectors[:, 0],
-            {name: [values[i] for i in places.tolist()] for name, values in columns.items()},
-        )
-        for places, vectors in attributor.vectors(missing, form)
-    )
-    index.build(batches, show_progress=attributor.show_progress)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor, dict[str, list[Any]]]]:
+        for places, vectors in attributor.vectors(missing, form):
+            values = {name: [column[place] for place in places.tolist()] for name, column in columns.items()}
+            yield positions[places], vectors[:, 0], values
+
+    index.build(batches(), show_progress=attributor.show_progress)
     return index
 
 
@@ -132,10 +130,10 @@ def search_index(
 
 
 def _expected_identity(attributor: InformationAttributor, form: Form, made_with: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity of the attributor's index, to be compared with that of one that is there.
+    """The identity that an index which was made with another one should have.
 
-    A gain knows of no other examples, so that more may be added to its index: what the data must agree in is then the
-    examples that it was made of first.
+    A gain knows of no other examples, so that more may be added to its index: the data must then agree in those that it
+    was made of first.
     """
     data = made_with.get("data")
     return attributor.identity(form, data.get("num_examples") if form == "gain" and isinstance(data, dict) else None)

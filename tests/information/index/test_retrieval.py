@@ -11,7 +11,7 @@ from stride_lightning.information.attributor import InformationGainAttributor, I
 from stride_lightning.information.index.checks import VectorIndexError
 from stride_lightning.information.index.on_disk import InformationIndex
 from stride_lightning.information.index.retrieval import build_index, search_index
-from stride_lightning.information.loss import information_gain
+from stride_lightning.information.loss import information
 from tests.helpers.models import Classifier, classification_data
 
 NUM_TRAIN = 40
@@ -49,7 +49,7 @@ def test_one_more_copy():
         for data in (classification_data(NUM_TRAIN), queries())
     ]
     rows = [torch.cat([batch.rows for batch in attributor.tangents.batches(reader)]) for reader in readers]
-    expected = information_gain(*rows, attributor.posterior, form="copy").sort(descending=True, stable=True)
+    expected = information(*rows, attributor.posterior, "copy").sort(descending=True, stable=True)
     assert torch.equal(found.positions, expected.indices[:, :5])
     torch.testing.assert_close(found.nats.float(), expected.values[:, :5], rtol=1e-4, atol=1e-9)
 
