@@ -121,10 +121,15 @@ class FurtherTrainingAttributor(Attributor):
         if self._leaving_out is None:
             if self.train_batch_size is None and self.train_data.loading is None:
                 raise ValueError(_NO_BATCH_SIZE)
-            head = first_look(self.train_data, 64, device)
-            how: dict[str, Any] = {"optimizer": self.optimizer, "memory_budget": self.memory_budget}
-            how["batch_size"] = self.train_batch_size
-            self._leaving_out = LeavingOut(model, self.train_data, head, self.task, **how)
+            self._leaving_out = LeavingOut(
+                model,
+                self.train_data,
+                first_look(self.train_data, 64, device),
+                self.task,
+                batch_size=self.train_batch_size,
+                optimizer=self.optimizer,
+                memory_budget=self.memory_budget,
+            )
         return self._leaving_out
 
     @override

@@ -39,9 +39,9 @@ class Batches:
         head: Any,
         task: Task,
         *,
-        batch_size: int | None,
-        optimizer: MakeOptimizer | None,
-        memory_budget: int | None,
+        batch_size: int | None = None,
+        optimizer: MakeOptimizer | None = None,
+        memory_budget: int | None = None,
     ) -> None:
         self.train, self.task, self.loading = train, task, check_loading(train, batch_size)
         self.optimizer, self.memory_budget = optimizer, memory_budget

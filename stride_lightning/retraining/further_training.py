@@ -113,8 +113,9 @@ def further_train(
         head = first_look(train, 64, home)
         with train.naming(0):
             task = infer_task_of(head, model) if task is None else task
-        how: dict[str, Any] = {"batch_size": batch_size, "optimizer": optimizer, "memory_budget": memory_budget}
-        leaving_out = LeavingOut(model, train, head, task, **how)
+        leaving_out = LeavingOut(
+            model, train, head, task, batch_size=batch_size, optimizer=optimizer, memory_budget=memory_budget
+        )
         batches = encoded_batches(asked, model, task, leaving_out.num_outputs, 256, home)
         weights = weight_hash(model)
     return measure_effects(

@@ -54,10 +54,9 @@ class LeavingOut(Batches):
         train: Training data.
         head: Its first batch.
         task: What a batch means.
-        batch_size: Examples of a batch, if not those of the training DataLoader.
         optimizer: Makes the optimizer; by default the model's ``configure_optimizers``, at its initial learning rate.
-        memory_budget: Bytes that copies trained together may take.
         warn: Warn of hooks that are not called.
+        **how: ``batch_size`` and ``memory_budget``, as in :class:`Batches`.
 
     BatchNorm layers keep their statistics; weights of half precision are trained in float32. Losses of queries are
     measured in double precision where the device has it. Where ``torch.func`` cannot vectorise the model, copies train
@@ -75,10 +74,9 @@ class LeavingOut(Batches):
         head: Any,
         task: Task,
         *,
-        batch_size: int | None = None,
         optimizer: MakeOptimizer | None = None,
-        memory_budget: int | None = None,
         warn: bool = True,
+        **how: Any,
     ) -> None:
         _check_optimizer(optimizer)
         hooks = gradient_hooks(model)
@@ -88,8 +86,7 @@ class LeavingOut(Batches):
                 "are of training without.",
                 stacklevel=3,
             )
-        how: dict[str, Any] = {"batch_size": batch_size, "optimizer": optimizer, "memory_budget": memory_budget}
-        super().__init__(model, train, head, task, **how)
+        super().__init__(model, train, head, task, optimizer=optimizer, **how)
         if not getattr(model, "automatic_optimization", True):
             raise ValueError(
                 f"{type(model).__name__} optimizes by hand (automatic_optimization=False), so it has no loss to "

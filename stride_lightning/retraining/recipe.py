@@ -69,8 +69,9 @@ class Recipe(Batches):
         if task is None:
             with borrowed(model, None, None), torch.no_grad(), train.naming(0):
                 task = infer_task_of(head, model)
-        how: dict[str, Any] = {"batch_size": batch_size, "optimizer": optimizer, "memory_budget": memory_budget}
-        super().__init__(model, train, head, task, **how)
+        super().__init__(
+            model, train, head, task, batch_size=batch_size, optimizer=optimizer, memory_budget=memory_budget
+        )
         if measure == "margin":  # refuses a task without margins now
             task.margin(torch.zeros(1, self.num_outputs), torch.eye(1, self.num_outputs))
         self.model_fn, self.queries, self.max_epochs = model_fn, resolve_queries(queries, model), max_epochs

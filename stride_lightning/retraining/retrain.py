@@ -101,7 +101,7 @@ def retrain(
     Reference: arXiv:2202.00622 (datamodels), section 2.
     """
     seeds = _seeds(seed, num_seeds)
-    recipe = _recipe("retrain", model_fn, queries, train_data=train_data, max_epochs=max_epochs, **how)
+    recipe = _recipe(retrain, model_fn, queries, train_data=train_data, max_epochs=max_epochs, **how)
     if masks is None:
         masks = sample_masks(len(recipe.train), 100 if num_subsets is None else num_subsets, fraction, seed=seed)
     elif num_subsets is not None:
@@ -150,7 +150,7 @@ def retrain_without(
     if not torch.isfinite(attribution.scores).all():
         bad = (~torch.isfinite(attribution.scores)).any(1).nonzero().flatten().tolist()
         raise ValueError(f"The scores of queries {bad[:10]} are not finite.")
-    recipe = _recipe("retrain_without", model_fn, queries, train_data=train_data, max_epochs=max_epochs, **how)
+    recipe = _recipe(retrain_without, model_fn, queries, train_data=train_data, max_epochs=max_epochs, **how)
     num_train, num_queries = len(recipe.train), len(recipe.queries)
     if (attribution.num_queries, attribution.num_train) != (num_queries, num_train):
         raise ValueError(
@@ -202,10 +202,10 @@ def sample_masks(num_train: int, num_subsets: int, fraction: float = 0.5, *, see
     return ranks < size
 
 
-def _recipe(caller: str, *args: Any, **how: Any) -> Recipe:
-    known = inspect.signature(Recipe).parameters.keys()
+def _recipe(caller: Callable[..., Any], *args: Any, **how: Any) -> Recipe:
+    known = {name for function in (caller, Recipe) for name in inspect.signature(function).parameters} - {"how"}
     if unknown := sorted(how.keys() - known):
-        raise TypeError(f"{caller}() takes no {', '.join(unknown)}; it takes {', '.join(sorted(known))}.")
+        raise TypeError(f"{caller.__name__}() takes no {', '.join(unknown)}; it takes {', '.join(sorted(known))}.")
     return Recipe(*args, **how)
 
 

@@ -156,13 +156,7 @@ def write_record(
 
 
 def read_record(path: PathLike) -> Record:
-    """Verify every byte of a record and open it.
-
-    Args:
-        path: The record's folder.
-
-    Returns:
-        The record.
+    """Verify every byte of a record, given by its folder, and open it.
 
     Raises:
         FileNotFoundError: If there is nothing at `path`.
@@ -187,13 +181,9 @@ def read_record(path: PathLike) -> Record:
 
 
 def read_info(path: PathLike) -> dict[str, Any]:
-    """Read a record's plain values; only the manifest and ``record.json`` are verified, cheap enough to search many.
+    """Read a record's plain values, ``"schema"`` and ``"written"`` among them.
 
-    Args:
-        path: The record's folder.
-
-    Returns:
-        The plain values, including ``"schema"`` and ``"written"``.
+    Only the manifest and ``record.json`` are verified, which is cheap enough to search many.
 
     Raises:
         FileNotFoundError: If there is nothing at `path`.
@@ -221,17 +211,11 @@ def read_info(path: PathLike) -> dict[str, Any]:
 
 
 def find_records(dirpath: PathLike) -> list[Path]:
-    """List the records directly inside a folder, oldest first.
+    """List the records directly inside a folder, oldest first; none if the folder is missing.
 
     The order is that of ``info["written"]``, the clock at writing, because modification times do not survive copying;
     ties go by name, ``v2`` before ``v10``. A record whose ``record.json`` is damaged is listed by its modification
     time: leaving it out would hide the damage. Hidden folders, symlinks and folders without a manifest are not listed.
-
-    Args:
-        dirpath: The folder to look in.
-
-    Returns:
-        Paths of the records; empty if the folder is missing.
 
     Example:
         >>> import tempfile
@@ -240,32 +224,22 @@ def find_records(dirpath: PathLike) -> list[Path]:
         ...     [path.name for path in find_records(folder)]
         ['b', 'a', 'b-v1']
     """
-    found: list[tuple[int, list[str | int], Path]] = []
+    by_age: list[tuple[int, list[str | int], Path]] = []
     for path in Path(dirpath).iterdir() if os.path.exists(dirpath) else ():
         if path.name.startswith(".") or path.is_symlink() or not os.path.lexists(path / _MANIFEST):
             continue
         by_number = [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
         with contextlib.suppress(FileNotFoundError):  # another process has removed it since the listing
-            found.append((_time_written(path), by_number, path))
-    return [path for *_, path in sorted(found)]
+            by_age.append((_time_written(path), by_number, path))
+    return [path for *_, path in sorted(by_age)]
 
 
 def remove_record(path: PathLike) -> None:
     """Delete a record, damaged or not; at no moment is half a record visible.
 
-    Args:
-        path: The record's folder.
-
     Raises:
         FileNotFoundError: If there is nothing at `path`.
         RecordError: If it is not a record, or a symlink to one.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     remove_record(write_record(folder, "final", {}, {}))
-        ...     find_records(folder)
-        []
     """
     path = Path(os.path.abspath(path))
     _require_record(path)

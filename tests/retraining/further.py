@@ -32,11 +32,15 @@ def ask(model, data, queries, **more):
     return further_train(model, queries, train_data=data, **(how | more))
 
 
-def train_on(model, data, queries, place, seed, *, measure, step=None, mode=nn.Module.train, **how):
-    """Losses of the queries after the epochs, trained on by a plain loop without the example at a place."""
-    model, (x, y), n = copy.deepcopy(model), data.tensors, len(data)
+def train_on(model, data, queries, place, seed, *, measure, step=None, mode=nn.Module.train, read=None, **how):
+    """Losses of the queries after the epochs, trained on by a plain loop without the example at a place.
+
+    ``read(seed, epoch)`` gives the inputs and targets of an epoch where they are not those of the data.
+    """
+    model, n = copy.deepcopy(model), len(data)
     optimizer, found, steps = how.get("optimizer", lambda m: m.optimize(m))(model), [], 0
     for epoch in range(EPOCHS[-1]):
+        x, y = data.tensors if read is None else read(seed, epoch)
         mode(model)
         for batch in batch_order(n, BATCH, how.get("shuffle", True), how.get("drop_last", False), seed, epoch):
             torch.manual_seed(mix(seed, epoch, steps))  # dropout

@@ -13,11 +13,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import stride_lightning
-from stride_lightning.retraining.retrain import retrain
 from stride_lightning.retraining.together import Together
 from stride_lightning.storage.parts import Work, differences, remove_parts
 from stride_lightning.storage.records import RecordError, find_records
 from tests.retraining.cases import Net, mlp, points, sgd
+from tests.retraining.test_retrain import ask as ask_to_retrain
 
 # ---- killed -----------------------------------------------------------------------------------------------------
 
@@ -71,23 +71,11 @@ def test_kills_fell_everywhere(after_kills):
 # ---- the same call, other calls ---------------------------------------------------------------------------------
 
 
-def model_fn():
-    return Net(mlp(), sgd)
-
-
 def ask(path=None, **more):
-    how = {
-        "train_data": points(),
-        "max_epochs": 2,
-        "batch_size": 9,
-        "num_subsets": 4,
-        "num_seeds": 1,
-        "model": model_fn,
-    }
-    how |= {"queries": points(5, seed=1), "show_progress": False} | more
+    how = {"queries": points(5, seed=1), "num_subsets": 4, "num_seeds": 1} | more
     if "masks" in how:
         del how["num_subsets"]
-    return retrain(how.pop("model"), how.pop("queries"), path=path, **how)
+    return ask_to_retrain(path=path, **how)
 
 
 @pytest.fixture
