@@ -82,7 +82,7 @@ class FurtherTrainingCallback(RecordingCallback):
     """
 
     record_kind = "further-training"
-    folder = "further-training"
+    told_apart_by = ("epochs", "num_seeds", "seed")
     _questions: _Questions  # from the start of training
 
     def __init__(
@@ -112,12 +112,6 @@ class FurtherTrainingCallback(RecordingCallback):
         self.batch_size, self.seed, self.memory_budget = batch_size, seed, memory_budget
         #: What was measured at the end of the last fit.
         self.result: FurtherTraining | None = None
-
-    @property
-    @override
-    def state_key(self) -> str:
-        dirpath = None if self._explicit_dirpath is None else str(self._explicit_dirpath)
-        return self._generate_state_key(dirpath=dirpath, epochs=self.epochs, num_seeds=self.num_seeds, seed=self.seed)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,15 +30,15 @@ class RecordingCallback(L.Callback):
     """A callback that writes records into one folder; its state in checkpoints says where they are.
 
     Args:
-        dirpath: Folder of the records; by default a folder named :attr:`folder` in the trainer's log folder.
+        dirpath: Folder of the records; by default a folder named as their kind in the trainer's log folder.
         train_indices: Positions in the dataset that are trained on, where the sampler does not tell.
         task: What a batch means; inferred from the first batch by default.
     """
 
     #: Kind of the records, by which lookup knows the callback.
     record_kind: ClassVar[str]
-    #: Name of the default folder.
-    folder: ClassVar[str]
+    #: Arguments besides the folder by which the state of one instance is told from that of another.
+    told_apart_by: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, dirpath: str | Path | None, train_indices: list[int] | None, task: Task | None) -> None:
         super().__init__()
@@ -49,6 +50,12 @@ class RecordingCallback(L.Callback):
         self.dirpath, self.train_indices, self.task = self._explicit_dirpath, train_indices, task
         #: Records written so far, oldest first.
         self.records: list[Path] = []
+
+    @cached_property  # Lightning asks for it at every hook of every step
+    @override
+    def state_key(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dirpath = None if self._explicit_dirpath is None else str(self._explicit_dirpath)
+        return self._generate_state_key(dirpath=dirpath, **{name: getattr(self, name) for name in self.told_apart_by})
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -71,7 +78,7 @@ class RecordingCallback(L.Callback):
                 "attribute() afterwards."
             )
         log_dir = trainer.log_dir  # a collective call: every rank must make it
-        dirpath = self._explicit_dirpath or Path(log_dir or trainer.default_root_dir) / self.folder
+        dirpath = self._explicit_dirpath or Path(log_dir or trainer.default_root_dir) / self.record_kind
         # Absolute, because the checkpoint that names it may be read from another working directory.
         self.dirpath = dirpath.absolute()
 
@@ -113,7 +120,7 @@ class RecordingCallback(L.Callback):
         """Write a record of the present step, by default under its number."""
         assert self.dirpath is not None  # since setup
         step = {"model": type(pl_module).__name__, "epoch": trainer.current_epoch, "step": trainer.global_step}
-        info = {**step, "versions": versions(), **info}
+        info = {"kind": self.record_kind, **step, "versions": versions(), **info}
         path = write_record(self.dirpath, name or f"step={trainer.global_step}", info, tensors)
         rank_zero_info(f"{type(self).__name__} wrote {path}")
         return path

@@ -83,7 +83,7 @@ class StrideCallback(RecordingCallback):
     """
 
     record_kind = "stride"
-    folder = "stride"
+    told_apart_by = ("layers", "num_subsets", "degree", "seed", "every_n_epochs", "every_n_train_steps")
     _watched: _Watched  # from the start of training
 
     def __init__(
@@ -121,19 +121,6 @@ class StrideCallback(RecordingCallback):
         self._written: list[Path] = []  # by this fit: only these are ever removed
         self._sampled_step = self._recorded_step = -1
         self._recorded_weights = ""
-
-    @property
-    @override
-    def state_key(self) -> str:
-        return self._generate_state_key(
-            dirpath=None if self._explicit_dirpath is None else str(self._explicit_dirpath),
-            layers=self.layers,
-            num_subsets=self.num_subsets,
-            degree=self.degree,
-            seed=self.seed,
-            every_n_epochs=self.every_n_epochs,
-            every_n_train_steps=self.every_n_train_steps,
-        )
 
     # ---- before training ------------------------------------------------------------------------------------
 
@@ -256,7 +243,6 @@ class StrideCallback(RecordingCallback):
             **record.tensors,
         }
         info: dict[str, Any] = {
-            "kind": "stride",
             "weights": weights,
             "data": fit.fingerprint,
             "layers": list(watched.layers),

@@ -82,8 +82,7 @@ class TracInCallback(RecordingCallback):
     Reference: arXiv:2002.08484 (TracInCP, section 3.3).
     """
 
-    record_kind = "tracin"
-    folder = "tracin"
+    record_kind = "tracin"  # told apart by its folder alone: a run resumed with another frequency is the same run
     _known: _Run  # from the start of training
 
     def __init__(
@@ -102,20 +101,12 @@ class TracInCallback(RecordingCallback):
             every_n_epochs = 1
         self.every_n_epochs, self.every_n_train_steps = every_n_epochs, every_n_train_steps
         self.save_last_k = save_last_k
-        # Made once, since Lightning asks for it at every hook of every step. Not of how often records are written: a
-        # run that is resumed with another frequency is the same run.
-        self._key = self._generate_state_key(dirpath=None if dirpath is None else str(dirpath))
         self._run: str | None = None  # what the records of one run have in common, over all its resumptions
         self._rates = LearningRates()
         self._resumed_dirpath: Path | None = None
         self._path: list[_Saved] = []  # like `records`, which the state stores
         self._seen_step = 0
         self._due_epoch: int | None = None  # all its steps are taken, and its end is to be recorded
-
-    @property
-    @override
-    def state_key(self) -> str:
-        return self._key
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -268,7 +259,6 @@ class TracInCallback(RecordingCallback):
         known = self._known
         first = 0 if self.save_last_k < 0 else max(0, len(self._path) + 1 - self.save_last_k)
         info = {
-            "kind": "tracin",
             "run": self._run,
             "epoch": trainer.current_epoch if self._due_epoch is None else self._due_epoch,
             "step": step,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples
-from stride_lightning.model.layers import plain_name, watching_inputs
+from stride_lightning.model.layers import before_layers, plain_name
 from stride_lightning.runtime.progress import counting
 from stride_lightning.steering.published.fitting import PublishedOperators, unexplained
 from stride_lightning.steering.subsets import Design
@@ -79,10 +79,10 @@ class HiddenStateOperators(PublishedOperators):
     def _width(self, inputs: dict[str, Any]) -> int:
         seen: list[Tensor] = []
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(_: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen.append(hidden_of(self.layer, args, kwargs))
 
-        with watching_inputs(self._frozen[0], {self.layer: hook}), torch.no_grad():
+        with before_layers(self._frozen[0], [self.layer], hook), torch.no_grad():
             self.task.outputs(self._frozen[0], inputs)
         if not seen:
             raise ValueError(f"Layer {self.layer!r} did not run in the model's forward pass. Name another.")
@@ -136,15 +136,13 @@ class HiddenStateOperators(PublishedOperators):
         }
         chosen = self.operators[subsets.to(self.operators.device)]
 
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def hook(_: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             hidden = hidden_of(self.layer, args, kwargs)
             moved = hidden.to(self.basis) @ self.basis @ chosen
             steered = hidden + moved.to(hidden.dtype)
             return ((steered, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": steered})
 
-        with watching_inputs(self._frozen[0], {self.layer: hook}):
+        with before_layers(self._frozen[0], [self.layer], hook):
             return self.task.outputs(self._frozen[0], many).float()
 
     @torch.no_grad()
