@@ -1,11 +1,7 @@
 """Two processes and one: the same record, the same scores."""
 
-import os
-import socket
-
 import pytest
 import torch
-from torch import distributed as dist
 from torch.utils.data import DataLoader, Subset
 
 from stride_lightning import StrideCallback, attribute
@@ -14,6 +10,7 @@ from stride_lightning.results.attribution import Attribution
 from stride_lightning.runtime.distributed import all_equal, barrier, broadcast_object, gather, rank, shard, world_size
 from stride_lightning.storage.records import find_records, read_record
 from tests.helpers.models import Classifier, ConvNet, build, classification_data, loader, make_trainer, picture_data
+from tests.helpers.processes import run_two, start
 from tests.helpers.texts import LanguageModule, Texts, TinyLM, padded
 
 NUM_SUBSETS = 13  # uneven on two ranks
@@ -27,12 +24,10 @@ OPTIONS = {
     "learned": {"basis": "learned", "recovery": "ridge"},
 }
 LANGUAGE = {
-    "closed form": {},
     "operators": {"recovery": "prior", "num_subsets": NUM_SUBSETS, "steps": 2},
     "lasso": {"recovery": "lasso", "num_subsets": NUM_SUBSETS, "penalty": 0.2},
     "learned": {"basis": "learned", "recovery": "ridge", "num_subsets": NUM_SUBSETS, "rank": 2},
     "cache": {"cache_dir": "activations"},
-    "gradients": {"method": "ekfac"},
 }
 #: Relative to the largest score. Rounding, everywhere.
 TOLERANCE = 1e-4
@@ -74,13 +69,6 @@ def test_shards_cover_everything_once(monkeypatch, length, sizes):
 
 
 # ---- two processes ----------------------------------------------------------------------------------------------
-
-
-def start(number, port):
-    """Lightning's own environment variables: the launcher of the trainer finds the processes already there."""
-    os.environ |= {"LOCAL_RANK": str(number), "NODE_RANK": "0", "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
 
 
 def fit_and_ask(number, port, folder):
@@ -151,22 +139,6 @@ def train_with_batchnorm(number, port, folder):
         attribute(model, [(torch.full((1, 6, 6), torch.nan), 0)], **asked)
     barrier()
     torch.save(results, folder / f"rank{number}.pt")
-
-
-def _end_together(number, target, port, folder):
-    """A process whose peer has gone may be aborted while it clears up."""
-    target(number, port, folder)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def run_two(target, folder):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_end_together, (target, port, folder), nprocs=2)
-    return [torch.load(folder / f"rank{number}.pt") for number in range(2)]
 
 
 @pytest.fixture(scope="module")
