@@ -35,7 +35,6 @@ from tests.helpers.models import (
     binary_data,
     build,
     classification_data,
-    loader,
     make_trainer,
     picture_data,
     points,
@@ -68,22 +67,6 @@ def same(one, other, rtol=1e-4):
 
 
 # ---- what goes in -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "source",
-    [loader(DATA), DataLoader(DATA, 7), list(DATA), Data(), loader(DATA, batch_size=1)],
-    ids=["shuffled loader", "loader", "list", "datamodule", "one by one"],
-)
-def test_training_data_in_any_form(model, expected, source):
-    attribution = attribute(model, QUERIES, train_data=source, **FEW)
-    same(attribution, expected)
-    assert attribution.metadata["data"] == expected.metadata["data"]
-
-
-@pytest.mark.parametrize("source", [DataLoader(QUERIES, 4), list(QUERIES), loader(QUERIES)])
-def test_queries_in_any_form(model, expected, source):
-    same(attribute(model, source, train_data=DATA, **FEW), expected)
 
 
 def test_queries_of_a_datamodule_are_its_test_data_else_validation(model, expected):

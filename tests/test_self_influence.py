@@ -160,15 +160,6 @@ def test_function_and_method_agree(model, tmp_path):
     assert found.equal(by_hand.self_influence())  # asked again
 
 
-def test_wrong_arguments(model):
-    with pytest.raises(ValueError, match=r"Unknown method 'other'\. Known: .*stride"):
-        self_influence(model, train_data=DATA, method="other")
-    with pytest.raises(TypeError, match="Unknown option num_subset for method 'stride'"):
-        self_influence(model, train_data=DATA, num_subset=3)
-    with pytest.raises(TypeError, match="task cannot be told"):
-        self_influence(model, train_data=TensorDataset(DATA.tensors[0]), **FEW)
-
-
 @pytest.mark.parametrize("show", [True, False])
 def test_progress(model, monkeypatch, show):
     seen = []

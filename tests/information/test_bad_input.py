@@ -141,21 +141,6 @@ def test_an_example_without_gradient(method):
     assert scores.isfinite().all()
 
 
-@both_methods
-def test_weights_that_are_not_finite(method):
-    model = mlp()
-    with torch.no_grad():
-        model[2].bias[0] = torch.nan
-    with pytest.raises(ValueError, match=r"gradients|not finite"):
-        ask(method, model)
-    data = TensorDataset(DATA.tensors[0].clone(), DATA.tensors[1])
-    data.tensors[0][9, 0] = torch.nan
-    with pytest.raises(ValueError, match="The loss of example 9 is not finite"):
-        ask(method, data=data)
-    with pytest.raises(ValueError, match="The loss of example 9 is not finite"):
-        ask(method, queries=data)
-
-
 def test_certain_model():
     model = mlp()
     with torch.no_grad():

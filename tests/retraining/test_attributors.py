@@ -139,18 +139,6 @@ def test_a_figure_shows_the_examples_that_were_left_out():
     assert matches == {0, 1, 2, 3}
 
 
-def test_predicted_targets():
-    model, seen = build(Classifier), classification_data(6, seed=3)
-    with torch.no_grad():
-        predicted = TensorDataset(seen.tensors[0], model.eval()(seen.tensors[0]).argmax(1))
-    expected = ask(model, predicted, num_seeds=2)
-    unlabelled = ask(model, TensorDataset(seen.tensors[0]), num_seeds=2, target="predicted")
-    assert unlabelled.scores.equal(expected.scores)
-    assert not expected.scores.allclose(ask(model, seen, num_seeds=2).scores, atol=1e-5)  # or this would show nothing
-    with pytest.raises(ValueError, match="has no targets"):
-        ask(model, TensorDataset(seen.tensors[0]), num_seeds=2)
-
-
 @pytest.mark.parametrize("network", [mlp, LastState])
 def test_one_by_one_in_attribute(network):
     model = Net(network(), sgd, nn.CrossEntropyLoss(label_smoothing=0.1))
