@@ -41,8 +41,8 @@ from tests.helpers.models import (
     picture_data,
     train,
 )
+from tests.helpers.processes import run_two, start
 from tests.helpers.runs import callbacks_of, fit_in_the_other_tree, run_cli, write_config
-from tests.runtime.test_distributed import run_two, start
 
 DATA, QUERIES, LEFT_OUT = classification_data(), classification_data(5, seed=1), [12, 3, 30]
 QUIET = {"show_progress": False}

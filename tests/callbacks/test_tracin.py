@@ -28,9 +28,9 @@ from tests.helpers.models import (
     picture_data,
     train,
 )
+from tests.helpers.processes import run_two, start
 from tests.helpers.runs import callbacks_of, run_cli, write_config
 from tests.helpers.schedules import OneCycle, Stepped, TensorRate, TwoGroups, TwoOptimizers, by_hand
-from tests.runtime.test_distributed import run_two, start
 
 DATA = classification_data()
 IN_ORDER = loader(DATA, shuffle=False)

@@ -110,8 +110,15 @@ def examples(dataset, positions=None):
 
 # ---- methods --------------------------------------------------------------------------------------------------------
 
+#: Methods with options that make them go another way: under contract as if they were methods of their own.
+VARIANTS = {
+    "information-loss, signed": ("information-loss", {"signed": True, "projection_dim": 9}),
+    "information-gain, margin": ("information-gain", {"likelihood": "margin"}),
+    "logra, projected": ("logra", {"projection_dim": 2}),
+    "trak, projected": ("trak", {"projection_dim": 7}),
+}
 #: Those of the package: tests of others may have entered theirs.
-METHODS = [name for name in methods() if class_of(name).__module__.startswith("stride_lightning.")]
+METHODS = [name for name in methods() if class_of(name).__module__.startswith("stride_lightning.")] + [*VARIANTS]
 
 
 def _truth(kind, columns, rows):
@@ -157,7 +164,10 @@ EXEMPT = {
     ("grad-cos", "self-influence"): "the cosine of an example with itself is 1, and refused",
     ("influence-lissa", "batch size"): "its series is one of random batches of that size",
     ("information-gain", "language"): "it refuses sequences",
+    ("information-gain, margin", "language"): "it refuses sequences",
+    ("information-gain, margin", "regression"): "a regression has no margin",
     ("information-loss", "language"): "it refuses sequences",
+    ("information-loss, signed", "language"): "it refuses sequences",
     ("further-training", "not finite"): "it names the query whose loss is not finite",
     ("further-training", "runs the model"): "it runs copies",
     ("retraining", "runs the model"): "it runs none where the truth is given",
@@ -172,10 +182,10 @@ def made(method, kind, columns=range(NUM_TRAIN), rows=range(NUM_QUERIES), **opti
 
     Rows from ``NUM_QUERIES`` on are training examples.
     """
-    needed = OPTIONS.get(method, {})
+    name, needed = VARIANTS.get(method, (method, OPTIONS.get(method, {})))
     if method in MADE:
         needed = needed | MADE[method](kind, list(columns), list(rows))
-    return create(method, **QUIET | {"batch_size": 2 * NUM_TRAIN} | needed | options)
+    return create(name, **QUIET | {"batch_size": 2 * NUM_TRAIN} | needed | options)
 
 
 def model_of(kind):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from stride_lightning import Attribution, TopAttribution
-from stride_lightning.attribute import _options, class_of, create
+from stride_lightning import Attribution, TopAttribution, methods
+from stride_lightning.attribute import class_of, create
 from stride_lightning.gradients import planned
 from stride_lightning.steering.subsets import Design, sample_design
 from tests.contract.cases import (
@@ -40,7 +40,7 @@ pytestmark = [
 ]
 
 
-TOPS = [method for method in METHODS if "top_k" in _options(class_of(method))]
+TOPS = [method for method in METHODS if hasattr(made(method, "classification"), "top_k")]
 
 
 def every_method(demand=None, kinds=("classification", "language")):
@@ -58,7 +58,7 @@ def test_no_entry_is_stale():
     assert named <= set(METHODS)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", methods())
 def test_a_method_without_an_entry_needs_no_options(method):
     if method not in OPTIONS and method not in MADE:
         assert class_of(method)().method == method
@@ -82,7 +82,7 @@ def test_scores(method, kind, capsys):
         assert attribution.query_targets.equal(case.queries.tensors[1])
     metadata = attribution.metadata
     assert json.loads(json.dumps(metadata)) == metadata
-    assert metadata["method"] == method
+    assert metadata["method"] == method.split(",")[0]
     assert (metadata["num_train"], metadata["num_queries"], metadata["target"]) == (NUM_TRAIN, NUM_QUERIES, "label")
     assert metadata["data"]["num_examples"] == NUM_TRAIN
     assert metadata["seconds"]["total"] >= metadata["seconds"]["attribute"] > 0
@@ -90,7 +90,7 @@ def test_scores(method, kind, capsys):
     assert attribution.scores.equal(whole(method, kind).scores)  # the same seed gives the same
 
 
-@every_method(kinds=CASES)
+@every_method(kinds=["classification", "binary", "regression", "language"])
 def test_sign(method, kind):
     """A copy of the query helps it, and helps it more than one with another label."""
     attribution = whole(method, kind)
@@ -165,7 +165,9 @@ def test_data_in_any_form(method, kind):
     """Shuffled loaders are read in the order of the dataset; positions are those of the dataset."""
     case, expected = CASES[kind], whole(method, kind).scores
     attributor = made(method, kind).fit(model_of(kind), DataLoader(case.train, 5, shuffle=True))
-    close(attributor.attribute(DataLoader(case.queries, 2)), expected)
+    attribution = attributor.attribute(DataLoader(case.queries, 2))
+    close(attribution, expected)
+    assert attribution.metadata["data"] == whole(method, kind).metadata["data"]
     chosen = [7, 2, 11, 5, 0, 4]
     attribution = scored(method, kind, columns=chosen)
     assert attribution.train_indices.tolist() == chosen
@@ -193,6 +195,10 @@ def test_self_influence_is_the_diagonal(method, kind):
         influence = fitted(method, kind, rows=TRAINING_ROWS, batch_size=size).self_influence()
         assert influence.dtype == torch.float32
         close_scores(influence, expected, 2e-5)
+    part = [7, 2, 11, 5]
+    rows = [NUM_QUERIES + column for column in part]
+    expected = scored(method, kind, columns=part, rows=rows).scores.diagonal()
+    close_scores(fitted(method, kind, columns=part, rows=rows).self_influence(), expected, 2e-5)
 
 
 @pytest.mark.parametrize("tile", [2**26, 4 * NUM_QUERIES * 4], ids=["one tile", "tiles of 4"])
@@ -205,6 +211,10 @@ def test_the_top_alone(method, tile, monkeypatch):
         assert getattr(top.top(4), name).equal(getattr(every.top(4), name))
         scores = f"{name.removesuffix('s')}_scores"
         close_scores(getattr(top.top(4), scores), getattr(every.top(4), scores), 1e-6)
+    chosen = [7, 2, 11, 5, 0, 4]
+    top, every = (scored(method, "classification", columns=chosen, **more) for more in ({"top_k": 3}, {}))
+    assert top.top().proponents.equal(every.top(3).proponents)
+    assert (len(top.queries), top.num_train, top.metadata["num_queries"]) == (NUM_QUERIES, 6, NUM_QUERIES)
 
 
 # ---- the caller's model ---------------------------------------------------------------------------------------------
@@ -286,9 +296,14 @@ def test_examples_that_are_not_finite_are_named(method, kind):
     x[3, 0] = torch.inf
     with pytest.raises(ValueError, match="example 3"):
         fitted(method, kind).attribute(TensorDataset(x, y))
+    model = model_of(kind)
+    with torch.no_grad():
+        model.network[2].bias[0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        fitted(method, kind, model=model).attribute(CASES[kind].queries)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", methods())
 def test_wrong_options(method):
     with pytest.raises(TypeError, match=f"Unknown option nonsense for method '{method}'. Its options are: "):
         create(method, nonsense=1)
@@ -300,9 +315,25 @@ def test_wrong_options(method):
 # ---- two processes --------------------------------------------------------------------------------------------------
 
 
+#: Ways of STRIDE that share work between processes each in their own manner; 13 subsets divide unevenly.
+STRIDE_OPTIONS = [
+    ("classification", {"recovery": "ridge"}),
+    ("classification", {"recovery": "lasso"}),
+    ("classification", {"recovery": "lasso", "penalty": 0.2}),
+    ("classification", {"stability": 1.0}),
+    ("classification", {"basis": "learned", "recovery": "ridge"}),
+    ("language", {"recovery": "prior", "steps": 2}),
+    ("language", {"recovery": "lasso", "penalty": 0.2}),
+    ("language", {"basis": "learned", "recovery": "ridge", "rank": 2}),
+]
+
+
 def everything():
     """Scores of all methods for queries more and fewer than processes, their tops and their self-influences."""
     found = {}
+    for kind, options in STRIDE_OPTIONS:
+        for rows in (range(NUM_QUERIES), [2]):
+            found[kind, str(options), len(rows)] = scored("stride", kind, rows=rows, num_subsets=13, **options).scores
     for kind in ("classification", "language"):
         for method in METHODS:
             if (method, kind) in EXEMPT:

@@ -7,11 +7,9 @@ from torch.utils.data import TensorDataset
 
 from stride_lightning import (
     Attribution,
-    Attributor,
     RecordError,
     TopAttribution,
     TopExamples,
-    attribute,
     evaluate,
     retrain_without,
 )
@@ -19,7 +17,7 @@ from stride_lightning.data.examples import Examples
 from stride_lightning.retraining.ground_truth import GroundTruth
 from stride_lightning.views.loggers import example_table, markdown_table, summarize
 from stride_lightning.views.ranking import rank_examples
-from tests.helpers.models import Classifier, build, classification_data
+from tests.helpers.models import Classifier, classification_data
 from tests.results.test_top_examples import assert_same, collect, random
 
 SCORES = random(3, 12)
@@ -210,35 +208,3 @@ def test_evaluation_names_the_attribution():
 def test_shapes_are_checked(changes, message):
     with pytest.raises(ValueError, match=message):
         TopAttribution(**({"examples": collect(SCORES, 4).compute(), "num_train": 12} | DESCRIBED | changes))
-
-
-def test_a_method_may_give_the_top_only():
-    class Streaming(Attributor):
-        method = "streaming for a test"
-
-        def __init__(self, *, top_k=2, **common):
-            super().__init__(**common)
-            self.top_k = top_k
-
-        def fit_model(self, model, device, record, checkpoint):
-            pass
-
-        def score_queries(self, model, queries, device, target):
-            scores = random(len(queries), len(self.train_data))
-            return TopAttribution(collect(scores, self.top_k).compute(), len(self.train_data))
-
-    data, chosen = classification_data(), list(range(40, 10, -2))
-    try:
-        given = attribute(
-            build(Classifier),
-            classification_data(3, seed=1),
-            train_data=data,
-            method=Streaming.method,
-            train_indices=chosen,
-            top_k=3,
-        )
-    finally:
-        del Attributor.registry[Streaming.method]
-    assert_same(given.top(), Attribution(random(3, 15), train_indices=torch.tensor(chosen)).top(3))
-    assert given.metadata["num_queries"] == 3
-    assert len(given.queries) == 3

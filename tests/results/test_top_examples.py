@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-from torch import distributed as dist
 
 from stride_lightning import Attribution, TopExamples
 from stride_lightning.results.top_examples import TopCollector, joined
-from tests.runtime.test_distributed import run_two, start
+from tests.helpers.processes import run_two, start
 
 FIELDS = ("proponents", "proponent_scores", "opponents", "opponent_scores")
 
@@ -96,8 +95,7 @@ def test_gathering_in_one_process_changes_nothing():
 
 
 def gather_parts(number, port, folder):
-    start(number, port)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=2)
+    start(number, port, group=True)
     results = {}
     # Uneven shares; a rank that holds fewer than k; a rank without any.
     for share in (11, 2, 0):

@@ -14,6 +14,7 @@ from stride_lightning.retraining.retrain import retrain, sample_masks
 from stride_lightning.runtime.distributed import barrier, world_size
 from stride_lightning.storage.records import write_record
 from tests.helpers.models import Augmented, Dicts, make_trainer
+from tests.helpers.processes import run_two, start
 from tests.retraining.cases import (
     NUM_QUERIES,
     NUM_TRAIN,
@@ -32,7 +33,6 @@ from tests.retraining.cases import (
     some_masks,
     yes_or_no,
 )
-from tests.runtime.test_distributed import run_two, start
 
 QUERIES = points(NUM_QUERIES, seed=1)
 HOW = {"max_epochs": 2, "batch_size": 9}

@@ -160,16 +160,6 @@ def test_large_operators_are_cut_to_principal_directions(model, monkeypatch):
     assert torch.allclose(cut.steering(right).square().sum(), right.square().sum())
 
 
-def test_the_order_of_training_data_is_that_of_columns(model):
-    order = torch.randperm(len(TRAIN), generator=torch.Generator().manual_seed(3)).tolist()
-    shuffled = torch.utils.data.Subset(TRAIN, order)
-    assert torch.allclose(ask(model, train=shuffled).scores, ask(model).scores[:, order], rtol=1e-5, atol=1e-9)
-    some = ask(model, train_indices=[8, 2, 5])
-    assert some.train_indices.tolist() == [8, 2, 5]
-    few = ask(model, train=torch.utils.data.Subset(TRAIN, [8, 2, 5]))
-    assert torch.allclose(some.scores, few.scores)
-
-
 def test_half_precision_is_near_and_autocast_reaches_the_model_alone():
     model = TinyLM().eval()
     exact = ask(model).scores
@@ -183,12 +173,6 @@ def test_half_precision_is_near_and_autocast_reaches_the_model_alone():
 def test_default_layers_are_spread_over_the_network(model):
     found = ask(model, layers=None)
     assert found.metadata["options"]["layers"] == ["blocks.0", "blocks.1", "blocks.2", "head"]
-
-
-def test_a_query_among_the_training_data_is_helped_by_itself(model):
-    found = ask(model, queries=TRAIN)
-    assert (found.scores.argmax(1) == torch.arange(len(TRAIN))).float().mean() > 0.7
-    assert (found.scores.diagonal() > 0).all()
 
 
 def test_recovery_with_a_prior_says_how_sure_it_is(model):
