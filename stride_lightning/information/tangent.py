@@ -46,10 +46,11 @@ class Tangents:
 
     def between(self, places: slice) -> Tangents:
         """Those of the examples at some places."""
-        start, stop = max(places.start, self.places.start), min(places.stop, self.places.stop)
-        part = slice(start - self.places.start, max(start, stop) - self.places.start)
+        start = max(places.start, self.places.start)
+        stop = max(start, min(places.stop, self.places.stop))
+        part = slice(start - self.places.start, stop - self.places.start)
         downhill = None if self.downhill is None else self.downhill[part]
-        return Tangents(slice(start, max(start, stop)), self.rows[part], self.losses[part], downhill)
+        return Tangents(slice(start, stop), self.rows[part], self.losses[part], downhill)
 
 
 class TangentFeatures:
@@ -62,9 +63,7 @@ class TangentFeatures:
     Rows of a regression are divided by the standard deviation of the noise of its task.
 
     Args:
-        capture: Reads gradients of the model.
-        task: What a batch means.
-        likelihood: ``"gauss-newton"`` or ``"margin"``.
+        capture: Reads gradients of the model, for which `task` says what a batch means.
         projection_dim: Number of features k; with as many parameters or fewer, all are kept as they are.
         seed: Seed of the projection.
         signed: Also project the gradients of losses.
@@ -103,12 +102,8 @@ class TangentFeatures:
     ) -> Iterator[Tangents]:
         """The features of some examples, batch by batch; every pass runs the model again.
 
-        Args:
-            reader: The data.
-            share: Which of them.
-            description: What the progress bar says.
-            asked: Whether they are queries: combinations of many outputs are then other ones than those of the
-                training examples, as a query and an example with the same would seem to have more in common.
+        Those of queries (`asked`) are other combinations of many outputs than those of training examples, as a query
+        and an example with the same would seem to have more in common.
         """
         for batch in run_batches(self.capture, self.task, reader, share, description):
             rows = self._rows(batch, mix(self.seed, int(asked)))
@@ -119,16 +114,16 @@ class TangentFeatures:
     def _rows(self, batch: Batch, seed: int) -> Tensor:
         self.is_exact = self.likelihood == "margin" or batch.outputs.shape[1] <= features.MAX_EXACT_OUTPUTS
         last = not self.signed
-        if self.likelihood == "margin":
-            try:
-                self.task.margin(batch.outputs, batch.encoded)
-            except ValueError as error:
-                raise ValueError(
-                    f"likelihood='margin' is the noise of a margin: {error} With a single output "
-                    "likelihood='gauss-newton' takes no more work."
-                ) from error
-            return (self._vectors(batch.margin(last=last)) * batch.margin_curvature.sqrt()[:, None])[:, None]
-        return torch.stack([self._vectors(gradients) for gradients in batch.curvature(seed, last=last)], 1)
+        if self.likelihood == "gauss-newton":
+            return torch.stack([self._vectors(gradients) for gradients in batch.curvature(seed, last=last)], 1)
+        try:
+            self.task.margin(batch.outputs, batch.encoded)
+        except ValueError as error:
+            raise ValueError(
+                f"likelihood='margin' is the noise of a margin: {error} With a single output "
+                "likelihood='gauss-newton' takes no more work."
+            ) from error
+        return (self._vectors(batch.margin(last=last)) * batch.margin_curvature.sqrt()[:, None])[:, None]
 
     def _vectors(self, gradients: Gradients) -> Tensor:
         return self._project(gradients)[EVERYTHING].dense()
