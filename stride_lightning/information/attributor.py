@@ -151,7 +151,7 @@ class InformationAttributor(PlannedAttributor):
 
     def _query_side(self, reader: Reader) -> tuple[Tensor, Tensor | None]:
         """Vectors of queries, ``(q, C, k)``; where signed, whitened gradients of minus their losses, ``(q, k)``."""
-        batches = list(self.tangents.batches(reader, None, "Queries", asked=True))
+        batches = list(self.tangents.batches(reader, None, "Queries", as_queries=True))
         vectors = torch.cat([query_vectors(batch.rows, self.posterior, self.form) for batch in batches])
         if not self.signed:
             return vectors, None
@@ -210,7 +210,7 @@ class InformationAttributor(PlannedAttributor):
             is_whole = len(queries) == attribution.metadata["num_queries"]
             if is_whole and reader.fingerprint != attribution.metadata["query_data"]:
                 raise ValueError("The attribution was loaded with other queries than it is of: give it those.")
-            query_rows = torch.cat([batch.rows for batch in self.tangents.batches(reader, asked=True)])
+            query_rows = torch.cat([batch.rows for batch in self.tangents.batches(reader, as_queries=True)])
             every, places = candidates.unique(return_inverse=True)
             chosen = self.read(model, self.train_data.subset(every.tolist()), device, "label")
             features = torch.cat([batch.rows for batch in self.tangents.batches(chosen)])
@@ -266,7 +266,7 @@ class InformationAttributor(PlannedAttributor):
     @override
     def score_training_data(self, model: nn.Module, device: torch.device) -> Tensor:
         # As queries, examples of many outputs are looked at along other directions than as training examples.
-        batches = self.tangents.batches(self.reader, self.share, "Self-influence", asked=True)
+        batches = self.tangents.batches(self.reader, self.share, "Self-influence", as_queries=True)
         queries = None if self.tangents.is_exact else torch.cat([batch.rows for batch in batches])
         parts = []
         for batch in self._training(self.share):
@@ -299,7 +299,7 @@ class InformationAttributor(PlannedAttributor):
         """Vectors to search with among those of :meth:`vectors`, ``(q, C, k)`` on the CPU."""
         with self.borrowed_model() as (model, device):
             reader = self.read(model, resolve_queries(queries, model), device, target)
-            batches = self.tangents.batches(reader, None, "Queries", asked=True)
+            batches = self.tangents.batches(reader, None, "Queries", as_queries=True)
             return torch.cat([query_vectors(batch.rows, self.posterior, form or self.form).cpu() for batch in batches])
 
     def identity(self, form: Form | None = None, num_train: int | None = None) -> dict[str, Any]:

@@ -57,8 +57,7 @@ class TangentFeatures:
     r"""Rows ``B_i`` of shape ``(C, k)`` for every example, such that ``sum_i B_i' B_i`` is the Gauss-Newton matrix.
 
     With ``likelihood="gauss-newton"`` there is one row per output, ``B_i = \Lambda_i^{1/2} J_i`` (eight random
-    combinations beyond 32 outputs): the linearised Laplace approximation, whose noise is that of the labels the model
-    expects.
+    combinations beyond 32 outputs), whose noise is that of the labels the model expects: linearised Laplace.
     With ``"margin"`` there is one row, ``\sqrt{p_i (1 - p_i)}`` times the gradient of the margin: C times less work.
     Rows of a regression are divided by the standard deviation of the noise of its task.
 
@@ -98,15 +97,15 @@ class TangentFeatures:
         check_count("projection_dim", projection_dim)
 
     def batches(
-        self, reader: Reader, share: slice | None = None, description: str = "", *, asked: bool = False
+        self, reader: Reader, share: slice | None = None, description: str = "", *, as_queries: bool = False
     ) -> Iterator[Tangents]:
         """The features of some examples, batch by batch; every pass runs the model again.
 
-        Those of queries (`asked`) are other combinations of many outputs than those of training examples, as a query
-        and an example with the same would seem to have more in common.
+        Those of queries (`as_queries`) combine many outputs otherwise than those of training examples, as a query and an
+        example with the same combinations would seem to have more in common.
         """
         for batch in run_batches(self.capture, self.task, reader, share, description):
-            rows = self._rows(batch, mix(self.seed, int(asked)))
+            rows = self._rows(batch, mix(self.seed, int(as_queries)))
             self.num_rows = rows.shape[1]
             downhill = -self._vectors(batch.loss()) if self.signed else None
             yield Tangents(batch.places, rows, self.task.loss(batch.outputs, batch.encoded), downhill)
