@@ -151,7 +151,7 @@ class InformationAttributor(PlannedAttributor):
 
     def _query_side(self, reader: Reader) -> tuple[Tensor, Tensor | None]:
         """Vectors of queries, ``(q, C, k)``; where signed, whitened gradients of minus their losses, ``(q, k)``."""
-        batches = list(self.tangents.batches(reader, None, "Queries", asked=True))
+        batches = list(self.tangents.batches(reader, None, "Queries", as_queries=True))
         vectors = torch.cat([query_vectors(batch.rows, self.posterior, self.form) for batch in batches])
         if not self.signed:
             return vectors, None
@@ -210,19 +210,18 @@ class InformationAttributor(PlannedAttributor):
             is_whole = len(queries) == attribution.metadata["num_queries"]
             if is_whole and reader.fingerprint != attribution.metadata["query_data"]:
                 raise ValueError("The attribution was loaded with other queries than it is of: give it those.")
-            query_rows = torch.cat([batch.rows for batch in self.tangents.batches(reader, asked=True)])
+            query_rows = torch.cat([batch.rows for batch in self.tangents.batches(reader, as_queries=True)])
             every, places = candidates.unique(return_inverse=True)
             chosen = self.read(model, self.train_data.subset(every.tolist()), device, "label")
             features = torch.cat([batch.rows for batch in self.tangents.batches(chosen)])
         # As if seen without the noise of their labels: a copy would halve it, and so seem to tell something new.
-        mean = float(self.posterior.gram.trace()) / len(self.train_data)
+        mean = self.metadata["posterior"]["mean_squared_feature"]
         features = features * (_SIGNAL_TO_NOISE * self.posterior.ridge / mean if mean > 0 else 1.0) ** 0.5
-        sets_of_queries = [
-            greedy_sets(features[own], query[None], self.posterior, size, form="gain")
-            for query, own in zip(query_rows, places, strict=True)
-        ]
-        columns = [every[own[sets.places[0].cpu()]] for own, sets in zip(places, sets_of_queries, strict=True)]
-        gains = [torch.diff(sets.nats[0], prepend=sets.nats.new_zeros(1)).float().cpu() for sets in sets_of_queries]
+        columns, gains = [], []
+        for query, among in zip(query_rows, places, strict=True):
+            sets = greedy_sets(features[among], query[None], self.posterior, size, form="gain")
+            columns.append(every[among[sets.places[0].cpu()]])
+            gains.append(torch.diff(sets.nats[0], prepend=sets.nats.new_zeros(1)).float().cpu())
         none = torch.empty(len(queries), 0)
         top = TopExamples(torch.stack(columns), torch.stack(gains), none.long(), none, is_signed=False)
         return top.renamed(attribution.train_indices)
@@ -267,7 +266,7 @@ class InformationAttributor(PlannedAttributor):
     @override
     def score_training_data(self, model: nn.Module, device: torch.device) -> Tensor:
         # As queries, examples of many outputs are looked at along other directions than as training examples.
-        batches = self.tangents.batches(self.reader, self.share, "Self-influence", asked=True)
+        batches = self.tangents.batches(self.reader, self.share, "Self-influence", as_queries=True)
         queries = None if self.tangents.is_exact else torch.cat([batch.rows for batch in batches])
         parts = []
         for batch in self._training(self.share):
@@ -300,15 +299,13 @@ class InformationAttributor(PlannedAttributor):
         """Vectors to search with among those of :meth:`vectors`, ``(q, C, k)`` on the CPU."""
         with self.borrowed_model() as (model, device):
             reader = self.read(model, resolve_queries(queries, model), device, target)
-            batches = self.tangents.batches(reader, None, "Queries", asked=True)
+            batches = self.tangents.batches(reader, None, "Queries", as_queries=True)
             return torch.cat([query_vectors(batch.rows, self.posterior, form or self.form).cpu() for batch in batches])
 
     def identity(self, form: Form | None = None, num_train: int | None = None) -> dict[str, Any]:
         """Plain values that decide the vectors: the weights, the features, the prior and the data.
 
-        Args:
-            form: Which information; by default that of the method.
-            num_train: Take only so many of the training examples for the data, the first ones.
+        The data are all training examples, or the first `num_train`: all that an index of gains need know of.
         """
         form, data = form or self.form, self.metadata["data"]
         if num_train is not None and num_train < len(self.train_data):

@@ -116,7 +116,7 @@ def fit_evidence(
         noise_variance: Fix it: 1 for classifications, whose noise is that of their labels. By default it is estimated.
 
     Raises:
-        ValueError: If there is nothing to choose by: all features or all weights zero, or not finite.
+        ValueError: If all features or all weights are zero, or not finite.
 
     Warns:
         UserWarning: If the evidence is largest at an end of the grid, and what that means.
@@ -152,24 +152,19 @@ def fit_evidence(
     ridge, at_edge = float(ridges[best]), None
     if 0 < best < _GRID - 1:
         bounds = math.log(ridges[best - 1]), math.log(ridges[best + 1])
-        finer: Any = minimize_scalar(
-            lambda log_ridge: -evaluated(math.exp(log_ridge))[0],
-            bounds=bounds,
-            method="bounded",
-            options={"xatol": 1e-6},
-        )
+        options: Any = {"bounds": bounds, "method": "bounded", "options": {"xatol": 1e-6}}
+        finer: Any = minimize_scalar(lambda log_ridge: -evaluated(math.exp(log_ridge))[0], **options)
         ridge = max(ridge, math.exp(finer.x), key=lambda ridge: evaluated(ridge)[0])
         ridges = np.unique(np.concatenate([ridges, np.geomspace(ridges[best - 1], ridges[best + 1], _FINE)]))
         profile = np.array([evaluated(ridge)[0] for ridge in ridges])
     else:
         at_edge = "lower" if best == 0 else "upper"
-        meaning = (
-            "the weights are so large that nothing the data tell of them counts: are the features those of this model?"
-        )
-        if at_edge == "lower":
-            meaning = "the weights are so small beside what the data tell of them that no prior is needed."
+        meaning = "so small beside what the data tell of them that no prior is needed."
+        if at_edge == "upper":
+            meaning = "so large that nothing the data tell of them counts: are the features those of this model?"
         warnings.warn(
-            f"The evidence is largest at the {at_edge} end of the ridges, {ridge:.3g}: {meaning} Give `ridge=`.",
+            f"The evidence is largest at the {at_edge} end of the ridges, {ridge:.3g}: the weights are {meaning} "
+            "Give `ridge=`.",
             stacklevel=2,
         )
     log_evidence, noise = evaluated(ridge)

@@ -69,14 +69,8 @@ def _scaled(noise: Tensor, whitened: Tensor, features: Tensor) -> Tensor:
 def nats(products: Tensor, form: Form = "loss") -> Tensor:
     """Information from inner products X of query and index vectors: ``+-1/2 logdet(I +- X X')``, plus for a loss.
 
-    Precise however small it is; a gain of one output is resolved up to 8 nats in float32 and 18 in float64.
-
-    Args:
-        products: Shape ``(..., C', C)``: outputs of a query by outputs of a training example.
-        form: That of the vectors.
-
-    Returns:
-        Shape ``(...)``.
+    Of products ``(..., C', C)``, outputs of a query by outputs of a training example, to nats ``(...)``. Precise
+    however small it is; a gain of one output is resolved up to 8 nats in float32 and 18 in float64.
 
     Example:
         >>> nats(torch.tensor([[1.0]])), nats(torch.tensor([[0.5]]), "gain")

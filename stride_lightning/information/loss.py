@@ -70,17 +70,9 @@ def pair_nats(queries: Tensor, vectors: Tensor, form: Form = "loss") -> Tensor:
 def subset_information(subset: Tensor, queries: Tensor, posterior: Posterior, form: Form = "loss") -> Tensor:
     """How much less is known about each query without a whole subset of the training examples, or more with it.
 
-    Exact for the Gaussian posterior: ``V_(D-S) = V + k' (I - B_S A^-1 B_S')^-1 k`` with ``k = B_S A^-1 B_q'``. Copies
-    of an example together lose much more than the sum of each alone.
-
-    Args:
-        subset: Features of the examples, shape ``(m, C, k)``.
-        queries: Features of the queries, ``(q, C', k)``.
-        posterior: Of all training data.
-        form: As for :func:`information`.
-
-    Returns:
-        Nats, shape ``(q,)``.
+    Nats of shape ``(q,)``, exact for the Gaussian posterior: ``V_(D-S) = V + k' (I - B_S A^-1 B_S')^-1 k`` with
+    ``k = B_S A^-1 B_q'``. Copies of an example together lose much more than the sum of each alone. The subset has shape
+    ``(m, C, k)``; the other arguments are those of :func:`information`.
 
     Raises:
         ValueError: If the subset cannot be among the data of the posterior.

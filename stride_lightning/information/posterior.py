@@ -48,7 +48,11 @@ class Posterior:
             raise ValueError("Features hold NaN or infinite values, or overflow when squared: did training diverge?")
         if num_examples == 0:
             # The root of the prior is a number: nothing to factorise or to multiply by.
-            self._root, self._log_det = None, self.num_features * math.log(self._prior_ridge())
+            if self.ridge == 0:
+                raise ValueError(
+                    "Without data a `ridge` of 0 leaves all weights undetermined: give a positive `ridge=`."
+                )
+            self._root, self._log_det = None, self.num_features * math.log(self.ridge)
             return
         matrix = gram.clone()
         matrix.diagonal().add_(self.ridge)
@@ -56,11 +60,12 @@ class Posterior:
         # Rounded features span directions of their own, squared in A: below that a pivot is noise.
         noise = max(self.num_features * _EPS, precision**2) * float(matrix.diagonal().max())
         if int(failed) or float(factor.diagonal().square().min()) <= noise:
+            mean = float(gram.trace()) / self.num_features
             raise ValueError(
                 f"The posterior precision of {num_examples} examples and {self.num_features} features is singular "
                 f"with a ridge of {self.ridge:g}: some direction of the weights is determined by nothing. Give a "
-                f"larger `ridge=` (the mean eigenvalue of the data is {float(gram.trace()) / self.num_features:.3g}), "
-                "or fewer features (a smaller `projection_dim=`)."
+                f"larger `ridge=` (the mean eigenvalue of the data is {mean:.3g}), or fewer features (a smaller "
+                "`projection_dim=`)."
             )
         identity = torch.eye(self.num_features, dtype=factor.dtype, device=factor.device)
         self._root = torch.linalg.solve_triangular(factor, identity, upper=False).mT.contiguous()
@@ -80,7 +85,7 @@ class Posterior:
 
     def prior(self) -> Posterior:
         """The same weights before any data."""
-        return self.without_data(self.num_features, ridge=self._prior_ridge(), device=self.gram.device)
+        return self.without_data(self.num_features, ridge=self.ridge, device=self.gram.device)
 
     def with_ridge(self, ridge: float) -> Posterior:
         """The same data with another prior precision; needs no pass."""
@@ -91,7 +96,7 @@ class Posterior:
         return self._changed(features, 1)
 
     def removed(self, features: Features) -> Posterior:
-        """Without examples that it holds, whose features are given."""
+        """Without examples that it holds."""
         return self._changed(features, -1)
 
     @property
@@ -104,8 +109,7 @@ class Posterior:
     def whiten(self, features: Tensor) -> Tensor:
         """Features ``(..., k)`` times ``L`` with ``A^-1 = L L'``: their inner products are posterior covariances.
 
-        Returns:
-            Same shape, of the features' precision (float32 at least), rounded after a product in double precision.
+        A product in double precision, rounded to the features' precision (float32 at least).
         """
         if features.shape[-1] != self.num_features:
             raise ValueError(
@@ -136,11 +140,6 @@ class Posterior:
             raise ValueError(f"{count} examples of {len(gram)} features do not fit {self!r}.")
         gram, precision = self.gram + sign * gram, max(precision, self.precision)
         return Posterior(gram, self.ridge, num_examples=num_examples, precision=precision)
-
-    def _prior_ridge(self) -> float:
-        if self.ridge == 0:
-            raise ValueError("Without data a `ridge` of 0 leaves all weights undetermined: give a positive `ridge=`.")
-        return self.ridge
 
     def __repr__(self) -> str:
         return f"Posterior(num_examples={self.num_examples}, num_features={self.num_features}, ridge={self.ridge:g})"

@@ -260,7 +260,7 @@ def rows_of(attributor, queries):
     asked = attributor.read(attributor.model, examples_of(*queries.tensors), CPU, "label")
     batches = (
         attributor.tangents.batches(attributor.reader),
-        attributor.tangents.batches(asked, asked=True),
+        attributor.tangents.batches(asked, as_queries=True),
     )
     return [torch.cat([batch.rows for batch in part]) for part in batches]
 

@@ -209,13 +209,13 @@ class VectorIndex(ABC):
     def search(self, queries: Any, k: int = 10, where: Any = None, *, exact: bool = True) -> Hits:
         """The training examples with the largest squared inner product; ties in order of positions.
 
-        Ranked by inner products in float64 of the vectors, which are float32.
+        Ranked by inner products in float64 of the vectors, which are float32. This search is always exact.
 
         Args:
             queries: Shape ``(q, dim)``.
             k: How many to find; all rows if there are fewer.
             where: Which rows to look at.
-            exact: Ignored: this search is always exact, also where an index on disk would be asked for less.
+            exact: Ignored; an index on disk may be asked for less.
 
         Raises:
             ValueError: If a query does not fit, or `where` is not understood.

@@ -54,10 +54,9 @@ class PositionSet:
 def as_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Plain JSON values, as they come back from disk."""
     try:
-        plain = json.loads(json.dumps(dict(identity), allow_nan=False))
+        return json.loads(json.dumps(dict(identity), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise TypeError(f"`identity` must be plain JSON values, which {identity!r} is not ({error}).") from error
-    return plain
 
 
 def as_column_types(columns: Mapping[str, type]) -> dict[str, type]:

@@ -46,10 +46,8 @@ class MemoryIndex(VectorIndex):
         return self._positions
 
     def _append(self, positions: Integers, vectors: Floats, columns: Columns) -> None:
-        arrays = {
-            name: np.array(values, object if self.columns[name] is str else self.columns[name])
-            for name, values in columns.items()
-        }
+        kinds = {name: object if kind is str else kind for name, kind in self.columns.items()}
+        arrays = {name: np.array(values, kinds[name]) for name, values in columns.items()}
         self._groups.append((positions, vectors, arrays))
         self._starts = np.append(self._starts, self._starts[-1] + len(positions))
 

@@ -69,14 +69,9 @@ class InformationIndex(VectorIndex):
         columns: Mapping[str, type] | None = None,
         exist_ok: bool = False,
     ) -> InformationIndex:
-        """Make an empty index.
+        """Make an empty index in a folder, which is made if missing; the other arguments as for :class:`VectorIndex`.
 
-        Args:
-            path: Folder of the index; made if missing.
-            dim: Length of the vectors.
-            identity: Whose vectors they are, as for :class:`VectorIndex`; :meth:`open` compares it.
-            columns: Metadata columns.
-            exist_ok: Open the index if there is one, and check that it was made with the same arguments.
+        With `exist_ok` an index that is there is opened if it was made with the same arguments.
 
         Raises:
             ModuleNotFoundError: If LanceDB is not installed.
@@ -110,11 +105,7 @@ class InformationIndex(VectorIndex):
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], identity: Mapping[str, Any] | None = None) -> InformationIndex:
-        """Open an index.
-
-        Args:
-            path: Folder of the index.
-            identity: If given, the keys and values that the index must have been made with, all of them.
+        """Open the index in a folder; one of another identity, if that is given, is refused.
 
         Raises:
             ModuleNotFoundError: If LanceDB is not installed.
@@ -169,15 +160,10 @@ class InformationIndex(VectorIndex):
         The exact search reads all vectors once for up to 1,024 queries together. The approximate one looks up
         ``+query`` and ``-query`` in the index of :meth:`create_ann` and merges; rows appended since, and queries whose
         lists hold fewer than `k` rows that meet `where`, are searched exactly. Inner products are exact in both.
+        The approximate search looks through `nprobes` lists of vectors, and compares `refine_factor` times `k` vectors.
 
-        Args:
-            queries: Shape ``(q, dim)``.
-            k: How many to find; all rows if there are fewer.
-            where: Which rows to look at, as SQL on the metadata columns and ``position``: ``"label = 3 and length <
-                20"``, ``"path like 'cats/%'"``, a quote in a text doubled: ``"author = 'O''Brien'"``.
-            exact: Whether to look at every vector.
-            nprobes: Approximate search: how many lists of vectors to look through.
-            refine_factor: Approximate search: candidates, in multiples of `k`, whose vectors are read and compared.
+        `where` is SQL on the metadata columns and ``position``: ``"label = 3 and length < 20"``, ``"path like
+        'cats/%'"``; a quote in a text is doubled: ``"author = 'O''Brien'"``.
 
         Raises:
             ValueError: If a query does not fit, `where` is not understood, or there is no approximate index.

@@ -72,10 +72,8 @@ def build_index(
     columns = {name: as_list(values) for name, values in (columns or {}).items()}
     num_outputs, dim = attributor.vector_shape
     if num_outputs != 1:
-        raise ValueError(
-            f"An index holds one vector per example, and these have {num_outputs} outputs. Fit with "
-            "likelihood='margin'."
-        )
+        outputs = f"these have {num_outputs} outputs"
+        raise ValueError(f"An index holds one vector per example, and {outputs}. Fit with likelihood='margin'.")
     positions = attributor.train_data.positions
     wrong = {name: len(values) for name, values in columns.items() if len(values) != len(positions)}
     if wrong:

@@ -1,4 +1,4 @@
-"""Rows, queries and empty indexes that the tests of both indexes share."""
+"""Rows of an index, and what a search of them must find."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""Empty and filled indexes."""
+"""Indexes of both kinds."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What is searched is what brute force finds; what is built survives kills; what does not fit is refused by name."""
+"""What is built on disk survives kills; filters, approximate search, and whose index it is."""
 
 import json
 import os
@@ -13,117 +13,12 @@ import pytest
 import torch
 
 import stride_lightning
-from stride_lightning.information.index import base as vectors_module
-from stride_lightning.information.index import in_memory as memory_index
-from stride_lightning.information.index import on_disk as index_module
+from stride_lightning.information.index import lance
 from stride_lightning.information.index.checks import VectorIndexError
 from stride_lightning.information.index.in_memory import MemoryIndex
 from stride_lightning.information.index.on_disk import InformationIndex
 from tests.helpers import kill_index
-from tests.information.index.cases import (
-    COLUMNS,
-    IDENTITY,
-    batches,
-    brute_force,
-    contents,
-    example_rows,
-    queries,
-)
-
-# ------------------------------------------------------------------------------------------------------------- search
-
-
-@pytest.mark.parametrize("k", [1, 10, 60, 299, 300, 1000])
-def test_search_is_brute_force(make, k):
-    index, rows = make(), example_rows()
-    index.build(batches(rows, 64), show_progress=False)
-    hits = index.search(queries(), k)
-    positions, dots = brute_force(rows, queries(), k)
-    assert hits.positions.tolist() == positions.tolist()
-    assert np.array_equal(hits.dots.numpy(), dots)
-    assert torch.equal(hits.scores, hits.dots**2)
-    where = {position: i for i, position in enumerate(rows[0].tolist())}
-    for name, values in rows[2].items():
-        plain = values if isinstance(values, list) else values.tolist()
-        assert hits.columns[name] == [[plain[where[p]] for p in row] for row in positions.tolist()]
-
-
-def test_blocks_and_groups_of_queries_change_nothing(make, monkeypatch):
-    index, rows = make(), example_rows()
-    index.build(batches(rows, 64), show_progress=False)
-    once = index.search(queries(), 5)
-    monkeypatch.setattr(memory_index, "BLOCK_ROWS", 7)
-    monkeypatch.setattr(index_module, "BLOCK_ROWS", 7)
-    monkeypatch.setattr(vectors_module, "_QUERIES", 5)
-    for hits in (index.search(queries(), 5), index.search(torch.from_numpy(queries()), 5)):
-        assert torch.equal(hits.positions, once.positions)
-        assert torch.equal(hits.dots, once.dots)
-        assert hits.columns == once.columns
-    alone = [index.search(query[None], 5) for query in queries()]
-    assert torch.equal(torch.cat([hits.positions for hits in alone]), once.positions)
-    assert torch.equal(torch.cat([hits.dots for hits in alone]), once.dots)
-
-
-@pytest.mark.parametrize("kind", ["equal", "zero", "near"])
-def test_more_ties_than_candidates_come_in_order_of_positions(make, kind, monkeypatch):
-    rng = np.random.default_rng(0)
-    vectors = np.repeat(rng.standard_normal((1, 16)), 500, axis=0).astype(np.float32)
-    if kind == "zero":
-        vectors[3:] = 0
-    if kind == "near":  # float32 products of these cannot be told apart
-        vectors[:, 0] += np.float32(2e-7) * rng.integers(0, 5, 500)
-    rows = rng.permutation(500), vectors, {}
-    index = make(columns={})
-    index.build(batches(rows, 100), show_progress=False)
-    calls = []
-    in_float64 = type(index)._in_float64
-    monkeypatch.setattr(type(index), "_in_float64", lambda *args: calls.append(len(args[1])) or in_float64(*args))
-    hits = index.search(queries(3), 10)
-    positions, dots = brute_force(rows, queries(3), 10)
-    assert hits.positions.tolist() == positions.tolist()
-    assert np.array_equal(hits.dots.numpy(), dots)
-    assert calls == [3]  # the float32 screening noticed for each that it could not tell
-
-
-def test_products_beyond_float32_are_ranked(make):
-    index = make(dim=2, columns={})
-    vectors = np.array([[3e38, 0], [3.1e38, 0], [0, 1e-30]] + [[1e30, 0]] * 60, np.float32)
-    index.add(np.arange(63), vectors)
-    assert index.search([[1e20, 0.0]], 2).positions.tolist() == [[1, 0]]
-    assert index.search([[0.0, 1e-30]], 1).positions.tolist() == [[2]]
-    hits = index.search([[1e200, 0.0], [0.0, 0.0]], 3)
-    assert hits.positions.tolist() == [[1, 0, 3], [0, 1, 2]]
-    assert hits.dots[0, 0] == 1e200 * float(vectors[1, 0])
-
-
-def test_float64_is_rarely_needed(make, monkeypatch):
-    index = make(columns={})
-    rng = np.random.default_rng(0)
-    index.add(np.arange(2000), rng.standard_normal((2000, 16)))
-    monkeypatch.setattr(type(index), "_in_float64", None)
-    assert index.search(queries(100), 10).positions.shape == (100, 10)
-
-
-def test_empty_index_and_no_queries(make):
-    index = make()
-    assert len(index) == 0
-    hits = index.search(queries(3), 5)
-    assert hits.positions.shape == hits.dots.shape == (3, 0)
-    assert hits.columns == {name: [[], [], []] for name in COLUMNS}
-    index.build(batches(example_rows(), 100), show_progress=False)
-    hits = index.search(np.empty((0, 16)), 5)
-    assert len(hits.positions) == len(hits.dots) == 0
-    assert hits.columns == {name: [] for name in COLUMNS}
-
-
-def test_sign_of_the_product_is_kept(make):
-    index = make(dim=2, columns={})
-    index.add([4, 5, 6], [[1.0, 0.0], [-2.0, 0.0], [0.0, 0.0]])
-    hits = index.search([[1.5, 3.0]])
-    assert hits.positions.tolist() == [[5, 4, 6]]
-    assert hits.dots.tolist() == [[-3.0, 1.5, 0.0]]
-    assert hits.scores.tolist() == [[9.0, 2.25, 0.0]]
-
+from tests.information.index.cases import COLUMNS, IDENTITY, batches, brute_force, contents, example_rows, queries
 
 # ------------------------------------------------------------------------------------------------------------ filters
 
@@ -394,3 +289,108 @@ def test_options_of_the_approximate_search(clustered, tmp_path):
     small.add([0], np.ones((1, 2)))
     with pytest.raises(ValueError, match="trained on 256 rows or more, and there are 1: search with exact=True"):
         small.create_ann()
+
+
+# ------------------------------------------------------------------------------------------------- whose index it is
+
+
+def test_identity_of_another_model_is_refused_by_key(tmp_path):
+    InformationIndex.create(tmp_path, 2, identity=IDENTITY)
+    assert InformationIndex.open(tmp_path).identity == IDENTITY
+    assert InformationIndex.open(tmp_path, IDENTITY).identity == IDENTITY
+    other = {"weights": "0000", "projection": IDENTITY["projection"], "form": "gain"}
+    message = (
+        r"'form': expected \"gain\", came nothing; 'weights': expected \"0000\", came \"9f3c\"\. Open the index of this"
+    )
+    with pytest.raises(VectorIndexError, match=message):
+        InformationIndex.open(tmp_path, other)
+    with pytest.raises(VectorIndexError, match=r"'projection': expected nothing, came \{\"dim\": 16, \"seed\": 0\}\."):
+        InformationIndex.open(tmp_path, {"weights": "9f3c"})
+
+
+def test_create_again(tmp_path):
+    index = InformationIndex.create(tmp_path, 2, identity=IDENTITY, columns={"label": int})
+    index.add([0], np.ones((1, 2)), {"label": [1]})
+    with pytest.raises(FileExistsError, match=r"There is an index at .*: open it, delete it, or pass exist_ok=True"):
+        InformationIndex.create(tmp_path, 2, identity=IDENTITY)
+    same = InformationIndex.create(tmp_path, 2, identity=IDENTITY, columns={"label": int}, exist_ok=True)
+    assert len(same) == 1
+    with pytest.raises(VectorIndexError, match=r"has dim=2 .*; expected dim=3"):
+        InformationIndex.create(tmp_path, 3, identity=IDENTITY, columns={"label": int}, exist_ok=True)
+    with pytest.raises(VectorIndexError, match="'weights': expected \"x\", came"):
+        InformationIndex.create(tmp_path, 2, identity=IDENTITY | {"weights": "x"}, exist_ok=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="is a file: give the folder"):
+        InformationIndex.create(tmp_path / "file", 2, identity={})
+    with pytest.raises(TypeError, match="`identity` must be plain JSON values"):
+        InformationIndex.create(tmp_path / "x", 2, identity={"weights": torch.ones(1)})
+
+
+def damage(path, pattern, how):
+    files = sorted((path / "vectors.lance").glob(pattern))
+    assert files
+    for file in files:
+        if how == "removed":
+            file.unlink()
+        elif how == "cut":
+            os.truncate(file, file.stat().st_size // 2)
+        else:
+            file.write_bytes(b"x" * 4000)
+
+
+@pytest.mark.parametrize("how", ["removed", "cut", "overwritten"])
+@pytest.mark.parametrize("pattern", ["data/*", "_versions/*.manifest"])
+def test_damaged_index_is_refused_by_name(filled, pattern, how):
+    damage(filled.path, pattern, how)
+    message = (
+        re.escape(f"The index '{filled.path}' cannot be used: ") + ".*Restore the folder from a copy, or delete it"
+    )
+    with pytest.raises(VectorIndexError, match=message):
+        InformationIndex.open(filled.path).search(queries())
+    with pytest.raises(VectorIndexError, match=message):
+        InformationIndex.open(filled.path).build(batches(example_rows(), 30), show_progress=False)
+
+
+def test_data_without_a_version_are_not_overwritten(filled):
+    damage(filled.path, "_versions/*.manifest", "removed")
+    for exist_ok in (False, True):
+        with pytest.raises(VectorIndexError, match="has data and no version that says what they are"):
+            InformationIndex.create(filled.path, 16, identity=IDENTITY, columns=COLUMNS, exist_ok=exist_ok)
+
+
+def test_other_folders_are_refused(tmp_path):
+    import lancedb
+
+    with pytest.raises(FileNotFoundError, match=r"No index at .*: make one with InformationIndex\.create"):
+        InformationIndex.open(tmp_path)
+    lancedb.connect(tmp_path).create_table("vectors", [{"position": 1, "vector": [1.0, 2.0]}])
+    with pytest.raises(VectorIndexError, match="holds a table that is not an InformationIndex"):
+        InformationIndex.open(tmp_path)
+
+
+def test_later_layout_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(lance, "FORMAT", 2)
+    InformationIndex.create(tmp_path, 2, identity={})
+    monkeypatch.undo()
+    with pytest.raises(
+        VectorIndexError, match=r"has layout 2 .*; expected layout 1 .*version of the library that wrote"
+    ):
+        InformationIndex.open(tmp_path)
+
+
+def test_without_lancedb_the_extra_is_named_and_memory_works(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lancedb", None)
+    message = r"pip install 'stride-lightning\[index\]'\. Without it, MemoryIndex searches exactly"
+    with pytest.raises(ModuleNotFoundError, match=message):
+        InformationIndex.create(tmp_path, 2, identity={})
+    with pytest.raises(ModuleNotFoundError, match=message):
+        InformationIndex.open(tmp_path)
+    memory = MemoryIndex(2)
+    memory.add([3], np.ones((1, 2)))
+    assert memory.search([[1.0, 1.0]], exact=False).positions.tolist() == [[3]]
+
+
+def test_a_moved_index_opens(filled, tmp_path):
+    before = contents(filled)
+    shutil.move(filled.path, tmp_path / "moved")
+    assert contents(InformationIndex.open(tmp_path / "moved", IDENTITY)) == before
