@@ -104,7 +104,7 @@ class LeavingOut(Batches):
             prepared = self.prepared(model, batch)
         optimization = self._optimization(model)
         try:
-            mixed, num_batches = self._mixed_batch(), len(self.order(0, 0))
+            mixed, num_batches = self._drawn(self._mixed_examples(self.loading.batch_size)), len(self.order(0, 0))
             kinds = in_precision_of(model, mixed), self.prepared(model, mixed)
             with vectorised_attention():
                 with torch.enable_grad():  # of a copy, as a step may keep its loss
@@ -269,22 +269,14 @@ class LeavingOut(Batches):
         optimizer = self._optimization(model).optimizer
         try:
             with seeded(0), torch.enable_grad():
-                (batch,) = part.drawn([torch.arange(2)], 0, self._device)
+                examples = _stacked(self.prepared(self.model, self._drawn(part)))
                 shares = torch.full((2,), 1 / len(self.train)).to(prepared[1])
-                two = Ensemble(model, optimizer, 2, self._task_loss, _without_share)
-                two.step(prepared, (_stacked(self.prepared(self.model, batch)), shares))
+                Ensemble(model, optimizer, 2, self._task_loss, _without_share).step(prepared, (examples, shares))
         except Exception as error:
             detail = first_line(error)
             if self.task.has_tokens and "attention_mask" in prepared[0]:
                 detail += ". Batches without attention_mask, of texts that need no padding, may be vectorised"
             raise CannotBatch(f"torch.func cannot vectorise single examples: {detail}") from error
-
-    def _mixed_batch(self) -> Any:
-        """A batch of examples of all kinds, of the size of a training batch."""
-        part = self._mixed_examples(self.loading.batch_size)
-        with seeded(0):
-            (batch,) = part.drawn([torch.arange(len(part))], 0, self._device)
-        return batch
 
     def _mixed_examples(self, size: int) -> Examples:
         """Some examples from all over the training data, with as many values of the target as there are."""
@@ -292,15 +284,19 @@ class LeavingOut(Batches):
         places = torch.linspace(0, num - 1, min(max(candidates, size), num), dtype=torch.float64).long()
         places = places[torch.randperm(len(places), generator=torch.Generator().manual_seed(0))]
         part = self._part(places.tolist())
-        with seeded(0):
-            (batch,) = part.drawn([torch.arange(len(part))], 0, self._device)
         with part.naming(0):
-            encoded = self.prepared(self.model, batch)[1].cpu()
+            encoded = self.prepared(self.model, self._drawn(part))[1].cpu()
         if self.task.has_tokens:  # texts differ by how many of them count
             encoded = encoded[..., 1].sum(1, keepdim=True)
         _, kind = encoded.unique(dim=0, return_inverse=True)
         earlier = F.one_hot(kind).cumsum(0).gather(1, kind[:, None])[:, 0]  # of the same target, with itself
         return self._part(places[earlier.argsort(stable=True)[:size]].tolist())
+
+    def _drawn(self, part: Examples) -> Any:
+        """All of some examples as one batch."""
+        with seeded(0):
+            (batch,) = part.drawn([torch.arange(len(part))], 0, self._device)
+        return batch
 
     def _part(self, places: list[int]) -> Examples:
         """Some training examples, read in this process."""

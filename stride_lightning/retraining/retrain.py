@@ -237,8 +237,12 @@ def _measured(
             "on these data, this is no retraining.",
             stacklevel=3,
         )
-    together, reason = _try_together(recipe, masks, seeds)
-    if reason:
+    together, reason = None, None
+    try:
+        together = Together(recipe, seeds[0])
+        together.check_steps(masks, seeds)
+    except CannotBatch as why:
+        together, reason = None, str(why)
         announce(f"Models train one by one, each with its own Trainer, because {reason}.", show=show_progress)
 
     def losses_of(seed: int, subsets: slice, tick: Callable[[int], Any]) -> Tensor:
@@ -266,15 +270,6 @@ def _measured(
     seconds = time.perf_counter() - started
     how = {"one_by_one_because": reason, "seconds": seconds, "versions": versions(), "chunk_size": work.chunk_size}
     return work.keep(kind(masks, losses, seeds, {**identity, **how}, **more))
-
-
-def _try_together(recipe: Recipe, masks: Tensor, seeds: list[int]) -> tuple[Together | None, str | None]:
-    try:
-        together = Together(recipe, seeds[0])
-        together.check_steps(masks, seeds)
-    except CannotBatch as reason:
-        return None, str(reason)
-    return together, None
 
 
 def _checked_masks(masks: Tensor, recipe: Recipe) -> Tensor:
