@@ -12,8 +12,8 @@
   k-centre greedy (on hidden activations), with the features of a model trained on the whole pool or on 50 random digits
   of it; or at random. Mean over trainings; for random choice over draws also their standard deviation.
 * ``duplicates``: each query's 10 highest-scoring digits are planted five times more and the model is trained again; how
-  many different digits are among the first 10 now? Plain, and with ``top(10, diverse=True)``; in the last row the 10
-  whose removal, one after the other, loses most information.
+  many different digits are among the first 10 now? Plain, and with ``attributor.diverse(attribution, 10)``; in the last
+  row the 10 whose removal, one after the other, loses most information.
 * ``refits``: information loss freezes the curvature and knows no labels; what happens if a model is really fitted
   again? Logistic regressions on random data (n = 120, 6 weights, ridge 1/2) without each of their examples.
 
@@ -48,9 +48,10 @@ from stride_lightning import (
     attribute,
     retrain_without,
 )
+from stride_lightning.attribute import create
 from stride_lightning.data.sources import resolve_queries
 from stride_lightning.information.greedy import greedy_sets
-from stride_lightning.information.loss import information_gain, information_loss
+from stride_lightning.information.loss import information
 from stride_lightning.information.posterior import Posterior
 from stride_lightning.metrics import mean_reciprocal_rank, retrieval_recall
 
@@ -282,8 +283,9 @@ def duplicates(arguments):
         again = fit(crowded, 30)
         attribution, _ = scored(way, again, queries, crowded)
         plain, varied = different(attribution.top(k).proponents, original), ""
-        if attribution.diversify is not None:
-            varied = f"{different(attribution.top(k, diverse=True).proponents, original):.1f}"
+        if way in (LOSS, GAIN):
+            attributor = create(way, show_progress=False).fit(again, crowded)
+            varied = f"{different(attributor.diverse(attribution, k).proponents, original):.1f}"
         print(f"{way:<32} {5 * len(top):>8} {plain:6.1f} {varied:>8}", flush=True)
         if way == LOSS:
             last = different(removed_greedily(again, queries, crowded, k), original), 5 * len(top)
@@ -296,7 +298,7 @@ def removed_greedily(model, queries, train, k):
     with attributor.borrowed_model() as (borrowed, device):
         asked = attributor.read(borrowed, resolve_queries(queries), device, "label")
         searched = torch.cat([batch.rows for batch in attributor.tangents.batches(asked)])
-        features = torch.cat([batch.rows for batch in attributor._training(slice(0, len(train)))])
+        features = torch.cat([batch.rows for batch in attributor.tangents.batches(attributor.reader)])
     return greedy_sets(features, searched, attributor.posterior, k, form="loss").places
 
 
@@ -324,7 +326,7 @@ def refits(arguments, num_problems=20, num_train=120, num_weights=6, ridge=0.5):
         curvature = (p[0] * (1 - p[0])).sqrt()
         features = (curvature[:, None] * x)[:, None]
         posterior = Posterior.fit(features, ridge=ridge)
-        loss = information_loss(features, query, posterior)[0]
+        loss = information(features, query, posterior)[0]
         influence = (x @ torch.linalg.solve(hessian[0], query.flatten())) * (p[0] - y)
         rows.append(
             [
@@ -356,8 +358,8 @@ def draw(path):
     others = torch.tensor([[[-0.5, 1.3]], [[0.4, 1.0]], [[0.7, -0.2]]]).double()
     alone, rest = Posterior.without_data(2, ridge=1.0), Posterior.fit(others, ridge=1.0)
     with_it, with_two = (Posterior.fit(torch.cat([others, *[example] * copies]), ridge=1.0) for copies in (1, 2))
-    gain = information_gain(example, query, alone)
-    losses = [information_loss(example, query, posterior) for posterior in (with_it, with_two)]
+    gain = information(example, query, alone, "gain")
+    losses = [information(example, query, posterior) for posterior in (with_it, with_two)]
     panels = [
         ("gain", gain, alone, Posterior.fit(example, ridge=1.0), "nothing known", "the example alone"),
         ("loss", losses[0], rest, with_it, "all others", "all examples"),

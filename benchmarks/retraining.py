@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from stride_lightning.retraining.one_by_one import train_alone
-from stride_lightning.retraining.recipe import make_recipe
+from stride_lightning.retraining.recipe import Recipe
 from stride_lightning.retraining.retrain import retrain, sample_masks
 
 WAYS = ("together", "plain loop", "loop with DataLoader", "lean Trainer", "default Trainer")
@@ -118,7 +118,7 @@ def run_way(arguments, name, way):
     train, queries = kind.data(arguments.energy)
     masks = kind.masks(len(train))
     loader = DataLoader(train, batch_size=kind.batch_size, shuffle=True)
-    recipe = make_recipe(kind, queries, train_data=loader, max_epochs=epochs)
+    recipe = Recipe(kind, queries, train_data=loader, max_epochs=epochs)
     count = arguments.trainer_models if "Trainer" in way else NUM_MODELS
     # What a first call pays once (imports, tracing machinery) is not what a model costs; all ways are warmed alike.
     train_by(way, kind, train, queries, loader, recipe, masks[:4], 20 if way == "together" else 1)

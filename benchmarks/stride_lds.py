@@ -103,7 +103,7 @@ def compare_adam(arguments):
     model, train, _ = load(arguments.truth)
     task = Classification()
     attributor = StrideAttributor(num_subsets=arguments.num_subsets, show_progress=False).fit(model, train, task)
-    observed, design = attributor._train_pass, sample_design(len(train), arguments.num_subsets)
+    observed, design = attributor.fitted.train_pass, sample_design(len(train), arguments.num_subsets)
     ridge, started = attributor.module.chosen["ridge"], time.perf_counter()
     full = attributor.module.chosen["operator_ridge"]
     start = refit(observed, task, torch.tensor([full]))[..., 0]

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from stride_lightning.retraining.ground_truth import GroundTruth as GroundTruth
     from stride_lightning.retraining.retrain import retrain as retrain
     from stride_lightning.retraining.retrain import retrain_without as retrain_without
+    from stride_lightning.steering.attributor import LanguageStrideAttributor as LanguageStrideAttributor
     from stride_lightning.steering.attributor import StrideAttributor as StrideAttributor
     from stride_lightning.steering.module import StrideModule as StrideModule
     from stride_lightning.storage.records import RecordError as RecordError
@@ -66,6 +67,7 @@ _HOMES = {
     "InformationGainAttributor": "information.attributor",
     "InformationIndex": "information.index.on_disk",
     "InformationLossAttributor": "information.attributor",
+    "LanguageStrideAttributor": "steering.attributor",
     "LinearDatamodelingScore": "metrics.linear_datamodeling",
     "RecordError": "storage.records",
     "Regression": "tasks.likelihoods",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stride_lightning.attributor import Attributor
 from stride_lightning.results.attribution import Attribution
+from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.tasks.likelihoods import Task
 
 #: The files whose classes enter themselves among the methods when they are imported.
@@ -41,7 +42,7 @@ def attribute(
     seed: int = 0,
     show_progress: bool = True,
     **options: Any,
-) -> Attribution:
+) -> Attribution | TopAttribution:
     """Which training examples made the model do this?
 
     In a distributed run every rank may call it: the work is shared and all return the same result. The caller's
@@ -69,7 +70,7 @@ def attribute(
 
     Returns:
         Scores of shape ``(num_queries, num_train)`` and all that can be done with them; positive is helpful. Their unit
-        is the method's: see its class.
+        is the method's: see its class. With ``top_k=`` only the top of each query, as a ``TopAttribution``.
 
     Raises:
         TypeError: If an option is unknown or the data are not map-style.

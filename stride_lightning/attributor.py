@@ -23,6 +23,7 @@ from stride_lightning.model.weights import (
     weight_hash,
 )
 from stride_lightning.results.attribution import Attribution
+from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.metering import Meter
 from stride_lightning.runtime.progress import track
@@ -82,6 +83,7 @@ class Attributor(ABC):
         meter = Meter()
         checkpoint = None if ckpt_path is None else load_checkpoint(resolve_ckpt_path(ckpt_path, model))
         self.model, self._device = model, None if device is None else torch.device(device)
+        self.metadata = {}  # if fitting fails, nothing is of what was fitted before
         self._checkpoint_state = None if checkpoint is None else checkpoint.get("state_dict", checkpoint)
         self.train_data = resolve_train_data(train_data, train_indices, model)
         with torch.inference_mode(False), borrowed(model, self._state(), self._device) as where, torch.no_grad():
@@ -107,7 +109,7 @@ class Attributor(ABC):
         self.metadata["peak_memory_bytes"] = meter.peak_memory
         return self
 
-    def attribute(self, queries: Any, *, target: str = "label") -> Attribution:
+    def attribute(self, queries: Any, *, target: str = "label") -> Attribution | TopAttribution:
         """Scores of every training example for the queries; needs :meth:`fit` once before."""
         self.check_fitted("attribute(queries)")
         if target not in ("label", "predicted"):
@@ -171,7 +173,9 @@ class Attributor(ABC):
         """Fit to ``self.train_data``, the model in eval mode on ``device``; add choices to ``self.metadata``."""
 
     @abstractmethod
-    def score_queries(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
+    def score_queries(
+        self, model: nn.Module, queries: Examples, device: torch.device, target: str
+    ) -> Attribution | TopAttribution:
         """Scores for the queries, on the CPU; ``metadata`` holds what was chosen for them."""
 
     def score_training_data(self, model: nn.Module, device: torch.device) -> Tensor:

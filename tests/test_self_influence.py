@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from torch import distributed as dist
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import stride_lightning.attributor as module
@@ -18,9 +17,7 @@ from stride_lightning import (
 from stride_lightning.attribute import self_influence
 from stride_lightning.metrics import mislabel_detection
 from stride_lightning.retraining.attributors import FurtherTrainingAttributor
-from tests.helpers.models import Classifier, ConvNet, build, classification_data, picture_data, train
-from tests.runtime.test_distributed import run_two, start
-from tests.test_attribute import SOLVED_TOGETHER, half_frozen, state_of
+from tests.helpers.models import Classifier, build, classification_data, train, trained_classifier
 
 DATA = classification_data()
 FEW = {"num_subsets": 16, "show_progress": False}
@@ -28,15 +25,8 @@ FEW = {"num_subsets": 16, "show_progress": False}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A trained classifier that no trainer is attached to; tests leave it as they found it."""
-    model = build(Classifier, dropout=0.3)
-    train(model, DATA, tmp_path_factory.mktemp("run"), max_epochs=8)
-    model.trainer = None
-    return model
-
-
-def close(one, other, rtol=SOLVED_TOGETHER):
-    torch.testing.assert_close(one, other, rtol=rtol, atol=rtol * other.abs().max().item())
+    """Tests leave it as it was."""
+    return trained_classifier(tmp_path_factory.mktemp("run"), DATA)
 
 
 class Product(Attributor):
@@ -75,26 +65,6 @@ class Few(Product):
 
 
 # ---- which numbers ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("batch_size", [256, 7, 1])
-@pytest.mark.parametrize("options", [{}, {"recovery": "ridge", "penalty": 0.1}], ids=["prior", "ridge"])
-def test_the_diagonal(model, batch_size, options):
-    found = self_influence(model, train_data=DATA, batch_size=batch_size, **FEW, **options)
-    expected = attribute(model, DATA, train_data=DATA, **FEW, **options).scores.diagonal()
-    assert found.shape == (len(DATA),)
-    assert found.dtype == torch.float32
-    assert found.std() > 0
-    close(found, expected)
-
-
-def test_train_indices_give_the_order(model):
-    chosen = [50, 3, 7, 20, 41, 9, 33, 12]
-    found = self_influence(model, train_data=DATA, train_indices=chosen, batch_size=3, **FEW)
-    of_subset = self_influence(model, train_data=Subset(DATA, chosen), **FEW)
-    attribution = attribute(model, Subset(DATA, chosen), train_data=DATA, train_indices=chosen, **FEW)
-    close(found, attribution.scores.diagonal())
-    close(found, of_subset)
 
 
 def test_parts_and_order_by_hand(model):
@@ -175,19 +145,6 @@ def test_wrong_labels_are_found(tmp_path):
     assert mislabel_detection(found, wrong) > 0.85
 
 
-def ask_on_two(number, port, folder):
-    start(number, port)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=2)
-    torch.save(self_influence(build(Classifier), train_data=DATA, batch_size=25, **FEW), folder / f"rank{number}.pt")
-
-
-@pytest.mark.distributed
-def test_two_processes_give_the_same(tmp_path):
-    first, second = run_two(ask_on_two, tmp_path)
-    assert first.equal(second)
-    close(first, self_influence(build(Classifier), train_data=DATA, **FEW), rtol=1e-4)
-
-
 # ---- the front door and the model -------------------------------------------------------------------------------
 
 
@@ -201,51 +158,6 @@ def test_function_and_method_agree(model, tmp_path):
     by_hand = StrideAttributor(seed=3, layers=["network.0"], **FEW).fit(plain, DATA, train_indices=range(0, 60, 2))
     assert found.equal(by_hand.self_influence())
     assert found.equal(by_hand.self_influence())  # asked again
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_model_is_as_before(tmp_path, fails):
-    class Failing(ConvNet):
-        def forward(self, inputs):
-            if fails and len(inputs) == 1:  # the last part
-                raise RuntimeError("out of luck")
-            return super().forward(inputs)
-
-    torch.save(build(ConvNet, seed=1).state_dict(), tmp_path / "other.pt")
-    model, data = half_frozen(Failing), picture_data()
-    attributor = StrideAttributor(batch_size=13, num_subsets=8, layers=["network.6"], show_progress=False)
-    before, random = state_of(model), torch.get_rng_state()
-    with torch.random.fork_rng():
-        if fails:
-            fails = False
-            attributor.fit(model, data, ckpt_path=tmp_path / "other.pt")
-            fails = True
-            with pytest.raises(RuntimeError, match="out of luck"):
-                attributor.self_influence()
-        else:
-            attributor.fit(model, data, ckpt_path=tmp_path / "other.pt").self_influence()
-            assert torch.equal(torch.get_rng_state(), random)
-    assert state_of(model) == before
-
-
-def test_before_fit_and_after_a_change(model):
-    with pytest.raises(RuntimeError, match=r"Call fit\(model, train_data\) before self_influence\(\)"):
-        StrideAttributor().self_influence()
-    changed = copy.deepcopy(model)
-    attributor = StrideAttributor(**FEW).fit(changed, DATA)
-    with torch.no_grad():
-        changed.network[0].bias += 1
-    with pytest.raises(ValueError, match=r"weights have changed since fit\(\)"):
-        attributor.self_influence()
-
-
-def test_wrong_arguments(model):
-    with pytest.raises(ValueError, match=r"Unknown method 'other'\. Known: .*stride"):
-        self_influence(model, train_data=DATA, method="other")
-    with pytest.raises(TypeError, match="Unknown option num_subset for method 'stride'"):
-        self_influence(model, train_data=DATA, num_subset=3)
-    with pytest.raises(TypeError, match="task cannot be told"):
-        self_influence(model, train_data=TensorDataset(DATA.tensors[0]), **FEW)
 
 
 @pytest.mark.parametrize("show", [True, False])

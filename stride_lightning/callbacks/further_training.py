@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # pyright: ignore[reportPrivateImportUsage]
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # pyright: ignore[reportPrivateImportUsage]
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 from typing_extensions import override
 
@@ -21,7 +22,6 @@ from stride_lightning.model.weights import borrowed, rank_zero_state, weight_has
 from stride_lightning.retraining.further_training import (
     FurtherTraining,
     find_left_out,
-    make_leaving_out,
     measure_effects,
     read_amounts,
 )
@@ -30,9 +30,17 @@ from stride_lightning.retraining.optimizers import MakeOptimizer
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import barrier, rank
 from stride_lightning.runtime.randomness import preserved_random_state
-from stride_lightning.storage.records import write_record
-from stride_lightning.tasks.inference import check_task, infer_task_of
+from stride_lightning.tasks.inference import infer_task_of
 from stride_lightning.tasks.likelihoods import Task
+
+
+@dataclass(frozen=True)
+class _Questions:
+    """What is known once training has begun."""
+
+    examples: Examples
+    queries: Examples
+    task: Task
 
 
 class FurtherTrainingCallback(RecordingCallback):
@@ -73,7 +81,9 @@ class FurtherTrainingCallback(RecordingCallback):
     Reference: arXiv:2412.03906, section 3.
     """
 
-    folder = "further-training"
+    record_kind = "further-training"
+    told_apart_by = ("epochs", "num_seeds", "seed")
+    _questions: _Questions  # from the start of training
 
     def __init__(
         self,
@@ -90,9 +100,8 @@ class FurtherTrainingCallback(RecordingCallback):
         train_indices: list[int] | None = None,
         memory_budget: int | None = None,
     ) -> None:
-        super().__init__(dirpath, train_indices)
+        super().__init__(dirpath, train_indices, task)
         try:
-            check_task(task)
             check_count("num_seeds", num_seeds)
             if batch_size is not None:
                 check_count("batch_size", batch_size)
@@ -100,36 +109,23 @@ class FurtherTrainingCallback(RecordingCallback):
         except (TypeError, ValueError) as error:
             raise MisconfigurationException(str(error)) from error
         self.queries, self.left_out, self.num_seeds, self.optimizer = queries, left_out, num_seeds, optimizer
-        self.batch_size, self.task, self.seed, self.memory_budget = batch_size, task, seed, memory_budget
+        self.batch_size, self.seed, self.memory_budget = batch_size, seed, memory_budget
         #: What was measured at the end of the last fit.
         self.result: FurtherTraining | None = None
-        self._examples: Examples | None = None
-        self._asked: Examples | None = None
-        self._task: Task | None = None
-
-    @property
-    @override
-    def state_key(self) -> str:
-        dirpath = None if self._explicit_dirpath is None else str(self._explicit_dirpath)
-        return self._generate_state_key(dirpath=dirpath, epochs=self.epochs, num_seeds=self.num_seeds, seed=self.seed)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.result = None
-        try:
+        with self.refusing():
             examples = self.training_examples(trainer, pl_module)
-            self._examples, self._asked = examples, resolve_queries(self.queries, pl_module)
+            queries = resolve_queries(self.queries, pl_module)
             find_left_out(self.left_out, examples)
             with borrowed(pl_module, None, None), torch.no_grad():
                 head = first_look(examples, 64, pl_module.device)
-                self._task = self.task or infer_task_of(head, pl_module)
+                self._questions = _Questions(examples, queries, self.task or infer_task_of(head, pl_module))
                 # Tried out now: at the end of a long fit it would be too late.
                 leaving_out = self._leaving_out(trainer, pl_module, head, warn=True)
                 leaving_out.check_queries(self._query_batches(pl_module, leaving_out, pl_module.device))
-        except (TypeError, ValueError) as error:
-            raise MisconfigurationException(
-                f"FurtherTrainingCallback cannot work with this model and data. {error}"
-            ) from error
         if trainer.gradient_clip_val:
             rank_zero_warn(
                 f"The Trainer clips gradients (gradient_clip_val={trainer.gradient_clip_val}). Further training does "
@@ -146,20 +142,19 @@ class FurtherTrainingCallback(RecordingCallback):
             rank_zero_warn(f"FurtherTrainingCallback wrote no record. {error}")
             return
         if rank() == 0:
-            self._write(trainer, pl_module, self.result)
+            tensors = {"effects": self.result.tensors()}
+            self.records.append(self.write(trainer, pl_module, self.result.info(), tensors))
             with preserved_random_state():  # pictures may be read at random
                 self._log(trainer, self.result)
         barrier()
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> FurtherTraining:
-        examples, asked, task = self._examples, self._asked, self._task
-        assert examples is not None
-        assert asked is not None
-        assert task is not None
+        known = self._questions
         with borrowed(pl_module, rank_zero_state(pl_module), None) as device, torch.no_grad():
-            leaving_out = self._leaving_out(trainer, pl_module, first_look(examples, 64, device), warn=False)
+            leaving_out = self._leaving_out(trainer, pl_module, first_look(known.examples, 64, device), warn=False)
             batches = self._query_batches(pl_module, leaving_out, device)
             weights = weight_hash(pl_module)
+        query_data = fingerprint_of(known.queries, known.task)
         return measure_effects(
             leaving_out,
             batches,
@@ -167,44 +162,31 @@ class FurtherTrainingCallback(RecordingCallback):
             epochs=self.epochs,
             seeds=range(self.seed, self.seed + self.num_seeds),
             path=None,
-            metadata={"weights": weights, "query_data": fingerprint_of(asked, task), "step": trainer.global_step},
+            metadata={"weights": weights, "query_data": query_data, "step": trainer.global_step},
             show_progress=trainer.progress_bar_callback is not None,
         )
 
     def _query_batches(
         self, pl_module: L.LightningModule, leaving_out: LeavingOut, device: torch.device
     ) -> list[tuple[Any, Tensor]]:
-        assert self._asked is not None
-        return encoded_batches(self._asked, pl_module, leaving_out.task, leaving_out.num_outputs, 256, device)
+        queries = self._questions.queries
+        return encoded_batches(queries, pl_module, leaving_out.task, leaving_out.num_outputs, 256, device)
 
     def _leaving_out(self, trainer: L.Trainer, pl_module: L.LightningModule, head: Any, *, warn: bool) -> LeavingOut:
-        assert self._examples is not None
-        assert self._task is not None
-        size, loading = self.batch_size, self._examples.loading
+        known = self._questions
+        size, loading = self.batch_size, known.examples.loading
         if size is None and loading is not None:  # what one optimizer step takes in
             size = loading.batch_size * trainer.world_size * trainer.accumulate_grad_batches
-        return make_leaving_out(
+        return LeavingOut(
             pl_module,
-            self._task,
-            self._examples,
+            known.examples,
             head,
+            known.task,
             batch_size=size,
             optimizer=self.optimizer,
             memory_budget=self.memory_budget,
             warn=warn,
         )
-
-    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, result: FurtherTraining) -> None:
-        assert self.dirpath is not None
-        info: dict[str, Any] = {
-            **result.info(),
-            "model": type(pl_module).__name__,
-            "epoch": trainer.current_epoch,
-            "step": trainer.global_step,
-        }
-        path = write_record(self.dirpath, f"step={trainer.global_step}", info, {"effects": result.tensors()})
-        rank_zero_info(f"FurtherTrainingCallback wrote {path}")
-        self.records.append(path)
 
     def _log(self, trainer: L.Trainer, result: FurtherTraining) -> None:
         """How large the effects are after each amount, and those after the last in full."""
@@ -218,9 +200,8 @@ class FurtherTrainingCallback(RecordingCallback):
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
         attribution = result.attribution()
-        attribution.queries = self._asked
-        assert self._examples is not None
-        attribution.train_data = self._examples.subset(find_left_out(result.left_out, self._examples)[1].tolist())
+        examples, attribution.queries = self._questions.examples, self._questions.queries
+        attribution.train_data = examples.subset(find_left_out(result.left_out, examples)[1].tolist())
         attribution.log(trainer.loggers, step=trainer.global_step)
 
 

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning.pytorch as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # pyright: ignore[reportPrivateImportUsage]
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # pyright: ignore[reportPrivateImportUsage]
+from torch import Tensor
 from typing_extensions import override
 
 from stride_lightning.data.examples import Examples
 from stride_lightning.data.sources import resolve_train_data
+from stride_lightning.runtime.checks import check_count
+from stride_lightning.runtime.versions import versions
+from stride_lightning.storage.records import write_record
+from stride_lightning.tasks.inference import check_task
+from stride_lightning.tasks.likelihoods import Task
 
 #: Strategies under which every process holds the whole model.
 _WHOLE_MODEL_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
@@ -20,19 +30,32 @@ class RecordingCallback(L.Callback):
     """A callback that writes records into one folder; its state in checkpoints says where they are.
 
     Args:
-        dirpath: Folder of the records; by default a folder named :attr:`folder` in the trainer's log folder.
+        dirpath: Folder of the records; by default a folder named as their kind in the trainer's log folder.
         train_indices: Positions in the dataset that are trained on, where the sampler does not tell.
+        task: What a batch means; inferred from the first batch by default.
     """
 
-    #: Name of the default folder.
-    folder: ClassVar[str]
+    #: Kind of the records, by which lookup knows the callback.
+    record_kind: ClassVar[str]
+    #: Arguments besides the folder by which the state of one instance is told from that of another.
+    told_apart_by: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, dirpath: str | Path | None, train_indices: list[int] | None) -> None:
+    def __init__(self, dirpath: str | Path | None, train_indices: list[int] | None, task: Task | None) -> None:
         super().__init__()
+        try:
+            check_task(task)
+        except TypeError as error:
+            raise MisconfigurationException(str(error)) from error
         self._explicit_dirpath = None if dirpath is None else Path(dirpath)
-        self.dirpath, self.train_indices = self._explicit_dirpath, train_indices
+        self.dirpath, self.train_indices, self.task = self._explicit_dirpath, train_indices, task
         #: Records written so far, oldest first.
         self.records: list[Path] = []
+
+    @cached_property  # Lightning asks for it at every hook of every step
+    @override
+    def state_key(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dirpath = None if self._explicit_dirpath is None else str(self._explicit_dirpath)
+        return self._generate_state_key(dirpath=dirpath, **{name: getattr(self, name) for name in self.told_apart_by})
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -55,12 +78,22 @@ class RecordingCallback(L.Callback):
                 "attribute() afterwards."
             )
         log_dir = trainer.log_dir  # a collective call: every rank must make it
-        dirpath = self._explicit_dirpath or Path(log_dir or trainer.default_root_dir) / self.folder
+        dirpath = self._explicit_dirpath or Path(log_dir or trainer.default_root_dir) / self.record_kind
         # Absolute, because the checkpoint that names it may be read from another working directory.
         self.dirpath = dirpath.absolute()
 
-    def training_examples(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Examples:
-        """The examples that a trainer trains on.
+    @contextmanager
+    def refusing(self) -> Iterator[None]:
+        """Turn errors of the model and data into those that Lightning's users expect."""
+        try:
+            yield
+        except (TypeError, ValueError) as error:
+            raise MisconfigurationException(
+                f"{type(self).__name__} cannot work with this model and data. {error}"
+            ) from error
+
+    def training_examples(self, trainer: L.Trainer, pl_module: L.LightningModule, most: int | None = None) -> Examples:
+        """The examples that a trainer trains on; of ``fast_dev_run`` at most so many, if a number is given.
 
         Raises:
             TypeError, ValueError: If they have no positions.
@@ -71,7 +104,43 @@ class RecordingCallback(L.Callback):
                 f"Training reads from a {type(loader).__name__}; expected one DataLoader over one map-style dataset. "
                 "With several loaders, positions in the training data are not defined."
             )
-        return resolve_train_data(loader, self.train_indices, pl_module, getattr(trainer, "datamodule", None))
+        examples = resolve_train_data(loader, self.train_indices, pl_module, getattr(trainer, "datamodule", None))
+        if most is not None and is_dev_run(trainer):
+            return examples.subset(range(min(most, len(examples))))
+        return examples
+
+    def write(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        info: Mapping[str, Any],
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        name: str = "",
+    ) -> Path:
+        """Write a record of the present step, by default under its number."""
+        assert self.dirpath is not None  # since setup
+        step = {"model": type(pl_module).__name__, "epoch": trainer.current_epoch, "step": trainer.global_step}
+        info = {"kind": self.record_kind, **step, "versions": versions(), **info}
+        path = write_record(self.dirpath, name or f"step={trainer.global_step}", info, tensors)
+        rank_zero_info(f"{type(self).__name__} wrote {path}")
+        return path
+
+
+def check_frequencies(save_last_k: int, **frequencies: int | None) -> None:
+    """Refuse what is no number of epochs, steps or records.
+
+    Args:
+        save_last_k: Records to keep; -1 for all.
+        **frequencies: Every how many epochs or steps something is done; None for never.
+    """
+    try:
+        for name, value in frequencies.items():
+            if value is not None:
+                check_count(name, value)
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from error
+    if not isinstance(save_last_k, int) or save_last_k < -1 or save_last_k == 0:
+        raise MisconfigurationException(f"`save_last_k` must be -1 (keep all) or positive, got {save_last_k!r}.")
 
 
 def is_dev_run(trainer: L.Trainer) -> bool:

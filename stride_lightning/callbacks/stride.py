@@ -3,47 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # pyright: ignore[reportPrivateImportUsage]
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # pyright: ignore[reportPrivateImportUsage]
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 from typing_extensions import override
 
-from stride_lightning.callbacks.recording import RecordingCallback, is_dev_run
+from stride_lightning.callbacks.recording import RecordingCallback, check_frequencies, is_dev_run
 from stride_lightning.data.examples import Examples, first_look
 from stride_lightning.model.layers import in_precision_of
 from stride_lightning.model.weights import borrowed, rank_zero_state, weight_hash
-from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import barrier, rank
-from stride_lightning.runtime.versions import versions
-from stride_lightning.steering.activations import capture_inputs, choose_layers
-from stride_lightning.steering.basis import fit_basis
-from stride_lightning.steering.language.sequences import SequenceStride, choose_token_layers
-from stride_lightning.steering.module import StrideModule
+from stride_lightning.steering.activations import capture_inputs
+from stride_lightning.steering.attributor import make_fit
+from stride_lightning.steering.fit import Fit, FitOptions
 from stride_lightning.steering.statistics import StreamingStatistics
 from stride_lightning.steering.subsets import Design, sample_design
-from stride_lightning.storage.records import remove_record, write_record
-from stride_lightning.tasks.inference import check_task, infer_task_of
-from stride_lightning.tasks.language import CausalLanguageModeling
+from stride_lightning.storage.records import remove_record
+from stride_lightning.tasks.inference import infer_task_of
 from stride_lightning.tasks.likelihoods import Task
 
 #: Examples of a batch whose activations are sampled: statistics of wide layers cost more than the forward pass.
 STATISTICS_EXAMPLES = 128
 
 
-@dataclass
-class _Seen:
-    """What an eval pass over the training set found out: its identity, its losses, and what goes into a record."""
+@dataclass(frozen=True)
+class _Watched:
+    """What is known once training has begun."""
 
-    fingerprint: dict[str, Any]
-    losses: Tensor
-    tensors: dict[str, dict[str, Tensor]]
-    info: dict[str, Any] = field(default_factory=dict)
+    examples: Examples
+    task: Task
+    layers: list[str]
+    design: Design
+    statistics: dict[str, StreamingStatistics]
 
 
 class StrideCallback(RecordingCallback):
@@ -85,7 +82,9 @@ class StrideCallback(RecordingCallback):
     Reference: arXiv:2606.05165 (STRIDE).
     """
 
-    folder = "stride"
+    record_kind = "stride"
+    told_apart_by = ("layers", "num_subsets", "degree", "seed", "every_n_epochs", "every_n_train_steps")
+    _watched: _Watched  # from the start of training
 
     def __init__(
         self,
@@ -104,25 +103,17 @@ class StrideCallback(RecordingCallback):
         statistics_every_n_steps: int = 50,
         batch_size: int = 256,
     ) -> None:
-        super().__init__(dirpath, train_indices)
+        super().__init__(dirpath, train_indices, task)
         if isinstance(layers, str):
             raise MisconfigurationException(f"`layers` must be a list of names: write layers=[{layers!r}].")
-        counts = {
-            "every_n_epochs": every_n_epochs,
-            "every_n_train_steps": every_n_train_steps,
-            "statistics_every_n_steps": statistics_every_n_steps,
-            "batch_size": batch_size,
-        }
-        try:
-            check_task(task)
-            for name, value in counts.items():
-                if value is not None:
-                    check_count(name, value)
-        except (TypeError, ValueError) as error:
-            raise MisconfigurationException(str(error)) from error
-        if save_last_k < -1 or save_last_k == 0:
-            raise MisconfigurationException(f"`save_last_k` must be -1 (keep all) or positive, got {save_last_k}.")
-        self.layers, self.task = layers, task
+        check_frequencies(
+            save_last_k,
+            every_n_epochs=every_n_epochs,
+            every_n_train_steps=every_n_train_steps,
+            statistics_every_n_steps=statistics_every_n_steps,
+            batch_size=batch_size,
+        )
+        self.layers = layers
         self.num_subsets, self.degree, self.seed = num_subsets, degree, seed
         self.every_n_epochs, self.every_n_train_steps = every_n_epochs, every_n_train_steps
         self.save_last_k, self.fit_operators = save_last_k, fit_operators
@@ -130,61 +121,33 @@ class StrideCallback(RecordingCallback):
         self._written: list[Path] = []  # by this fit: only these are ever removed
         self._sampled_step = self._recorded_step = -1
         self._recorded_weights = ""
-        self._examples: Examples | None = None
-        self._watched: list[str] = []
-        self._task: Task | None = None
-        self._design: Design | None = None
-        self._statistics: dict[str, StreamingStatistics] = {}
-
-    @property
-    @override
-    def state_key(self) -> str:
-        return self._generate_state_key(
-            dirpath=None if self._explicit_dirpath is None else str(self._explicit_dirpath),
-            layers=self.layers,
-            num_subsets=self.num_subsets,
-            degree=self.degree,
-            seed=self.seed,
-            every_n_epochs=self.every_n_epochs,
-            every_n_train_steps=self.every_n_train_steps,
-        )
 
     # ---- before training ------------------------------------------------------------------------------------
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._written, self._sampled_step, self._recorded_step, self._recorded_weights = [], -1, -1, ""
-        try:
-            examples = self._examples_of(trainer, pl_module)
+        with self.refusing():
+            examples = self.training_examples(trainer, pl_module, most=self.batch_size)
             batch = first_look(examples, self.batch_size, pl_module.device)
             with borrowed(pl_module, None, None), torch.no_grad(), examples.naming(0):
                 task = self.task or infer_task_of(batch, pl_module)
                 task.check_batch(pl_module, batch)
                 inputs = in_precision_of(pl_module, task.inputs(batch))
-                if self.layers is None and isinstance(task, CausalLanguageModeling):
-                    self._watched = choose_token_layers(pl_module, task, inputs)
-                elif self.layers is None:
+                if self.layers is None:
                     is_text = isinstance(inputs, Mapping) and "input_ids" in inputs
                     size = len(inputs["input_ids"]) if is_text else min(self.batch_size, 64, len(examples))
-                    self._watched = choose_layers(pl_module, lambda: task.outputs(pl_module, inputs), size)
+                    layers = make_fit(task, FitOptions()).choose_layers(pl_module, inputs, size)
                 else:
-                    self._watched = list(self.layers)
-                    with capture_inputs(pl_module, self._watched) as captured:
+                    layers = list(self.layers)
+                    with capture_inputs(pl_module, layers) as captured:
                         task.outputs(pl_module, inputs)
-                    silent = [name for name in self._watched if name not in captured]
+                    silent = [name for name in layers if name not in captured]
                     if silent:
                         raise ValueError(f"Layers {silent} do not run in the model's forward pass. Name others.")
-            self._design = sample_design(len(examples), self.num_subsets, self.degree, seed=self.seed)
-        except (TypeError, ValueError) as error:
-            raise MisconfigurationException(f"StrideCallback cannot work with this model and data. {error}") from error
-        self._examples, self._task = examples, task
-        self._statistics = {name: StreamingStatistics() for name in self._watched}
-
-    def _examples_of(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Examples:
-        examples = self.training_examples(trainer, pl_module)
-        if is_dev_run(trainer):
-            examples = examples.subset(range(min(self.batch_size, len(examples))))
-        return examples
+            design = sample_design(len(examples), self.num_subsets, self.degree, seed=self.seed)
+        statistics = {name: StreamingStatistics() for name in layers}
+        self._watched = _Watched(examples, task, layers, design, statistics)
 
     # ---- while training -------------------------------------------------------------------------------------
 
@@ -196,23 +159,23 @@ class StrideCallback(RecordingCallback):
         if rank() != 0 or step == self._sampled_step or step % self.statistics_every_n_steps:
             return
         self._sampled_step = step  # once per optimizer step, however many batches it accumulates
-        assert self._task is not None
+        watched = self._watched
         devices = [] if pl_module.device.type == "cpu" else [pl_module.device]
         with (
             torch.random.fork_rng(devices),
             torch.no_grad(),
             borrowed(pl_module, None, None),
             trainer.precision_plugin.forward_context(),
-            capture_inputs(pl_module, self._watched) as captured,
+            capture_inputs(pl_module, watched.layers) as captured,
         ):
-            inputs = self._task.inputs(batch)
+            inputs = watched.task.inputs(batch)
             captured.reads(inputs)
-            self._task.outputs(pl_module, inputs)
+            watched.task.outputs(pl_module, inputs)
         metrics = {}
         for name, features in captured.items():
-            self._statistics[name].update(features[:STATISTICS_EXAMPLES])
-            scalars = self._statistics[name].scalars()
-            metrics |= {f"stride/{name or 'model'}/{key}": value for key, value in scalars.items()}
+            statistics = watched.statistics[name]
+            statistics.update(features[:STATISTICS_EXAMPLES])
+            metrics |= {f"stride/{name or 'model'}/{key}": value for key, value in statistics.scalars().items()}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
 
@@ -238,12 +201,8 @@ class StrideCallback(RecordingCallback):
 
     def _record(self, trainer: L.Trainer, pl_module: L.LightningModule, *, final: bool = False) -> None:
         """Evaluate the training set at the weights as they are and write a record; every rank takes part."""
-        assert self._examples is not None
-        assert self._task is not None
-        assert self._design is not None
-        step = trainer.global_step
+        watched, step = self._watched, trainer.global_step
         fit_operators = final and self.fit_operators
-        show = trainer.progress_bar_callback is not None
         try:
             with borrowed(pl_module, rank_zero_state(pl_module), None) as device, torch.no_grad():
                 weights = weight_hash(pl_module)
@@ -252,94 +211,48 @@ class StrideCallback(RecordingCallback):
                 if again and not fit_operators:
                     return
                 self._recorded_step, self._recorded_weights = step, weights
-                observe = (
-                    self._sequences_seen if isinstance(self._task, CausalLanguageModeling) else self._examples_seen
-                )
-                seen = observe(pl_module, device, weights, fit_operators=fit_operators, show=show)
+                show = trainer.progress_bar_callback is not None
+                options = FitOptions(layers=watched.layers, batch_size=self.batch_size, show_progress=show)
+                fit = make_fit(watched.task, options)
+                fit.prepare(pl_module, watched.examples, device)
+                fit.fit(watched.design if fit_operators else None)
         except ValueError as error:  # diverged weights: no reason to end the user's run
             rank_zero_warn(f"StrideCallback wrote no record at step {step}. {error}")
             return
         if is_dev_run(trainer):
             return
         if rank() == 0:
-            self._write(trainer, pl_module, weights, seen)
+            self._write(trainer, pl_module, weights, fit)
             self._remove_stale(replaced=again)
         barrier()
 
-    def _examples_seen(
-        self, pl_module: L.LightningModule, device: torch.device, weights: str, *, fit_operators: bool, show: bool
-    ) -> _Seen:
-        assert self._examples is not None
-        assert self._task is not None
-        assert self._design is not None
-        basis, observed = fit_basis(
-            pl_module,
-            self._task,
-            self._examples,
-            self._watched,
-            batch_size=self.batch_size,
-            device=device,
-            show_progress=show,
-        )
-        seen = _Seen(observed.fingerprint, observed.losses.cpu(), {"basis": basis.tensors()})
-        if fit_operators:
-            module = StrideModule(self._design, self._task).fit_operators(observed, show_progress=show)
-            seen.tensors["operators"], seen.info["operators"] = module.tensors(), module.info()
-        return seen
-
-    def _sequences_seen(
-        self, pl_module: L.LightningModule, device: torch.device, weights: str, *, fit_operators: bool, show: bool
-    ) -> _Seen:
-        assert self._examples is not None
-        assert isinstance(self._task, CausalLanguageModeling)
-        assert self._design is not None
-        found = SequenceStride(self._task, layers=self._watched, batch_size=self.batch_size, show_progress=show)
-        found.prepare(pl_module, self._examples, device, {"weights": weights})
-        found.fit()
-        seen = _Seen(found.fingerprint, found.losses, {"moments": found.tensors()})
-        if fit_operators:
-            found.fit_operators(self._design)
-            assert found.operators is not None
-            seen.tensors["operators"] = {"coefficients": found.operators.coefficients}
-        return seen
-
-    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, weights: str, seen: _Seen) -> None:
-        assert self._design is not None
-        assert self.dirpath is not None
-        design, losses = self._design, seen.losses
+    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, weights: str, fit: Fit) -> None:
+        watched, record = self._watched, fit.record()
+        design, losses = watched.design, fit.losses
         statistics = {
             f"{index}.{name}": value
-            for index, layer in enumerate(self._watched)
-            for name, value in self._statistics[layer].tensors().items()
-            if self._statistics[layer].count
+            for index, layer in enumerate(watched.layers)
+            for name, value in watched.statistics[layer].tensors().items()
+            if watched.statistics[layer].count
         }
+        subsets = design.responses(losses[None].float())[0] / design.sizes.clamp(min=1)
         tensors: dict[str, dict[str, Tensor]] = {
             "design": design.tensors(),
             "statistics": statistics,
-            "losses": {
-                "train": losses,
-                "subsets": design.responses(losses[None].float())[0] / design.sizes.clamp(min=1),
-            },
-            **seen.tensors,
+            "losses": {"train": losses, "subsets": subsets},
+            **record.tensors,
         }
         info: dict[str, Any] = {
-            "kind": "stride",
-            "model": type(pl_module).__name__,
-            "epoch": trainer.current_epoch,
-            "step": trainer.global_step,
             "weights": weights,
-            "data": seen.fingerprint,
-            "layers": list(self._watched),
-            "task": repr(self._task),
+            "data": fit.fingerprint,
+            "layers": list(watched.layers),
+            "task": repr(watched.task),
             "mode": "eval",
             "design": design.info(),
             "train_loss": float(losses.mean()),
-            "versions": versions(),
-            **seen.info,
+            **record.info,
         }
-        name = f"step={trainer.global_step}"
-        path = write_record(self.dirpath, name, info, tensors)
-        rank_zero_info(f"StrideCallback wrote {path}")
+        path = self.write(trainer, pl_module, info, tensors)
         self.records.append(path)
         self._written.append(path)
 

@@ -13,22 +13,19 @@ from typing import Any, cast
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException  # pyright: ignore[reportPrivateImportUsage]
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # pyright: ignore[reportPrivateImportUsage]
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 from typing_extensions import override
 
 from stride_lightning.callbacks.learning_rates import LearningRates
-from stride_lightning.callbacks.recording import RecordingCallback, is_dev_run
+from stride_lightning.callbacks.recording import RecordingCallback, check_frequencies, is_dev_run
 from stride_lightning.data.examples import first_look
 from stride_lightning.data.reading import fingerprint_of
 from stride_lightning.model.layers import plain_name
 from stride_lightning.model.weights import borrowed, weight_hash
-from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import broadcast_object, rank
-from stride_lightning.runtime.versions import versions
-from stride_lightning.storage.records import RecordError, read_info, read_record, remove_record, write_record
-from stride_lightning.tasks.inference import check_task, infer_task_of
+from stride_lightning.storage.records import RecordError, read_info, read_record, remove_record
+from stride_lightning.tasks.inference import infer_task_of
 from stride_lightning.tasks.likelihoods import Task
 
 
@@ -39,6 +36,15 @@ class _Saved:
     path: Path
     step: int
     weights: str
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is known once training has begun."""
+
+    dirpath: Path
+    data: dict[str, Any]
+    task: str
 
 
 class TracInCallback(RecordingCallback):
@@ -76,7 +82,8 @@ class TracInCallback(RecordingCallback):
     Reference: arXiv:2002.08484 (TracInCP, section 3.3).
     """
 
-    folder = "tracin"
+    record_kind = "tracin"  # told apart by its folder alone: a run resumed with another frequency is the same run
+    _known: _Run  # from the start of training
 
     def __init__(
         self,
@@ -88,41 +95,23 @@ class TracInCallback(RecordingCallback):
         task: Task | None = None,
         train_indices: list[int] | None = None,
     ) -> None:
-        super().__init__(dirpath, train_indices)
-        try:
-            check_task(task)
-            for name, value in {"every_n_epochs": every_n_epochs, "every_n_train_steps": every_n_train_steps}.items():
-                if value is not None:
-                    check_count(name, value)
-        except (TypeError, ValueError) as error:
-            raise MisconfigurationException(str(error)) from error
-        if not isinstance(save_last_k, int) or save_last_k < -1 or save_last_k == 0:
-            raise MisconfigurationException(f"`save_last_k` must be -1 (keep all) or positive, got {save_last_k!r}.")
+        super().__init__(dirpath, train_indices, task)
+        check_frequencies(save_last_k, every_n_epochs=every_n_epochs, every_n_train_steps=every_n_train_steps)
         if every_n_epochs is None and every_n_train_steps is None:
             every_n_epochs = 1
         self.every_n_epochs, self.every_n_train_steps = every_n_epochs, every_n_train_steps
-        self.save_last_k, self.task = save_last_k, task
-        # Made once, since Lightning asks for it at every hook of every step. Not of how often records are written: a
-        # run that is resumed with another frequency is the same run.
-        self._key = self._generate_state_key(dirpath=None if dirpath is None else str(dirpath))
+        self.save_last_k = save_last_k
         self._run: str | None = None  # what the records of one run have in common, over all its resumptions
         self._rates = LearningRates()
         self._resumed_dirpath: Path | None = None
         self._path: list[_Saved] = []  # like `records`, which the state stores
         self._seen_step = 0
         self._due_epoch: int | None = None  # all its steps are taken, and its end is to be recorded
-        self._data: dict[str, Any] = {}
-        self._task_name = ""
-
-    @property
-    @override
-    def state_key(self) -> str:
-        return self._key
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        own = {"run": self._run, "learning_rates": self._rates.state(), "due_epoch": self._due_epoch}
-        return super().state_dict() | own
+        run = {"run": self._run, "learning_rates": self._rates.state(), "due_epoch": self._due_epoch}
+        return super().state_dict() | run
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -135,20 +124,18 @@ class TracInCallback(RecordingCallback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        try:
-            examples = self.training_examples(trainer, pl_module)
-            if is_dev_run(trainer):
-                examples = examples.subset(range(min(64, len(examples))))
+        with self.refusing():
+            examples = self.training_examples(trainer, pl_module, most=64)
             with borrowed(pl_module, None, None), torch.no_grad(), examples.naming(0):
                 task = self.task or infer_task_of(first_look(examples, 64, pl_module.device), pl_module)
-            self._data, self._task_name = fingerprint_of(examples, task), repr(task)
+            data = fingerprint_of(examples, task)
             if trainer.global_step == 0:  # a callback may be used for one fit after the other
                 self._run, self._due_epoch, self.records = None, None, []
                 self._rates.forget()
             self._rates.watch(trainer.optimizers)
-        except (TypeError, ValueError) as error:
-            raise MisconfigurationException(f"TracInCallback cannot work with this model and data. {error}") from error
         self._take_up(trainer.global_step)
+        assert self.dirpath is not None  # since setup
+        self._known = _Run(self.dirpath, data, repr(task))
         step, n = trainer.global_step, self.every_n_train_steps
         self._seen_step = step
         # The checkpoint may have been saved between a step and its record. From one that was saved at an epoch's last
@@ -169,8 +156,8 @@ class TracInCallback(RecordingCallback):
                 )
             self.records = []
             self._run = cast("str", broadcast_object(secrets.token_hex(8)))  # from the system: no generator is used
-        found = broadcast_object(self._find_path(step) if rank() == 0 else None)
-        self.dirpath, self._path, gone = cast("tuple[Path, list[_Saved], list[Path]]", found)
+        path = broadcast_object(self._find_path(step) if rank() == 0 else None)
+        self.dirpath, self._path, gone = cast("tuple[Path, list[_Saved], list[Path]]", path)
         self.records = [saved.path for saved in self._path]
         if gone:
             rank_zero_warn(
@@ -248,7 +235,7 @@ class TracInCallback(RecordingCallback):
             return
         path = [*self._path, saved]
         self._path = path if self.save_last_k < 0 else path[-self.save_last_k :]
-        self.records = [kept.path for kept in self._path]
+        self.records = [saved.path for saved in self._path]
         if rank() == 0:
             for stale in path[: -len(self._path)]:
                 with suppress(FileNotFoundError):  # a run that was killed may have come further
@@ -269,43 +256,41 @@ class TracInCallback(RecordingCallback):
                 "has diverged; lower the learning rate."
             )
             return None
-        assert self.dirpath is not None
-        kept = self._path if self.save_last_k < 0 else self._path[max(0, len(self._path) + 1 - self.save_last_k) :]
+        known = self._known
+        first = 0 if self.save_last_k < 0 else max(0, len(self._path) + 1 - self.save_last_k)
         info = {
-            "kind": "tracin",
             "run": self._run,
-            "model": type(pl_module).__name__,
             "epoch": trainer.current_epoch if self._due_epoch is None else self._due_epoch,
             "step": step,
             "weights": weights,
-            "data": self._data,
-            "task": self._task_name,
+            "data": known.data,
+            "task": known.task,
             "learning_rates": rates,
-            "versions": versions(),
         }
         # By their place relative to the record, so that folders may be moved together.
-        trajectory = [{"name": _relative(known.path, self.dirpath), "step": known.step} for known in kept]
+        trajectory = [
+            {"name": _relative(saved.path, known.dirpath), "step": saved.step} for saved in self._path[first:]
+        ]
         path = self._written_before(info, trajectory)
         if path is None:
-            name = _free_name(self.dirpath, f"step={step}")
+            name = _free_name(known.dirpath, f"step={step}")
             state = {
                 plain_name(key): value for key, value in pl_module.state_dict().items() if isinstance(value, Tensor)
             }
             info["trajectory"] = [*trajectory, {"name": name, "step": step}]
-            path = write_record(self.dirpath, name, info, {"weights": state})
-            rank_zero_info(f"TracInCallback wrote {path}")
+            path = self.write(trainer, pl_module, info, {"weights": state}, name)
         return _Saved(path, step, weights)
 
     def _written_before(self, info: dict[str, Any], trajectory: list[dict[str, Any]]) -> Path | None:
         """The same record of this run, sound, if a fit that was killed later came this far before."""
-        assert self.dirpath is not None
         same = ("run", "step", "weights", "learning_rates", "data", "task")
-        for path in sorted(self.dirpath.glob(f"step={info['step']}*")):
+        for path in sorted(self._known.dirpath.glob(f"step={info['step']}*")):
             with suppress(FileNotFoundError, RecordError):
-                found = read_info(path)
-                before = [entry for entry in found.get("trajectory", [])[:-1] if (path.parent / entry["name"]).exists()]
+                written = read_info(path)
+                earlier = written.get("trajectory", [])[:-1]
+                before = [entry for entry in earlier if (path.parent / entry["name"]).exists()]
                 # Records of a path that was abandoned may be among those before it; then it is not the same.
-                if all(found.get(key) == info[key] for key in same) and before == trajectory:
+                if all(written.get(key) == info[key] for key in same) and before == trajectory:
                     return read_record(path).path
         return None
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,15 +14,15 @@ from stride_lightning.metrics.counterfactual import counterfactual_score
 from stride_lightning.metrics.linear_datamodeling import LinearDatamodelingScore
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.results.evaluation import Evaluation, EvaluationRow
+from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.retraining.ground_truth import Counterfactual, GroundTruth
 from stride_lightning.runtime.progress import track
 
-if TYPE_CHECKING:
-    pass
+_Result: TypeAlias = Attribution | TopAttribution
 
 
 def evaluate(
-    attributions: Mapping[str, Attribution] | Sequence[Attribution] | Attribution,
+    attributions: Mapping[str, _Result] | Sequence[_Result] | _Result,
     truth: GroundTruth,
     *,
     counterfactuals: Mapping[str, Counterfactual] | None = None,
@@ -68,13 +69,13 @@ def evaluate(
     if not isinstance(truth, GroundTruth):
         raise TypeError(f"`truth` must be the GroundTruth that retrain() returns, got {type(truth).__name__}.")
     named = _named(attributions)
-    counterfactuals = {} if counterfactuals is None else counterfactuals
+    counterfactuals = counterfactuals or {}
     unknown = [name for name in counterfactuals if name not in named]
     if unknown:
         raise ValueError(f"`counterfactuals` holds {unknown}, which were not attributed: there are {list(named)}.")
     # All checks come first: a bootstrap takes a while.
     scores = {name: _checked(name, attribution, truth) for name, attribution in named.items()}
-    rises = {name: _rises(name, found, scores[name], truth) for name, found in counterfactuals.items()}
+    rises = {name: _rises(name, removal, scores[name], truth) for name, removal in counterfactuals.items()}
     losses, per_query, rows = truth.losses, {}, []
     for name in track(named, "Evaluating attributions", show=show_progress):
         # Not synchronised: the ranks hold the same queries, not parts of them.
@@ -84,10 +85,9 @@ def evaluate(
             warnings.filterwarnings("ignore", message=r"\d+ of \d+ queries have constant")
             per_query[name] = metric.compute().reshape(-1)
             lower, upper = metric.interval(confidence, num_resamples, seed)
-        seconds, memory = _costs(named[name].metadata)
-        lds = per_query[name].mean().item()
+        lds, memory = per_query[name].mean().item(), named[name].metadata.get("peak_memory_bytes")
         ends = lower.item(), upper.item()
-        rows.append(EvaluationRow(name, lds, *ends, metric.num_constant, rises.get(name), seconds, memory))
+        rows.append(EvaluationRow(name, lds, *ends, metric.num_constant, rises.get(name), named[name].seconds, memory))
     return Evaluation(
         tuple(sorted(rows, key=lambda row: -row.lds)),
         truth.ceiling,
@@ -99,27 +99,25 @@ def evaluate(
     )
 
 
-def _named(attributions: Mapping[str, Attribution] | Sequence[Attribution] | Attribution) -> dict[str, Attribution]:
+def _named(attributions: Mapping[str, _Result] | Sequence[_Result] | _Result) -> dict[str, _Result]:
     if isinstance(attributions, Mapping):
         named = {str(name): attribution for name, attribution in attributions.items()}
     else:
         named = {}
-        for attribution in [attributions] if isinstance(attributions, Attribution) else attributions:
+        for attribution in [attributions] if isinstance(attributions, _Result) else attributions:
             method = str(getattr(attribution, "metadata", {}).get("method", "scores"))
-            name, number = method, 1
-            while name in named:
-                name, number = f"{method}-{number + 1}", number + 1
-            named[name] = attribution
+            names = itertools.chain([method], (f"{method}-{number}" for number in itertools.count(2)))
+            named[next(name for name in names if name not in named)] = attribution
     if not named:
         raise ValueError("`attributions` is empty: nothing to evaluate.")
     for name, attribution in named.items():
-        if not isinstance(attribution, Attribution):
+        if not isinstance(attribution, _Result):
             kind = type(attribution).__name__
             raise TypeError(f"Expected {name!r} to be an Attribution, got {kind}: wrap scores in Attribution(scores).")
     return named
 
 
-def _checked(name: str, attribution: Attribution, truth: GroundTruth) -> Tensor:
+def _checked(name: str, attribution: _Result, truth: GroundTruth) -> Tensor:
     """The scores, their columns in the order of the truth's."""
     what = f"The attribution {name!r}"
     truth.check_data(attribution.metadata, what)
@@ -133,10 +131,9 @@ def _checked(name: str, attribution: Attribution, truth: GroundTruth) -> Tensor:
             f"{what} has scores of {attribution.num_train} training examples, the ground truth is of "
             f"{truth.num_train}: the linear datamodeling score needs a score for every training example, and no others."
         )
-    try:
-        scores = attribution.scores.detach().cpu()
-    except ValueError as error:  # a TopAttribution says why it has none
-        raise ValueError(f"{what} cannot be evaluated. {error}") from error
+    if isinstance(attribution, TopAttribution):
+        raise ValueError(f"{what} cannot be evaluated. {attribution.why_no_scores}")
+    scores = attribution.scores.detach().cpu()
     bad = (~torch.isfinite(scores)).nonzero().tolist()
     if bad:
         query, column = bad[0]
@@ -148,51 +145,45 @@ def _checked(name: str, attribution: Attribution, truth: GroundTruth) -> Tensor:
 
 
 def _aligned(what: str, scores: Tensor, attribution: Attribution, truth: GroundTruth) -> Tensor:
-    own, recorded = attribution.train_indices.cpu(), truth.metadata.get("train_indices")
+    columns, recorded = attribution.train_indices.cpu(), truth.metadata.get("train_indices")
     positions = torch.arange(truth.num_train) if recorded is None else torch.as_tensor(recorded)
     # Equal fingerprints (they have been compared): both read the same examples in the same order, whatever positions
     # these have in a larger dataset.
     read_alike = recorded is None and None not in (truth.metadata.get("data"), attribution.metadata.get("data"))
-    if torch.equal(own, positions):
+    if torch.equal(columns, positions):
         return scores
-    if torch.equal(own.sort().values, positions.sort().values):
+    if torch.equal(columns.sort().values, positions.sort().values):
         if read_alike:  # are the columns permuted, or was the data read in this order by both?
             raise ValueError(
                 f"{what} has its training examples in an order of its own, and the ground truth does not say in which "
-                f"it read them. Put the columns in that order and set train_indices = torch.arange({len(own)})."
+                f"it read them. Put the columns in that order and set train_indices = torch.arange({len(columns)})."
             )
-        return scores[:, own.argsort()[positions.argsort().argsort()]]
+        return scores[:, columns.argsort()[positions.argsort().argsort()]]
     if read_alike:
         return scores
     raise ValueError(
         f"{what} is of other training examples than the ground truth: its train_indices begin with "
-        f"{own[:5].tolist()}, those of the ground truth with {positions[:5].tolist()}."
+        f"{columns[:5].tolist()}, those of the ground truth with {positions[:5].tolist()}."
     )
 
 
-def _rises(name: str, found: Counterfactual, scores: Tensor, truth: GroundTruth) -> dict[int, float]:
+def _rises(name: str, removal: Counterfactual, scores: Tensor, truth: GroundTruth) -> dict[int, float]:
     what = f"The counterfactual of {name!r}"
-    if not isinstance(found, Counterfactual):
-        raise TypeError(f"{what} must be what retrain_without() returns, got {type(found).__name__}.")
-    truth.check_data(found.metadata, what)
-    if (found.num_queries, found.num_train) != (truth.num_queries, truth.num_train):
+    if not isinstance(removal, Counterfactual):
+        raise TypeError(f"{what} must be what retrain_without() returns, got {type(removal).__name__}.")
+    truth.check_data(removal.metadata, what)
+    if (removal.num_queries, removal.num_train) != (truth.num_queries, truth.num_train):
         raise ValueError(
-            f"{what} is of {found.num_queries} queries and {found.num_train} training examples, the ground truth of "
-            f"{truth.num_queries} and {truth.num_train}."
+            f"{what} is of {removal.num_queries} queries and {removal.num_train} training examples, the ground truth "
+            f"of {truth.num_queries} and {truth.num_train}."
         )
-    kept = found.masks[1:].reshape(len(found.ks), *scores.shape)
-    for k, mask in zip(found.ks, kept, strict=True):  # one k at a time, for memory
+    masks = removal.masks[1:].reshape(len(removal.ks), *scores.shape)
+    for k, mask in zip(removal.ks, masks, strict=True):  # one k at a time, for memory
         # Whatever ties were broken by, no example that was kept scores above one that was removed.
         removed, rest = scores.masked_fill(mask, torch.inf).amin(1), scores.masked_fill(~mask, -torch.inf).amax(1)
         if ((~mask).sum(1) != k).any() or (removed < rest).any():
             raise ValueError(
                 f"{what} was measured with other scores: the {k} examples removed are not those that score highest."
             )
-    means = counterfactual_score(found.losses_removed, found.losses_full)
-    return dict(zip(found.ks, means.tolist(), strict=True))
-
-
-def _costs(metadata: Mapping[str, Any]) -> tuple[float | None, int | None]:
-    seconds, memory = metadata.get("seconds"), metadata.get("peak_memory_bytes")
-    total = seconds.get("total") if isinstance(seconds, Mapping) else seconds
-    return None if total is None else float(total), None if memory is None else int(memory)
+    means = counterfactual_score(removal.losses_removed, removal.losses_full)
+    return dict(zip(removal.ks, means.tolist(), strict=True))

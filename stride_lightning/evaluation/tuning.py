@@ -71,9 +71,9 @@ def tune_damping(
     show_progress: bool = True,
     **arguments: Any,
 ) -> DampingSearch:
-    """Try dampings of an influence method against models retrained on random subsets.
+    """Try dampings of an influence method against models retrained on random subsets, with a single fit.
 
-    The curvature is fitted once. The best damping is chosen on the very truth it is judged by: ``lds_on_others`` says
+    The best damping is chosen on the very truth it is judged by: ``lds_on_others`` says
     what it is worth on other queries. For queries without a truth, use the default or what was best for similar ones.
 
     Args:
@@ -113,9 +113,9 @@ def tune_damping(
         known = [name for name in methods() if issubclass(class_of(name), InfluenceAttributor)]
         raise ValueError(f"method={method!r} has no damping. Methods that have one: {', '.join(known)}.")
     attributor.fit(model, train_data, **fitting)
-    found = []
+    per_query = []
     for damping in track(tried, "Dampings", show=show_progress):
         attributor.damping = damping
         evaluation = evaluate({method: attributor.attribute(queries)}, truth, num_resamples=1, show_progress=False)
-        found.append(evaluation.per_query[method])
-    return DampingSearch(method, tried, torch.stack(found))
+        per_query.append(evaluation.per_query[method])
+    return DampingSearch(method, tried, torch.stack(per_query))

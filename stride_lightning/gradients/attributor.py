@@ -23,6 +23,7 @@ from stride_lightning.model.blocks import Gradients, concatenated
 from stride_lightning.model.capture import Capture
 from stride_lightning.model.weights import borrowed
 from stride_lightning.results.attribution import Attribution
+from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.runtime.distributed import gather
 
 #: Bytes of the queries' gradients that are held at once.
@@ -152,7 +153,9 @@ class GradientAttributor(PlannedAttributor):
     # ---- attribute --------------------------------------------------------------------------------------------
 
     @override
-    def score_queries(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
+    def score_queries(
+        self, model: nn.Module, queries: Examples, device: torch.device, target: str
+    ) -> Attribution | TopAttribution:
         asked = self.read(model, queries, device, target)
 
         def tiles(chunk: slice) -> Callable[[slice], Tensor]:

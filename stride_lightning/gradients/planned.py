@@ -16,8 +16,8 @@ from stride_lightning.gradients.outputs import TaskOutputs
 from stride_lightning.model.layers import check_layers, cloned, in_precision_of
 from stride_lightning.model.plan import plan_capture, probe_places
 from stride_lightning.results.attribution import Attribution
-from stride_lightning.results.top_attribution import TopAttribution, TopCollector
-from stride_lightning.results.top_examples import joined
+from stride_lightning.results.top_attribution import TopAttribution
+from stride_lightning.results.top_examples import TopCollector, joined
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import gather, shard, world_size
 from stride_lightning.runtime.progress import announce
@@ -97,7 +97,7 @@ class PlannedAttributor(Attributor):
 
     def collect_scores(
         self, asked: Reader, chunks: Sequence[slice], tiles: Callable[[slice], Callable[[slice], Tensor]]
-    ) -> Attribution:
+    ) -> Attribution | TopAttribution:
         """Scores of this process's training examples for chunks of queries, gathered; or the top of each query.
 
         Args:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +11,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from stride_lightning.data.examples import Examples
+from stride_lightning.data.reading import fingerprint_of
+from stride_lightning.data.sources import resolve_queries
 from stride_lightning.gradients.features import Reader
 from stride_lightning.gradients.planned import PlannedAttributor
 from stride_lightning.information.coreset import Coreset, choose_coreset
@@ -23,6 +23,8 @@ from stride_lightning.information.loss import pair_nats
 from stride_lightning.information.posterior import Posterior, check_ridge
 from stride_lightning.information.tangent import Likelihood, TangentFeatures, Tangents
 from stride_lightning.results.attribution import Attribution
+from stride_lightning.results.scores import AttributionResult
+from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.results.top_examples import TopExamples
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import gather, total
@@ -30,33 +32,18 @@ from stride_lightning.tasks.likelihoods import Regression
 
 #: Bytes of the features of training examples that are kept between calls.
 KEPT_BYTES = 2**29
+#: Diverse examples are chosen among this many, or among this many for each of them.
+NUM_CANDIDATES, CANDIDATES_EACH = 500, 10
 #: Where diverse examples are chosen: variance of an example's output under the prior, in units of its noise.
 _SIGNAL_TO_NOISE = 1e6
-
-
-@dataclass
-class Searched:
-    """Queries as they are compared with training examples.
-
-    Args:
-        vectors: Shape ``(q, C, k)``.
-        downhill: Whitened gradients of minus their losses, ``(q, k)``, where scores are signed.
-    """
-
-    vectors: Tensor
-    downhill: Tensor | None
-
-    def at(self, chunk: slice) -> Searched:
-        """Some of them."""
-        return Searched(self.vectors[chunk], None if self.downhill is None else self.downhill[chunk])
 
 
 class InformationAttributor(PlannedAttributor):
     r"""What both share: a Gaussian process on tangent features, whose posterior says what is known of a query.
 
-    The model is linearised at its weights; its weights have a Gaussian prior and a posterior given the training data.
-    Scores are **unsigned**, in nats of the entropy of the predicted output of a query: they say how much an example
-    tells about a query, not whether it helps. No labels enter, but through the weights.
+    The model is linearised at its weights, which have a Gaussian prior and a posterior given the training data. Scores
+    are **unsigned**, in nats of the entropy of the predicted output of a query: they say how much an example tells of
+    it, not whether it helps. No labels enter, but through the weights.
 
     Memory beyond the model: ``24 k^2`` bytes for k features, ``4 C k`` for each query, the features of the training
     examples (``4 n C k`` bytes, if that is at most 512 MiB, else they are made again in every pass), and ``4 q n`` for
@@ -99,8 +86,8 @@ class InformationAttributor(PlannedAttributor):
 
     @override
     def options(self) -> dict[str, Any]:
-        own = {"likelihood": self.likelihood, "projection_dim": self.projection_dim, "signed": self.signed}
-        return {**super().options(), **own}
+        names = ("likelihood", "projection_dim", "signed")
+        return super().options() | {name: getattr(self, name) for name in names}
 
     # ---- fit --------------------------------------------------------------------------------------------------
 
@@ -117,7 +104,7 @@ class InformationAttributor(PlannedAttributor):
         self.tangents = TangentFeatures(
             self.capture, self.task, self.likelihood, self.projection_dim, self.seed, signed=self.signed
         )
-        self._kept: list[Tangents] | None = []
+        self._held: list[Tangents] | None = []
         gram = torch.zeros(self.tangents.dim, self.tangents.dim, dtype=torch.float64, device=device)
         losses, size = torch.zeros((), dtype=torch.float64, device=device), 0
         for batch in self.tangents.batches(self.reader, self.share, "Tangent features"):
@@ -125,9 +112,9 @@ class InformationAttributor(PlannedAttributor):
             gram.addmm_(rows.T.double(), rows.double())
             losses += batch.losses.double().sum()
             size += batch.num_bytes
-            if self._kept is not None:
-                self._kept.append(batch)
-                self._kept = self._kept if size <= KEPT_BYTES else None
+            if self._held is not None:
+                self._held.append(batch)
+                self._held = self._held if size <= KEPT_BYTES else None
         gram, losses = total(gram), total(losses)
         precision = max(torch.finfo(weight.dtype).eps for weight in self.capture.parameters.values())
         ridge = self._choose_ridge(gram, float(losses)) if self.ridge is None else self.ridge
@@ -149,79 +136,120 @@ class InformationAttributor(PlannedAttributor):
     # ---- attribute --------------------------------------------------------------------------------------------
 
     @override
-    def score_queries(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
-        asked = self.read(model, queries, device, target)
-        searched = self._asked(asked)
+    def score_queries(
+        self, model: nn.Module, queries: Examples, device: torch.device, target: str
+    ) -> Attribution | TopAttribution:
+        reader = self.read(model, queries, device, target)
+        vectors, downhill = self._query_side(reader)
 
-        def tiles(chunk: slice) -> Callable[[slice], Tensor]:
-            return lambda columns: self._tile(searched.at(chunk), columns)
+        def tile(columns: slice) -> Tensor:
+            return self._tile(vectors, downhill, columns)
 
-        attribution = self.collect_scores(asked, [slice(0, len(asked))], tiles)
+        attribution = self.collect_scores(reader, [slice(0, len(reader))], lambda _: tile)
         attribution.metadata["unit"] = f"nats{'' if self.signed else ', unsigned'}"
-        if not self.signed:
-            attribution.diversify = partial(self._diversify, self.posterior, self.train_data)
         return attribution
 
-    def _asked(self, asked: Reader) -> Searched:
-        batches = list(self.tangents.batches(asked, None, "Queries", asked=True))
+    def _query_side(self, reader: Reader) -> tuple[Tensor, Tensor | None]:
+        """Vectors of queries, ``(q, C, k)``; where signed, whitened gradients of minus their losses, ``(q, k)``."""
+        batches = list(self.tangents.batches(reader, None, "Queries", as_queries=True))
         vectors = torch.cat([query_vectors(batch.rows, self.posterior, self.form) for batch in batches])
         if not self.signed:
-            return Searched(vectors, None)
+            return vectors, None
         downhill = torch.cat([batch.downhill for batch in batches if batch.downhill is not None])
-        return Searched(vectors, self.posterior.whiten(downhill))
+        return vectors, self.posterior.whiten(downhill)
 
-    def _tile(self, searched: Searched, columns: slice) -> Tensor:
+    def _tile(self, queries: Tensor, downhill: Tensor | None, columns: slice) -> Tensor:
         """Information of some training examples about the queries, shape ``(q, columns)``."""
-        parts = [searched.vectors.new_empty(len(searched.vectors), 0)]
+        parts = [queries.new_empty(len(queries), 0)]
         for batch in self._training(columns):
-            found = pair_nats(searched.vectors, index_vectors(batch.rows, self.posterior, self.form), self.form)
-            if searched.downhill is not None and batch.downhill is not None:
-                found = found * torch.sign(searched.downhill @ self.posterior.whiten(batch.downhill).T)
-            parts.append(found)
+            part = pair_nats(queries, index_vectors(batch.rows, self.posterior, self.form), self.form)
+            if downhill is not None and batch.downhill is not None:
+                part = part * torch.sign(downhill @ self.posterior.whiten(batch.downhill).T)
+            parts.append(part)
         return torch.cat(parts, 1)
 
     def _training(self, columns: slice) -> Iterator[Tangents]:
         """Features of some training examples of this process, batch by batch."""
-        if self._kept is not None:
-            return (batch.between(columns) for batch in self._kept)
+        if self._held is not None:
+            return (batch.between(columns) for batch in self._held)
         # Whole batches: those that are cut elsewhere are rounded differently.
         size = self.reader.batch_size
         stop = min(-(-columns.stop // size) * size, len(self.train_data))
         share = slice(columns.start - columns.start % size, stop)
         return (batch.between(columns) for batch in self.tangents.batches(self.reader, share, "Information"))
 
-    def _diversify(
-        self, posterior: Posterior, train: Examples, queries: Examples, target: str, candidates: Tensor, k: int
-    ) -> TopExamples:
-        """Greedy sets of the most information gained about each query, among candidate columns ``(q, m)``."""
-        if posterior is not self.posterior or train is not self.train_data:
-            raise ValueError("The attributor has been fitted again since: call attribute(queries) again.")
+    def diverse(self, attribution: AttributionResult, k: int | None = None) -> TopExamples:
+        """Training examples chosen one after the other, each for what it tells beyond those before it: no near-copies.
+
+        They are chosen from the 500 (or ``10 k``) with the highest scores, as if their labels had no noise. Every
+        process must call it.
+
+        Args:
+            attribution: What :meth:`attribute` returned, of this attributor or of one that was fitted alike; a loaded
+                one needs its queries: ``Attribution.load(path, queries=queries)``.
+            k: How many for each query, by default 10; all examples if there are fewer.
+
+        Returns:
+            Positions in the training dataset and what each adds, in nats, each of shape ``(num_queries, k)``; there are
+            no opponents.
+
+        Raises:
+            ValueError: If ``k`` is below 1, scores are signed, or the attribution is of other weights, data or options.
+        """
+        queries = self._checked_queries(attribution)
+        size = attribution.top_columns(k).proponents.shape[1]
+        wanted = min(attribution.num_train, max(NUM_CANDIDATES, CANDIDATES_EACH * size))
+        if attribution.num_ranked < wanted:
+            raise ValueError(
+                f"diverse() chooses among the {wanted} strongest of each query, and {attribution.num_ranked} are held: "
+                f"attribute with `top_k={wanted}`, or without."
+            )
+        candidates = attribution.top_columns(wanted).proponents
         with self.borrowed_model() as (model, device):
-            asked = self.read(model, queries, device, target)
-            searched = torch.cat([batch.rows for batch in self.tangents.batches(asked, asked=True)])
+            reader = self.read(model, queries, device, attribution.metadata["target"])
+            is_whole = len(queries) == attribution.metadata["num_queries"]
+            if is_whole and reader.fingerprint != attribution.metadata["query_data"]:
+                raise ValueError("The attribution was loaded with other queries than it is of: give it those.")
+            query_rows = torch.cat([batch.rows for batch in self.tangents.batches(reader, as_queries=True)])
             every, places = candidates.unique(return_inverse=True)
             chosen = self.read(model, self.train_data.subset(every.tolist()), device, "label")
             features = torch.cat([batch.rows for batch in self.tangents.batches(chosen)])
         # As if seen without the noise of their labels: a copy would halve it, and so seem to tell something new.
-        mean = float(self.posterior.gram.trace()) / len(self.train_data)
+        mean = self.metadata["posterior"]["mean_squared_feature"]
         features = features * (_SIGNAL_TO_NOISE * self.posterior.ridge / mean if mean > 0 else 1.0) ** 0.5
-        found = [
-            greedy_sets(features[own], query[None], self.posterior, k, form="gain")
-            for query, own in zip(searched, places, strict=True)
-        ]
-        columns = [every[own[sets.places[0].cpu()]] for own, sets in zip(places, found, strict=True)]
-        gains = [torch.diff(sets.nats[0], prepend=sets.nats.new_zeros(1)).float().cpu() for sets in found]
-        none = torch.empty(len(found), 0)
-        return TopExamples(torch.stack(columns), torch.stack(gains), none.long(), none)
+        columns, gains = [], []
+        for query, among in zip(query_rows, places, strict=True):
+            sets = greedy_sets(features[among], query[None], self.posterior, size, form="gain")
+            columns.append(every[among[sets.places[0].cpu()]])
+            gains.append(torch.diff(sets.nats[0], prepend=sets.nats.new_zeros(1)).float().cpu())
+        none = torch.empty(len(queries), 0)
+        top = TopExamples(torch.stack(columns), torch.stack(gains), none.long(), none, is_signed=False)
+        return top.renamed(attribution.train_indices)
+
+    def _checked_queries(self, attribution: AttributionResult) -> Examples:
+        """The queries of an attribution, if it is one of what this attributor was fitted to."""
+        self.check_fitted("diverse(attribution)")
+        if self.signed:
+            raise ValueError(
+                "diverse() needs scores that say how much an example tells, and signed ones say whether it helps: "
+                "attribute without `signed`."
+            )
+        names = ("method", "weights", "data", "task", "seed", "options")
+        others = [name for name in names if attribution.metadata.get(name) != self.metadata.get(name)]
+        if others:
+            raise ValueError(
+                f"The attribution is not of what this attributor was fitted to: other {', '.join(others)}. Give "
+                "diverse() what attribute(queries) of this attributor returns."
+            )
+        if attribution.queries is None:
+            raise ValueError("The attribution holds no queries: load it with `queries=`.")
+        return attribution.queries
 
     def coreset(self, size: int) -> Coreset:
         """Training examples chosen one after the other for most information about all weights; needs :meth:`fit`.
 
         A greedy set has at least 63 % of the information of the best set of its size. Every process must call it, and
         does all of it; memory: ``8 n C k`` bytes.
-
-        Args:
-            size: How many.
 
         Returns:
             Positions in the training dataset, in order of choice, and what each adds in nats.
@@ -237,15 +265,66 @@ class InformationAttributor(PlannedAttributor):
 
     @override
     def score_training_data(self, model: nn.Module, device: torch.device) -> Tensor:
-        own = []
-        exact = self.tangents.is_exact
-        asked = () if exact else self.tangents.batches(self.reader, self.share, "Self-influence", asked=True)
-        rows = None if exact else torch.cat([batch.rows for batch in asked])
+        # As queries, examples of many outputs are looked at along other directions than as training examples.
+        batches = self.tangents.batches(self.reader, self.share, "Self-influence", as_queries=True)
+        queries = None if self.tangents.is_exact else torch.cat([batch.rows for batch in batches])
+        parts = []
         for batch in self._training(self.share):
-            own_places = slice(batch.places.start - self.share.start, batch.places.stop - self.share.start)
-            searched = query_vectors(batch.rows if rows is None else rows[own_places], self.posterior, self.form)
-            own.append(nats(searched @ index_vectors(batch.rows, self.posterior, self.form).mT, self.form))
-        return gather(torch.cat(own).float().cpu(), len(self.train_data))
+            rows = slice(batch.places.start - self.share.start, batch.places.stop - self.share.start)
+            query = query_vectors(batch.rows if queries is None else queries[rows], self.posterior, self.form)
+            parts.append(nats(query @ index_vectors(batch.rows, self.posterior, self.form).mT, self.form))
+        return gather(torch.cat(parts).float().cpu(), len(self.train_data))
+
+    # ---- what an index of the training examples is made of -----------------------------------------------------
+
+    @property
+    def vector_shape(self) -> tuple[int, int]:
+        """``(C, k)``: how many vectors stand for an example, and their length; needs :meth:`fit`."""
+        return self.tangents.num_rows, self.tangents.dim
+
+    def vectors(self, places: Tensor, form: Form | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Vectors of the training examples at some places, batch by batch, by the method's form or another one.
+
+        Yields:
+            Some of the places, ``(b,)``, and the vectors of :func:`index_vectors`, ``(b, C, k)`` on the CPU.
+        """
+        if len(places) == 0:
+            return
+        with self.borrowed_model() as (model, device):
+            reader = self.read(model, self.train_data.subset(places.tolist()), device, "label")
+            for batch in self.tangents.batches(reader):
+                yield places[batch.places], index_vectors(batch.rows, self.posterior, form or self.form).cpu()
+
+    def query_vectors(self, queries: Any, target: str = "label", form: Form | None = None) -> Tensor:
+        """Vectors to search with among those of :meth:`vectors`, ``(q, C, k)`` on the CPU."""
+        with self.borrowed_model() as (model, device):
+            reader = self.read(model, resolve_queries(queries, model), device, target)
+            batches = self.tangents.batches(reader, None, "Queries", as_queries=True)
+            return torch.cat([query_vectors(batch.rows, self.posterior, form or self.form).cpu() for batch in batches])
+
+    def identity(self, form: Form | None = None, num_train: int | None = None) -> dict[str, Any]:
+        """Plain values that decide the vectors: the weights, the features, the prior and the data.
+
+        The data are all training examples, or the first `num_train`: all that an index of gains need know of.
+        """
+        form, data = form or self.form, self.metadata["data"]
+        if num_train is not None and num_train < len(self.train_data):
+            data = fingerprint_of(self.train_data.subset(range(num_train)), self.task)
+        identity = {
+            "weights": self.weights,
+            "task": repr(self.task),
+            "layers": None if self.layers is None else list(self.layers),
+            "likelihood": self.likelihood,
+            "projection_dim": self.tangents.dim,
+            "seed": self.seed,
+            "form": form,
+            "ridge": self.posterior.ridge,
+            "data": data,
+        }
+        if form == "gain" or data["content"] is not None:
+            return identity
+        # Under random augmentation the data are known by shapes and targets only: their features tell more.
+        return identity | {"mean_squared_feature": f"{self.metadata['posterior']['mean_squared_feature']:.3g}"}
 
 
 class InformationLossAttributor(InformationAttributor):

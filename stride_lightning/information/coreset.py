@@ -33,10 +33,9 @@ def choose_coreset(features: Tensor, size: int, posterior: Posterior) -> Coreset
     """Choose examples one after the other for most information about all weights.
 
     The information of a set, ``1/2 logdet(I + B_S A^-1 B_S')``, is monotone and submodular: a greedy set of any size
-    has at least ``1 - 1/e`` (63 %) of the information of the best one. Choice is lazy: gains only shrink, so an
-    example is looked at again only when its last gain is above all that are known. No labels enter.
-
-    Memory: the whitened features, ``O(n (k + C^2))``, and ``O(size C k)``.
+    has at least ``1 - 1/e`` (63 %) of that of the best one. Choice is lazy: gains only shrink, so an example is looked
+    at again only when its last gain is above all that are known. No labels enter.
+    Memory: ``O(n (k + C^2) + size C k)``.
 
     Args:
         features: Noise-whitened features of the candidates, shape ``(n, C, k)``.
@@ -44,7 +43,7 @@ def choose_coreset(features: Tensor, size: int, posterior: Posterior) -> Coreset
         posterior: What is known already: :meth:`Posterior.without_data` to choose from nothing.
 
     Returns:
-        Choices and gains; ties go to the first. Gains add up to the information of the whole set.
+        Choices and gains, which add up to the information of the whole set; ties go to the first.
 
     Example:
         >>> features = torch.tensor([[[2.0, 0.0]], [[2.0, 0.0]], [[0.0, 1.0]]])

@@ -53,18 +53,11 @@ class Evidence:
 
     def described(self) -> dict[str, float | str | None]:
         """Plain values for the metadata."""
-        return {
-            "noise_variance": self.noise_variance,
-            "log_evidence": self.log_evidence,
-            "num_effective": self.num_effective,
-            "at_edge": self.at_edge,
-        }
+        names = ("noise_variance", "log_evidence", "num_effective", "at_edge")
+        return {name: getattr(self, name) for name in names}
 
     def plot(self) -> Figure:
-        """The profile: nats below the best over the ridge.
-
-        Returns:
-            A figure without pyplot: ``figure.savefig("evidence.png")`` writes it, nothing needs closing.
+        """The profile: nats below the best over the ridge, as a figure without pyplot, which ``savefig`` writes.
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
@@ -77,12 +70,11 @@ class Evidence:
         axes.axvspan(low, high, color=GREEN, alpha=0.12, linewidth=0)
         axes.plot(self.ridges.tolist(), (self.log_evidences - self.log_evidence).tolist(), color=INK, linewidth=1.3)
         axes.plot([self.ridge], [0.0], "o", color=GREEN)
-        axes.set_xscale("log")
         # Far from the best a profile falls by thousands of nats: show where it decides something.
-        shown = self.plausible(60.0)
-        axes.set_xlim(min(shown[0], self.ridge / 30), max(shown[1], self.ridge * 30))
+        low, high = self.plausible(60.0)
+        limits = min(low, self.ridge / 30), max(high, self.ridge * 30)
+        axes.set(xscale="log", xlim=limits, ylim=(-62.0, 3.0))
         axes.minorticks_off()
-        axes.set_ylim(-62.0, 3.0)
         axes.set_title(f"ridge {self.ridge:.3g}, noise variance {self.noise_variance:.3g}", fontsize=9, color=INK)
         axes.set_xlabel("ridge (shaded: within 2 nats)", fontsize=7.5, color=GREY)
         axes.set_ylabel("log evidence less its largest (nats)", fontsize=7.5, color=GREY)
@@ -103,12 +95,7 @@ class Evidence:
 
 
 def fit_evidence(
-    gram: Tensor,
-    squared_norm: float,
-    squared_residuals: float,
-    num_rows: int,
-    *,
-    noise_variance: float | None = None,
+    gram: Tensor, squared_norm: float, squared_residuals: float, num_rows: int, *, noise_variance: float | None = None
 ) -> Evidence:
     r"""Choose the prior precision, and the noise variance, under which the data are most probable.
 
@@ -129,7 +116,7 @@ def fit_evidence(
         noise_variance: Fix it: 1 for classifications, whose noise is that of their labels. By default it is estimated.
 
     Raises:
-        ValueError: If there is nothing to choose by: all features or all weights zero, or not finite.
+        ValueError: If all features or all weights are zero, or not finite.
 
     Warns:
         UserWarning: If the evidence is largest at an end of the grid, and what that means.
@@ -165,25 +152,20 @@ def fit_evidence(
     ridge, at_edge = float(ridges[best]), None
     if 0 < best < _GRID - 1:
         bounds = math.log(ridges[best - 1]), math.log(ridges[best + 1])
-        found: Any = minimize_scalar(
-            lambda log_ridge: -evaluated(math.exp(log_ridge))[0],
-            bounds=bounds,
-            method="bounded",
-            options={"xatol": 1e-6},
-        )
-        ridge = max(ridge, math.exp(found.x), key=lambda ridge: evaluated(ridge)[0])
+        options: Any = {"bounds": bounds, "method": "bounded", "options": {"xatol": 1e-6}}
+        finer: Any = minimize_scalar(lambda log_ridge: -evaluated(math.exp(log_ridge))[0], **options)
+        ridge = max(ridge, math.exp(finer.x), key=lambda ridge: evaluated(ridge)[0])
         ridges = np.unique(np.concatenate([ridges, np.geomspace(ridges[best - 1], ridges[best + 1], _FINE)]))
         profile = np.array([evaluated(ridge)[0] for ridge in ridges])
     else:
         at_edge = "lower" if best == 0 else "upper"
-        meaning = (
-            "the weights are so small beside what the data tell of them that no prior is needed. Give `ridge=`"
-            if at_edge == "lower"
-            else "the weights are so large that nothing the data tell of them counts: are the features those of this "
-            "model? Give `ridge=`"
-        )
+        meaning = "so small beside what the data tell of them that no prior is needed."
+        if at_edge == "upper":
+            meaning = "so large that nothing the data tell of them counts: are the features those of this model?"
         warnings.warn(
-            f"The evidence is largest at the {at_edge} end of the ridges, {ridge:.3g}: {meaning}.", stacklevel=2
+            f"The evidence is largest at the {at_edge} end of the ridges, {ridge:.3g}: the weights are {meaning} "
+            "Give `ridge=`.",
+            stacklevel=2,
         )
     log_evidence, noise = evaluated(ridge)
     num_effective = float((values / (values + ridge)).sum())

@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from stride_lightning.information.posterior import Posterior, check_features
+from stride_lightning.information.posterior import Posterior
 
 #: ``"loss"``: lost about a query when the example is removed from the data. ``"gain"``: told by the example when
 #: nothing else is known. ``"copy"``: told by one more copy of it, given the data.
@@ -23,9 +23,8 @@ def index_vectors(features: Tensor, posterior: Posterior, form: Form = "loss") -
     ``A^-1 = L L'`` is the posterior (the prior for a gain), ``S = B A^-1 B'`` the variance of the example's outputs.
     With the vectors ``x`` of :func:`query_vectors`, one output each, information is a function of ``(x . y)^2``: an
     inner-product search with ``x`` and with ``-x``, merged, ranks all examples. With several outputs there is one
-    vector per output, and the exact value needs the products of all (:func:`nats`); the sum of their squares, t,
-    bounds the loss from below by ``1/2 log(1 + t)`` and from above by ``r/2 log(1 + t / r)``, r the smaller number of
-    outputs.
+    vector per output, and the exact value needs the products of all (:func:`nats`); for t, the sum of their squares, a
+    loss is at least ``1/2 log(1 + t)`` and at most ``r/2 log(1 + t / r)``, r the smaller number of outputs.
 
     Args:
         features: Noise-whitened, shape ``(b, C, k)``; for a loss these must be among the data of the posterior.
@@ -34,8 +33,7 @@ def index_vectors(features: Tensor, posterior: Posterior, form: Form = "loss") -
 
     Returns:
         Shape ``(b, C, k)``, of the features' precision (float32 at least). Eigenvalues of ``S`` are taken as
-        ``1 - 1e-6`` at most in a loss: an example that alone determines a direction loses 6.6 nats about itself, not
-        infinitely many.
+        ``1 - 1e-6`` at most in a loss: what an example alone determines is worth 6.6 nats, not infinitely many.
 
     Raises:
         ValueError: If an example cannot be among the data of the posterior, or there is no such form.
@@ -47,40 +45,32 @@ def index_vectors(features: Tensor, posterior: Posterior, form: Form = "loss") -
         >>> nats(dots)  # log(4 / 3) / 2: the variance of the first rises from 1/2 to 1, that of the noise is 1
         tensor([0.1438, 0.0000])
     """
-    check_features(features)
-    whitened = known(posterior, form).whiten(features.double())
-    variance = whitened @ whitened.mT
+    whitened, variance = known(posterior, form).whitened(features)
     if form == "loss":
         check_members(variance)
-    scaled = small_product(inverse_root(noise_given(variance, form)), whitened)
-    return scaled.to(torch.promote_types(features.dtype, torch.float32))
+    return _scaled(noise_given(variance, form), whitened, features)
 
 
 def query_vectors(queries: Tensor, posterior: Posterior, form: Form = "loss") -> Tensor:
-    """Queries as vectors to search with: ``(I + V)^(-1/2) B L``, ``V`` the variance of a query's outputs.
+    """Queries ``(q, C', k)`` as vectors to search with, same shape: ``(I + V)^(-1/2) B L``, V the variance of outputs.
 
-    Args:
-        queries: Features, shape ``(q, C', k)``; C' need not be the C of training examples.
-        posterior: Of all data.
-        form: That of the index vectors.
+    The posterior and the form are those of the index vectors; C' need not be the C of training examples.
     """
-    check_features(queries)
-    whitened = known(posterior, form).whiten(queries.double())
-    scaled = small_product(inverse_root(noise_with(whitened @ whitened.mT)), whitened)
-    return scaled.to(torch.promote_types(queries.dtype, torch.float32))
+    whitened, variance = known(posterior, form).whitened(queries)
+    return _scaled(noise_with(variance), whitened, queries)
+
+
+def _scaled(noise: Tensor, whitened: Tensor, features: Tensor) -> Tensor:
+    """Whitened features over the root of a noise, of the features' precision."""
+    scaled = small_product(inverse_root(noise), whitened)
+    return scaled.to(torch.promote_types(features.dtype, torch.float32))
 
 
 def nats(products: Tensor, form: Form = "loss") -> Tensor:
     """Information from inner products X of query and index vectors: ``+-1/2 logdet(I +- X X')``, plus for a loss.
 
-    Precise however small it is; a gain of one output is resolved up to 8 nats in float32 and 18 in float64.
-
-    Args:
-        products: Shape ``(..., C', C)``: outputs of a query by outputs of a training example.
-        form: That of the vectors.
-
-    Returns:
-        Shape ``(...)``.
+    Of products ``(..., C', C)``, outputs of a query by outputs of a training example, to nats ``(...)``. Precise
+    however small it is; a gain of one output is resolved up to 8 nats in float32 and 18 in float64.
 
     Example:
         >>> nats(torch.tensor([[1.0]])), nats(torch.tensor([[0.5]]), "gain")
@@ -128,11 +118,10 @@ def noise_given(variance: Tensor, form: Form) -> Tensor:
     """What scales an example of variance S: ``I + S``; for a loss ``I - S``, its eigenvalues at least ``1e-6``."""
     if form != "loss":
         return noise_with(variance)
-    identity = torch.eye(variance.shape[-1], dtype=variance.dtype, device=variance.device)
-    remaining = identity - variance
+    remaining = noise_with(-variance)
     if variance.shape[-1] == 1:
         return remaining.clamp(min=MARGIN)
-    failed = torch.linalg.cholesky_ex(remaining - MARGIN * identity).info != 0
+    failed = torch.linalg.cholesky_ex(remaining - MARGIN * eye_of(variance)).info != 0
     if bool(failed.any()):
         values, axes = torch.linalg.eigh(remaining[failed])
         remaining[failed] = (axes * values.clamp(min=MARGIN)[..., None, :]) @ axes.mT
@@ -141,7 +130,12 @@ def noise_given(variance: Tensor, form: Form) -> Tensor:
 
 def noise_with(variance: Tensor) -> Tensor:
     """``I + S``, the predictive variance of outputs whose noise is 1."""
-    return torch.eye(variance.shape[-1], dtype=variance.dtype, device=variance.device) + variance
+    return eye_of(variance) + variance
+
+
+def eye_of(matrices: Tensor) -> Tensor:
+    """The identity that fits square matrices ``(..., C, C)``."""
+    return torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
 
 
 def inverse_root(matrices: Tensor) -> Tensor:
@@ -149,8 +143,7 @@ def inverse_root(matrices: Tensor) -> Tensor:
     if matrices.shape[-1] == 1:
         return matrices.rsqrt()
     factors = torch.linalg.cholesky(matrices)
-    identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-    return torch.linalg.solve_triangular(factors, identity.expand_as(factors), upper=False)
+    return torch.linalg.solve_triangular(factors, eye_of(factors).expand_as(factors), upper=False)
 
 
 def small_product(left: Tensor, right: Tensor) -> Tensor:

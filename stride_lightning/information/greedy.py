@@ -7,17 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stride_lightning.information.forms import (
-    Form,
-    check_members,
-    inverse_root,
-    known,
-    nats,
-    noise_given,
-    noise_with,
-    small_product,
-)
-from stride_lightning.information.posterior import Features, Posterior, check_features, feature_batches
+from stride_lightning.information import forms
+from stride_lightning.information.forms import Form, inverse_root, nats, noise_given, noise_with, small_product
+from stride_lightning.information.posterior import Features, Posterior, feature_batches
 from stride_lightning.runtime.checks import check_count
 
 TIE = 1e-9  # relative difference of scores that are taken as equal
@@ -43,11 +35,10 @@ def greedy_sets(
 
     Each is the one that changes the entropy of the query most, given those before. A ``"gain"`` explains a query by
     examples that differ, for a copy tells little that is new; a ``"loss"`` gathers copies, for only without all of
-    them something is lost. Neither is submodular for single queries, so that greedy sets need not be near the best
-    ones; :func:`choose_coreset` has a guarantee, about all weights.
+    them something is lost. Neither is submodular for single queries: greedy sets need not be near the best ones.
 
     Nothing is fitted again: a choice is a rank-C update of all covariances, ``O(n C^2 (k + C))`` per query. Memory:
-    the whitened features in double precision, and for the queries worked on together ``O(n C (C + C'))``.
+    the whitened features in double precision, and ``O(n C (C + C'))`` for the queries worked on together.
 
     Args:
         train: Noise-whitened features of the candidates, ``(n, C, k)`` or batches of them.
@@ -68,22 +59,17 @@ def greedy_sets(
         >>> greedy_sets(train, query, posterior, 2).places
         tensor([[2, 0]])
     """
-    before = known(posterior, form)
-    check_features(queries)
-    parts, variances = [], []
-    for batch in feature_batches(train):
-        rows = before.whiten(batch.double())
-        variances.append(rows @ rows.mT)
-        parts.append(rows)
-    num_train = sum(map(len, parts))
+    before = forms.known(posterior, form)
+    parts = [before.whitened(batch) for batch in feature_batches(train)]
+    num_train = sum(len(rows) for rows, _ in parts)
     check_count("size", size, maximum=num_train)
-    whitened, variance = torch.cat(parts), torch.cat(variances)
+    whitened, variance = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     if form == "loss":
-        check_members(variance)
-    searched = before.whiten(queries.double())
+        forms.check_members(variance)
+    query_rows, _ = before.whitened(queries)
     width = variance.shape[-1] + queries.shape[1]
     step = max(1, _ELEMENTS // (num_train * variance.shape[-1] * width))
-    sets = [_choose(whitened, variance, some, size, form) for some in searched.split(step)]
+    sets = [_choose(whitened, variance, some, size, form) for some in query_rows.split(step)]
     places, gains = (torch.cat(tensors) for tensors in zip(*sets, strict=True))
     return GreedySets(places, gains.cumsum(1))
 

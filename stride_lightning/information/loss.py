@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,18 +14,20 @@ from stride_lightning.information.posterior import Features, Posterior, check_fe
 _ELEMENTS = 1 << 21  # of the products of one chunk of pairs
 
 
-def information_loss(train: Features, queries: Tensor, posterior: Posterior) -> Tensor:
-    """How much less is known about each query without each single training example.
+def information(train: Features, queries: Tensor, posterior: Posterior, form: Form = "loss") -> Tensor:
+    """How much less is known about each query without each single example, or how much more with it.
 
-    ``1/2 logdet(I + V_(D-i)) - 1/2 logdet(I + V_D)``, the rise of the entropy of the predictive distribution, which is
-    the mutual information of the two outputs given all other examples. For one output,
-    ``1/2 log(1 + c^2 / ((1 - s) (1 + v)))`` with the posterior covariance c and variances s and v. It is never
-    negative and says nothing about whether the example helps: labels do not enter.
+    A ``"loss"`` is ``1/2 logdet(I + V_(D-i)) - 1/2 logdet(I + V_D)``, the rise of the entropy of the predictive
+    distribution, which is the mutual information of the two outputs given all other examples: for one output
+    ``1/2 log(1 + c^2 / ((1 - s) (1 + v)))`` with the posterior covariance c and variances s and v. A ``"gain"`` is
+    ``-1/2 log(1 - c^2 / ((1 + s) (1 + v)))`` of the prior, a cosine of the two gradients, damped by the ridge. Neither
+    is ever negative or says whether the example helps: labels do not enter.
 
     Args:
-        train: Noise-whitened features of the examples, ``(n, C, k)`` or batches of them, as the posterior was fitted.
+        train: Noise-whitened features, ``(n, C, k)`` or batches of them; for a loss, those of the posterior.
         queries: Those of the queries, ``(q, C', k)``.
-        posterior: Of all training data.
+        posterior: Of all training data; a ``"gain"`` uses no more of it than the prior.
+        form: ``"loss"``; ``"gain"`` when nothing else is known; ``"copy"`` for one more copy, given all data.
 
     Returns:
         Nats, shape ``(q, n)``.
@@ -36,57 +37,22 @@ def information_loss(train: Features, queries: Tensor, posterior: Posterior) -> 
 
     Example:
         >>> train = torch.tensor([[[1.0, 0.0]], [[0.0, 2.0]]])
-        >>> information_loss(train, train[:1], Posterior.fit(train, ridge=1.0))
-        tensor([[0.1438, 0.0000]])
+        >>> posterior = Posterior.fit(train, ridge=1.0)
+        >>> information(train, train[:1], posterior), information(train, train[:1], posterior, "gain")
+        (tensor([[0.1438, 0.0000]]), tensor([[0.1438, 0.0000]]))
 
     Reference: arXiv:2604.03858.
-    """
-    blocks = information_blocks(train, queries, posterior, "loss")
-    return torch.cat([queries.new_empty(len(queries), 0), *blocks], 1)
-
-
-def information_gain(
-    train: Features, queries: Tensor, posterior: Posterior, *, form: Literal["gain", "copy"] = "gain"
-) -> Tensor:
-    """How much more is known about each query with each single training example.
-
-    For one output ``-1/2 log(1 - c^2 / ((1 + s) (1 + v)))``: a cosine of the two gradients, damped by the ridge.
-
-    Args:
-        train: Noise-whitened features of the examples, ``(n, C, k)`` or batches of them.
-        queries: Those of the queries, ``(q, C', k)``.
-        posterior: Of all training data; a ``"gain"`` uses no more of it than the prior.
-        form: ``"gain"`` when nothing else is known; ``"copy"`` for one more copy of the example, given all data.
-
-    Returns:
-        Nats, shape ``(q, n)``.
-
-    Example:
-        >>> train = torch.tensor([[[1.0, 0.0]], [[0.0, 2.0]]])
-        >>> information_gain(train, train[:1], Posterior.fit(train, ridge=1.0))
-        tensor([[0.1438, 0.0000]])
     """
     blocks = information_blocks(train, queries, posterior, form)
     return torch.cat([queries.new_empty(len(queries), 0), *blocks], 1)
 
 
 def information_blocks(train: Features, queries: Tensor, posterior: Posterior, form: Form = "loss") -> Iterator[Tensor]:
-    """The columns of :func:`information_loss` or :func:`information_gain`, some examples after the other.
-
-    Args:
-        train: Features of the examples, or batches of them; read once.
-        queries: Features of the queries.
-        posterior: Of all training data.
-        form: Which information.
-
-    Yields:
-        Nats, shape ``(q, b)``, for consecutive training examples; at most 4096 at a time, fewer than a batch if that
-        is large.
-    """
-    searched = query_vectors(queries, posterior, form)
+    """The columns of :func:`information`, ``(q, b)``, for at most 4096 consecutive examples after the other."""
+    query_side = query_vectors(queries, posterior, form)
     for batch in feature_batches(train):
         vectors = index_vectors(batch, posterior, form)
-        yield pair_nats(searched.to(vectors.dtype), vectors, form)
+        yield pair_nats(query_side.to(vectors.dtype), vectors, form)
 
 
 def pair_nats(queries: Tensor, vectors: Tensor, form: Form = "loss") -> Tensor:
@@ -101,19 +67,12 @@ def pair_nats(queries: Tensor, vectors: Tensor, form: Form = "loss") -> Tensor:
     return torch.cat(blocks)
 
 
-def subset_information_loss(subset: Tensor, queries: Tensor, posterior: Posterior) -> Tensor:
-    """How much less is known about each query without a whole subset of the training examples.
+def subset_information(subset: Tensor, queries: Tensor, posterior: Posterior, form: Form = "loss") -> Tensor:
+    """How much less is known about each query without a whole subset of the training examples, or more with it.
 
-    Exact for the Gaussian posterior, ``V_(D-S) = V + k' (I - B_S A^-1 B_S')^-1 k`` with ``k = B_S A^-1 B_q'``. Copies
-    of an example together tell much more than the sum of each alone.
-
-    Args:
-        subset: Features of the examples to be removed, shape ``(m, C, k)``.
-        queries: Features of the queries, ``(q, C', k)``.
-        posterior: Of all training data.
-
-    Returns:
-        Nats, shape ``(q,)``.
+    Nats of shape ``(q,)``, exact for the Gaussian posterior: ``V_(D-S) = V + k' (I - B_S A^-1 B_S')^-1 k`` with
+    ``k = B_S A^-1 B_q'``. Copies of an example together lose much more than the sum of each alone. The subset has shape
+    ``(m, C, k)``; the other arguments are those of :func:`information`.
 
     Raises:
         ValueError: If the subset cannot be among the data of the posterior.
@@ -121,45 +80,11 @@ def subset_information_loss(subset: Tensor, queries: Tensor, posterior: Posterio
     Example:
         >>> train = torch.tensor([[[1.0]], [[1.0]], [[1.0]]])
         >>> posterior = Posterior.fit(train, ridge=1.0)
-        >>> subset_information_loss(train[:2], train[:1], posterior)  # variance 1/2 in place of 1/4
+        >>> subset_information(train[:2], train[:1], posterior)  # variance 1/2 in place of 1/4
         tensor([0.0912])
-        >>> information_loss(train[:2], train[:1], posterior).sum()
+        >>> information(train[:2], train[:1], posterior).sum()
         tensor(0.0645)
     """
-    return _subset_information(subset, queries, posterior, "loss")
-
-
-def subset_information_gain(
-    subset: Tensor, queries: Tensor, posterior: Posterior, *, form: Literal["gain", "copy"] = "gain"
-) -> Tensor:
-    """How much more is known about each query with a whole subset of examples, nats of shape ``(q,)``.
-
-    Args:
-        subset: Features of the examples, shape ``(m, C, k)``.
-        queries: Features of the queries, ``(q, C', k)``.
-        posterior: Of all training data; a ``"gain"`` uses no more of it than the prior.
-        form: ``"gain"`` when nothing else is known; ``"copy"`` given all data.
-    """
-    return _subset_information(subset, queries, posterior, form)
-
-
-def predictive_entropy(queries: Tensor, posterior: Posterior) -> Tensor:
-    """Differential entropy of the outputs of each query, noise included, in nats of shape ``(q,)``.
-
-    Args:
-        queries: Features of the queries, ``(q, C', k)``.
-        posterior: What is known.
-
-    Example:
-        >>> predictive_entropy(torch.zeros(1, 1, 2), Posterior.without_data(2, ridge=1.0))  # of a standard normal
-        tensor([1.4189], dtype=torch.float64)
-    """
-    root = inverse_root(noise_with(posterior.variance(queries)))
-    unit = 0.5 * queries.shape[1] * math.log(2 * math.pi * math.e)
-    return unit - root.diagonal(dim1=1, dim2=2).log().sum(1)
-
-
-def _subset_information(subset: Tensor, queries: Tensor, posterior: Posterior, form: Form) -> Tensor:
     check_features(subset)
     if not subset.numel():
         return query_vectors(queries, posterior, form).new_zeros(len(queries))
@@ -168,6 +93,17 @@ def _subset_information(subset: Tensor, queries: Tensor, posterior: Posterior, f
     if len(rows) > rows.shape[1]:
         values, axes = torch.linalg.eigh(rows.T @ rows)
         rows = values.clamp(min=0.0).sqrt()[:, None] * axes.T
-    vectors = index_vectors(rows[None], posterior, form)
-    searched = query_vectors(queries, posterior, form)
-    return pair_nats(searched.double(), vectors, form)[:, 0].to(searched.dtype)
+    vectors, query_side = index_vectors(rows[None], posterior, form), query_vectors(queries, posterior, form)
+    return pair_nats(query_side.double(), vectors, form)[:, 0].to(query_side.dtype)
+
+
+def predictive_entropy(queries: Tensor, posterior: Posterior) -> Tensor:
+    """Differential entropy of the outputs of each query ``(q, C', k)``, noise included, in nats of shape ``(q,)``.
+
+    Example:
+        >>> predictive_entropy(torch.zeros(1, 1, 2), Posterior.without_data(2, ridge=1.0))  # of a standard normal
+        tensor([1.4189], dtype=torch.float64)
+    """
+    root = inverse_root(noise_with(posterior.variance(queries)))
+    unit = 0.5 * queries.shape[1] * math.log(2 * math.pi * math.e)
+    return unit - root.diagonal(dim1=1, dim2=2).log().sum(1)

@@ -13,6 +13,7 @@ from torch import Tensor
 Features: TypeAlias = "Tensor | Iterable[Tensor]"
 
 _ROWS = 4096  # of features in double precision at a time
+_EPS = torch.finfo(torch.float64).eps
 
 
 class Posterior:
@@ -40,28 +41,31 @@ class Posterior:
         tensor([0.3333, 1.0000], dtype=torch.float64)
     """
 
-    def __init__(
-        self, gram: Tensor, ridge: float, *, num_examples: int, precision: float = torch.finfo(torch.float64).eps
-    ) -> None:
+    def __init__(self, gram: Tensor, ridge: float, *, num_examples: int, precision: float = _EPS) -> None:
         self.gram, self.ridge, self.num_examples, self.precision = gram, check_ridge(ridge), num_examples, precision
         self.num_features = len(gram)
         if not bool(gram.isfinite().all()):
             raise ValueError("Features hold NaN or infinite values, or overflow when squared: did training diverge?")
         if num_examples == 0:
             # The root of the prior is a number: nothing to factorise or to multiply by.
-            self._root, self._log_det = None, self.num_features * math.log(self._prior_ridge())
+            if self.ridge == 0:
+                raise ValueError(
+                    "Without data a `ridge` of 0 leaves all weights undetermined: give a positive `ridge=`."
+                )
+            self._root, self._log_det = None, self.num_features * math.log(self.ridge)
             return
         matrix = gram.clone()
         matrix.diagonal().add_(self.ridge)
         factor, failed = torch.linalg.cholesky_ex(matrix)
         # Rounded features span directions of their own, squared in A: below that a pivot is noise.
-        noise = max(self.num_features * torch.finfo(torch.float64).eps, precision**2) * float(matrix.diagonal().max())
+        noise = max(self.num_features * _EPS, precision**2) * float(matrix.diagonal().max())
         if int(failed) or float(factor.diagonal().square().min()) <= noise:
+            mean = float(gram.trace()) / self.num_features
             raise ValueError(
                 f"The posterior precision of {num_examples} examples and {self.num_features} features is singular "
                 f"with a ridge of {self.ridge:g}: some direction of the weights is determined by nothing. Give a "
-                f"larger `ridge=` (the mean eigenvalue of the data is {float(gram.trace()) / self.num_features:.3g}), "
-                "or fewer features (a smaller `projection_dim=`)."
+                f"larger `ridge=` (the mean eigenvalue of the data is {mean:.3g}), or fewer features (a smaller "
+                "`projection_dim=`)."
             )
         identity = torch.eye(self.num_features, dtype=factor.dtype, device=factor.device)
         self._root = torch.linalg.solve_triangular(factor, identity, upper=False).mT.contiguous()
@@ -69,12 +73,7 @@ class Posterior:
 
     @classmethod
     def fit(cls, features: Features, *, ridge: float) -> Posterior:
-        """Accumulate a stream of features, in one pass.
-
-        Args:
-            features: Shape ``(n, C, k)``, or batches ``(b, C, k)``; C may differ between batches.
-            ridge: Prior precision of every weight.
-        """
+        """Accumulate features ``(n, C, k)``, or batches ``(b, C, k)`` whose C may differ, in one pass."""
         gram, num_examples, precision = _gram(features)
         return cls(gram, ridge, num_examples=num_examples, precision=precision)
 
@@ -86,7 +85,7 @@ class Posterior:
 
     def prior(self) -> Posterior:
         """The same weights before any data."""
-        return self.without_data(self.num_features, ridge=self._prior_ridge(), device=self.gram.device)
+        return self.without_data(self.num_features, ridge=self.ridge, device=self.gram.device)
 
     def with_ridge(self, ridge: float) -> Posterior:
         """The same data with another prior precision; needs no pass."""
@@ -97,7 +96,7 @@ class Posterior:
         return self._changed(features, 1)
 
     def removed(self, features: Features) -> Posterior:
-        """Without examples that it holds, whose features are given."""
+        """Without examples that it holds."""
         return self._changed(features, -1)
 
     @property
@@ -108,13 +107,9 @@ class Posterior:
         return 0.5 * (self._log_det - self.num_features * math.log(self.ridge))
 
     def whiten(self, features: Tensor) -> Tensor:
-        """Features times ``L`` with ``A^-1 = L L'``: their inner products are posterior covariances.
+        """Features ``(..., k)`` times ``L`` with ``A^-1 = L L'``: their inner products are posterior covariances.
 
-        Args:
-            features: Shape ``(..., k)``.
-
-        Returns:
-            Same shape, of the features' precision (float32 at least), rounded after a product in double precision.
+        A product in double precision, rounded to the features' precision (float32 at least).
         """
         if features.shape[-1] != self.num_features:
             raise ValueError(
@@ -124,11 +119,15 @@ class Posterior:
         whitened = exact * self.ridge**-0.5 if self._root is None else exact @ self._root
         return whitened.to(torch.promote_types(features.dtype, torch.float32))
 
+    def whitened(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Features ``(b, C, k)`` whitened in double precision, and the variance of their outputs, ``(b, C, C)``."""
+        check_features(features)
+        rows = self.whiten(features.double())
+        return rows, rows @ rows.mT
+
     def variance(self, features: Tensor) -> Tensor:
         """Posterior covariance of the outputs, ``B A^-1 B'``, in units of the noise; float64 ``(b, C, C)``."""
-        check_features(features)
-        whitened = self.whiten(features.double())
-        return whitened @ whitened.mT
+        return self.whitened(features)[1]
 
     def leverage(self, features: Tensor) -> Tensor:
         """Trace of the variance, ``(b,)``; over all of the data it adds up to the number of weights they determine."""
@@ -136,16 +135,11 @@ class Posterior:
 
     def _changed(self, features: Features, sign: int) -> Posterior:
         gram, count, precision = _gram(features)
-        if gram.shape != self.gram.shape or self.num_examples + sign * count < 0:
-            raise ValueError(f"{count} examples of {len(gram)} features do not fit {self!r}.")
         num_examples = self.num_examples + sign * count
-        total = self.gram + sign * gram
-        return Posterior(total, self.ridge, num_examples=num_examples, precision=max(precision, self.precision))
-
-    def _prior_ridge(self) -> float:
-        if self.ridge == 0:
-            raise ValueError("Without data a `ridge` of 0 leaves all weights undetermined: give a positive `ridge=`.")
-        return self.ridge
+        if gram.shape != self.gram.shape or num_examples < 0:
+            raise ValueError(f"{count} examples of {len(gram)} features do not fit {self!r}.")
+        gram, precision = self.gram + sign * gram, max(precision, self.precision)
+        return Posterior(gram, self.ridge, num_examples=num_examples, precision=precision)
 
     def __repr__(self) -> str:
         return f"Posterior(num_examples={self.num_examples}, num_features={self.num_features}, ridge={self.ridge:g})"
@@ -161,10 +155,10 @@ def check_ridge(ridge: float) -> float:
 def check_features(features: object) -> None:
     """Refuse what is not one matrix of real features per example."""
     if not isinstance(features, Tensor) or features.ndim != 3 or not features.is_floating_point():
-        came = f"{features.dtype} of shape {tuple(features.shape)}" if isinstance(features, Tensor) else repr(features)
+        what = f"{features.dtype} of shape {tuple(features.shape)}" if isinstance(features, Tensor) else repr(features)
         raise ValueError(
             "Expected features of shape (examples, outputs, features), floating point (one output: "
-            f"`features[:, None]`); got {came}."
+            f"`features[:, None]`); got {what}."
         )
 
 
@@ -178,7 +172,7 @@ def feature_batches(features: Features) -> Iterator[Tensor]:
 
 def _gram(features: Features) -> tuple[Tensor, int, float]:
     """Sum of ``B' B`` in double precision, the number of examples, and the relative rounding of their features."""
-    gram, num_examples, precision = None, 0, torch.finfo(torch.float64).eps
+    gram, num_examples, precision = None, 0, _EPS
     for batch in feature_batches(features):
         rows = batch.flatten(0, 1).double()
         if gram is None:

@@ -46,25 +46,23 @@ class Tangents:
 
     def between(self, places: slice) -> Tangents:
         """Those of the examples at some places."""
-        start, stop = max(places.start, self.places.start), min(places.stop, self.places.stop)
-        own = slice(start - self.places.start, max(start, stop) - self.places.start)
-        downhill = None if self.downhill is None else self.downhill[own]
-        return Tangents(slice(start, max(start, stop)), self.rows[own], self.losses[own], downhill)
+        start = max(places.start, self.places.start)
+        stop = max(start, min(places.stop, self.places.stop))
+        part = slice(start - self.places.start, stop - self.places.start)
+        downhill = None if self.downhill is None else self.downhill[part]
+        return Tangents(slice(start, stop), self.rows[part], self.losses[part], downhill)
 
 
 class TangentFeatures:
     r"""Rows ``B_i`` of shape ``(C, k)`` for every example, such that ``sum_i B_i' B_i`` is the Gauss-Newton matrix.
 
     With ``likelihood="gauss-newton"`` there is one row per output, ``B_i = \Lambda_i^{1/2} J_i`` (eight random
-    combinations beyond 32 outputs): the linearised Laplace approximation, whose noise is that of the labels the model
-    expects.
-    With ``"margin"`` there is one row, ``\sqrt{p_i (1 - p_i)}`` times the gradient of the margin: ``C`` times less
-    work. Rows of a regression are divided by the standard deviation of the noise of its task.
+    combinations beyond 32 outputs), whose noise is that of the labels the model expects: linearised Laplace.
+    With ``"margin"`` there is one row, ``\sqrt{p_i (1 - p_i)}`` times the gradient of the margin: C times less work.
+    Rows of a regression are divided by the standard deviation of the noise of its task.
 
     Args:
-        capture: Reads gradients of the model.
-        task: What a batch means.
-        likelihood: ``"gauss-newton"`` or ``"margin"``.
+        capture: Reads gradients of the model, for which `task` says what a batch means.
         projection_dim: Number of features k; with as many parameters or fewer, all are kept as they are.
         seed: Seed of the projection.
         signed: Also project the gradients of losses.
@@ -85,13 +83,11 @@ class TangentFeatures:
         self.check(likelihood, projection_dim)
         self.capture, self.task, self.likelihood, self.seed, self.signed = capture, task, likelihood, seed, signed
         self.dim = min(projection_dim, capture.num_parameters)
-        self._num_rows, self._is_exact = 0, True
+        #: C, how many rows an example has; known once examples have been read.
+        self.num_rows = 0
+        #: Whether rows are those of all outputs, not random combinations; known once examples have been read.
+        self.is_exact = True
         self._project = JointProjection(projection_dim, seed, capture.num_parameters)
-
-    @property
-    def num_rows(self) -> int:
-        """C, how many rows an example has; known once examples have been read."""
-        return self._num_rows
 
     @staticmethod
     def check(likelihood: Likelihood, projection_dim: int) -> None:
@@ -100,43 +96,33 @@ class TangentFeatures:
             raise ValueError(f"`likelihood` must be one of {get_args(Likelihood)}, got {likelihood!r}.")
         check_count("projection_dim", projection_dim)
 
-    @property
-    def is_exact(self) -> bool:
-        """Whether rows are those of all outputs, not random combinations; known once examples have been read."""
-        return self._is_exact
-
     def batches(
-        self, reader: Reader, share: slice | None = None, description: str = "", *, asked: bool = False
+        self, reader: Reader, share: slice | None = None, description: str = "", *, as_queries: bool = False
     ) -> Iterator[Tangents]:
         """The features of some examples, batch by batch; every pass runs the model again.
 
-        Args:
-            reader: The data.
-            share: Which of them.
-            description: What the progress bar says.
-            asked: Whether they are queries: combinations of many outputs are then other ones than those of the
-                training examples, as a query and an example with the same would seem to have more in common.
+        Those of queries (`as_queries`) combine many outputs otherwise than those of training examples, as a query and
+        an example with the same combinations would seem to have more in common.
         """
         for batch in run_batches(self.capture, self.task, reader, share, description):
-            rows = self._rows(batch, mix(self.seed, int(asked)))
-            self._num_rows = rows.shape[1]
+            rows = self._rows(batch, mix(self.seed, int(as_queries)))
+            self.num_rows = rows.shape[1]
             downhill = -self._vectors(batch.loss()) if self.signed else None
             yield Tangents(batch.places, rows, self.task.loss(batch.outputs, batch.encoded), downhill)
 
     def _rows(self, batch: Batch, seed: int) -> Tensor:
-        self._is_exact = self.likelihood == "margin" or batch.outputs.shape[1] <= features.MAX_EXACT_OUTPUTS
+        self.is_exact = self.likelihood == "margin" or batch.outputs.shape[1] <= features.MAX_EXACT_OUTPUTS
         last = not self.signed
-        if self.likelihood == "margin":
-            try:
-                self.task.margin(batch.outputs, batch.encoded)
-            except ValueError as error:
-                raise ValueError(
-                    f"likelihood='margin' is the noise of a margin: {error} With a single output "
-                    "likelihood='gauss-newton' takes no more work."
-                ) from error
-            rows = self._vectors(batch.margin(last=last)) * batch.margin_curvature.sqrt()[:, None]
-            return rows[:, None]
-        return torch.stack([self._vectors(gradients) for gradients in batch.curvature(seed, last=last)], 1)
+        if self.likelihood == "gauss-newton":
+            return torch.stack([self._vectors(gradients) for gradients in batch.curvature(seed, last=last)], 1)
+        try:
+            self.task.margin(batch.outputs, batch.encoded)
+        except ValueError as error:
+            raise ValueError(
+                f"likelihood='margin' is the noise of a margin: {error} With a single output "
+                "likelihood='gauss-newton' takes no more work."
+            ) from error
+        return (self._vectors(batch.margin(last=last)) * batch.margin_curvature.sqrt()[:, None])[:, None]
 
     def _vectors(self, gradients: Gradients) -> Tensor:
         return self._project(gradients)[EVERYTHING].dense()

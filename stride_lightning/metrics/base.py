@@ -32,10 +32,14 @@ def reduce_over_queries(values: Tensor, reduction: Reduction, undefined: str, st
     Returns:
         A scalar, or shape ``(num_queries,)``.
 
+    Raises:
+        ValueError: If the reduction is another.
+
     Example:
         >>> reduce_over_queries(torch.tensor([0.5, 1.0]), "mean", undefined="constant scores")
         tensor(0.7500)
     """
+    check_choice("reduction", reduction, ("mean", "none"))
     num_undefined = int(values.isnan().sum())
     if num_undefined:
         warnings.warn(f"{num_undefined} of {len(values)} queries have {undefined} and count 0.", stacklevel=stacklevel)
@@ -87,13 +91,7 @@ class AttributionMetric(Metric):
         return figure, axes
 
     def gathered(self, state: list[Tensor] | Tensor) -> Tensor:
-        """All of a state; after synchronisation that of all processes, in order of their ranks.
-
-        Args:
-            state: A list of vectors, or the vector that synchronisation makes of it.
-
-        Returns:
-            Shape ``(num_entries,)``.
+        """All of a state, shape ``(num_entries,)``; after synchronisation that of all processes, in order of ranks.
 
         Raises:
             ValueError: If there has been no update.
@@ -104,7 +102,7 @@ class AttributionMetric(Metric):
 
 
 class PerQueryMetric(AttributionMetric):
-    """Base of the metrics that keep one number per query.
+    """Base of the metrics that keep one number per query; all refuse options and batches that do not fit.
 
     Args:
         state: Name of the state. It must differ between any two metrics whose numbers can differ, for a
@@ -125,11 +123,7 @@ class PerQueryMetric(AttributionMetric):
         self.add_state(state, [], dist_reduce_fx="cat")
 
     def append(self, values: Tensor) -> None:
-        """Keep the numbers of a batch of queries.
-
-        Args:
-            values: Shape ``(num_queries,)``, NaN where a query has no value.
-        """
+        """Keep the numbers of a batch of queries, shape ``(num_queries,)``, NaN where a query has no value."""
         getattr(self, self._state).append(values.to(self.device, self.dtype))
 
     def compute(self) -> Tensor:
@@ -147,12 +141,6 @@ class PerQueryMetric(AttributionMetric):
 
 def new_axes(ax: Axes | None) -> tuple[Figure, Axes]:
     """The axes with their figure; new ones if there are none.
-
-    Args:
-        ax: Axes, if there are any.
-
-    Returns:
-        Figure and axes.
 
     Raises:
         ModuleNotFoundError: If matplotlib is missing.

@@ -1,4 +1,7 @@
-"""What every metric asks of its arguments; each refusal says what was expected, what came and what to do."""
+"""What every metric asks of its arguments; each refusal says what was expected, what came and what to do.
+
+Everywhere ``name`` is the argument as the caller calls it, and ``value`` what came.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +13,13 @@ from torch import Tensor
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Refuse a value that is not one of the choices.
-
-    Args:
-        name: The argument, as the caller calls it.
-        value: What came.
-        choices: What may come.
-
-    Raises:
-        ValueError: If the value is none of the choices.
-    """
+    """Refuse a value that is not one of the choices."""
     if value not in choices:
         raise ValueError(f"`{name}` must be {' or '.join(map(repr, choices))}, got {value!r}.")
 
 
 def check_matrix(name: str, value: Any, columns: str = "num_train") -> None:
-    """Refuse what is not a finite tensor with a row per query.
-
-    Args:
-        name: The argument, as the caller calls it.
-        value: What came; shape ``(num_queries, columns)`` is right.
-        columns: What the columns are, for the message.
+    """Refuse what is not a finite tensor of shape ``(num_queries, columns)``.
 
     Raises:
         TypeError: If it is no tensor.
@@ -45,13 +34,7 @@ def check_matrix(name: str, value: Any, columns: str = "num_train") -> None:
 
 
 def check_shape(name: str, value: Any, expected: tuple[int, ...], like: str) -> None:
-    """Refuse a tensor of another shape than expected.
-
-    Args:
-        name: The argument, as the caller calls it.
-        value: What came.
-        expected: Its shape if all is well.
-        like: Where that shape comes from, for the message: ``"the shape of `scores`"``.
+    """Refuse a tensor of another shape than expected; ``like`` says whose: ``"the shape of `scores`"``.
 
     Raises:
         TypeError: If it is no tensor.
@@ -63,31 +46,13 @@ def check_shape(name: str, value: Any, expected: tuple[int, ...], like: str) -> 
 
 
 def check_tensor(name: str, value: Any) -> None:
-    """Refuse what is not a tensor, such as a NumPy array or a whole ``Attribution``.
-
-    Args:
-        name: The argument, as the caller calls it.
-        value: What came.
-
-    Raises:
-        TypeError: If it is no tensor.
-    """
+    """Refuse what is not a tensor, such as a NumPy array or a whole ``Attribution``, with a ``TypeError``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"Expected `{name}` to be a torch.Tensor, got {type(value).__name__}: use torch.as_tensor.")
 
 
 def check_finite(name: str, values: Tensor, dim: int = 0, what: str = "queries") -> None:
-    """Refuse NaN and infinity, saying how many there are and where.
-
-    Args:
-        name: The argument, as the caller calls it.
-        values: Of any shape.
-        dim: Dimension along which the places are named.
-        what: What lies along it.
-
-    Raises:
-        ValueError: If something is not finite.
-    """
+    """Refuse NaN and infinity, saying how many there are and where: along ``dim`` lie ``what``."""
     bad = ~torch.isfinite(values)
     if bad.any():
         places = listed(bad.movedim(dim, 0).reshape(bad.shape[dim], -1).any(1).nonzero().flatten().tolist())
@@ -98,29 +63,14 @@ def check_finite(name: str, values: Tensor, dim: int = 0, what: str = "queries")
 
 
 def check_flags(name: str, values: Tensor) -> None:
-    """Refuse flags that are neither booleans nor zeros and ones.
-
-    Args:
-        name: The argument, as the caller calls it.
-        values: Of any shape.
-
-    Raises:
-        ValueError: If a value is neither 0 nor 1.
-    """
+    """Refuse flags that are neither booleans nor zeros and ones."""
     bad = int(((values != 0) & (values != 1)).sum())
     if bad:
         raise ValueError(f"Expected `{name}` to hold booleans (or 0 and 1), got {bad} other values: compare first.")
 
 
 def listed(rows: Collection[int], limit: int = 10) -> str:
-    """Row numbers for a message, cut where there are many.
-
-    Args:
-        rows: The numbers.
-        limit: How many are written out.
-
-    Returns:
-        Text.
+    """Row numbers for a message, cut after ``limit``.
 
     Example:
         >>> listed([2, 5]), listed(range(100), limit=3)

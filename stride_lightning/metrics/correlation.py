@@ -14,10 +14,7 @@ _BLOCK = 2**20  # entries of an array in the bootstrap, 8 MiB
 
 
 def centred_ranks(values: Tensor) -> Tensor:
-    """Ranks along each row minus their mean; equal values share the mean of their ranks.
-
-    Args:
-        values: Shape ``(num_queries, m)``.
+    """Ranks along each row of ``(num_queries, m)`` minus their mean; equal values share the mean of their ranks.
 
     Returns:
         Multiples of a half in float64, shape ``(num_queries, m)``; zeros in a constant row.
@@ -50,10 +47,7 @@ def tied(values: Tensor, tolerance: Tensor) -> Tensor:
 
 
 def centred(values: Tensor) -> Tensor:
-    """Rows minus their means; exactly zero in a row that is constant up to rounding.
-
-    Args:
-        values: Shape ``(num_queries, m)``.
+    """Rows of ``(num_queries, m)`` minus their means; exactly zero in a row that is constant up to rounding.
 
     Returns:
         float64, shape ``(num_queries, m)``, each row scaled to a largest entry of about 1 beforehand.
@@ -68,11 +62,7 @@ def centred(values: Tensor) -> Tensor:
 
 
 def row_cosines(one: Tensor, other: Tensor) -> Tensor:
-    """Cosine between each row of one and the same row of the other.
-
-    Args:
-        one: Shape ``(num_queries, m)``.
-        other: Shape ``(num_queries, m)``.
+    """Cosine between each row of one and the same row of the other, both of shape ``(num_queries, m)``.
 
     Returns:
         float64, shape ``(num_queries,)``; NaN where a row is all zeros, as there is no angle.

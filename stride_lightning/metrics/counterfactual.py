@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from typing_extensions import override
 
 from stride_lightning.metrics.base import AttributionMetric, Reduction, new_axes
 from stride_lightning.metrics.checks import check_choice, check_finite, check_shape, check_tensor
@@ -89,15 +90,7 @@ class CounterfactualScore(AttributionMetric):
         self.add_state("rises", [], dist_reduce_fx="cat")
 
     def update(self, losses_removed: Tensor, losses_full: Tensor) -> None:
-        """Add a batch of queries.
-
-        Args:
-            losses_removed: Shape ``(num_ks, num_queries)``.
-            losses_full: Shape ``(num_queries,)``.
-
-        Raises:
-            ValueError: If shapes do not fit or something is not finite.
-        """
+        """Add a batch of queries: losses of shape ``(num_ks, num_queries)`` and ``(num_queries,)``."""
         rises = counterfactual_score(losses_removed, losses_full, reduction="none")
         if len(rises) != len(self.ks):
             raise ValueError(f"Expected `losses_removed` with a row for each of ks={self.ks}, got {len(rises)} rows.")
@@ -116,19 +109,9 @@ class CounterfactualScore(AttributionMetric):
         rises = self.gathered(self.rises).reshape(-1, len(self.ks)).T
         return rises.mean(1) if self.reduction == "mean" else rises
 
+    @override
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Draw the rise in loss against k, with a band of one standard error where there is a value per query.
-
-        Args:
-            val: What ``compute`` or ``forward`` returned, or a list of these; by default the result of ``compute``.
-            ax: Where to draw; by default a new figure.
-
-        Returns:
-            The figure and its axes.
-
-        Raises:
-            ModuleNotFoundError: If matplotlib is missing.
-        """
+        """Draw the rise in loss against k, with a band of one standard error where there is a value per query."""
         figure, axes = new_axes(ax)
         values = self.compute() if val is None else val
         for value in [values] if isinstance(values, Tensor) else values:

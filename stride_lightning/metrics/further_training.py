@@ -44,7 +44,6 @@ def further_training_cosine(
 
     Reference: arXiv:2412.03906 (FiMODA), equation 13.
     """
-    check_choice("reduction", reduction, ("mean", "none"))
     return reduce_over_queries(_values(scores, effects, kind), reduction, _UNDEFINED[kind])
 
 
@@ -55,9 +54,6 @@ class FurtherTrainingCosine(PerQueryMetric):
         kind: ``"cosine"``, or ``"pearson"``, which centres the scores as well.
         reduction: ``"mean"`` over queries, or ``"none"`` for one value per query.
         kwargs: Passed to ``torchmetrics.Metric``.
-
-    Raises:
-        ValueError: If an option or a batch does not fit.
 
     Example:
         >>> metric = FurtherTrainingCosine()
@@ -79,15 +75,7 @@ class FurtherTrainingCosine(PerQueryMetric):
         self.kind: Literal["cosine", "pearson"] = kind
 
     def update(self, scores: Tensor, effects: Tensor) -> None:
-        """Add a batch of queries.
-
-        Args:
-            scores: Shape ``(num_queries, m)``, positive is helpful.
-            effects: Shape ``(num_queries, m)``, positive is helpful.
-
-        Raises:
-            ValueError: If shapes do not fit, something is not finite, or there are fewer than two examples.
-        """
+        """Add a batch of queries; both of shape ``(num_queries, m)``, positive is helpful."""
         self.append(_values(scores, effects, self.kind))
 
 
@@ -100,15 +88,7 @@ def _values(scores: Tensor, effects: Tensor, kind: Literal["cosine", "pearson"])
 
 
 def check_effects(scores: Tensor, effects: Tensor) -> None:
-    """Refuse scores and effects of left-out examples that cannot be compared.
-
-    Args:
-        scores: Should have shape ``(num_queries, m)``.
-        effects: Should have the same.
-
-    Raises:
-        ValueError: If shapes do not fit, something is not finite, or there are fewer than two examples.
-    """
+    """Refuse scores and effects that are not of one shape ``(num_queries, m)``, finite, and of two examples or more."""
     check_matrix("scores", scores, columns="num_left_out")
     check_shape("effects", effects, tuple(scores.shape), "the shape of `scores`")
     check_finite("effects", effects)

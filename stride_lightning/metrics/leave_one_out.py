@@ -41,7 +41,6 @@ def leave_one_out_correlation(
 
     Reference: arXiv:1703.04730 (influence functions), section 4.1.
     """
-    check_choice("reduction", reduction, ("mean", "none"))
     return reduce_over_queries(_values(scores, effects, kind), reduction, _UNDEFINED)
 
 
@@ -52,9 +51,6 @@ class LeaveOneOutCorrelation(PerQueryMetric):
         kind: ``"spearman"`` compares ranks, ``"pearson"`` the values.
         reduction: ``"mean"`` over queries, or ``"none"`` for one value per query.
         kwargs: Passed to ``torchmetrics.Metric``.
-
-    Raises:
-        ValueError: If an option or a batch does not fit.
 
     Example:
         >>> metric = LeaveOneOutCorrelation()
@@ -76,15 +72,7 @@ class LeaveOneOutCorrelation(PerQueryMetric):
         self.kind: Literal["spearman", "pearson"] = kind
 
     def update(self, scores: Tensor, effects: Tensor) -> None:
-        """Add a batch of queries.
-
-        Args:
-            scores: Shape ``(num_queries, m)``, positive is helpful.
-            effects: Shape ``(num_queries, m)``, positive is helpful.
-
-        Raises:
-            ValueError: If shapes do not fit, something is not finite, or there are fewer than two examples.
-        """
+        """Add a batch of queries; both of shape ``(num_queries, m)``, positive is helpful."""
         self.append(_values(scores, effects, self.kind))
 
 

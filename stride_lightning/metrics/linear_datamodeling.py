@@ -46,7 +46,6 @@ def linear_datamodeling_score(scores: Tensor, masks: Tensor, losses: Tensor, red
 
     Reference: arXiv:2303.14186 (TRAK), definition 2.4.
     """
-    check_choice("reduction", reduction, ("mean", "none"))
     correlations = _correlations(*_ranks(scores, masks, losses)).to(scores.device)
     return reduce_over_queries(correlations, reduction, _UNDEFINED)
 
@@ -67,9 +66,9 @@ def linear_datamodeling_interval(
     20 subsets it is too narrow to be relied on.
 
     Args:
-        scores: Shape ``(num_queries, num_train)``, positive is helpful.
-        masks: Which examples each retrained model saw, 0/1 of shape ``(num_subsets, num_train)``.
-        losses: Loss of each query under each retrained model, shape ``(num_subsets, num_queries)``.
+        scores: As in :func:`linear_datamodeling_score`, shape ``(num_queries, num_train)``.
+        masks: Shape ``(num_subsets, num_train)``.
+        losses: Shape ``(num_subsets, num_queries)``.
         confidence: Probability that the interval holds the score, between 0 and 1.
         num_resamples: How many resamples.
         seed: Of the resamples.
@@ -136,15 +135,7 @@ class LinearDatamodelingScore(AttributionMetric):
         self.add_state("losses", [], dist_reduce_fx="cat")
 
     def update(self, scores: Tensor, losses: Tensor) -> None:
-        """Add a batch of queries.
-
-        Args:
-            scores: Shape ``(num_queries, num_train)``, positive is helpful.
-            losses: Their losses under each retrained model, shape ``(num_subsets, num_queries)``.
-
-        Raises:
-            ValueError: If shapes do not fit the masks, or something is not finite.
-        """
+        """Add a batch of queries: scores ``(num_queries, num_train)`` and losses ``(num_subsets, num_queries)``."""
         predicted, observed = _ranks(scores, self.masks, losses)
         self.predicted.append(predicted.flatten().to(self.device, self.dtype))
         self.losses.append(observed.flatten().to(self.device, self.dtype))
@@ -162,16 +153,9 @@ class LinearDatamodelingScore(AttributionMetric):
         return reduce_over_queries(correlations, self.reduction, _UNDEFINED, stacklevel=4)
 
     def interval(self, confidence: float = 0.95, num_resamples: int = 1000, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Bootstrap interval of the mean score; with several processes, call it in all of them.
+        """Lower and upper end of a bootstrap interval; with several processes, call it in all of them.
 
-        Args:
-            confidence: Probability that the interval holds the score, between 0 and 1.
-            num_resamples: How many resamples.
-            seed: Of the resamples. The interval is that of ``linear_datamodeling_interval`` for queries in the
-                order of updates (and ranks).
-
-        Returns:
-            Lower and upper end, scalars.
+        It is that of :func:`linear_datamodeling_interval` for queries in the order of updates (and ranks).
 
         Raises:
             ValueError: If there has been no update, no query's loss varies, or an option is out of range.

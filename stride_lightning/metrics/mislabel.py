@@ -81,23 +81,12 @@ class MislabelDetection(AttributionMetric):
         self.add_state("mislabelled", [], dist_reduce_fx="cat")
 
     def update(self, suspicion: Tensor, mislabelled: Tensor) -> None:
-        """Add a batch of training examples.
-
-        Args:
-            suspicion: Shape ``(batch_size,)``, or scores of shape ``(num_queries, batch_size)``.
-            mislabelled: Booleans of shape ``(batch_size,)``.
-
-        Raises:
-            ValueError: If shapes do not fit or something is not finite.
-        """
+        """Add examples: flags ``(batch_size,)``, suspicion of that shape or scores ``(num_queries, batch_size)``."""
         self.suspicion.append(_checked_suspicion(suspicion, mislabelled).to(self.device, self.dtype))
         self.mislabelled.append(mislabelled.to(self.device, self.dtype))
 
     def compute(self) -> Tensor:
-        """The value over all examples so far.
-
-        Returns:
-            A scalar.
+        """The value over all examples so far, a scalar.
 
         Raises:
             ValueError: If there has been no update, or all or no examples are mislabelled.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stride_lightning.metrics.base import PerQueryMetric, Reduction, reduce_over_queries
-from stride_lightning.metrics.checks import check_choice, check_finite, check_matrix, check_shape
+from stride_lightning.metrics.checks import check_finite, check_matrix, check_shape
 from stride_lightning.runtime.checks import check_count
 
 
@@ -37,7 +37,6 @@ def top_k_overlap(one: Tensor, other: Tensor, k: int, reduction: Reduction = "me
 
     Reference: Fagin, Kumar and Sivakumar, Comparing Top k Lists (2003).
     """
-    check_choice("reduction", reduction, ("mean", "none"))
     return reduce_over_queries(_overlap(one, other, k), reduction, "no scores")
 
 
@@ -48,9 +47,6 @@ class TopKOverlap(PerQueryMetric):
         k: How many examples of each set of scores.
         reduction: ``"mean"`` over queries, or ``"none"`` for one value per query.
         kwargs: Passed to ``torchmetrics.Metric``.
-
-    Raises:
-        ValueError: If an option or a batch does not fit.
 
     Example:
         >>> metric = TopKOverlap(k=1)
@@ -68,15 +64,7 @@ class TopKOverlap(PerQueryMetric):
         self.k = k
 
     def update(self, one: Tensor, other: Tensor) -> None:
-        """Add a batch of queries.
-
-        Args:
-            one: Shape ``(num_queries, num_train)``.
-            other: Shape ``(num_queries, num_train)``.
-
-        Raises:
-            ValueError: As in ``top_k_overlap``.
-        """
+        """Add a batch of queries; both of shape ``(num_queries, num_train)``."""
         self.append(_overlap(one, other, self.k))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stride_lightning.metrics.base import PerQueryMetric, Reduction, reduce_over_queries
-from stride_lightning.metrics.checks import check_choice, check_flags, check_matrix, check_shape, listed
+from stride_lightning.metrics.checks import check_flags, check_matrix, check_shape, listed
 from stride_lightning.runtime.checks import check_count
 
 
@@ -39,7 +39,6 @@ def retrieval_recall(scores: Tensor, relevant: Tensor, k: int, reduction: Reduct
 
     Reference: Manning, Raghavan and Schuetze, Introduction to Information Retrieval (2008), section 8.3.
     """
-    check_choice("reduction", reduction, ("mean", "none"))
     return reduce_over_queries(_recall(scores, relevant, k), reduction, "no relevant example")
 
 
@@ -57,7 +56,7 @@ def mean_reciprocal_rank(scores: Tensor, relevant: Tensor, reduction: Reduction 
         A scalar, or shape ``(num_queries,)``.
 
     Raises:
-        ValueError: If shapes do not fit, something is not finite, or a query has no relevant example.
+        ValueError: As in ``retrieval_recall``.
 
     Example:
         >>> scores = torch.tensor([[0.9, 0.5, 0.1, 0.0], [0.0, 0.0, 0.0, 0.0]])
@@ -67,7 +66,6 @@ def mean_reciprocal_rank(scores: Tensor, relevant: Tensor, reduction: Reduction 
 
     Reference: Voorhees, The TREC-8 Question Answering Track Report (1999).
     """
-    check_choice("reduction", reduction, ("mean", "none"))
     return reduce_over_queries(_reciprocal_rank(scores, relevant), reduction, "no relevant example")
 
 
@@ -78,9 +76,6 @@ class RetrievalRecall(PerQueryMetric):
         k: How many examples are looked at.
         reduction: ``"mean"`` over queries, or ``"none"`` for one value per query.
         kwargs: Passed to ``torchmetrics.Metric``.
-
-    Raises:
-        ValueError: If an option or a batch does not fit.
 
     Example:
         >>> metric = RetrievalRecall(k=2)
@@ -98,15 +93,7 @@ class RetrievalRecall(PerQueryMetric):
         self.k = k
 
     def update(self, scores: Tensor, relevant: Tensor) -> None:
-        """Add a batch of queries.
-
-        Args:
-            scores: Shape ``(num_queries, num_train)``.
-            relevant: Booleans of the same shape, at least one in each row.
-
-        Raises:
-            ValueError: As in ``retrieval_recall``.
-        """
+        """Add a batch of queries; both of shape ``(num_queries, num_train)``, something relevant in each row."""
         self.append(_recall(scores, relevant, self.k))
 
 
@@ -116,9 +103,6 @@ class MeanReciprocalRank(PerQueryMetric):
     Args:
         reduction: ``"mean"`` over queries, or ``"none"`` for one value per query.
         kwargs: Passed to ``torchmetrics.Metric``.
-
-    Raises:
-        ValueError: If an option or a batch does not fit.
 
     Example:
         >>> metric = MeanReciprocalRank()
@@ -134,15 +118,7 @@ class MeanReciprocalRank(PerQueryMetric):
         super().__init__("reciprocal_ranks", reduction, **kwargs)
 
     def update(self, scores: Tensor, relevant: Tensor) -> None:
-        """Add a batch of queries.
-
-        Args:
-            scores: Shape ``(num_queries, num_train)``.
-            relevant: Booleans of the same shape, at least one in each row.
-
-        Raises:
-            ValueError: As in ``mean_reciprocal_rank``.
-        """
+        """Add a batch of queries; both of shape ``(num_queries, num_train)``, something relevant in each row."""
         self.append(_reciprocal_rank(scores, relevant))
 
 

@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from stride_lightning.results.texts import score_text, shortened
 from stride_lightning.runtime.distributed import rank
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
+
+#: Characters of a name, in tables and figures.
+NAME_LENGTH = 40
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,17 @@ class EvaluationRow:
     seconds: float | None = None
     memory_bytes: int | None = None
 
+    def rises(self, ks: list[int]) -> list[float | None]:
+        """Mean rise of a query's loss without its top k, None where it was not measured."""
+        return [(self.counterfactual or {}).get(k) for k in ks]
 
-@dataclass(frozen=True, eq=False)
+    @property
+    def interval_text(self) -> str:
+        """The score and its interval."""
+        return f"{self.lds:.3f} [{self.lds_lower:.3f}, {self.lds_upper:.3f}]"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Evaluation:
     """Several attributions side by side; prints as a table.
 
@@ -68,6 +81,11 @@ class Evaluation:
                 return row
         raise KeyError(f"No attribution {name!r} was evaluated: there are {[row.name for row in self.rows]}.")
 
+    @property
+    def ks(self) -> list[int]:
+        """Numbers of examples whose removal was measured, ascending."""
+        return sorted({k for row in self.rows for k in row.counterfactual or {}})
+
     def share_of_ceiling(self, name: str) -> float | None:
         """Linear datamodeling score of one attribution, divided by the noise ceiling; None where that is unknown."""
         return self[name].lds / self.ceiling if self.ceiling else None
@@ -78,8 +96,6 @@ class Evaluation:
             import pandas as pd
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("to_dataframe() needs pandas: pip install 'stride-lightning[pandas]'.") from error
-        from stride_lightning.views.evaluation import value_table
-
         columns, rows = value_table(self)
         frame = pd.DataFrame(rows, columns=columns)
         # A column of nothing but None would be of objects.
@@ -95,8 +111,7 @@ class Evaluation:
         from stride_lightning.views.evaluation import log_evaluation
 
         if rank() == 0:
-            loggers = getattr(loggers, "loggers", loggers)  # a trainer will do
-            log_evaluation(self, loggers if isinstance(loggers, list | tuple) else [loggers], step=step)
+            log_evaluation(self, loggers, step=step)
 
     def plot(self) -> Figure:
         """A figure: scores with intervals, single queries and ceiling; beside it what removing examples does, if known.
@@ -112,6 +127,62 @@ class Evaluation:
         return plot_evaluation(self)
 
     def __repr__(self) -> str:
-        from stride_lightning.views.evaluation import text_table
+        table = text_rows(self)
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+        return "\n".join([caption(self), *lines, ceiling_line(self)])
 
-        return text_table(self)
+
+def value_table(evaluation: Evaluation) -> tuple[list[str], list[list[Any]]]:
+    """The table as columns and rows of numbers, None where there is none."""
+    ks = evaluation.ks
+    columns = ["method", "lds", "lds_lower", "lds_upper", "lds_of_ceiling", "num_constant"]
+    columns += [f"rise_without_top_{k}" for k in ks] + ["seconds", "memory_bytes"]
+    rows = []
+    for row in evaluation.rows:
+        scores = [row.lds, row.lds_lower, row.lds_upper, evaluation.share_of_ceiling(row.name)]
+        rows.append([row.name, *scores, row.num_constant, *row.rises(ks), row.seconds, row.memory_bytes])
+    return columns, rows
+
+
+def text_rows(evaluation: Evaluation) -> list[list[str]]:
+    """Header and rows as text; a column that would be empty is left out, but for seconds and memory."""
+    ks, ceiling = evaluation.ks, evaluation.ceiling
+    constant = any(row.num_constant for row in evaluation.rows)
+    header = ["method", "LDS"] + ["of ceiling"] * bool(ceiling) + ["constant queries"] * constant
+    table = [[*header, *(f"without top {k}" for k in ks), "seconds", "memory"]]
+    for row in evaluation.rows:
+        cells = [shortened(row.name, NAME_LENGTH), row.interval_text]
+        cells += [f"{100 * row.lds / ceiling:.0f} %"] if ceiling else []
+        cells += [str(row.num_constant)] * constant
+        cells += ["-" if rise is None else score_text(rise) for rise in row.rises(ks)]
+        table.append([*cells, _seconds(row.seconds), _memory(row.memory_bytes)])
+    return table
+
+
+def caption(evaluation: Evaluation) -> str:
+    """What was measured, in a line."""
+    seeds = f"{evaluation.num_seeds} seed{'s' if evaluation.num_seeds > 1 else ''}"
+    queries = f"{evaluation.num_queries} quer{'ies' if evaluation.num_queries > 1 else 'y'}"
+    removal = "; without top k: mean rise of the loss" if evaluation.ks else ""
+    interval = f"with {100 * evaluation.confidence:g} % intervals"
+    return f"LDS of {queries} over {evaluation.num_subsets} subsets x {seeds}, {interval}{removal}"
+
+
+def ceiling_line(evaluation: Evaluation) -> str:
+    """The noise ceiling, in a line."""
+    if evaluation.ceiling is None:
+        return "noise ceiling unknown: it takes a ground truth of at least two seeds"
+    return f"noise ceiling {evaluation.ceiling:.2f}: what a perfect predictor would get"
+
+
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds:.2g}" if seconds < 1 else f"{seconds:.1f}" if seconds < 100 else f"{seconds:.0f}"
+
+
+def _memory(memory: int | None) -> str:
+    if memory is None:
+        return "-"
+    return f"{memory / 2**20:.0f} MiB" if memory < 10 * 2**30 else f"{memory / 2**30:.0f} GiB"

@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from typing_extensions import Self, override
 
-from stride_lightning.data.examples import Examples
-from stride_lightning.results.attribution import Attribution
-from stride_lightning.results.top_examples import TopCollector as TopCollector
+from stride_lightning.results.scores import AttributionResult
 from stride_lightning.results.top_examples import TopExamples
 
-_ALL_NEEDED = (
-    "A TopAttribution holds only the {k} strongest proponents and opponents of each query: see top(). For the scores "
-    "of all {n} training examples, attribute without `top_k=`."
-)
 
-
-class TopAttribution(Attribution):
+class TopAttribution(AttributionResult):
     """The top proponents and opponents of every query, where there are too many scores to keep all.
 
     Everything that needs no more works as in :class:`~stride_lightning.Attribution`: ``top``, tables, figures, loggers,
-    saving. What needs every score (``scores``, ``std``, ``sum_by``, most metrics) raises an error.
+    saving. There are no ``scores`` and no ``std``, and nothing that needs them, such as ``sum_by`` and most metrics.
 
     Args:
-        examples: What a :class:`TopCollector` computed: columns, not positions in the training dataset.
+        examples: What a :class:`~stride_lightning.results.top_examples.TopCollector` computed: columns, not positions
+            in the training dataset.
         num_train: How many training examples were scored.
-        train_indices: Position in the training dataset of every column, int64, shape ``(num_train,)``.
-        train_targets: Target of every column, where it has one.
-        query_targets: Target each query was asked about.
-        metadata: As in :class:`~stride_lightning.Attribution`.
-        train_info: Your own columns beside the positions (ids, sources, texts): name to one value per column.
-        query_info: The same for queries.
-        queries: The data behind the queries, for pictures; not saved.
-        train_data: The data behind the columns, for pictures; not saved.
+        described: ``train_indices`` and all else that is known of rows and columns, as in
+            :class:`~stride_lightning.results.scores.AttributionResult`.
 
     Example:
+        >>> from stride_lightning.results.top_examples import TopCollector
         >>> collector = TopCollector(num_queries=1, k=1)
         >>> collector.update(torch.tensor([[0.5, -0.25, 1.0]]), columns=torch.tensor([0, 1, 2]))
         >>> attribution = TopAttribution(collector.compute(), num_train=3)
@@ -49,22 +39,8 @@ class TopAttribution(Attribution):
 
     kind = "top-attribution"
 
-    def __init__(
-        self,
-        examples: TopExamples,
-        num_train: int,
-        *,
-        train_indices: Tensor | None = None,
-        train_targets: Tensor | None = None,
-        query_targets: Tensor | None = None,
-        metadata: dict[str, Any] | None = None,
-        train_info: dict[str, list[Any]] | None = None,
-        query_info: dict[str, list[Any]] | None = None,
-        queries: Examples | None = None,
-        train_data: Examples | None = None,
-    ) -> None:
-        named = examples.tensors()
-        shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
+    def __init__(self, examples: TopExamples, num_train: int, **described: Any) -> None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in examples.tensors().items()}
         if examples.proponents.ndim != 2 or len(set(shapes.values())) != 1:
             raise ValueError(f"`examples` must hold tensors of one shape (num_queries, k), got {shapes}.")
         columns = torch.cat([examples.proponents, examples.opponents]).flatten()
@@ -74,95 +50,77 @@ class TopAttribution(Attribution):
                 f"places in the reading order, not positions in the dataset), got {shapes['proponents'][1]} of them "
                 f"in {columns.min().item() if len(columns) else '-'}..{columns.max().item() if len(columns) else '-'}."
             )
-        self.examples = examples
-        self._num_train = num_train
-        self.train_indices = torch.arange(num_train) if train_indices is None else train_indices
-        self.train_targets, self.query_targets = train_targets, query_targets
-        self.metadata = {} if metadata is None else metadata
-        self.train_info = {} if train_info is None else train_info
-        self.query_info = {} if query_info is None else query_info
-        self.queries, self.train_data = queries, train_data
-        self._check_lengths()
-
-    # ---- what only all scores can tell ------------------------------------------------------------------------
+        self.examples, self._num_train = examples, num_train
+        super().__init__(**described)
 
     @property
-    def scores(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]  # to say why there are none
-        """Raises: not all scores were kept."""
-        raise ValueError(_ALL_NEEDED.format(k=self.num_ranked, n=self.num_train))
+    def why_no_scores(self) -> str:
+        """What to tell somebody who needs all scores."""
+        return (
+            f"A TopAttribution holds only the {self.num_ranked} strongest proponents and opponents of each query: see "
+            f"top(). For the scores of all {self.num_train} training examples, attribute without `top_k=`."
+        )
+
+    def __getattr__(self, name: str) -> NoReturn:
+        reason = self.why_no_scores if name in ("scores", "std", "sum_by") else None
+        raise AttributeError(reason or f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
 
     @property
-    def std(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Raises: not all scores were kept."""
-        raise ValueError(_ALL_NEEDED.format(k=self.num_ranked, n=self.num_train))
-
-    @property
-    def distributions(self) -> dict[str, Tensor]:
-        """Nothing: not all scores were kept."""
-        return {}
-
-    # ---- what the top can tell --------------------------------------------------------------------------------
-
-    @property
+    @override
     def num_queries(self) -> int:
-        """Number of queries."""
         return len(self.examples.proponents)
 
     @property
+    @override
     def num_train(self) -> int:
-        """Number of training examples that were scored."""
         return self._num_train
 
     @property
+    @override
     def num_ranked(self) -> int:
-        """How many proponents, and how many opponents, of each query are held."""
         return self.examples.proponents.shape[1]
 
     @property
+    @override
     def has_std(self) -> bool:
-        """Whether scores come with a posterior standard deviation."""
         return self.examples.proponent_stds is not None
 
-    def _keep(self, rows: list[int]) -> None:
-        self.examples = self.examples.at(rows, self.num_ranked)
-
-    def _ranked(self, k: int) -> TopExamples:
-        if k > self.num_ranked:
-            raise ValueError(
-                f"`k` is {k}, but only the {self.num_ranked} strongest proponents and opponents of each query are "
-                f"held: attribute with `top_k={k}` or more."
-            )
-        return self.examples.at(slice(None), k)
-
+    @override
     def pairs(self, k: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Queries and training examples with their scores, each pair once; by default all that are held.
-
-        Returns:
-            Rows, columns, scores and standard deviations if there are any, each of shape ``(num_pairs,)``.
-        """
         top = self.top_columns(self.num_ranked if k is None else k)
         # The worst last; and among few examples, or many that tie, some are both.
         new = ~(top.opponents[:, :, None] == top.proponents[:, None]).any(2).flip(1)
-        kept = torch.cat([torch.ones_like(new), new], 1)
-        rows = torch.arange(self.num_queries)[:, None].expand_as(kept)[kept]
+        once = torch.cat([torch.ones_like(new), new], 1)
+        rows = torch.arange(self.num_queries)[:, None].expand_as(once)[once]
 
         def joined(helpful: Tensor, harmful: Tensor) -> Tensor:
-            return torch.cat([helpful, harmful.flip(1)], 1)[kept]
+            return torch.cat([helpful, harmful.flip(1)], 1)[once]
 
         columns, scores = joined(top.proponents, top.opponents), joined(top.proponent_scores, top.opponent_scores)
         if top.proponent_stds is None or top.opponent_stds is None:
             return rows, columns, scores, None
         return rows, columns, scores, joined(top.proponent_stds, top.opponent_stds)
 
+    @override
+    def _ranked(self, k: int) -> TopExamples:
+        if k > self.num_ranked:
+            raise ValueError(
+                f"`k` is {k}, but only the {self.num_ranked} strongest proponents and opponents of each query are "
+                f"held: attribute with `top_k={k}` or more."
+            )
+        return self.examples.first(k)
+
+    @override
     def _tensors(self) -> dict[str, Tensor]:
         return self.examples.tensors()
 
     @classmethod
-    def _from_tensors(cls, tensors: dict[str, Tensor], info: dict[str, Any]) -> TopAttribution:
-        described = {name: tensors.pop(name) for name in list(tensors) if name.startswith(("train_", "query_"))}
+    @override
+    def _from_tensors(cls, tensors: dict[str, Tensor], **described: Any) -> Self:
         ranked: dict[str, Any] = tensors
-        return cls(TopExamples(**ranked), len(described["train_indices"]), **described, **info)
+        return cls(TopExamples(**ranked), len(described["train_indices"]), **described)
 
+    @override
     def _summary(self) -> str:
         certain = ", with posterior std" if self.has_std else ""
         return f"{self.num_queries} queries, top {self.num_ranked} of {self.num_train} training examples{certain}"

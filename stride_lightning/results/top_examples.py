@@ -41,9 +41,9 @@ class TopExamples:
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: tensor for name, tensor in named.items() if isinstance(tensor, Tensor)}
 
-    def at(self, queries: slice | list[int], k: int) -> TopExamples:
-        """The first ``k`` of each kind, of some queries."""
-        return replace(self, **{name: tensor[queries, :k] for name, tensor in self.tensors().items()})
+    def first(self, k: int) -> TopExamples:
+        """The first ``k`` of each kind."""
+        return replace(self, **{name: tensor[:, :k] for name, tensor in self.tensors().items()})
 
     def renamed(self, names: Tensor) -> TopExamples:
         """Columns of the scores turned into what ``names``, shape ``(num_train,)``, calls them."""
@@ -125,7 +125,7 @@ class TopCollector:
         self.num_columns = 0
         # Of proponents, and of opponents with minus their scores: the largest values of each row and their columns.
         nothing = torch.empty(num_queries, 0), torch.empty(num_queries, 0, dtype=torch.int64)
-        self._kept = [nothing, nothing]
+        self._sides = [nothing, nothing]
 
     def update(self, scores: Tensor, columns: Tensor) -> None:
         """Add the scores of some training examples for all queries.
@@ -152,35 +152,27 @@ class TopCollector:
                 "which is neither better nor worse than another: find what made it so (did training diverge?)."
             )
         self.num_columns += len(columns)
-        self._merge([_largest(scores, columns, self.k), _largest(-scores, columns, self.k)])
-
-    def merge(self, other: TopCollector) -> None:
-        """Take over what another collector has seen: the same queries, other columns."""
-        if (other.num_queries, other.k) != (self.num_queries, self.k):
-            raise ValueError(
-                f"Expected a collector of {self.num_queries} queries and k={self.k}, got one of {other.num_queries} "
-                f"and k={other.k}."
+        for side, signed in enumerate((scores, -scores)):
+            new = _largest(signed, columns, self.k)
+            values, places = (
+                torch.cat([old.to(scores.device), part], 1) for old, part in zip(self._sides[side], new, strict=True)
             )
-        self.num_columns += other.num_columns
-        self._merge(other._kept)
+            self._sides[side] = _first(values, places, self.k)
 
     def gather(self) -> None:
-        """Take over what the collectors of all other processes have seen; a collective call.
-
-        Afterwards all ranks hold the same.
-        """
+        """Take over what the collectors of all other processes have seen; a collective call, all then hold the same."""
         if world_size() == 1:
             return
-        width = torch.tensor([[self._kept[0][0].shape[1], self.num_columns]])
+        width = torch.tensor([[self._sides[0][0].shape[1], self.num_columns]])
         everyone = gather(width, world_size())
         self.num_columns = int(everyone[:, 1].sum())
         widths = everyone[:, 0].tolist()
-        for side, (values, columns) in enumerate(self._kept):
+        for side, (values, columns) in enumerate(self._sides):
             missing = (0, max(widths) - values.shape[1])
             padded = [F.pad(tensor, missing)[None] for tensor in (values, columns)]
             whole = [gather(tensor, world_size()) for tensor in padded]
             parts = [[tensor[rank, :, :width] for rank, width in enumerate(widths)] for tensor in whole]
-            self._kept[side] = _first(torch.cat(parts[0], 1), torch.cat(parts[1], 1), self.k)
+            self._sides[side] = _first(torch.cat(parts[0], 1), torch.cat(parts[1], 1), self.k)
 
     def compute(self) -> TopExamples:
         """The ``k`` best and worst so far, or all if there are fewer, on the CPU; columns in place of positions.
@@ -190,7 +182,7 @@ class TopCollector:
         """
         if self.num_columns == 0:
             raise ValueError("The collector has seen no scores: call `update` first.")
-        (best, proponents), (worst, opponents) = ((values.cpu(), columns.cpu()) for values, columns in self._kept)
+        (best, proponents), (worst, opponents) = ((values.cpu(), columns.cpu()) for values, columns in self._sides)
         in_order = proponents.sort(1).values
         if bool((twice := in_order[:, 1:] == in_order[:, :-1]).any()):
             raise ValueError(
@@ -198,12 +190,6 @@ class TopCollector:
                 "all updates and processes each column may come once."
             )
         return TopExamples(proponents, best, opponents, 0 - worst)  # minus zero would be -0.0
-
-    def _merge(self, sides: list[tuple[Tensor, Tensor]]) -> None:
-        for side, (values, columns) in enumerate(sides):
-            own = [tensor.to(values.device) for tensor in self._kept[side]]
-            joined = torch.cat([own[0], values], 1), torch.cat([own[1], columns], 1)
-            self._kept[side] = _first(*joined, self.k)
 
 
 def _largest(values: Tensor, columns: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -217,8 +203,8 @@ def _largest(values: Tensor, columns: Tensor, k: int) -> tuple[Tensor, Tensor]:
     least = values.topk(k, dim=1).values[:, -1:]
     above, level = values > least, values == least
     room = k - above.sum(1, keepdim=True, dtype=torch.int32)
-    kept = above | (level & (level.cumsum(1, dtype=torch.int32) <= room))
-    places = kept.nonzero()[:, 1].view(-1, k)
+    chosen = above | (level & (level.cumsum(1, dtype=torch.int32) <= room))
+    places = chosen.nonzero()[:, 1].view(-1, k)
     return values.gather(1, places), columns[places]
 
 
@@ -232,4 +218,4 @@ def _first(values: Tensor, columns: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _listed(indices: Tensor, scores: Tensor, sign: int) -> str:
     shown = [f"{i} ({s:+.2g})" for i, s in zip(indices.tolist(), scores.tolist(), strict=True) if s * sign > 0]
-    return ", ".join(shown) if shown else "nothing"
+    return ", ".join(shown) or "nothing"

@@ -15,15 +15,15 @@ from stride_lightning.data.examples import Examples, first_look
 from stride_lightning.data.reading import encoded_batches, survey
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.retraining.effects import FurtherTraining
-from stride_lightning.retraining.further_training import find_left_out, make_leaving_out, measure_effects
+from stride_lightning.retraining.further_training import find_left_out, measure_effects
 from stride_lightning.retraining.ground_truth import GroundTruth
+from stride_lightning.retraining.leaving_out import LeavingOut
 from stride_lightning.retraining.optimizers import MakeOptimizer
 from stride_lightning.retraining.retrain import retrain
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import all_equal
-from stride_lightning.steering.attributor import RecoveryName, StrideAttributor
-from stride_lightning.steering.lasso import cross_validate_penalty, solve_lasso
-from stride_lightning.steering.recovery import Recovery, recover_ridge, recover_with_prior
+from stride_lightning.steering.attributor import StrideAttributor
+from stride_lightning.steering.recovery import RecoveryName, recover
 from stride_lightning.steering.subsets import Design
 from stride_lightning.storage.lookup import choose_record, explain_mismatch
 
@@ -48,9 +48,7 @@ class FurtherTrainingAttributor(Attributor):
         optimizer: Makes the optimizer of a model's parameters; by default the model's own, without its schedule.
         train_batch_size: Examples of a training batch; by default that of the training DataLoader.
         memory_budget: Bytes that copies trained together may take.
-        seed: The first of the seeds.
-        batch_size: Examples per forward pass when losses are measured.
-        show_progress: Show progress bars.
+        **kwargs: As in :class:`~stride_lightning.Attributor`; ``seed`` is the first of the seeds.
 
     Reference: arXiv:2412.03906, section 3.
     """
@@ -68,11 +66,9 @@ class FurtherTrainingAttributor(Attributor):
         optimizer: MakeOptimizer | None = None,
         train_batch_size: int | None = None,
         memory_budget: int | None = None,
-        seed: int = 0,
-        batch_size: int = 256,
-        show_progress: bool = True,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(seed=seed, batch_size=batch_size, show_progress=show_progress)
+        super().__init__(**kwargs)
         self.left_out = left_out
         self.epochs = None if epochs is None else check_count("epochs", epochs)
         self.num_seeds = None if num_seeds is None else check_count("num_seeds", num_seeds)
@@ -81,37 +77,37 @@ class FurtherTrainingAttributor(Attributor):
     @override
     def fit_model(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
         self._explicit = record is not None
-        found, self._note = choose_record(record, checkpoint, model, self.weights, {}, "further-training")
-        if not all_equal(None if found is None else dict(found.checksums)):
+        saved_record, self._note = choose_record(record, checkpoint, model, self.weights, {}, "further-training")
+        if not all_equal(None if saved_record is None else dict(saved_record.checksums)):
             # They would go separate ways, and wait for each other forever.
-            found, self._note = None, "not every rank found the same record; computed on the spot"
+            saved_record, self._note = None, "not every rank found the same record; computed on the spot"
         surveyed = survey(self.train_data, self.task)
         self._fingerprint, self._targets = surveyed.fingerprint, surveyed.targets
         self._chosen = None if self.left_out is None else find_left_out(self.left_out, self.train_data)[0]
-        self._found, self._leaving_out = None, None
-        if found is not None:
-            self._found = FurtherTraining.from_record(found)
-            mismatch = explain_mismatch(found, self._fingerprint, repr(self.task))
-            mismatch = self._conflict(self._found, model) if mismatch is None else mismatch
+        self._saved: FurtherTraining | None = None
+        self._leaving_out: LeavingOut | None = None
+        if saved_record is not None:
+            self._saved = FurtherTraining.from_record(saved_record)
+            mismatch = explain_mismatch(saved_record, self._fingerprint, repr(self.task))
+            mismatch = self._conflict(self._saved, model) if mismatch is None else mismatch
             if mismatch is not None:
                 if self._explicit:
                     raise ValueError(mismatch)
-                self._found, self._note = None, mismatch
-        if self._found is None:
+                self._saved, self._note = None, mismatch
+        if self._saved is None:
             self._prepare(model, device)
         self.metadata["data"] = self._fingerprint
-        self.metadata["record"] = None if found is None or self._found is None else str(found.path)
+        self.metadata["record"] = None if saved_record is None or self._saved is None else str(saved_record.path)
 
-    def _conflict(self, found: FurtherTraining, model: nn.Module) -> str | None:
+    def _conflict(self, saved: FurtherTraining, model: nn.Module) -> str | None:
         """What a record was made with in place of what was asked for."""
-        stored = found.metadata
-        differing = []
-        if self._chosen is not None and not set(self._chosen.tolist()) <= set(found.left_out.tolist()):
+        stored, differing = saved.metadata, []
+        if self._chosen is not None and not set(self._chosen.tolist()) <= set(saved.left_out.tolist()):
             differing.append("left_out")
-        if self.epochs is not None and self.epochs not in found.epochs:
-            differing.append(f"epochs ({found.epochs} there)")
-        if self.num_seeds is not None and self.num_seeds != len(found.seeds):
-            differing.append(f"num_seeds ({len(found.seeds)} there)")
+        if self.epochs is not None and self.epochs not in saved.epochs:
+            differing.append(f"epochs ({saved.epochs} there)")
+        if self.num_seeds is not None and self.num_seeds != len(saved.seeds):
+            differing.append(f"num_seeds ({len(saved.seeds)} there)")
         if self.train_batch_size is not None and self.train_batch_size != stored["batch_size"]:
             differing.append(f"train_batch_size ({stored['batch_size']} there)")
         if self.optimizer is not None and repr(self.optimizer(model.parameters())) != stored["optimizer"]:
@@ -120,24 +116,27 @@ class FurtherTrainingAttributor(Attributor):
             return None
         return f"The record was made with other options: {', '.join(differing)}. Leave them out, or `record`."
 
-    def _prepare(self, model: nn.Module, device: torch.device) -> None:
-        if self.train_batch_size is None and self.train_data.loading is None:
-            raise ValueError(_NO_BATCH_SIZE)
-        self._leaving_out = make_leaving_out(
-            model,
-            self.task,
-            self.train_data,
-            first_look(self.train_data, 64, device),
-            batch_size=self.train_batch_size,
-            optimizer=self.optimizer,
-            memory_budget=self.memory_budget,
-        )
+    def _prepare(self, model: nn.Module, device: torch.device) -> LeavingOut:
+        """What trains the model on, tried out and made once."""
+        if self._leaving_out is None:
+            if self.train_batch_size is None and self.train_data.loading is None:
+                raise ValueError(_NO_BATCH_SIZE)
+            self._leaving_out = LeavingOut(
+                model,
+                self.train_data,
+                first_look(self.train_data, 64, device),
+                self.task,
+                batch_size=self.train_batch_size,
+                optimizer=self.optimizer,
+                memory_budget=self.memory_budget,
+            )
+        return self._leaving_out
 
     @override
     def score_queries(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
         surveyed = survey(queries, self.task)
-        query_data, query_targets = surveyed.fingerprint, surveyed.targets
-        result, note = self._found, self._note
+        query_data = surveyed.fingerprint
+        result, note = self._saved, self._note
         if result is not None and (target != "label" or result.metadata["query_data"] != query_data):
             if self._explicit:
                 raise ValueError("The record holds effects on other queries. Leave out `record` to compute them anew.")
@@ -154,7 +153,7 @@ class FurtherTrainingAttributor(Attributor):
             result.effects(epochs)[:, columns],
             None if error is None else error[:, columns],
             train_targets=None if self._targets is None else self._targets[self._scored],
-            query_targets=query_targets if target == "label" else None,
+            query_targets=surveyed.targets if target == "label" else None,
             metadata={
                 "query_data": query_data,
                 "record": record,
@@ -169,13 +168,11 @@ class FurtherTrainingAttributor(Attributor):
     def _measure(
         self, model: nn.Module, queries: Examples, query_data: dict[str, Any], device: torch.device, target: str
     ) -> FurtherTraining:
-        if self._leaving_out is None:
-            self._prepare(model, device)
-        assert self._leaving_out is not None
-        num_outputs = self._leaving_out.num_outputs
+        leaving_out = self._prepare(model, device)
+        num_outputs = leaving_out.num_outputs
         batches = encoded_batches(queries, model, self.task, num_outputs, self.batch_size, device, target)
         return measure_effects(
-            self._leaving_out,
+            leaving_out,
             batches,
             left_out=self.train_data.positions if self._chosen is None else self._chosen,
             epochs=1 if self.epochs is None else self.epochs,
@@ -208,9 +205,7 @@ class RetrainingAttributor(Attributor):
             were published, or ``"ridge"``.
         penalty: Of the lasso or the ridge; by cross-validation over subsets by default.
         memory_budget: Bytes that models trained together may take.
-        seed: Seed of everything random.
-        batch_size: Examples per forward pass.
-        show_progress: Show progress bars.
+        **kwargs: As in :class:`~stride_lightning.Attributor`.
 
     Reference: arXiv:2202.00622 (datamodels).
     """
@@ -234,19 +229,15 @@ class RetrainingAttributor(Attributor):
         recovery: RecoveryName = "prior",
         penalty: float | None = None,
         memory_budget: int | None = None,
-        seed: int = 0,
-        batch_size: int = 256,
-        show_progress: bool = True,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(seed=seed, batch_size=batch_size, show_progress=show_progress)
+        super().__init__(**kwargs)
         if truth is None and (model_fn is None or max_epochs is None):
             raise ValueError(
                 "method='retraining' needs models retrained on subsets: pass `truth=`, what retrain() gave, or "
                 "`model_fn=` and `max_epochs=` to retrain now."
             )
-        self._stride = StrideAttributor(
-            recovery=recovery, penalty=penalty, seed=seed, batch_size=batch_size, show_progress=show_progress
-        )
+        self._stride = StrideAttributor(recovery=recovery, penalty=penalty, **kwargs)
         self.truth = GroundTruth.load(truth) if isinstance(truth, str | Path) else truth
         self.recovery: RecoveryName = recovery
         self.penalty = penalty
@@ -260,8 +251,8 @@ class RetrainingAttributor(Attributor):
             "batch_size": train_batch_size,
             "path": path,
             "memory_budget": memory_budget,
-            "seed": seed,
-            "show_progress": show_progress,
+            "seed": self.seed,
+            "show_progress": self.show_progress,
         }
 
     @override
@@ -286,7 +277,7 @@ class RetrainingAttributor(Attributor):
         if target != "label":
             raise ValueError("method='retraining' measures losses of labelled queries: use target='label'.")
         surveyed = survey(queries, self.task)
-        query_data, query_targets = surveyed.fingerprint, surveyed.targets
+        query_data = surveyed.fingerprint
         truth = self.truth
         if truth is None:
             how = {**self._how, "task": self.task}
@@ -297,26 +288,15 @@ class RetrainingAttributor(Attributor):
         # In double precision: with more subsets than examples the systems are close to singular.
         measurements = -truth.losses_by_seed.double().mean(0).T.contiguous()
         design = Design.from_masks(truth.masks)
-        recovered = self._recover(measurements, design, model, queries, device)
+        prior = None
+        if self.recovery == "prior":
+            prior = self._stride.score_queries(model, queries, device, "label").scores.double()
+        how = {"penalty": self.penalty, "seed": self.seed, "show_progress": self.show_progress}
+        recovered = recover(measurements, design, self.recovery, prior, **how)
         return Attribution(
             recovered.scores.float().cpu(),
             None if recovered.std is None else recovered.std.float().cpu(),
             train_targets=self._targets,
-            query_targets=query_targets,
+            query_targets=surveyed.targets,
             metadata={"query_data": query_data, "recovered": recovered.chosen, "retraining": truth.metadata},
         )
-
-    def _recover(
-        self, measurements: Tensor, design: Design, model: nn.Module, queries: Examples, device: torch.device
-    ) -> Recovery:
-        show = self.show_progress
-        if self.recovery == "prior":
-            prior = self._stride.score_queries(model, queries, device, "label").scores.double()
-            return recover_with_prior(measurements, design, prior, show_progress=show)
-        if self.recovery == "ridge":
-            return recover_ridge(measurements, design, penalty=self.penalty, show_progress=show)
-        penalty: float | Tensor | None = self.penalty
-        if penalty is None:
-            penalty = cross_validate_penalty(measurements, design, seed=self.seed, show_progress=show)
-        solution = solve_lasso(measurements, design, penalty, show_progress=show)
-        return Recovery(solution.scores, None, {"penalty": float(torch.as_tensor(penalty).median())})

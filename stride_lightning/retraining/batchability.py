@@ -12,11 +12,12 @@ from typing import Any, cast
 import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from stride_lightning.model.weights import borrowed
+from stride_lightning.retraining.ensemble import Call
 from stride_lightning.retraining.optimizers import CannotBatch
 from stride_lightning.runtime.randomness import seeded
 from stride_lightning.tasks.likelihoods import Task, columns
@@ -98,7 +99,7 @@ def loss_factor(
                     own = task.loss(columns(task.outputs(model, inputs)), encoded).mean()
                 try:
                     with seeded(0), torch.enable_grad():
-                        step = _loss_of(call_step(model, part, number))
+                        step = loss_of_step(model, part, number)
                 except Exception as error:
                     raise CannotBatch(
                         f"its training_step cannot be called without a Trainer ({type(error).__name__}: {error})"
@@ -208,17 +209,15 @@ def check_vectorises(
     Raises:
         CannotBatch: With the reason torch gives.
     """
-    inputs, encoded = prepared
     names = [name for name, value in model.named_parameters() if value.requires_grad]
-    caller = _Losses(model, task)
+    call = Call(model, lambda model, batch: task.loss(columns(task.outputs(model, batch[0])), batch[1]))
 
     with tried_out(model), torch.enable_grad():
         train_mode(model)
         state = {name: value.detach() for name, value in (*model.named_parameters(), *model.named_buffers())}
 
         def total(parameters: dict[str, Tensor]) -> Tensor:
-            weights = {f"model.{name}": value for name, value in {**state, **parameters}.items()}
-            return functional_call(caller, weights, (inputs, encoded)).sum()
+            return call.with_weights({**state, **parameters}, prepared).sum()
 
         gradient = torch.func.grad(total)
 
@@ -230,9 +229,8 @@ def check_vectorises(
             with borrowed(model, None, None), torch.no_grad():  # an LSTM can be vectorised only with its gradient
                 vmap(total, randomness="same")(stacked)
         except Exception as error:
-            detail = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
             named = _named(model, nn.modules.batchnorm._BatchNorm, nn.RNNBase)
-            raise CannotBatch(f"torch.func cannot vectorise it{named}: {detail}") from error
+            raise CannotBatch(f"torch.func cannot vectorise it{named}: {first_line(error)}") from error
         for index, scale in enumerate((1.0, 0.9)):
             with seeded(0):
                 alone = gradient({name: scale * value for name, value in one.items()})
@@ -249,15 +247,6 @@ def draws_random_numbers(
     with tried_out(model), torch.no_grad():
         train_mode(model)
         return _differs_by_seed(model, task, inputs)
-
-
-class _Losses(nn.Module):
-    def __init__(self, model: nn.Module, task: Task) -> None:
-        super().__init__()
-        self.model, self.task = model, task
-
-    def forward(self, inputs: Any, encoded: Tensor) -> Tensor:
-        return self.task.loss(columns(self.task.outputs(self.model, inputs)), encoded)
 
 
 class _NoTrainer:
@@ -310,12 +299,6 @@ def switch_dropout_off(model: nn.Module) -> None:
             module.eval()
 
 
-def call_step(model: L.LightningModule, batch: Any, number: int) -> Any:
-    """What ``training_step`` returns, with or without a ``batch_idx`` among its arguments."""
-    wanted = len(inspect.signature(model.training_step).parameters)
-    return model.training_step(*(batch, number)[:wanted])
-
-
 def _rows(batch: Any, rows: list[int], size: int) -> Any:
     """Some examples of a batch; lists and tuples of texts too."""
 
@@ -329,11 +312,21 @@ def _rows(batch: Any, rows: list[int], size: int) -> Any:
     return pytree.tree_map(pick, batch)
 
 
-def _loss_of(result: Any) -> Tensor:
+def loss_of_step(model: nn.Module, batch: Any, number: int = 0) -> Tensor:
+    """The loss that ``training_step`` returns for a batch, with or without a ``batch_idx`` among its arguments."""
+    training_step: Any = model.training_step
+    wanted = len(inspect.signature(training_step).parameters)
+    result = training_step(*(batch, number)[:wanted])
     loss = result.get("loss") if isinstance(result, dict) else result
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise TypeError(f"training_step returned {type(loss).__name__}, expected a loss")
     return loss.reshape(())
+
+
+def first_line(error: Exception) -> str:
+    """How an error's message begins, or its class where it has none."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:160]
 
 
 def _named(model: nn.Module, *kinds: type[nn.Module]) -> str:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self, override
 
 from stride_lightning.results.attribution import Attribution
-from stride_lightning.runtime.distributed import barrier, broadcast_object, rank
-from stride_lightning.storage.parts import Tensors
-from stride_lightning.storage.records import Record, RecordError, read_record, write_record
+from stride_lightning.storage.stored import Stored
 
 
 @dataclass
-class FurtherTraining:
+class FurtherTraining(Stored):
     """What training on without an example does to the loss of a query, at several amounts of training.
 
     Args:
@@ -32,6 +31,9 @@ class FurtherTraining:
     epochs: list[int]
     seeds: list[int]
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    kind = "further-training"
+    group = "effects"
 
     def __post_init__(self) -> None:
         expected = (len(self.seeds), len(self.epochs), len(self.left_out))
@@ -65,45 +67,23 @@ class FurtherTraining:
             self.effects(epoch),
             self.std_error(epoch),
             train_indices=self.left_out,
-            metadata={"method": "further-training", **self.metadata},
+            metadata={"method": self.kind, **self.metadata},
         )
 
-    def save(self, path: str | Path) -> Path:
-        """Write everything into one folder, all or nothing; an existing one is kept and the new one gets a version."""
-        path = Path(path)
-        if rank() == 0:
-            path = write_record(path.parent, path.name, self.info(), {"effects": self.tensors()})
-        barrier()
-        return Path(str(broadcast_object(str(path))))
-
+    @override
     def info(self) -> dict[str, Any]:
-        """Plain values to store beside :meth:`tensors`."""
         # What a record is found by stands at the top.
         found_by = {name: self.metadata[name] for name in ("weights", "data", "task") if name in self.metadata}
-        own = {"kind": "further-training", "epochs": self.epochs, "seeds": self.seeds}
-        return {**own, **found_by, "metadata": self.metadata}
+        settings = {"kind": self.kind, "epochs": self.epochs, "seeds": self.seeds}
+        return {**settings, **found_by, "metadata": self.metadata}
 
-    def tensors(self) -> Tensors:
-        """Tensors to store."""
+    @override
+    def tensors(self) -> dict[str, Tensor]:
         return {"effects": self.effects_by_seed, "left_out": self.left_out}
 
     @classmethod
-    def load(cls, path: str | Path) -> FurtherTraining:
-        """Read what :meth:`save` or :class:`~stride_lightning.FurtherTrainingCallback` wrote; every byte is checked.
-
-        Raises:
-            FileNotFoundError: If there is nothing.
-            RecordError: If it is damaged or something else.
-        """
-        return cls.from_record(read_record(path))
-
-    @classmethod
-    def from_record(cls, record: Record) -> FurtherTraining:
-        """The same of a record that is open already."""
-        info = record.info
-        if info.get("kind") != "further-training":
-            raise RecordError(f"{record.path} holds a {info.get('kind')!r} record, not one of further training.")
-        tensors = record.tensors("effects")
+    @override
+    def from_contents(cls, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         return cls(tensors["effects"], tensors["left_out"], info["epochs"], info["seeds"], info["metadata"])
 
     def __repr__(self) -> str:

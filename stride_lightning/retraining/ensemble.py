@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.utils import _pytree as pytree
+from typing_extensions import override
 
 from stride_lightning.retraining.capture import capture
 from stride_lightning.runtime.randomness import seeded
@@ -87,7 +88,7 @@ class Ensemble:
         state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self.fixed = {name: value.detach() for name, value in state.items() if name not in trained}
         _take_over(optimizer, {id(trained[name]): self.parameters[name] for name in trained})
-        call = _Call(model, function)
+        call = Call(model, function)
 
         def one(parameters: dict[str, Tensor], fixed: dict[str, Tensor], shared: Any, own: Any) -> Tensor:
             return objective(lambda batch: call.with_weights({**parameters, **fixed}, batch), shared, own)
@@ -124,7 +125,7 @@ class Ensemble:
     @torch.no_grad()
     def evaluate(self, function: BatchFunction, batch: Any) -> Tensor:
         """A function of every copy and a batch, the copies along the first axis."""
-        call = _Call(self.model, function)
+        call = Call(self.model, function)
 
         def one(parameters: dict[str, Tensor]) -> Tensor:
             return call.with_weights({**parameters, **self.fixed}, batch)
@@ -159,7 +160,28 @@ class Ensemble:
         return values
 
 
-class _Call(nn.Module):
+class Single:
+    """One copy, trained without vectorising: stands where an :class:`Ensemble` of one would."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, function: BatchFunction, objective: Objective
+    ) -> None:
+        self.model, self.optimizer, self.function, self.objective = model, optimizer, function, objective
+
+    def step(self, shared: Any, own: Any) -> None:
+        """One step of the optimizer."""
+        self.optimizer.zero_grad()
+        with torch.enable_grad():
+            self.objective(lambda batch: self.function(self.model, batch), shared, own).backward()
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def evaluate(self, function: BatchFunction, batch: Any) -> Tensor:
+        """A function of the copy and a batch, with an axis of one before it."""
+        return function(self.model, batch)[None]
+
+
+class Call(nn.Module):
     """A function of a model as a module, so that ``functional_call`` can give it other weights."""
 
     def __init__(self, model: nn.Module, function: BatchFunction) -> None:
@@ -167,10 +189,12 @@ class _Call(nn.Module):
         self.model, self.function = model, function
         self.training = model.training
 
+    @override
     def forward(self, batch: Any) -> Tensor:
         return self.function(self.model, batch)
 
     def with_weights(self, state: dict[str, Tensor], batch: Any) -> Tensor:
+        """The function of a batch under other values of the model's parameters and buffers, by name."""
         return functional_call(self, {f"model.{name}": value for name, value in state.items()}, (batch,))
 
 

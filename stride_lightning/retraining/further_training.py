@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples, first_look
-from stride_lightning.data.loading import check_loading
-from stride_lightning.data.reading import count_outputs, encoded_batches, survey
+from stride_lightning.data.reading import encoded_batches, survey
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
 from stride_lightning.model.weights import borrowed, load_checkpoint, rank_zero_state, resolve_ckpt_path, weight_hash
 from stride_lightning.retraining.batchability import vectorised_attention
 from stride_lightning.retraining.effects import FurtherTraining
 from stride_lightning.retraining.leaving_out import LeavingOut
 from stride_lightning.retraining.optimizers import MakeOptimizer
-from stride_lightning.retraining.step_losses import gradient_hooks
 from stride_lightning.runtime.checks import check_count
-from stride_lightning.runtime.distributed import broadcast_object
-from stride_lightning.runtime.progress import announce, counting
-from stride_lightning.runtime.randomness import preserved_random_state
+from stride_lightning.runtime.progress import announce
 from stride_lightning.runtime.versions import versions
-from stride_lightning.storage.parts import Parts, Tensors, check_same_work
+from stride_lightning.storage.parts import Work
 from stride_lightning.tasks.inference import check_task, infer_task_of
 from stride_lightning.tasks.likelihoods import Task
 
 #: Examples left out where the caller names none and there are more.
 NUM_LEFT_OUT = 100
-#: About how many parts of each thread's work are stored one by one, and the fewest models in one.
-NUM_PARTS, SMALLEST_PART = 16, 16
 
 
 def further_train(
@@ -120,8 +113,8 @@ def further_train(
         head = first_look(train, 64, home)
         with train.naming(0):
             task = infer_task_of(head, model) if task is None else task
-        leaving_out = make_leaving_out(
-            model, task, train, head, batch_size=batch_size, optimizer=optimizer, memory_budget=memory_budget
+        leaving_out = LeavingOut(
+            model, train, head, task, batch_size=batch_size, optimizer=optimizer, memory_budget=memory_budget
         )
         batches = encoded_batches(asked, model, task, leaving_out.num_outputs, 256, home)
         weights = weight_hash(model)
@@ -131,60 +124,9 @@ def further_train(
         left_out=left_out,
         epochs=epochs,
         seeds=range(seed, seed + num_seeds),
-        path=None if path is None else Path(path),
+        path=path,
         metadata={"weights": weights, "query_data": survey(asked, task).fingerprint},
         show_progress=show_progress,
-    )
-
-
-def make_leaving_out(
-    model: nn.Module,
-    task: Task,
-    train: Examples,
-    head: Any,
-    *,
-    batch_size: int | None,
-    optimizer: MakeOptimizer | None,
-    memory_budget: int | None = None,
-    warn: bool = True,
-) -> LeavingOut:
-    """What trains a model on, its batches made as the training data's DataLoader makes them.
-
-    Args:
-        model: The final model.
-        task: What a batch means.
-        train: Training data.
-        head: Its first batch.
-        batch_size: Examples of a batch, if not those of the DataLoader.
-        optimizer: Makes the optimizer, if not ``configure_optimizers``.
-        memory_budget: Bytes that copies trained together may take.
-        warn: Warn of hooks that are not called.
-    """
-    is_made = isinstance(optimizer, torch.optim.Optimizer)
-    if optimizer is not None and (is_made or not callable(optimizer)):
-        came = f"an instance of {type(optimizer).__name__}" if is_made else repr(optimizer)
-        raise TypeError(
-            f"`optimizer` must be a function that makes the optimizer of a model's parameters, got {came}. Every copy "
-            "needs one of its own: pass functools.partial(torch.optim.SGD, lr=0.1)."
-        )
-    hooks = gradient_hooks(model)
-    if hooks and warn:
-        warnings.warn(
-            f"{type(model).__name__} overrides {', '.join(hooks)}. Further training does not call them; effects are of "
-            "training without.",
-            stacklevel=3,
-        )
-    loading = check_loading(train, batch_size)
-    return LeavingOut(
-        model,
-        task,
-        train,
-        count_outputs(model, task, head),
-        loading.batch_size,
-        shuffle=loading.shuffle,
-        drop_last=loading.drop_last,
-        optimizer=optimizer,
-        memory_budget=memory_budget,
     )
 
 
@@ -195,7 +137,7 @@ def measure_effects(
     left_out: Sequence[int] | Tensor | None,
     epochs: int | Sequence[int],
     seeds: Iterable[int],
-    path: Path | None,
+    path: str | Path | None,
     metadata: Mapping[str, Any],
     show_progress: bool,
 ) -> FurtherTraining:
@@ -207,43 +149,32 @@ def measure_effects(
     identity = {**metadata, **leaving_out.identity(), "epochs": amounts, "seeds": seeds}
     if "data" not in identity:
         identity["data"] = survey(train, leaving_out.task, leaving_out.model, leaving_out.num_outputs).fingerprint
-    if path is not None and path.exists():
-        return _existing(path, identity, positions)
+    work = Work(path, identity, {"left_out": positions})
+    if (finished := work.finished(FurtherTraining)) is not None:
+        return finished
     leaving_out.check_queries(queries)
     reason = leaving_out.one_by_one_because
     if reason:
         announce(f"Copies of the model train on one by one, because {reason}.", show=show_progress)
-    threads = leaving_out.num_threads
-    size = min(leaving_out.chunk_size(len(places)), -(-len(seeds) * len(places) // threads))
-    if path is not None:  # so that a kill loses little
-        size = min(size, max(SMALLEST_PART, -(-len(seeds) * len(places) // (NUM_PARTS * threads))))
-    size = cast("int", broadcast_object(size))  # ranks may have other numbers of threads
-    parts = Parts(path, {**identity, "chunk_size": size}, {"left_out": positions}, free=("chunk_size",))
-    size = parts.plan["chunk_size"]
-    chunks = [(number, start) for number in seeds for start in range(0, len(places), size)]
-    total = len(seeds) * (len(places) + -(-len(places) // size)) * amounts[-1]
-    with counting(total, "Further training (models x epochs)", show_progress) as bar:
 
-        def compute(number: int) -> Tensors:
-            seed, start = chunks[number]
-            chosen = places[start : start + size]
-            return {"effects": leaving_out.effects(chosen, queries, amounts, seed, bar.update)}
+    def effects_of(seed: int, chosen: slice, tick: Callable[[int], Any]) -> Tensor:
+        return leaving_out.effects(places[chosen], queries, amounts, seed, tick)
 
-        def done(number: int) -> None:
-            bar.update((len(places[chunks[number][1] :][:size]) + 1) * amounts[-1])
-
-        with preserved_random_state(), nullcontext() if reason else vectorised_attention():
-            found = parts.do(len(chunks), compute, done, num_threads=threads)
-    per_seed = len(chunks) // len(seeds)
-    effects = torch.stack(
-        [torch.cat([part["effects"] for part in found[i : i + per_seed]], 1) for i in range(0, len(found), per_seed)]
-    )
+    with nullcontext() if reason else vectorised_attention():
+        effects = work.run(
+            effects_of,
+            seeds=seeds,
+            num_items=len(places),
+            largest=leaving_out.chunk_size(len(places)),
+            num_threads=leaving_out.num_threads,
+            dim=1,
+            ticks=lambda num_left_out: (num_left_out + 1) * amounts[-1],
+            description="Further training (models x epochs)",
+            show_progress=show_progress,
+        )
     how = {"one_by_one_because": reason, "seconds": {"total": time.perf_counter() - started}, "versions": versions()}
-    result = FurtherTraining(effects, positions, amounts, seeds, {**identity, **how, "chunk_size": size})
-    if path is not None:
-        result.save(path)
-        parts.remove()
-    return result
+    metadata = {**identity, **how, "chunk_size": work.chunk_size}
+    return work.keep(FurtherTraining(effects, positions, amounts, seeds, metadata))
 
 
 def read_amounts(epochs: int | Sequence[int]) -> list[int]:
@@ -257,12 +188,6 @@ def read_amounts(epochs: int | Sequence[int]) -> list[int]:
     if not several:
         raise ValueError(f"`epochs` must be one or several integers, got {epochs!r}.")
     return sorted({check_count("epochs", amount) for amount in several})
-
-
-def _existing(path: Path, identity: dict[str, Any], positions: Tensor) -> FurtherTraining:
-    found = FurtherTraining.load(path)
-    check_same_work(path, found.metadata, identity, {"left_out": found.left_out}, {"left_out": positions})
-    return found
 
 
 def find_left_out(left_out: Sequence[int] | Tensor | None, train: Examples) -> tuple[Tensor, Tensor]:

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.stats import rankdata
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, override
 
-from stride_lightning.runtime.distributed import barrier, broadcast_object, rank
-from stride_lightning.storage.records import RecordError, read_record, write_record
+from stride_lightning.storage.stored import Stored
 
 
 @dataclass
-class Retrained:
+class Retrained(Stored):
     """Losses of queries under models retrained on subsets; the base of what follows.
 
     Args:
@@ -34,8 +32,8 @@ class Retrained:
     seeds: list[int]
     metadata: dict[str, Any] = field(default_factory=dict)
 
-    #: What a record of it is called.
     kind = "retrained"
+    group = "retrained"
 
     def __post_init__(self) -> None:
         if self.masks.ndim != 2 or self.losses_by_seed.shape[:2] != (len(self.seeds), len(self.masks)):
@@ -67,32 +65,20 @@ class Retrained:
         """Number of queries, columns of the losses."""
         return self.losses_by_seed.shape[2]
 
-    def save(self, path: str | Path) -> Path:
-        """Write everything into one folder, all or nothing; an existing one is kept and the new one gets a version."""
-        path = Path(path)
-        if rank() == 0:
-            info = {"kind": self.kind, "seeds": self.seeds, "metadata": self.metadata, **self._more_info()}
-            packed = torch.from_numpy(np.packbits(self.masks.numpy(), axis=1))
-            tensors = {"masks": packed, "losses": self.losses_by_seed, **self._more_tensors()}
-            path = write_record(path.parent, path.name, {**info, "num_train": self.num_train}, {"retrained": tensors})
-        barrier()
-        return Path(str(broadcast_object(str(path))))
+    @override
+    def info(self) -> dict[str, Any]:
+        return {"kind": self.kind, "seeds": self.seeds, "metadata": self.metadata, "num_train": self.num_train}
+
+    @override
+    def tensors(self) -> dict[str, Tensor]:
+        packed = torch.from_numpy(np.packbits(self.masks.numpy(), axis=1))
+        return {"masks": packed, "losses": self.losses_by_seed}
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read what :meth:`save` wrote; every byte is checked.
-
-        Raises:
-            FileNotFoundError: If there is nothing.
-            RecordError: If it is damaged or something else.
-        """
-        record = read_record(path)
-        if record.info.get("kind") != cls.kind:
-            raise RecordError(f"{path} holds a {record.info.get('kind')!r} record, not a {cls.kind!r} record.")
-        tensors, info = record.tensors("retrained"), record.info
-        masks = np.unpackbits(tensors.pop("masks").numpy(), axis=1, count=info["num_train"])
-        more = cls._from_record(info, tensors)
-        return cls(torch.from_numpy(masks).bool(), tensors["losses"], info["seeds"], info["metadata"], **more)
+    @override
+    def from_contents(cls, info: Mapping[str, Any], tensors: Mapping[str, Tensor], **more: Any) -> Self:
+        masks = torch.from_numpy(np.unpackbits(tensors["masks"].numpy(), axis=1, count=info["num_train"])).bool()
+        return cls(masks, tensors["losses"], info["seeds"], info["metadata"], **more)
 
     def check_data(self, metadata: Mapping[str, Any], what: str = "The attribution") -> None:
         """Refuse scores of other data, by their fingerprints.
@@ -112,16 +98,6 @@ class Retrained:
                     f"{what} is of other {name} than the ground truth: {_short(other)} against {_short(own)}. Both "
                     "must be made with the same data in the same order."
                 )
-
-    def _more_info(self) -> dict[str, Any]:
-        return {}
-
-    def _more_tensors(self) -> dict[str, Tensor]:
-        return {}
-
-    @classmethod
-    def _from_record(cls, info: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-        return {}
 
 
 @dataclass
@@ -198,12 +174,14 @@ class Counterfactual(Retrained):
         curve = ", ".join(f"top {k}: {rise:+.3g}" for k, rise in zip(self.ks, rises, strict=True))
         return f"Counterfactual({self.num_queries} queries; mean rise of the loss without {curve})"
 
-    def _more_info(self) -> dict[str, Any]:
-        return {"ks": list(self.ks)}
+    @override
+    def info(self) -> dict[str, Any]:
+        return {**super().info(), "ks": list(self.ks)}
 
     @classmethod
-    def _from_record(cls, info: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-        return {"ks": info["ks"]}
+    @override
+    def from_contents(cls, info: Mapping[str, Any], tensors: Mapping[str, Tensor], **more: Any) -> Self:
+        return super().from_contents(info, tensors, ks=info["ks"], **more)
 
 
 def split_half_correlation(losses_by_seed: Tensor, *, num_splits: int = 20) -> float | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as L
@@ -14,29 +15,35 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from stride_lightning.data.examples import Examples, first_batch
-from stride_lightning.data.reading import encoded_batch
 from stride_lightning.model.layers import in_precision_of
 from stride_lightning.model.weights import borrowed
 from stride_lightning.retraining.batchability import (
     check_vectorises,
     draws_random_numbers,
+    first_line,
     loss_factor,
+    loss_of_step,
     vectorised_attention,
 )
-from stride_lightning.retraining.ensemble import Ensemble, bytes_per_model, chunk_size, keep_freed_memory
+from stride_lightning.retraining.batches import Batches
+from stride_lightning.retraining.ensemble import Ensemble, Single, bytes_per_model, chunk_size, keep_freed_memory
 from stride_lightning.retraining.optimizers import CannotBatch, MakeOptimizer, Optimization, read_optimization
-from stride_lightning.retraining.recipe import batch_order
-from stride_lightning.retraining.step_losses import check_additive, check_step, detached_copy, step_loss, train_mode
+from stride_lightning.retraining.step_losses import (
+    check_additive,
+    check_step,
+    detached_copy,
+    gradient_hooks,
+    train_mode,
+)
 from stride_lightning.runtime.parallel import num_workers
-from stride_lightning.runtime.randomness import mix, seed_torch, seeded
+from stride_lightning.runtime.randomness import mix, seeded
 from stride_lightning.tasks.likelihoods import Task, columns
 
 #: Examples on which it is checked that a batch's loss is the mean of those of its examples, and those they are of.
 _NUM_CHECKED, _NUM_CANDIDATES, _NUM_TEXTS = 16, 64, 1024
 
 
-@dataclass
-class LeavingOut:
+class LeavingOut(Batches):
     """Trains a model on, several copies at once, each without an example of its own.
 
     Example i is left out of every batch by subtracting its share of the training loss: the objective is
@@ -44,12 +51,12 @@ class LeavingOut:
 
     Args:
         model: The final model. It is copied, never changed.
-        task: What a batch means.
         train: Training data.
-        num_outputs: Outputs of the model for one example.
-        batch_size, shuffle, drop_last: How batches are made.
+        head: Its first batch.
+        task: What a batch means.
         optimizer: Makes the optimizer; by default the model's ``configure_optimizers``, at its initial learning rate.
-        memory_budget: Bytes that copies trained together may take.
+        warn: Warn of hooks that are not called.
+        **how: ``batch_size`` and ``memory_budget``, as in :class:`Batches`.
 
     BatchNorm layers keep their statistics; weights of half precision are trained in float32. Losses of queries are
     measured in double precision where the device has it. Where ``torch.func`` cannot vectorise the model, copies train
@@ -60,43 +67,49 @@ class LeavingOut:
             without a Trainer, or if the loss of a batch is not the mean of the losses of its examples.
     """
 
-    model: nn.Module
-    task: Task
-    train: Examples
-    num_outputs: int
-    batch_size: int
-    shuffle: bool = True
-    drop_last: bool = False
-    optimizer: MakeOptimizer | None = None
-    memory_budget: int | None = None
-    #: Why copies train one by one, where they do.
-    one_by_one_because: str | None = field(default=None, init=False)
-    _kernels: dict[Hashable, Any] = field(default_factory=dict, init=False)
-
-    def __post_init__(self) -> None:
-        if not getattr(self.model, "automatic_optimization", True):
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Examples,
+        head: Any,
+        task: Task,
+        *,
+        optimizer: MakeOptimizer | None = None,
+        warn: bool = True,
+        **how: Any,
+    ) -> None:
+        _check_optimizer(optimizer)
+        hooks = gradient_hooks(model)
+        if hooks and warn:
+            warnings.warn(
+                f"{type(model).__name__} overrides {', '.join(hooks)}. Further training does not call them; effects "
+                "are of training without.",
+                stacklevel=3,
+            )
+        super().__init__(model, train, head, task, optimizer=optimizer, **how)
+        if not getattr(model, "automatic_optimization", True):
             raise ValueError(
-                f"{type(self.model).__name__} optimizes by hand (automatic_optimization=False), so it has no loss to "
+                f"{type(model).__name__} optimizes by hand (automatic_optimization=False), so it has no loss to "
                 "take an example's share from. Pass further_train() the network inside it, and `optimizer=`."
             )
-        self.model = model = detached_copy(self.model)
+        #: Why copies train one by one, where they do.
+        self.one_by_one_because: str | None = None
+        self._kernels: dict[Hashable, Any] = {}
+        self.model = model = detached_copy(model)
         if any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters()):
             model.float()  # one example's share of a step is below the rounding of half precision
         self._device, self._factor = next(model.parameters()).device, 1.0
-        batch = first_batch(self.train, self.batch_size, self._device)
-        with self.train.naming(0):
-            prepared = self._prepared(batch)
+        batch = first_batch(train, self.loading.batch_size, self._device)
+        with train.naming(0):
+            prepared = self.prepared(model, batch)
         optimization = self._optimization(model)
         try:
-            mixed, num_batches = self._mixed_batch(), len(self._order(0, 0))
-            kinds = in_precision_of(model, mixed), self._prepared(mixed)
-            with (
-                torch.enable_grad(),
-                vectorised_attention(),
-            ):  # gradients are compared too; of a copy, as a step may keep its loss
-                self._factor = loss_factor(copy.deepcopy(model), self.task, *kinds, num_batches=num_batches)
+            mixed, num_batches = self._mixed_batch(), len(self.order(0, 0))
+            kinds = in_precision_of(model, mixed), self.prepared(model, mixed)
             with vectorised_attention():
-                check_vectorises(model, self.task, prepared, train_mode)
+                with torch.enable_grad():  # of a copy, as a step may keep its loss
+                    self._factor = loss_factor(copy.deepcopy(model), task, *kinds, num_batches=num_batches)
+                check_vectorises(model, task, prepared, train_mode)
                 self._check_single_examples(prepared)
         except CannotBatch as reason:
             self.one_by_one_because = str(reason)
@@ -105,12 +118,12 @@ class LeavingOut:
         if self._is_step:
             check_step(copy.deepcopy(model), in_precision_of(model, batch))
             check_additive(copy.deepcopy(model), self._mixed_examples(_NUM_CHECKED), self._device)
-        self._in_double = self._device.type != "mps" and _takes_double(self.task, prepared[1])
-        self._is_random = self.train.is_random or draws_random_numbers(model, self.task, prepared[0], train_mode)
+        self._in_double = self._device.type != "mps" and _takes_double(task, prepared[1])
+        self._is_random = train.is_random or draws_random_numbers(model, task, prepared[0], train_mode)
         with vectorised_attention():
             self._bytes = bytes_per_model(model, optimization.optimizer, self._task_loss, prepared)
         keep_freed_memory()
-        self.train.hold()
+        train.hold()
 
     @property
     def num_threads(self) -> int:
@@ -125,13 +138,8 @@ class LeavingOut:
 
     def identity(self) -> dict[str, Any]:
         """Plain values that decide what training on gives, beside weights and data."""
-        return {
-            "optimizer": self._optimization(self.model).describe(with_schedule=False),
-            "batch_size": self.batch_size,
-            "shuffle": self.shuffle,
-            "drop_last": self.drop_last,
-            "task": repr(self.task),
-        }
+        optimizer = self._optimization(self.model).describe(with_schedule=False)
+        return {**self.described(), "optimizer": optimizer}
 
     def effects(
         self,
@@ -154,21 +162,19 @@ class LeavingOut:
             Loss without the example minus loss with it, positive is helpful, shape ``(len(epochs), m, q)``.
         """
         queries = [in_precision_of(self.model, batch) for batch in queries]
+        train = partial(self._train, queries=queries, epochs=epochs, seed=seed, tick=tick)
         # The copy that leaves out nothing is in every chunk: differences then hold no rounding of other shapes.
         shares = torch.full((len(left_out) + 1,), 1 / len(self.train), dtype=torch.float64)
         shares[0] = 0
-        own = torch.cat([left_out[:1], left_out])
+        examples = torch.cat([left_out[:1], left_out])
         if self.one_by_one_because:
-            values = [
-                self._train(own[i : i + 1], shares[i : i + 1], queries, epochs, seed, tick, alone=True)
-                for i in range(len(own))
-            ]
-            losses = torch.cat(values, 1)
+            singles = zip(examples.split(1), shares.split(1), strict=True)
+            losses = torch.cat([train(example, share, alone=True) for example, share in singles], 1)
         else:
-            losses = self._train(own, shares, queries, epochs, seed, tick, alone=False)
+            losses = train(examples, shares, alone=False)
         # Of losses close to zero only double precision tells the differences; single precision can hold them.
-        kept = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
-        return (losses[:, 1:] - losses[:, :1]).to(kept).cpu()
+        stored_dtype = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
+        return (losses[:, 1:] - losses[:, :1]).to(stored_dtype).cpu()
 
     def check_queries(self, queries: Sequence[tuple[Any, Tensor]]) -> None:
         """Refuse queries whose loss is not finite before any further training.
@@ -193,65 +199,42 @@ class LeavingOut:
 
     def _train(
         self,
-        own: Tensor,
+        left_out: Tensor,
         shares: Tensor,
+        *,
         queries: Sequence[tuple[Any, Tensor]],
         epochs: Sequence[int],
         seed: int,
         tick: Callable[[int], Any],
-        *,
         alone: bool,
     ) -> Tensor:
         """Losses of the queries after the given epochs, shape ``(len(epochs), m, q)``."""
         model = copy.deepcopy(self.model)
         train_mode(model)
-        optimization = self._optimization(model)
+        optimizer = self._optimization(model).optimizer
         shares = shares.to(self._device, next(model.parameters()).dtype)
-        trained = self._single(model, optimization) if alone else self._ensemble(model, optimization, len(own), epochs)
-        found, steps, examples = [], 0, None
+        if alone:
+            trained = Single(model, optimizer, loss_of_step if self._is_step else self._task_loss, _without_share)
+        else:
+            options = {"kernels": self._kernels, "num_steps": epochs[-1] * len(self.order(0, 0))}
+            trained = Ensemble(model, optimizer, len(left_out), self._task_loss, _without_share, **options)
+        losses, examples = [], None
         for epoch in range(epochs[-1]):
             if examples is None or self.train.is_random:
-                examples = self._examples(own, mix(seed, epoch), alone=alone)
-            order = self._order(seed, epoch)
-            for places, batch in zip(order, self.train.drawn(order, mix(seed, epoch), self._device), strict=True):
-                with self.train.naming(places):
-                    shown = self._shown(batch)
-                if self._is_random:
-                    seed_torch(mix(seed, epoch, steps))
-                trained.step(shown, (examples, shares))
-                steps += 1
-            tick(len(own))
+                (batch,) = self.train.drawn([left_out], mix(seed, epoch), self._device)
+                examples = self._shown(batch) if alone else _stacked(self._shown(batch))
+            for _, shown in self.epoch(seed, epoch, self._device, self._shown, is_random=self._is_random):
+                trained.step(shown, (examples, shares[0] if alone else shares))
+            tick(len(left_out))
             if epoch + 1 in epochs:
                 model.eval()
-                found.append(torch.cat([trained.evaluate(self._query_losses, batch) for batch in queries], 1))
+                losses.append(torch.cat([trained.evaluate(self._query_losses, batch) for batch in queries], 1))
                 train_mode(model)
-        return torch.stack(found)
-
-    def _ensemble(
-        self, model: nn.Module, optimization: Optimization, num_models: int, epochs: Sequence[int]
-    ) -> Ensemble:
-        num_steps = epochs[-1] * len(self._order(0, 0))
-        optimizer, loss, objective = optimization.optimizer, self._task_loss, _without_share
-        return Ensemble(model, optimizer, num_models, loss, objective, kernels=self._kernels, num_steps=num_steps)
-
-    def _single(self, model: nn.Module, optimization: Optimization) -> _Single:
-        return _Single(model, optimization.optimizer, step_loss if self._is_step else self._task_loss)
-
-    def _examples(self, own: Tensor, seed: int, *, alone: bool) -> Any:
-        """The examples that are left out: a batch of one, or one such batch for each copy, stacked."""
-        (batch,) = self.train.drawn([own], seed, self._device)
-        shown = self._shown(batch)
-        return shown if alone else _stacked(shown)
-
-    def _order(self, seed: int, epoch: int) -> list[Tensor]:
-        return batch_order(len(self.train), self.batch_size, self.shuffle, self.drop_last, seed, epoch)
+        return torch.stack(losses)
 
     def _shown(self, batch: Any) -> Any:
         """What the training loss is computed of: inputs and encoded targets, or the batch for ``training_step``."""
-        return in_precision_of(self.model, batch) if self._is_step else self._prepared(batch)
-
-    def _prepared(self, batch: Any) -> tuple[Any, Tensor]:
-        return encoded_batch(self.model, self.task, batch, self.num_outputs)
+        return in_precision_of(self.model, batch) if self._is_step else self.prepared(self.model, batch)
 
     def _optimization(self, model: nn.Module) -> Optimization:
         try:
@@ -265,18 +248,14 @@ class LeavingOut:
             group["lr"] = group.get("initial_lr", group["lr"])  # a schedule may have begun with a warm-up
         return optimization
 
-    def _losses(self, model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
-        outputs = columns(self.task.outputs(model, batch[0]))
-        return self.task.loss(outputs, batch[1])
-
     def _query_losses(self, model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
         outputs, encoded = columns(self.task.outputs(model, batch[0])), batch[1]
-        return (
-            self.task.loss(outputs.double(), encoded.double()) if self._in_double else self.task.loss(outputs, encoded)
-        )
+        if self._in_double:
+            outputs, encoded = outputs.double(), encoded.double()
+        return self.task.loss(outputs, encoded)
 
     def _task_loss(self, model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
-        return self._factor * self._losses(model, batch).mean()
+        return self._factor * self.losses(model, batch).mean()
 
     def _check_single_examples(self, prepared: tuple[Any, Tensor]) -> None:
         """Make one step of two copies: with the weights, each copy's own example is vectorised.
@@ -293,16 +272,16 @@ class LeavingOut:
                 (batch,) = part.drawn([torch.arange(2)], 0, self._device)
                 shares = torch.full((2,), 1 / len(self.train)).to(prepared[1])
                 two = Ensemble(model, optimizer, 2, self._task_loss, _without_share)
-                two.step(prepared, (_stacked(self._prepared(batch)), shares))
+                two.step(prepared, (_stacked(self.prepared(self.model, batch)), shares))
         except Exception as error:
-            detail = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+            detail = first_line(error)
             if self.task.has_tokens and "attention_mask" in prepared[0]:
                 detail += ". Batches without attention_mask, of texts that need no padding, may be vectorised"
             raise CannotBatch(f"torch.func cannot vectorise single examples: {detail}") from error
 
     def _mixed_batch(self) -> Any:
         """A batch of examples of all kinds, of the size of a training batch."""
-        part = self._mixed_examples(self.batch_size)
+        part = self._mixed_examples(self.loading.batch_size)
         with seeded(0):
             (batch,) = part.drawn([torch.arange(len(part))], 0, self._device)
         return batch
@@ -316,7 +295,7 @@ class LeavingOut:
         with seeded(0):
             (batch,) = part.drawn([torch.arange(len(part))], 0, self._device)
         with part.naming(0):
-            encoded = self._prepared(batch)[1].cpu()
+            encoded = self.prepared(self.model, batch)[1].cpu()
         if self.task.has_tokens:  # texts differ by how many of them count
             encoded = encoded[..., 1].sum(1, keepdim=True)
         _, kind = encoded.unique(dim=0, return_inverse=True)
@@ -331,24 +310,14 @@ class LeavingOut:
         return part
 
 
-class _Single:
-    """One copy, trained without vectorising: stands where an :class:`Ensemble` of one would."""
-
-    def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[nn.Module, Any], Tensor]
-    ) -> None:
-        self.model, self.optimizer, self.loss = model, optimizer, loss
-
-    def step(self, shared: Any, own: tuple[Any, Tensor]) -> None:
-        examples, shares = own
-        self.optimizer.zero_grad()
-        with torch.enable_grad():
-            (self.loss(self.model, shared) - shares[0] * self.loss(self.model, examples)).backward()
-        self.optimizer.step()
-
-    @torch.no_grad()
-    def evaluate(self, function: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
-        return function(self.model, batch)[None]
+def _check_optimizer(optimizer: MakeOptimizer | None) -> None:
+    is_made = isinstance(optimizer, torch.optim.Optimizer)
+    if optimizer is not None and (is_made or not callable(optimizer)):
+        instead = f"an instance of {type(optimizer).__name__}" if is_made else repr(optimizer)
+        raise TypeError(
+            f"`optimizer` must be a function that makes the optimizer of a model's parameters, got {instead}. Every "
+            "copy needs one of its own: pass functools.partial(torch.optim.SGD, lr=0.1)."
+        )
 
 
 def _stacked(shown: Any) -> Any:

@@ -13,13 +13,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from stride_lightning.data.examples import Examples
-from stride_lightning.model.weights import borrowed
 from stride_lightning.retraining.recipe import Recipe
 from stride_lightning.runtime.randomness import seeded
-from stride_lightning.tasks.likelihoods import columns
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning's greetings once per model would bury everything else."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@_quiet()
 def train_alone(recipe: Recipe, mask: Tensor, seed: int) -> Tensor:
     """Train one model on a subset with a Trainer of its own and measure the queries.
 
@@ -40,13 +52,6 @@ def train_alone(recipe: Recipe, mask: Tensor, seed: int) -> Tensor:
     if recipe.optimizer is not None:  # the model is fresh and ours
         make_optimizer = recipe.optimizer
         module.configure_optimizers = lambda: make_optimizer(model.parameters())
-    with _quiet():
-        return _trained_and_measured(recipe, model, module, mask, seed)
-
-
-def _trained_and_measured(
-    recipe: Recipe, model: nn.Module, module: L.LightningModule, mask: Tensor, seed: int
-) -> Tensor:
     trainer = _make_trainer(recipe, model)
     if trainer.global_step or trainer.current_epoch:
         raise ValueError(
@@ -60,34 +65,15 @@ def _trained_and_measured(
         )
     # How many batches hold no example of the subset changes from epoch to epoch, and Lightning counts them once.
     trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+    # One example has no statistics: BatchNorm refuses a batch that the subset has thinned to it.
+    normalises = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())
     with seeded(seed), warnings.catch_warnings():
         # The data module has all three hooks of a transfer, and calls the user's, the model's among them.
         warnings.filterwarnings("ignore", "You have overridden `.*` in both `LightningModule` and")
-        # One example has no statistics: BatchNorm refuses a batch that the subset has thinned to it.
-        normalises = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())
         trainer.fit(module, datamodule=_SubsetData(recipe, mask, seed, smallest=2 if normalises else 1))
     model.eval()
     device = next(model.parameters()).device if recipe.device is None else recipe.device
-    with borrowed(model, None, device), torch.no_grad():
-        parts = [
-            recipe.value(columns(recipe.task.outputs(model, inputs)), encoded)
-            for inputs, encoded in recipe.query_batches(model, device)
-        ]
-    return torch.cat(parts).float().cpu()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Lightning's greetings once per model would bury everything else."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.WARNING)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    return recipe.measured(model, device).float().cpu()
 
 
 def _make_trainer(recipe: Recipe, model: nn.Module) -> L.Trainer:
@@ -115,9 +101,7 @@ class _Plain(L.LightningModule):
         self.model, self.recipe = model, recipe
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        inputs, encoded = self.recipe.prepared(self.model, batch)
-        outputs = columns(self.recipe.task.outputs(self.model, inputs))
-        return self.recipe.task.loss(outputs, encoded).mean()
+        return self.recipe.losses(self.model, self.recipe.prepared(self.model, batch)).mean()
 
 
 class _SubsetData(L.LightningDataModule):
@@ -125,15 +109,15 @@ class _SubsetData(L.LightningDataModule):
 
     def __init__(self, recipe: Recipe, mask: Tensor, seed: int, smallest: int) -> None:
         super().__init__()
-        self.examples, self.sampler = recipe.train, _SubsetBatches(recipe, mask, seed, smallest)
+        self.recipe, self.mask, self.seed, self.smallest = recipe, mask, seed, smallest
 
     def train_dataloader(self) -> DataLoader[Any]:
-        examples: Examples = self.examples
-        if self.trainer is not None:
-            self.sampler.epoch = self.trainer.current_epoch
+        """Called anew in every epoch."""
+        examples, epoch = self.recipe.train, 0 if self.trainer is None else self.trainer.current_epoch
+        members = [places[self.mask[places]] for places in self.recipe.order(self.seed, epoch)]
         return DataLoader(
             examples.dataset,
-            batch_sampler=self.sampler,
+            batch_sampler=[examples.positions[batch].tolist() for batch in members if len(batch) >= self.smallest],
             collate_fn=examples.collate_fn,
             num_workers=examples.num_workers,
             worker_init_fn=examples.worker_init_fn,
@@ -143,30 +127,7 @@ class _SubsetData(L.LightningDataModule):
         return batch
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return self.examples.transfer(batch, device)  # all three hooks at once
+        return self.recipe.train.transfer(batch, device)  # all three hooks at once
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return batch
-
-
-class _SubsetBatches:
-    """Batch sampler; Lightning tells it the epoch."""
-
-    def __init__(self, recipe: Recipe, mask: Tensor, seed: int, smallest: int) -> None:
-        self.recipe, self.mask, self.seed, self.smallest, self.epoch = recipe, mask, seed, smallest, 0
-        self.sampler = self  # where Lightning looks for set_epoch
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[list[int]]:
-        yield from self._batches()
-
-    def __len__(self) -> int:
-        return len(self._batches())
-
-    def _batches(self) -> list[list[int]]:
-        positions = self.recipe.train.positions
-        members = [batch[self.mask[batch]] for batch in self.recipe.order(self.seed, self.epoch)]
-        kept = [batch for batch in members if len(batch) >= self.smallest]
-        return [positions[batch].tolist() for batch in kept]

@@ -8,9 +8,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
 
@@ -18,16 +17,14 @@ from stride_lightning.results.attribution import Attribution
 from stride_lightning.retraining.batchability import vectorised_attention
 from stride_lightning.retraining.ground_truth import Counterfactual, GroundTruth, Retrained
 from stride_lightning.retraining.one_by_one import train_alone
-from stride_lightning.retraining.optimizers import CannotBatch, MakeOptimizer
-from stride_lightning.retraining.recipe import Recipe, make_recipe
+from stride_lightning.retraining.optimizers import CannotBatch
+from stride_lightning.retraining.recipe import Recipe
 from stride_lightning.retraining.together import Together
 from stride_lightning.runtime.checks import check_count
-from stride_lightning.runtime.distributed import broadcast_object
-from stride_lightning.runtime.progress import announce, counting
-from stride_lightning.runtime.randomness import mix, preserved_random_state
+from stride_lightning.runtime.progress import announce
+from stride_lightning.runtime.randomness import mix
 from stride_lightning.runtime.versions import versions
-from stride_lightning.storage.parts import Parts, Tensors, check_same_work
-from stride_lightning.tasks.likelihoods import Task
+from stride_lightning.storage.parts import Work
 
 Truth = TypeVar("Truth", bound=Retrained)
 
@@ -44,16 +41,8 @@ def retrain(
     seed: int = 0,
     path: str | Path | None = None,
     masks: Tensor | None = None,
-    batch_size: int | None = None,
-    optimizer: MakeOptimizer | None = None,
-    trainer_fn: Callable[[], L.Trainer] | None = None,
-    task: Task | None = None,
-    measure: str = "loss",
-    train_indices: Sequence[int] | Tensor | None = None,
-    device: str | torch.device | None = None,
-    memory_budget: int | None = None,
-    one_by_one: bool = False,
     show_progress: bool = True,
+    **how: Any,
 ) -> GroundTruth:
     """Losses of queries under models trained from scratch on random subsets of the training data.
 
@@ -73,19 +62,22 @@ def retrain(
         path: Folder for the result. Finished parts, of 16 models or more, stand in ``<path>.parts`` meanwhile: a run
             that was killed goes on from there when it is started again, and ends with the same numbers.
         masks: Subsets of your own, bool of shape ``(K, n)``, in place of random ones.
-        batch_size: Examples of a batch, before those outside a subset are dropped.
-        optimizer: Makes the optimizer of a model's parameters; by default the model's ``configure_optimizers``.
-        trainer_fn: Makes a fresh Trainer for each model, for what else training needs (precision, clipping); models
-            then train one by one.
-        task: What a batch means; inferred by default.
-        measure: ``"loss"``, or ``"margin"`` for minus the log-odds of the target.
-        train_indices: Positions in the dataset that are trained on, where the sampler does not tell.
-        device: Where to train; the model's device by default.
-        memory_budget: Bytes that models trained together may take; by default 32 MiB on a CPU, what its caches hold,
-            and 2 GiB on a GPU. See :class:`~stride_lightning.retraining.ensemble.Ensemble` for the formula. The
-            training data come on top where they are less than 256 MiB, as do one model per seed and the queries.
-        one_by_one: Train every model with a Trainer of its own, whether it could train with others or not.
         show_progress: Show a progress bar, and why models train one by one.
+        **how: How to train.
+
+            * ``batch_size``: examples of a batch, before those outside a subset are dropped;
+            * ``optimizer``: makes the optimizer of a model's parameters; by default ``configure_optimizers``;
+            * ``trainer_fn``: makes a fresh Trainer for each model, for what else training needs (precision, clipping);
+              models then train one by one;
+            * ``task``: what a batch means; inferred by default;
+            * ``measure``: ``"loss"``, or ``"margin"`` for minus the log-odds of the target;
+            * ``train_indices``: positions in the dataset that are trained on, where the sampler does not tell;
+            * ``device``: where to train; the model's device by default;
+            * ``memory_budget``: bytes that models trained together may take; by default 32 MiB on a CPU, what its
+              caches hold, and 2 GiB on a GPU. See :class:`~stride_lightning.retraining.ensemble.Ensemble` for the
+              formula. The training data come on top where they are less than 256 MiB, as do one model per seed and
+              the queries;
+            * ``one_by_one``: train every model with a Trainer of its own, whether it could train with others or not.
 
     Returns:
         Masks, losses and noise ceiling.
@@ -109,21 +101,7 @@ def retrain(
     Reference: arXiv:2202.00622 (datamodels), section 2.
     """
     seeds = _seeds(seed, num_seeds)
-    recipe = make_recipe(
-        model_fn,
-        queries,
-        train_data=train_data,
-        max_epochs=max_epochs,
-        batch_size=batch_size,
-        optimizer=optimizer,
-        trainer_fn=trainer_fn,
-        task=task,
-        measure=measure,
-        train_indices=train_indices,
-        device=device,
-        memory_budget=memory_budget,
-        one_by_one=one_by_one,
-    )
+    recipe = _recipe(retrain, model_fn, queries, train_data=train_data, max_epochs=max_epochs, **how)
     if masks is None:
         masks = sample_masks(len(recipe.train), 100 if num_subsets is None else num_subsets, fraction, seed=seed)
     elif num_subsets is not None:
@@ -160,23 +138,19 @@ def retrain_without(
         seed: Seed of everything.
         path: Folder for the result, as in :func:`retrain`.
         show_progress: Show a progress bar, and why models train one by one.
-        **how: How to train, as in :func:`retrain`: ``batch_size``, ``optimizer``, ``trainer_fn``, ``task``,
-            ``measure``, ``train_indices``, ``device``, ``memory_budget``, ``one_by_one``.
+        **how: How to train, as in :func:`retrain`.
 
     Returns:
         Losses with everything, and without each query's top k.
 
     Reference: arXiv:2303.14186 (TRAK), section 5.2.
     """
-    known = set(inspect.signature(make_recipe).parameters)
-    if unknown := sorted(how.keys() - known):
-        raise TypeError(f"retrain_without() takes no {', '.join(unknown)}; it takes {', '.join(sorted(known))}.")
     if not isinstance(attribution, Attribution):
         raise TypeError(f"`attribution` must be an Attribution, got {type(attribution).__name__}: wrap its scores.")
     if not torch.isfinite(attribution.scores).all():
         bad = (~torch.isfinite(attribution.scores)).any(1).nonzero().flatten().tolist()
         raise ValueError(f"The scores of queries {bad[:10]} are not finite.")
-    recipe = make_recipe(model_fn, queries, train_data=train_data, max_epochs=max_epochs, **how)
+    recipe = _recipe(retrain_without, model_fn, queries, train_data=train_data, max_epochs=max_epochs, **how)
     num_train, num_queries = len(recipe.train), len(recipe.queries)
     if (attribution.num_queries, attribution.num_train) != (num_queries, num_train):
         raise ValueError(
@@ -228,6 +202,13 @@ def sample_masks(num_train: int, num_subsets: int, fraction: float = 0.5, *, see
     return ranks < size
 
 
+def _recipe(caller: Callable[..., Any], *args: Any, **how: Any) -> Recipe:
+    known = {name for function in (caller, Recipe) for name in inspect.signature(function).parameters} - {"how"}
+    if unknown := sorted(how.keys() - known):
+        raise TypeError(f"{caller.__name__}() takes no {', '.join(unknown)}; it takes {', '.join(sorted(known))}.")
+    return Recipe(*args, **how)
+
+
 def _measured(
     kind: type[Truth],
     recipe: Recipe,
@@ -239,15 +220,15 @@ def _measured(
     attribution: Attribution | None = None,
     **more: Any,
 ) -> Truth:
-    """Train every subset under every seed, part by part, and keep the result at ``path``."""
+    """Train every subset under every seed, and keep the result at ``path``."""
     started = time.perf_counter()
-    path = None if path is None else Path(path)
     identity = recipe.identity(seeds)
     result = kind(masks, torch.zeros(len(seeds), len(masks), len(recipe.queries)), seeds, identity, **more)
     if attribution is not None:
         result.check_data(attribution.metadata)
-    if path is not None and path.exists():
-        return _existing(kind, path, identity, masks)
+    work = Work(path, identity, {"masks": masks})
+    if (finished := work.finished(kind)) is not None:
+        return finished
     recipe.check_queries(recipe.initial_model(seeds[0]))
     if len(seeds) > 1 and len(set(identity["initial_weights"])) == 1:
         warnings.warn(
@@ -259,44 +240,32 @@ def _measured(
     together, reason = _try_together(recipe, masks, seeds)
     if reason:
         announce(f"Models train one by one, each with its own Trainer, because {reason}.", show=show_progress)
-    size = 1
-    if together:  # at least one chunk for every thread
-        total, threads = len(seeds) * len(masks), together.num_threads
-        size = min(together.chunk_size(len(masks)), -(-total // threads))
-        if path is not None:  # parts are what survives being killed; smaller ones than 16 would cost time
-            size = min(size, max(16, -(-total // (16 * threads))))
-    size = cast("int", broadcast_object(size))  # ranks may have other numbers of threads
-    plan = {**identity, "kind": kind.kind, "together": together is not None, "chunk_size": size}
-    parts = Parts(path, plan, {"masks": masks.to(torch.uint8)}, free=("chunk_size",))
-    size = parts.plan["chunk_size"]
-    chunks = [(s, start) for s in seeds for start in range(0, len(masks), size)]
-    with counting(len(seeds) * len(masks) * recipe.max_epochs, "Retraining (models x epochs)", show_progress) as bar:
 
-        def compute(number: int) -> Tensors:
-            seed, start = chunks[number]
-            chunk = masks[start : start + size]
-            if together:
-                losses = together.train(chunk, seed, bar.update)
-            else:
-                losses = torch.stack([train_alone(recipe, mask, seed) for mask in chunk])
-                bar.update(len(chunk) * recipe.max_epochs)
-            _check_losses(losses, start, seed)
-            return {"losses": losses}
+    def losses_of(seed: int, subsets: slice, tick: Callable[[int], Any]) -> Tensor:
+        chunk = masks[subsets]
+        if together:
+            losses = together.train(chunk, seed, tick)
+        else:
+            losses = torch.stack([train_alone(recipe, mask, seed) for mask in chunk])
+            tick(len(chunk) * recipe.max_epochs)
+        _check_losses(losses, subsets.start, seed)
+        return losses
 
-        def done(number: int) -> None:
-            bar.update(len(masks[chunks[number][1] :][:size]) * recipe.max_epochs)
-
-        threads = together.num_threads if together else 1
-        with preserved_random_state(), vectorised_attention() if together else nullcontext():
-            values = [part["losses"] for part in parts.do(len(chunks), compute, done, num_threads=threads)]
-    losses = torch.cat(values).reshape(len(seeds), len(masks), -1)
+    work.plan["together"] = together is not None  # numbers are equal to rounding only, so parts are not mixed
+    with vectorised_attention() if together else nullcontext():
+        losses = work.run(
+            losses_of,
+            seeds=seeds,
+            num_items=len(masks),
+            largest=together.chunk_size(len(masks)) if together else 1,
+            num_threads=together.num_threads if together else 1,
+            ticks=lambda num_models: num_models * recipe.max_epochs,
+            description="Retraining (models x epochs)",
+            show_progress=show_progress,
+        )
     seconds = time.perf_counter() - started
-    how = {"one_by_one_because": reason, "seconds": seconds, "versions": versions(), "chunk_size": size}
-    result = kind(masks, losses, seeds, {**identity, **how}, **more)
-    if path is not None:
-        result.save(path)
-        parts.remove()
-    return result
+    how = {"one_by_one_because": reason, "seconds": seconds, "versions": versions(), "chunk_size": work.chunk_size}
+    return work.keep(kind(masks, losses, seeds, {**identity, **how}, **more))
 
 
 def _try_together(recipe: Recipe, masks: Tensor, seeds: list[int]) -> tuple[Together | None, str | None]:
@@ -306,13 +275,6 @@ def _try_together(recipe: Recipe, masks: Tensor, seeds: list[int]) -> tuple[Toge
     except CannotBatch as reason:
         return None, str(reason)
     return together, None
-
-
-def _existing(kind: type[Truth], path: Path, identity: dict[str, Any], masks: Tensor) -> Truth:
-    """The finished result of the same work, or a refusal."""
-    found = kind.load(path)
-    check_same_work(path, found.metadata, identity, {"masks": found.masks}, {"masks": masks})
-    return found
 
 
 def _checked_masks(masks: Tensor, recipe: Recipe) -> Tensor:

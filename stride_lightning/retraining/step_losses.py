@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples
 from stride_lightning.model.layers import in_precision_of
-from stride_lightning.retraining.batchability import call_step, switch_dropout_off, tried_out, without_trainer
+from stride_lightning.retraining.batchability import loss_of_step, switch_dropout_off, tried_out, without_trainer
 from stride_lightning.runtime.randomness import seeded
 
 #: Hooks of a LightningModule that may change gradients or steps; only a Trainer calls them.
@@ -22,18 +22,11 @@ _GRADIENT_HOOKS = (
 )
 
 
-def step_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The loss that ``training_step`` returns for a batch."""
-    result = call_step(cast("L.LightningModule", model), batch, 0)
-    return result["loss"] if isinstance(result, dict) else result
-
-
 def check_step(model: nn.Module, batch: Any) -> None:
     """Refuse a ``training_step`` whose loss cannot be had without a Trainer."""
     try:
         with without_trainer(cast("L.LightningModule", model)), seeded(0), torch.enable_grad():
-            (loss,) = step_loss(model, batch).reshape(-1)
-            if not loss.requires_grad:
+            if not loss_of_step(model, batch).requires_grad:
                 raise ValueError("it returned a loss without gradient")
     except Exception as error:
         raise ValueError(
@@ -63,7 +56,7 @@ def check_additive(model: nn.Module, examples: Examples, device: torch.device) -
         with seeded(seed), torch.enable_grad():
             for batch in examples.drawn(batches, 0, device):
                 with seeded(seed):
-                    found.append(step_loss(model, in_precision_of(model, batch)).detach().cpu().double().flatten())
+                    found.append(loss_of_step(model, in_precision_of(model, batch)).detach().cpu().double().flatten())
         return torch.cat(found)
 
     def draws() -> bool:

@@ -22,8 +22,6 @@ from stride_lightning.retraining.ensemble import Ensemble, bytes_per_model, chun
 from stride_lightning.retraining.optimizers import CannotBatch, read_optimization
 from stride_lightning.retraining.recipe import Recipe
 from stride_lightning.runtime.parallel import num_workers
-from stride_lightning.runtime.randomness import mix, seed_torch
-from stride_lightning.tasks.likelihoods import columns
 
 
 class Together:
@@ -49,7 +47,7 @@ class Together:
         check_hooks(model)
         self.optimization = read_optimization(model, recipe.optimizer)
         device = next(model.parameters()).device
-        places = mixed_places(recipe.train_kinds, len(recipe.train), recipe.batch_size)
+        places = mixed_places(recipe.train_kinds, len(recipe.train), recipe.loading.batch_size)
         (batch,) = recipe.train.drawn([places], 0, device)
         prepared = recipe.prepared(model, batch)
         with vectorised_attention():
@@ -109,32 +107,23 @@ class Together:
         num_steps = recipe.max_epochs * len(recipe.order(seed, 0))
         options = {"kernels": self._kernels, "num_steps": num_steps}
         ensemble = Ensemble(model, optimization.optimizer, len(masks), self._losses, _mean_of_members, **options)
-        steps = 0
         for epoch in range(recipe.max_epochs):
-            order = recipe.order(seed, epoch)
-            batches = recipe.train.drawn(order, mix(seed, epoch), self._device)
-            for number, (places, batch) in enumerate(zip(order, batches, strict=True)):
+            batches = recipe.epoch(
+                seed, epoch, self._device, lambda batch: recipe.prepared(model, batch), is_random=self.is_random
+            )
+            for number, (places, prepared) in enumerate(batches):
                 members = masks[:, places.to(self._device)]
-                with recipe.train.naming(places):
-                    prepared = recipe.prepared(model, batch)
-                if self.is_random:  # dropout, whatever was drawn before
-                    seed_torch(mix(seed, epoch, steps))
                 ensemble.step(prepared, members.to(weights_dtype), skip=~members.any(1))
-                steps += 1
                 optimization.advance("step", number + 1)
             optimization.advance("epoch", epoch + 1)
             tick(len(masks))
         model.eval()
         queries = recipe.query_batches(model, self._device)
-        return torch.cat([ensemble.evaluate(self._values, batch) for batch in queries], 1).float().cpu()
+        return torch.cat([ensemble.evaluate(recipe.values, batch) for batch in queries], 1).float().cpu()
 
     def _losses(self, model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
         """Training loss of every example, shape ``(B,)``."""
-        outputs = columns(self.recipe.task.outputs(model, batch[0]))
-        return self.factor * self.recipe.task.loss(outputs, batch[1])
-
-    def _values(self, model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
-        return self.recipe.value(columns(self.recipe.task.outputs(model, batch[0])), batch[1])
+        return self.factor * self.recipe.losses(model, batch)
 
 
 def _mean_of_members(call: Callable[[Any], Tensor], shared: Any, own: Tensor) -> Tensor:

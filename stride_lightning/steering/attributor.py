@@ -1,38 +1,40 @@
-"""StrideAttributor: design, operators, measurements and recovery put together."""
+"""StrideAttributor: a fit, its answers about queries, and scores recovered from them."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from stride_lightning.attributor import Attributor
-from stride_lightning.data.examples import Examples, first_batch
-from stride_lightning.model.layers import check_layers, in_precision_of
+from stride_lightning.data.examples import Examples
+from stride_lightning.model.layers import check_layers
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.runtime.checks import check_count
-from stride_lightning.runtime.distributed import all_equal, broadcast_object, gather, shard
-from stride_lightning.runtime.parallel import num_workers
+from stride_lightning.runtime.distributed import all_equal, broadcast_object, gather
 from stride_lightning.runtime.progress import announce
-from stride_lightning.steering.activations import choose_layers
-from stride_lightning.steering.basis import Basis, Observation, fit_basis, observe
-from stride_lightning.steering.language.attribution import attribute_sequences, fitted_sequences
-from stride_lightning.steering.lasso import cross_validate_penalty, solve_lasso
-from stride_lightning.steering.module import BasisName, StrideModule
-from stride_lightning.steering.recovery import Recovery, check_measurements, recover_ridge, recover_with_prior
+from stride_lightning.steering.dense import DenseFit
+from stride_lightning.steering.fit import Answers, BasisName, Fit, FitOptions
+from stride_lightning.steering.language.sequences import SequenceStride
+from stride_lightning.steering.recovery import Recovery, RecoveryName, recover
 from stride_lightning.steering.subsets import Design, sample_design
 from stride_lightning.storage.lookup import choose_record, explain_mismatch
+from stride_lightning.storage.records import Record
+from stride_lightning.tasks.language import CausalLanguageModeling
+from stride_lightning.tasks.likelihoods import Task
 
-RecoveryName = Literal["prior", "lasso", "ridge", "closed-form"]
+LanguageRecoveryName = Literal["prior", "lasso", "ridge", "closed-form"]
 
 
 class StrideAttributor(Attributor):
     """STRIDE: steering operators imitate training on subsets; their effects on a query are turned into scores.
+
+    Of a language model, tokens are steered: the defaults are then those of :class:`LanguageStrideAttributor`, which
+    has options of its own besides.
 
     Args:
         num_subsets: Number of subsets K; by default 200 up to 10,000 examples, then 200 more for every factor of 10.
@@ -45,22 +47,15 @@ class StrideAttributor(Attributor):
         stability: Weight of the stability term, which ties operators to the frozen model outside their subset (see
             :class:`~stride_lightning.steering.module.StrideModule`); by default 0 with ``recovery="prior"``, where
             operators are refits of the readouts, else 1 as published.
-        ridge: Penalty of the operators relative to the mean curvature; read off the data by default. Of language
-            models, the damping of the features' second moment, by default .1.
-        recovery: ``"prior"``, ``"lasso"`` as published, or ``"ridge"``; of language models also ``"closed-form"``, the
-            influence that operators have on average, without fitting any, which is their default.
+        ridge: Penalty of the operators relative to the mean curvature; read off the data by default.
+        recovery: ``"prior"``, ``"lasso"`` as published, or ``"ridge"``.
         penalty: Of the lasso relative to its largest useful value, or of the ridge relative to the mean diagonal;
             by cross-validation over subsets by default.
-        steps: Of language models: steps of each operator towards its optimum; 1 is Newton's, in closed form.
-        cache_dir: Of language models: folder for the activations of training tokens, ``4 (r + c + 1)`` bytes each, so
-            that the model runs over them once and an interrupted run goes on; by default they are computed again.
         seed: Seed of the design, where it is not read from a record, and of a learned basis.
         batch_size: Examples per forward pass; of language models at most, where logits would take too much memory.
         show_progress: Show progress bars, and a cost estimate before long work.
 
-    Language models are attributed by :class:`~stride_lightning.steering.language.sequences.SequenceStride`, which says
-    what it computes and what memory it takes. Otherwise, memory beyond the model, for n training examples, r features,
-    C outputs, K subsets and q queries asked at once, is
+    Memory beyond the model, for n training examples, r features, C outputs, K subsets and q queries asked at once, is
     ``4 (2 n r + n (3 C + 1) + C r K + 8 q n) + t (2304 C r + 64 n)`` bytes and 200 MB of blocks for each of t threads.
     Nothing is of size ``n K C`` or ``n`` times the model's parameters.
 
@@ -78,6 +73,11 @@ class StrideAttributor(Attributor):
     """
 
     method = "stride"
+    #: Values of ``recovery``.
+    recoveries: ClassVar[tuple[str, ...]] = get_args(RecoveryName)
+    # Options of language models, see LanguageStrideAttributor.
+    steps: int = 1
+    cache_dir: str | Path | None = None
 
     def __init__(
         self,
@@ -91,270 +91,196 @@ class StrideAttributor(Attributor):
         ridge: float | None = None,
         recovery: RecoveryName | None = None,
         penalty: float | None = None,
-        steps: int = 1,
-        cache_dir: str | Path | None = None,
-        seed: int = 0,
-        batch_size: int = 256,
-        show_progress: bool = True,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(seed=seed, batch_size=batch_size, show_progress=show_progress)
+        super().__init__(**kwargs)
         if basis not in get_args(BasisName):
             raise ValueError(f"`basis` must be one of {get_args(BasisName)}, got {basis!r}.")
-        if recovery not in (None, *get_args(RecoveryName)):
-            raise ValueError(f"`recovery` must be one of {get_args(RecoveryName)}, got {recovery!r}.")
+        if recovery not in (None, *self.recoveries):
+            raise ValueError(f"`recovery` must be one of {self.recoveries}, got {recovery!r}.")
         check_layers(layers)
         if penalty is not None and recovery not in ("lasso", "ridge"):
             raise ValueError(f"`penalty` belongs to recovery='lasso' or 'ridge'; recovery={recovery!r} has none.")
-        check_count("steps", steps)
         if rank is not None and basis != "learned":
             raise ValueError("`rank` belongs to basis='learned'; the statistics basis keeps all its features.")
         self.num_subsets, self.degree, self.layers = num_subsets, degree, layers
         self.basis: BasisName = basis
-        self.rank, self.ridge = rank, ridge
-        self._recovery_asked: RecoveryName | None = recovery
-        self._stability_asked, self.penalty = stability, penalty
-        self.steps, self.cache_dir = steps, cache_dir
+        self.rank, self.ridge, self.penalty = rank, ridge, penalty
+        self._given_recovery, self._given_stability = recovery, stability
+
+    @property
+    def recovery(self) -> str:
+        """The recovery that was given, or the default of the task."""
+        if self._given_recovery is not None:
+            return self._given_recovery
+        return "closed-form" if self.task.has_tokens and self.basis == "statistics" else "prior"
+
+    @property
+    def stability(self) -> float:
+        """What was given; recovery with a prior wants what retraining gives, the others published operators."""
+        return float(self.recovery != "prior") if self._given_stability is None else self._given_stability
 
     # ---- fit ------------------------------------------------------------------------------------------------
 
     @override
     def fit_model(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
-        started = time.perf_counter()
-        self._sequences = fitted_sequences(self, model, device, record, checkpoint) if self.task.has_tokens else None
-        if self._sequences is not None:
-            return
         self._check_options()
-        self._start_from_record(model, device, record, checkpoint)
-        self._choose_design()
-        cost = estimate_cost(self._train_pass, self.design.num_subsets, self.recovery)
+        start, note = choose_record(record, checkpoint, model, self.weights, self._options_of_records())
+        if not all_equal(None if start is None else dict(start.checksums)):
+            # They would go separate ways, and wait for each other forever.
+            start, note = None, "not every rank found the same record; computed on the spot"
+        fit = self._prepared(model, device, start)
+        mismatch = None if start is None else explain_mismatch(start, fit.fingerprint, repr(self.task))
+        if mismatch is not None:
+            if record is not None:
+                raise ValueError(mismatch)
+            start, note = None, mismatch
+            fit = self._prepared(model, device, None)
+        design = None if self.recovery == "closed-form" else self._choose_design(start)
+        cost = fit.estimate(design)
         announce(f"STRIDE: {cost}", show=self.show_progress and cost.is_long)
-        passed = time.perf_counter()
-        self.module = StrideModule(
-            self.design,
-            self.task,
-            basis=self.basis,
-            rank=self.rank or 16,
-            stability=self.stability,
-            ridge=self.ridge,
-            seed=self.seed,
-        )
-        stored = self._record is not None and "operators" in self._record.groups and self._takes_operators()
-        if stored:
-            assert self._record is not None
-            self.module.restore(self._record.info["operators"], self._record.tensors("operators"), device)
-        else:
-            self.module.fit_operators(self._train_pass, show_progress=self.show_progress)
-        self._train_mean = self.module.mean_prediction(self._train_pass) if self.recovery == "prior" else None
+        fit.fit(design, start)
+        #: The fit to the training data.
+        self.fitted, self.design = fit, design
         self.metadata |= {
-            "options": {
-                "layers": list(self._basis.layers),
-                "basis": self.basis,
-                "recovery": self.recovery,
-                "stability": self.module.stability,
-                **({"rank": self.module.rank} if self.basis == "learned" else {}),
-            },
-            "design": self.design.info(),
-            "data": self._train_pass.fingerprint,
-            "record": None if self._record is None else str(self._record.path),
-            "record_note": self._record_note,
-            "operators": {**self.module.chosen, "from_record": stored},
-            "num_features": self._train_pass.features.shape[1],
-            "estimate": vars(cost),
-            "fit_seconds": {"pass": passed - started, "operators": time.perf_counter() - passed},
+            "options": {"layers": list(fit.layers), "basis": self.basis, "recovery": self.recovery, **fit.options},
+            "design": None if design is None else design.info(),
+            "data": fit.fingerprint,
+            "record": None if start is None else str(start.path),
+            "record_note": note,
+            **fit.metadata,
         }
-
-    @property
-    def recovery(self) -> RecoveryName:
-        """What was asked for, or the default of the task."""
-        if self._recovery_asked is not None:
-            return self._recovery_asked
-        return "closed-form" if self.task.has_tokens and self.basis == "statistics" else "prior"
-
-    @property
-    def stability(self) -> float:
-        """What was asked for; recovery with a prior wants what retraining gives, the others published operators."""
-        return float(self.recovery != "prior") if self._stability_asked is None else self._stability_asked
 
     def _check_options(self) -> None:
-        if self.recovery == "closed-form" or self.steps != 1 or self.cache_dir is not None:
-            raise ValueError(
-                "recovery='closed-form', `steps` and `cache_dir` are for language models; the task is "
-                f"{self.task!r}. Leave them out."
-            )
+        """Refuse options that are for another kind of task, or would have no effect."""
+        if not self.task.has_tokens:
+            if self.recovery == "closed-form" or self.steps != 1 or self.cache_dir is not None:
+                raise ValueError(
+                    "recovery='closed-form', `steps` and `cache_dir` are for language models; the task is "
+                    f"{self.task!r}. Leave them out."
+                )
+        elif self.recovery == "closed-form":
+            if self.basis == "learned":
+                raise ValueError("recovery='closed-form' fits no operators, so basis='learned' has no part in it.")
+            given = {"num_subsets": self.num_subsets, "degree": self.degree, "stability": self._given_stability}
+            idle = [name for name, value in given.items() if value is not None] + ["steps"] * (self.steps != 1)
+            if idle:
+                raise ValueError(
+                    f"recovery='closed-form', the default of language models, fits no operators, so {', '.join(idle)} "
+                    "would have no effect. Leave out, or pass recovery='prior'."
+                )
 
-    def _start_from_record(
-        self,
-        model: nn.Module,
-        device: torch.device,
-        explicit: str | Path | None,
-        checkpoint: Any,
-    ) -> None:
-        """One pass over the training set, in the basis of a record if one fits, else in a basis of its own."""
-        settings: dict[str, Any] = {
-            "batch_size": self.batch_size,
-            "device": device,
-            "show_progress": self.show_progress,
-        }
-        self.find_record(model, explicit, checkpoint)
-        if self._record is not None:
-            layers = self._record.info["layers"]
-            self._basis = Basis.from_tensors(layers, self._record.tensors("basis"))
-            self._train_pass = observe(model, self.task, self.train_data, self._basis, **settings)
-            if self.keeps_record(self._train_pass.fingerprint, explicit):
-                return
-        layers = self.layers
-        if layers is None:
-            size = min(self.batch_size, 64, len(self.train_data))
-            inputs = in_precision_of(model, self.task.inputs(first_batch(self.train_data, size, device)))
-            layers = choose_layers(model, lambda: self.task.outputs(model, inputs), size)
-        self._basis, self._train_pass = fit_basis(model, self.task, self.train_data, layers, **settings)
+    def _options_of_records(self) -> dict[str, Any]:
+        """Options that a record must agree with, where they were given; one of a language model serves any design."""
+        if self.task.has_tokens:
+            return {"layers": None if self.basis == "learned" else self.layers}
+        return {"layers": self.layers, "num_subsets": self.num_subsets, "degree": self.degree}
 
-    def find_record(self, model: nn.Module, explicit: str | Path | None, checkpoint: Any) -> None:
-        """Choose the record to start from, the same on every rank."""
-        self._record, self._record_note = choose_record(explicit, checkpoint, model, self.weights, self._asked())
-        if not all_equal(None if self._record is None else dict(self._record.checksums)):
-            # They would go separate ways, and wait for each other forever.
-            self._record, self._record_note = None, "not every rank found the same record; computed on the spot"
+    def _prepared(self, model: nn.Module, device: torch.device, record: Record | None) -> Fit:
+        options = FitOptions(
+            layers=self.layers,
+            basis=self.basis,
+            rank=self.rank,
+            stability=self.stability,
+            ridge=self.ridge,
+            recovery=self.recovery,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            show_progress=self.show_progress,
+            steps=self.steps,
+            cache_dir=self.cache_dir,
+            weights=self.weights,
+        )
+        fit = make_fit(self.task, options)
+        fit.prepare(model, self.train_data, device, record)
+        return fit
 
-    def keeps_record(self, fingerprint: dict[str, Any], explicit: str | Path | None) -> bool:
-        """Whether the record is of this data and task; one that the caller named is refused if not, others dropped."""
-        assert self._record is not None
-        note = explain_mismatch(self._record, fingerprint, repr(self.task))
-        if note is None:
-            return True
-        if explicit is not None:
-            raise ValueError(note)
-        self._record, self._record_note = None, note
-        return False
-
-    def _asked(self) -> dict[str, Any]:
-        """Options that a record must agree with, where they were given."""
-        layers = None if self.layers is None else list(self.layers)
-        if self.task.has_tokens:  # whose record serves any design
-            return {"layers": None if self.basis == "learned" else layers}
-        return {"layers": layers, "num_subsets": self.num_subsets, "degree": self.degree}
-
-    def _choose_design(self) -> None:
-        if self._record is not None:
-            self.design = Design.restore(self._record.info["design"], self._record.tensors("design"))
-        else:
-            self.design = sample_design(len(self.train_data), self.num_subsets, self.degree, seed=self.seed)
-
-    def _takes_operators(self) -> bool:
-        """Whether a record's operators are what these options ask for."""
-        return self.basis == "statistics" and self.stability == 0 and self.ridge is None
+    def _choose_design(self, record: Record | None) -> Design:
+        if record is not None:
+            design = Design.restore(record.info["design"], record.tensors("design"))
+            if self.num_subsets in (None, design.num_subsets) and self.degree in (None, design.degree):
+                return design
+        return sample_design(len(self.train_data), self.num_subsets, self.degree, seed=self.seed)
 
     # ---- attribute ------------------------------------------------------------------------------------------
 
     @override
     def score_queries(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
-        if self._sequences is not None:
-            return attribute_sequences(self, self._sequences, queries, target)
-        asked = observe(
-            model,
-            self.task,
-            queries,
-            self._basis,
-            batch_size=self.batch_size,
-            device=device,
-            target=target,
-            show_progress=self.show_progress,
-        )
-        # Every rank recovers a share of the queries.
-        share = shard(len(asked))
-        mine = asked.select(share)
         started = time.perf_counter()
-        # Gathered at once, so that a choice made over all queries is the same on every rank.
-        measurements = gather(self.module.measure(mine), len(asked))
-        check_measurements(measurements, self.design)
+        answers = self.fitted.ask(queries, target)
         measured = time.perf_counter()
-        nothing = Recovery(measurements.new_empty(0, len(self.train_data)))
-        recovered = self._recover(mine, measurements, share) if len(mine) else nothing
-        scores = gather(recovered.scores.float(), len(asked))
-        has_std = self.recovery != "lasso"
-        std = recovered.std if recovered.std is not None else recovered.scores
+        recovered = self._recover(answers)
+        scores, std = recovered.scores.float(), None
+        if self.recovery in ("prior", "ridge"):
+            std = scores if recovered.std is None else recovered.std.float()
+        if answers.share is not None:
+            scores, std = (None if part is None else gather(part, len(queries)) for part in (scores, std))
+        assert scores is not None
         return Attribution(
             scores.cpu(),
-            gather(std.float(), len(asked)).cpu() if has_std else None,
-            train_targets=self.task.shown(self._train_pass.encoded),
-            query_targets=self.task.shown(asked.encoded),
+            None if std is None else std.cpu(),
+            train_targets=self.fitted.train_targets,
+            query_targets=answers.targets,
             metadata={
                 "recovered": broadcast_object(recovered.chosen),
-                "query_data": asked.fingerprint,
+                "query_data": answers.fingerprint,
                 "attribute_seconds": {"measure": measured - started, "recover": time.perf_counter() - measured},
-                "mean_query_loss": float(asked.losses.mean()),
+                "mean_query_loss": float(answers.losses.mean()),
             },
         )
 
-    def recover_whole(self, measurements: Tensor, design: Design) -> Recovery:
-        """Scores of all queries by the lasso or the ridge.
-
-        The ridge is one system for all queries, and the lasso solves queries in batches: every rank does them whole, so
-        that the number of ranks changes nothing.
-        """
-        if self.recovery == "ridge":
-            return recover_ridge(measurements, design, penalty=self.penalty, show_progress=self.show_progress)
-        penalty: float | Tensor | None = self.penalty
-        if penalty is None:
-            penalty = cross_validate_penalty(measurements, design, seed=self.seed, show_progress=self.show_progress)
-        solution = solve_lasso(measurements, design, penalty, show_progress=self.show_progress)
-        chosen = {
-            "penalty": float(torch.as_tensor(penalty).median()),
-            "duality_gap_max": float(solution.gap.max()),
-            "nonzeros_mean": float((solution.scores != 0).sum(1).float().mean()),
-        }
-        return Recovery(solution.scores, None, chosen)
-
-    def _recover(self, queries: Observation, everything: Tensor, share: slice) -> Recovery:
+    def _recover(self, answers: Answers) -> Recovery:
         """Scores of this rank's share of the queries, from the measurements of all."""
-        if self.recovery != "prior":
-            return self.recover_whole(everything, self.design).select(share)
-        assert self._train_mean is not None
-        prior, second = self.module.priors(
-            self._train_pass, queries, self._train_mean, show_progress=self.show_progress
-        )
-        return recover_with_prior(everything[share], self.design, prior, second, show_progress=self.show_progress)
+        share = answers.share or slice(None)
+        if self.design is None:
+            assert answers.prior is not None
+            return Recovery(answers.prior)
+        measurements = answers.measurements
+        if not len(measurements[share]):
+            return Recovery(measurements.new_empty(0, self.design.num_train))
+        settings: dict[str, Any] = {"penalty": self.penalty, "seed": self.seed, "show_progress": self.show_progress}
+        if self.recovery == "prior":
+            priors = answers.prior, answers.second_opinion
+            return recover(measurements[share], self.design, "prior", *priors, **settings)
+        # The ridge is one system for all queries, and the lasso solves queries in batches: every rank does them whole,
+        # so that the number of ranks changes nothing.
+        return recover(measurements, self.design, self.recovery, **settings).select(share)
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What attribution is expected to take: seconds, peak bytes of memory, bytes on disk if operators are recorded."""
+class LanguageStrideAttributor(StrideAttributor):
+    """STRIDE with the options of language models; what ``attribute(method="stride")`` makes, whatever the task.
 
-    seconds: float
-    seconds_per_query: float
-    memory_bytes: int
-    disk_bytes: int
+    :class:`~stride_lightning.steering.language.sequences.SequenceStride` says what it computes and what memory it
+    takes. If the task turns out not to be of a language model, it works as :class:`StrideAttributor` does, and its own
+    options are refused.
 
-    @property
-    def is_long(self) -> bool:
-        """Whether someone will wait: seconds for the fit, or for a hundred queries."""
-        return self.seconds > 2 or 100 * self.seconds_per_query > 2
+    Args:
+        steps: Steps of each operator towards its optimum; 1 is Newton's, in closed form.
+        cache_dir: Folder for the activations of training tokens, ``4 (r + c + 1)`` bytes each, so that the model runs
+            over them once and an interrupted run goes on; by default they are computed again.
+        recovery: As there, or ``"closed-form"``, the influence that operators have on average, without fitting any,
+            which is the default of language models.
+        **kwargs: As there; ``ridge`` is the damping of the features' second moment, by default .1.
 
-    def __str__(self) -> str:
-        return (
-            f"about {self.seconds:.0f} s to fit and {self.seconds_per_query:.1g} s per query, "
-            f"{self.memory_bytes / 2**20:.0f} MiB of memory, "
-            f"{self.disk_bytes / 2**20:.0f} MiB if the operators are saved"
-        )
-
-
-def estimate_cost(observed: Observation, num_subsets: int, recovery: str) -> Cost:
-    """Estimate the cost of a fit from its arithmetic and this machine's measured speed of a matrix product.
-
-    Memory: ``4 (2 n r + n (3 C + 1) + C r K) + t (2304 C r + 64 n)`` bytes and 200 MB of blocks for each of t threads;
-    queries come on top.
+    Reference: arXiv:2606.05165 (STRIDE).
     """
-    (n, r), c, k = observed.features.shape, observed.outputs.shape[1], num_subsets
-    probe = observed.features[:512, :512]
-    started = time.perf_counter()
-    for _ in range(4):
-        float((probe @ probe.T)[0, 0])
-    rate = 8 * probe.shape[0] ** 2 * probe.shape[1] / max(time.perf_counter() - started, 1e-9)
-    products = 25 * k + 300 + (k if recovery == "prior" else 0)  # gradients, the search for a ridge, the mean
-    threads = num_workers(observed.features.device)
-    memory = 4 * (2 * n * r + n * (3 * c + 1) + c * r * k) + threads * (2304 * c * r + 64 * n + 200 * 2**20)
-    # Two conjugate gradient solves of some fifteen products each, and a system with its variances; or, with the lasso,
-    # five folds and eleven penalties of a hundred iterations, which wait for memory more than they compute.
-    prior, lasso = 30.0 * 4 * n * r * c + 4.0 * n * k**2, 5 * 5 * 11 * 100.0 * 4 * k * min(n, 2 * k)
-    per_query = {"prior": prior, "lasso": lasso, "ridge": 4.0 * n * k}[recovery] / rate
-    return Cost(4.0 * n * r * c * products / rate, per_query, memory, 4 * c * r * k + 4 * r * r + n * k // 8)
+
+    method = "stride"  # takes the name over: its options are those of both
+    recoveries = get_args(LanguageRecoveryName)
+
+    def __init__(
+        self,
+        *,
+        steps: int = 1,
+        cache_dir: str | Path | None = None,
+        recovery: LanguageRecoveryName | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(recovery=recovery, **kwargs)  # pyright: ignore[reportArgumentType]  # one more value
+        check_count("steps", steps)
+        self.steps, self.cache_dir = steps, cache_dir
+
+
+def make_fit(task: Task, options: FitOptions) -> Fit:
+    """The fit that a task needs."""
+    return SequenceStride(task, options) if isinstance(task, CausalLanguageModeling) else DenseFit(task, options)

@@ -30,11 +30,6 @@ def imitation_ridge(
     The model's readouts are trained anew on the whole training set, for a grid of ridges at once; the one whose
     predictions are closest to the frozen model's says how strongly the real training regularises.
 
-    Args:
-        observed: Evaluation pass over the training set in a rotated basis.
-        task: The likelihood.
-        show_progress: Show progress bars.
-
     Returns:
         The ridge ``rho``, and the loss against the frozen model's predictions for every ridge tried (relative to the
         mean curvature).

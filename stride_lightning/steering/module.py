@@ -1,36 +1,31 @@
-"""StrideModule: the LightningModule that holds the steering operators and fits them."""
+"""StrideModule: holds the steering operators of a design and fits them."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from stride_lightning.runtime.checks import check_count, check_positive
 from stride_lightning.runtime.distributed import gather, shard
 from stride_lightning.steering.basis import Observation
+from stride_lightning.steering.fit import BasisName
 from stride_lightning.steering.influence import imitation_ridge, influence, mean_curvature
-from stride_lightning.steering.operators import mean_prediction, measure, steer
-from stride_lightning.steering.published.fitting import fit_by_trainer, unexplained
+from stride_lightning.steering.operators import mean_prediction, measure
+from stride_lightning.steering.published.learned_basis import LearnedBasis
 from stride_lightning.steering.solvers import fit_operators, refit
 from stride_lightning.steering.subsets import Design
 from stride_lightning.tasks.likelihoods import Task
 
-BasisName = Literal["statistics", "learned"]
 
-
-class StrideModule(L.LightningModule):
+class StrideModule(nn.Module):
     r"""Steering operators that imitate what training on each subset of a design does.
 
     ``basis="statistics"`` takes the features of the basis as they are and solves a convex problem for every operator
     (:func:`~stride_lightning.steering.solvers.fit_operators`). ``basis="learned"`` is the published form: features of
-    low rank are learned together with the operators, on top of the frozen model, through ``Trainer.fit``, by three
-    losses: *fidelity*, the loss on the subset; *stability*, the divergence from the frozen model outside it; and
-    *linearity*, the part of the K responses to an example that a ridge on a sketch ``M R`` of the design does not
-    explain. The sketch has fewer columns than there are subsets: with as many, it would explain any responses.
+    low rank are learned together with the operators, through ``Trainer.fit``
+    (:class:`~stride_lightning.steering.published.learned_basis.LearnedBasis`).
 
     Args:
         design: Which example is in which subset.
@@ -97,7 +92,19 @@ class StrideModule(L.LightningModule):
             raise ValueError(f"The design is for {self.design.num_train} examples, the pass saw {len(observed)}.")
         self._choose_ridges(observed, show_progress=show_progress)
         if self.basis == "learned":
-            self._fit_by_trainer(observed, show_progress=show_progress)
+            learned = LearnedBasis(
+                self.design,
+                self.task,
+                observed,
+                rank=self.rank,
+                stability=self.stability,
+                learning_rate=self.learning_rate,
+                max_steps=self.max_steps,
+                seed=self.seed,
+            )
+            self.coefficients = learned.fit(show_progress=show_progress)
+            self.relative_gradient = self.coefficients.new_empty(0)
+            self.chosen["steps"] = self.max_steps
             return self
         start = None
         if not self.anchored:
@@ -190,56 +197,3 @@ class StrideModule(L.LightningModule):
         self.coefficients = tensors["coefficients"].to(device)
         self.relative_gradient = tensors["relative_gradient"].to(device)
         return self
-
-    # ---- the learned basis, by a Trainer --------------------------------------------------------------------
-
-    def _fit_by_trainer(self, observed: Observation, *, show_progress: bool) -> None:
-        device = observed.features.device
-        self._prepare(observed)
-        fit_by_trainer(self, self.train_dataloader(), device, self.max_steps, show_progress=show_progress)
-        self.coefficients = (self.low_rank_basis @ self.operators).detach()
-        self.relative_gradient = torch.full_like(self.coefficients[0, 0], torch.nan)[:0]
-        self.chosen["steps"] = self.max_steps
-        del self.low_rank_basis, self.operators, self._observed, self._predicted, self._unexplained, self._sizes
-
-    def _prepare(self, observed: Observation) -> None:
-        """Parameters of the learned basis, and what its losses need."""
-        generator = torch.Generator().manual_seed(self.seed)
-        num_features, num_outputs = observed.features.shape[1], observed.outputs.shape[1]
-        start = torch.randn(num_features, self.rank, generator=generator) / self.rank**0.5
-        self.low_rank_basis = nn.Parameter(start.to(observed.features))
-        # Operators start at zero: the steered model is the frozen one, and the basis learns once they move.
-        self.operators = nn.Parameter(observed.features.new_zeros(num_outputs, self.rank, self.design.num_subsets))
-        self._observed, self._predicted = observed, self.task.mean(observed.outputs)
-        self._unexplained = unexplained(self.design, generator).to(observed.features)
-        self._sizes = self.design.sizes.to(observed.features)
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Positions of training examples, shuffled by the seed."""
-        positions = TensorDataset(torch.arange(self.design.num_train))
-        generator = torch.Generator().manual_seed(self.seed)
-        # Each operator sees a share of a batch only: small batches drown its effect in noise.
-        return DataLoader(positions, min(1024, self.design.num_train), shuffle=True, generator=generator)
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        """Fidelity, stability and linearity of all operators on a batch of positions."""
-        (positions,) = batch
-        seen, task = self._observed, self.task
-        outputs, predicted = seen.outputs[positions], self._predicted[positions]
-        members = self.design.rows(positions.cpu()).to(outputs)  # (B, K)
-        features = seen.features[positions] @ self.low_rank_basis
-        steered = steer(outputs, features, self.operators, anchored=True)  # (C, B, K)
-        loss = task.loss(steered, seen.encoded[positions].T[:, :, None], dim=0)  # (B, K)
-        drift = task.loss(steered, predicted.T[:, :, None], dim=0) - task.loss(outputs, predicted)[:, None]
-        share = self.design.num_train / len(positions)
-        outside = (self.design.num_train - self._sizes).clamp(min=1)
-        fidelity = share * (members * loss / self._sizes.clamp(min=1)).sum(0).mean()
-        stability = share * ((1 - members) * drift / outside).sum(0).mean()
-        response = seen.losses[positions, None] - loss
-        response = response - response.mean(1, keepdim=True)
-        nonlinearity = (response @ self._unexplained).square().sum() / response.square().sum().clamp(min=1e-12)
-        return fidelity + self.stability * stability + nonlinearity
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam on the learned basis and the operators."""
-        return torch.optim.Adam(self.parameters(), lr=self.learning_rate)

@@ -1,16 +1,19 @@
-"""From K measurements to n scores: recovery with a prior, and ridge."""
+"""From K measurements to n scores: recovery with a prior, by the ridge or by the lasso."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from stride_lightning.runtime.checks import check_positive
 from stride_lightning.runtime.parallel import even_slices, map_chunks
+from stride_lightning.steering.lasso import cross_validate_penalty, solve_lasso
 from stride_lightning.steering.subsets import Design
+
+RecoveryName = Literal["prior", "lasso", "ridge"]
 
 #: Bytes the K x K systems of queries solved together may take, in each thread.
 SYSTEM_BYTES = 2**25
@@ -35,6 +38,49 @@ class Recovery:
     def select(self, queries: slice) -> Recovery:
         """The same, of some of the queries."""
         return Recovery(self.scores[queries], None if self.std is None else self.std[queries], self.chosen)
+
+
+def recover(
+    measurements: Tensor,
+    design: Design,
+    how: str,
+    prior: Tensor | None = None,
+    second_opinion: Tensor | None = None,
+    *,
+    penalty: float | None = None,
+    seed: int = 0,
+    show_progress: bool = True,
+) -> Recovery:
+    """Recover scores by name.
+
+    Args:
+        measurements: Shape ``(q, K)``, in nats.
+        design: Which example is in which subset.
+        how: ``"prior"`` (:func:`recover_with_prior`), ``"ridge"`` (:func:`recover_ridge`), or ``"lasso"``
+            (:func:`~stride_lightning.steering.lasso.solve_lasso`).
+        prior: First-order influence, shape ``(q, n)``; for ``"prior"``.
+        second_opinion: Another; for ``"prior"``.
+        penalty: Of the lasso or the ridge; by cross-validation over subsets when None.
+        seed: Of the folds of cross-validation.
+        show_progress: Show a progress bar.
+    """
+    if how == "prior":
+        assert prior is not None
+        return recover_with_prior(
+            measurements, design, prior.to(measurements), second_opinion, show_progress=show_progress
+        )
+    if how == "ridge":
+        return recover_ridge(measurements, design, penalty=penalty, show_progress=show_progress)
+    relative: float | Tensor | None = penalty
+    if relative is None:
+        relative = cross_validate_penalty(measurements, design, seed=seed, show_progress=show_progress)
+    solution = solve_lasso(measurements, design, relative, show_progress=show_progress)
+    chosen = {
+        "penalty": float(torch.as_tensor(relative).median()),
+        "duality_gap_max": float(solution.gap.max()),
+        "nonzeros_mean": float((solution.scores != 0).sum(1).float().mean()),
+    }
+    return Recovery(solution.scores, None, chosen)
 
 
 def recover_with_prior(
@@ -184,7 +230,7 @@ def _solve(system: Tensor, residual: Tensor, noise: float | None) -> tuple[Tenso
     num_subsets = residual.shape[1]
     level = system.diagonal(dim1=1, dim2=2).mean(1)
     level = torch.where(level > 0, level, 1.0)  # no variation at all: any ridge gives the right answer, zero
-    best: tuple[Tensor, Tensor, Tensor] | None = None
+    best: tuple[Tensor, ...] = ()
     best_evidence = residual.new_full((len(residual),), -torch.inf)
     for candidate in NOISES if noise is None else (noise,):
         ridged = system.clone()
@@ -195,17 +241,13 @@ def _solve(system: Tensor, residual: Tensor, noise: float | None) -> tuple[Tenso
         # Centring took one direction: it holds no data, only ridge.
         log_determinant = 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1) - (candidate * level).log()
         evidence = -0.5 * (log_determinant + (num_subsets - 1) * quadratic.log())
-        noises = torch.full_like(evidence, candidate)
-        if best is None:
-            best, best_evidence = (factor, solved, noises), evidence
-        else:
-            better = evidence > best_evidence + 1e-5  # two subsets leave all alike, but for rounding
-            best_evidence = torch.where(better, evidence, best_evidence)
-            kept = (better[:, None, None], better[:, None], better)
-            new = (factor, solved, noises)
-            best = tuple(torch.where(k, n, b) for k, n, b in zip(kept, new, best, strict=True))  # type: ignore[assignment]
-    assert best is not None
-    return best
+        better = evidence > best_evidence + 1e-5  # two subsets leave all alike, but for rounding
+        new = (factor, solved, torch.full_like(evidence, candidate))
+        masks = (better[:, None, None], better[:, None], better)
+        best = tuple(map(torch.where, masks, new, best)) if best else new
+        best_evidence = torch.where(better, evidence, best_evidence)
+    factor, solved, noises = best  # pyright: ignore[reportAssignmentType]
+    return factor, solved, noises
 
 
 def check_measurements(measurements: Tensor, design: Design) -> None:

@@ -21,19 +21,15 @@ MAX_CHUNK = 64
 
 @dataclass(frozen=True)
 class OperatorFit:
-    """Fitted operators and how well they were solved.
+    """Fitted operators and how well they were solved."""
 
-    Args:
-        coefficients: Shape ``(C, r, K)``: operator k gives output c of an example as ``phi . coefficients[c, :, k]``,
-            added to the frozen model's output if the fit is ``anchored``.
-        relative_gradient: Norm of each objective's gradient over its norm at zero, shape ``(K,)``.
-        iterations: Iterations of the slowest chunk.
-        anchored: Whether operators move the frozen model's outputs or stand in their place.
-    """
-
+    #: Shape ``(C, r, K)``: operator k gives output c of an example as ``phi . coefficients[c, :, k]``.
     coefficients: Tensor
+    #: Norm of each objective's gradient over its norm at zero, shape ``(K,)``.
     relative_gradient: Tensor
+    #: Of the slowest chunk.
     iterations: int
+    #: Whether operators move the frozen model's outputs or stand in their place.
     anchored: bool
 
 

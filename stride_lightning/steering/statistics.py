@@ -40,12 +40,11 @@ class StreamingStatistics:
         deviations, shift = features - mean, mean - self.mean
         between = self.count * count / (self.count + count)
         self._squares += deviations.square().sum(0) + between * shift.square()
-        projected, moved = (
-            (deviations, shift) if self._sketch is None else (deviations @ self._sketch, shift @ self._sketch)
-        )
-        self._scatter += projected.T @ projected + between * torch.outer(moved, moved)
+        if self._sketch is not None:
+            deviations, shift = deviations @ self._sketch, shift @ self._sketch
+        self._scatter += deviations.T @ deviations + between * torch.outer(shift, shift)
         self.count += count
-        self.mean = self.mean + shift * (count / self.count)
+        self.mean = self.mean + (mean - self.mean) * (count / self.count)
 
     def _start(self, features: Tensor) -> None:
         width = features.shape[1]
@@ -81,9 +80,5 @@ class StreamingStatistics:
 
     def tensors(self) -> dict[str, Tensor]:
         """Plain tensors to store."""
-        return {
-            "count": torch.tensor(self.count),
-            "mean": self.mean.float(),
-            "variance": self.variance.float(),
-            "covariance": self.covariance.float(),
-        }
+        values = {name: getattr(self, name).float() for name in ("mean", "variance", "covariance")}
+        return {"count": torch.tensor(self.count), **values}

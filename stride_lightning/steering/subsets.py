@@ -52,21 +52,19 @@ class Design:
     indices: Tensor | None = None
 
     def __post_init__(self) -> None:
-        stored = {"bits": self.bits, "indices": self.indices}
-        if sum(value is not None for value in stored.values()) != 1:
+        if (self.bits is None) == (self.indices is None):
             raise ValueError("A design stores its memberships either as `bits` or as `indices`, not both or neither.")
-        width = {"bits": (self.num_subsets + 7) // 8, "indices": self.degree}
-        for name, value in stored.items():
-            if value is not None and tuple(value.shape) != (self.num_train, width[name]):
-                raise ValueError(
-                    f"Design {name} have shape {tuple(value.shape)}; expected {(self.num_train, width[name])} for "
-                    f"{self.num_train} examples, {self.num_subsets} subsets and degree {self.degree}."
-                )
+        width = (self.num_subsets + 7) // 8 if self.indices is None else self.degree
+        ((name, stored),) = self.tensors().items()
+        if tuple(stored.shape) != (self.num_train, width):
+            raise ValueError(
+                f"Design {name} have shape {tuple(stored.shape)}; expected {(self.num_train, width)} for "
+                f"{self.num_train} examples, {self.num_subsets} subsets and degree {self.degree}."
+            )
 
     def info(self) -> dict[str, int]:
         """Plain values to store beside :meth:`tensors`."""
-        values = (self.num_subsets, self.num_train, self.degree, self.seed)
-        return dict(zip(("num_subsets", "num_train", "degree", "seed"), values, strict=True))
+        return {name: getattr(self, name) for name in ("num_subsets", "num_train", "degree", "seed")}
 
     def tensors(self) -> dict[str, Tensor]:
         """Plain tensors to store."""

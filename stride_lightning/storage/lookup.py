@@ -11,16 +11,13 @@ from torch import nn
 from stride_lightning.model.weights import attached_trainer
 from stride_lightning.storage.records import Record, RecordError, find_records, read_info, read_record
 
-#: Which callback writes which kind of record.
-_WRITERS = {"stride": "StrideCallback", "further-training": "FurtherTrainingCallback", "tracin": "TracInCallback"}
-
 
 def choose_record(
     explicit: str | Path | None,
     checkpoint: Mapping[str, Any] | None,
     model: nn.Module,
     weights: str,
-    asked: Mapping[str, Any],
+    options: Mapping[str, Any],
     kind: str = "stride",
 ) -> tuple[Record | None, str]:
     """The record to start from, and a sentence about it for the metadata.
@@ -30,7 +27,7 @@ def choose_record(
         checkpoint: The checkpoint whose weights are attributed; its callback state says where records are.
         model: The model; its attached trainer's callbacks say where records are.
         weights: Hash of the weights that are attributed.
-        asked: Options a record must agree with where they are not None, such as ``layers`` or ``num_subsets``.
+        options: What a record must agree with where they are not None, such as ``layers`` or ``num_subsets``.
         kind: What the record is to hold.
 
     Raises:
@@ -39,28 +36,30 @@ def choose_record(
         RecordError: If it is damaged.
     """
     if explicit is not None:
-        return _explicit_record(Path(explicit), weights, asked, kind), "given by the caller"
-    notes = []
-    for path in reversed(_known_records(checkpoint, model)):
+        return _explicit_record(Path(explicit), weights, options, kind), "given by the caller"
+    states = attached_states(model) + saved_states(checkpoint)
+    folders = dict.fromkeys(Path(state["dirpath"]) for state in states if state.get("dirpath"))
+    notes = ["none of these weights was found, so everything was computed on the spot"]
+    for path in reversed([record for folder in folders for record in find_records(folder)]):  # the newest first
         try:
             info = read_info(path)
             if info.get("kind") != kind or info.get("weights") != weights:
                 continue
-            conflict = _conflict(info, asked)
+            conflict = _conflict(info, options)
             if conflict is None:
                 return read_record(path), f"found at {path}, which has these weights"
             notes.append(f"{path} {conflict}")
         except (RecordError, FileNotFoundError) as error:
             notes.append(str(error))
-    computed = "none of these weights was found, so everything was computed on the spot"
-    return None, "; ".join([computed, *notes])
+    return None, "; ".join(notes)
 
 
 def attached_states(model: nn.Module) -> list[Mapping[str, Any]]:
     """States of the callbacks with records among those of the trainer that a model is attached to."""
     trainer = attached_trainer(model)
     callbacks = [] if trainer is None else trainer.callbacks
-    return [callback.state_dict() for callback in callbacks if _writes_records(callback)]
+    # By an attribute: callbacks/ builds on this file, not the other way round.
+    return [callback.state_dict() for callback in callbacks if hasattr(callback, "record_kind")]
 
 
 def saved_states(checkpoint: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
@@ -86,17 +85,16 @@ def explain_mismatch(record: Record, fingerprint: Mapping[str, Any], task: str) 
     return None
 
 
-def _explicit_record(path: Path, weights: str, asked: Mapping[str, Any], kind: str) -> Record:
-    candidates = find_records(path) if path.is_dir() else []
-    if not candidates:
-        candidates = [path]  # a record itself; reading says what is wrong if it is not
+def _explicit_record(path: Path, weights: str, options: Mapping[str, Any], kind: str) -> Record:
+    # Without records inside it is one itself; reading says what is wrong if it is not.
+    candidates = (find_records(path) if path.is_dir() else []) or [path]
     infos = {candidate: read_info(candidate) for candidate in candidates}
     kinds = sorted({repr(info.get("kind")) for info in infos.values()})
     infos = {candidate: info for candidate, info in infos.items() if info.get("kind") == kind}
     if not infos:
         raise ValueError(
-            f"{path} holds {', '.join(kinds)}, not what {_WRITERS[kind]} writes. Name one of its records, or the "
-            "folder that holds them."
+            f"{path} holds {', '.join(kinds)}, not what the callback for {kind!r} writes. Name one of its records, or "
+            "the folder that holds them."
         )
     fitting = [candidate for candidate, info in infos.items() if info.get("weights") == weights]
     if not fitting:
@@ -106,28 +104,16 @@ def _explicit_record(path: Path, weights: str, asked: Mapping[str, Any], kind: s
             "Pass the checkpoint of the same step as ckpt_path=, or leave out `record` to compute everything on the "
             "spot."
         )
-    conflicts = {candidate: _conflict(infos[candidate], asked) for candidate in fitting}
+    conflicts = {candidate: _conflict(infos[candidate], options) for candidate in fitting}
     agreeing = [candidate for candidate, conflict in conflicts.items() if conflict is None]
     if not agreeing:
         raise ValueError(f"The record {fitting[-1]} {conflicts[fitting[-1]]}. Leave out the option, or `record`.")
     return read_record(agreeing[-1])
 
 
-def _known_records(checkpoint: Mapping[str, Any] | None, model: nn.Module) -> list[Path]:
-    """Records in the folders that callback states name, oldest first."""
-    states = attached_states(model) + saved_states(checkpoint)
-    folders = dict.fromkeys(Path(state["dirpath"]) for state in states if state.get("dirpath"))
-    return [record for folder in folders for record in find_records(folder)]
-
-
-def _writes_records(callback: object) -> bool:
-    # By name: callbacks/ builds on this file, not the other way round.
-    return any(base.__name__ in _WRITERS.values() for base in type(callback).__mro__)
-
-
-def _conflict(info: Mapping[str, Any], asked: Mapping[str, Any]) -> str | None:
+def _conflict(info: Mapping[str, Any], options: Mapping[str, Any]) -> str | None:
     stored = {**info, **info.get("design", {})}
-    for name, value in asked.items():
+    for name, value in options.items():
         if value is not None and stored[name] != value:
             return f"has {name}={stored[name]!r}, but {name}={value!r} was asked for"
     return None

@@ -5,125 +5,184 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from stride_lightning.runtime.distributed import barrier, rank, world_size
+from stride_lightning.runtime.distributed import barrier, broadcast_object, rank, world_size
 from stride_lightning.runtime.parallel import each_in_a_thread
-from stride_lightning.storage.records import (
-    RecordError,
-    find_records,
-    read_info,
-    read_record,
-    remove_record,
-    write_record,
-)
+from stride_lightning.runtime.progress import counting
+from stride_lightning.runtime.randomness import preserved_random_state
+from stride_lightning.storage.records import RecordError, find_records, read_record, remove_record, write_record
+from stride_lightning.storage.stored import Stored
 
-Tensors: TypeAlias = dict[str, Tensor]
+#: About how many parts of each thread's work are stored one by one, and the fewest items in one.
+NUM_PARTS, SMALLEST_PART = 16, 16
 
 
-class Parts:
-    """The finished parts of a piece of work, beside the place where its result will stand.
+Finished = TypeVar("Finished", bound=Stored)
 
-    Parts are numbered, and what a part gives depends on its number alone. In a distributed run every rank does a share
-    and all get every part. Several runs of the same work may share one folder: each takes the parts that are not there.
+
+class Work:
+    """Long work on many items under several seeds, done chunk by chunk; the caller says what one chunk is.
+
+    With a path, a finished chunk is a part on disk, and a run that was killed goes on from the parts there are. What a
+    chunk gives must depend on its seed and items alone. In a distributed run every rank does a share of the chunks and
+    all get the whole. Several runs of the same work may share one path: each takes the parts that are not there.
 
     Args:
         path: Where the result will be written; the parts go to ``<path>.parts``. None keeps them in memory.
-        plan: Plain values that decide the work: a run is continued only if they are the same.
-        tensors: Tensors that decide the work, likewise.
-        free: Names in ``plan`` that may differ; what is on disk counts, because the numbers follow from it.
-
-    Raises:
-        ValueError: If ``<path>.parts`` holds parts of other work, naming what differs.
-        RecordError: If something there is damaged.
+        plan: Plain values that decide the work: a run is continued only if they are the same. A finished result has
+            them among its metadata.
+        tensors: Tensors that decide the work, likewise; a finished result has them as attributes.
 
     Example:
-        >>> parts = Parts(None, {"seed": 0}, {})
-        >>> [part["square"].item() for part in parts.do(3, lambda i: {"square": torch.tensor(i * i)})]
-        [0, 1, 4]
+        >>> work = Work(None, {}, {})
+        >>> squares = torch.arange(5) ** 2
+        >>> work.run(lambda seed, items, tick: seed + squares[items], seeds=[0, 100], num_items=5, largest=2)
+        tensor([[  0,   1,   4,   9,  16],
+                [100, 101, 104, 109, 116]])
     """
 
-    def __init__(
-        self, path: Path | None, plan: Mapping[str, Any], tensors: Tensors, *, free: tuple[str, ...] = ()
-    ) -> None:
-        self.folder = None if path is None else path.with_name(path.name + ".parts")
-        self.plan = dict(plan)
+    def __init__(self, path: str | Path | None, plan: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self.path = None if path is None else Path(path)
+        self.folder = None if self.path is None else self.path.with_name(self.path.name + ".parts")
+        self.plan, self.tensors = dict(plan), dict(tensors)
+        #: Items of a chunk; known once the work has begun.
+        self.chunk_size = 0
+
+    def finished(self, kind: type[Finished]) -> Finished | None:
+        """The result, if it stands at the path already; parts that a killed run left beside it are deleted.
+
+        Raises:
+            ValueError: If it is the result of other work, naming what differs.
+            RecordError: If it is damaged.
+        """
+        if self.path is None or not self.path.exists():
+            return None
+        result = kind.load(self.path)
+        decisive = {name: result.metadata.get(name) for name in self.plan}
+        differing = differences(
+            decisive, self.plan, {name: getattr(result, name) for name in self.tensors}, self.tensors
+        )
+        if differing:
+            raise ValueError(
+                f"{self.path} holds the result of other work, which differs in {differing}. Choose another path, or "
+                "delete it."
+            )
+        self._remove_parts()
+        return result
+
+    def run(
+        self,
+        compute: Callable[[int, slice, Callable[[int], Any]], Tensor],
+        *,
+        seeds: Sequence[int],
+        num_items: int,
+        largest: int,
+        num_threads: int = 1,
+        dim: int = 0,
+        ticks: Callable[[int], int] = lambda num_items: num_items,
+        description: str = "",
+        show_progress: bool = False,
+    ) -> Tensor:
+        """Do what is not done yet.
+
+        Args:
+            compute: Computes a chunk of a seed: ``(seed, items, tick) -> values``, and calls ``tick`` as it goes on.
+            seeds: Seeds, ``S`` of them.
+            num_items: Items under every seed, ``n`` of them.
+            largest: Most items of a chunk.
+            num_threads: Chunks computed at once.
+            dim: Dimension of the values along which the items of a chunk lie.
+            ticks: What a chunk of so many items adds to the progress bar.
+            description: What the progress bar says.
+            show_progress: Show it.
+
+        Returns:
+            The values of all chunks, with the seeds as first dimension and ``n`` items after ``dim`` others.
+
+        Raises:
+            ValueError: If ``<path>.parts`` holds parts of other work, naming what differs.
+            RecordError: If something there is damaged.
+        """
+        total = len(seeds) * num_items
+        size = min(largest, -(-total // num_threads))  # at least one chunk for every thread
+        if self.path is not None:  # a kill loses a part, but small ones cost time
+            size = min(size, max(SMALLEST_PART, -(-total // (NUM_PARTS * num_threads))))
+        self.chunk_size = size = self._begin(size)
+        chunks = [
+            (seed, slice(start, min(start + size, num_items))) for seed in seeds for start in range(0, num_items, size)
+        ]
+        lengths = [ticks(items.stop - items.start) for _, items in chunks]
+        mine = range(rank(), len(chunks), world_size())
+        with counting(sum(lengths), description, show_progress) as bar, preserved_random_state():
+
+            def values_of(number: int) -> Tensor:
+                return compute(*chunks[number], bar.update)
+
+            def store(number: int) -> None:
+                if os.path.lexists(self._part(number)):
+                    bar.update(lengths[number])
+                else:
+                    part = self._part(number)
+                    info = {"kind": "part", "number": number}
+                    write_record(part.parent, part.name, info, {"values": {"values": values_of(number)}})
+
+            if self.folder is None:
+                computed = each_in_a_thread(values_of, mine, num_threads)
+                values = _exchanged(dict(zip(mine, computed, strict=True)), len(chunks))
+            else:
+                each_in_a_thread(store, mine, num_threads)
+                barrier()
+                values = [self._read(number) for number in range(len(chunks))]
+        return torch.cat(values, dim).unflatten(dim, (len(seeds), num_items)).movedim(dim, 0).contiguous()
+
+    def keep(self, result: Finished) -> Finished:
+        """Write the result where it was to stand, and delete the parts."""
+        if self.path is not None:
+            result.save(self.path)
+            self._remove_parts()
+        return result
+
+    def _begin(self, chunk_size: int) -> int:
+        """Write the plan, or compare it with that of the run that began the work, whose chunk size counts then."""
+        size = cast("int", broadcast_object(chunk_size))  # ranks may have other numbers of threads
         if self.folder is None:
-            return
-        if rank() == 0 and not any(info.get("kind") == "plan" for info in self._infos().values()):
-            write_record(self.folder, "plan", {"kind": "plan", "plan": self.plan}, {"plan": tensors})
+            return size
+        if rank() == 0 and not _plans(self.folder):
+            plan = {**self.plan, "chunk_size": size}
+            write_record(self.folder, "plan", {"kind": "plan", "plan": plan}, {"plan": self.tensors})
         barrier()
-        stored = next(path for path, info in self._infos().items() if info.get("kind") == "plan")
-        record = read_record(stored)
-        kept = {name: record.info["plan"].get(name) for name in free}
-        self.plan |= kept
-        differing = differences(record.info["plan"], self.plan, record.tensors("plan"), tensors)
+        record = read_record(_plans(self.folder)[0])
+        plan = dict(record.info["plan"])
+        size = plan.pop("chunk_size")
+        differing = differences(plan, self.plan, record.tensors("plan"), self.tensors)
         if differing:
             raise ValueError(
                 f"{self.folder} holds the finished parts of other work, which differs in {differing}. Choose another "
                 "path, or delete the folder to begin anew."
             )
+        return size
 
-    def do(
-        self,
-        count: int,
-        compute: Callable[[int], Tensors],
-        done: Callable[[int], None] = lambda number: None,
-        *,
-        num_threads: int = 1,
-    ) -> list[Tensors]:
-        """All parts in order; those that are not there yet are computed.
-
-        Args:
-            count: Number of parts.
-            compute: Computes a part by its number.
-            done: Told of every part that was found instead of computed.
-            num_threads: Parts computed at once.
-        """
-        mine = range(rank(), count, world_size())
-        if self.folder is None:
-            computed = each_in_a_thread(compute, mine, num_threads)
-            return _exchanged(dict(zip(mine, computed, strict=True)), count)
-
-        def ensure(number: int) -> None:
-            if self._find(number) is not None:
-                done(number)
-            else:
-                info = {"kind": "part", "number": number}
-                write_record(self._folder(), f"part={number}", info, {"values": compute(number)})
-
-        each_in_a_thread(ensure, mine, num_threads)
-        barrier()
-        return [self._read(number) for number in range(count)]
-
-    def remove(self) -> None:
-        """Delete the parts, once the result stands elsewhere."""
-        barrier()
-        if self.folder is not None and rank() == 0:
-            remove_parts(self.folder)
-
-    def _find(self, number: int) -> Path | None:
-        path = self._folder() / f"part={number}"
-        return path if os.path.lexists(path) else None
-
-    def _read(self, number: int) -> Tensors:
-        path = self._find(number)
-        if path is None:
-            raise RecordError(f"Part {number} has vanished from {self.folder}. Run again to compute it anew.")
-        return read_record(path).tensors("values")
-
-    def _folder(self) -> Path:
+    def _part(self, number: int) -> Path:
         assert self.folder is not None
-        return self.folder
+        return self.folder / f"part={number}"
 
-    def _infos(self) -> dict[Path, dict[str, Any]]:
-        return {path: read_info(path) for path in find_records(self._folder()) if path.name.startswith("plan")}
+    def _read(self, number: int) -> Tensor:
+        if not os.path.lexists(self._part(number)):
+            raise RecordError(f"Part {number} has vanished from {self.folder}. Run again to compute it anew.")
+        return read_record(self._part(number)).tensors("values")["values"]
+
+    def _remove_parts(self) -> None:
+        barrier()
+        if rank() == 0 and self.folder is not None:
+            remove_parts(self.folder)
+        barrier()
 
 
 def remove_parts(folder: Path) -> None:
@@ -131,8 +190,8 @@ def remove_parts(folder: Path) -> None:
 
     What killed writers left in it goes too.
     """
-    records = find_records(folder)
-    for path in sorted(records, key=lambda path: path.name.startswith("plan")):
+    plans = _plans(folder)
+    for path in [*(path for path in find_records(folder) if path not in plans), *plans]:
         remove_record(path)
     for left in folder.glob(".*.part-*"):
         shutil.rmtree(left, ignore_errors=True)
@@ -140,47 +199,29 @@ def remove_parts(folder: Path) -> None:
         folder.rmdir()
 
 
-def check_same_work(
-    path: Path, stored: Mapping[str, Any], asked: Mapping[str, Any], stored_tensors: Tensors, asked_tensors: Tensors
-) -> None:
-    """Refuse a finished result of other work; of the same work, delete what parts a killed run left.
-
-    Args:
-        path: Where the result stands.
-        stored: Plain values that decided it, perhaps among others.
-        asked: Those that are asked for now.
-        stored_tensors: Tensors that decided it.
-        asked_tensors: Those that are asked for now.
-
-    Raises:
-        ValueError: Naming what differs.
-    """
-    decisive = {name: stored.get(name) for name in asked}
-    differing = differences(decisive, asked, stored_tensors, asked_tensors)
-    if differing:
-        raise ValueError(
-            f"{path} holds the result of other work, which differs in {differing}. Choose another path, or delete it."
-        )
-    if rank() == 0:
-        remove_parts(path.with_name(path.name + ".parts"))
-    barrier()
-
-
 def differences(
-    stored: Mapping[str, Any], asked: Mapping[str, Any], stored_tensors: Tensors, asked_tensors: Tensors
+    stored: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    stored_tensors: Mapping[str, Tensor],
+    wanted_tensors: Mapping[str, Tensor],
 ) -> str:
     """What differs between two plans, in words; empty if nothing does."""
-    found = []
-    for name in sorted(stored.keys() | asked.keys()):
-        before, now = _plain(stored.get(name)), _plain(asked.get(name))
+    differing = []
+    for name in sorted(stored.keys() | wanted.keys()):
+        before, now = _plain(stored.get(name)), _plain(wanted.get(name))
         if before != now:
-            long = isinstance(before, dict | list) or len(f"{before}{now}") > 200
-            found.append(f"{name}" if long else f"{name} ({before!r} there, {now!r} asked for)")
-    for name in sorted(stored_tensors.keys() | asked_tensors.keys()):
-        one, other = stored_tensors.get(name), asked_tensors.get(name)
+            is_long = isinstance(before, dict | list) or len(f"{before}{now}") > 200
+            differing.append(name if is_long else f"{name} ({before!r} there, {now!r} asked for)")
+    for name in sorted(stored_tensors.keys() | wanted_tensors.keys()):
+        one, other = stored_tensors.get(name), wanted_tensors.get(name)
         if one is None or other is None or one.shape != other.shape or not torch.equal(one, other.cpu()):
-            found.append(name)
-    return ", ".join(found)
+            differing.append(name)
+    return ", ".join(differing)
+
+
+def _plans(folder: Path) -> list[Path]:
+    """The plan of a folder of parts; more than one where several runs began at the same moment."""
+    return [path for path in find_records(folder) if path.name.startswith("plan")]
 
 
 def _plain(value: Any) -> Any:
@@ -190,10 +231,10 @@ def _plain(value: Any) -> Any:
     return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def _exchanged(mine: dict[int, Tensors], count: int) -> list[Tensors]:
+def _exchanged(mine: dict[int, Tensor], count: int) -> list[Tensor]:
     shares: list[Any] = [mine]
     if world_size() > 1:
         shares = [None] * world_size()
         dist.all_gather_object(shares, mine)
-    every = {number: part for share in shares for number, part in share.items()}
+    every = {number: values for share in shares for number, values in share.items()}
     return [every[number] for number in range(count)]

@@ -7,13 +7,10 @@ hidden ``.<name>.part-*`` folder, which readers ignore and anyone may delete.
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import os
 import re
-import secrets
-import shutil
 import stat
 import time
 from collections.abc import Mapping
@@ -27,7 +24,14 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-__all__ = ["JSON", "Record", "RecordError", "find_records", "read_info", "read_record", "remove_record", "write_record"]
+from stride_lightning.storage.files import (
+    hidden_name,
+    remove_folder,
+    rename_to_free_name,
+    sha256,
+    sync_folder,
+    write_file,
+)
 
 JSON: TypeAlias = bool | int | float | str | list[Any] | tuple[Any, ...] | dict[str, Any] | None
 PathLike: TypeAlias = str | os.PathLike[str]
@@ -130,35 +134,29 @@ def write_record(
 
     parent = Path(dirpath)
     parent.mkdir(parents=True, exist_ok=True)
-    path = _hidden(parent / name)
+    path = hidden_name(parent / name)
     try:
         os.mkdir(path)
         sums = {
-            group + _SUFFIX: _write_file(path / (group + _SUFFIX), save_tensors(_storable(group, named)))
+            group + _SUFFIX: write_file(path / (group + _SUFFIX), save_tensors(_storable(group, named)))
             for group, named in tensors.items()
         }
         stamped = {"schema": _SCHEMA, "written": time.time_ns(), **info}
-        sums[_INFO] = _write_file(path / _INFO, json.dumps(stamped, indent=1, allow_nan=False).encode())
+        sums[_INFO] = write_file(path / _INFO, json.dumps(stamped, indent=1, allow_nan=False).encode())
         lines = "".join(f"{sums[file]}  {file}\n" for file in sorted(sums))
-        _write_file(path / _MANIFEST, f"{lines}{_sha256(lines.encode())}  {_MANIFEST}\n".encode())
-        _sync_folder(path)
-        path = _rename_to_free_name(path, parent / name)
-        _sync_folder(parent)
+        write_file(path / _MANIFEST, f"{lines}{sha256(lines.encode())}  {_MANIFEST}\n".encode())
+        sync_folder(path)
+        path = rename_to_free_name(path, parent / name)
+        sync_folder(parent)
     except BaseException:  # Ctrl-C too
         with contextlib.suppress(OSError):  # what the caller must see is the first error
-            _remove(path)
+            remove_folder(path)
         raise
     return path
 
 
 def read_record(path: PathLike) -> Record:
-    """Verify every byte of a record and open it.
-
-    Args:
-        path: The record's folder.
-
-    Returns:
-        The record.
+    """Verify every byte of a record, given by its folder, and open it.
 
     Raises:
         FileNotFoundError: If there is nothing at `path`.
@@ -183,13 +181,9 @@ def read_record(path: PathLike) -> Record:
 
 
 def read_info(path: PathLike) -> dict[str, Any]:
-    """Read a record's plain values; only the manifest and ``record.json`` are verified, cheap enough to search many.
+    """Read a record's plain values, ``"schema"`` and ``"written"`` among them.
 
-    Args:
-        path: The record's folder.
-
-    Returns:
-        The plain values, including ``"schema"`` and ``"written"``.
+    Only the manifest and ``record.json`` are verified, which is cheap enough to search many.
 
     Raises:
         FileNotFoundError: If there is nothing at `path`.
@@ -217,17 +211,11 @@ def read_info(path: PathLike) -> dict[str, Any]:
 
 
 def find_records(dirpath: PathLike) -> list[Path]:
-    """List the records directly inside a folder, oldest first.
+    """List the records directly inside a folder, oldest first; none if the folder is missing.
 
     The order is that of ``info["written"]``, the clock at writing, because modification times do not survive copying;
     ties go by name, ``v2`` before ``v10``. A record whose ``record.json`` is damaged is listed by its modification
     time: leaving it out would hide the damage. Hidden folders, symlinks and folders without a manifest are not listed.
-
-    Args:
-        dirpath: The folder to look in.
-
-    Returns:
-        Paths of the records; empty if the folder is missing.
 
     Example:
         >>> import tempfile
@@ -236,92 +224,28 @@ def find_records(dirpath: PathLike) -> list[Path]:
         ...     [path.name for path in find_records(folder)]
         ['b', 'a', 'b-v1']
     """
-    found: list[tuple[int, list[str | int], Path]] = []
+    by_age: list[tuple[int, list[str | int], Path]] = []
     for path in Path(dirpath).iterdir() if os.path.exists(dirpath) else ():
         if path.name.startswith(".") or path.is_symlink() or not os.path.lexists(path / _MANIFEST):
             continue
         by_number = [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
         with contextlib.suppress(FileNotFoundError):  # another process has removed it since the listing
-            found.append((_time_written(path), by_number, path))
-    return [path for *_, path in sorted(found)]
+            by_age.append((_time_written(path), by_number, path))
+    return [path for *_, path in sorted(by_age)]
 
 
 def remove_record(path: PathLike) -> None:
     """Delete a record, damaged or not; at no moment is half a record visible.
 
-    Args:
-        path: The record's folder.
-
     Raises:
         FileNotFoundError: If there is nothing at `path`.
         RecordError: If it is not a record, or a symlink to one.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     remove_record(write_record(folder, "final", {}, {}))
-        ...     find_records(folder)
-        []
     """
     path = Path(os.path.abspath(path))
     _require_record(path)
     if path.is_symlink():
         raise RecordError(f"'{path}' is a symlink: remove the record it points to, '{path.resolve()}'")
-    _remove(path)
-
-
-def _hidden(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part-{os.getpid()}-{secrets.token_hex(4)}")
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _write_file(path: Path, content: bytes) -> str:
-    with open(path, "xb") as file:  # x: names that differ only in case are one file on some file systems
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return _sha256(content)
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name != "nt":  # Windows cannot open folders
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _rename_to_free_name(part: Path, wanted: Path) -> Path:
-    path, version = wanted, 0
-    while os.path.lexists(path) or not _rename(part, path):
-        version += 1
-        path = wanted.with_name(f"{wanted.name}-v{version}")
-    return path
-
-
-def _rename(source: Path, target: Path) -> bool:
-    try:
-        os.rename(source, target)
-    except OSError:  # refused if another writer took the name since we looked
-        if not os.path.lexists(target):
-            raise
-        return False
-    return True
-
-
-def _remove(path: Path) -> None:
-    """Delete a folder; a record first leaves its visible name, because deleting is many steps and renaming is one."""
-    hidden = path if path.name.startswith(".") else _hidden(path)
-    if hidden != path:
-        os.rename(path, hidden)
-    try:
-        _sync_folder(path.parent)  # the new name reaches the disk before the first file is gone
-    finally:
-        shutil.rmtree(hidden)
+    remove_folder(path)
 
 
 def _storable(group: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -373,8 +297,8 @@ def _read_file(record: Path, file: str, checksum: str | None = None) -> bytes:
     if not stat.S_ISREG(mode):
         raise _damaged(record, file, "a regular file", "a symlink" if stat.S_ISLNK(mode) else "a folder or device")
     content = (record / file).read_bytes()
-    if checksum is not None and _sha256(content) != checksum:
-        raise _damaged(record, file, f"SHA-256 {checksum}", f"{_sha256(content)} ({len(content)} bytes)")
+    if checksum is not None and sha256(content) != checksum:
+        raise _damaged(record, file, f"SHA-256 {checksum}", f"{sha256(content)} ({len(content)} bytes)")
     return content
 
 
@@ -384,7 +308,7 @@ def _read_manifest(record: Path) -> dict[str, str]:
     content = _read_file(record, _MANIFEST)
     if not (match := _LINES.fullmatch(content)):
         raise _damaged(record, _MANIFEST, "lines '<sha256>  <file>'", f"another form ({len(content)} bytes)")
-    if (came := _sha256(match[1])) != match[2].decode():
+    if (came := sha256(match[1])) != match[2].decode():
         raise _damaged(record, _MANIFEST, f"SHA-256 {match[2].decode()} of the lines before the last", came)
     pairs = [(line[66:], line[:64]) for line in match[1].decode().splitlines()]
     files = [file for file, _ in pairs]

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
-from stride_lightning.views.ranking import RankedExample, interval_text, query_facts, score_text, shortened
+from stride_lightning.results.scores import AttributionResult
+from stride_lightning.results.texts import interval_text, score_text, shortened
+from stride_lightning.views.ranking import RankedExample, query_facts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from stride_lightning.results.attribution import Attribution
 
 #: Proponents and opponents of each query.
 Ranked: TypeAlias = "Sequence[tuple[list[RankedExample], list[RankedExample]]]"
@@ -26,14 +26,14 @@ _CHART, _BAR, _TITLE, _AXIS = 4.6, 0.27, 0.42, 0.5
 
 
 def draw_pictures(
-    attribution: Attribution, queries: Sequence[int], ranked: Ranked, to_image: Callable[[Any], Tensor | None]
+    attribution: AttributionResult, queries: Sequence[int], ranked: Ranked, to_image: Callable[[Any], Tensor | None]
 ) -> Figure:
     """One row per query: its picture, then its proponents framed in green and its opponents framed in red.
 
     Args:
         attribution: The scores, with ``queries`` and ``train_data``.
         queries: Rows of the scores.
-        ranked: Their proponents and opponents.
+        ranked: Of each of them.
         to_image: Picture of an example, shape ``(H, W)`` or ``(H, W, 3)`` in 0..1.
     """
     assert attribution.queries is not None
@@ -91,14 +91,8 @@ def draw_pictures(
     return figure
 
 
-def draw_bars(attribution: Attribution, queries: Sequence[int], ranked: Ranked) -> Figure:
-    """One chart per query, bars in order of their score, error bars of one posterior standard deviation.
-
-    Args:
-        attribution: The scores.
-        queries: Rows of the scores.
-        ranked: Their proponents and opponents.
-    """
+def draw_bars(attribution: AttributionResult, queries: Sequence[int], ranked: Ranked) -> Figure:
+    """One chart per query, bars in order of their score, error bars of one posterior standard deviation."""
     heights = [_TITLE + _AXIS + _BAR * max(1, len(helpful) + len(harmful)) for helpful, harmful in ranked]
     labels = [_bar_label(example) for groups in ranked for examples in groups for example in examples]
     figure = blank_figure(1, 1)

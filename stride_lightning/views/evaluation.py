@@ -1,57 +1,33 @@
-"""An evaluation as text, as a figure, and in the dashboards of Lightning's loggers."""
+"""An evaluation as Markdown, as a figure, and in the dashboards of Lightning's loggers."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stride_lightning.results.evaluation import NAME_LENGTH, caption, ceiling_line, text_rows, value_table
+from stride_lightning.results.texts import shortened
 from stride_lightning.views.drawing import GREY, INK, RULE, blank_figure, text_width, write_text
-from stride_lightning.views.loggers import escaped, pixels_of
-from stride_lightning.views.ranking import score_text, shortened
+from stride_lightning.views.loggers import escaped, pixels_of, single_loggers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from stride_lightning.results.evaluation import Evaluation, EvaluationRow
+    from stride_lightning.results.evaluation import Evaluation
 
 # In inches.
 _CHART, _CURVES, _BAR, _TITLE, _AXIS, _MARGIN, _LOWEST = 4.2, 3.0, 0.36, 0.5, 0.55, 0.25, 1.5
-_NAME = 40  # characters
-
-
-def text_table(evaluation: Evaluation) -> str:
-    """Lines of plain text: what was measured, the aligned table, the noise ceiling."""
-    header, cells = _cells(evaluation)
-    table = [header, *cells]
-    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-    return "\n".join([_caption(evaluation), *lines, _ceiling_line(evaluation)])
 
 
 def markdown_evaluation(evaluation: Evaluation) -> str:
     """The table as Markdown; names are escaped."""
-    header, cells = _cells(evaluation)
-    rows = [[escaped(cell) if column == 0 else cell for column, cell in enumerate(row)] for row in cells]
-    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
-    lines.insert(1, "|---|" + "---:|" * (len(header) - 1))
-    return "\n".join([_caption(evaluation), "", *lines, "", _ceiling_line(evaluation)])
-
-
-def value_table(evaluation: Evaluation) -> tuple[list[str], list[list[Any]]]:
-    """The table as columns and rows of numbers, None where there is none."""
-    ks = _ks(evaluation)
-    columns = ["method", "lds", "lds_lower", "lds_upper", "lds_of_ceiling", "num_constant"]
-    columns += [f"rise_without_top_{k}" for k in ks] + ["seconds", "memory_bytes"]
-    rows = []
-    for row in evaluation.rows:
-        rises = [(row.counterfactual or {}).get(k) for k in ks]
-        scores = [row.lds, row.lds_lower, row.lds_upper, evaluation.share_of_ceiling(row.name)]
-        rows.append([row.name, *scores, row.num_constant, *rises, row.seconds, row.memory_bytes])
-    return columns, rows
+    table = text_rows(evaluation)
+    lines = ["| " + " | ".join([escaped(name), *cells]) + " |" for name, *cells in table]
+    lines.insert(1, "|---|" + "---:|" * (len(table[0]) - 1))
+    return "\n".join([caption(evaluation), "", *lines, "", ceiling_line(evaluation)])
 
 
 def scalars_of(evaluation: Evaluation) -> dict[str, float]:
@@ -64,23 +40,17 @@ def scalars_of(evaluation: Evaluation) -> dict[str, float]:
     return scalars
 
 
-def log_evaluation(evaluation: Evaluation, loggers: Iterable[Any], *, step: int) -> None:
+def log_evaluation(evaluation: Evaluation, loggers: Any, *, step: int) -> None:
     """Log scalars to every logger, and the table and the figure to those that can show them.
 
-    As in :func:`~stride_lightning.views.loggers.log_attribution`, loggers are asked for what they can do. The figure
-    needs matplotlib and is left out without it.
-
-    Args:
-        evaluation: What is logged.
-        loggers: Lightning loggers; None among them is skipped.
-        step: Global step to log at.
+    Arguments as in :meth:`~stride_lightning.Evaluation.log`. As in
+    :func:`~stride_lightning.views.loggers.log_attribution`, loggers are asked for what they can do, and the figure is
+    left out without matplotlib.
     """
     scalars = scalars_of(evaluation)
     columns, rows = value_table(evaluation)
     figure = plot_evaluation(evaluation) if importlib.util.find_spec("matplotlib") else None
-    for logger in loggers:
-        if logger is None:
-            continue
+    for logger in single_loggers(loggers):
         logger.log_metrics(scalars, step)
         if hasattr(logger, "log_table"):
             logger.log_table("evaluation/table", columns=columns, data=rows, step=step)
@@ -96,23 +66,13 @@ def log_evaluation(evaluation: Evaluation, loggers: Iterable[Any], *, step: int)
 
 
 def plot_evaluation(evaluation: Evaluation) -> Figure:
-    """Bars of the scores with intervals, dots for single queries, a line at the ceiling; and counterfactual curves.
-
-    Args:
-        evaluation: What is drawn.
-
-    Returns:
-        A figure of one chart, or two if counterfactuals were measured.
-
-    Raises:
-        ModuleNotFoundError: If matplotlib is not installed.
-    """
+    """Bars of the scores with intervals, dots for single queries, a line at the ceiling; and counterfactual curves."""
     figure = blank_figure(1, 1)
-    labels = [shortened(row.name, _NAME) for row in evaluation.rows]
-    texts = [_interval(row) for row in evaluation.rows]
+    labels = [shortened(row.name, NAME_LENGTH) for row in evaluation.rows]
+    texts = [row.interval_text for row in evaluation.rows]
     left = _MARGIN + 0.1 + max(text_width(figure, label, 8.5) for label in labels)
     right = left + _CHART + 0.25 + max(text_width(figure, text, 8) for text in texts)
-    curves = right + 0.6 if _ks(evaluation) else None
+    curves = right + 0.6 if evaluation.ks else None
     inner = max(_LOWEST, _BAR * len(labels)) if curves else _BAR * len(labels)
     width, height = (curves + _CURVES if curves else right) + _MARGIN, _TITLE + inner + _AXIS
     figure.set_size_inches(width, height)
@@ -165,7 +125,7 @@ def _fill_scores(axes: Axes, evaluation: Evaluation, labels: list[str], texts: l
 
 
 def _fill_curves(axes: Axes, evaluation: Evaluation, labels: list[str], colors: list[str]) -> None:
-    ks = _ks(evaluation)
+    ks = evaluation.ks
     for row, label, color in zip(evaluation.rows, labels, colors, strict=True):
         if row.counterfactual:
             axes.plot(list(row.counterfactual), list(row.counterfactual.values()), "o-", color=color, label=label)
@@ -179,54 +139,3 @@ def _fill_curves(axes: Axes, evaluation: Evaluation, labels: list[str], colors: 
         text.set_parse_math(False)
     axes.set_xlabel("examples removed: the top k of each query", fontsize=7.5, color=GREY)
     axes.set_ylabel("mean rise of its loss", fontsize=7.5, color=GREY)
-
-
-def _cells(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
-    """Header and rows as text; a column that would be empty is left out, but for seconds and memory."""
-    ks, ceiling = _ks(evaluation), evaluation.ceiling
-    constant = any(row.num_constant for row in evaluation.rows)
-    header = ["method", "LDS"] + ["of ceiling"] * bool(ceiling) + ["constant queries"] * constant
-    header += [f"without top {k}" for k in ks] + ["seconds", "memory"]
-    rows = []
-    for row in evaluation.rows:
-        rises = [(row.counterfactual or {}).get(k) for k in ks]
-        cells = [shortened(row.name, _NAME), _interval(row)]
-        cells += [f"{100 * row.lds / ceiling:.0f} %"] if ceiling else []
-        cells += [str(row.num_constant)] * constant
-        cells += ["-" if rise is None else score_text(rise) for rise in rises]
-        rows.append([*cells, _seconds(row.seconds), _memory(row.memory_bytes)])
-    return header, rows
-
-
-def _caption(evaluation: Evaluation) -> str:
-    seeds = f"{evaluation.num_seeds} seed{'s' if evaluation.num_seeds > 1 else ''}"
-    queries = f"{evaluation.num_queries} quer{'ies' if evaluation.num_queries > 1 else 'y'}"
-    removal = "; without top k: mean rise of the loss" if _ks(evaluation) else ""
-    interval = f"with {100 * evaluation.confidence:g} % intervals"
-    return f"LDS of {queries} over {evaluation.num_subsets} subsets x {seeds}, {interval}{removal}"
-
-
-def _ceiling_line(evaluation: Evaluation) -> str:
-    if evaluation.ceiling is None:
-        return "noise ceiling unknown: it takes a ground truth of at least two seeds"
-    return f"noise ceiling {evaluation.ceiling:.2f}: what a perfect predictor would get"
-
-
-def _ks(evaluation: Evaluation) -> list[int]:
-    return sorted({k for row in evaluation.rows for k in row.counterfactual or {}})
-
-
-def _interval(row: EvaluationRow) -> str:
-    return f"{row.lds:.3f} [{row.lds_lower:.3f}, {row.lds_upper:.3f}]"
-
-
-def _seconds(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    return f"{seconds:.2g}" if seconds < 1 else f"{seconds:.1f}" if seconds < 100 else f"{seconds:.0f}"
-
-
-def _memory(memory: int | None) -> str:
-    if memory is None:
-        return "-"
-    return f"{memory / 2**20:.0f} MiB" if memory < 10 * 2**30 else f"{memory / 2**30:.0f} GiB"

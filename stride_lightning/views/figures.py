@@ -10,25 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stride_lightning.results.scores import AttributionResult
 from stride_lightning.views.drawing import draw_bars, draw_pictures
 from stride_lightning.views.ranking import rank_examples
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from stride_lightning.results.attribution import Attribution
-
 
 def plot_grid(
-    attribution: Attribution, queries: Sequence[int], k: int = 5, *, image_shape: tuple[int, ...] | None = None
+    attribution: AttributionResult, queries: Sequence[int], k: int = 5, *, image_shape: tuple[int, ...] | None = None
 ) -> Figure:
     """A figure with one row per query: its proponents and opponents as pictures, or as bars if inputs are no images.
 
-    Args:
-        attribution: The scores; with ``queries`` and ``train_data`` if pictures are wanted.
-        queries: Rows of the scores.
-        k: At most how many proponents, and how many opponents, of each query.
-        image_shape: Shape that makes a picture of flattened inputs, such as ``(28, 28)``.
+    Arguments as in :meth:`~stride_lightning.Attribution.plot`; ``queries`` are rows of the scores.
 
     Returns:
         A figure without pyplot: ``figure.savefig("queries.png")`` writes it, nothing needs closing.
@@ -55,7 +50,7 @@ def plot_grid(
     return draw_bars(attribution, rows, ranked)
 
 
-def shows_images(attribution: Attribution, *, image_shape: tuple[int, ...] | None = None) -> bool:
+def shows_images(attribution: AttributionResult, *, image_shape: tuple[int, ...] | None = None) -> bool:
     """Whether queries and training examples are at hand and are images, so that figures show pictures.
 
     Example:

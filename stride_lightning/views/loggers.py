@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stride_lightning.results.scores import AttributionResult
+from stride_lightning.results.texts import interval_text, shortened
 from stride_lightning.views.figures import plot_grid, shows_images
-from stride_lightning.views.ranking import RankedExample, interval_text, query_facts, rank_examples, shortened
+from stride_lightning.views.ranking import RankedExample, query_facts, rank_examples
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from stride_lightning.results.attribution import Attribution
 
 #: Characters that Markdown or HTML give a meaning, inside a table cell or a heading.
 _ENTITIES = {ord(character): f"&#{ord(character)};" for character in "&<>|\\`*_~[]#\"'"}
@@ -22,9 +22,15 @@ _ENTITIES = {ord(character): f"&#{ord(character)};" for character in "&<>|\\`*_~
 _CELL = 200
 
 
+def single_loggers(loggers: Any) -> list[Any]:
+    """Those of a trainer, of a list, or the one; None is left out."""
+    loggers = getattr(loggers, "loggers", loggers)
+    return [logger for logger in (loggers if isinstance(loggers, list | tuple) else [loggers]) if logger is not None]
+
+
 def log_attribution(
-    attribution: Attribution,
-    loggers: Iterable[Any],
+    attribution: AttributionResult,
+    loggers: Any,
     *,
     step: int,
     k: int = 5,
@@ -36,15 +42,8 @@ def log_attribution(
     Names begin with the attribution's method, here ``stride``.
     Loggers are asked for what they can do, not for their class: TensorBoard gets the histograms ``stride/scores`` and
     ``stride/std``, the text ``stride/top_examples`` and the figure ``stride/top_pictures``; Weights & Biases gets the
-    last two as a table and an image. Pictures need image inputs and matplotlib, and are left out otherwise.
-
-    Args:
-        attribution: The scores; with ``queries`` and ``train_data`` if pictures are wanted.
-        loggers: Lightning loggers; None among them is skipped.
-        step: Global step to log at.
-        k: Proponents and opponents shown per query; also the ``k`` of ``stride/top_share``.
-        max_queries: Queries shown, from the first; all are in the scalars and histograms.
-        image_shape: Shape that makes a picture of flattened inputs, such as ``(28, 28)``.
+    last two as a table and an image. Pictures need image inputs and matplotlib, and are left out otherwise. Arguments
+    as in :meth:`~stride_lightning.Attribution.log`; ``k`` is also that of ``stride/top_share``.
 
     Example:
         >>> import tempfile
@@ -61,29 +60,33 @@ def log_attribution(
     figure: Figure | None = None
     if queries and importlib.util.find_spec("matplotlib") and shows_images(attribution, image_shape=image_shape):
         figure = plot_grid(attribution, queries, k, image_shape=image_shape)
-    for logger in loggers:
-        if logger is None:
-            continue
+    for logger in single_loggers(loggers):
         logger.log_metrics(scalars, step)
         if queries and hasattr(logger, "log_table"):
             columns, rows = example_table(attribution, queries, k)
             logger.log_table(f"{tag}/top_examples", columns=columns, data=rows, step=step)
         if figure is not None and hasattr(logger, "log_image"):
             logger.log_image(f"{tag}/top_pictures", [pixels_of(figure)], step=step)
-        _log_to_experiment(getattr(logger, "experiment", None), attribution, queries, k, step, figure)
+        # A TensorBoard writer. Never `add_scalars` or `add_hparams`: they open runs of their own.
+        experiment: Any = getattr(logger, "experiment", None)
+        if hasattr(experiment, "add_histogram"):
+            for name, values in attribution.distributions.items():
+                experiment.add_histogram(f"{tag}/{name}", values.float(), step)
+        if queries and hasattr(experiment, "add_text"):
+            experiment.add_text(f"{tag}/top_examples", markdown_table(attribution, queries, k), step)
+        if figure is not None and hasattr(experiment, "add_figure"):
+            experiment.add_figure(f"{tag}/top_pictures", figure, step, close=False)
+        if hasattr(experiment, "add_histogram") and hasattr(experiment, "flush"):
+            experiment.flush()
 
 
-def tag_of(attribution: Attribution) -> str:
+def tag_of(attribution: AttributionResult) -> str:
     """What names in dashboards begin with: the method, so that several can be logged side by side."""
     return str(attribution.metadata.get("method", "stride"))
 
 
-def summarize(attribution: Attribution, k: int) -> dict[str, float]:
+def summarize(attribution: AttributionResult, k: int) -> dict[str, float]:
     """Scalars that describe all scores, where the attribution holds all, and what they cost.
-
-    Args:
-        attribution: The scores.
-        k: Size of the top in ``stride/top_share``.
 
     Returns:
         ``stride/score_std`` (over all scores), ``stride/top_share`` (share of a query's total absolute score that its
@@ -118,7 +121,7 @@ def summarize(attribution: Attribution, k: int) -> dict[str, float]:
     return scalars
 
 
-def markdown_table(attribution: Attribution, queries: Iterable[int], k: int) -> str:
+def markdown_table(attribution: AttributionResult, queries: Iterable[int], k: int) -> str:
     """Proponents and opponents of some queries as Markdown, one table each; text from the data is escaped.
 
     Example:
@@ -152,7 +155,7 @@ def markdown_table(attribution: Attribution, queries: Iterable[int], k: int) -> 
     return "\n\n".join(parts)
 
 
-def example_table(attribution: Attribution, queries: Iterable[int], k: int) -> tuple[list[str], list[list[Any]]]:
+def example_table(attribution: AttributionResult, queries: Iterable[int], k: int) -> tuple[list[str], list[list[Any]]]:
     """Proponents and opponents of some queries as columns and rows; text as it is.
 
     Example:
@@ -173,28 +176,7 @@ def example_table(attribution: Attribution, queries: Iterable[int], k: int) -> t
     return columns, rows
 
 
-def _log_to_experiment(
-    experiment: Any,
-    attribution: Attribution,
-    queries: range,
-    k: int,
-    step: int,
-    figure: Figure | None,
-) -> None:
-    """What a TensorBoard writer shows. Never `add_scalars` or `add_hparams`: they open runs of their own."""
-    tag = tag_of(attribution)
-    if hasattr(experiment, "add_histogram"):
-        for name, values in attribution.distributions.items():
-            experiment.add_histogram(f"{tag}/{name}", values.float(), step)
-    if queries and hasattr(experiment, "add_text"):
-        experiment.add_text(f"{tag}/top_examples", markdown_table(attribution, queries, k), step)
-    if figure is not None and hasattr(experiment, "add_figure"):
-        experiment.add_figure(f"{tag}/top_pictures", figure, step, close=False)
-    if hasattr(experiment, "add_histogram") and hasattr(experiment, "flush"):
-        experiment.flush()
-
-
-def _ranked_rows(attribution: Attribution, query: int, k: int) -> Iterator[tuple[str, int, RankedExample]]:
+def _ranked_rows(attribution: AttributionResult, query: int, k: int) -> Iterator[tuple[str, int, RankedExample]]:
     for side, examples in zip(("proponent", "opponent"), rank_examples(attribution, query, k), strict=True):
         for rank, example in enumerate(examples, 1):
             yield side, rank, example

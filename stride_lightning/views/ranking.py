@@ -1,29 +1,18 @@
-"""The rows that every view shows: the ranked training examples of one query, and how they are written."""
+"""The rows that every view shows: the ranked training examples of one query, and what is known of them."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from stride_lightning.results.attribution import Attribution
+from stride_lightning.results.scores import AttributionResult
 
 
 @dataclass(frozen=True)
 class RankedExample:
-    """One proponent or opponent.
-
-    Args:
-        column: Its column of the scores.
-        position: Its position in the training dataset.
-        score: Its score.
-        std: Posterior standard deviation of the score, if there is one.
-        target: Its target as text, if it has one.
-        info: Its values of the columns of ``train_info``, as text.
-    """
+    """One proponent or opponent; target and values of ``train_info`` are texts."""
 
     column: int
     position: int
@@ -33,18 +22,12 @@ class RankedExample:
     info: tuple[str, ...]
 
 
-def rank_examples(attribution: Attribution, query: int, k: int) -> tuple[list[RankedExample], list[RankedExample]]:
-    """Proponents and opponents of one query, strongest first.
+def rank_examples(
+    attribution: AttributionResult, query: int, k: int
+) -> tuple[list[RankedExample], list[RankedExample]]:
+    """Proponents and opponents of one query, strongest first, at most ``k`` of each.
 
     Examples that score exactly zero, or have the other sign, are neither.
-
-    Args:
-        attribution: The scores.
-        query: Row of the scores.
-        k: At most how many of each; fewer where the attribution holds fewer.
-
-    Returns:
-        Proponents and opponents, at most ``k`` of each.
 
     Example:
         >>> import torch
@@ -74,7 +57,7 @@ def rank_examples(attribution: Attribution, query: int, k: int) -> tuple[list[Ra
     return proponents, examples(top.opponents, top.opponent_scores, top.opponent_stds, -1)
 
 
-def query_facts(attribution: Attribution, query: int) -> dict[str, str]:
+def query_facts(attribution: AttributionResult, query: int) -> dict[str, str]:
     """What is known of a query beside its scores: its target, then the columns of ``query_info``, as text.
 
     Example:
@@ -102,44 +85,3 @@ def target_text(targets: Tensor | None, index: int) -> str | None:
     values: list[Any] = targets[index].flatten()[:4].tolist()
     texts = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
     return texts[0] if targets[index].numel() == 1 else f"({', '.join(texts[:3] + ['...'] * (len(texts) > 3))})"
-
-
-def score_text(score: float) -> str:
-    """A score with its sign and at least two significant digits, without an exponent where it reads well.
-
-    Example:
-        >>> score_text(0.0123), score_text(-0.5), score_text(12.34), score_text(4.2e-7)
-        ('+0.012', '-0.50', '+12', '+4.2e-07')
-    """
-    return f"{score:+.{_decimals(score)}f}" if _is_plain(score) else f"{score:+.1e}"
-
-
-def interval_text(score: float, std: float | None) -> str:
-    """A score and, where there is one, its standard deviation.
-
-    Example:
-        >>> interval_text(0.0123, 0.00456), interval_text(0.0123, None)
-        ('+0.012 ± 0.0046', '+0.012')
-    """
-    if std is None:
-        return score_text(score)
-    return f"{score_text(score)} ± {score_text(std).removeprefix('+')}"
-
-
-def shortened(text: str, length: int) -> str:
-    """Text on one line, cut with an ellipsis after ``length`` characters.
-
-    Example:
-        >>> shortened("one line, and more", 12)
-        'one line, a…'
-    """
-    line = " ".join(text.split())
-    return line if len(line) <= length else line[: length - 1] + "…"
-
-
-def _is_plain(score: float) -> bool:
-    return score == 0 or 1e-3 <= abs(score) < 1e5
-
-
-def _decimals(score: float) -> int:
-    return 2 if score == 0 else max(0, 1 - math.floor(math.log10(abs(score))))

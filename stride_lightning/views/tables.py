@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from stride_lightning.results.scores import AttributionResult
 from stride_lightning.runtime.checks import check_count
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from stride_lightning.results.attribution import Attribution
 
-
-def dataframe(attribution: Attribution, k: int | None = None) -> DataFrame:
+def dataframe(attribution: AttributionResult, k: int | None = None) -> DataFrame:
     """One row per query and training example, as :meth:`Attribution.to_dataframe` describes them.
-
-    Args:
-        attribution: The scores.
-        k: Only the top ``k`` proponents and opponents of each query.
 
     Raises:
         ModuleNotFoundError: If pandas is not installed.

@@ -7,7 +7,6 @@ from functools import partial
 import lightning.pytorch as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -20,7 +19,6 @@ from stride_lightning import (
     Classification,
     FurtherTraining,
     FurtherTrainingCallback,
-    StrideCallback,
     attribute,
     further_train,
 )
@@ -28,7 +26,6 @@ from stride_lightning.model.weights import weight_hash
 from stride_lightning.storage.records import find_records, read_record
 from tests.helpers.models import (
     NUM_TRAIN,
-    Augmented,
     Classifier,
     ConvNet,
     Data,
@@ -44,8 +41,8 @@ from tests.helpers.models import (
     picture_data,
     train,
 )
+from tests.helpers.processes import run_two, start
 from tests.helpers.runs import callbacks_of, fit_in_the_other_tree, run_cli, write_config
-from tests.runtime.test_distributed import run_two, start
 
 DATA, QUERIES, LEFT_OUT = classification_data(), classification_data(5, seed=1), [12, 3, 30]
 QUIET = {"show_progress": False}
@@ -164,13 +161,6 @@ def test_attribute_finds_it(recorded, monkeypatch):
     assert found.metadata["record"] == str(further.records[0])
 
 
-def test_without_loggers_and_with_a_folder_of_its_own(tmp_path):
-    further = callback(dirpath=tmp_path / "elsewhere")
-    train(build(Classifier), DATA, tmp_path, further)
-    assert [path.name for path in find_records(tmp_path / "elsewhere")] == ["step=8"]
-    assert not (tmp_path / "further-training").exists()
-
-
 def test_by_default_a_hundred_examples_and_five_seeds(tmp_path):
     data = classification_data(130)
     further = FurtherTrainingCallback(Subset(QUERIES, [0]))
@@ -247,129 +237,7 @@ def test_a_task_of_ones_own(tmp_path):
     assert read_record(further.records[0]).info["task"] == "DictTask()"
 
 
-# ---- training goes on as if it were not there ---------------------------------------------------------------------
-
-
-def trajectory(folder, kind, data, *callbacks, **options):
-    """Final weights, and the next random numbers; dropout and shuffling draw from the global generator."""
-    model = build(kind, **({"dropout": 0.4} if kind is Classifier else {}))
-    train(model, data, folder, *callbacks, **options)
-    return weight_hash(model), torch.rand(3).tolist(), model
-
-
-@pytest.mark.parametrize(
-    ("kind", "data", "options"),
-    [
-        (Classifier, DATA, {}),
-        (ConvNet, picture_data(), {}),
-        (ConvNet, Augmented(picture_data()), {}),
-        (Classifier, DATA, {"precision": "bf16-mixed", "accumulate_grad_batches": 3}),
-    ],
-    ids=["dropout", "batchnorm", "augmentation", "bf16-mixed"],
-)
-@pytest.mark.filterwarnings("ignore:Two reads of one example")
-def test_training_is_bit_identical(tmp_path, kind, data, options):
-    further = callback(queries=picture_data(3, seed=5) if kind is ConvNet else QUERIES)
-    after = []
-
-    class Later(L.Callback):
-        def on_train_end(self, trainer, pl_module):
-            after.append((weight_hash(pl_module), pl_module.training, torch.rand(1).item(), hooks_of(pl_module)))
-
-    plain = trajectory(tmp_path / "without", kind, data, Later(), **options)
-    watched = trajectory(tmp_path / "with", kind, data, further, Later(), **options)
-    assert plain[:2] == watched[:2]
-    assert after[0] == after[1]
-    assert further.result.effects().abs().max() > 0
-    assert hooks_of(watched[2]) == []
-    assert all(parameter.requires_grad for parameter in watched[2].parameters())
-    assert set(vars(plain[2])) == set(vars(watched[2]))
-
-
-def test_optimizer_state_and_gradients_are_left_alone(tmp_path):
-    states = []
-
-    class Later(L.Callback):
-        def on_train_end(self, trainer, pl_module):
-            momentum = [state["momentum_buffer"].clone() for state in trainer.optimizers[0].state.values()]
-            states.append([*momentum, *(p.grad.clone() for p in pl_module.parameters() if p.grad is not None)])
-
-    for extra in ([], [callback()]):
-        train(build(Classifier), DATA, tmp_path, *extra, Later())
-    assert len(states[0]) >= 4
-    assert all(one.equal(other) for one, other in zip(*states, strict=True))
-
-
-def test_modes_are_put_back(tmp_path):
-    modes = []
-
-    class Frozen(ConvNet):
-        def on_train_start(self):
-            self.network[1].eval()
-
-        def on_train_end(self):
-            modes.append([module.training for module in self.modules()])
-
-    model = build(Frozen)
-    train(model, picture_data(), tmp_path, callback(queries=picture_data(2, seed=5)))
-    assert modes[0].count(False) == 1
-
-
-def test_fast_dev_run_writes_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    further = callback()
-    train(build(Classifier), DATA, tmp_path, further, fast_dev_run=True)
-    assert further.result is None
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(MisconfigurationException, match="are not among the 60 training examples"):
-        train(build(Classifier), DATA, tmp_path, callback(left_out=[60]), fast_dev_run=True)
-
-
 # ---- state, resume, several ---------------------------------------------------------------------------------------
-
-
-def test_state_survives_weights_only_loading(tmp_path, recorded):
-    _, trainer, further = recorded
-    trainer.save_checkpoint(tmp_path / "run.ckpt")
-    state = torch.load(tmp_path / "run.ckpt", weights_only=True)["callbacks"][further.state_key]
-    assert state == further.state_dict()
-    assert state == {"dirpath": f"{trainer.log_dir}/further-training", "records": [str(further.records[0])]}
-    other = callback(epochs=[1, 2], seed=5)
-    assert other.state_key == further.state_key
-    other.load_state_dict(state)
-    assert other.records == further.records
-
-
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_resume(tmp_path):
-    def callbacks():
-        keep = ModelCheckpoint(dirpath=tmp_path / "kept", every_n_epochs=1, save_top_k=-1, filename="{step}")
-        return callback(dirpath=tmp_path / "records"), keep
-
-    whole = build(Classifier)
-    first, keep = callbacks()
-    train(whole, DATA, tmp_path, first, keep, enable_checkpointing=True)
-    again, keep = callbacks()
-    model, checkpoint = build(Classifier, seed=1), tmp_path / "kept" / "step=4.ckpt"
-    trainer = train(model, DATA, tmp_path, again, keep, enable_checkpointing=True, max_epochs=3, ckpt_path=checkpoint)
-    assert trainer.global_step == 12
-    assert [path.name for path in find_records(tmp_path / "records")] == ["step=8", "step=12"]
-    assert read_record(again.records[-1]).info["weights"] == weight_hash(model)
-    assert again.result.effects().equal(expected(model).effects())
-    finished, keep = callbacks()
-    train(model, DATA, tmp_path, finished, keep, enable_checkpointing=True, ckpt_path=tmp_path / "kept" / "step=8.ckpt")
-    assert finished.result is None
-    assert len(find_records(tmp_path / "records")) == 2
-
-
-def test_second_fit_on_the_same_trainer(tmp_path):
-    model, further = build(Classifier), callback()
-    trainer = train(model, DATA, tmp_path, further, accumulate_grad_batches=2)
-    trainer.fit_loop.max_epochs = 4
-    trainer.fit(model, loader(DATA))
-    assert [path.name for path in further.records] == ["step=4", "step=8"]
-    assert read_record(further.records[1]).info["weights"] == weight_hash(model)
-    assert further.result.metadata["batch_size"] == 32
 
 
 def test_a_fit_without_a_result_does_not_show_that_of_the_last(tmp_path):
@@ -381,30 +249,6 @@ def test_a_fit_without_a_result_does_not_show_that_of_the_last(tmp_path):
         trainer.fit(model, loader(DATA))
     assert further.result is None
     assert len(further.records) == 1
-
-
-def test_several_instances_and_the_other_callback(tmp_path):
-    one, two, stride = callback(), callback(epochs=2), StrideCallback(num_subsets=8)
-    model = build(Classifier)
-    train(model, DATA, tmp_path, one, stride, two)
-    assert len({one.state_key, two.state_key, stride.state_key}) == 3
-    assert [path.name for path in find_records(tmp_path / "further-training")] == ["step=8", "step=8-v1"]
-    assert [path.name for path in find_records(tmp_path / "stride")] == ["step=8"]
-    assert one.result.effects().equal(expected(model).effects())
-    assert two.result.effects().equal(expected(model, epochs=2).effects())
-
-
-def test_weights_that_a_callback_listed_before_swaps_in(tmp_path):
-    class Averaging(L.Callback):
-        def on_train_end(self, trainer, pl_module):
-            with torch.no_grad():
-                for weight in pl_module.parameters():
-                    weight.mul_(0.5)
-
-    model, further = build(Classifier), callback()
-    make_trainer(tmp_path, Averaging(), further, max_epochs=1).fit(model, loader(DATA))
-    assert read_record(further.records[0]).info["weights"] == weight_hash(model)
-    assert further.result.effects().equal(expected(model).effects())
 
 
 # ---- what is refused, before the first step -------------------------------------------------------------------------
@@ -497,16 +341,6 @@ def test_what_cannot_work_is_refused_before_training(tmp_path, name):
     assert hooks_of(model) == []
 
 
-@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
-def test_sharded_strategies_are_refused(tmp_path, name):
-    trainer = make_trainer(tmp_path)
-    strategy = type(name, (type(trainer.strategy),), {})(device="cpu")
-    trainer = make_trainer(tmp_path, callback(), strategy=strategy)
-    with pytest.raises(MisconfigurationException, match=f"FurtherTrainingCallback needs.*{name} is not supported"):
-        trainer.fit(build(Classifier), loader(DATA))
-    assert trainer.global_step == 0
-
-
 def test_further_training_that_diverges_only_warns(tmp_path):
     model, later = build(Classifier), []
 
@@ -563,11 +397,6 @@ def test_clipping_and_hooks_that_change_gradients_are_warned_of_once(tmp_path):
     plain = build(Classifier)
     plain.load_state_dict(model.state_dict())
     assert further.result.effects().equal(expected(plain).effects())
-
-
-def test_diverged_training_only_warns(tmp_path):
-    with pytest.warns(UserWarning, match="FurtherTrainingCallback wrote no record"):
-        train(build(Classifier, lr=float("inf")), DATA, tmp_path, callback())
 
 
 def test_one_by_one(tmp_path):

@@ -6,21 +6,12 @@ import re
 import lightning.pytorch as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    IterableDataset,
-    SequentialSampler,
-    Subset,
-    SubsetRandomSampler,
     TensorDataset,
-    WeightedRandomSampler,
 )
 
 from stride_lightning import Classification, StrideCallback, attribute
@@ -35,9 +26,6 @@ from tests.helpers.models import (
     Classifier,
     ConvNet,
     Data,
-    DictClassifier,
-    Dicts,
-    DictTask,
     Regressor,
     Validated,
     binary_data,
@@ -50,7 +38,6 @@ from tests.helpers.models import (
     regression_data,
     train,
 )
-from tests.helpers.runs import fit_in_the_other_tree
 
 DATA = classification_data()
 QUERIES = classification_data(5, seed=1)
@@ -72,14 +59,6 @@ def recorded(tmp_path_factory):
     model, callback = build(Classifier), StrideCallback(num_subsets=20, statistics_every_n_steps=3, seed=5)
     trainer = train(model, DATA, folder, callback, logger=CSVLogger(folder), log_every_n_steps=1)
     return model, trainer, callback
-
-
-def test_record_lies_in_the_log_folder_under_its_step(recorded):
-    _, trainer, callback = recorded
-    assert trainer.global_step == 8
-    (path,) = find_records(f"{trainer.log_dir}/stride")
-    assert path.name == "step=8"
-    assert callback.records == [path]
 
 
 def test_record_holds_losses_and_design(recorded):
@@ -173,94 +152,6 @@ def test_dead_units_are_counted(tmp_path):
         assert logged_value(list(csv.DictReader(file)), "stride/network.2/dead_fraction") == pytest.approx(2 / 8)
 
 
-# ---- training goes on as if it were not there ---------------------------------------------------------------------
-
-
-def trajectory(folder, kind, data, *callbacks, **options):
-    """Final weights, and the next random numbers; dropout and shuffling draw from the global generator."""
-    model = build(kind, **({"dropout": 0.4} if kind is Classifier else {}))
-    train(model, data, folder, *callbacks, **options)
-    return weight_hash(model), torch.rand(3).tolist(), model
-
-
-@pytest.mark.parametrize(
-    ("kind", "data", "options"),
-    [
-        (Classifier, DATA, {}),
-        (ConvNet, picture_data(), {}),
-        (ConvNet, Augmented(picture_data()), {}),
-        (Classifier, DATA, {"accumulate_grad_batches": 3}),
-        (Classifier, DATA, {"precision": "bf16-mixed"}),
-    ],
-    ids=["dropout", "batchnorm", "augmentation", "accumulation", "bf16-mixed"],
-)
-@pytest.mark.filterwarnings("ignore:Two reads of one example")
-def test_training_is_bit_identical(tmp_path, kind, data, options):
-    callback = StrideCallback(
-        num_subsets=8, statistics_every_n_steps=1, every_n_train_steps=2, every_n_epochs=1, fit_operators=True
-    )
-    plain = trajectory(tmp_path / "without", kind, data, **options)
-    watched = trajectory(tmp_path / "with", kind, data, callback, **options)
-    assert plain[:2] == watched[:2]
-    assert len(callback.records) > 1
-    assert hooks_of(watched[2]) == []
-    assert all(parameter.requires_grad for parameter in watched[2].parameters())
-
-
-def test_modes_are_left_alone(tmp_path):
-    """A part that the user keeps in eval mode stays so, the rest trains."""
-    seen = []
-
-    class Frozen(ConvNet):
-        def on_train_batch_start(self, batch, batch_idx):
-            self.network[1].eval()
-
-        def training_step(self, batch, batch_idx):
-            seen.append((self.training, self.network[1].training, self.network[5].training, len(hooks_of(self))))
-            return super().training_step(batch, batch_idx)
-
-    callback = StrideCallback(num_subsets=8, statistics_every_n_steps=1, every_n_train_steps=1)
-    train(build(Frozen), picture_data(), tmp_path, callback)
-    assert set(seen) == {(True, False, True, 0)}
-
-
-def test_exception_in_training_step_leaves_nothing_behind(tmp_path):
-    class Failing(Classifier):
-        def training_step(self, batch, batch_idx):
-            if self.global_step == 3:
-                raise RuntimeError("out of luck")
-            return super().training_step(batch, batch_idx)
-
-    model = build(Failing, dropout=0.4)
-    with pytest.raises(RuntimeError, match="out of luck"):
-        train(model, DATA, tmp_path, StrideCallback(num_subsets=8, statistics_every_n_steps=1))
-    assert hooks_of(model) == []
-    assert model.training
-    assert find_records(tmp_path / "stride") == []
-
-
-def test_exception_inside_the_callbacks_own_pass_leaves_nothing_behind(tmp_path):
-    class Failing(Classifier):
-        def forward(self, inputs):
-            if not self.training and self.global_step == 4:
-                raise RuntimeError("out of luck")
-            return super().forward(inputs)
-
-    model = build(Failing, dropout=0.4)
-    with pytest.raises(RuntimeError, match="out of luck"):
-        train(model, DATA, tmp_path, StrideCallback(num_subsets=8, statistics_every_n_steps=4))
-    assert hooks_of(model) == []
-    assert all(module.training for module in model.modules())
-
-
-def test_validation_and_sanity_check_in_between(tmp_path):
-    model, callback = build(Validated), StrideCallback(num_subsets=8, statistics_every_n_steps=2, every_n_epochs=1)
-    trainer = make_trainer(tmp_path, callback, num_sanity_val_steps=2, val_check_interval=0.5)
-    trainer.fit(model, Data())
-    assert [path.name for path in callback.records] == ["step=4", "step=8"]
-    assert read_record(callback.records[1]).info["weights"] == weight_hash(model)
-
-
 # ---- when records are written ---------------------------------------------------------------------------------------
 
 
@@ -304,19 +195,6 @@ def test_one_record_per_step_also_with_operators(tmp_path):
     assert read_record(last).tensors("operators")["coefficients"].shape[2] == 8
 
 
-def test_a_name_that_is_taken_gets_a_version(tmp_path):
-    for _ in range(2):
-        train(build(Classifier), DATA, tmp_path, StrideCallback(num_subsets=8))
-    assert [path.name for path in find_records(tmp_path / "stride")] == ["step=8", "step=8-v1"]
-
-
-def test_dirpath(tmp_path):
-    callback = StrideCallback(tmp_path / "elsewhere", num_subsets=8)
-    train(build(Classifier), DATA, tmp_path, callback)
-    assert [path.name for path in find_records(tmp_path / "elsewhere")] == ["step=8"]
-    assert not (tmp_path / "stride").exists()
-
-
 def test_relative_log_folder_is_stored_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     callback = StrideCallback(num_subsets=8)
@@ -332,11 +210,6 @@ def test_fast_dev_run_writes_nothing_but_runs_everything(tmp_path, monkeypatch):
     train(build(Classifier), DATA, tmp_path, StrideCallback(fit_operators=True), fast_dev_run=True)
     assert fitted == [{"final": True}]
     assert list(tmp_path.iterdir()) == []
-
-
-def test_fast_dev_run_still_refuses_unknown_layers(tmp_path):
-    with pytest.raises(MisconfigurationException, match=r"'nothing' is not a submodule"):
-        train(build(Classifier), DATA, tmp_path, StrideCallback(layers=["nothing"]), fast_dev_run=True)
 
 
 def test_several_instances(tmp_path):
@@ -360,52 +233,6 @@ def test_second_fit_on_the_same_trainer(tmp_path):
     assert read_record(callback.records[1]).info["weights"] == weight_hash(model)
     trainer.fit(model, loader(DATA))  # nothing left to train
     assert [path.name for path in find_records(tmp_path / "stride")] == ["step=8", "step=16"]
-
-
-# ---- resume ---------------------------------------------------------------------------------------------------------
-
-
-def test_state_survives_weights_only_loading(tmp_path, recorded):
-    _, trainer, callback = recorded
-    trainer.save_checkpoint(tmp_path / "run.ckpt")
-    state = torch.load(tmp_path / "run.ckpt", weights_only=True)["callbacks"][callback.state_key]
-    assert state == callback.state_dict()
-    other = StrideCallback(num_subsets=20, seed=5)
-    other.load_state_dict(state)
-    assert other.records == callback.records
-
-
-@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-@pytest.mark.parametrize("steps", [4, 6], ids=["epoch's end", "mid-epoch"])
-def test_resume(tmp_path, steps):
-    def callbacks():
-        keep = ModelCheckpoint(dirpath=tmp_path / "kept", every_n_train_steps=steps, save_top_k=-1, filename="{step}")
-        return StrideCallback(tmp_path / "records", num_subsets=8, every_n_train_steps=2), keep
-
-    first = callbacks()
-    train(build(Classifier), DATA, tmp_path, *first, enable_checkpointing=True)
-    stride, keep = callbacks()
-    model = build(Classifier, seed=1)
-    checkpoint = tmp_path / "kept" / f"step={steps}.ckpt"
-    trainer = train(model, DATA, tmp_path, stride, keep, enable_checkpointing=True, max_epochs=3, ckpt_path=checkpoint)
-    assert trainer.global_step == 12
-    before = [path.name for path in first[0].records if int(path.name.split("=")[1]) <= steps]
-    names = [path.name for path in stride.records]
-    # What the checkpoint knew comes first; what is written again carries a version.
-    later = [f"step={step}" for step in range(steps + 2, 13, 2)]
-    assert names == before + [name + "-v1" * (name in ("step=6", "step=8")) for name in later]
-    assert read_record(stride.records[-1]).info["weights"] == weight_hash(model)
-    attribution = attribute(model, QUERIES, train_data=DATA, ckpt_path=checkpoint, **QUIET)
-    assert attribution.metadata["record"].endswith(f"step={steps}")
-    assert attribution.metadata["step"] == steps
-
-
-def test_resume_at_the_end_writes_nothing_more(tmp_path):
-    trainer = train(build(Classifier), DATA, tmp_path, StrideCallback(num_subsets=8))
-    trainer.save_checkpoint(tmp_path / "end.ckpt")
-    train(build(Classifier), DATA, tmp_path, StrideCallback(num_subsets=8), ckpt_path=tmp_path / "end.ckpt")
-    assert [path.name for path in find_records(tmp_path / "stride")] == ["step=8"]
 
 
 # ---- operators and what attribute() makes of the record ---------------------------------------------------------
@@ -451,30 +278,6 @@ def test_a_subclass_is_found_too(tmp_path):
     assert attribute(model, QUERIES, **asked).metadata["record"] is not None
     other = build(Classifier, seed=1)
     assert attribute(other, QUERIES, ckpt_path=tmp_path / "end.ckpt", **asked).metadata["record"] is not None
-
-
-def test_train_indices_and_custom_samplers(tmp_path):
-    chosen = list(range(0, NUM_TRAIN, 2))
-    sampled = DataLoader(DATA, batch_size=8, sampler=SubsetRandomSampler(chosen))
-    with pytest.raises(MisconfigurationException, match=r"SubsetRandomSampler.*`train_indices=`"):
-        train(build(Classifier), sampled, tmp_path, StrideCallback())
-    model, callback = build(Classifier), StrideCallback(num_subsets=8, train_indices=chosen)
-    train(model, sampled, tmp_path, callback)
-    assert read_record(callback.records[0]).tensors("losses")["train"].shape == (30,)
-    attribution = attribute(model, QUERIES, train_data=DATA, train_indices=chosen, **QUIET)
-    assert attribution.metadata["record"] == str(callback.records[0])
-    assert attribution.train_indices.tolist() == chosen
-
-
-@pytest.mark.parametrize(
-    "sampler",
-    [SubsetRandomSampler(range(10)), WeightedRandomSampler([1.0] * NUM_TRAIN, 10)],
-    ids=["subset", "weighted"],
-)
-def test_a_sampler_inside_a_batch_sampler_is_seen(tmp_path, sampler):
-    batches = DataLoader(DATA, batch_sampler=BatchSampler(sampler, 5, drop_last=False))
-    with pytest.raises(MisconfigurationException, match=f"{type(sampler).__name__}.*`train_indices=`"):
-        train(build(Classifier), batches, tmp_path, StrideCallback())
 
 
 def test_augmented_data_warn_once_and_still_match(tmp_path):
@@ -538,15 +341,6 @@ def test_compiled_submodule(tmp_path):
 # ---- what is refused, before the first step ---------------------------------------------------------------------
 
 
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(DATA)
-
-
-class Bucketed(BatchSampler):
-    pass
-
-
 class NoForward(L.LightningModule):
     def __init__(self):
         super().__init__()
@@ -557,43 +351,6 @@ class NoForward(L.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
-
-
-LOADERS = {
-    "combined": (CombinedLoader([loader(DATA), loader(DATA)]), "one DataLoader over one map-style dataset"),
-    "several": ([loader(DATA), loader(DATA)], "one DataLoader over one map-style dataset"),
-    "generator": ([batch for batch in loader(DATA)], "one DataLoader over one map-style dataset"),
-    "iterable": (DataLoader(Stream(), batch_size=4), "Stream.*map-style dataset with __getitem__ and __len__"),
-    "unbatched": (DataLoader(DATA, batch_size=None), "batch_size=None.*Give it a batch_size"),
-    "bucketed": (
-        DataLoader(DATA, batch_sampler=Bucketed(SequentialSampler(DATA), 4, False)),
-        "Bucketed.*`train_indices=`",
-    ),
-    "one example": (loader(Subset(DATA, [3])), "at least 2 training examples"),
-    "soft labels": (loader(TensorDataset(DATA.tensors[0], torch.full((60, 3), 1 / 3))), "soft labels.*`task=`"),
-    "dictionaries": (loader(Dicts(DATA)), "dict with keys.*`task=`"),
-}
-
-
-@pytest.mark.parametrize(("data", "message"), LOADERS.values(), ids=LOADERS.keys())
-def test_data_that_cannot_work_are_refused(tmp_path, data, message):
-    steps = []
-    model = build(Classifier)
-    model.training_step = lambda *args: steps.append(args)
-    with pytest.raises(MisconfigurationException, match=message):
-        make_trainer(tmp_path, StrideCallback()).fit(model, data)
-    assert steps == []
-    assert hooks_of(model) == []
-
-
-@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
-def test_sharded_strategies_are_refused(tmp_path, name):
-    trainer = make_trainer(tmp_path)
-    strategy = type(name, (type(trainer.strategy),), {})(device="cpu")
-    trainer = make_trainer(tmp_path, StrideCallback(), strategy=strategy)
-    with pytest.raises(MisconfigurationException, match=f"{name} is not supported.*call attribute\\(\\) afterwards"):
-        trainer.fit(build(Classifier), loader(DATA))
-    assert trainer.global_step == 0
 
 
 def test_no_forward(tmp_path):
@@ -643,31 +400,7 @@ def test_subset_numbers_that_make_no_design(tmp_path):
         train(build(Classifier), DATA, tmp_path, StrideCallback(num_subsets=1))
 
 
-def test_diverged_weights_warn_and_write_nothing(tmp_path):
-    with pytest.warns(UserWarning, match=r"no record at step .*example 0 are not finite.*did training diverge"):
-        train(build(Classifier, lr=float("inf")), DATA, tmp_path, StrideCallback(num_subsets=8))
-    assert find_records(tmp_path / "stride") == []
-
-
 # ---- other ways in ----------------------------------------------------------------------------------------------
-
-
-def test_custom_task_with_dictionaries(tmp_path):
-    callback = StrideCallback(num_subsets=8, task=DictTask(), statistics_every_n_steps=1)
-    model = build(DictClassifier)
-    train(model, Dicts(DATA), tmp_path, callback)
-    x, y = DATA.tensors
-    with torch.no_grad():
-        expected = F.cross_entropy(model(x), y, reduction="none")
-    torch.testing.assert_close(read_record(callback.records[0]).tensors("losses")["train"], expected)
-
-
-def test_pytorch_lightning_trainer(tmp_path):
-    callback = StrideCallback(num_subsets=8, statistics_every_n_steps=1, fit_operators=True)
-    model = fit_in_the_other_tree(callback, DATA, tmp_path)
-    attribution = attribute(model, QUERIES, train_data=DATA, **QUIET)
-    assert attribution.metadata["record"] == str(tmp_path / "stride" / "step=4")
-    assert attribution.metadata["operators"]["from_record"]
 
 
 def test_data_module_hooks_apply_to_the_record(tmp_path):
@@ -685,23 +418,6 @@ def test_data_module_hooks_apply_to_the_record(tmp_path):
     attribution = create("stride", **QUIET).fit(model, data).attribute(data)
     assert attribution.metadata["record"] == str(callback.records[0])
     assert attribution.metadata["num_queries"] == 4
-
-
-def test_weights_that_changed_after_the_last_record_are_recorded(tmp_path):
-    """As weight averaging does, which is listed before this callback: it swaps weights in at the end."""
-
-    class Averaging(L.Callback):
-        def on_train_end(self, trainer, pl_module):
-            with torch.no_grad():
-                for weight in pl_module.parameters():
-                    weight.mul_(0.5)
-
-    model, stride = build(Classifier), StrideCallback(num_subsets=8, every_n_epochs=1)
-    trainer = make_trainer(tmp_path, Averaging(), stride, max_epochs=1)
-    trainer.fit(model, loader(DATA))
-    infos = [read_record(path).info for path in stride.records]
-    assert len(infos) == 2
-    assert infos[0]["weights"] != infos[1]["weights"] == weight_hash(model)
 
 
 def test_only_some_examples_of_a_batch_are_sampled(tmp_path, monkeypatch):

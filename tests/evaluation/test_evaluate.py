@@ -20,9 +20,9 @@ from scipy.stats import spearmanr
 from stride_lightning.evaluation.evaluate import evaluate
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.results.evaluation import Evaluation, EvaluationRow
+from stride_lightning.results.texts import score_text
 from stride_lightning.retraining.ground_truth import Counterfactual, GroundTruth
 from stride_lightning.views.evaluation import markdown_evaluation, scalars_of
-from stride_lightning.views.ranking import score_text
 from tests.helpers.tiny import permutation, random_tensor
 
 NUM_TRAIN, NUM_QUERIES, NUM_SUBSETS, KS = 30, 12, 60, (1, 5)

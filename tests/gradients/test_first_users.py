@@ -112,29 +112,6 @@ def test_a_model_that_is_sure_of_everything_has_no_curvature(method):
         attribute(model, data, train_data=data, method=method, **QUIET)
 
 
-def test_inside_of_a_test_loop():
-    """Where Lightning is in inference mode."""
-    found = {}
-
-    class Asking(Classifier):
-        def test_step(self, batch, batch_idx):
-            found["scores"] = attribute(
-                self, classification_data(4), train_data=classification_data(20), method="ekfac", **QUIET
-            ).scores
-
-    model, data = Asking(), torch.utils.data.DataLoader(classification_data(4), 4)
-    trainer = L.Trainer(
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="cpu",
-    )
-    trainer.test(model, data, verbose=False)
-    expected = attribute(model, classification_data(4), train_data=classification_data(20), method="ekfac", **QUIET)
-    torch.testing.assert_close(found["scores"], expected.scores)
-
-
 def test_a_tensor_of_one_element_with_any_stride():
     model = nn.Linear(3, 1)
     model.bias.data = torch.arange(5.0)[::5]

@@ -423,14 +423,6 @@ def test_leaving_out_one_example_of_a_ridge_regression(method):
     assert float(found[large].abs().sum() / change[large].abs().sum()) == pytest.approx(1, abs=0.1)
 
 
-@pytest.mark.parametrize("method", EXACT)
-def test_an_example_helps_itself(method):
-    """The sign of every method: an example lowers its own loss."""
-    _task, model, data, _ = case("classification")
-    scores = attribute(model, data, train_data=data, method=method, **QUIET | EXACT[method]).scores
-    assert (scores.diagonal() > 0).all()
-
-
 def test_no_gradient_has_no_cosine():
     """An example that the model is sure of, to rounding."""
     model = mlp().float()

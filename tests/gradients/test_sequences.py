@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from stride_lightning import CausalLanguageModeling, attribute, self_influence
+from stride_lightning import CausalLanguageModeling, attribute
 from stride_lightning.attribute import create
 from stride_lightning.gradients import features
 from tests.helpers.gradient_models import EXACT, QUIET, close_scores
@@ -204,13 +204,6 @@ def test_sums_and_weights_by_hand():
         )
         rows = gradients_by_hand(model_of("Llama"), weighted, reduction=reduction)
         close_scores(found.scores, rows @ rows.T)
-
-
-def test_self_influence_is_the_diagonal():
-    for method in ("grad-dot", "diagonal", "ekfac", "trak", "logra", "datainf"):
-        options = {**QUIET, **EXACT[method], "batch_size": 4}
-        found = self_influence(model_of("Llama"), train_data=loader(SHORT), method=method, **options)
-        close_scores(found, scores_of("Llama", method, queries=SHORT).scores.diag())
 
 
 # ---- padding and batches ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Kills builds of an index again and again, on one folder; run by tests/information/test_index.py as its own process.
+"""Kills builds of an index again and again, on one folder; tests/information/index/test_on_disk.py runs it.
 
     python kill_index.py FOLDER
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from stride_lightning.storage import records
+from stride_lightning.storage import files, records
 
 NAME = "step=1"
 LOADED = sorted(module for module in ("lightning", "pytorch_lightning", "torchmetrics") if module in sys.modules)
@@ -73,7 +73,7 @@ class Counter:
             counter.tick("open")
             return file
 
-        records.open = counted_open  # shadows the builtin in that module only
+        files.open = counted_open  # shadows the builtin in that module only
         for name in ("mkdir", "fsync", "rename", "unlink", "rmdir"):
             self.wrap(os, name)
 

@@ -7,13 +7,11 @@ import torch
 
 from stride_lightning.information.forms import MARGIN, index_vectors, nats, query_vectors
 from stride_lightning.information.loss import (
+    information,
     information_blocks,
-    information_gain,
-    information_loss,
     pair_nats,
     predictive_entropy,
-    subset_information_gain,
-    subset_information_loss,
+    subset_information,
 )
 from stride_lightning.information.posterior import Posterior
 from tests.helpers.tiny import permutation, random_tensor
@@ -26,12 +24,6 @@ close = {"atol": 1e-10, "rtol": 0}
 
 def matrix(train, queries, posterior, form):
     return torch.cat(list(information_blocks(train, queries, posterior, form)), 1)
-
-
-def subset_information(subset, queries, posterior, form):
-    if form == "loss":
-        return subset_information_loss(subset, queries, posterior)
-    return subset_information_gain(subset, queries, posterior, form=form)
 
 
 @pytest.mark.parametrize("outputs", OUTPUTS)
@@ -62,7 +54,7 @@ def test_large_subsets_take_no_more_memory_than_the_features(monkeypatch):
 
     monkeypatch.setattr("stride_lightning.information.loss.index_vectors", watched)
     for size in (2, 12):
-        subset_information_loss(train[:size], queries, posterior)
+        subset_information(train[:size], queries, posterior)
     assert seen == [(1, 6, 9), (1, 9, 9)]
 
 
@@ -71,7 +63,7 @@ def test_entropy_of_predictions():
     torch.testing.assert_close(predictive_entropy(queries, posterior), dense.entropies(queries, train), **close)
     torch.testing.assert_close(
         predictive_entropy(queries, posterior.removed(train[[1, 5]])) - predictive_entropy(queries, posterior),
-        subset_information_loss(train[[1, 5]], queries, posterior),
+        subset_information(train[[1, 5]], queries, posterior),
         **close,
     )
 
@@ -86,7 +78,7 @@ def test_loss_is_mutual_information_given_the_other_examples():
 
     removed, asked, others = [4, 5], [28, 29], [row for row in range(28) if row not in (4, 5)]
     mutual = entropy(others + asked) + entropy(others + removed) - entropy(others) - entropy(others + removed + asked)
-    torch.testing.assert_close(information_loss(train[2:3], queries[:1], posterior)[0, 0], mutual, **close)
+    torch.testing.assert_close(information(train[2:3], queries[:1], posterior)[0, 0], mutual, **close)
 
 
 def test_influence_with_the_labels_averaged_over():
@@ -107,7 +99,7 @@ def test_influence_with_the_labels_averaged_over():
         change = predict([j for j in everything if j != i]) - predict(everything)
         expected = change.square() * (1 - posterior.variance(train)[i, 0, 0]) / residuals[i].square()
         growth = 0.5 * (expected / (1 + posterior.variance(queries)[:, 0, 0])).log1p()
-        torch.testing.assert_close(information_loss(train, queries, posterior)[:, i], growth, **close)
+        torch.testing.assert_close(information(train, queries, posterior)[:, i], growth, **close)
 
 
 def test_gain_is_a_damped_cosine():
@@ -115,7 +107,7 @@ def test_gain_is_a_damped_cosine():
     rows, asked = train[:, 0], queries[:, 0]
     norms = (RIDGE + asked.square().sum(1))[:, None] * (RIDGE + rows.square().sum(1))
     cosines = (asked @ rows.T).square() / norms
-    torch.testing.assert_close(information_gain(train, queries, posterior), -0.5 * (-cosines).log1p(), **close)
+    torch.testing.assert_close(information(train, queries, posterior, "gain"), -0.5 * (-cosines).log1p(), **close)
 
 
 @pytest.mark.parametrize("noise", [0.01, 1.0, 25.0])
@@ -123,8 +115,8 @@ def test_only_the_ridge_in_units_of_the_noise_matters(noise):
     train, queries, posterior = case(1)
     scaled = Posterior.fit(train / math.sqrt(noise), ridge=RIDGE / noise)
     torch.testing.assert_close(
-        information_loss(train / math.sqrt(noise), queries / math.sqrt(noise), scaled),
-        information_loss(train, queries, posterior),
+        information(train / math.sqrt(noise), queries / math.sqrt(noise), scaled),
+        information(train, queries, posterior),
         **close,
     )
 
@@ -144,7 +136,7 @@ def test_index_ranks_by_inner_products(form):
 def test_sum_of_squared_products_bounds_a_loss_of_several_outputs():
     train, queries, posterior = case(4, 2)
     products = torch.einsum("qdk,nck->qndc", query_vectors(queries, posterior), index_vectors(train, posterior))
-    total, exact = products.square().sum((2, 3)), information_loss(train, queries, posterior)
+    total, exact = products.square().sum((2, 3)), information(train, queries, posterior)
     assert (exact >= 0.5 * total.log1p()).all()
     assert (exact <= (total / 2).log1p()).all()
 
@@ -186,10 +178,10 @@ def test_little_information_keeps_its_digits():
 
 def test_removing_everything_leaves_the_prior():
     train, queries, posterior = case(2)
-    found = subset_information_loss(train, queries, posterior)
+    found = subset_information(train, queries, posterior)
     torch.testing.assert_close(found, dense.gain(queries, train, list(range(14))), **close)
-    torch.testing.assert_close(found, subset_information_gain(train, queries, posterior), **close)
-    assert subset_information_loss(train[:0], queries, posterior).tolist() == [0] * 5
+    torch.testing.assert_close(found, subset_information(train, queries, posterior, "gain"), **close)
+    assert subset_information(train[:0], queries, posterior).tolist() == [0] * 5
 
 
 def test_gradients_of_zero_tell_nothing():
@@ -204,7 +196,7 @@ def test_gradients_of_zero_tell_nothing():
 
 def test_a_query_that_is_a_training_example():
     train, _, posterior = case(1)
-    found = information_loss(train, train, posterior)
+    found = information(train, train, posterior)
     exact = torch.stack([dense.loss(train, train, [i]) for i in range(14)], 1)
     torch.testing.assert_close(found, exact, **close)
     leverages = posterior.leverage(train)
@@ -216,10 +208,13 @@ def test_copies_lose_more_together_and_gain_less():
     train = torch.cat([torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.8, 0.6]]).double(), 0.3 * random_tensor(20, 2, seed=0)])
     train, queries = train[:, None], torch.tensor([[[1.0, 0.2]]]).double()
     posterior = Posterior.fit(train, ridge=0.5)
-    each, both = information_loss(train[:2], queries, posterior), subset_information_loss(train[:2], queries, posterior)
+    each, both = information(train[:2], queries, posterior), subset_information(train[:2], queries, posterior)
     assert float(both) > 1.2 * float(each.sum())
     torch.testing.assert_close(both, dense.loss(queries, train, [0, 1], ridge=0.5), **close)
-    each, both = information_gain(train[:2], queries, posterior), subset_information_gain(train[:2], queries, posterior)
+    each, both = (
+        information(train[:2], queries, posterior, "gain"),
+        subset_information(train[:2], queries, posterior, "gain"),
+    )
     assert each.tolist() == [[pytest.approx(0.284, abs=1e-3)] * 2]
     assert both.tolist() == [pytest.approx(0.366, abs=1e-3)]
 
@@ -229,8 +224,8 @@ def test_gain_about_a_query_is_not_submodular():
     train, queries = torch.tensor([[[1.0, 1.0]], [[0.0, 1.0]]]).double(), torch.tensor([[[1.0, 0.0]]]).double()
     train, queries = train / math.sqrt(1e-3), queries / math.sqrt(1e-3)
     posterior = Posterior.fit(train, ridge=1.0)
-    assert information_gain(train, queries, posterior)[0].tolist() == [pytest.approx(0.346, abs=1e-3), 0]
-    assert float(subset_information_gain(train, queries, posterior)) == pytest.approx(2.906, abs=1e-3)
+    assert information(train, queries, posterior, "gain")[0].tolist() == [pytest.approx(0.346, abs=1e-3), 0]
+    assert float(subset_information(train, queries, posterior, "gain")) == pytest.approx(2.906, abs=1e-3)
 
 
 @pytest.mark.parametrize("num_outputs", [1, 2])
@@ -239,15 +234,15 @@ def test_an_example_that_alone_determines_a_direction(num_outputs):
     train[:5, :, :3] = random_tensor(5, num_outputs, 3, seed=6)
     train[5, 0, 3] = 1.0
     posterior = Posterior.fit(train, ridge=1e-9)  # leverage 1 - 1e-9
-    found = information_loss(train, train[5:, :1], posterior)
+    found = information(train, train[5:, :1], posterior)
     assert float(found[0, 5]) == pytest.approx(0.5 * math.log1p(1 / (2 * MARGIN)), abs=1e-5)
     assert float(found[0, :5].abs().max()) < 1e-12
     other = random_tensor(1, 1, 3, seed=7)
     queries = torch.cat([other, torch.zeros(1, 1, 1, dtype=torch.float64)], 2)
-    assert float(information_loss(train, queries, posterior)[0, 5]) < 1e-12
+    assert float(information(train, queries, posterior)[0, 5]) < 1e-12
     # Above the margin nothing is changed.
     exact = dense.loss(train[5:], train, [5], ridge=1e-5)
-    found = information_loss(train[5:], train[5:], Posterior.fit(train, ridge=1e-5))
+    found = information(train[5:], train[5:], Posterior.fit(train, ridge=1e-5))
     torch.testing.assert_close(found[:, 0], exact, atol=1e-8, rtol=0)
 
 
@@ -261,24 +256,24 @@ def test_several_outputs_keep_what_is_not_alone():
     posterior = Posterior.fit(train, ridge=1e-8)
     exact = predictive_entropy(queries, posterior.removed(train[:1])) - predictive_entropy(queries, posterior)
     assert exact.min() > 1e-7
-    torch.testing.assert_close(information_loss(train[:1], queries, posterior)[:, 0], exact, atol=1e-9, rtol=0)
+    torch.testing.assert_close(information(train[:1], queries, posterior)[:, 0], exact, atol=1e-9, rtol=0)
 
 
 def test_examples_that_are_not_in_the_data_are_refused():
     train, queries, posterior = case(2)
     with pytest.raises(ValueError, match=r"The leverage of an example is .*cannot exceed 1"):
-        information_loss(10 * train, queries, posterior)
+        information(10 * train, queries, posterior)
     with pytest.raises(ValueError, match="as often as it is removed"):
-        subset_information_loss(torch.cat([train] * 3), queries, posterior)
+        subset_information(torch.cat([train] * 3), queries, posterior)
     with pytest.raises(ValueError, match="`form` must be one of loss, gain, copy; got 'more'"):
         next(information_blocks(train, queries, posterior, "more"))
     with pytest.raises(ValueError, match="Expected features of shape"):
-        information_loss(train, queries[:, 0], posterior)
+        information(train, queries[:, 0], posterior)
 
 
 def test_no_pairs():
     train, queries, posterior = case(2)
-    assert information_loss(train, queries[:0], posterior).shape == (0, 14)
-    assert information_loss(train[:0], queries, posterior).shape == (5, 0)
-    assert information_gain([], queries, posterior).shape == (5, 0)
+    assert information(train, queries[:0], posterior).shape == (0, 14)
+    assert information(train[:0], queries, posterior).shape == (5, 0)
+    assert information([], queries, posterior, "gain").shape == (5, 0)
     assert pair_nats(queries, train[:0]).shape == (5, 0)

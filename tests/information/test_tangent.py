@@ -215,7 +215,7 @@ def test_directions_are_those_of_a_position(monkeypatch):
 
     def rows_at(places, *, asked=False):
         reader = Reader(examples_of(*data.tensors).subset(places), model, task, 3, **options)
-        return torch.cat([batch.rows for batch in tangents.batches(reader, asked=asked)])
+        return torch.cat([batch.rows for batch in tangents.batches(reader, as_queries=asked)])
 
     options = {"batch_size": 4, "device": CPU, "show_progress": False}
     every = range(14)

@@ -94,6 +94,16 @@ def test_no_update_is_refused(case: Case) -> None:
             metric.compute()
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if name.endswith(", mean")])
+@pytest.mark.parametrize("reduction", ["max", None, ["mean"]], ids=str)
+def test_other_reductions_are_refused(name: str, reduction: object) -> None:
+    case = CASES[name]
+    with pytest.raises(ValueError, match="`reduction` must be 'mean' or 'none', got"):
+        case.function(*case.data, reduction=reduction)
+    with pytest.raises(ValueError, match="`reduction` must be 'mean' or 'none', got"):
+        case.make(torch.arange(COLUMNS), reduction)
+
+
 @every_case
 def test_figures(case: Case) -> None:
     mpl.use("Agg")

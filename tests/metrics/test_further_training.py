@@ -102,7 +102,3 @@ def test_what_does_not_fit_is_refused() -> None:
             refused(scores, broken)
         with pytest.raises(ValueError, match=r"finite `scores`, got 3 of 100 values .* in queries 4"):
             refused(broken, effects)
-    with pytest.raises(ValueError, match="`reduction` must be 'mean' or 'none', got None"):
-        further_training_cosine(scores, effects, reduction=None)
-    with pytest.raises(ValueError, match="`reduction` must be 'mean' or 'none', got None"):
-        FurtherTrainingCosine(reduction=None)

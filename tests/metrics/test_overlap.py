@@ -66,8 +66,6 @@ def test_what_does_not_fit_is_refused() -> None:
             refused(None, other)
         with pytest.raises(ValueError, match=r"`k` must be .* at most 2, the number of training examples, got 3"):
             refused(one[:, :2], other[:, :2])
-    with pytest.raises(ValueError, match="`reduction` must be"):
-        top_k_overlap(one, other, 3, "sum")
     for k in (0, 1.0):
         with pytest.raises(ValueError, match=f"`k` must be an integer of at least 1, got {k}"):
             TopKOverlap(k)

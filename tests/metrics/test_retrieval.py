@@ -91,11 +91,6 @@ def test_what_does_not_fit_is_refused() -> None:
             refused(broken, relevant)
         with pytest.raises(ValueError, match=r"`relevant` to hold booleans .* got 240 other values"):
             refused(scores, torch.full((6, 40), 0.5))
-    for reduction in ({"reduction": "sum"}, {"reduction": ["mean"]}):
-        with pytest.raises(ValueError, match="`reduction` must be 'mean' or 'none'"):
-            mean_reciprocal_rank(scores, relevant, **reduction)
-        with pytest.raises(ValueError, match="`reduction` must be 'mean' or 'none'"):
-            retrieval_recall(scores, relevant, 3, **reduction)
     for k in (0, 41, 2.0):
         with pytest.raises(
             ValueError, match=f"`k` must be an integer of at least 1 and at most 40, the number of .*, got {k}"

@@ -61,15 +61,6 @@ def test_top_columns_and_their_standard_deviations():
     assert (example().has_std, example(std=None).has_std) == (True, False)
 
 
-def test_top_against_a_plain_sort():
-    scores = torch.randn(5, 30, generator=torch.Generator().manual_seed(0))
-    top = Attribution(scores).top(4)
-    for row, helpful, harmful in zip(scores.tolist(), top.proponents.tolist(), top.opponents.tolist(), strict=True):
-        order = sorted(range(30), key=lambda i: -row[i])
-        assert helpful == order[:4]
-        assert harmful == order[::-1][:4]
-
-
 def test_top_reads_well():
     assert repr(example().top(2)) == (
         "query 0: helped by 40 (+1), 10 (+0.5)\n"

@@ -1,176 +1,24 @@
-"""Only the top is held: it is the top of all scores, and what needs all scores says so."""
-
-import math
+"""Only the top is held: it shows what all scores show, and what needs all scores says so."""
 
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from torch import distributed as dist
 from torch.utils.data import TensorDataset
 
-from stride_lightning import Attribution, Attributor, RecordError, TopExamples, attribute, evaluate, retrain_without
+from stride_lightning import (
+    Attribution,
+    RecordError,
+    TopAttribution,
+    TopExamples,
+    evaluate,
+    retrain_without,
+)
 from stride_lightning.data.examples import Examples
-from stride_lightning.results.top_attribution import TopAttribution, TopCollector
-from stride_lightning.results.top_examples import joined
 from stride_lightning.retraining.ground_truth import GroundTruth
 from stride_lightning.views.loggers import example_table, markdown_table, summarize
 from stride_lightning.views.ranking import rank_examples
-from tests.helpers.models import Classifier, build, classification_data
-from tests.runtime.test_distributed import run_two, start
-
-FIELDS = ("proponents", "proponent_scores", "opponents", "opponent_scores")
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def whole_numbers(*shape, seed=0):
-    """Scores with many ties."""
-    return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)).float()
-
-
-def tiles(scores, seed, largest=7):
-    """The columns in random order, cut at random places."""
-    generator = torch.Generator().manual_seed(seed)
-    columns = torch.randperm(scores.shape[1], generator=generator)
-    while len(columns):
-        size = int(torch.randint(1, largest + 1, (1,), generator=generator))
-        yield scores[:, columns[:size]], columns[:size]
-        columns = columns[size:]
-
-
-def collect(scores, k, seed=0, **options):
-    collector = TopCollector(len(scores), k)
-    for tile, columns in tiles(scores, seed, **options):
-        collector.update(tile, columns)
-    return collector
-
-
-def assert_same(one, other):
-    for name in FIELDS:
-        torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=0)
-
-
-# ---- collecting -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("make", [whole_numbers, random], ids=["ties", "no ties"])
-@pytest.mark.parametrize(("q", "n", "k"), [(4, 30, 5), (1, 30, 1), (3, 12, 12), (3, 5, 9), (2, 1, 3), (0, 8, 2)])
-@pytest.mark.parametrize("seed", range(8))
-def test_any_tiling_gives_the_top_of_all(make, q, n, k, seed):
-    scores = make(q, n, seed=seed)
-    assert_same(collect(scores, k, seed).compute(), Attribution(scores).top(k))
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_against_a_plain_sort(seed):
-    scores = whole_numbers(3, 40, seed=seed)
-    scores[0, 7], scores[0, 21], scores[1, 3] = math.inf, math.inf, -math.inf
-    found = collect(scores, 6, seed).compute()
-    for query, row in enumerate(scores.tolist()):
-        assert found.proponents[query].tolist() == sorted(range(40), key=lambda i: (-row[i], i))[:6]
-        assert found.opponents[query].tolist() == sorted(range(40), key=lambda i: (row[i], i))[:6]
-        assert found.proponent_scores[query].tolist() == [row[i] for i in found.proponents[query].tolist()]
-        assert found.opponent_scores[query].tolist() == [row[i] for i in found.opponents[query].tolist()]
-
-
-def test_everything_ties():
-    zeros = torch.zeros(2, 50)
-    zeros[:, ::2] *= -1  # minus zero is zero
-    found = collect(zeros, 4, largest=20).compute()
-    assert found.proponents.tolist() == found.opponents.tolist() == [[0, 1, 2, 3]] * 2
-    assert "-0" not in str(found.opponent_scores.tolist())
-
-
-def test_other_precisions_compare_as_float32():
-    scores = random(2, 20).double()
-    scores[:, 11] = scores[:, 4] + 1e-12  # the same in float32
-    scores[:, [4, 11]] += 10
-    assert collect(scores, 2).compute().proponents.tolist() == [[4, 11]] * 2
-    half = random(2, 20).bfloat16()
-    assert_same(collect(half, 3).compute(), Attribution(half.float()).top(3))
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_collectors_merge(seed):
-    scores = whole_numbers(3, 25, seed=seed)
-    parts = [TopCollector(3, 4) for _ in range(4)]  # the last stays empty
-    for number, (tile, columns) in enumerate(tiles(scores, seed)):
-        parts[number % 3].update(tile, columns)
-    first, *others = parts
-    for other in others:
-        first.merge(other)
-    assert first.num_columns == 25
-    assert_same(first.compute(), Attribution(scores).top(4))
-
-
-def test_queries_in_turn_are_queries_at_once():
-    scores = whole_numbers(7, 20)
-    parts = [collect(scores[rows], 4, seed).compute() for seed, rows in enumerate([range(3), range(3, 4), range(4, 7)])]
-    assert_same(joined(parts), Attribution(scores).top(4))
-    whole = Attribution(scores, std=scores.abs()).top_columns(3)
-    assert joined([whole, whole]).opponent_stds.equal(torch.cat([whole.opponent_stds] * 2))
-
-
-def test_gathering_in_one_process_changes_nothing():
-    collector = collect(whole_numbers(2, 9), 3)
-    collector.gather()
-    assert_same(collector.compute(), Attribution(whole_numbers(2, 9)).top(3))
-
-
-def gather_parts(number, port, folder):
-    start(number, port)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=2)
-    results = {}
-    # Uneven shares; a rank that holds fewer than k; a rank without any.
-    for share in (11, 2, 0):
-        scores = whole_numbers(3, 20, seed=share)
-        collector = TopCollector(3, 5)
-        for tile, columns in tiles(scores, seed=1):
-            mine = (columns < share) == (number == 0)
-            collector.update(tile[:, mine], columns[mine])
-        collector.gather()
-        results[share] = {**collector.compute().tensors(), "count": collector.num_columns}
-    torch.save(results, folder / f"rank{number}.pt")
-
-
-@pytest.mark.distributed
-def test_two_processes_gather_what_one_collects(tmp_path):
-    for results in run_two(gather_parts, tmp_path):
-        for share, found in results.items():
-            assert found.pop("count") == 20
-            assert_same(TopExamples(**found), Attribution(whole_numbers(3, 20, seed=share)).top(5))
-
-
-def test_scores_that_cannot_be_ranked():
-    scores = random(2, 6)
-    scores[1, 2] = math.nan
-    with pytest.raises(ValueError, match=r"query 1 for training example 12 .* is NaN"):
-        TopCollector(2, 1).update(scores, torch.arange(15, 9, -1) - 1)
-    with pytest.raises(ValueError, match=r"shape \(3, tile\).*got \(2, 6\) and \(6,\)"):
-        TopCollector(3, 1).update(scores, torch.arange(6))
-    with pytest.raises(ValueError, match=r"got \(2, 6\) and \(5,\)"):
-        TopCollector(2, 1).update(scores, torch.arange(5))
-
-
-def test_a_column_may_come_once():
-    collector = collect(whole_numbers(2, 9), 3)
-    collector.merge(collect(whole_numbers(2, 9), 3))
-    with pytest.raises(ValueError, match=r"example \d .* came twice"):
-        collector.compute()
-
-
-def test_collectors_that_do_not_fit():
-    with pytest.raises(ValueError, match="seen no scores: call `update` first"):
-        TopCollector(2, 1).compute()
-    with pytest.raises(ValueError, match="`k` must be an integer of at least 1, got 0"):
-        TopCollector(2, 0)
-    with pytest.raises(ValueError, match="of 2 queries and k=1, got one of 2 and k=3"):
-        TopCollector(2, 1).merge(TopCollector(2, 3))
-
-
-# ---- what the top can tell --------------------------------------------------------------------------------------
+from tests.helpers.models import Classifier, classification_data
+from tests.results.test_top_examples import assert_same, collect, random
 
 SCORES = random(3, 12)
 DESCRIBED = {
@@ -314,37 +162,25 @@ def test_save_and_load(tmp_path):
         Attribution.load(path, queries=TensorDataset(torch.arange(2)))
 
 
-def test_damage_is_found(tmp_path):
-    path = both()[1].save(tmp_path / "top")
-    file = path / "attribution.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(RecordError, match=r"attribution\.safetensors"):
-        Attribution.load(path)
-
-
 # ---- what only all scores can tell ------------------------------------------------------------------------------
 
 ALL_NEEDED = r"only the 4 strongest proponents and opponents of each query: see top\(\).*without `top_k=`"
 
 
-@pytest.mark.parametrize(
-    "ask",
-    [
-        lambda top: top.scores,
-        lambda top: top.std,
-        lambda top: top.sum_by("source"),
-        lambda top: top.sum_by("no such group"),
-        lambda top: retrain_without(
-            top, Classifier, classification_data(3), train_data=classification_data(12), max_epochs=1, ks=2
-        ),
-    ],
-    ids=["scores", "std", "sum_by", "sum_by unknown", "retrain_without"],
-)
-def test_what_needs_all_scores_says_so(ask):
+@pytest.mark.parametrize("name", ["scores", "std", "sum_by"])
+def test_what_needs_all_scores_says_so(name):
+    top = both()[1]
+    assert not hasattr(top, name)
+    with pytest.raises(AttributeError, match=ALL_NEEDED):
+        getattr(top, name)
+    with pytest.raises(AttributeError, match=r"'TopAttribution' object has no attribute 'score'$"):
+        _ = top.score
+
+
+def test_retraining_needs_all_scores():
+    data = classification_data(12)
     with pytest.raises(ValueError, match=ALL_NEEDED):
-        ask(both()[1])
+        retrain_without(both()[1], Classifier, data, train_data=data, max_epochs=1, ks=2)
 
 
 def test_evaluation_names_the_attribution():
@@ -372,35 +208,3 @@ def test_evaluation_names_the_attribution():
 def test_shapes_are_checked(changes, message):
     with pytest.raises(ValueError, match=message):
         TopAttribution(**({"examples": collect(SCORES, 4).compute(), "num_train": 12} | DESCRIBED | changes))
-
-
-def test_a_method_may_give_the_top_only():
-    class Streaming(Attributor):
-        method = "streaming for a test"
-
-        def __init__(self, *, top_k=2, **common):
-            super().__init__(**common)
-            self.top_k = top_k
-
-        def fit_model(self, model, device, record, checkpoint):
-            pass
-
-        def score_queries(self, model, queries, device, target):
-            scores = random(len(queries), len(self.train_data))
-            return TopAttribution(collect(scores, self.top_k).compute(), len(self.train_data))
-
-    data, chosen = classification_data(), list(range(40, 10, -2))
-    try:
-        given = attribute(
-            build(Classifier),
-            classification_data(3, seed=1),
-            train_data=data,
-            method=Streaming.method,
-            train_indices=chosen,
-            top_k=3,
-        )
-    finally:
-        del Attributor.registry[Streaming.method]
-    assert_same(given.top(), Attribution(random(3, 15), train_indices=torch.tensor(chosen)).top(3))
-    assert given.metadata["num_queries"] == 3
-    assert len(given.queries) == 3

@@ -1,12 +1,14 @@
 """Models, data and a plain training loop that the tests of retraining share."""
 
+from functools import partial
+
 import lightning.pytorch as L
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from stride_lightning.retraining.recipe import batch_order
+from stride_lightning.retraining.batches import batch_order
 
 NUM_TRAIN, NUM_QUERIES = 25, 6
 
@@ -143,6 +145,18 @@ def logistic_losses(outputs, targets):
 
 def mean_logistic_loss(outputs, targets):
     return logistic_losses(outputs, targets).mean()
+
+
+#: A network, its data, its loss, and the loss of each example.
+NETWORKS = {
+    "classes": (mlp, points, F.cross_entropy, cross_entropies),
+    "squares": (partial(mlp, 1), numbers, F.mse_loss, half_squares),
+    "one logit": (partial(mlp, 1), yes_or_no, mean_logistic_loss, logistic_losses),
+    "conv": (conv, pictures, F.cross_entropy, cross_entropies),
+    "tokens": (tokens, words, F.cross_entropy, cross_entropies),
+    "tied": (Tied, points, F.cross_entropy, cross_entropies),
+    "frozen": (frozen, points, F.cross_entropy, cross_entropies),
+}
 
 
 def train_by_hand(model_fn, data, mask, seed, *, max_epochs, batch_size, shuffle=True, drop_last=False, loss=None):

@@ -1,6 +1,5 @@
 """method="further-training" and method="retraining": what attribute() gives, and which records it takes."""
 
-import copy
 from functools import partial
 
 import numpy as np
@@ -19,7 +18,6 @@ from stride_lightning import (
     further_train,
     retrain,
 )
-from stride_lightning.attribute import create
 from stride_lightning.retraining import attributors as module
 from stride_lightning.steering.recovery import NOISES
 from tests.helpers.models import Classifier, build, classification_data, loader, picture_data, train
@@ -139,36 +137,6 @@ def test_a_figure_shows_the_examples_that_were_left_out():
     }  # fmt: skip
     assert len(drawn) == 4
     assert matches == {0, 1, 2, 3}
-
-
-def test_predicted_targets():
-    model, seen = build(Classifier), classification_data(6, seed=3)
-    with torch.no_grad():
-        predicted = TensorDataset(seen.tensors[0], model.eval()(seen.tensors[0]).argmax(1))
-    expected = ask(model, predicted, num_seeds=2)
-    unlabelled = ask(model, TensorDataset(seen.tensors[0]), num_seeds=2, target="predicted")
-    assert unlabelled.scores.equal(expected.scores)
-    assert not expected.scores.allclose(ask(model, seen, num_seeds=2).scores, atol=1e-5)  # or this would show nothing
-    with pytest.raises(ValueError, match="has no targets"):
-        ask(model, TensorDataset(seen.tensors[0]), num_seeds=2)
-
-
-def test_fit_once_and_ask_often():
-    model = build(Classifier)
-    attributor = create("further-training", num_seeds=2, **QUIET).fit(model, loader(DATA))
-    for queries in (QUERIES, Subset(QUERIES, [3, 1])):
-        assert attributor.attribute(queries).scores.equal(ask(model, queries, num_seeds=2).scores)
-
-
-def test_the_model_is_left_alone_and_gradients_need_not_be_on():
-    model = build(Classifier, dropout=0.3)
-    expected = ask(model, num_seeds=2)
-    before = copy.deepcopy(model.state_dict())
-    with torch.no_grad():
-        found = ask(model, num_seeds=2)
-    assert found.scores.equal(expected.scores)
-    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
-    assert all(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize("network", [mlp, LastState])
@@ -303,9 +271,9 @@ def test_records_by_name(fitted, refuse_to_train, tmp_path):
     refuse_to_train()
     for record in (further.records[0], tmp_path / "further", str(further.records[0])):
         assert ask(model, record=record).scores.equal(further.result.effects())
-    with pytest.raises(ValueError, match="holds 'stride', not what FurtherTrainingCallback writes"):
+    with pytest.raises(ValueError, match="holds 'stride', not what the callback for 'further-training' writes"):
         ask(model, record=stride.records[0])
-    with pytest.raises(ValueError, match="holds 'further-training', not what StrideCallback writes"):
+    with pytest.raises(ValueError, match="holds 'further-training', not what the callback for 'stride' writes"):
         attribute(model, QUERIES, train_data=DATA, record=further.records[0], **QUIET)
 
 

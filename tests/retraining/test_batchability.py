@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from stride_lightning.data.examples import Examples
 from stride_lightning.retraining.batchability import check_separate, check_vectorises, loss_factor
 from stride_lightning.retraining.optimizers import CannotBatch
-from stride_lightning.retraining.recipe import make_recipe
+from stride_lightning.retraining.recipe import Recipe
 from stride_lightning.retraining.retrain import retrain
 from stride_lightning.retraining.together import Together
 from stride_lightning.tasks.likelihoods import Classification, Regression
@@ -37,7 +37,7 @@ EPOCHS = 2
 
 def reason_of(model_fn, data=None, **how):
     data = points() if data is None else data
-    recipe = make_recipe(model_fn, data, train_data=data, **({"max_epochs": EPOCHS, "batch_size": BATCH} | how))
+    recipe = Recipe(model_fn, data, train_data=data, **({"max_epochs": EPOCHS, "batch_size": BATCH} | how))
     try:
         Together(recipe, 0)
     except CannotBatch as reason:

@@ -1,115 +1,49 @@
-"""Training on with and without examples, against a plain loop; and what becomes of the caller's model."""
+"""Training on with and without examples, against a plain loop."""
 
 import copy
-import random as python_random
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
-from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from stride_lightning import Classification, Regression
 from stride_lightning.model.weights import weight_hash
+from stride_lightning.retraining.batches import batch_order
 from stride_lightning.retraining.further_training import further_train
-from stride_lightning.retraining.recipe import batch_order
 from stride_lightning.runtime.randomness import mix, seed_all
-from tests.helpers.models import Augmented, hooks_of, make_trainer
+from tests.helpers.models import Augmented
 from tests.retraining.cases import (
+    NETWORKS,
     NUM_QUERIES,
     NUM_TRAIN,
     LastState,
     Net,
-    Tied,
     batchnorm,
-    conv,
     cross_entropies,
-    frozen,
     half_squares,
     in_double,
-    logistic_losses,
-    mean_logistic_loss,
     mlp,
     numbers,
-    pictures,
     points,
-    random,
     sgd,
-    tokens,
-    words,
-    yes_or_no,
+)
+from tests.retraining.further import (
+    BATCH,
+    EPOCHS,
+    LEFT_OUT,
+    SMOOTHED,
+    ask,
+    batches_of,
+    by_hand,
+    check,
+    frozen_statistics,
+    make_net,
 )
 
-BATCH, EPOCHS, SEEDS, LEFT_OUT = 9, [1, 3], [0, 1], [4, 0, 17, 24]
-SMOOTHED = nn.CrossEntropyLoss(label_smoothing=0.2)
-
-
-def make_net(network, optimize=sgd, loss=F.cross_entropy, kind=Net):
-    """In double precision, with the same weights every time."""
-    torch.manual_seed(3)
-    return kind(network(), optimize, loss).double()
-
-
-def batches_of(data, **more):
-    return DataLoader(data, BATCH, **({"shuffle": True} | more))
-
-
-def ask(model, data, queries, **more):
-    how = {"left_out": LEFT_OUT, "epochs": EPOCHS, "num_seeds": len(SEEDS), "show_progress": False}
-    return further_train(model, queries, train_data=data, **(how | more))
-
-
-def train_on(model, data, queries, place, seed, *, measure, step=None, mode=nn.Module.train, **how):
-    """Losses of the queries after the epochs, trained on by a plain loop without the example at a place."""
-    model, (x, y), n = copy.deepcopy(model), data.tensors, len(data)
-    optimizer, found, steps = how.get("optimizer", lambda m: m.optimize(m))(model), [], 0
-    for epoch in range(EPOCHS[-1]):
-        mode(model)
-        for batch in batch_order(n, BATCH, how.get("shuffle", True), how.get("drop_last", False), seed, epoch):
-            torch.manual_seed(mix(seed, epoch, steps))  # dropout
-            loss_of = partial(step or (lambda m, part: m.loss(m(part[0]), part[1])), model)
-            loss = loss_of((x[batch], y[batch]))
-            if place is not None:
-                loss = loss - loss_of((x[[place]], y[[place]])) / n
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            steps += 1
-        if epoch + 1 in EPOCHS:
-            with torch.no_grad():
-                found.append(measure(model.eval()(queries.tensors[0]), queries.tensors[1]))
-    return torch.stack(found)
-
-
-def by_hand(model, data, queries, measure=cross_entropies, left_out=LEFT_OUT, **how):
-    """Loss without the example minus loss with it, shape ``(seeds, epochs, examples, queries)``."""
-    effects = []
-    for seed in SEEDS:
-        whole = train_on(model, data, queries, None, seed, measure=measure, **how)
-        without = [train_on(model, data, queries, place, seed, measure=measure, **how) for place in left_out]
-        effects.append(torch.stack(without, 1) - whole[:, None])
-    return torch.stack(effects)
-
-
-def check(found, expected, tolerance=1e-10):
-    assert expected.abs().amax((0, 2, 3)).min() > 1e-4  # or this would show nothing
-    assert found.effects_by_seed.dtype == torch.float64
-    torch.testing.assert_close(found.effects_by_seed, expected, rtol=tolerance, atol=tolerance)
-
-
-NETWORKS = {
-    "classes": (mlp, points, F.cross_entropy, cross_entropies),
-    "squares": (partial(mlp, 1), numbers, F.mse_loss, half_squares),
-    "one logit": (partial(mlp, 1), yes_or_no, mean_logistic_loss, logistic_losses),
-    "conv": (conv, pictures, F.cross_entropy, cross_entropies),
-    "tokens": (tokens, words, F.cross_entropy, cross_entropies),
-    "tied": (Tied, points, F.cross_entropy, cross_entropies),
-    "frozen": (frozen, points, F.cross_entropy, cross_entropies),
-}
 SGD = partial(torch.optim.SGD, lr=0.2, momentum=0.7)
 OPTIMIZERS = {
     "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.3),
@@ -235,7 +169,7 @@ def test_many_steps_are_traced(monkeypatch):
     original = ensemble.capture
     monkeypatch.setattr(ensemble, "capture", lambda *args: traced.append(original(*args)) or traced[-1])
     model, data, queries = make_net(mlp), in_double(points()), in_double(points(4, seed=1))
-    monkeypatch.setattr("tests.retraining.test_leaving_out.EPOCHS", [2, 18])
+    monkeypatch.setattr("tests.retraining.further.EPOCHS", [2, 18])
     found = ask(model, batches_of(data), queries, epochs=[2, 18], left_out=[3, 8])
     assert len(traced) == 2  # batches of 9 and of 7
     assert None not in traced
@@ -314,42 +248,18 @@ def test_dropout_is_the_same_with_and_without(loss):
 def test_an_augmented_example_is_left_out_as_it_is_read_in_that_epoch():
     model, plain, queries = make_net(mlp), in_double(points()), in_double(points(4, seed=1))
     data = Augmented(plain)
-    found = ask(model, batches_of(data), queries)
-    effects = []
-    for seed in SEEDS:
-        losses = []
-        for left_out in (None, *LEFT_OUT):
-            trained, rows = copy.deepcopy(model), []
-            optimizer = sgd(trained)
-            for epoch in range(EPOCHS[-1]):
-                read = []
-                for position in range(NUM_TRAIN):
-                    seed_all(mix(mix(seed, epoch), position))
-                    read.append(data[position])
-                x, y = (torch.stack(column) for column in zip(*read, strict=True))
-                for batch in batch_order(NUM_TRAIN, BATCH, True, False, seed, epoch):
-                    loss = F.cross_entropy(trained(x[batch]), y[batch])
-                    if left_out is not None:
-                        loss = loss - F.cross_entropy(trained(x[[left_out]]), y[[left_out]]) / NUM_TRAIN
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                if epoch + 1 in EPOCHS:
-                    with torch.no_grad():
-                        rows.append(cross_entropies(trained(queries.tensors[0]), queries.tensors[1]))
-            losses.append(torch.stack(rows))
-        effects.append(torch.stack(losses[1:], 1) - losses[0][:, None])
-    check(found, torch.stack(effects))
+
+    def read(seed, epoch):
+        examples = []
+        for position in range(NUM_TRAIN):
+            seed_all(mix(mix(seed, epoch), position))
+            examples.append(data[position])
+        return [torch.stack(column) for column in zip(*examples, strict=True)]
+
+    check(ask(model, batches_of(data), queries), by_hand(model, plain, queries, read=read))
 
 
 # ---- BatchNorm, and what trains one by one ----------------------------------------------------------------------
-
-
-def frozen_statistics(model):
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d):
-            module.eval()
 
 
 def test_batchnorm_keeps_its_statistics_and_trains_together():
@@ -452,96 +362,6 @@ def test_a_training_step_that_needs_its_trainer_is_refused_with_a_way_out(kind, 
     check(found, by_hand(make_net(mlp, lambda m: SGD(m.parameters())), data, data))
 
 
-# ---- losses of which an example has no share ----------------------------------------------------------------------
-
-
-def by_class(num=NUM_TRAIN):
-    """In the order of their classes: the first batch holds one class alone."""
-    x, y = points(num).tensors
-    order = y.argsort(stable=True)
-    return in_double(TensorDataset(x[order], y[order]))
-
-
-class NoisyStep(Net):
-    """Dropout that is no module, and noise that is always there."""
-
-    noise = 0.0
-
-    def training_step(self, batch, batch_idx):
-        x = F.dropout(batch[0], 0.3, self.training) + self.noise * torch.randn_like(batch[0])
-        return self.loss(self.network(x), batch[1])
-
-
-class NoisierStep(NoisyStep):
-    noise = 0.1
-
-
-class Pairwise(Net):
-    """A loss of pairs of examples."""
-
-    def training_step(self, batch, batch_idx):
-        return super().training_step(batch, batch_idx) + torch.cdist(*2 * [self(batch[0])]).mean()
-
-
-WEIGHTED = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0]).double())
-
-
-@pytest.mark.parametrize(
-    ("kind", "loss"),
-    [
-        (Net, WEIGHTED),
-        (NoisyStep, WEIGHTED),
-        (Pairwise, F.cross_entropy),
-        (Net, nn.CrossEntropyLoss(reduction="sum", label_smoothing=0.1)),
-    ],
-    ids=["class weights", "under dropout", "pairs", "sum"],
-)
-@pytest.mark.parametrize("data", [by_class, lambda: in_double(points())], ids=["sorted", "mixed"])
-def test_a_loss_that_is_not_a_mean_over_examples_is_refused(kind, loss, data):
-    with pytest.raises(
-        ValueError, match=r"is not the mean of the losses of its examples \(class weights\?\).*task of your own"
-    ):
-        ask(make_net(mlp, loss=loss, kind=kind), batches_of(data()), data())
-
-
-@pytest.mark.parametrize("kind", [Net, NoisyStep, NoisierStep])
-def test_a_loss_that_is_a_mean_over_examples_passes_whatever_is_drawn(kind):
-    data = by_class()
-    found = ask(make_net(mlp, loss=SMOOTHED, kind=kind), batches_of(data), data)
-    assert "training_step" in found.metadata["one_by_one_because"]
-
-
-def test_a_training_step_that_takes_no_single_example_is_refused():
-    class Squeezing(Net):
-        def training_step(self, batch, batch_idx):
-            return SMOOTHED(self(batch[0]).squeeze(0), batch[1])
-
-    data = in_double(points())
-    with pytest.raises(ValueError, match=r"Squeezing cannot be trained on.*does not take a single example"):
-        ask(make_net(mlp, kind=Squeezing), batches_of(data), data)
-
-
-HOOKS = {
-    "backward": lambda self, loss: loss.backward(),
-    "optimizer_step": lambda self, *args: None,
-    "optimizer_zero_grad": lambda self, *args: None,
-    "configure_gradient_clipping": lambda self, *args, **kwargs: None,
-    "on_before_backward": lambda self, loss: None,
-    "on_after_backward": lambda self: None,
-    "on_before_optimizer_step": lambda self, optimizer: None,
-    "on_before_zero_grad": lambda self, optimizer: None,
-}
-
-
-@pytest.mark.parametrize("name", HOOKS)
-def test_hooks_that_change_gradients_are_warned_of(name):
-    data, kind = in_double(points()), type("Hooked", (Net,), {name: HOOKS[name]})
-    inherited = type("Inherits", (kind,), {"on_train_start": lambda self: None})
-    with pytest.warns(UserWarning, match=f"Inherits overrides {name}. Further training does not call them; effects"):
-        found = ask(make_net(mlp, kind=inherited), batches_of(data), data)
-    assert found.effects_by_seed.equal(ask(make_net(mlp), batches_of(data), data).effects_by_seed)
-
-
 # ---- single examples, and losses close to zero ----------------------------------------------------------------------
 
 
@@ -636,189 +456,3 @@ def test_a_tasks_loss_that_holds_single_precision_weights_is_measured_in_that():
     data = points()
     found = ask(make_net(mlp).float(), batches_of(data), data, task=Weighted(), optimizer=SGD)
     assert found.effects().abs().max() > 1e-4
-
-
-class NeedsSteps(Net):
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=1 / self.trainer.estimated_stepping_batches)
-
-
-@pytest.mark.parametrize(
-    ("model", "reason"),
-    [
-        (lambda: make_net(mlp, kind=NeedsSteps), "configure_optimizers needs a Trainer"),
-        (lambda: make_net(mlp, lambda m: torch.optim.RMSprop(m.parameters())), "RMSprop is not one of the optimizers"),
-        (lambda: make_net(mlp, lambda m: [sgd(m), sgd(m)]), "returns 2 optimizers and 0 schedulers"),
-    ],
-)
-def test_an_optimizer_that_cannot_be_used_is_refused_with_a_hint(model, reason):
-    data = in_double(points())
-    with pytest.raises(ValueError, match=rf"{reason}.*Pass `optimizer=`, such as functools\.partial"):
-        ask(model(), batches_of(data), data)
-    assert ask(model(), batches_of(data), data, optimizer=SGD).effects().shape == (NUM_TRAIN, 4)
-
-
-def test_what_cannot_be_copied_is_refused_with_a_hint():
-    model, data = make_net(mlp), in_double(points())
-    model.last_outputs = model(data.tensors[0])
-    with pytest.raises(ValueError, match=r"Net cannot be copied.*Detach or drop them"):
-        ask(model, batches_of(data), data)
-
-
-# ---- the caller's model -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("loss", [F.cross_entropy, SMOOTHED], ids=["together", "one by one"])
-def test_the_model_is_as_it_was(tmp_path, loss):
-    model = make_net(lambda: batchnorm().append(nn.Dropout(0.1)), loss=loss).float()
-    trainer = make_trainer(tmp_path, max_epochs=1)
-    trainer.fit(model, batches_of(points()))
-    model.train()
-    model.network[2].eval()
-    model.network[0].bias.requires_grad_(False)
-    seen = []
-    model.network[0].register_forward_hook(lambda *_: seen.append(1))
-    model.network[3].weight.grad = torch.ones(3, 6)
-    modes = [module.training for module in model.modules()]
-    before, names = copy.deepcopy(model.state_dict()), set(vars(model))
-    for draw in (torch.manual_seed, np.random.seed, python_random.seed):
-        draw(5)
-    expected = torch.rand(3).tolist(), np.random.rand(3).tolist(), python_random.random()  # noqa: NPY002
-    for draw in (torch.manual_seed, np.random.seed, python_random.seed):
-        draw(5)
-    ask(model, batches_of(points()), points())
-    drawn = torch.rand(3).tolist(), np.random.rand(3).tolist(), python_random.random()  # noqa: NPY002
-    assert drawn == expected
-    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
-    assert [module.training for module in model.modules()] == modes
-    assert [parameter.requires_grad for parameter in model.parameters()].count(False) == 1
-    assert len(hooks_of(model)) == 1
-    assert set(vars(model)) == names
-    assert model.trainer is trainer
-    assert model.network[3].weight.grad.equal(torch.ones(3, 6))
-    assert model.network[0].weight.grad is not None
-    assert trainer.model is model
-
-
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
-def test_checkpoints(tmp_path):
-    model, data = make_net(mlp).float(), points()
-    keep = ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
-    make_trainer(tmp_path, keep, max_epochs=2, enable_checkpointing=True).fit(model, batches_of(data))
-    trained = copy.deepcopy(model.state_dict())
-    expected = ask(model, batches_of(data), data)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(0.5)
-    halved = copy.deepcopy(model.state_dict())
-    for ckpt_path in ("best", "last", tmp_path / "epoch=1.ckpt"):
-        found = ask(model, batches_of(data), data, ckpt_path=ckpt_path)
-        assert found.effects_by_seed.equal(expected.effects_by_seed)
-        assert found.metadata["weights"] == expected.metadata["weights"]
-    first = ask(model, batches_of(data), data, ckpt_path=tmp_path / "epoch=0.ckpt")
-    assert first.metadata["weights"] != expected.metadata["weights"]
-    assert not first.effects_by_seed.allclose(expected.effects_by_seed, atol=1e-5)
-    assert all(value.equal(halved[name]) for name, value in model.state_dict().items())
-    assert not halved["network.0.weight"].equal(trained["network.0.weight"])
-
-
-# ---- data and arguments -----------------------------------------------------------------------------------------
-
-
-def test_positions_are_those_in_the_dataset():
-    data, queries, chosen = in_double(points()), in_double(points(4, seed=1)), [20, 3, 11, 7, 0, 15, 22, 9, 2, 13, 5]
-    model = make_net(mlp)
-    own = TensorDataset(*(tensor[chosen] for tensor in data.tensors))
-    expected = ask(model, own, queries, left_out=[2, 0, 10], batch_size=4)
-    left_out = [chosen[2], chosen[0], chosen[10]]
-    sampled = DataLoader(data, 4, sampler=SubsetRandomSampler(chosen))
-    with pytest.raises(ValueError, match=r"SubsetRandomSampler.*`train_indices=`"):
-        ask(model, sampled, queries)
-    found = ask(model, sampled, queries, left_out=left_out, train_indices=chosen)
-    assert found.left_out.tolist() == left_out
-    assert found.effects_by_seed.equal(expected.effects_by_seed)
-    assert ask(model, Subset(data, chosen), queries, left_out=[2, 0, 10], batch_size=4).effects().equal(found.effects())
-    everything = ask(model, sampled, queries, left_out=None, train_indices=chosen)
-    assert everything.left_out.tolist() == chosen
-    assert everything.effects()[:, [2, 0, 10]].allclose(found.effects(), atol=1e-12)
-    with pytest.raises(ValueError, match=r"\[1\] are not among the 11 training examples"):
-        ask(model, sampled, queries, left_out=[3, 1], train_indices=chosen)
-
-
-def test_by_default_a_hundred_are_left_out():
-    model, data = make_net(partial(mlp, 2)), TensorDataset(random(250, 4).double(), torch.arange(250) % 2)
-    found = ask(model, DataLoader(data, 50), Subset(data, range(2)), left_out=None, epochs=1, num_seeds=1)
-    assert len(found.left_out.unique()) == 100
-    assert (found.left_out[0], found.left_out[-1]) == (0, 249)
-    assert set(found.left_out.diff().tolist()) == {2, 3}
-
-
-ARGUMENTS = {
-    "unknown": ({"left_out": [3, 25]}, ValueError, r"\[25\] are not among the 25 training examples"),
-    "negative": ({"left_out": [-1]}, ValueError, r"\[-1\] are not among the 25 training examples"),
-    "twice": ({"left_out": [3, 3]}, ValueError, "some stand twice"),
-    "none": ({"left_out": []}, ValueError, "`left_out` names no example"),
-    "fractions": ({"left_out": [0.5]}, TypeError, r"integer positions in the training dataset, got torch\.float32"),
-    "mask": ({"left_out": torch.ones(25, dtype=torch.bool)}, TypeError, r"integer positions.*got torch\.bool"),
-    "no epochs": ({"epochs": 0}, ValueError, "`epochs` must be an integer of at least 1, got 0"),
-    "not one": ({"epochs": []}, ValueError, r"`epochs` must be one or several integers, got \[\]"),
-    "half": ({"epochs": 1.5}, ValueError, r"`epochs` must be an integer of at least 1, got 1\.5"),
-    "some wrong": ({"epochs": [2, 0]}, ValueError, r"`epochs` must be an integer of at least 1, got 0"),
-    "no seeds": ({"num_seeds": 0}, ValueError, "`num_seeds` must be an integer of at least 1, got 0"),
-    "half a seed": ({"num_seeds": 1.5}, ValueError, r"`num_seeds` must be an integer of at least 1, got 1\.5"),
-    "true seeds": ({"num_seeds": True}, ValueError, "`num_seeds` must be an integer of at least 1, got True"),
-    "true": ({"epochs": True}, ValueError, "`epochs` must be an integer of at least 1, got True"),
-    "text": ({"left_out": "abc"}, TypeError, r"`left_out` must be integer positions.*such as \[3, 17\], got 'abc'"),
-    "made": (
-        {"optimizer": torch.optim.SGD(mlp().parameters(), lr=0.1)},
-        TypeError,
-        r"got an instance of SGD\..*pass functools\.partial\(torch\.optim\.SGD, lr=",
-    ),
-    "a name": ({"optimizer": "sgd"}, TypeError, r"`optimizer` must be a function.*got 'sgd'.*functools\.partial"),
-    "a class": ({"model": Net}, TypeError, "`model` must be the final model.*got the class Net; make an instance"),
-    "no model": ({"model": None}, TypeError, "`model` must be the final model.*got None"),
-    "no batch": ({"batch_size": 0}, ValueError, "`batch_size` must be an integer of at least 1, got 0"),
-    "class": ({"task": Regression}, TypeError, "`task` must be an instance of Task"),
-    "no optimizer": ({"optimizer": lambda p: "sgd"}, TypeError, "must return a torch optimizer, got str"),
-    "no labels": ({"queries": TensorDataset(points().tensors[0].double())}, ValueError, "has no targets, so losses"),
-    "labels": ({"queries": TensorDataset(random(2, 4).double(), torch.tensor([0, 7]))}, ValueError, r"lie in 0\.\.2"),
-}
-
-
-@pytest.mark.parametrize("name", ARGUMENTS)
-def test_arguments_that_cannot_work_are_refused(name):
-    more, error, message = ARGUMENTS[name]
-    data = in_double(points())
-    with pytest.raises(error, match=message):
-        ask(**({"model": make_net(mlp), "data": batches_of(data), "queries": data} | more))
-
-
-@pytest.mark.parametrize("loss", [F.cross_entropy, SMOOTHED], ids=["together", "one by one"])
-def test_queries_without_a_finite_loss_are_named_before_training(loss):
-    data, queries = in_double(points()), in_double(points())
-    queries.tensors[0][3, 1] = queries.tensors[0][7, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"queries at positions \[3, 7\]\..*check its input and target"):
-        ask(make_net(mlp, loss=loss), batches_of(data), queries)
-
-
-def test_data_with_nan_is_asked_about():
-    data = in_double(points())
-    data.tensors[0][20] = torch.nan
-    with pytest.raises(ValueError, match="Lower the learning rate; or does the data hold NaN"):
-        ask(make_net(mlp), batches_of(data), in_double(points(4, seed=1)))
-
-
-def test_a_batch_size_that_is_not_known():
-    with pytest.raises(ValueError, match=r"batch size cannot be told.*DataLoader with a batch_size, or `batch_size=`"):
-        ask(make_net(mlp), in_double(points()), in_double(points()))
-
-
-@pytest.mark.parametrize("loss", [F.mse_loss, nn.HuberLoss(delta=1e9)], ids=["together", "one by one"])
-def test_divergence_names_example_query_epoch_and_seed(loss):
-    data = in_double(numbers())
-    diverging = lambda model: torch.optim.SGD(model.parameters(), lr=1e30)  # noqa: E731
-    deep = lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 1))  # noqa: E731
-    with pytest.raises(
-        ValueError, match=r"without example 4 gave .* query 0, after \d epoch\(s\) with seed 7.*Lower the l"
-    ):
-        ask(make_net(deep, diverging, loss), batches_of(data), data, epochs=[1, 2, 3, 4], seed=7)

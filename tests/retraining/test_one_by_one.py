@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from stride_lightning.retraining.batches import batch_order
 from stride_lightning.retraining.one_by_one import train_alone
-from stride_lightning.retraining.recipe import batch_order, make_recipe
+from stride_lightning.retraining.recipe import Recipe
 from stride_lightning.retraining.together import Together
 from tests.helpers.models import make_trainer
 from tests.retraining.cases import NUM_QUERIES, Net, by_hand, mlp, points, sgd, some_masks
@@ -20,7 +21,7 @@ def model_fn():
 
 def recipe_of(model_fn=model_fn, **more):
     how = {"train_data": points(), "max_epochs": 3, "batch_size": 9} | more
-    return make_recipe(model_fn, QUERIES, **how)
+    return Recipe(model_fn, QUERIES, **how)
 
 
 class Watching(Net):
@@ -122,7 +123,7 @@ def test_hooks_of_the_data_are_applied_once(owner):
     kind = DoublingModel if owner == "model" else Net
     data = Doubling() if owner == "data module" else points()
     queries = Doubling() if owner == "data module" else QUERIES
-    recipe = make_recipe(lambda: kind(mlp(), sgd), queries, train_data=data, max_epochs=2, batch_size=9)
+    recipe = Recipe(lambda: kind(mlp(), sgd), queries, train_data=data, max_epochs=2, batch_size=9)
     twice = torch.utils.data.TensorDataset(2 * points().tensors[0], points().tensors[1])
     asked = torch.utils.data.TensorDataset(2 * QUERIES.tensors[0], QUERIES.tensors[1])
     masks = some_masks(2)

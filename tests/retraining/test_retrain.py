@@ -14,6 +14,7 @@ from stride_lightning.retraining.retrain import retrain, sample_masks
 from stride_lightning.runtime.distributed import barrier, world_size
 from stride_lightning.storage.records import write_record
 from tests.helpers.models import Augmented, Dicts, make_trainer
+from tests.helpers.processes import run_two, start
 from tests.retraining.cases import (
     NUM_QUERIES,
     NUM_TRAIN,
@@ -32,7 +33,6 @@ from tests.retraining.cases import (
     some_masks,
     yes_or_no,
 )
-from tests.runtime.test_distributed import run_two, start
 
 QUERIES = points(NUM_QUERIES, seed=1)
 HOW = {"max_epochs": 2, "batch_size": 9}
@@ -106,16 +106,6 @@ class OfDicts(Net):
         return self.loss(self(batch["features"]), batch["answer"])
 
 
-@pytest.mark.parametrize("together", [True, False])
-def test_batches_of_dicts(together, tmp_path):
-    trainer = None if together else lambda: make_trainer(tmp_path)
-    how = {"train_data": Dicts(points()), "task": ByName(), "trainer_fn": trainer}
-    truth = ask(lambda: OfDicts(mlp(), sgd), Dicts(QUERIES), **how)
-    assert (truth.metadata["one_by_one_because"] is None) is together
-    own = by_hand(model_fn, points(), QUERIES, truth.masks, 1, **HOW)
-    torch.testing.assert_close(truth.losses_by_seed[1], own, rtol=1e-4, atol=1e-5)
-
-
 class Module(L.LightningDataModule):
     """Shuffled batches of nine; adds one to the inputs on the device."""
 
@@ -129,25 +119,36 @@ class Module(L.LightningDataModule):
         return batch[0] + 1, batch[1]
 
 
-@pytest.mark.parametrize("together", [True, False])
-def test_a_data_module_with_a_hook(together, tmp_path):
-    trainer = None if together else lambda: make_trainer(tmp_path)
-    data = Module()
-    truth = ask(queries=data, train_data=data, batch_size=None, trainer_fn=trainer)
-    moved, asked = (TensorDataset(d.tensors[0] + 1, d.tensors[1]) for d in (points(), QUERIES))
-    own = by_hand(model_fn, moved, asked, truth.masks, 0, **HOW)
-    torch.testing.assert_close(truth.losses_by_seed[0], own, rtol=1e-4, atol=1e-5)
+CHOSEN = [3, 1, 20, 15, 16, 8, 24, 2, 5, 6, 7, 11]
+#: A call, and the tensors that are trained on and asked about.
+SOURCES = {
+    "dicts": (
+        {
+            "model": lambda: OfDicts(mlp(), sgd),
+            "queries": Dicts(QUERIES),
+            "train_data": Dicts(points()),
+            "task": ByName(),
+        },
+        *(points(), QUERIES),
+    ),
+    "a data module with a hook": (
+        {"queries": Module(), "train_data": Module(), "batch_size": None},
+        *(TensorDataset(data.tensors[0] + 1, data.tensors[1]) for data in (points(), QUERIES)),
+    ),
+    "positions": ({"train_indices": CHOSEN}, TensorDataset(*points()[CHOSEN]), QUERIES),
+}
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_positions_that_are_trained_on(together, tmp_path):
-    trainer = None if together else lambda: make_trainer(tmp_path)
-    chosen = [3, 1, 20, 15, 16, 8, 24, 2, 5, 6, 7, 11]
-    truth = ask(train_indices=chosen, trainer_fn=trainer)
-    assert truth.masks.shape == (3, 12)
-    part = TensorDataset(*points()[chosen])
-    own = by_hand(model_fn, part, QUERIES, truth.masks, 0, **HOW)
-    torch.testing.assert_close(truth.losses_by_seed[0], own, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("name", SOURCES)
+def test_data_of_all_kinds(name, together, tmp_path):
+    how, data, queries = SOURCES[name]
+    truth = ask(**how, trainer_fn=None if together else lambda: make_trainer(tmp_path))
+    assert (truth.metadata["one_by_one_because"] is None) is together
+    assert truth.masks.shape == (3, len(data))
+    for number, losses in enumerate(truth.losses_by_seed):
+        own = by_hand(model_fn, data, queries, truth.masks, number, **HOW)
+        torch.testing.assert_close(losses, own, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from stride_lightning import (
 from stride_lightning.data.examples import Examples
 from stride_lightning.data.reading import survey
 from stride_lightning.retraining.batchability import mixed_places
-from stride_lightning.retraining.recipe import batch_order
+from stride_lightning.retraining.batches import batch_order
 from tests.helpers.gradient_models import QUIET, close_scores
 from tests.helpers.language_models import (
     IGNORED,

@@ -10,48 +10,33 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
 from stride_lightning.retraining import together as module
+from stride_lightning.retraining.batches import batch_order
 from stride_lightning.retraining.ensemble import Ensemble
 from stride_lightning.retraining.one_by_one import train_alone
 from stride_lightning.retraining.optimizers import CannotBatch
-from stride_lightning.retraining.recipe import batch_order, make_recipe
+from stride_lightning.retraining.recipe import Recipe
 from stride_lightning.retraining.retrain import retrain
 from stride_lightning.retraining.together import Together
 from stride_lightning.tasks import likelihoods as tasks
 from tests.helpers.models import Augmented
 from tests.retraining.cases import (
+    NETWORKS,
     NUM_QUERIES,
     NUM_TRAIN,
     Net,
-    Tied,
     by_hand,
-    conv,
     cross_entropies,
-    frozen,
     half_squares,
     in_double,
-    logistic_losses,
     mean_logistic_loss,
     mlp,
     numbers,
-    pictures,
     points,
     sgd,
     some_masks,
-    tokens,
     train_by_hand,
-    words,
     yes_or_no,
 )
-
-NETWORKS = {
-    "classes": (mlp, points, F.cross_entropy, cross_entropies),
-    "squares": (partial(mlp, 1), numbers, F.mse_loss, half_squares),
-    "one logit": (partial(mlp, 1), yes_or_no, mean_logistic_loss, logistic_losses),
-    "conv": (conv, pictures, F.cross_entropy, cross_entropies),
-    "tokens": (tokens, words, F.cross_entropy, cross_entropies),
-    "tied": (Tied, points, F.cross_entropy, cross_entropies),
-    "frozen": (frozen, points, F.cross_entropy, cross_entropies),
-}
 
 
 def scheduled(make, kind, model, **more):
@@ -106,7 +91,7 @@ def double_net(network, optimize, loss):
 
 def check_by_hand(trained, model_fn, data, queries, masks, measure=cross_entropies, tolerance=1e-10, **how):
     """Weights and losses of every model, for two seeds."""
-    recipe = make_recipe(model_fn, queries, train_data=data, **how)
+    recipe = Recipe(model_fn, queries, train_data=data, **how)
     together = Together(recipe, 0)
     together.check_steps(masks, [0, 1])
     expected_keys = {"max_epochs": EPOCHS, "batch_size": BATCH} | how
@@ -146,9 +131,7 @@ def test_single_precision(trained, network):
 @pytest.mark.parametrize("how", [{"shuffle": False}, {"drop_last": True}, {"shuffle": False, "drop_last": True}])
 def test_batches_are_the_loaders(trained, how):
     model_fn, data = partial(double_net, mlp, sgd, F.cross_entropy), in_double(points())
-    recipe = make_recipe(
-        model_fn, data, train_data=DataLoader(data, BATCH, **({"shuffle": True} | how)), max_epochs=EPOCHS
-    )
+    recipe = Recipe(model_fn, data, train_data=DataLoader(data, BATCH, **({"shuffle": True} | how)), max_epochs=EPOCHS)
     losses, masks = [], some_masks(3)
     losses = Together(recipe, 0).train(masks, 0)
     own = by_hand(model_fn, data, data, masks, 0, max_epochs=EPOCHS, batch_size=BATCH, **how)
@@ -196,54 +179,47 @@ def test_dampening_of_one_group_counts_too():
     def optimize(model):
         return torch.optim.SGD([{"params": list(model.parameters()), "dampening": 0.5}], lr=0.1, momentum=0.9)
 
-    recipe = make_recipe(
-        lambda: Net(mlp(), optimize), points(), train_data=points(), max_epochs=1, batch_size=2, task=None
-    )
+    recipe = Recipe(lambda: Net(mlp(), optimize), points(), train_data=points(), max_epochs=1, batch_size=2, task=None)
     with pytest.raises(CannotBatch, match="SGD counts its steps"):
         Together(recipe, 0).check_steps(some_masks(3, 0.2), [0])
 
 
-def test_margins():
-    data, queries, masks = points(), points(NUM_QUERIES, seed=1), some_masks(3)
-    how = {"max_epochs": 2, "batch_size": BATCH}
-
-    def margins(outputs, targets):
-        p = outputs.softmax(1).gather(1, targets[:, None])[:, 0]
-        return -(p / (1 - p)).log()
-
-    model_fn = lambda: Net(mlp(), sgd)  # noqa: E731
-    truth = retrain(model_fn, queries, train_data=data, masks=masks, measure="margin", num_seeds=1, **how)
-    own = by_hand(model_fn, data, queries, masks, 0, measure=margins, **how)
-    torch.testing.assert_close(truth.losses, own, rtol=1e-4, atol=1e-4)
+def odds(outputs, targets):
+    p = outputs.softmax(1).gather(1, targets[:, None])[:, 0]
+    return -(p / (1 - p)).log()
 
 
-def test_margins_of_one_logit():
-    data, masks, how = yes_or_no(), some_masks(3), {"max_epochs": 2, "batch_size": BATCH}
-    model_fn = lambda: Net(mlp(1), sgd, mean_logistic_loss)  # noqa: E731
-    truth = retrain(model_fn, data, train_data=data, masks=masks, measure="margin", num_seeds=1, **how)
-    signed = lambda outputs, targets: (outputs * (1 - 2 * targets))[:, 0]  # noqa: E731
-    own = by_hand(model_fn, data, data, masks, 0, measure=signed, **how)
-    torch.testing.assert_close(truth.losses, own, rtol=1e-4, atol=1e-4)
+def signed(outputs, targets):
+    return (outputs * (1 - 2 * targets))[:, 0]
 
 
-def test_a_plain_module_is_trained_on_the_tasks_loss():
-    """Half the squared error, where a LightningModule with mse_loss trains on all of it."""
-    data, masks, how = numbers(), some_masks(3), {"max_epochs": 2, "batch_size": BATCH}
-    optimizer = partial(torch.optim.SGD, lr=0.1)
-    truth = retrain(partial(mlp, 1), data, train_data=data, masks=masks, num_seeds=1, optimizer=optimizer, **how)
+OPTIMIZER = partial(torch.optim.SGD, lr=0.1)
+MEASURED = {
+    "margins": (lambda: Net(mlp(), sgd), points, {"measure": "margin"}, odds),
+    "margins of one logit": (lambda: Net(mlp(1), sgd, mean_logistic_loss), yes_or_no, {"measure": "margin"}, signed),
+    # Half the squared error, where a LightningModule with mse_loss trains on all of it.
+    "a plain module": (partial(mlp, 1), numbers, {"optimizer": OPTIMIZER}, half_squares),
+    # The noise scales what is measured, but not training.
+    "noise": (
+        lambda: Net(mlp(1), sgd, F.mse_loss),
+        numbers,
+        {"task": tasks.Regression(noise_std=0.5)},
+        lambda outputs, targets: 4 * half_squares(outputs, targets),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_what_is_trained_on_and_what_is_measured(name):
+    model_fn, data, more, measure = MEASURED[name]
+    queries, masks, how = data(NUM_QUERIES, seed=1), some_masks(3), {"max_epochs": 2, "batch_size": BATCH}
+    truth = retrain(model_fn, queries, train_data=data(), masks=masks, num_seeds=1, **more, **how)
     assert truth.metadata["one_by_one_because"] is None
-    model_fn = lambda: Net(mlp(1), lambda m: optimizer(m.parameters()), lambda o, y: half_squares(o, y).mean())  # noqa: E731
-    own = by_hand(model_fn, data, data, masks, 0, measure=half_squares, **how)
+    if name == "a plain module":
+        mean = lambda outputs, targets: half_squares(outputs, targets).mean()  # noqa: E731
+        model_fn = lambda: Net(mlp(1), lambda m: OPTIMIZER(m.parameters()), mean)  # noqa: E731
+    own = by_hand(model_fn, data(), queries, masks, 0, measure=measure, **how)
     torch.testing.assert_close(truth.losses, own, rtol=1e-4, atol=1e-4)
-
-
-def test_the_noise_of_a_regression_scales_what_is_measured_but_not_training():
-    data, masks, how = numbers(), some_masks(3), {"max_epochs": 2, "batch_size": BATCH}
-    model_fn = lambda: Net(mlp(1), sgd, F.mse_loss)  # noqa: E731
-    task = tasks.Regression(noise_std=0.5)
-    truth = retrain(model_fn, data, train_data=data, masks=masks, num_seeds=1, task=task, **how)
-    own = by_hand(model_fn, data, data, masks, 0, measure=half_squares, **how)
-    torch.testing.assert_close(truth.losses, 4 * own, rtol=1e-4, atol=1e-4)
 
 
 # ---- chunks, threads, order, dropout ----------------------------------------------------------------------------
@@ -315,7 +291,7 @@ def test_neither_chunks_nor_threads_nor_the_order_of_subsets_matter(kind):
 @pytest.mark.parametrize("kind", ["dropout", "functional"])
 def test_dropout_is_on_shared_by_all_and_in_one_thread(kind):
     masks, data = some_masks(1).expand(3, -1), points()
-    recipe = make_recipe(KINDS[kind][0], data, train_data=data, max_epochs=3, batch_size=BATCH)
+    recipe = Recipe(KINDS[kind][0], data, train_data=data, max_epochs=3, batch_size=BATCH)
     together = Together(recipe, 0)
     assert together.is_random
     assert together.num_threads == 1
@@ -338,7 +314,7 @@ def test_several_threads_where_nothing_is_random():
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        together = Together(make_recipe(plain_net, points(), train_data=points(), max_epochs=1, batch_size=5), 0)
+        together = Together(Recipe(plain_net, points(), train_data=points(), max_epochs=1, batch_size=5), 0)
         assert not together.is_random
         assert together.num_threads == 2
     finally:
@@ -362,7 +338,7 @@ def test_a_trainer_gives_the_same(name):
     model_fn = lambda: Net(network(), OPTIMIZERS.get(name, sgd), loss)  # noqa: E731
     model_fn = eval_dropout if name == "eval" else model_fn
     masks, size = (some_masks(3), BATCH) if name != "empty" else (some_masks(3, fraction=0.2), 2)
-    recipe = make_recipe(model_fn, data(NUM_QUERIES, seed=1), train_data=data(), max_epochs=3, batch_size=size)
+    recipe = Recipe(model_fn, data(NUM_QUERIES, seed=1), train_data=data(), max_epochs=3, batch_size=size)
     together = Together(recipe, 0).train(masks, 1)
     alone = torch.stack([train_alone(recipe, mask, 1) for mask in masks])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)

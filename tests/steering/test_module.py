@@ -17,6 +17,7 @@ from stride_lightning.steering.basis import Observation
 from stride_lightning.steering.influence import imitation_ridge, influence, mean_curvature
 from stride_lightning.steering.module import StrideModule
 from stride_lightning.steering.operators import mean_prediction, measure
+from stride_lightning.steering.published import learned_basis
 from stride_lightning.steering.solvers import fit_operators
 from stride_lightning.steering.subsets import Design, sample_design
 from stride_lightning.tasks.likelihoods import Classification, Task
@@ -256,15 +257,14 @@ def test_nothing_of_the_training_set_stays_in_the_module() -> None:
 @pytest.mark.parametrize("num_seen", [40, 10])
 def test_training_step_adds_up_its_three_losses(task: Task, num_seen: int) -> None:
     observed = observation(task)
-    module = StrideModule(DESIGN, task, basis="learned", rank=2, stability=0.7)
-    module._prepare(observed)
+    module = learned_basis.LearnedBasis(DESIGN, task, observed, rank=2, stability=0.7)
     with torch.no_grad():
         module.operators.copy_(0.3 * random_tensor(3, 2, 8, seed=5))
     positions = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:num_seen]
     members, sizes = DESIGN.dense(torch.float64), DESIGN.sizes
     fidelity, stability, responses = 0.0, 0.0, []
     for k in range(8):
-        change = observed.features @ module.low_rank_basis @ module.operators[..., k].T
+        change = observed.features @ module.basis @ module.operators[..., k].T
         steered = observed.outputs + change
         losses = task.loss(steered, observed.encoded)
         predicted = task.mean(observed.outputs)
@@ -275,7 +275,7 @@ def test_training_step_adds_up_its_three_losses(task: Task, num_seen: int) -> No
         responses.append(observed.losses[positions] - losses[positions])
     response = torch.stack(responses, 1)
     response = response - response.mean(1, keepdim=True)
-    linearity = (response @ module._unexplained).square().sum() / response.square().sum()
+    linearity = (response @ module.unexplained).square().sum() / response.square().sum()
     expected = fidelity + 0.7 * stability + linearity
     torch.testing.assert_close(module.training_step([positions], 0), expected)
     assert drift.min() > -1e-12  # a divergence
@@ -284,7 +284,7 @@ def test_training_step_adds_up_its_three_losses(task: Task, num_seen: int) -> No
 
 def test_linearity_matrix_is_the_residual_of_a_ridge_on_a_sketch() -> None:
     design = sample_design(60, 20, 10, seed=0)
-    matrix = module_module.unexplained(design, torch.Generator().manual_seed(3))
+    matrix = learned_basis.unexplained(design, torch.Generator().manual_seed(3))
     sketch = torch.randn(5, 60, generator=torch.Generator().manual_seed(3)).double()
     columns = design.dense(torch.float64) @ sketch.T  # M R, a quarter as many columns as subsets
     columns = columns - columns.mean(0)
@@ -302,7 +302,7 @@ def test_linearity_matrix_is_the_residual_of_a_ridge_on_a_sketch() -> None:
 
 
 def test_small_designs_have_a_sketch_of_one_column() -> None:
-    matrix = module_module.unexplained(sample_design(6, 2, 1), torch.Generator())
+    matrix = learned_basis.unexplained(sample_design(6, 2, 1), torch.Generator())
     assert torch.isfinite(matrix).all()
     design = Design(2, 6, 1, 0, bits=torch.tensor([[128]] * 3 + [[64]] * 3, dtype=torch.uint8))
     observed = observation(Classification(), size=6)

@@ -98,7 +98,7 @@ def test_paths_that_hold_no_record(tmp_path):
         choose(tmp_path)
     scores = write_record(tmp_path, "scores", {"kind": "attribution"}, {})
     for path in (scores, tmp_path):
-        with pytest.raises(ValueError, match="holds 'attribution', not what StrideCallback writes"):
+        with pytest.raises(ValueError, match="holds 'attribution', not what the callback for 'stride' writes"):
             choose(path)
     record = write(tmp_path, "step=1")
     assert choose(tmp_path)[0].path == record
@@ -116,9 +116,9 @@ def test_records_of_several_kinds_in_one_folder(tmp_path):
         for explicit, known in ((tmp_path, None), (None, saved)):
             record, _ = choose_record(explicit, known, nn.Identity(), "w", {}, kind)
             assert record.path == paths[kind]
-    with pytest.raises(ValueError, match="holds 'tracin', not what StrideCallback writes"):
+    with pytest.raises(ValueError, match="holds 'tracin', not what the callback for 'stride' writes"):
         choose(paths["tracin"])
-    with pytest.raises(ValueError, match="holds 'stride', not what TracInCallback writes"):
+    with pytest.raises(ValueError, match="holds 'stride', not what the callback for 'tracin' writes"):
         choose_record(paths["stride"], None, nn.Identity(), "w", {}, "tracin")
 
 

@@ -13,11 +13,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import stride_lightning
-from stride_lightning.retraining.retrain import retrain
 from stride_lightning.retraining.together import Together
-from stride_lightning.storage.parts import Parts, differences, remove_parts
+from stride_lightning.storage.parts import Work, differences, remove_parts
 from stride_lightning.storage.records import RecordError, find_records
 from tests.retraining.cases import Net, mlp, points, sgd
+from tests.retraining.test_retrain import ask as ask_to_retrain
 
 # ---- killed -----------------------------------------------------------------------------------------------------
 
@@ -36,7 +36,7 @@ def after_kills(tmp_path_factory):
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
 STEPS = 6  # of a part
-NUM_PARTS = 3
+NUM_MODELS, NUM_PARTS = 5, 3
 
 
 @needs_fork
@@ -47,8 +47,9 @@ def test_a_killed_run_goes_on_to_the_same_numbers(after_kills, kind):
     assert whole["steps"] == NUM_PARTS * STEPS
     for outcome in after_kills[kind]["outcomes"]:
         assert outcome["digest"] == whole["digest"], outcome
-        finished = NUM_PARTS if outcome["result"] else outcome["parts"]
-        assert outcome["steps"] == (NUM_PARTS - finished) * STEPS, outcome  # what was done is not done again
+        num_parts = -(-NUM_MODELS // outcome["chunk"])  # killed before there was a plan, a run may choose again
+        finished = num_parts if outcome["result"] else outcome["parts"]
+        assert outcome["steps"] == (num_parts - finished) * STEPS, outcome  # what was done is not done again
         assert outcome["visible"] == ["truth"], outcome  # the parts are gone
         assert (outcome["again"], outcome["kept"]) == (0, True), outcome
         if outcome["parts"]:
@@ -70,23 +71,11 @@ def test_kills_fell_everywhere(after_kills):
 # ---- the same call, other calls ---------------------------------------------------------------------------------
 
 
-def model_fn():
-    return Net(mlp(), sgd)
-
-
 def ask(path=None, **more):
-    how = {
-        "train_data": points(),
-        "max_epochs": 2,
-        "batch_size": 9,
-        "num_subsets": 4,
-        "num_seeds": 1,
-        "model": model_fn,
-    }
-    how |= {"queries": points(5, seed=1), "show_progress": False} | more
+    how = {"queries": points(5, seed=1), "num_subsets": 4, "num_seeds": 1} | more
     if "masks" in how:
         del how["num_subsets"]
-    return retrain(how.pop("model"), how.pop("queries"), path=path, **how)
+    return ask_to_retrain(path=path, **how)
 
 
 @pytest.fixture
@@ -240,52 +229,69 @@ def test_parts_of_something_else_in_the_way(tmp_path):
         ask(tmp_path / "truth")
 
 
-# ---- Parts itself -----------------------------------------------------------------------------------------------
+# ---- Work itself ------------------------------------------------------------------------------------------------
+
+
+def work_in(folder):
+    return Work(folder / "work", {"a": 1}, {})
+
+
+def squares_of(computed):
+    """One item a chunk, noted by its number under both seeds."""
+
+    def compute(seed, items, tick):
+        computed.append(10 * seed + items.start)
+        tick(1)
+        return (torch.arange(10) ** 2 + 100 * seed)[items]
+
+    return {"compute": compute, "seeds": [0, 1], "largest": 1}
 
 
 def test_parts_come_in_order_whatever_is_there_already(tmp_path):
-    done, computed = [], []
-
-    def compute(number):
-        computed.append(number)
-        return {"value": torch.tensor(number**2)}
-
-    parts = Parts(tmp_path / "work", {"a": 1}, {})
-    Parts(tmp_path / "work", {"a": 1}, {}).do(2, compute)
-    values = [part["value"].item() for part in parts.do(4, compute, done.append)]
-    assert (values, done, computed) == ([0, 1, 4, 9], [0, 1], [0, 1, 2, 3])
-    parts.remove()
+    computed = []
+    work_in(tmp_path).run(**squares_of(computed) | {"seeds": [0]}, num_items=2)
+    work = work_in(tmp_path)
+    values = work.run(**squares_of(computed), num_items=2)
+    assert values.tolist() == [[0, 1], [100, 101]]
+    assert computed == [0, 1, 10, 11]
+    work._remove_parts()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_items_lie_along_the_dimension_that_the_caller_names():
+    table = torch.arange(24).reshape(2, 4, 3)
+    how = {"seeds": [0, 1, 2], "num_items": 4, "largest": 3, "dim": 1}
+    values = Work(None, {}, {}).run(lambda seed, items, tick: seed + table[:, items], **how)
+    assert values.equal(torch.stack([table, table + 1, table + 2]))
+    assert values.is_contiguous()
 
 
 def test_parts_in_several_threads(tmp_path):
     meeting = threading.Barrier(2, timeout=20)
 
-    def compute(number):
+    def compute(seed, items, tick):
         meeting.wait()
-        return {"value": torch.tensor(number)}
+        return torch.arange(4)[items]
 
-    values = Parts(tmp_path / "work", {}, {}).do(4, compute, num_threads=2)
-    assert [part["value"].item() for part in values] == [0, 1, 2, 3]
+    values = work_in(tmp_path).run(compute, seeds=[0], num_items=4, largest=1, num_threads=2)
+    assert values.tolist() == [[0, 1, 2, 3]]
 
 
 def test_a_part_that_vanishes_is_said(tmp_path):
-    parts = Parts(tmp_path / "work", {}, {})
-
-    def compute(number):
-        if number == 1:
+    def compute(seed, items, tick):
+        if items.start == 1:
             remove_parts(tmp_path / "work.parts")
-        return {"value": torch.tensor(number)}
+        return torch.arange(2)[items]
 
     with pytest.raises(RecordError, match=r"Part 0 has vanished from .*work.parts. Run again"):
-        parts.do(2, compute)
+        work_in(tmp_path).run(compute, seeds=[0], num_items=2, largest=1)
 
 
 def test_other_files_are_left_alone(tmp_path):
-    parts = Parts(tmp_path / "work", {}, {})
+    work_in(tmp_path).run(**squares_of([]), num_items=2)
     (tmp_path / "work.parts" / "notes.txt").write_text("mine")
     (tmp_path / "work.parts" / ".part=0.part-1-abc").mkdir()  # of a killed writer
-    parts.remove()
+    remove_parts(tmp_path / "work.parts")
     assert [path.name for path in (tmp_path / "work.parts").iterdir()] == ["notes.txt"]
 
 

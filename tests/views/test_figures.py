@@ -10,8 +10,9 @@ from torch.utils.data import TensorDataset
 
 from stride_lightning.data.examples import Examples
 from stride_lightning.results.attribution import Attribution
+from stride_lightning.results.texts import interval_text, score_text
 from stride_lightning.views.figures import as_image, plot_grid
-from stride_lightning.views.ranking import interval_text, rank_examples, score_text
+from stride_lightning.views.ranking import rank_examples
 
 SCORES = torch.tensor([[0.5, -0.25, 0.0, 0.012, -0.13], [0.0, 0.0, 3.0, -1.0, 2.0]])
 POSITIONS = torch.tensor([10, 11, 12, 13, 14])

@@ -240,6 +240,6 @@ def test_page_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr("stride_lightning.results.attribution.rank", lambda: 1)
+    monkeypatch.setattr("stride_lightning.results.scores.rank", lambda: 1)
     assert make_attribution().report(tmp_path / "report") == tmp_path / "report.html"
     assert os.listdir(tmp_path) == []

@@ -54,28 +54,9 @@ class PositionSet:
 def as_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Plain JSON values, as they come back from disk."""
     try:
-        plain = json.loads(json.dumps(dict(identity), allow_nan=False))
+        return json.loads(json.dumps(dict(identity), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise TypeError(f"`identity` must be plain JSON values, which {identity!r} is not ({error}).") from error
-    return plain
-
-
-def compare_identities(what: str, expected: Mapping[str, Any], came: Mapping[str, Any]) -> None:
-    """Refuse an index of something else, naming what differs."""
-    differences = [
-        f"{key!r}: expected {_value(expected, key)}, came {_value(came, key)}"
-        for key in sorted(expected.keys() | came.keys())
-        if _value(expected, key) != _value(came, key)
-    ]
-    if differences:
-        raise VectorIndexError(
-            f"{what} is another one; {'; '.join(differences)}. Open the index of this model and projection, or build "
-            "one in a folder of its own."
-        )
-
-
-def _value(identity: Mapping[str, Any], key: str) -> str:
-    return json.dumps(identity[key], sort_keys=True) if key in identity else "nothing"
 
 
 def as_column_types(columns: Mapping[str, type]) -> dict[str, type]:
@@ -126,11 +107,10 @@ def as_columns(columns: Mapping[str, Any], types: Mapping[str, type], rows: int)
     """`rows` plain Python values for every column."""
     if set(columns) != set(types):
         raise ValueError(f"Expected the metadata columns {sorted(types)}, got {sorted(columns)}.")
-    return {name: _as_column(name, columns[name], kind, rows) for name, kind in types.items()}
+    return {name: _as_column(name, as_list(columns[name]), kind, rows) for name, kind in types.items()}
 
 
-def _as_column(name: str, values: Any, kind: type, rows: int) -> list[Any]:
-    values = as_list(values)
+def _as_column(name: str, values: list[Any], kind: type, rows: int) -> list[Any]:
     if len(values) != rows:
         raise ValueError(f"Expected {rows} values of the metadata column {name!r}, got {len(values)}.")
     for value in values:
@@ -145,9 +125,8 @@ def _as_column(name: str, values: Any, kind: type, rows: int) -> list[Any]:
             try:
                 value.encode()
             except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"The metadata column {name!r} holds Unicode text, got {value!r} ({error})."
-                ) from error
+                reason = f"The metadata column {name!r} holds Unicode text, got {value!r} ({error})."
+                raise ValueError(reason) from error
     return [float(value) for value in values] if kind is float else values
 
 
@@ -172,12 +151,13 @@ def type_of(name: str, values: list[Any]) -> type:
 
 def as_batch(batch: Any) -> Batch:
     """Positions and vectors, and columns if there are any."""
-    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
-        raise ValueError(
-            "Expected batches of (positions, vectors) or (positions, vectors, columns), got "
-            f"{type(batch).__name__}{f' of length {len(batch)}' if isinstance(batch, tuple | list) else ''}."
-        )
-    return tuple(batch)  # type: ignore[return-value]
+    if isinstance(batch, tuple | list) and len(batch) in (2, 3):
+        return tuple(batch)  # type: ignore[return-value]
+    length = f" of length {len(batch)}" if isinstance(batch, tuple | list) else ""
+    raise ValueError(
+        "Expected batches of (positions, vectors) or (positions, vectors, columns), got "
+        f"{type(batch).__name__}{length}."
+    )
 
 
 def listed(positions: Integers) -> str:

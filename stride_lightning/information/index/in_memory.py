@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stride_lightning.information.index.base import BLOCK_ROWS, Block, Hits, VectorIndex
+from stride_lightning.information.index.base import BLOCK_ROWS, Block, VectorIndex
 from stride_lightning.information.index.checks import Columns, Floats, Integers, PositionSet
+
+#: Positions, vectors and metadata of rows that were appended together.
+Group: TypeAlias = "tuple[Integers, Floats, dict[str, NDArray[Any]]]"
 
 
 class MemoryIndex(VectorIndex):
     """An index in memory, with exact search; needs no database.
 
-    Memory: ``4 dim`` bytes for each training example, and its metadata.
-
-    Args:
-        dim: Length of the vectors.
-        identity: Plain JSON values that say whose vectors these are.
-        columns: Metadata columns by name: ``str``, ``int``, ``float`` or ``bool``.
+    Memory: ``4 dim`` bytes for each training example, and its metadata. ``where`` of a search is a function of the
+    metadata columns, as arrays (those of text hold objects), that gives a boolean for each row.
 
     Example:
         >>> index = MemoryIndex(dim=2, columns={"label": int})
@@ -37,54 +36,27 @@ class MemoryIndex(VectorIndex):
     ) -> None:
         super().__init__(dim, identity, columns)
         self._positions = PositionSet()
-        self._groups: list[tuple[Integers, Floats, dict[str, NDArray[Any]]]] = []
+        self._groups: list[Group] = []
         self._starts = np.zeros(1, np.int64)  # the first row of each group, and their number
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def search(
-        self,
-        queries: Any,
-        k: int = 10,
-        where: Callable[[dict[str, NDArray[Any]]], NDArray[np.bool_]] | None = None,
-        *,
-        exact: bool = True,
-    ) -> Hits:
-        """The training examples with the largest squared inner product; ties in order of positions.
+    def _known(self) -> PositionSet:
+        return self._positions
 
-        Ranked by inner products in float64 of the vectors, which are float32.
+    def _append(self, positions: Integers, vectors: Floats, columns: Columns) -> None:
+        kinds = {name: object if kind is str else kind for name, kind in self.columns.items()}
+        arrays = {name: np.array(values, kinds[name]) for name, values in columns.items()}
+        self._groups.append((positions, vectors, arrays))
+        self._starts = np.append(self._starts, self._starts[-1] + len(positions))
 
-        Args:
-            queries: Shape ``(q, dim)``.
-            k: How many to find; all rows if there are fewer.
-            where: Which rows to look at: a function of the metadata columns, as arrays (those of text hold objects),
-                that gives a boolean for each row.
-            exact: Ignored: this search is always exact, also where an index on disk would be asked for less.
-
-        Raises:
-            ValueError: If a query does not fit, or `where` gives something else.
-            TypeError: If `where` is not a function: SQL is for :class:`InformationIndex`.
-        """
-        queries = self._checked_query(queries, k)
+    def _check_where(self, where: Any) -> None:
         if where is not None and not callable(where):
             raise TypeError(
                 f"`where` of an index in memory is a function of the columns, got {where!r}: pass for example "
                 'lambda columns: columns["label"] == 3, or use InformationIndex, which takes SQL.'
             )
-        return self._search_exactly(queries, k, where)
-
-    def _known(self) -> PositionSet:
-        return self._positions
-
-    def _append(self, positions: Integers, vectors: Floats, columns: Columns) -> None:
-        arrays = {
-            name: np.array(values, object if self.columns[name] is str else self.columns[name])
-            for name, values in columns.items()
-        }
-        # Copies: the caller may change what it passed.
-        self._groups.append((positions.copy(), vectors.copy(), arrays))
-        self._starts = np.append(self._starts, self._starts[-1] + len(positions))
 
     def _scan(self, where: Any) -> Iterator[Block]:
         for start, (positions, vectors, columns) in zip(self._starts, self._groups, strict=False):
@@ -105,16 +77,18 @@ class MemoryIndex(VectorIndex):
                 whole = len(rows) == len(positions)  # then a view will do
                 yield positions[some], start + some, vectors[at : at + BLOCK_ROWS] if whole else vectors[some]
 
-    def _take(self, rows: Integers, columns: bool) -> tuple[Integers, Floats, Columns]:
-        groups = np.searchsorted(self._starts, rows, side="right") - 1
-        at = rows - self._starts[groups]
-        positions, vectors = np.empty(len(rows), np.int64), np.empty((len(rows), self.dim), np.float32)
-        values: dict[str, NDArray[Any]] = {name: np.empty(len(rows), object) for name in self.columns}
-        for group in np.unique(groups):
-            here = groups == group
-            own, matrix, arrays = self._groups[group]
-            positions[here], vectors[here] = own[at[here]], matrix[at[here]]
-            if columns:
-                for name, array in arrays.items():
-                    values[name][here] = array[at[here]].tolist()
-        return positions, vectors, {name: array.tolist() for name, array in values.items()} if columns else {}
+    def _vectors_of(self, rows: Integers) -> tuple[Integers, Floats]:
+        parts = [(positions[at], vectors[at]) for (positions, vectors, _), at in self._by_group(rows)]
+        positions, vectors = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return positions, vectors
+
+    def _columns_of(self, rows: Integers) -> Columns:
+        parts = [
+            {name: array[at].tolist() for name, array in arrays.items()} for (*_, arrays), at in self._by_group(rows)
+        ]
+        return {name: [value for part in parts for value in part[name]] for name in self.columns}
+
+    def _by_group(self, rows: Integers) -> Iterator[tuple[Group, Integers]]:
+        """Groups, and the places within them of some sorted rows."""
+        parts = np.split(rows, np.searchsorted(rows, self._starts[1:-1]))
+        return ((group, part - start) for group, part, start in zip(self._groups, parts, self._starts, strict=False))

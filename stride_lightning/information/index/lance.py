@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from stride_lightning.information.index.checks import Floats, VectorIndexError
+from stride_lightning.information.index.checks import COLUMN_TYPES, Floats, VectorIndexError
 
 TABLE, KEY, FORMAT = "vectors", b"stride_lightning", 1
 REPAIR = "Restore the folder from a copy, or delete it and build the index again."
@@ -34,6 +34,12 @@ def table_schema(dim: int, identity: Mapping[str, Any], columns: Mapping[str, ty
         *(pa.field(name, types[kind], nullable=False) for name, kind in columns.items()),
     ]
     return pa.schema(fields, metadata={KEY: json.dumps(made).encode()})
+
+
+def read_schema(schema: Any) -> dict[str, Any]:
+    """What the index of a table was made with; errors of any kind where the table is not that of an index."""
+    made = json.loads((schema.metadata or {})[KEY])
+    return made | {"columns": {name: COLUMN_TYPES[kind] for name, kind in made["columns"].items()}}
 
 
 def import_lancedb() -> ModuleType:

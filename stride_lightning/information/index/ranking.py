@@ -9,8 +9,9 @@ import torch
 
 from stride_lightning.information.index.checks import Floats, Integers
 
-#: What was found for a query: positions, inner products, row handles.
+#: The best rows for a query: positions, inner products, row handles.
 Ranked: TypeAlias = tuple[Integers, Floats, Integers]
+NOTHING: Ranked = np.empty(0, np.int64), np.empty(0), np.empty(0, np.int64)
 
 _FEW = 2
 
@@ -24,12 +25,8 @@ class Screening:
         self._queries = queries / self._scale
         self._largest = 0.0
         self._values = torch.empty(len(queries), 0)
-        self._rows = torch.empty(len(queries), 0, dtype=torch.int64)
-
-    @property
-    def rows(self) -> Integers:
-        """Handles of the rows that were kept, largest magnitude first, shape ``(q, width)`` or fewer."""
-        return self._rows.numpy()
+        #: Handles of the candidates, largest magnitude first, shape ``(q, width)`` or fewer.
+        self.rows = np.empty((len(queries), 0), np.int64)
 
     def floor(self) -> Floats:
         """The least magnitude that was kept of each query."""
@@ -37,17 +34,17 @@ class Screening:
 
     def update(self, rows: Integers, vectors: Floats) -> None:
         """Look at more rows, by their handles."""
-        found = torch.from_numpy(magnitudes(self._queries, vectors))  # (q, t)
+        products = torch.from_numpy(magnitudes(self._queries, vectors))  # (q, t)
         with np.errstate(over="ignore"):
             squares = np.einsum("td,td->t", vectors, vectors)
         self._largest = max(self._largest, float(np.sqrt(squares.max(), dtype=np.float64)))
         self.seen += len(rows)
-        values, places = found.topk(min(self.width, len(rows)), dim=1)
+        values, places = products.topk(min(self.width, len(rows)), dim=1)
         self._values = torch.cat([self._values, values], 1)
-        self._rows = torch.cat([self._rows, torch.from_numpy(rows)[places]], 1)
+        self.rows = np.concatenate([self.rows, rows[places.numpy()]], 1)
         if self._values.shape[1] > self.width:
-            self._values, kept = self._values.topk(self.width, dim=1)  # in order: the last is the least
-            self._rows = self._rows.gather(1, kept)
+            self._values, places = self._values.topk(self.width, dim=1)  # in order: the last is the least
+            self.rows = np.take_along_axis(self.rows, places.numpy(), 1)
 
     def error(self) -> Floats:
         """By how much a float32 product of each query may be wrong, with any vector that was seen."""

@@ -7,14 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from stride_lightning.data.reading import fingerprint_of
-from stride_lightning.data.sources import resolve_queries
 from stride_lightning.information.attributor import InformationAttributor
-from stride_lightning.information.forms import Form, index_vectors, nats, query_vectors
-from stride_lightning.information.index.base import VectorIndex
+from stride_lightning.information.forms import Form, nats
 from stride_lightning.information.index.checks import as_list, type_of
 from stride_lightning.information.index.in_memory import MemoryIndex
 from stride_lightning.information.index.lance import is_index
@@ -45,8 +41,8 @@ def build_index(
 ) -> InformationIndex | MemoryIndex:
     """One vector for each training example, the variance correction folded in, made batch by batch.
 
-    An index on disk that a killed build left is gone on with, and one of fewer examples is added to: what is there is
-    not computed again. It must be of the same weights, features and prior; a loss must also be of the same data.
+    A build on disk that was killed goes on, and an index of fewer examples is added to: what is there is not computed
+    again. It must be of the same weights, features and prior; a loss must also be of the same data.
 
     Args:
         attributor: Fitted, with one output per example: ``likelihood="margin"``, or a model with a single output.
@@ -60,6 +56,7 @@ def build_index(
         VectorIndexError: If there is an index of something else at the path.
 
     Example:
+        >>> import torch
         >>> from torch.utils.data import TensorDataset
         >>> from stride_lightning.information.attributor import InformationGainAttributor
         >>> x = torch.randn(30, 3, generator=torch.Generator().manual_seed(0))
@@ -73,27 +70,31 @@ def build_index(
     """
     attributor.check_fitted("build_index()")
     columns = {name: as_list(values) for name, values in (columns or {}).items()}
-    if attributor.tangents.num_rows != 1:
-        raise ValueError(
-            f"An index holds one vector per example, and these have {attributor.tangents.num_rows} outputs. Fit with "
-            "likelihood='margin'."
-        )
-    wrong = {name: len(values) for name, values in columns.items() if len(values) != len(attributor.train_data)}
+    num_outputs, dim = attributor.vector_shape
+    if num_outputs != 1:
+        outputs = f"these have {num_outputs} outputs"
+        raise ValueError(f"An index holds one vector per example, and {outputs}. Fit with likelihood='margin'.")
+    positions = attributor.train_data.positions
+    wrong = {name: len(values) for name, values in columns.items() if len(values) != len(positions)}
     if wrong:
-        raise ValueError(
-            f"Expected {len(attributor.train_data)} values per column, one per training example; got {wrong}."
-        )
+        raise ValueError(f"Expected {len(positions)} values per column, one per training example; got {wrong}.")
     types = {name: type_of(name, values) for name, values in columns.items()}
     form = attributor.form if form is None else form
-    dim, identity = attributor.tangents.dim, index_identity(attributor, form)
-    if path is not None and is_index(path):
-        identity = index_identity(attributor, form, InformationIndex.open(path).identity)
     index: InformationIndex | MemoryIndex
     if path is None:
-        index = MemoryIndex(dim, identity, types)
+        index = MemoryIndex(dim, attributor.identity(form), types)
     else:
+        made_with = InformationIndex.open(path).identity if is_index(path) else {}
+        identity = _expected_identity(attributor, form, made_with)
         index = InformationIndex.create(path, dim, identity=identity, columns=types, exist_ok=True)
-    index.build(_missing(attributor, index, form, columns), show_progress=attributor.show_progress)
+    missing = (~index.holds(positions)).nonzero()[:, 0]
+
+    def batches() -> Iterator[tuple[Tensor, Tensor, dict[str, list[Any]]]]:
+        for places, vectors in attributor.vectors(missing, form):
+            values = {name: [column[place] for place in places.tolist()] for name, column in columns.items()}
+            yield positions[places], vectors[:, 0], values
+
+    index.build(batches(), show_progress=attributor.show_progress)
     return index
 
 
@@ -121,63 +122,16 @@ def search_index(
     """
     attributor.check_fitted("search_index()")
     form = index.identity.get("form", attributor.form)
-    index.check_identity(index_identity(attributor, form, index.identity))
-    with attributor.borrowed_model() as (model, device):
-        asked = attributor.read(model, resolve_queries(queries, model), device, target)
-        parts = [
-            query_vectors(batch.rows, attributor.posterior, form)[:, 0].cpu()
-            for batch in attributor.tangents.batches(asked, None, "Queries", asked=True)
-        ]
-    hits = index.search(torch.cat(parts), k, **options)
+    index.check_identity(_expected_identity(attributor, form, index.identity))
+    hits = index.search(attributor.query_vectors(queries, target, form)[:, 0], k, **options)
     return Retrieved(hits.positions, nats(hits.dots[..., None, None], form), hits.columns)
 
 
-def index_identity(
-    attributor: InformationAttributor, form: Form, made_with: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """What decides the vectors of an index: the weights, the features, the prior and the data.
+def _expected_identity(attributor: InformationAttributor, form: Form, made_with: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity that an index which was made with another one should have.
 
-    A gain knows of no other examples, so that more may be added to its index: what the data must agree in is then the
-    examples that it was made of first.
-
-    Args:
-        attributor: Fitted.
-        form: Which information.
-        made_with: Identity of the index that this one is compared with.
+    A gain knows of no other examples, so that more may be added to its index: the data must then agree in those that it
+    was made of first.
     """
-    tangents, posterior = attributor.tangents, attributor.posterior
-    data, before = attributor.metadata["data"], (made_with or {}).get("data")
-    if form == "gain" and isinstance(before, dict) and before.get("num_examples", 0) < len(attributor.train_data):
-        data = fingerprint_of(attributor.train_data.subset(range(before["num_examples"])), attributor.task)
-    identity = {
-        "weights": attributor.weights,
-        "task": repr(attributor.task),
-        "layers": None if attributor.layers is None else list(attributor.layers),
-        "likelihood": tangents.likelihood,
-        "projection_dim": tangents.dim,
-        "seed": attributor.seed,
-        "form": form,
-        "ridge": posterior.ridge,
-        "data": data,
-    }
-    if form == "gain" or data["content"] is not None:
-        return identity
-    # Under random augmentation the data are known by shapes and targets only: their features tell more.
-    return identity | {"mean_squared_feature": f"{float(posterior.gram.trace()) / len(attributor.train_data):.3g}"}
-
-
-def _missing(
-    attributor: InformationAttributor, index: VectorIndex, form: Form, columns: Mapping[str, Sequence[Any]]
-) -> Iterator[tuple[Tensor, Tensor, dict[str, list[Any]]]]:
-    """Positions, vectors and columns of the training examples that are not in the index."""
-    train = attributor.train_data
-    positions = train.positions
-    places = (~index.holds(positions)).nonzero()[:, 0]
-    if len(places) == 0:
-        return
-    with attributor.borrowed_model() as (model, device):
-        reader = attributor.read(model, train.subset(places.tolist()), device, "label")
-        for batch in attributor.tangents.batches(reader):
-            own = places[batch.places]
-            vectors = index_vectors(batch.rows, attributor.posterior, form)[:, 0].cpu()
-            yield positions[own], vectors, {name: [values[i] for i in own.tolist()] for name, values in columns.items()}
+    data = made_with.get("data")
+    return attributor.identity(form, data.get("num_examples") if form == "gain" and isinstance(data, dict) else None)

@@ -125,14 +125,13 @@ class ActivationCache:
         # A line that a kill left unfinished is a part that was not written.
         *lines, unfinished = path.read_text().split("\n")
         try:
-            identity = json.loads(lines[0])
+            identity, *self._parts = map(json.loads, lines)
             other = sorted(key for key in self._identity if identity.get(key) != self._identity[key])
-            self._parts = [json.loads(line) for line in lines[1:]]
-            starts = [part["start"] for part in self._parts]
-            stops = [part["stop"] for part in self._parts]
-        except (ValueError, KeyError, AttributeError, IndexError) as error:
+            stops = [0, *(part["stop"] for part in self._parts)]
+            sound = all(part["start"] == stop for part, stop in zip(self._parts, stops, strict=False))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{path} is damaged. Delete {self.folder}; it is computed again.") from error
-        if starts != [0, *stops][: len(starts)]:
+        if not sound:
             raise ValueError(f"{path} is damaged. Delete {self.folder}; it is computed again.")
         if other:
             raise ValueError(

@@ -70,12 +70,7 @@ class OutputSpace:
 
 
 def choose_output_space(model: nn.Module, outputs: Callable[[], Tensor]) -> OutputSpace:
-    """Find out where to steer a model.
-
-    Args:
-        model: In eval mode.
-        outputs: Runs it on a batch; gives logits of shape ``(B, T, V)``.
-    """
+    """Find out where to steer a model in eval mode, whose logits ``(B, T, V)`` of a batch ``outputs`` gives."""
     last: list[tuple[str, nn.Linear, Tensor]] = []
 
     def hook_for(name: str) -> Callable[..., None]:

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples, first_batch
-from stride_lightning.data.fingerprints import Fingerprint
+from stride_lightning.data.reading import fingerprint_of
 from stride_lightning.runtime.distributed import gather, shard
-from stride_lightning.runtime.progress import counting
 from stride_lightning.steering.activations import choose_layers
-from stride_lightning.steering.language.activation_cache import ActivationCache
+from stride_lightning.steering.fit import Answers, FitOptions, FitRecord
 from stride_lightning.steering.language.curvature import FEATURE_DAMPING, TokenCurvature, TokenMoments
 from stride_lightning.steering.language.operators import TokenOperators, fit_token_operators, measure_tokens
 from stride_lightning.steering.language.output_space import choose_output_space
-from stride_lightning.steering.language.tokens import BATCH_BYTES, TokenBatch, TokenReader
+from stride_lightning.steering.language.passes import TrainingPasses, survey_sequences
+from stride_lightning.steering.language.tokens import BATCH_BYTES, TokenReader
 from stride_lightning.steering.published.hidden_states import HiddenStateOperators
+from stride_lightning.steering.recovery import check_measurements
 from stride_lightning.steering.subsets import Design
+from stride_lightning.storage.records import Record
 from stride_lightning.tasks.language import CausalLanguageModeling
 
 #: Layers whose inputs are features, evenly spaced from first to last.
@@ -36,7 +36,7 @@ MAX_VALUES = 2**22
 
 
 @dataclass(frozen=True)
-class Asked:
+class Queries:
     """Queries as the scoring pass needs them, q of them.
 
     Args:
@@ -89,125 +89,131 @@ class SequenceStride:
     queries (at most 1 GiB: more take more passes), ``4 K r c`` for operators (cut to 1 GiB), and one batch (256 MiB of
     logits at most, or one sequence). Nothing grows with the number of training sequences but the scores.
 
+    It is a :class:`~stride_lightning.steering.fit.Fit`.
+
     Args:
         task: The losses.
-        layers: Modules whose inputs are features; five by default.
-        damping: Of ``A`` relative to its mean eigenvalue.
-        batch_size: Sequences per forward pass at most.
-        cache_dir: Folder for activations, so that later passes do not run the model.
-        seed: Of a learned basis.
-        show_progress: Show progress bars.
+        options: Layers are five by default; of a learned basis, the one whose input is steered. ``ridge`` is the
+            damping of ``A`` relative to its mean eigenvalue, by default .1.
 
     Reference: arXiv:2606.05165 (STRIDE), steering operators in hidden-state space; the closed form is ours.
     """
 
-    def __init__(
-        self,
-        task: CausalLanguageModeling,
-        *,
-        layers: Sequence[str] | None = None,
-        damping: float = FEATURE_DAMPING,
-        batch_size: int = 256,
-        cache_dir: str | Path | None = None,
-        seed: int = 0,
-        show_progress: bool = True,
-    ) -> None:
-        self.seed = seed
-        self.task, self.layers, self.damping = task, layers, damping
-        self.batch_size, self.show_progress = batch_size, show_progress
-        self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
+    def __init__(self, task: CausalLanguageModeling, options: FitOptions | None = None) -> None:
+        self.task, self._given = task, options or FitOptions()
+        self._is_learned = self._given.basis == "learned"
+        self.layers: list[str] = [] if self._is_learned else list(self._given.layers or [])
         self.design: Design | None = None
         self.operators: TokenOperators | None = None
         self.hidden: HiddenStateOperators | None = None
         #: What was chosen, and what it cost; plain values.
         self.info: dict[str, Any] = {}
+        self.metadata: dict[str, Any] = {"sequences": self.info}
+        self.options: dict[str, Any] = {}
+        self.train_targets: Tensor | None = None
 
     # ---- fit ------------------------------------------------------------------------------------------------
 
-    def prepare(self, model: nn.Module, train: Examples, device: torch.device, identity: dict[str, Any]) -> None:
-        """Look at the model and a first batch: layers, where to steer, and what identifies the data.
+    def choose_layers(self, model: nn.Module, inputs: Any, size: int = 0) -> list[str]:
+        """Five layers with a weight matrix, evenly spaced from first to last."""
+        size, num_tokens = inputs["input_ids"].shape
+        forward = partial(self.task.outputs, model, inputs)
+        return choose_layers(model, forward, size, MAX_TOKEN_LAYERS, num_tokens=num_tokens)
 
-        Args:
-            model: In eval mode, on ``device``.
-            train: The training sequences.
-            device: Where to run.
-            identity: Plain values that tell the model from others, for the cache.
-        """
-        head = first_batch(train, min(self.batch_size, 4), device)
+    def prepare(self, model: nn.Module, train: Examples, device: torch.device, record: Record | None = None) -> None:
+        """Look at the model and a first batch: layers, where to steer, and what identifies the data."""
+        head = first_batch(train, min(self._given.batch_size, 4), device)
         with train.naming(0):
             self.task.check_batch(model, head)
         inputs = self.task.inputs(head)
         space = choose_output_space(model, lambda: self.task.outputs(model, inputs))
-        if self.layers is None:
-            self.layers = choose_token_layers(model, self.task, inputs)
-        self.fingerprint, lengths, longest = self._survey(model, train, space.vocabulary)
+        if record is not None:
+            self.layers = record.info["layers"]
+        elif not self.layers:
+            self.layers = self.choose_layers(model, inputs)
+        self.fingerprint, lengths, longest = survey_sequences(
+            model, self.task, train, space.vocabulary, self._given.batch_size, show=self._given.show_progress
+        )
         self.space = replace(space, longest=longest)
-        self._device, self._train, self._share = device, train, shard(len(train))
-        self._reader = TokenReader(
+        self._model, self._device, self._is_recorded = model, device, record is not None
+        self.reader = TokenReader(
             model,
             self.task,
             self.layers,
             self.space,
-            batch_size=self.batch_size,
+            batch_size=self._given.batch_size,
             device=device,
-            show_progress=self.show_progress,
+            show_progress=self._given.show_progress,
         )
-        probed = range(min(len(train), self._reader.rows_per_batch, 8))
-        started = time.perf_counter()
-        probe = next(iter(self._reader.batches(train, "", share=slice(0, len(probed)))))
-        self._seconds_per_sequence = (time.perf_counter() - started) / len(probed)
-        self._widths, self._num_features = (*self._reader.widths, 1), probe.features.shape[-1]
-        self._dtype = probe.features.dtype
-        self._kept_widths = {name: values.shape[-1] for name, values in self._reader.kept(probe).items()}
-        self._open_cache(identity, lengths[self._share])
+        identity = {
+            "weights": self._given.weights,
+            "data": self.fingerprint,
+            "layers": list(self.layers),
+            "steered": self.space.kind,
+            "task": repr(self.task),
+        }
+        self.passes = TrainingPasses(self.reader, train, lengths, self._given.cache_dir, identity)
+        self.widths, self._num_features, self._dtype = (
+            (*self.reader.widths, 1),
+            self.passes.num_features,
+            self.passes.dtype,
+        )
+        if self.passes.cache is not None:
+            self.info["cache_bytes"] = self.passes.cache.num_bytes
 
-    def estimate(self) -> SequenceCost:
-        """What a fit will take, from the pass over a first batch."""
-        num_subsets = 0 if self.design is None else self.design.num_subsets
+    def estimate(self, design: Design | None) -> SequenceCost:
+        """What a fit will take, from the pass over a few sequences."""
+        num_subsets = 0 if design is None else design.num_subsets
         features, width = self._num_features, self.space.width
-        values = min(features * width, MAX_VALUES)
-        share = self._share.stop - self._share.start
         moments = features**2 + (width if self.space.is_diagonal else width**2)
+        num_passes = (not self._is_recorded) + (design is not None)
         return SequenceCost(
-            seconds=self._seconds_per_sequence * share * (2 if num_subsets else 1),
-            memory_bytes=24 * moments + 4 * num_subsets * values + BATCH_BYTES,
-            disk_bytes=0 if self._cache is None else self._cache.num_bytes,
+            seconds=self.passes.seconds_per_sequence * len(self.passes) * num_passes,
+            memory_bytes=24 * moments + 4 * num_subsets * min(features * width, MAX_VALUES) + BATCH_BYTES,
+            disk_bytes=0 if self.passes.cache is None else self.passes.cache.num_bytes,
         )
 
-    def fit(self) -> None:
-        """Run over the training sequences once and keep their moments and losses."""
+    def fit(self, design: Design | None = None, record: Record | None = None) -> None:
+        """Sum up what all training tokens say, or take it from a record; then fit the operators of a design, if any."""
         started = time.perf_counter()
+        self.design = design
+        if record is None:
+            self._sum_up()
+        else:
+            stored = record.tensors("moments")
+            parts = (stored[name].to(self._device) for name in ("features", "downhill", "sums"))
+            self.moments, self.losses = TokenMoments(*parts), stored["losses"]
+        self.curve()
+        self.info["seconds"] = {"statistics": 0.0 if record is not None else time.perf_counter() - started}
+        if design is None:
+            return
+        started = time.perf_counter()
+        if self._is_learned:
+            self._learn_operators(design)
+        else:
+            self.fit_operators(design, record)
+        self.info["seconds"]["operators"] = time.perf_counter() - started
+
+    def _sum_up(self) -> None:
         moments = TokenMoments.zeros(self._num_features, self.space, self._device)
-        losses = torch.empty(self._share.stop - self._share.start, dtype=self._dtype)
-        for batch in self._passes("Statistics"):
+        losses = torch.empty(len(self.passes), dtype=self._dtype)
+        for batch in self.passes("Statistics"):
             moments.update(batch)
-            losses[batch.places.start - self._share.start : batch.places.stop - self._share.start] = batch.losses.cpu()
-        self.moments, self.losses = moments.total(), gather(losses, len(self._train))
-        self._curve()
-        self.info["seconds"] = {"statistics": time.perf_counter() - started}
+            losses[self.passes.within(batch.places)] = batch.losses.cpu()
+        self.moments, self.losses = moments.total(), gather(losses, len(self.passes.train))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Plain tensors to store; with :meth:`prepare`, all that :meth:`fit` finds out."""
-        return {**self.moments.tensors(), "losses": self.losses}
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take from a record what :meth:`fit` finds out."""
-        parts = (tensors[name].to(self._device) for name in ("features", "downhill", "sums"))
-        self.moments, self.losses = TokenMoments(*parts), tensors["losses"]
-        self._curve()
-        self.info["seconds"] = {"statistics": 0.0}
-
-    def _curve(self) -> None:
+    def curve(self) -> None:
+        """Make the curvature of the moments."""
         count = 1 if self.design is None else self.design.num_subsets
         self.curvature = TokenCurvature(
             self.moments,
-            self._widths,
-            damping=self.damping,
+            self.widths,
+            damping=FEATURE_DAMPING if self._given.ridge is None else self._given.ridge,
             max_values=max(1024, min(MAX_VALUES, HELD_BYTES // (4 * count))),
             dtype=self._dtype,
             device=self._device,
         )
-        self._reader.num_values = math.prod(self.curvature.shape)
+        self.reader.num_values = math.prod(self.curvature.shape)
         self.info |= {
             "steered": self.space.kind,
             "num_features": self._num_features,
@@ -217,129 +223,95 @@ class SequenceStride:
             "mean_train_loss": self.moments.mean_loss,
         }
 
-    def fit_operators(self, design: Design, *, steps: int = 1, stored: Tensor | None = None) -> None:
-        """Fit the operators of a design, or take those that are stored; see :func:`fit_token_operators`."""
-        started = time.perf_counter()
-        if design is not self.design:
-            self.design = design
-            self._curve()
-        if stored is None or not self.curvature.is_whole:
-            self.operators = fit_token_operators(self._passes, design, self.curvature, self.space, steps=steps)
+    def fit_operators(self, design: Design, record: Record | None = None) -> None:
+        """Fit the operators of a design, or take those of a record if they are what the options ask for."""
+        stored = record is not None and "operators" in record.groups and design.info() == record.info["design"]
+        # Where something was cut, operators stand in directions of their own.
+        if (
+            record is not None
+            and stored
+            and self._given.steps == 1
+            and self._given.ridge is None
+            and self.curvature.is_whole
+        ):
+            coefficients = record.tensors("operators")["coefficients"].to(self._device)
+            self.operators = TokenOperators(coefficients, torch.full((len(coefficients),), torch.nan))
         else:
-            self.operators = TokenOperators(stored.to(self._device), torch.full((len(stored),), torch.nan))
-        self.info["seconds"]["operators"] = time.perf_counter() - started
+            self.operators = fit_token_operators(
+                self.passes, design, self.curvature, self.space, steps=self._given.steps
+            )
 
-    def learn_operators(
-        self, model: nn.Module, design: Design, *, rank: int, layer: str | None, stability: float
-    ) -> None:
-        """Fit operators on a hidden state inside the network, as published; see :class:`HiddenStateOperators`."""
-        started = time.perf_counter()
-        self.design = design
+    def _learn_operators(self, design: Design) -> None:
+        """Fit operators on a hidden state inside the network, as published."""
+        layers = self._given.layers
+        if layers is not None and len(layers) != 1:
+            raise ValueError(f"basis='learned' steers one hidden state: name one layer, not {layers}.")
         self.hidden = HiddenStateOperators(
-            model, self.task, design, layer=layer, rank=rank, stability=stability, seed=self.seed
+            self._model,
+            self.task,
+            design,
+            layer=None if layers is None else layers[0],
+            rank=self._given.known_rank,
+            stability=self._given.stability,
+            seed=self._given.seed,
         )
-        self.hidden.fit_operators(self._train, self._device, show_progress=self.show_progress)
-        self.info |= {"steered": self.hidden.layer, "rank": rank, "steps": self.hidden.max_steps}
-        self.info["seconds"]["operators"] = time.perf_counter() - started
+        self.hidden.fit_operators(self.passes.train, self._device, show_progress=self._given.show_progress)
+        self.info |= {"steered": self.hidden.layer, "rank": self._given.known_rank, "steps": self.hidden.max_steps}
+
+    def record(self) -> FitRecord:
+        """The moments and losses, and the operators if there are any."""
+        tensors = {"moments": {**self.moments.tensors(), "losses": self.losses}}
+        if self.operators is not None:
+            tensors["operators"] = {"coefficients": self.operators.coefficients}
+        return FitRecord(tensors)
 
     # ---- ask ------------------------------------------------------------------------------------------------
 
-    def ask(self, queries: Examples) -> Asked:
+    def ask(self, queries: Examples, target: str = "label") -> Answers:
+        """Measure the queries and find their influence, as many at once as may be held."""
+        if target == "predicted":
+            self.task.predict(torch.empty(0))  # which says what to do instead
+        measurements, losses, priors = [], [], []
+        for places in torch.arange(len(queries)).split(self.queries_per_pass()):
+            part = self.measure(queries.subset(places.tolist()))
+            measurements.append(part.measurements)
+            losses.append(part.losses)
+            if self._given.recovery in ("closed-form", "prior"):
+                priors.append(self.influence(part))
+        measured = torch.cat(measurements)
+        if self.design is not None:
+            check_measurements(measured, self.design)
+            # An operator stands for a subset in place of all data, so that each member counts for n / |S| of its kind.
+            measured = measured * (self.design.degree / self.design.num_subsets)
+        prior, fingerprint = torch.cat(priors) if priors else None, fingerprint_of(queries, self.task)
+        return Answers(torch.cat(losses), measured, fingerprint, prior=prior)
+
+    def measure(self, queries: Examples) -> Queries:
         """Run over the queries: their side of the scores, and what the operators do to them; ranks share them."""
         share, count = shard(len(queries)), 0 if self.design is None else self.design.num_subsets
-        mine = share.stop - share.start
-        solved, losses = self.curvature.zeros(mine), torch.zeros(mine, dtype=self._dtype, device=self._device)
-        measured = torch.zeros(mine, count, dtype=self._dtype, device=self._device)
+        size = share.stop - share.start
+        solved, losses = self.curvature.zeros(size), torch.zeros(size, dtype=self._dtype, device=self._device)
+        measured = torch.zeros(size, count, dtype=self._dtype, device=self._device)
         with_logits = self.operators is not None
-        for batch in self._reader.batches(queries, "Queries", share=share, with_logits=with_logits):
+        for batch in self.reader.batches(queries, "Queries", share=share, with_logits=with_logits):
             rows = slice(batch.places.start - share.start, batch.places.stop - share.start)
             solved[rows] = self.curvature.solve(self.curvature.gradients(batch))
             losses[rows] = batch.losses
             if self.operators is not None:
                 measured[rows] = measure_tokens(batch, self.operators.coefficients, self.curvature, self.space)
-        if self.hidden is not None and mine:
+        if self.hidden is not None and size:
             part = queries.subset(range(share.start, share.stop))
-            measured = self.hidden.measure(part, self._device, show_progress=self.show_progress).to(measured)
-        return Asked(*(gather(part, len(queries)) for part in (solved, measured, losses)))
+            measured = self.hidden.measure(part, self._device, show_progress=self._given.show_progress).to(measured)
+        return Queries(*(gather(part, len(queries)) for part in (solved, measured, losses)))
 
     def queries_per_pass(self) -> int:
         """Queries that one pass over the training data can score."""
-        rows, columns = self.curvature.shape
-        return max(1, HELD_BYTES // (4 * rows * columns))
+        return max(1, HELD_BYTES // (4 * math.prod(self.curvature.shape)))
 
-    def influence(self, asked: Asked) -> Tensor:
+    def influence(self, queries: Queries) -> Tensor:
         """Scores of every training sequence for the queries, on the CPU, shape ``(q, n)``; ranks share the work."""
-        scores = torch.empty(len(asked.solved), self._share.stop - self._share.start, dtype=self._dtype)
-        for batch in self._passes("Scores"):
-            columns = slice(batch.places.start - self._share.start, batch.places.stop - self._share.start)
-            scores[:, columns] = self.curvature.influence(asked.solved, self.curvature.gradients(batch)).cpu()
-        return gather(scores, len(self._train), dim=1)
-
-    # ---- reading --------------------------------------------------------------------------------------------
-
-    def _passes(self, description: str, with_logits: bool = False) -> Iterable[TokenBatch]:
-        """This rank's sequences: from the cache as far as it goes, then through the model."""
-        start, stop = self._share.start, self._share.stop
-        if self._cache is None or with_logits:
-            yield from self._reader.batches(self._train, description, share=slice(start, stop), with_logits=with_logits)
-            return
-        yield from self._cached(description)
-        for batch in self._reader.batches(self._train, description, share=slice(start + self._cache.done, stop)):
-            own = slice(batch.places.start - start, batch.places.stop - start)
-            self._cache.write(own, self._reader.kept(batch), batch.losses)
-            yield batch
-
-    def _cached(self, description: str) -> Iterator[TokenBatch]:
-        assert self._cache is not None
-        first = self._share.start
-        with counting(self._cache.done, description, show=self.show_progress) as bar:
-            for own, kept, losses in self._cache.batches():
-                yield self._reader.restored(slice(own.start + first, own.stop + first), kept, losses)
-                bar.update(own.stop - own.start)
-
-    def _open_cache(self, identity: dict[str, Any], lengths: Tensor) -> None:
-        self._cache: ActivationCache | None = None
-        if self.cache_dir is None:
-            return
-        folder = self.cache_dir / f"sequences-{self._share.start}-{self._share.stop}"
-        known = identity | {
-            "data": self.fingerprint,
-            "layers": list(self.layers or []),
-            "steered": self.space.kind,
-            "task": repr(self.task),
-        }
-        self._cache = ActivationCache(folder, known, lengths, self._kept_widths)
-        self.info["cache_bytes"] = self._cache.num_bytes
-
-    def fingerprint_of(self, queries: Examples) -> dict[str, Any]:
-        """What identifies queries; reads them without running the model."""
-        fingerprint = Fingerprint(content=not queries.is_random)
-        for batch, digests, _ in queries.batches(self.batch_size, torch.device("cpu")):
-            fingerprint.update(digests, self.task.targets(batch))
-        return fingerprint.summary()
-
-    def _survey(self, model: nn.Module, train: Examples, vocabulary: int) -> tuple[dict[str, Any], Tensor, int]:
-        """Read all texts without running the model: what identifies them, tokens that count, and the longest.
-
-        Raises:
-            ValueError: Naming the first text that cannot be read, before hours have gone into those before it.
-        """
-        fingerprint, lengths, longest = Fingerprint(content=not train.is_random), [], 1
-        batches = train.batches(self.batch_size, torch.device("cpu"))
-        with counting(len(train), "Reading", show=self.show_progress) as bar:
-            for batch, digests, length in batches:
-                with train.naming(sum(map(len, lengths))):
-                    self.task.check_batch(model, batch)
-                    targets = self.task.targets(batch)
-                    lengths.append((self.task.encode(targets, vocabulary)[..., 1] > 0).sum(1))
-                fingerprint.update(digests, targets)
-                longest = max(longest, targets.shape[1])
-                bar.update(length)
-        return fingerprint.summary(), torch.cat(lengths), longest
-
-
-def choose_token_layers(model: nn.Module, task: CausalLanguageModeling, inputs: dict[str, Any]) -> list[str]:
-    """Layers whose inputs are features by default: five with a weight matrix, evenly spaced from first to last."""
-    size, num_tokens = inputs["input_ids"].shape
-    forward = partial(task.outputs, model, inputs)
-    return choose_layers(model, forward, size, MAX_TOKEN_LAYERS, num_tokens=num_tokens)
+        scores = torch.empty(len(queries.solved), len(self.passes), dtype=self._dtype)
+        for batch in self.passes("Scores"):
+            columns = self.passes.within(batch.places)
+            scores[:, columns] = self.curvature.influence(queries.solved, self.curvature.gradients(batch)).cpu()
+        return gather(scores, len(self.passes.train), dim=1)

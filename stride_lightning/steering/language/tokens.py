@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples
-from stride_lightning.model.layers import find_module, uncompiled
+from stride_lightning.model.layers import before_layers
 from stride_lightning.runtime.progress import counting
 from stride_lightning.steering.activations import first_tensor, fold
 from stride_lightning.steering.language.output_space import OutputSpace
@@ -196,20 +196,11 @@ def capture_tokens(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str
     """Collect what enters named layers, shape ``(B, T, d)``, at every forward pass inside the block."""
     captured: dict[str, Tensor] = {}
 
-    def hook_for(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            captured[name] = first_tensor(name, args, kwargs).detach()
+    def hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        captured[name] = first_tensor(name, args, kwargs).detach()
 
-        return hook
-
-    modules = {name: find_module(model, name) for name in layers}
-    handles = [modules[name].register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in layers]
-    try:
-        with uncompiled():
-            yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
+    with before_layers(model, layers, hook):
+        yield captured
 
 
 def exact(device: torch.device) -> torch.autocast:

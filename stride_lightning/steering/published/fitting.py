@@ -11,36 +11,77 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment  # pyright: ignore[reportPrivateImportUsage]
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from stride_lightning.steering.subsets import Design
 
 
-def fit_by_trainer(
-    module: L.LightningModule,
-    loader: DataLoader[Any],
-    device: torch.device,
-    max_steps: int,
-    *,
-    show_progress: bool,
-) -> None:
-    """Fit a module for some steps on one device, in every process alike; it stays on the device."""
-    with torch.enable_grad(), _quietly():
-        trainer = L.Trainer(
-            max_epochs=-1,
-            max_steps=max_steps,
-            accelerator="gpu" if device.type == "cuda" else device.type,
-            devices=[device.index or 0] if device.type == "cuda" else 1,
-            # In a distributed run every process fits alike; this trainer must not take part in it.
-            plugins=[LightningEnvironment()],
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=show_progress,
-        )
-        trainer.fit(module, loader)
-    module.to(device)
+class PublishedOperators(L.LightningModule):
+    """Operators ``a_k`` of a design in a basis of low rank, both learned by a Trainer on one device.
+
+    Args:
+        design: Which example is in which subset.
+        rank: Rank of the basis.
+        stability: Weight of the stability term.
+        learning_rate: Of Adam.
+        max_steps: Optimizer steps.
+        batch_size: Examples per step.
+        seed: Of everything drawn.
+    """
+
+    def __init__(
+        self,
+        design: Design,
+        *,
+        rank: int = 16,
+        stability: float = 1.0,
+        learning_rate: float = 3e-2,
+        max_steps: int = 600,
+        batch_size: int = 1024,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.design, self.rank, self.stability, self.learning_rate = design, rank, stability, learning_rate
+        self.max_steps, self.batch_size, self.seed = max_steps, batch_size, seed
+        self.basis = nn.Parameter(torch.empty(0))
+        self.operators = nn.Parameter(torch.empty(0))
+
+    def start(self, width: int, shape: tuple[int, ...], generator: torch.Generator, like: Tensor, size: int) -> None:
+        """A random basis of ``width`` numbers, scaled by the root of ``size``, and operators of a shape that are zero.
+
+        So the steered model is the frozen one at first, and the basis learns once the operators move.
+        """
+        basis = torch.randn(width, self.rank, generator=generator) / size**0.5
+        self.basis, self.operators = nn.Parameter(basis.to(like)), nn.Parameter(like.new_zeros(shape))
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Places of training examples, shuffled by the seed."""
+        places = TensorDataset(torch.arange(self.design.num_train))
+        generator = torch.Generator().manual_seed(self.seed)
+        return DataLoader(places, min(self.batch_size, len(places)), shuffle=True, generator=generator)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam on the basis and the operators."""
+        return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+
+    def run_trainer(self, device: torch.device, *, show_progress: bool) -> None:
+        """Take all steps, in every process of a distributed run alike; the module stays on the device."""
+        with torch.enable_grad(), _quietly():
+            trainer = L.Trainer(
+                max_epochs=-1,
+                max_steps=self.max_steps,
+                accelerator="gpu" if device.type == "cuda" else device.type,
+                devices=[device.index or 0] if device.type == "cuda" else 1,
+                # In a distributed run every process fits alike; this trainer must not take part in it.
+                plugins=[LightningEnvironment()],
+                logger=False,
+                enable_checkpointing=False,
+                enable_model_summary=False,
+                enable_progress_bar=show_progress,
+            )
+            trainer.fit(self, self.train_dataloader())
+        self.to(device)
 
 
 def unexplained(design: Design, generator: torch.Generator, subsets: Tensor | None = None) -> Tensor:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from stride_lightning.data.examples import Examples
-from stride_lightning.model.layers import find_module, plain_name, uncompiled
+from stride_lightning.model.layers import before_layers, plain_name
 from stride_lightning.runtime.progress import counting
-from stride_lightning.steering.published.fitting import fit_by_trainer, unexplained
+from stride_lightning.steering.published.fitting import PublishedOperators, unexplained
 from stride_lightning.steering.subsets import Design
 from stride_lightning.tasks.language import CausalLanguageModeling
 
@@ -26,7 +22,7 @@ LINEAR_SUBSETS = 16
 ROWS = 64
 
 
-class HiddenStateOperators(L.LightningModule):
+class HiddenStateOperators(PublishedOperators):
     """One steering operator for each subset, ``z + a_k B(z)``, on a hidden state inside a frozen language model.
 
     Three terms are minimised, in every step on a batch of sequences: *fidelity*, the loss of a sequence steered by a
@@ -38,12 +34,8 @@ class HiddenStateOperators(L.LightningModule):
         task: Its losses.
         design: Which sequence is in which subset.
         layer: Module whose input is steered; by default the block 5/8 deep.
-        rank: Rank of the basis ``B``.
-        stability: Weight of the stability term.
-        learning_rate: Of Adam.
-        max_steps: Steps.
         batch_size: Sequences per step.
-        seed: Of the basis and of everything drawn.
+        **options: As in :class:`PublishedOperators`.
 
     Reference: arXiv:2606.05165 (STRIDE), steering operators on hidden states.
     """
@@ -55,21 +47,12 @@ class HiddenStateOperators(L.LightningModule):
         design: Design,
         *,
         layer: str | None = None,
-        rank: int = 16,
-        stability: float = 1.0,
-        learning_rate: float = 3e-2,
-        max_steps: int = 600,
         batch_size: int = 32,
-        seed: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(design, batch_size=batch_size, **options)
         self._frozen = [model]  # in a list: no part of this module
-        self.task, self.design, self.rank, self.seed = task, design, rank, seed
-        self.layer = block_at(model, DEPTH) if layer is None else layer
-        self.stability, self.learning_rate = stability, learning_rate
-        self.max_steps, self.batch_size = max_steps, batch_size
-        self.basis = nn.Parameter(torch.empty(0))
-        self.operators = nn.Parameter(torch.empty(0))
+        self.task, self.layer = task, block_at(model, DEPTH) if layer is None else layer
 
     # ---- fitting --------------------------------------------------------------------------------------------
 
@@ -79,16 +62,14 @@ class HiddenStateOperators(L.LightningModule):
         self._generator = torch.Generator().manual_seed(self.seed)
         batch = next(iter(train.drawn([torch.tensor([0])], self.seed, device)))
         width = self._width(self.task.inputs(batch))
-        start = torch.randn(width, self.rank, generator=self._generator) / width**0.5
-        self.basis = nn.Parameter(start.to(device))
-        # Operators start at zero: the steered model is the frozen one, and the basis learns once they move.
-        self.operators = nn.Parameter(torch.zeros(self.design.num_subsets, self.rank, width, device=device))
+        where = torch.empty(0, device=device)
+        self.start(width, (self.design.num_subsets, self.rank, width), self._generator, where, size=width)
         # Else training would leave gradients in the user's model.
         trainable = [parameter for parameter in self._frozen[0].parameters() if parameter.requires_grad]
         try:
             for parameter in trainable:
                 parameter.requires_grad_(False)
-            fit_by_trainer(self, self.train_dataloader(), device, self.max_steps, show_progress=show_progress)
+            self.run_trainer(device, show_progress=show_progress)
         finally:
             for parameter in trainable:
                 parameter.requires_grad_(True)
@@ -98,24 +79,14 @@ class HiddenStateOperators(L.LightningModule):
     def _width(self, inputs: dict[str, Any]) -> int:
         seen: list[Tensor] = []
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(_: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen.append(hidden_of(self.layer, args, kwargs))
 
-        handle = find_module(self._frozen[0], self.layer).register_forward_pre_hook(hook, with_kwargs=True)
-        try:
-            with uncompiled(), torch.no_grad():
-                self.task.outputs(self._frozen[0], inputs)
-        finally:
-            handle.remove()
+        with before_layers(self._frozen[0], [self.layer], hook), torch.no_grad():
+            self.task.outputs(self._frozen[0], inputs)
         if not seen:
             raise ValueError(f"Layer {self.layer!r} did not run in the model's forward pass. Name another.")
         return seen[0].shape[-1]
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Places of training sequences, shuffled by the seed."""
-        places = TensorDataset(torch.arange(self.design.num_train))
-        generator = torch.Generator().manual_seed(self.seed)
-        return DataLoader(places, min(self.batch_size, len(places)), shuffle=True, generator=generator)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """Fidelity, stability and linearity on a batch of places."""
@@ -149,10 +120,6 @@ class HiddenStateOperators(L.LightningModule):
         weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, 1.0)
         return torch.multinomial(weights, 1, generator=self._generator)[:, 0]
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam on the basis and the operators."""
-        return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
-
     # ---- at work --------------------------------------------------------------------------------------------
 
     def steered(self, inputs: dict[str, Any], subsets: Tensor, *, repeats: int) -> Tensor:
@@ -167,34 +134,25 @@ class HiddenStateOperators(L.LightningModule):
             name: value.repeat(repeats, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) and value.ndim else value
             for name, value in inputs.items()
         }
-        with self._steering(subsets.to(self.operators.device)):
-            return self.task.outputs(self._frozen[0], many).float()
+        chosen = self.operators[subsets.to(self.operators.device)]
 
-    @contextmanager
-    def _steering(self, subsets: Tensor) -> Iterator[None]:
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def hook(_: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             hidden = hidden_of(self.layer, args, kwargs)
-            moved = hidden.to(self.basis) @ self.basis @ self.operators[subsets]
+            moved = hidden.to(self.basis) @ self.basis @ chosen
             steered = hidden + moved.to(hidden.dtype)
             return ((steered, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": steered})
 
-        handle = find_module(self._frozen[0], self.layer).register_forward_pre_hook(hook, with_kwargs=True)
-        try:
-            with uncompiled():
-                yield
-        finally:
-            handle.remove()
+        with before_layers(self._frozen[0], [self.layer], hook):
+            return self.task.outputs(self._frozen[0], many).float()
 
     @torch.no_grad()
     def measure(self, queries: Examples, device: torch.device, *, show_progress: bool = True) -> Tensor:
         """Effect of every operator on every query, shape ``(q, K)`` in nats; positive helps."""
-        count, found = self.design.num_subsets, []
+        count, measured = self.design.num_subsets, []
         rows = max(1, ROWS // count)
         with counting(len(queries), "Measuring", show=show_progress) as bar:
             for read, _, length in queries.batches(rows, device):
-                with queries.naming(sum(map(len, found))):
+                with queries.naming(sum(map(len, measured))):
                     self.task.check_batch(self._frozen[0], read)
                     targets = self.task.targets(read)
                     inputs = self.task.inputs(read)
@@ -207,9 +165,9 @@ class HiddenStateOperators(L.LightningModule):
                     ).view(len(part), length)
                     for part in torch.arange(count).split(max(1, ROWS // length))
                 ]
-                found.append(self.task.loss(frozen, encoded)[:, None] - torch.cat(losses).T)
+                measured.append(self.task.loss(frozen, encoded)[:, None] - torch.cat(losses).T)
                 bar.update(length)
-        return torch.cat(found)
+        return torch.cat(measured)
 
 
 def hidden_of(layer: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

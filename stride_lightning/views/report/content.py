@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 from torch import Tensor
 
 from stride_lightning.data.examples import Examples
+from stride_lightning.results.scores import AttributionResult, TextSource
+from stride_lightning.results.texts import interval_text
 from stride_lightning.runtime.progress import track
 from stride_lightning.runtime.randomness import seeded
 from stride_lightning.views.figures import as_image
-from stride_lightning.views.ranking import RankedExample, interval_text, rank_examples, target_text
+from stride_lightning.views.ranking import RankedExample, rank_examples, target_text
 from stride_lightning.views.report.pictures import Pictures
-
-if TYPE_CHECKING:
-    from stride_lightning.results.attribution import Attribution
-
-#: Where texts come from: a function of the position in the dataset, one text per row or column, or a column's name.
-TextSource: TypeAlias = Callable[[int], str] | Sequence[str] | str | None
 
 #: Characters of one text that are embedded, and of one fact beyond which its column is shown as texts.
 MAX_TEXT, MAX_FACT = 2000, 60
 
 
 def report_content(
-    attribution: Attribution,
+    attribution: AttributionResult,
     rows: Sequence[int],
     k: int,
     *,
@@ -36,13 +32,7 @@ def report_content(
 ) -> dict[str, Any]:
     """Queries, examples and pictures of the page; examples and pictures are listed once and named by their place.
 
-    Args:
-        attribution: The scores.
-        rows: Rows of the scores, each once.
-        k: At most how many proponents, and how many opponents, of each query.
-        image_shape: Shape that makes a picture of flattened inputs.
-        query_text: Texts of the queries.
-        train_text: Texts of the training examples.
+    Arguments as in :meth:`~stride_lightning.Attribution.report`; ``rows`` are rows of the scores, each once.
 
     Example:
         >>> import torch
@@ -52,22 +42,13 @@ def report_content(
         ([[[0, 0.5, None, '+0.50']], [[1, -0.25, None, '-0.25']]], ['0', '1'])
     """
     ranked = {row: _sides(attribution, row, k) for row in track(rows, "Ranking", len(rows))}
-    found = [example for sides in ranked.values() for side in sides for example in side]
-    columns = list(dict.fromkeys(example.column for example in found))
+    columns = list(dict.fromkeys(example.column for sides in ranked.values() for side in sides for example in side))
     place = {column: number for number, column in enumerate(columns)}
     pictures = Pictures()
-    asked = _Source(
-        "query", attribution.queries, None, attribution.query_targets, attribution.query_info, query_text, image_shape
-    )
-    known = _Source(
-        "train",
-        attribution.train_data,
-        attribution.train_indices,
-        attribution.train_targets,
-        attribution.train_info,
-        train_text,
-        image_shape,
-    )
+    data, targets, info = attribution.queries, attribution.query_targets, attribution.query_info
+    query_source = _Source("query", data, None, targets, info, query_text, image_shape)
+    data, targets, info = attribution.train_data, attribution.train_targets, attribution.train_info
+    train_source = _Source("train", data, attribution.train_indices, targets, info, train_text, image_shape)
 
     def entry(example: RankedExample) -> list[Any]:
         std = None if example.std is None else _brief(example.std)
@@ -75,14 +56,14 @@ def report_content(
         text = text if attribution.is_signed else text.removeprefix("+")
         return [place[example.column], _brief(example.score), std, text]
 
-    queries = asked.described(rows, attribution.num_queries, pictures)
+    queries = query_source.described(rows, attribution.num_queries, pictures)
     for query, sides in zip(queries, ranked.values(), strict=True):
         query["ranked"] = [[entry(example) for example in side] for side in sides]
-    examples = known.described(columns, attribution.num_train, pictures)
+    examples = train_source.described(columns, attribution.num_train, pictures)
     return {"queries": queries, "examples": examples, "pictures": pictures.uris()}
 
 
-def _sides(attribution: Attribution, row: int, k: int) -> list[list[RankedExample]]:
+def _sides(attribution: AttributionResult, row: int, k: int) -> list[list[RankedExample]]:
     proponents, opponents = rank_examples(attribution, row, k)
     return [proponents, opponents] if attribution.is_signed else [proponents]
 
@@ -155,13 +136,9 @@ class _Source:
         if self.text is None:
             return texts_of(example)
         if callable(self.text):
-            return [("", str(self.text(self._position(place))))]
+            positions = self.indices if self.data is None else self.data.positions
+            return [("", str(self.text(place if positions is None else int(positions[place]))))]
         return [("", str(self.text[place]))]
-
-    def _position(self, place: int) -> int:
-        """Where an example stands in its dataset."""
-        positions = self.indices if self.data is None else self.data.positions
-        return place if positions is None else int(positions[place])
 
 
 def texts_of(example: Any) -> list[tuple[str, str]]:

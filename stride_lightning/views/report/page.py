@@ -12,12 +12,10 @@ import secrets
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from stride_lightning.views.report.content import TextSource, report_content
-
-if TYPE_CHECKING:
-    from stride_lightning.results.attribution import Attribution
+from stride_lightning.results.scores import AttributionResult
+from stride_lightning.views.report.content import report_content
 
 #: Files of the page beside this one; the scripts run as one, in this order.
 _LAYOUT, _SCRIPTS = ("page.html", "page.css"), ("elements.js", "query.js", "page.js")
@@ -32,41 +30,32 @@ _UNSIGNED = (
 
 
 def write_report(
-    attribution: Attribution,
-    path: str | os.PathLike[str],
+    attribution: AttributionResult,
+    path: Path,
     *,
     queries: int | Sequence[int] | None = None,
     k: int = 5,
-    image_shape: tuple[int, ...] | None = None,
-    query_text: TextSource = None,
-    train_text: TextSource = None,
     title: str | None = None,
-) -> Path:
-    """Write the page; arguments as in :meth:`~stride_lightning.Attribution.report`.
-
-    Returns:
-        The file that was written.
+    **shown: Any,
+) -> None:
+    """Write the page to this very path; arguments as in :meth:`~stride_lightning.Attribution.report`.
 
     Example:
         >>> import tempfile
         >>> import torch
         >>> from stride_lightning.results.attribution import Attribution
-        >>> path = write_report(Attribution(torch.tensor([[0.5, -0.25]])), Path(tempfile.mkdtemp()) / "report")
-        >>> path.name
-        'report.html'
+        >>> path = Path(tempfile.mkdtemp()) / "report.html"
+        >>> write_report(Attribution(torch.tensor([[0.5, -0.25]])), path)
+        >>> "<title>" in path.read_text("utf-8")
+        True
     """
-    path = html_path(path)
-    asked = range(attribution.num_queries) if queries is None else [queries] if isinstance(queries, int) else queries
-    asked = [int(row) for row in asked]
-    if not asked:
+    given = range(attribution.num_queries) if queries is None else [queries] if isinstance(queries, int) else queries
+    if not len(given):
         raise ValueError("`queries` is empty: nothing to report.")
     # Rows are counted from the start, as the page names them.
-    rows = list(dict.fromkeys(row + attribution.num_queries if row < 0 else row for row in asked))
-    content = report_content(
-        attribution, rows, k, image_shape=image_shape, query_text=query_text, train_text=train_text
-    )
+    rows = list(dict.fromkeys(int(row) + attribution.num_queries if row < 0 else int(row) for row in given))
+    content = report_content(attribution, rows, k, **shown)
     _write_at_once(path, page(attribution, content, k=k, title=title).encode(errors="replace"))
-    return path
 
 
 def html_path(path: str | os.PathLike[str]) -> Path:
@@ -85,14 +74,8 @@ def html_path(path: str | os.PathLike[str]) -> Path:
     return path if path.suffix.lower() in (".html", ".htm") else path.with_name(f"{path.name}.html")
 
 
-def page(attribution: Attribution, content: dict[str, Any], *, k: int, title: str | None = None) -> str:
-    """The whole page as text.
-
-    Args:
-        attribution: The scores, of which the header tells.
-        content: What :func:`~stride_lightning.views.report.content.report_content` gives.
-        k: How many of each side were asked for.
-        title: Heading of the page.
+def page(attribution: AttributionResult, content: dict[str, Any], *, k: int, title: str | None = None) -> str:
+    """The whole page as text, of what :func:`~stride_lightning.views.report.content.report_content` gives.
 
     Example:
         >>> import torch
@@ -126,7 +109,7 @@ def page(attribution: Attribution, content: dict[str, Any], *, k: int, title: st
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], own["page.html"])
 
 
-def header_facts(attribution: Attribution, num_shown: int, k: int) -> list[tuple[str, str]]:
+def header_facts(attribution: AttributionResult, num_shown: int, k: int) -> list[tuple[str, str]]:
     """What was computed, how and at what cost, by name.
 
     Example:
@@ -145,14 +128,13 @@ def header_facts(attribution: Attribution, num_shown: int, k: int) -> list[tuple
         ("Training examples", f"{attribution.num_train:,}"),
         ("Shown per query", f"{known} strongest" + (" of each side" if attribution.is_signed else "")),
     ]
-    seconds = metadata.get("seconds")
-    seconds = seconds.get("total") if isinstance(seconds, dict) else seconds
+    seconds = attribution.seconds
     if isinstance(seconds, int | float):
         facts.append(("Computed in", f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"))
     return [*facts, ("Unit of scores", str(metadata.get("unit") or "that of the method"))]
 
 
-def meaning(attribution: Attribution) -> str:
+def meaning(attribution: AttributionResult) -> str:
     """How to read scores and whiskers, in a sentence or two."""
     words = "Positive scores are helpful: training on the example lowers the query's loss."
     if not attribution.is_signed:

@@ -40,13 +40,7 @@ class Pictures:
 
 
 def reduced(image: Tensor) -> Tensor:
-    """The picture with its longer side at most ``LONGEST`` pixels, each the mean of those it stands for.
-
-    Args:
-        image: Shape ``(H, W)`` or ``(H, W, 3)``.
-
-    Returns:
-        Shape ``(h, w)`` or ``(h, w, 3)``.
+    """The picture, ``(H, W)`` or ``(H, W, 3)``, its longer side at most ``LONGEST`` pixels, means of what they replace.
 
     Example:
         >>> import torch
@@ -63,10 +57,7 @@ def reduced(image: Tensor) -> Tensor:
 
 
 def png(image: Tensor) -> bytes:
-    r"""A PNG file, 8 bits a channel.
-
-    Args:
-        image: Shape ``(H, W)`` or ``(H, W, 3)`` in 0..1.
+    r"""A PNG file, 8 bits a channel, of a picture ``(H, W)`` or ``(H, W, 3)`` in 0..1.
 
     Example:
         >>> import torch

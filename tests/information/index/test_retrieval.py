@@ -6,11 +6,12 @@ import torch
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
+from stride_lightning.data.sources import resolve_queries
 from stride_lightning.information.attributor import InformationGainAttributor, InformationLossAttributor
 from stride_lightning.information.index.checks import VectorIndexError
 from stride_lightning.information.index.on_disk import InformationIndex
 from stride_lightning.information.index.retrieval import build_index, search_index
-from stride_lightning.information.loss import information_gain
+from stride_lightning.information.loss import information
 from tests.helpers.models import Classifier, classification_data
 
 NUM_TRAIN = 40
@@ -43,17 +44,14 @@ def test_the_ranking_and_the_nats_of_all_pairs(kind, on_disk, tmp_path):
 def test_one_more_copy():
     attributor = fitted()
     found = search_index(attributor, build_index(attributor, form="copy"), queries(), k=5)
-    rows = [torch.cat([b.rows for b in attributor.tangents.batches(reader)]) for reader in readers(attributor)]
-    expected = information_gain(*rows, attributor.posterior, form="copy").sort(descending=True, stable=True)
+    readers = [
+        attributor.read(attributor.model, resolve_queries(data), torch.device("cpu"), "label")
+        for data in (classification_data(NUM_TRAIN), queries())
+    ]
+    rows = [torch.cat([batch.rows for batch in attributor.tangents.batches(reader)]) for reader in readers]
+    expected = information(*rows, attributor.posterior, "copy").sort(descending=True, stable=True)
     assert torch.equal(found.positions, expected.indices[:, :5])
     torch.testing.assert_close(found.nats.float(), expected.values[:, :5], rtol=1e-4, atol=1e-9)
-
-
-def readers(attributor):
-    from stride_lightning.data.sources import resolve_queries
-
-    asked = resolve_queries(queries())
-    return attributor.reader, attributor.read(attributor.model, asked, torch.device("cpu"), "label")
 
 
 def test_your_own_columns_and_filters():

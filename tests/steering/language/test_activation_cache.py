@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from stride_lightning import StrideAttributor
+from stride_lightning import LanguageStrideAttributor
 from tests.helpers.texts import Texts, TinyLM
 from tests.steering.language.test_sequences import LAYERS, QUERIES, TRAIN, ask, loader
 
@@ -124,6 +124,8 @@ def test_operators_read_it_too(tmp_path):
     model = TinyLM().eval()
     options = {"recovery": "prior", "num_subsets": 8}
     assert torch.allclose(ask(model, cache_dir=tmp_path, **options).scores, ask(model, **options).scores, atol=1e-5)
-    attributor = StrideAttributor(layers=LAYERS, cache_dir=tmp_path, show_progress=False).fit(model, loader(TRAIN))
+    attributor = LanguageStrideAttributor(layers=LAYERS, cache_dir=tmp_path, show_progress=False).fit(
+        model, loader(TRAIN)
+    )
     found = attributor.attribute(loader(QUERIES)).scores
     assert torch.allclose(found, ask(model).scores, atol=1e-6)

@@ -25,12 +25,12 @@ def _double():
 @pytest.fixture
 def fitted():
     model = TinyLM().double().eval()
-    return StrideAttributor(layers=LAYERS, show_progress=False).fit(model, loader(TRAIN))._sequences
+    return StrideAttributor(layers=LAYERS, show_progress=False).fit(model, loader(TRAIN)).fitted
 
 
 def batches(found, data=TRAIN, with_logits=True):
     with torch.no_grad():
-        return list(found._reader.batches(found._train if data is TRAIN else data, "", with_logits=with_logits))
+        return list(found.reader.batches(found.passes.train if data is TRAIN else data, "", with_logits=with_logits))
 
 
 def gradients(found):
@@ -55,7 +55,7 @@ def objective(found, operator, members):
 
 
 def test_one_step_is_the_closed_form(fitted):
-    operators = fit_token_operators(fitted._passes, DESIGN, fitted.curvature, fitted.space)
+    operators = fit_token_operators(fitted.passes, DESIGN, fitted.curvature, fitted.space)
     every, members = gradients(fitted), DESIGN.dense(torch.float64)
     slopes = (members @ every.flatten(1)).view(4, *every.shape[1:]) / members.sum(1)[:, None, None] - every.mean(0)
     assert torch.allclose(operators.coefficients, -fitted.curvature.solve(slopes))
@@ -63,7 +63,7 @@ def test_one_step_is_the_closed_form(fitted):
 
 
 def test_further_steps_reach_the_optimum(fitted):
-    operators = fit_token_operators(fitted._passes, DESIGN, fitted.curvature, fitted.space, steps=60)
+    operators = fit_token_operators(fitted.passes, DESIGN, fitted.curvature, fitted.space, steps=60)
     assert float(operators.relative_gradient.max()) < 1e-4
     for subset, members in enumerate(DESIGN.dense(torch.bool)):
         best = operators.coefficients[subset].clone().requires_grad_()
@@ -80,7 +80,7 @@ def test_further_steps_reach_the_optimum(fitted):
 
 def test_the_operator_of_all_data_is_zero(fitted):
     design = Design.from_masks(torch.stack([torch.ones(9, dtype=torch.bool), torch.arange(9) < 4]))
-    operators = fit_token_operators(fitted._passes, design, fitted.curvature, fitted.space, steps=3)
+    operators = fit_token_operators(fitted.passes, design, fitted.curvature, fitted.space, steps=3)
     assert float(operators.coefficients[0].abs().max()) < 1e-10
     assert float(operators.coefficients[1].abs().max()) > 1e-3
 
@@ -103,8 +103,8 @@ def test_measurements_are_differences_of_losses(fitted, monkeypatch, steered_byt
 def test_measurements_add_up_the_scores_to_first_order(fitted):
     """A subset helps a query by the sum of its members' scores, but for what is not linear."""
     design = sample_design(9, 6, 3, seed=0)
-    fitted.fit_operators(design)
-    asked = fitted.ask(resolve_queries(loader(QUERIES)))
+    fitted.fit(design)
+    asked = fitted.measure(resolve_queries(loader(QUERIES)))
     scores = fitted.influence(asked)
     sizes = design.sizes.double()
     expected = (design.responses(scores.float()).double() / sizes - scores.mean(1, keepdim=True)) * 9
@@ -115,7 +115,7 @@ def test_measurements_add_up_the_scores_to_first_order(fitted):
 def test_steps_lower_the_objective_of_every_subset(fitted):
     values = []
     for steps in (1, 2, 5):
-        operators = fit_token_operators(fitted._passes, DESIGN, fitted.curvature, fitted.space, steps=steps)
+        operators = fit_token_operators(fitted.passes, DESIGN, fitted.curvature, fitted.space, steps=steps)
         members = DESIGN.dense(torch.bool)
         values.append([float(objective(fitted, a, m)) for a, m in zip(operators.coefficients, members, strict=True)])
     for before, after in pairwise(values):

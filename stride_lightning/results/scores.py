@@ -1,0 +1,314 @@
+"""What every result has: rows and columns, what is known of them, and every way to rank, save and show them."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from stride_lightning.data.examples import Examples
+from stride_lightning.data.sources import resolve_queries, resolve_train_data
+from stride_lightning.results.top_examples import TopExamples
+from stride_lightning.runtime.checks import check_count
+from stride_lightning.runtime.distributed import barrier, broadcast_object, rank
+from stride_lightning.storage.records import RecordError, read_record, write_record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+#: Where texts come from: a function of the position in the dataset, one text per row or column, or a column's name.
+TextSource: TypeAlias = Callable[[int], str] | Sequence[str] | str | None
+#: What is saved as JSON.
+_PLAIN = ("metadata", "train_info", "query_info")
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class AttributionResult(ABC):
+    """What :class:`~stride_lightning.Attribution` and :class:`~stride_lightning.TopAttribution` share.
+
+    Args:
+        train_indices: Position in the training dataset of every column, int64, shape ``(num_train,)``.
+        train_targets: Target of every column, where it has one.
+        query_targets: Target each query was asked about.
+        metadata: Method, options, every automatic choice, versions, fingerprints, seconds and peak memory.
+        train_info: Your own columns beside the positions (ids, sources, texts): name to one value per column.
+        query_info: The same for queries.
+        queries: The data behind the rows, for pictures; not saved.
+        train_data: The data behind the columns, for pictures; not saved.
+    """
+
+    #: Kind of record that :meth:`save` writes, by which :meth:`load` knows it again.
+    kind: ClassVar[str] = "attribution"
+    #: The class of each kind: the first that has it enters itself.
+    registry: ClassVar[dict[str, type[AttributionResult]]] = {}
+
+    train_indices: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    train_targets: Tensor | None = None
+    query_targets: Tensor | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    train_info: dict[str, list[Any]] = field(default_factory=dict)
+    query_info: dict[str, list[Any]] = field(default_factory=dict)
+    queries: Examples | None = None
+    train_data: Examples | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        AttributionResult.registry.setdefault(cls.kind, cls)
+
+    def __post_init__(self) -> None:
+        if len(self.train_indices) == 0:
+            self.train_indices = torch.arange(self.num_train)
+        lengths = {"train_indices": self.num_train, "train_targets": self.num_train, "query_targets": self.num_queries}
+        for name, length in lengths.items():
+            values = getattr(self, name)
+            if values is not None and len(values) != length:
+                raise ValueError(f"`{name}` has {len(values)} entries, expected {length}.")
+        for name, length in (("train_info", self.num_train), ("query_info", self.num_queries)):
+            for column, values in getattr(self, name).items():
+                if len(values) != length:
+                    raise ValueError(f"{name}[{column!r}] has {len(values)} values, expected {length}.")
+
+    # ---- what a result says of its scores -----------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def num_queries(self) -> int:
+        """Number of queries, rows of the scores."""
+
+    @property
+    @abstractmethod
+    def num_train(self) -> int:
+        """Number of training examples that were scored, columns of the scores."""
+
+    @property
+    def num_ranked(self) -> int:
+        """How many proponents, and how many opponents, of each query are known."""
+        return self.num_train
+
+    @property
+    @abstractmethod
+    def has_std(self) -> bool:
+        """Whether scores come with a posterior standard deviation."""
+
+    @property
+    def distributions(self) -> dict[str, Tensor]:
+        """What there is a value of for every query and training example, by name."""
+        return {}
+
+    @abstractmethod
+    def pairs(self, k: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries and training examples with their scores, each pair once; arguments as in :meth:`to_dataframe`.
+
+        Returns:
+            Rows, columns, scores and standard deviations if there are any, each of shape ``(num_pairs,)``.
+        """
+
+    @abstractmethod
+    def _ranked(self, k: int) -> TopExamples:
+        """The top as columns of the scores, ``k`` from 1 to ``num_train``."""
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The scores, as they are saved."""
+        return self.distributions
+
+    @classmethod
+    @abstractmethod
+    def _from_tensors(cls, tensors: dict[str, Tensor], **described: Any) -> Self:
+        """The result of these scores, and of what is known of rows and columns."""
+
+    @abstractmethod
+    def _summary(self) -> str:
+        """The scores in a few words."""
+
+    # ---- what follows for every result --------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return self.num_queries
+
+    def __getitem__(self, query: int) -> Self:
+        """The attribution of one query."""
+        if not isinstance(query, int):
+            raise TypeError(f"Queries are taken one at a time, by an integer; got {query!r}.")
+        if not -self.num_queries <= query < self.num_queries:
+            raise IndexError(f"Query {query} of {self.num_queries}.")
+        rows = [query % self.num_queries]
+        known = {field.name: getattr(self, field.name) for field in fields(AttributionResult)}
+        known["query_targets"] = None if self.query_targets is None else self.query_targets[rows]
+        known["query_info"] = {name: [values[rows[0]]] for name, values in self.query_info.items()}
+        known["queries"] = None if self.queries is None else self.queries.subset(rows)
+        return self._from_tensors({name: values[rows] for name, values in self._tensors().items()}, **known)
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether positive scores mean helpful; those of unsigned information do not."""
+        return "unsigned" not in self.metadata.get("unit", "")
+
+    @property
+    def seconds(self) -> float | None:
+        """What everything took, if the metadata say."""
+        seconds = self.metadata.get("seconds")
+        return seconds.get("total") if isinstance(seconds, dict) else seconds
+
+    def top(self, k: int | None = None) -> TopExamples:
+        """Proponents and opponents of every query; ties come in order of columns.
+
+        Args:
+            k: How many of each, by default 10; all examples if there are fewer.
+
+        Returns:
+            Positions in the training dataset and scores, each of shape ``(num_queries, k)``.
+
+        Raises:
+            ValueError: If ``k`` is below 1, or more than are held.
+        """
+        return replace(self.top_columns(k).renamed(self.train_indices), is_signed=self.is_signed)
+
+    def top_columns(self, k: int | None = None) -> TopExamples:
+        """As :meth:`top`, with columns of the scores in place of positions in the training dataset."""
+        k = max(1, min(10, self.num_ranked)) if k is None else check_count("k", k)
+        return self._ranked(min(k, self.num_train))
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything but the data into one folder of safetensors and JSON, all or nothing.
+
+        An existing folder is never overwritten: the new one becomes ``<path>-v1``, ``-v2``, ... In a distributed
+        run rank 0 writes.
+
+        Returns:
+            The folder that was written.
+        """
+        path = Path(path)
+        written = path
+        if rank() == 0:
+            known = {name: getattr(self, name) for name in ("train_indices", "train_targets", "query_targets")}
+            tensors = self._tensors() | {name: value for name, value in known.items() if value is not None}
+            info = {"kind": self.kind} | {name: getattr(self, name) for name in _PLAIN}
+            written = write_record(path.parent, path.name, info, {"attribution": tensors})
+            if written != path:
+                print(f"{path} exists and was kept: the scores were saved as {written}.", file=sys.stderr, flush=True)
+        barrier()
+        return Path(str(broadcast_object(str(written))))
+
+    @classmethod
+    def load(cls, path: str | Path, *, train_data: Any = None, queries: Any = None) -> Self:
+        """Read what :meth:`save` wrote, in the class that wrote it; every byte is checked.
+
+        Args:
+            path: The folder.
+            train_data: The training data again, if pictures are wanted.
+            queries: The queries again, if pictures are wanted.
+
+        Raises:
+            RecordError: If the folder is damaged or not an attribution.
+            ValueError: If the data given again are not as many as there are columns or rows.
+        """
+        record = read_record(path)
+        kind = record.info.get("kind")
+        # Attribution.load reads every kind: nobody needs to remember which one was saved.
+        if kind not in cls.registry or cls.kind not in (AttributionResult.kind, kind):
+            expected = "attribution" if cls.kind == AttributionResult.kind else cls.__name__
+            raise RecordError(f"{path} holds a {kind!r} record, not a saved {expected}.")
+        tensors = record.tensors("attribution")
+        known = {name: tensors.pop(name) for name in list(tensors) if name.startswith(("train_", "query_"))}
+        loaded: Any = cls.registry[kind]._from_tensors(tensors, **known, **{name: record.info[name] for name in _PLAIN})
+        if train_data is not None:
+            loaded.train_data = resolve_train_data(train_data, loaded.train_indices)
+        loaded.queries = None if queries is None else resolve_queries(queries)
+        if loaded.queries is not None and len(loaded.queries) != loaded.num_queries:
+            raise ValueError(f"The attribution is of {loaded.num_queries} queries, got {len(loaded.queries)}.")
+        return loaded
+
+    def __repr__(self) -> str:
+        method = self.metadata.get("method", "scores")
+        took = f", {self.seconds:.1f} s" if self.seconds is not None else ""
+        return f"{type(self).__name__}({method}: {self._summary()}{took})"
+
+    # ---- views ------------------------------------------------------------------------------------------------
+
+    def to_dataframe(self, k: int | None = None) -> DataFrame:
+        """A table with one row per query and training example (the top ``k`` proponents and opponents if given)."""
+        from stride_lightning.views.tables import dataframe
+
+        return dataframe(self, k)
+
+    def log(
+        self,
+        loggers: Any,
+        *,
+        step: int | None = None,
+        k: int = 5,
+        max_queries: int = 20,
+        image_shape: tuple[int, ...] | None = None,
+    ) -> None:
+        """Log scalars to any Lightning logger, and histograms, tables and pictures where it can show them.
+
+        Args:
+            loggers: A logger or a list of them, such as ``trainer.loggers``, or the trainer.
+            step: Global step to log at; the step the attributed record or trainer stands at by default.
+            k: Proponents and opponents shown per query.
+            max_queries: Queries shown; all are in the scalars.
+            image_shape: Shape that makes a picture of flattened inputs, such as ``(28, 28)``.
+        """
+        from stride_lightning.views.loggers import log_attribution
+
+        if rank() == 0:
+            step = int(self.metadata.get("step") or 0) if step is None else step
+            log_attribution(self, loggers, step=step, k=k, max_queries=max_queries, image_shape=image_shape)
+
+    def plot(self, query: int | Sequence[int] = 0, k: int = 6, *, image_shape: tuple[int, ...] | None = None) -> Figure:
+        """A figure of queries with their proponents and opponents: pictures if inputs are images, bars otherwise.
+
+        Args:
+            query: Row of the scores, or several.
+            k: At most how many proponents, and how many opponents.
+            image_shape: Shape that makes a picture of flattened inputs, such as ``(28, 28)``.
+        """
+        from stride_lightning.views.figures import plot_grid
+
+        return plot_grid(self, [query] if isinstance(query, int) else query, k, image_shape=image_shape)
+
+    def report(
+        self,
+        path: str | Path,
+        *,
+        queries: int | Sequence[int] | None = None,
+        k: int = 5,
+        image_shape: tuple[int, ...] | None = None,
+        query_text: TextSource = None,
+        train_text: TextSource = None,
+        title: str | None = None,
+    ) -> Path:
+        """Write one HTML page of queries with their proponents and opponents, to look through in a browser.
+
+        The page holds everything it shows and loads nothing. Pictures and texts come from the data where it is at
+        hand, other facts from ``query_info`` and ``train_info``. In a distributed run rank 0 writes.
+
+        Args:
+            path: The file; ``.html`` is added where it is missing, folders are made, an existing file is replaced.
+            queries: Row of the scores, or several; all by default.
+            k: At most how many proponents, and how many opponents, of each query.
+            image_shape: Shape that makes a picture of flattened inputs, such as ``(28, 28)``.
+            query_text: Texts of the queries: a function of their position in the dataset (such as one that decodes
+                tokens), one text per query, or the name of a column of ``query_info``.
+            train_text: The same for training examples. Only texts of examples that are shown are asked for.
+            title: Heading of the page.
+
+        Returns:
+            The file that was written.
+        """
+        from stride_lightning.views.report.page import html_path, write_report
+
+        path = html_path(path)
+        if rank() == 0:
+            texts = {"query_text": query_text, "train_text": train_text}
+            write_report(self, path, queries=queries, k=k, title=title, image_shape=image_shape, **texts)
+        barrier()
+        return path

@@ -1,0 +1,122 @@
+"""What STRIDE needs of a fit, for rows of numbers (``dense``) and for texts (``language``) alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stride_lightning.data.examples import Examples
+from stride_lightning.steering.subsets import Design
+from stride_lightning.storage.records import Record
+
+BasisName = Literal["statistics", "learned"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """Options of :class:`~stride_lightning.LanguageStrideAttributor`; the last three are for language models."""
+
+    layers: list[str] | None = None
+    basis: BasisName = "statistics"
+    rank: int | None = None
+    stability: float = 0.0
+    ridge: float | None = None
+    #: Name of the recovery that will follow; none without queries.
+    recovery: str = ""
+    seed: int = 0
+    batch_size: int = 256
+    show_progress: bool = True
+    steps: int = 1
+    cache_dir: str | Path | None = None
+    #: Hash of the model's weights, which a cache must be of.
+    weights: str = ""
+
+    @property
+    def known_rank(self) -> int:
+        """The rank of a learned basis."""
+        return self.rank or 16
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a fit says about q queries.
+
+    Args:
+        losses: Of the frozen model, shape ``(q,)``.
+        measurements: Effects of the operators, shape ``(q, K)``; empty without operators.
+        fingerprint: What identifies the queries.
+        targets: Their targets, where each is a number.
+        share: Queries that the priors are of, where every rank has a share of them; all when None.
+        prior: First-order influence of the training examples, shape ``(q, n)``, where the recovery starts from it.
+        second_opinion: Another first-order influence of the same shape.
+    """
+
+    losses: Tensor
+    measurements: Tensor
+    fingerprint: dict[str, Any]
+    targets: Tensor | None = None
+    share: slice | None = None
+    prior: Tensor | None = None
+    second_opinion: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class FitRecord:
+    """What a callback stores of a fit: groups of tensors by name, and plain values."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+class Cost(Protocol):
+    """What a fit is expected to take; its text is for the user."""
+
+    @property
+    def is_long(self) -> bool:
+        """Whether someone will wait."""
+        ...
+
+
+class Fit(Protocol):
+    """STRIDE of one kind of data: call :meth:`prepare`, then :meth:`fit`, then any of the others."""
+
+    #: Modules whose inputs make the basis.
+    layers: list[str]
+    #: Options that only this kind of fit has, as they were chosen.
+    options: dict[str, Any]
+    #: What was found out and what it cost; plain values.
+    metadata: dict[str, Any]
+    #: What identifies the training data.
+    fingerprint: dict[str, Any]
+    #: Targets of the training examples, where each is a number.
+    train_targets: Tensor | None
+    #: Of the training examples under the frozen model, on the CPU, shape ``(n,)``.
+    losses: Tensor
+
+    def choose_layers(self, model: nn.Module, inputs: Any, size: int) -> list[str]:
+        """The default layers of a model, from a forward pass of ``size`` examples."""
+        ...
+
+    def prepare(self, model: nn.Module, train: Examples, device: torch.device, record: Record | None = None) -> None:
+        """Read the training data, in the basis of a record if there is one; the model is in eval mode on ``device``."""
+        ...
+
+    def estimate(self, design: Design | None) -> Cost:
+        """What :meth:`fit` will take."""
+        ...
+
+    def fit(self, design: Design | None, record: Record | None = None) -> None:
+        """Fit the operators of a design, if any, or take from the record what it knows."""
+        ...
+
+    def ask(self, queries: Examples, target: str = "label") -> Answers:
+        """Run over the queries and measure what the operators do to them; ranks share the work."""
+        ...
+
+    def record(self) -> FitRecord:
+        """What another fit to the same weights and data may start from."""
+        ...

@@ -1,0 +1,98 @@
+"""Training sequences read over and over: from a cache as far as it goes, then through the model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stride_lightning.data.examples import Examples
+from stride_lightning.data.fingerprints import Fingerprint
+from stride_lightning.runtime.distributed import shard
+from stride_lightning.runtime.progress import counting
+from stride_lightning.steering.language.activation_cache import ActivationCache
+from stride_lightning.steering.language.tokens import TokenBatch, TokenReader
+from stride_lightning.tasks.language import CausalLanguageModeling
+
+
+class TrainingPasses:
+    """Passes over this rank's share of the training sequences.
+
+    Args:
+        reader: Runs the model.
+        train: All training sequences.
+        lengths: Tokens that count of each, int64 of shape ``(n,)``.
+        cache_dir: Folder for activations, so that later passes do not run the model.
+        identity: Plain values that tell what the activations are of.
+    """
+
+    def __init__(
+        self,
+        reader: TokenReader,
+        train: Examples,
+        lengths: Tensor,
+        cache_dir: str | Path | None,
+        identity: Mapping[str, Any],
+    ) -> None:
+        self.reader, self.train, self.share = reader, train, shard(len(train))
+        probed = range(min(len(train), reader.rows_per_batch, 8))
+        started = time.perf_counter()
+        probe = next(iter(reader.batches(train, "", share=slice(0, len(probed)))))
+        self.seconds_per_sequence = (time.perf_counter() - started) / len(probed)
+        self.num_features, self.dtype = probe.features.shape[-1], probe.features.dtype
+        self.cache: ActivationCache | None = None
+        if cache_dir is not None:
+            folder = Path(cache_dir).expanduser() / f"sequences-{self.share.start}-{self.share.stop}"
+            widths = {name: values.shape[-1] for name, values in reader.kept(probe).items()}
+            self.cache = ActivationCache(folder, identity, lengths[self.share], widths)
+
+    def __len__(self) -> int:
+        """Sequences of this rank."""
+        return self.share.stop - self.share.start
+
+    def within(self, places: slice) -> slice:
+        """Where the sequences at some places stand in this rank's share."""
+        return slice(places.start - self.share.start, places.stop - self.share.start)
+
+    def __call__(self, description: str, with_logits: bool = False) -> Iterable[TokenBatch]:
+        """Read the sequences once, in order; logits are not cached."""
+        if self.cache is None or with_logits:
+            yield from self.reader.batches(self.train, description, share=self.share, with_logits=with_logits)
+            return
+        yield from self._cached(self.cache, description)
+        rest = slice(self.share.start + self.cache.done, self.share.stop)
+        for batch in self.reader.batches(self.train, description, share=rest):
+            self.cache.write(self.within(batch.places), self.reader.kept(batch), batch.losses)
+            yield batch
+
+    def _cached(self, cache: ActivationCache, description: str) -> Iterator[TokenBatch]:
+        first = self.share.start
+        with counting(cache.done, description, show=self.reader.show_progress) as bar:
+            for rows, kept, losses in cache.batches():
+                yield self.reader.restored(slice(rows.start + first, rows.stop + first), kept, losses)
+                bar.update(rows.stop - rows.start)
+
+
+def survey_sequences(
+    model: nn.Module, task: CausalLanguageModeling, train: Examples, vocabulary: int, batch_size: int, *, show: bool
+) -> tuple[dict[str, Any], Tensor, int]:
+    """Read all texts without running the model: what identifies them, tokens that count, and the longest.
+
+    Raises:
+        ValueError: Naming the first text that cannot be read, before hours have gone into those before it.
+    """
+    fingerprint, lengths, longest = Fingerprint(content=not train.is_random), [], 1
+    with counting(len(train), "Reading", show=show) as bar:
+        for batch, digests, length in train.batches(batch_size, torch.device("cpu")):
+            with train.naming(sum(map(len, lengths))):
+                task.check_batch(model, batch)
+                targets = task.targets(batch)
+                lengths.append((task.encode(targets, vocabulary)[..., 1] > 0).sum(1))
+            fingerprint.update(digests, targets)
+            longest = max(longest, targets.shape[1])
+            bar.update(length)
+    return fingerprint.summary(), torch.cat(lengths), longest

@@ -1,0 +1,62 @@
+"""Results that are one record on disk."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+from typing_extensions import Self
+
+from stride_lightning.runtime.distributed import barrier, broadcast_object, rank
+from stride_lightning.storage.records import Record, RecordError, read_record, write_record
+
+
+class Stored(ABC):
+    """Plain values and tensors that are saved into one folder, and read from it again."""
+
+    #: What its records are called, and their group of tensors.
+    kind: ClassVar[str]
+    group: ClassVar[str]
+    #: How it was made: plain values.
+    metadata: dict[str, Any]
+
+    @abstractmethod
+    def info(self) -> dict[str, Any]:
+        """Plain values to store; ``"kind"`` among them."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors to store."""
+
+    @classmethod
+    @abstractmethod
+    def from_contents(cls, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """Made again of :meth:`info` and :meth:`tensors`."""
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything into one folder, all or nothing; an existing one is kept and the new one gets a version."""
+        path = Path(path)
+        if rank() == 0:
+            path = write_record(path.parent, path.name, self.info(), {self.group: self.tensors()})
+        barrier()
+        return Path(str(broadcast_object(str(path))))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what :meth:`save` wrote; every byte is checked.
+
+        Raises:
+            FileNotFoundError: If there is nothing.
+            RecordError: If it is damaged or something else.
+        """
+        return cls.from_record(read_record(path))
+
+    @classmethod
+    def from_record(cls, record: Record) -> Self:
+        """The same of a record that is open already."""
+        if record.info.get("kind") != cls.kind:
+            raise RecordError(f"{record.path} holds a {record.info.get('kind')!r} record, not a {cls.kind!r} record.")
+        return cls.from_contents(record.info, record.tensors(cls.group))

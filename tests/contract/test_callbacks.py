@@ -1,0 +1,414 @@
+"""What every callback does, whatever it records."""
+
+import random
+import re
+from contextlib import nullcontext
+
+import lightning.pytorch as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from stride_lightning import FurtherTrainingCallback, StrideCallback, TracInCallback, attribute
+from stride_lightning.model.weights import weight_hash
+from stride_lightning.storage.records import find_records, read_info
+from tests.helpers.models import (
+    NUM_TRAIN,
+    Augmented,
+    Classifier,
+    ConvNet,
+    Data,
+    DictClassifier,
+    Dicts,
+    DictTask,
+    Validated,
+    build,
+    classification_data,
+    hooks_of,
+    loader,
+    make_trainer,
+    picture_data,
+    train,
+)
+from tests.helpers.runs import fit_in_the_other_tree
+
+DATA, QUERIES = classification_data(), classification_data(5, seed=1)
+
+
+def stride(queries=QUERIES, **options):
+    return StrideCallback(**{"num_subsets": 8, "statistics_every_n_steps": 1, "fit_operators": True} | options)
+
+
+def tracin(queries=QUERIES, **options):
+    return TracInCallback(**{"every_n_epochs": 100} | options)
+
+
+def further_training(queries=QUERIES, **options):
+    options = {"left_out": [12, 3, 30], "num_seeds": 1, "optimizer": lambda p: torch.optim.SGD(p, lr=0.1)} | options
+    return FurtherTrainingCallback(queries, **options)
+
+
+#: By the name of the method that reads its records: each makes a callback that writes one, at the end.
+CALLBACKS = {"stride": stride, "tracin": tracin, "further-training": further_training}
+every_callback = pytest.mark.parametrize("name", CALLBACKS)
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:You're resuming from a checkpoint that ended before the epoch ended",
+    "ignore:Checkpoint directory .* exists and is not empty",
+)
+
+
+def callback_of(name, **options):
+    return CALLBACKS[name](**options)
+
+
+def found_by(name, model, **options):
+    """The record that attribute() finds."""
+    options = {"train_data": loader(DATA), "method": name, "show_progress": False} | options
+    return attribute(model, QUERIES, **options).metadata["record"]
+
+
+def names_in(folder):
+    return [path.name for path in find_records(folder)]
+
+
+def is_untouched(model):
+    """Neither hooks nor modes nor optimizers tell that a callback was there."""
+    hooks = [hook for optimizer in model.trainer.optimizers for hook in optimizer._optimizer_step_post_hooks]
+    return hooks_of(model) == hooks == [] and all(module.training for module in model.modules())
+
+
+# ---- the record -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=CALLBACKS)
+def recorded(request, tmp_path_factory):
+    """A finished run with a logger: its name, model, trainer and callback."""
+    folder, model, callback = tmp_path_factory.mktemp("run"), build(Classifier), callback_of(request.param)
+    return request.param, model, train(model, DATA, folder, callback, logger=CSVLogger(folder)), callback
+
+
+def test_the_record_lies_in_the_log_folder_and_names_what_it_is_of(recorded):
+    name, model, trainer, callback = recorded
+    (path,) = find_records(f"{trainer.log_dir}/{name}")
+    assert callback.records == [path]
+    info = read_info(path)
+    assert path.name == "step=8"
+    assert (info["kind"], info["step"], info["model"], info["weights"]) == (name, 8, "Classifier", weight_hash(model))
+    assert info["task"] == "Classification()"
+    assert info["data"]["num_examples"] == NUM_TRAIN
+
+
+def test_state_survives_weights_only_loading(recorded, tmp_path):
+    name, _, trainer, callback = recorded
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    state = torch.load(tmp_path / "run.ckpt", weights_only=True)["callbacks"][callback.state_key]
+    assert state == callback.state_dict()
+    other = callback_of(name)
+    assert other.state_key == callback.state_key
+    other.load_state_dict(state)
+    assert other.records == callback.records
+
+
+def test_attribute_finds_the_record(recorded, tmp_path):
+    name, model, trainer, callback = recorded
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    expected = str(callback.records[-1])
+    if name != "tracin":  # whose scores are of several records
+        assert found_by(name, model) == expected
+        assert found_by(name, build(Classifier, seed=1), ckpt_path=tmp_path / "run.ckpt") == expected
+        assert found_by(name, model, record=callback.records[0]) == expected
+
+
+@every_callback
+def test_a_folder_of_ones_own_and_names_that_are_taken(name, tmp_path):
+    for _ in range(2):
+        train(build(Classifier), DATA, tmp_path, callback_of(name, dirpath=tmp_path / "elsewhere"), max_epochs=1)
+    assert names_in(tmp_path / "elsewhere") == ["step=4", "step=4-v1"]
+    assert not (tmp_path / name).exists()
+
+
+@every_callback
+def test_several_instances(name, tmp_path):
+    others = [callback_of(other) for other in CALLBACKS if other != name]
+    one, two = callback_of(name), callback_of(name, dirpath=tmp_path / "two")
+    train(build(Classifier), DATA, tmp_path, one, *others, two)
+    assert len({callback.state_key for callback in (one, two, *others)}) == 4
+    assert (one.records, two.records) == ([tmp_path / name / "step=8"], [tmp_path / "two" / "step=8"])
+    for folder in ("two", *CALLBACKS):
+        assert names_in(tmp_path / folder) == ["step=8"]
+
+
+@every_callback
+def test_weights_that_a_callback_listed_before_swaps_in(name, tmp_path):
+    """As weight averaging does, at the end."""
+
+    class Averaging(L.Callback):
+        def on_train_end(self, trainer, pl_module):
+            with torch.no_grad():
+                for weight in pl_module.parameters():
+                    weight.mul_(0.5)
+
+    frequent = {} if name == "further-training" else {"every_n_epochs": 1}
+    model, callback = build(Classifier), callback_of(name, **frequent)
+    make_trainer(tmp_path, Averaging(), callback, max_epochs=1).fit(model, loader(DATA))
+    assert read_info(callback.records[-1])["weights"] == weight_hash(model)
+
+
+@every_callback
+def test_accumulated_batches_are_one_step(name, tmp_path):
+    callback = callback_of(name)
+    train(build(Classifier), DATA, tmp_path, callback, max_epochs=3, accumulate_grad_batches=2)
+    assert [path.name for path in callback.records] == ["step=6"]
+    assert read_info(callback.records[0])["step"] == 6
+
+
+@every_callback
+def test_train_indices_of_a_sampler(name, tmp_path):
+    chosen = [30, 4, 22, 12, 1, 3, 8, 13]
+    sampled = DataLoader(DATA, 4, sampler=SubsetRandomSampler(chosen))
+    callback = callback_of(name, train_indices=chosen)
+    model = build(Classifier)
+    train(model, sampled, tmp_path, callback)
+    assert read_info(callback.records[0])["data"]["num_examples"] == 8
+    assert name == "tracin" or found_by(name, model, train_indices=chosen) == str(callback.records[0])
+
+
+@every_callback
+def test_a_task_of_ones_own(name, tmp_path):
+    callback = callback_of(name, queries=Dicts(QUERIES), task=DictTask())
+    train(build(DictClassifier), Dicts(DATA), tmp_path, callback)
+    assert read_info(callback.records[0])["task"] == "DictTask()"
+
+
+@every_callback
+def test_the_other_lightning(name, tmp_path):
+    """The package ``pytorch_lightning``, whose classes are others."""
+    callback = callback_of(name)
+    model = fit_in_the_other_tree(callback, DATA, tmp_path)
+    assert names_in(tmp_path / name) == ["step=4"]
+    assert read_info(callback.records[0])["weights"] == weight_hash(model)
+    assert name == "tracin" or found_by(name, model) == str(callback.records[0])
+
+
+# ---- training goes on as if it were not there -----------------------------------------------------------------------
+
+
+@every_callback
+@pytest.mark.parametrize(
+    ("kind", "data", "options"),
+    [
+        (Classifier, DATA, {}),
+        (ConvNet, picture_data(), {}),
+        (ConvNet, Augmented(picture_data()), {}),
+        (Classifier, DATA, {"precision": "bf16-mixed", "accumulate_grad_batches": 3}),
+    ],
+    ids=["dropout", "batchnorm", "augmentation", "bf16-mixed and accumulation"],
+)
+@pytest.mark.filterwarnings("ignore:Two reads of one example")
+def test_training_is_bit_identical(name, tmp_path, kind, data, options):
+    """Final weights, random numbers of all kinds, and what a callback listed later sees."""
+    after = []
+
+    class Later(L.Callback):
+        def on_train_end(self, trainer, pl_module):
+            momentum = [state["momentum_buffer"].clone() for state in trainer.optimizers[0].state.values()]
+            gradients = [p.grad.clone() for p in pl_module.parameters() if p.grad is not None]
+            tensors = [torch.rand(3), *momentum, *gradients]
+            plain = weight_hash(pl_module), pl_module.training, random.random(), np.random.rand()  # noqa: NPY002
+            after.append((plain, tensors, set(vars(pl_module))))
+
+    queries = QUERIES if kind is Classifier else picture_data(3, seed=5)
+    frequent = {} if name == "further-training" else {"every_n_train_steps": 2, "every_n_epochs": 1}
+    callback = callback_of(name, queries=queries, **frequent)
+    for callbacks in ([], [callback]):
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        model = build(kind, **({"dropout": 0.4} if kind is Classifier else {}))
+        train(model, data, tmp_path, *callbacks, Later(), **options)
+    (plain, tensors, attributes), watched = after
+    assert watched[0] == plain
+    assert all(one.equal(other) for one, other in zip(watched[1], tensors, strict=True))
+    assert watched[2] == attributes
+    assert is_untouched(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert callback.records
+
+
+@every_callback
+def test_modes_are_left_alone(name, tmp_path):
+    """A part that the user keeps in eval mode stays so, the rest trains."""
+    seen = []
+
+    class Frozen(ConvNet):
+        def on_train_batch_start(self, batch, batch_idx):
+            self.network[1].eval()
+
+        def training_step(self, batch, batch_idx):
+            if self.training:
+                seen.append([module.training for module in self.modules()].count(False) + len(hooks_of(self)))
+            return super().training_step(batch, batch_idx)
+
+        def on_train_end(self):
+            seen.append([module.training for module in self.modules()].count(False))
+
+    train(build(Frozen), picture_data(), tmp_path, callback_of(name, queries=picture_data(2, seed=5)))
+    assert len(seen) >= 2 * 3 + 1
+    assert set(seen) == {1}
+
+
+@every_callback
+@pytest.mark.parametrize("evaluated", [False, True], ids=["training", "evaluated"])
+def test_nothing_is_left_behind_by_an_exception(name, tmp_path, evaluated):
+    """In a training step, or in a pass of the callback's own, where there is one while training goes on."""
+
+    class Failing(Classifier):
+        fails = False
+
+        def on_train_batch_start(self, batch, batch_idx):
+            self.fails = self.global_step >= 3
+
+        def forward(self, inputs):
+            if self.fails and self.training is not evaluated:
+                raise RuntimeError("out of luck")
+            return super().forward(inputs)
+
+    model, outcome = build(Failing, dropout=0.4), pytest.raises(RuntimeError, match="out of luck")
+    if evaluated and name == "further-training":  # whose own pass comes when training is done
+        outcome = pytest.warns(UserWarning, match="FurtherTrainingCallback wrote no record. out of luck")
+    with nullcontext() if evaluated and name == "tracin" else outcome:
+        train(model, DATA, tmp_path, callback_of(name))
+    assert evaluated or names_in(tmp_path / name) == []
+    assert is_untouched(model)
+
+
+@every_callback
+def test_validation_and_a_datamodule(name, tmp_path):
+    model, callback = build(Validated), callback_of(name, queries=Data())
+    trainer = make_trainer(tmp_path, callback, num_sanity_val_steps=2, val_check_interval=0.5)
+    trainer.fit(model, Data())
+    assert [path.name for path in callback.records] == ["step=8"]
+    assert read_info(callback.records[0])["weights"] == weight_hash(model)
+
+
+@every_callback
+def test_fast_dev_run_writes_nothing_and_still_refuses(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    callback = callback_of(name)
+    train(build(Classifier), DATA, tmp_path, callback, fast_dev_run=True)
+    assert callback.records == list(tmp_path.iterdir()) == []
+    with pytest.raises(MisconfigurationException, match="one DataLoader over one map-style dataset"):
+        train(build(Classifier), CombinedLoader([loader(DATA)]), tmp_path, callback_of(name), fast_dev_run=True)
+
+
+# ---- resume ---------------------------------------------------------------------------------------------------------
+
+
+@every_callback
+@pytest.mark.parametrize("steps", [4, 6], ids=["epoch's end", "mid-epoch"])
+def test_resume(name, tmp_path, steps):
+    frequent = {} if name == "further-training" else {"every_n_train_steps": 4}
+
+    def fit(seed, **options):
+        keep = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=steps, save_top_k=-1, filename="{step}")
+        model, callback = build(Classifier, seed=seed), callback_of(name, **frequent)
+        train(model, DATA, tmp_path, callback, keep, enable_checkpointing=True, **options)
+        return model, callback
+
+    fit(0)
+    model, callback = fit(1, max_epochs=3, ckpt_path=tmp_path / "kept" / f"step={steps}.ckpt")
+    names = [re.sub("-v1$", "", path.name) for path in callback.records]
+    assert names == (["step=12"] if name == "further-training" else ["step=4", "step=8", "step=12"])
+    assert read_info(callback.records[-1])["weights"] == weight_hash(model)
+    assert read_info(callback.records[-1])["step"] == 12
+
+
+@every_callback
+def test_resume_at_the_end_writes_nothing_more(name, tmp_path):
+    trainer = train(build(Classifier), DATA, tmp_path, callback_of(name))
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    callback = callback_of(name)
+    train(build(Classifier), DATA, tmp_path, callback, ckpt_path=tmp_path / "end.ckpt")
+    assert names_in(tmp_path / name) == [path.name for path in callback.records] == ["step=8"]
+
+
+@every_callback
+def test_second_fit_on_the_same_trainer(name, tmp_path):
+    model, callback = build(Classifier), callback_of(name)
+    trainer = train(model, DATA, tmp_path, callback)
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(model, loader(DATA))
+    assert [path.name for path in callback.records] == ["step=8", "step=16"]
+    assert read_info(callback.records[1])["weights"] == weight_hash(model)
+    trainer.fit(model, loader(DATA))  # nothing left to train
+    assert names_in(tmp_path / name) == ["step=8", "step=16"]
+
+
+# ---- what is refused, before the first step -------------------------------------------------------------------------
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(DATA)
+
+
+class Bucketed(BatchSampler):
+    pass
+
+
+SAMPLER = r"`train_indices=`"
+REFUSED = {
+    "combined": (CombinedLoader([loader(DATA), loader(DATA)]), "one DataLoader over one map-style dataset"),
+    "several": ([loader(DATA), loader(DATA)], "one DataLoader over one map-style dataset"),
+    "batches": (list(loader(DATA)), "one DataLoader over one map-style dataset"),
+    "iterable": (DataLoader(Stream(), batch_size=4), "Stream.*map-style dataset with __getitem__ and __len__"),
+    "unbatched": (DataLoader(DATA, batch_size=None), "batch_size=None.*Give it a batch_size"),
+    "bucketed": (DataLoader(DATA, batch_sampler=Bucketed(SequentialSampler(DATA), 4, False)), f"Bucketed.*{SAMPLER}"),
+    "sampled": (DataLoader(DATA, 4, sampler=SubsetRandomSampler(range(40))), f"SubsetRandomSampler.*{SAMPLER}"),
+    "weighted": (
+        DataLoader(DATA, batch_sampler=BatchSampler(WeightedRandomSampler([1.0] * NUM_TRAIN, 10), 5, drop_last=False)),
+        f"WeightedRandomSampler.*{SAMPLER}",
+    ),
+    "soft labels": (loader(TensorDataset(DATA.tensors[0], torch.full((60, 3), 1 / 3))), "soft labels.*`task=`"),
+    "dictionaries": (loader(Dicts(DATA)), "dict with keys.*`task=`"),
+}
+
+
+@every_callback
+@pytest.mark.parametrize("data", REFUSED)
+def test_data_that_cannot_work_are_refused(name, tmp_path, data):
+    data, message = REFUSED[data]
+    model, trainer = build(Classifier), make_trainer(tmp_path, callback_of(name))
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer.fit(model, data)
+    assert trainer.global_step == 0
+    assert hooks_of(model) == []
+
+
+@every_callback
+@pytest.mark.parametrize("kind", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
+def test_sharded_strategies_are_refused(name, tmp_path, kind):
+    plain = type(make_trainer(tmp_path).strategy)
+    trainer = make_trainer(tmp_path, callback_of(name), strategy=type(kind, (plain,), {})(device="cpu"))
+    with pytest.raises(MisconfigurationException, match=f"{kind} is not supported"):
+        trainer.fit(build(Classifier), loader(DATA))
+    assert trainer.global_step == 0
+
+
+@every_callback
+def test_diverged_weights_warn_and_write_nothing(name, tmp_path):
+    with pytest.warns(UserWarning, match=f"{type(callback_of(name)).__name__} wrote no record"):
+        train(build(Classifier, lr=float("inf")), DATA, tmp_path, callback_of(name))
+    assert names_in(tmp_path / name) == []

@@ -1,0 +1,236 @@
+"""Diverse examples and coresets of an attributor against plain greedy choice."""
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from stride_lightning import Attribution, TopAttribution
+from stride_lightning.attribute import create
+from stride_lightning.information import attributor as module
+from tests.helpers.gradient_models import (
+    QUIET,
+    TASKS,
+    close_scores,
+    mlp,
+    points_for,
+)
+from tests.information import dense
+from tests.information.cases import CASES, DATA, METHODS, QUERIES, RIDGE, both_methods, diverse, informed, made
+
+# ---- diverse examples -------------------------------------------------------------------------------------------
+
+
+@both_methods
+@pytest.mark.parametrize(
+    ("name", "likelihood"),
+    [
+        ("classification", "gauss-newton"),
+        ("classification", "margin"),
+        ("two real outputs", "gauss-newton"),
+        ("words", "gauss-newton"),
+    ],
+)
+def test_diverse_is_greedy(method, name, likelihood):
+    make, data, queries, task = CASES[name]
+    model, options = make(), {"task": task, "likelihood": likelihood, "ridge": RIDGE}
+    attributor, found = informed(method, model, data, queries, **options)
+    train, asked = (dense.tangents_of(model, task, part, likelihood) for part in (data, queries))
+    chosen = attributor.diverse(found, 5)
+    for row, query in enumerate(asked):
+        places, gains = dense.greedy_gain(query, train, list(range(len(train))), 5, RIDGE)
+        assert chosen.proponents[row].tolist() == places
+        assert chosen.proponent_scores[row].tolist() == pytest.approx(gains, rel=1e-4)
+    assert chosen.opponents.shape == chosen.opponent_scores.shape == (5, 0)
+    assert "most told by" in repr(chosen)
+    assert "harmed" not in repr(chosen)
+    # All together they say what the whole set says.
+    every = attributor.diverse(found, 99)
+    assert every.proponents.sort(1).values.tolist() == [list(range(len(train)))] * 5
+    exact = dense.gain(asked, train, list(range(len(train))), RIDGE, dense.next_to_no_noise(train, RIDGE))
+    torch.testing.assert_close(every.proponent_scores.sum(1).double(), exact, rtol=1e-5, atol=0)
+
+
+def test_diverse_of_one_query():
+    attributor, found = informed()
+    expected = attributor.diverse(found, 4)
+    for row in (0, 3, -1):
+        one = attributor.diverse(found[row], 4)
+        assert torch.equal(one.proponents[0], expected.proponents[row])
+        close_scores(one.proponent_scores[0], expected.proponent_scores[row], 1e-6)
+    assert attributor.diverse(found).proponents.shape == (5, 10)
+
+
+def test_diverse_positions_are_those_of_the_dataset():
+    part = [7, 2, 11, 5, 0, 4]
+    chosen = diverse(train_indices=part, ridge=RIDGE, k=3).proponents
+    train, asked = (dense.tangents_of(mlp(), TASKS["classification"][0], part_) for part_ in (DATA, QUERIES))
+    for row, query in enumerate(asked):
+        assert chosen[row].tolist() == dense.greedy_gain(query, train, part, 3, RIDGE)[0]
+
+
+@both_methods
+def test_diverse_among_the_held(method):
+    """Among the proponents that a TopAttribution holds."""
+    attributor, found = informed(method, top_k=13, ridge=RIDGE)
+    train, asked = (dense.tangents_of(mlp(), TASKS["classification"][0], part) for part in (DATA, QUERIES))
+    chosen = attributor.diverse(found, 4).proponents
+    for row, query in enumerate(asked):
+        held = sorted(found.top(13).proponents[row].tolist())
+        assert chosen[row].tolist() == dense.greedy_gain(query, train, held, 4, RIDGE)[0]
+    one = attributor.diverse(found[2], 4)
+    assert torch.equal(one.proponents[0], chosen[2])
+    with pytest.raises(ValueError, match=r"among the 13 strongest .* attribute with `top_k=13`"):
+        diverse(method, top_k=6, ridge=RIDGE, k=4)
+
+
+def test_diverse_among_candidates_of_each_query(monkeypatch):
+    attributor, found = informed(ridge=RIDGE)
+    train, asked = (dense.tangents_of(mlp(), TASKS["classification"][0], part) for part in (DATA, QUERIES))
+    # Never 0, 7 or 10: columns are not places among the candidates.
+    candidates = torch.stack([torch.tensor([12, 9, 4, 6, 2]) + shift for shift in (0, -1, 0, 0, -1)])
+    best = Attribution(torch.zeros(5, 13).scatter_(1, candidates, 1.0), metadata=found.metadata, queries=found.queries)
+    monkeypatch.setattr(module, "NUM_CANDIDATES", 1)
+    monkeypatch.setattr(module, "CANDIDATES_EACH", 1)
+    chosen = attributor.diverse(best, 5).proponents
+    for row, query in enumerate(asked):
+        held = sorted(candidates[row].tolist())
+        assert chosen[row].tolist() == dense.greedy_gain(query, train, held, 5, RIDGE)[0]
+
+
+@pytest.mark.parametrize(("k", "num_candidates"), [(3, 500), (None, 500), (60, 600), (900, 1000)])
+def test_number_of_candidates(k, num_candidates):
+    attributor, found = informed()
+    best = Attribution(torch.arange(5000.0).view(5, 1000)).top_columns(num_candidates - 1)
+    held = TopAttribution(best, 1000, metadata=found.metadata, queries=found.queries)
+    with pytest.raises(ValueError, match=f"among the {num_candidates} strongest of each query, and "):
+        attributor.diverse(held, k)
+
+
+def distinct(**options):
+    """Distinct examples among ten, plain and diverse, where each of twelve comes six times; mean over queries."""
+    data, queries = points_for(num=12), points_for(num=4, seed=1)
+    copied = TensorDataset(*(torch.cat([tensor] * 6) for tensor in data.tensors))
+    attributor, found = informed(data=copied, queries=queries, **options)
+    chosen = found.top(10).proponents % 12, attributor.diverse(found, 10).proponents % 12
+    return [sum(len(row.unique()) for row in rows) / 4 for rows in chosen]
+
+
+@both_methods
+@pytest.mark.parametrize("options", [{}, {"ridge": 1e-4}, {"likelihood": "margin"}], ids=str)
+def test_copies_are_left_out(method, options):
+    plain, diverse = distinct(method=method, **options)
+    assert plain == 2
+    assert diverse >= 9
+
+
+def test_diverse_of_a_loaded_attribution(tmp_path):
+    attributor, found = informed()
+    path = found.save(tmp_path / "scores")
+    expected = attributor.diverse(found, 3)
+    again = made().diverse(Attribution.load(path, queries=QUERIES), 3)
+    assert torch.equal(again.proponents, expected.proponents)
+    with pytest.raises(ValueError, match="holds no queries: load it with `queries=`"):
+        attributor.diverse(Attribution.load(path), 3)
+    with pytest.raises(ValueError, match="loaded with other queries than it is of"):
+        attributor.diverse(Attribution.load(path, queries=points_for(num=5, seed=9)), 3)
+
+
+def test_diverse_where_it_cannot_be():
+    attributor, found = informed()
+    with pytest.raises(ValueError, match="`k` must be an integer of at least 1, got 0"):
+        attributor.diverse(found, 0)
+    with pytest.raises(RuntimeError, match=r"Call fit\(model, train_data\) before diverse"):
+        create("information-gain").diverse(found)
+    for method in METHODS:  # those of signed scores might harm
+        with pytest.raises(ValueError, match="attribute without `signed`"):
+            diverse(method, signed=True)
+    others = {
+        "weights": informed(model=mlp(seed=5)),
+        "data": informed(data=points_for(num=13, seed=7)),
+        "method, options": informed("grad-dot"),
+        "method": informed("information-gain"),
+        "seed": informed(seed=3),
+        "options": informed(likelihood="margin"),
+    }
+    for names, (_, other) in others.items():
+        with pytest.raises(ValueError, match=rf"not of what this attributor was fitted to: other {names}\. Give"):
+            attributor.diverse(other)
+    with pytest.raises(ValueError, match="other method, weights, data, task, seed, options"):
+        attributor.diverse(Attribution(torch.zeros(1, 2)))
+
+
+def test_diverse_needs_the_weights_of_before():
+    model = mlp()
+    attributor, found = informed(model=model)
+    attributor.diverse(found, 3)
+    with torch.no_grad():
+        model[0].weight[0, 0] += 1
+        with pytest.raises(ValueError, match="weights have changed since fit"):
+            attributor.diverse(found, 3)
+
+
+def test_diverse_after_another_fit():
+    attributor, found = informed()
+    expected = attributor.diverse(found, 3)
+    attributor.fit(mlp(seed=5), points_for(num=13, seed=7))
+    with pytest.raises(ValueError, match="other weights, data"):
+        attributor.diverse(found, 3)
+    other = TensorDataset(-DATA.tensors[0], DATA.tensors[1].clone())
+    other.tensors[1][3] = 7
+    with pytest.raises(ValueError, match="Class targets must lie in"):
+        attributor.fit(mlp(), other)
+    with pytest.raises(ValueError, match="other method, weights, data"):
+        attributor.diverse(found, 3)
+    attributor.fit(mlp(), DATA)
+    assert torch.equal(attributor.diverse(found, 3).proponents, expected.proponents)
+
+
+# ---- coresets ---------------------------------------------------------------------------------------------------
+
+
+@both_methods
+@pytest.mark.parametrize(
+    ("name", "likelihood"),
+    [
+        ("classification", "gauss-newton"),
+        ("classification", "margin"),
+        ("two real outputs", "gauss-newton"),
+        ("words", "gauss-newton"),
+    ],
+)
+def test_coreset_is_greedy(method, name, likelihood):
+    make, data, _, task = CASES[name]
+    model = make()
+    attributor = made(method, model, data, task=task, likelihood=likelihood, ridge=RIDGE, batch_size=4)
+    places, gains = dense.greedy_about_weights(dense.tangents_of(model, task, data, likelihood), 6, RIDGE)
+    found = attributor.coreset(6)
+    assert found.places.tolist() == places
+    assert found.gains.tolist() == pytest.approx(gains, abs=1e-10)
+    assert float(attributor.coreset(len(data)).gains.sum()) == pytest.approx(attributor.posterior.information)
+
+
+def test_coreset_positions():
+    part = [7, 2, 11, 5, 0, 4]
+    attributor = create("information-loss", ridge=RIDGE, **QUIET).fit(mlp(), DATA, train_indices=part)
+    train = dense.tangents_of(mlp(), TASKS["classification"][0], DATA)[part]
+    expected = dense.greedy_about_weights(train, 4, RIDGE)[0]
+    assert attributor.coreset(4).places.tolist() == [part[place] for place in expected]
+
+
+def test_coreset_where_it_cannot_be():
+    with pytest.raises(RuntimeError, match=r"Call fit\(model, train_data\) before coreset\(\)"):
+        create("information-loss", **QUIET).coreset(2)
+    model = mlp()
+    attributor = made(model=model)
+    for size in (0, 14):
+        with pytest.raises(
+            ValueError, match=rf"`size` must be an integer .* and at most 13, the number of .*, got {size}"
+        ):
+            attributor.coreset(size)
+    for size in (2.0, True, "2"):
+        with pytest.raises(ValueError, match=rf"`size` must be an integer of at least 1 .*, got {size!r}"):
+            attributor.coreset(size)
+    with torch.no_grad():
+        model[0].weight += 1
+    with pytest.raises(ValueError, match="weights have changed since fit"):
+        attributor.coreset(2)
