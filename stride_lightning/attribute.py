@@ -17,7 +17,13 @@ from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.tasks.likelihoods import Task
 
 #: The files whose classes enter themselves among the methods when they are imported.
-_HOMES = ("gradients.presets", "information.attributor", "retraining.attributors", "steering.attributor")
+_HOMES = (
+    "gradients.plain",
+    "gradients.presets",
+    "information.attributor",
+    "retraining.attributors",
+    "steering.attributor",
+)
 
 
 def attribute(

@@ -32,21 +32,13 @@ QUERY_BYTES = 2**29
 
 @dataclass
 class Fitted:
-    """What is known of the model at one checkpoint.
+    """What is known of the model at one checkpoint."""
 
-    Args:
-        checkpoint: Where its weights are; None for the attributed weights.
-        rates: Learning rate of each parameter, where scores are weighted by it.
-        curvature: Fitted.
-        side: The training examples.
-        example_weights: Factors of the training examples of this process.
-    """
-
-    checkpoint: Checkpoint | None
-    rates: Mapping[str, float] | None
+    checkpoint: Checkpoint | None  # None for the attributed weights
+    rates: Mapping[str, float] | None  # learning rate of each parameter, where scores are weighted by it
     curvature: Curvature
     side: TrainingSide
-    example_weights: Tensor | None
+    example_weights: Tensor | None  # factors of the training examples of this process
 
 
 class GradientAttributor(PlannedAttributor):

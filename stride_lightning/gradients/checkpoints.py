@@ -26,21 +26,13 @@ _KIND = "tracin"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights at one moment of training; they stay on disk until they are asked for.
+    """Weights at one moment of training; they stay on disk until they are asked for."""
 
-    Args:
-        name: Name of the record or file, for messages and metadata.
-        path: Where it is.
-        learning_rates: By plain parameter name; None where the file does not tell.
-        step: Optimizer steps taken; None where the file does not tell.
-        is_scheduled: Whether learning rates were stored beside a scheduler, which may have moved them on already.
-    """
-
-    name: str
+    name: str  # of the record or file, for messages and metadata
     path: Path
-    learning_rates: Mapping[str, float] | None
-    step: int | None
-    is_scheduled: bool = False
+    learning_rates: Mapping[str, float] | None  # by plain parameter name; None where the file does not tell
+    step: int | None  # optimizer steps taken; None where the file does not tell
+    is_scheduled: bool = False  # whether rates were stored beside a scheduler, which may have moved them on already
 
     def load(self) -> dict[str, Tensor]:
         """The state dict on the CPU, verified; nothing is unpickled.

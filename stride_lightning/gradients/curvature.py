@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from stride_lightning.gradients.damping import Damped, DampedKernel, DampedMatrix, singular
 from stride_lightning.gradients.features import Batch, Reader, run_batches
-from stride_lightning.model.blocks import Block, Gradients
+from stride_lightning.model.blocks import Gradients
 from stride_lightning.model.capture import Capture
 from stride_lightning.runtime.distributed import gather, total
 from stride_lightning.tasks.likelihoods import Task
@@ -22,29 +22,17 @@ from stride_lightning.tasks.likelihoods import Task
 
 @dataclass
 class TrainingSide:
-    """The training examples as a curvature sees them.
-
-    Args:
-        capture: Reads gradients of the model.
-        task: What a batch means.
-        reader: Training data.
-        share: The training examples of this process.
-        features: The gradients that are compared, of a batch.
-        seed: Seed of everything random.
-        project: The projection that is part of the features.
-        kept: Those of all examples of this process, where they are kept.
-        kept_weights: Factors of their outer products in a Fisher matrix, where they are not 1.
-    """
+    """The training examples as a curvature sees them."""
 
     capture: Capture
     task: Task
     reader: Reader
-    share: slice
-    features: Callable[[Batch], Gradients]
+    share: slice  # the training examples of this process
+    features: Callable[[Batch], Gradients]  # the gradients that are compared
     seed: int
-    project: Callable[[Gradients], Gradients]
-    kept: Gradients | None = None
-    kept_weights: Tensor | None = None
+    project: Callable[[Gradients], Gradients]  # the projection that is part of the features
+    kept: Gradients | None = None  # features of this process's examples, where they are kept
+    kept_weights: Tensor | None = None  # factors of their outer products in a Fisher matrix, where they are not 1
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -144,9 +132,7 @@ class Diagonal(Curvature):
         lost = [name for name, diagonal in damped.items() if float(diagonal.min()) <= 0]
         if lost:
             raise ValueError(singular(f"the diagonal of {lost[0]}", self.damping))
-        return Gradients(
-            {name: Block(block.dense() / damped[name].to(block.like)) for name, block in gradients.items()}
-        )
+        return gradients.vectors(lambda name, block: block.dense() / damped[name].to(block.like))
 
 
 class GaussNewtonBlocks(Curvature):
@@ -173,9 +159,7 @@ class GaussNewtonBlocks(Curvature):
     @override
     def solve(self, gradients: Gradients) -> Gradients:
         damping = self.absolute_damping
-        return Gradients(
-            {name: Block(self._blocks[name].solve(block.dense(), damping)) for name, block in gradients.items()}
-        )
+        return gradients.vectors(lambda name, block: self._blocks[name].solve(block.dense(), damping))
 
 
 class Fisher(GaussNewtonBlocks):
@@ -232,12 +216,8 @@ class DataInf(Curvature):
             for name, block in theirs.items():
                 products = gradients[name].inner(block) / (damping[name] + block.squared_norms())
                 taken[name] += block.combined(products)
-        return Gradients(
-            {
-                name: Block((block.dense() - total(taken[name]) / len(self._train)) / damping[name])
-                for name, block in gradients.items()
-            }
-        )
+        means = {name: total(values) / len(self._train) for name, values in taken.items()}
+        return gradients.vectors(lambda name, block: (block.dense() - means[name]) / damping[name])
 
     @override
     def described(self) -> dict[str, Any]:

@@ -120,21 +120,13 @@ class Reader:
 
 @dataclass
 class Batch:
-    """Examples that have been run forward, and gradients of functions of their outputs.
-
-    Args:
-        places: Their places in the reading order.
-        positions: Their positions in the dataset.
-        outputs: Shape ``(B, C)``.
-        encoded: Encoded targets, shape ``(B, C)``.
-        most_tokens: Most tokens that count in the loss of an example of the whole data set.
-    """
+    """Examples that have been run forward, and gradients of functions of their outputs."""
 
     places: slice
     positions: Tensor
-    outputs: Tensor
-    encoded: Tensor
-    most_tokens: int
+    outputs: Tensor  # (B, C)
+    encoded: Tensor  # targets, (B, C)
+    most_tokens: int  # that count in the loss of an example of the whole data set
     _task: Task
     _backward: Backward
 

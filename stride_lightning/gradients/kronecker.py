@@ -25,17 +25,11 @@ MAX_VECTOR = 2048
 
 @dataclass
 class Basis:
-    """An orthonormal basis for the rows and one for the columns of a block's matrices; None for their own.
+    """An orthonormal basis for the rows and one for the columns of a block's matrices; None for their own."""
 
-    Args:
-        shape: ``(L, R)``; vectors have one column.
-        left: Shape ``(L, L)``.
-        right: Shape ``(R, R)``.
-    """
-
-    shape: tuple[int, int]
-    left: Tensor | None
-    right: Tensor | None
+    shape: tuple[int, int]  # (L, R); vectors have one column
+    left: Tensor | None  # (L, L)
+    right: Tensor | None  # (R, R)
 
     def rotated(self, block: Block) -> Block:
         """The block in the basis."""
@@ -97,12 +91,12 @@ class EKFAC(Curvature):
 
     def solve_damped(self, gradients: Gradients, damping: float) -> Gradients:
         """The same with a damping that is not relative to anything."""
-        solved = {}
-        for name, block in gradients.items():
+
+        def solved(name: str, block: Block) -> Tensor:
             basis = self._bases[name]
-            rotated = basis.rotated(block).dense() / (self._eigenvalues[name] + damping)
-            solved[name] = Block(basis.restored(rotated))
-        return Gradients(solved)
+            return basis.restored(basis.rotated(block).dense() / (self._eigenvalues[name] + damping))
+
+        return gradients.vectors(solved)
 
     def _squares(self, batch: Batch, train: TrainingSide) -> Iterator[tuple[str, Tensor]]:
         """Sums over examples and functions of the outputs of the squared gradients in the bases."""

@@ -41,44 +41,45 @@ def stored_rates(checkpoint: Mapping[str, Any], model: nn.Module, where: str) ->
         >>> stored_rates({"optimizer_states": [optimizer.state_dict()]}, model, "run.ckpt")
         {'weight': 0.5, 'bias': 0.5}
     """
-    groups = [list(state["param_groups"]) for state in checkpoint.get("optimizer_states") or []]
-    rates = [group.get("lr") for of_one in groups for group in of_one]
-    if not rates or any(rate is None for rate in rates):
+    by_optimizer = [list(state["param_groups"]) for state in checkpoint.get("optimizer_states") or []]
+    groups = [group for of_one in by_optimizer for group in of_one]
+    if not groups or any(group.get("lr") is None for group in groups):
         return None
-    trainable = [plain_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
     named = _by_stored_names(groups, model)
     if named is not None:
         return named
-    alike = len({float(rate) for rate in rates}) == 1
-    if alike and sum(len(group["params"]) for of_one in groups for group in of_one) == len(trainable):
-        return dict.fromkeys(trainable, float(rates[0]))
+    rates = [float(group["lr"]) for group in groups]
+    alike = len(set(rates)) == 1
+    trainable = [plain_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if alike and sum(len(group["params"]) for group in groups) == len(trainable):
+        return dict.fromkeys(trainable, rates[0])
     try:
-        return _by_order(groups, model)
+        return _by_order(by_optimizer, model)
     except _UnknownError as reason:
         if alike:
             warnings.warn(
                 f"{where}: its optimizers hold other parameters than {type(model).__name__} has trainable ones, and "
-                f"which cannot be told because {reason}. Its learning rate {float(rates[0]):g} is taken for all.",
+                f"which cannot be told because {reason}. Its learning rate {rates[0]:g} is taken for all.",
                 stacklevel=2,
             )
-            return dict.fromkeys(trainable, float(rates[0]))
+            return dict.fromkeys(trainable, rates[0])
         raise ValueError(
-            f"{where} has several learning rates ({', '.join(f'{float(rate):g}' for rate in rates)}), and which "
+            f"{where} has several learning rates ({', '.join(f'{rate:g}' for rate in rates)}), and which "
             f"parameters they are of cannot be told because {reason}. Use the records of TracInCallback, which name "
             "them, or make the optimizer with model.named_parameters(), so that the checkpoint does."
         ) from reason
 
 
-def _by_stored_names(groups: Sequence[Sequence[Mapping[str, Any]]], model: nn.Module) -> dict[str, float] | None:
+def _by_stored_names(groups: Sequence[Mapping[str, Any]], model: nn.Module) -> dict[str, float] | None:
     """By the names in the groups, if they are the model's; a user may have named a part's parameters."""
-    own = {plain_name(name) for name, _ in model.named_parameters()}
-    found = {}
-    for group in (group for of_one in groups for group in of_one):
+    known = {plain_name(name) for name, _ in model.named_parameters()}
+    rates = {}
+    for group in groups:
         names = [plain_name(name) for name in group.get("param_names") or []]
-        if len(names) != len(group["params"]) or not own.issuperset(names):
+        if len(names) != len(group["params"]) or not known.issuperset(names):
             return None
-        found |= dict.fromkeys(names, float(group["lr"]))
-    return found
+        rates |= dict.fromkeys(names, float(group["lr"]))
+    return rates
 
 
 def _by_order(groups: Sequence[Sequence[Mapping[str, Any]]], model: Any) -> dict[str, float]:

@@ -6,7 +6,7 @@ what leaves backward and what entered forward. Inner products of two examples ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -20,17 +20,11 @@ CHUNK_BYTES = 2**26
 
 @dataclass
 class Outer:
-    """A sum over places t of outer products ``left[i, t] right[i, t]'``, one matrix per example.
+    """A sum over places t of outer products ``left[i, t] right[i, t]'``, one matrix per example."""
 
-    Args:
-        left: Shape ``(B, T, L)``; or integers of shape ``(B, T)`` that stand for rows of the identity.
-        right: Shape ``(B, T, R)``.
-        num_rows: ``L``.
-    """
-
-    left: Tensor
-    right: Tensor
-    num_rows: int
+    left: Tensor  # (B, T, L), or integers (B, T) that stand for rows of the identity
+    right: Tensor  # (B, T, R)
+    num_rows: int  # L
 
     @property
     def is_lookup(self) -> bool:
@@ -109,11 +103,13 @@ class Block:
 
         Factors cost ``T T' (L + R)`` per pair of examples with T and T' places, matrices ``L R``.
         """
-        return self if self.is_dense or _factors_are_cheaper(self, others) else Block(self.dense())
+        if self.is_dense or (not others.is_dense and _factors_are_cheaper(self, others)):
+            return self
+        return Block(self.dense())
 
     def inner(self, others: Block) -> Tensor:
         """Inner products with other examples, shape ``(B, B')``."""
-        if _factors_are_cheaper(self, others):
+        if not (self.is_dense or others.is_dense) and _factors_are_cheaper(self, others):
             return _inner_of_factors(self, others)
         mine = self.dense()
         if others.values is not None:
@@ -126,7 +122,7 @@ class Block:
         """Inner product of each example with the same example of the other, shape ``(B,)``."""
         if self.values is not None and others.values is not None:
             return (self.values * others.values).sum(1)
-        if _factors_are_cheaper(self, others):
+        if not (self.is_dense or others.is_dense) and _factors_are_cheaper(self, others):
             return reduce(add, (_rows_of_factors(a, b) for a in self.outers for b in others.outers))
         return torch.cat([(self[chunk].dense() * others[chunk].dense()).sum(1) for chunk in self._chunks()])
 
@@ -158,6 +154,10 @@ class Gradients(dict[str, Block]):
     def num_examples(self) -> int:
         """``B``."""
         return len(next(iter(self.values())))
+
+    def vectors(self, function: Callable[[str, Block], Tensor]) -> Gradients:
+        """What a function makes of each block: vectors of shape ``(B, size)``."""
+        return Gradients({name: Block(function(name, block)) for name, block in self.items()})
 
     def rows(self, rows: slice | Tensor) -> Gradients:
         """Those of some examples."""
@@ -205,8 +205,7 @@ def _concatenated(blocks: list[Block]) -> Block:
 
 
 def _factors_are_cheaper(one: Block, other: Block) -> bool:
-    both = not one.is_dense and not other.is_dense
-    return both and one.num_places * other.num_places * sum(one.shape) < one.size
+    return one.num_places * other.num_places * sum(one.shape) < one.size
 
 
 def _through(matrices: Tensor, outer: Outer) -> Tensor:

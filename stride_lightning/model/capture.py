@@ -297,18 +297,13 @@ def chosen_parameters(model: nn.Module, layers: Sequence[str] | None) -> dict[st
     check_layers(layers)
     if layers is not None and len(layers) == 0:
         raise ValueError("`layers` is empty: name at least one module, or leave it out for all that are trainable.")
-    chosen = None
-    if layers is not None:
-        chosen = {id(parameter) for name in layers for parameter in find_module(model, name).parameters()}
-    found = {
-        plain_name(name): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and (chosen is None or id(parameter) in chosen)
-    }
-    if not found:
+    modules = [model] if layers is None else [find_module(model, name) for name in layers]
+    chosen = {id(parameter) for module in modules for parameter in module.parameters() if parameter.requires_grad}
+    named = {plain_name(name): parameter for name, parameter in model.named_parameters() if id(parameter) in chosen}
+    if not named:
         where = type(model).__name__ if layers is None else f"{', '.join(map(repr, layers))}"
         raise ValueError(
             f"Found no trainable parameters in {where}: gradients are taken in parameters with requires_grad=True. "
             "Unfreeze what was trained, or name layers that were with `layers=[...]`."
         )
-    return found
+    return named

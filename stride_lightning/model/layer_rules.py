@@ -145,13 +145,13 @@ def gradients_through(
         module: The module.
         call: What entered it.
         coming_back: Gradients of its output tensors; None where an output was not used.
-        parameters: The parameters, by their names in the module.
+        parameters: By their names in the module.
         num_examples: B.
         is_cut: Which leaves of the call have one part per example along their first axis.
         vectorized: All examples at once by ``torch.vmap``, or one after the other.
 
     Returns:
-        Gradients of shape ``(B, *parameter.shape)`` by name.
+        Gradients of shape ``(B, *parameter.shape)`` by name, in the order of the parameters.
     """
     leaves, layout = pytree.tree_flatten((call.args, call.kwargs))
     cut = [leaf.detach() for leaf, yes in zip(leaves, is_cut, strict=True) if yes]
@@ -210,6 +210,4 @@ def _places(values: Tensor, num_examples: int) -> Tensor:
 
 
 def _with_one(entered: Tensor, has_bias: bool) -> Tensor:
-    if not has_bias:
-        return entered
-    return torch.cat([entered, entered.new_ones(*entered.shape[:-1], 1)], -1)
+    return F.pad(entered, (0, 1), value=1.0) if has_bias else entered

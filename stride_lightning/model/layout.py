@@ -14,36 +14,23 @@ from stride_lightning.model.layer_rules import LayerRule
 
 @dataclass
 class Source:
-    """Where the gradient of a block comes from: one module that is watched.
-
-    Args:
-        module: Name of the module.
-        rule: How its matrix is read; None if its parameters are read by running it again.
-        vectorized: Whether running it again takes all examples at once.
-        is_cut: Of each of its calls, which leaves of what entered have one part per example.
-    """
+    """Where the gradient of a block comes from: one module that is watched."""
 
     module: str
-    rule: LayerRule | None
-    vectorized: bool = True
+    rule: LayerRule | None  # how its matrix is read; None if its parameters are read by running it again
+    vectorized: bool = True  # whether running it again takes all examples at once
+    #: Of each of its calls, which leaves of what entered have one part per example.
     is_cut: list[list[bool]] = field(default_factory=list)
 
 
 @dataclass
 class Layout:
-    """The parameters of a block, and how they lie in its vectors or matrices.
+    """The parameters of a block, and how they lie in its vectors or matrices."""
 
-    Args:
-        parameters: Names of a matrix and perhaps a bias joined to it, or of a single parameter.
-        shapes: Their shapes.
-        bias_axis: Axis along which the bias is joined.
-        sources: What contributes; a tied matrix has several.
-    """
-
-    parameters: tuple[str, ...]
+    parameters: tuple[str, ...]  # a matrix and perhaps a bias joined to it, or a single parameter
     shapes: tuple[torch.Size, ...]
-    bias_axis: int
-    sources: list[Source]
+    bias_axis: int  # along which the bias is joined
+    sources: list[Source]  # what contributes; a tied matrix has several
 
     @property
     def is_matrix(self) -> bool:

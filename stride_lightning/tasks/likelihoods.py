@@ -179,10 +179,9 @@ class Classification(Task):
 
     @override
     def margin(self, outputs: Tensor, encoded: Tensor) -> Tensor:
-        target = encoded.bool()
-        return outputs.masked_fill(~target, -torch.inf).logsumexp(-1) - outputs.masked_fill(
-            target, -torch.inf
-        ).logsumexp(-1)
+        is_target = encoded.bool()
+        others = outputs.masked_fill(is_target, -torch.inf).logsumexp(-1)
+        return outputs.masked_fill(~is_target, -torch.inf).logsumexp(-1) - others
 
     @override
     def curvature(self, mean: Tensor, direction: Tensor, dim: int = -1) -> Tensor:
@@ -219,7 +218,9 @@ class BinaryClassification(Task):
     def encode(self, targets: Tensor, num_outputs: int) -> Tensor:
         encoded = _as_columns(targets, num_outputs)
         if not ((encoded == 0) | (encoded == 1)).all():
-            raise ValueError(f"Binary targets must be 0 or 1, got values {_some_values(targets)}.")
+            values = targets.unique().tolist()
+            shown = ", ".join(f"{value:g}" for value in values[:5]) + (", ..." if len(values) > 5 else "")
+            raise ValueError(f"Binary targets must be 0 or 1, got values {shown}.")
         return encoded
 
     @override
@@ -316,11 +317,6 @@ def _as_columns(targets: Tensor, num_outputs: int) -> Tensor:
         raise ValueError(f"Expected {num_outputs} target(s) per example, got {describe(targets)}.")
     columns = targets.reshape(len(targets), num_outputs)
     return columns if columns.is_floating_point() else columns.float()
-
-
-def _some_values(tensor: Tensor) -> str:
-    values = tensor.unique()
-    return ", ".join(f"{value:g}" for value in values[:5].tolist()) + (", ..." if len(values) > 5 else "")
 
 
 def columns(outputs: Tensor) -> Tensor:

@@ -40,6 +40,11 @@ def roots(matrices):
     return vectors * values.clamp(min=0).sqrt()[:, None]
 
 
+def curvature_columns(model, task, data):
+    """Vectors ``(n, r, p)`` whose outer products sum to the Gauss-Newton matrix of each example."""
+    return torch.einsum("ncp,ncr->nrp", jacobians_of(model, data), roots(second_derivatives(model, task, data)))
+
+
 def traced(model, x):
     """Outputs of one example, and by layer what entered it and the tensor that left it."""
     seen, handles = {}, []
@@ -78,7 +83,7 @@ def matrix_places(model, name):
 
 def by_hand(model, task, data, queries, damping, scored=gradients_of):
     """Scores times n, and the mean corrected eigenvalue."""
-    columns = torch.einsum("ncp,ncr->nrp", jacobians_of(model, data), roots(second_derivatives(model, task, data)))
+    columns = curvature_columns(model, task, data)
     covariances = {}
     for (x, _), second in zip(zip(*data.tensors, strict=True), second_derivatives(model, task, data), strict=True):
         outputs, seen = traced(model, x)
@@ -108,10 +113,8 @@ def by_hand(model, task, data, queries, damping, scored=gradients_of):
             at = matrix_places(model, name).flatten()
             basis = torch.kron(*(torch.linalg.eigh(m)[1] for m in covariances[module][::-1]))
         else:
-            at, basis = (
-                flat,
-                torch.linalg.eigh(columns[:, :, flat].flatten(0, 1).T @ columns[:, :, flat].flatten(0, 1))[1],
-            )
+            rows = columns[:, :, flat].flatten(0, 1)
+            at, basis = flat, torch.linalg.eigh(rows.T @ rows)[1]
         spectrum = (columns[:, :, at] @ basis).square().sum(1).mean(0)
         spectra.append(spectrum)
         solved.append((asked[:, at] @ basis, theirs[:, at] @ basis))
@@ -144,9 +147,7 @@ def test_conv_of_width_one_has_several_places():
     model, data = cnn(), pictures_for()
     attributor = fitted(model, data, "ekfac", damping=DAMPING)
     eigenvalues, basis = (getattr(attributor._fitted[0].curvature, n)["0.weight"] for n in ("_eigenvalues", "_bases"))
-    columns = torch.einsum(
-        "ncp,ncr->nrp", jacobians_of(model, data), roots(second_derivatives(model, attributor.task, data))
-    )[:, :, matrix_places(model, "0.weight").flatten()]
+    columns = curvature_columns(model, attributor.task, data)[:, :, matrix_places(model, "0.weight").flatten()]
     explicit = (columns @ torch.kron(basis.left, basis.right)).square().sum(1).mean(0)
     torch.testing.assert_close(eigenvalues, explicit, rtol=1e-9, atol=1e-12)
     for side in (basis.left, basis.right):
@@ -178,10 +179,7 @@ def test_wide_sides_keep_their_own_basis(kind, limit, value, monkeypatch):
     assert {name: kept[name] for name in expected} == expected
     assert exact_scores(attributor, data).isfinite().all()
 
-    columns = torch.einsum(
-        "ncp,ncr->nrp", jacobians_of(model, data), roots(second_derivatives(model, attributor.task, data))
-    )
-    trace = columns.square().sum((1, 2)).mean()
+    trace = curvature_columns(model, attributor.task, data).square().sum((1, 2)).mean()
     assert float(sum(v.sum() for v in curvature._eigenvalues.values())) == pytest.approx(float(trace), rel=1e-9)
 
 
@@ -193,7 +191,7 @@ def test_a_matrix_used_twice_and_one_not_used():
     task = attributor.task
     scores = exact_scores(attributor, data)
     assert scores.isfinite().all()
-    columns = torch.einsum("ncp,ncr->nrp", jacobians_of(model, data), roots(second_derivatives(model, task, data)))
+    columns = curvature_columns(model, task, data)
     curvature, expected = attributor._fitted[0].curvature, 0
     grads = gradients_of(model, task, data)
     for name in ("shared.weight", "out.weight"):

@@ -191,6 +191,22 @@ def gradients_by_hand(capture, inputs, directions):
     return {name: torch.stack(gradients) for name, gradients in found.items()}
 
 
+def gradients_of_sums(capture, inputs):
+    """Gradients of the sum of each example's outputs."""
+    with capture.watch() as backward:
+        outputs = backward.run(inputs, len(inputs))
+        return backward.gradients(torch.ones_like(outputs))
+
+
+def check_one(capture, inputs, name):
+    """The gradient in one parameter that has a block of its name, against single examples."""
+    with torch.no_grad():
+        directions = torch.ones_like(capture.outputs(inputs))
+    expected = gradients_by_hand(capture, inputs, directions)[name]
+    found = capture.layouts[name].split(gradients_of_sums(capture, inputs)[name].dense())[name]
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop because")  # torch's, of weight_norm under vmap
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch's, of a copy that it makes
 @pytest.mark.parametrize("name", CASES)
@@ -257,13 +273,8 @@ class Gated(nn.Module):
 
 @pytest.mark.parametrize("num", [2, NUM, 7])
 def test_a_tensor_as_long_as_the_batch_is_not_taken_for_a_batch(num):
-    model, inputs = seeded(Gated), random_tensor(7, NUM, seed=0)
-    capture = planned(model, inputs)
-    with capture.watch() as backward:
-        outputs = backward.run(inputs[:num], num)
-        gradients = backward.gradients(torch.ones_like(outputs))
-    expected = gradients_by_hand(capture, inputs[:num], torch.ones_like(outputs))
-    torch.testing.assert_close(gradients["gate.weight"].dense(), expected["gate.weight"], rtol=1e-9, atol=1e-12)
+    inputs = random_tensor(7, NUM, seed=0)
+    check_one(planned(seeded(Gated), inputs), inputs[:num], "gate.weight")
 
 
 def test_places_first():
@@ -279,26 +290,14 @@ def test_places_first():
 
     for places in (2, 4, 3):
         inputs = random_tensor(NUM, places, 4, seed=1)
-        capture = planned(seeded(PlacesFirst), inputs)
-        with capture.watch() as backward:
-            outputs = backward.run(inputs, NUM)
-            gradients = backward.gradients(torch.ones_like(outputs))
-        layout = capture.layouts["inner.weight"]
-        found = layout.split(gradients["inner.weight"].dense())["inner.weight"]
-        expected = gradients_by_hand(capture, inputs, torch.ones_like(outputs))["inner.weight"]
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        check_one(planned(seeded(PlacesFirst), inputs), inputs, "inner.weight")
 
 
 def test_a_batch_of_one_and_another_length():
     make, inputs, _ = CASES["tied head"]
     capture = planned(seeded(make), inputs)
     for changed in (inputs[:1], inputs[:, :3], tokens(9, 4, seed=8)):
-        with capture.watch() as backward:
-            outputs = backward.run(changed, len(changed))
-            gradients = backward.gradients(torch.ones_like(outputs))
-        expected = gradients_by_hand(capture, changed, torch.ones_like(outputs))
-        found = capture.layouts["embedding.weight"].split(gradients["embedding.weight"].dense())
-        torch.testing.assert_close(found["embedding.weight"], expected["embedding.weight"], rtol=1e-9, atol=1e-12)
+        check_one(capture, changed, "embedding.weight")
 
 
 def test_hooks_go_when_something_fails():
@@ -315,12 +314,7 @@ def test_weights_may_be_exchanged():
     model, inputs = mlp(), random_tensor(NUM, 4, seed=0)
     capture = planned(model, inputs)
     model.load_state_dict(mlp(seed=3).state_dict())
-    with capture.watch() as backward:
-        backward.run(inputs, NUM)
-        gradients = backward.gradients(torch.ones(NUM, 3, dtype=torch.float64))
-    expected = gradients_by_hand(capture, inputs, torch.ones(NUM, 3, dtype=torch.float64))
-    found = capture.layouts["0.weight"].split(gradients["0.weight"].dense())
-    torch.testing.assert_close(found["0.weight"], expected["0.weight"], rtol=1e-9, atol=1e-12)
+    check_one(capture, inputs, "0.weight")
 
 
 @pytest.mark.parametrize("rates", [{"0.weight": 0.3, "0.bias": 0.3}, {"0.weight": 0.3, "0.bias": 0.7}])
@@ -328,10 +322,7 @@ def test_weights_may_be_exchanged():
 def test_times_rates(make, rates):
     model, inputs = seeded(lambda: nn.Sequential(make())), random_tensor(NUM, 4, seed=0)
     capture = planned(model, inputs)
-    with capture.watch() as backward:
-        outputs = backward.run(inputs, NUM)
-        gradients = backward.gradients(torch.ones_like(outputs))
-    layout, block = capture.layouts["0.weight"], gradients["0.weight"]
+    layout, block = capture.layouts["0.weight"], gradients_of_sums(capture, inputs)["0.weight"]
     found = layout.split(layout.times(block, rates).dense())
     expected = {name: value * rates[name] for name, value in layout.split(block.dense()).items()}
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-12)
