@@ -20,15 +20,7 @@ from stride_lightning.information.index.checks import VectorIndexError
 from stride_lightning.information.index.in_memory import MemoryIndex
 from stride_lightning.information.index.on_disk import InformationIndex
 from tests.helpers import kill_index
-from tests.information.index.cases import (
-    COLUMNS,
-    IDENTITY,
-    batches,
-    brute_force,
-    contents,
-    example_rows,
-    queries,
-)
+from tests.information.index.cases import COLUMNS, IDENTITY, batches, brute_force, contents, example_rows, queries
 
 # ------------------------------------------------------------------------------------------------------------- search
 
