@@ -10,22 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
-from stride_lightning import (
-    Classification,
-    RecordError,
-    StrideAttributor,
-    StrideCallback,
-    attribute,
-)
+from stride_lightning import Classification, RecordError, StrideAttributor, StrideCallback, attribute
 from stride_lightning.model.weights import weight_hash
-from tests.helpers.models import (
-    NUM_TRAIN,
-    Classifier,
-    ConvNet,
-    build,
-    train,
-    trained_classifier,
-)
+from tests.helpers.models import NUM_TRAIN, Classifier, ConvNet, build, train, trained_classifier
 from tests.test_attribute import DATA, FEW, QUERIES, same
 
 

@@ -7,13 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import stride_lightning.attributor as module
-from stride_lightning import (
-    Attribution,
-    Attributor,
-    GroundTruth,
-    StrideAttributor,
-    attribute,
-)
+from stride_lightning import Attribution, Attributor, GroundTruth, StrideAttributor, attribute
 from stride_lightning.attribute import self_influence
 from stride_lightning.metrics import mislabel_detection
 from stride_lightning.retraining.attributors import FurtherTrainingAttributor

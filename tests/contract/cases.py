@@ -151,9 +151,9 @@ def _checkpoints(kind):
 #: What a method cannot run without, or what makes it exact, so that a tolerance hides no mistake.
 OPTIONS = {
     "further-training": {"num_seeds": 1, "train_batch_size": NUM_TRAIN},
-    "influence-cg": {"tolerance": 1e-7},
+    "influence-cg": {"damping": 0.3, "tolerance": 1e-7},
     "influence-lissa": {"damping": 50.0, "depth": 5},
-    "last-layer": {"tolerance": 1e-7},
+    "last-layer": {"damping": 0.3, "tolerance": 1e-7},
     "retraining": {"recovery": "ridge", "penalty": 0.1},
     "tracin": {},
 }

@@ -334,16 +334,16 @@ def everything():
     for kind, options in STRIDE_OPTIONS:
         for rows in (range(NUM_QUERIES), [2]):
             found[kind, str(options), len(rows)] = scored("stride", kind, rows=rows, num_subsets=13, **options).scores
-    for kind in ("classification", "language"):
-        for method in METHODS:
-            if (method, kind) in EXEMPT:
-                continue
-            for rows in (range(NUM_QUERIES), [2]):
-                found[method, kind, len(rows)] = scored(method, kind, rows=rows).scores
-            if (method, "self-influence") not in EXEMPT:
-                found[method, kind, "self-influence"] = fitted(method, kind, rows=TRAINING_ROWS).self_influence()
-            if method in TOPS:
-                found[method, kind, "top"] = scored(method, kind, top_k=4).top(4).proponent_scores
+    for method in METHODS:
+        kind = "classification"
+        for rows in (range(NUM_QUERIES), [2]):
+            found[method, len(rows)] = scored(method, kind, rows=rows).scores
+        if (method, "self-influence") not in EXEMPT:
+            found[method, "self-influence"] = fitted(method, kind, rows=TRAINING_ROWS).self_influence()
+        if method in TOPS:
+            found[method, "top"] = scored(method, kind, top_k=4).top(4).proponent_scores
+    for method in ("stride", "ekfac", "trak"):
+        found[method, "texts"] = scored(method, "language").scores
     return found
 
 

@@ -276,7 +276,7 @@ def gradients_of(model, task, data, function=loss_of, layers=None):
     for x, y in zip(*data.tensors, strict=True):
         with torch.enable_grad():
             found = torch.autograd.grad(function(task, model(x[None]), y[None]), parameters, allow_unused=True)
-        rows.append(_flat(found, parameters))
+        rows.append(flat(found, parameters))
     return torch.stack(rows)
 
 
@@ -288,7 +288,7 @@ def jacobians_of(model, data, layers=None):
         with torch.enable_grad():
             outputs = model(x[None]).flatten()
             found = [torch.autograd.grad(o, parameters, retain_graph=True, allow_unused=True) for o in outputs]
-        rows.append(torch.stack([_flat(one, parameters) for one in found]))
+        rows.append(torch.stack([flat(one, parameters) for one in found]))
     return torch.stack(rows)
 
 
@@ -324,13 +324,14 @@ def blocks_of(model, layers=None, *, joined=True):
     return places
 
 
-def _flat(found, parameters):
+def flat(found, parameters):
+    """One vector of the gradients of all parameters; zero for one that does not enter."""
     return torch.cat(
         [
             torch.zeros_like(parameter).flatten() if gradient is None else gradient.flatten()
             for gradient, parameter in zip(found, parameters, strict=True)
         ]
-    )
+    ).detach()
 
 
 # ---- what must be as before -------------------------------------------------------------------------------------

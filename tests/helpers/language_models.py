@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from tests.helpers.gradient_models import flat
+
 transformers = pytest.importorskip("transformers")
 
 VOCABULARY, WIDTH, POSITIONS = 7, 4, 12
@@ -207,7 +209,7 @@ def gradients_by_hand(model, data, layers=None, reduction="mean"):
     for example in data:
         with torch.enable_grad():
             found = torch.autograd.grad(loss_by_hand(model, example, reduction), parameters, allow_unused=True)
-        rows.append(_flat(found, parameters))
+        rows.append(flat(found, parameters))
     return torch.stack(rows)
 
 
@@ -222,18 +224,9 @@ def gauss_newton_by_hand(model, data, layers=None):
             logits = (model(ids) if isinstance(model, PlainGPT) else model(input_ids=ids).logits)[0]
             for token in counted:
                 rows = [
-                    _flat(torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True), parameters)
+                    flat(torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True), parameters)
                     for value in logits[token]
                 ]
                 jacobian, p = torch.stack(rows), logits[token].detach().softmax(0)
                 total = total + jacobian.T @ (p.diag() - torch.outer(p, p)) @ jacobian / len(counted)
     return total / len(data)
-
-
-def _flat(found, parameters):
-    return torch.cat(
-        [
-            torch.zeros_like(parameter).flatten() if gradient is None else gradient.flatten()
-            for gradient, parameter in zip(found, parameters, strict=True)
-        ]
-    ).detach()

@@ -13,12 +13,7 @@ from stride_lightning.attribute import self_influence
 from stride_lightning.gradients import features, planned
 from stride_lightning.information import attributor as module
 from stride_lightning.information.evidence import fit_evidence
-from tests.helpers.gradient_models import (
-    QUIET,
-    TASKS,
-    close_scores,
-    mlp,
-)
+from tests.helpers.gradient_models import QUIET, TASKS, close_scores, mlp
 from tests.helpers.processes import run_two, start
 from tests.helpers.tiny import CPU, examples_of, permutation
 from tests.information import dense

@@ -9,13 +9,7 @@ from stride_lightning import Regression
 from stride_lightning.attribute import create
 from stride_lightning.gradients import planned
 from stride_lightning.information import attributor as module
-from tests.helpers.gradient_models import (
-    TASKS,
-    close_scores,
-    mlp,
-    points_for,
-    seeded,
-)
+from tests.helpers.gradient_models import TASKS, close_scores, mlp, points_for, seeded
 from tests.information import dense
 from tests.information.cases import (
     CASES,

@@ -7,13 +7,7 @@ from torch.utils.data import TensorDataset
 from stride_lightning import Attribution, TopAttribution
 from stride_lightning.attribute import create
 from stride_lightning.information import attributor as module
-from tests.helpers.gradient_models import (
-    QUIET,
-    TASKS,
-    close_scores,
-    mlp,
-    points_for,
-)
+from tests.helpers.gradient_models import QUIET, TASKS, close_scores, mlp, points_for
 from tests.information import dense
 from tests.information.cases import CASES, DATA, METHODS, QUERIES, RIDGE, both_methods, diverse, informed, made
 

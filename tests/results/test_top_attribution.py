@@ -5,14 +5,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import TensorDataset
 
-from stride_lightning import (
-    Attribution,
-    RecordError,
-    TopAttribution,
-    TopExamples,
-    evaluate,
-    retrain_without,
-)
+from stride_lightning import Attribution, RecordError, TopAttribution, TopExamples, evaluate, retrain_without
 from stride_lightning.data.examples import Examples
 from stride_lightning.retraining.ground_truth import GroundTruth
 from stride_lightning.views.loggers import example_table, markdown_table, summarize
