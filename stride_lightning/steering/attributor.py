@@ -242,7 +242,7 @@ class StrideAttributor(Attributor):
         if self.recovery == "prior":
             priors = answers.prior, answers.second_opinion
             return recover(measurements[share], self.design, "prior", *priors, **settings)
-        # The ridge is one system for all queries, and the lasso solves queries in batches: every rank does them whole,
+        # The ridge is one system for all queries, and the lasso solves queries in batches: every rank does all of them,
         # so that the number of ranks changes nothing.
         return recover(measurements, self.design, self.recovery, **settings).select(share)
 

@@ -78,20 +78,17 @@ class Basis:
 
 @dataclass(frozen=True)
 class Observation:
-    """What one evaluation pass saw: n examples, r features, C outputs.
+    """What one evaluation pass saw: n examples, r features, C outputs."""
 
-    Args:
-        features: Shape ``(n, r)``.
-        outputs: Natural parameters, shape ``(n, C)``.
-        encoded: Encoded targets, shape ``(n, C)``.
-        losses: Loss of each example in nats, shape ``(n,)``.
-        fingerprint: Identity of the data set.
-    """
-
+    #: Shape ``(n, r)``.
     features: Tensor
+    #: Natural parameters, shape ``(n, C)``.
     outputs: Tensor
+    #: Encoded targets, shape ``(n, C)``.
     encoded: Tensor
+    #: Loss of each example in nats, shape ``(n,)``.
     losses: Tensor
+    #: Identity of the data set.
     fingerprint: dict[str, Any]
 
     def __len__(self) -> int:

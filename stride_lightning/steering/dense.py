@@ -15,7 +15,7 @@ from stride_lightning.runtime.distributed import gather, shard
 from stride_lightning.runtime.parallel import num_workers
 from stride_lightning.steering.activations import choose_layers
 from stride_lightning.steering.basis import Basis, Observation, fit_basis, observe
-from stride_lightning.steering.fit import Answers, FitOptions, FitRecord
+from stride_lightning.steering.fit import Answers, Cost, FitOptions, FitRecord
 from stride_lightning.steering.module import StrideModule
 from stride_lightning.steering.recovery import check_measurements
 from stride_lightning.steering.subsets import Design
@@ -118,18 +118,15 @@ class DenseFit:
 
 
 @dataclass(frozen=True)
-class DenseCost:
-    """What attribution is expected to take: seconds, peak bytes of memory, bytes on disk if operators are recorded."""
+class DenseCost(Cost):
+    """The same with the seconds of a query; the disk is for operators, if they are recorded."""
 
-    seconds: float
     seconds_per_query: float
-    memory_bytes: int
-    disk_bytes: int
 
     @property
     def is_long(self) -> bool:
         """Whether someone will wait: seconds for the fit, or for a hundred queries."""
-        return self.seconds > 2 or 100 * self.seconds_per_query > 2
+        return super().is_long or 100 * self.seconds_per_query > 2
 
     def __str__(self) -> str:
         return (
@@ -158,4 +155,4 @@ def estimate_cost(observed: Observation, num_subsets: int, recovery: str) -> Den
     # five folds and eleven penalties of a hundred iterations, which wait for memory more than they compute.
     prior, lasso = 30.0 * 4 * n * r * c + 4.0 * n * k**2, 5 * 5 * 11 * 100.0 * 4 * k * min(n, 2 * k)
     per_query = {"prior": prior, "lasso": lasso, "ridge": 4.0 * n * k}[recovery] / rate
-    return DenseCost(4.0 * n * r * c * products / rate, per_query, memory, 4 * c * r * k + 4 * r * r + n * k // 8)
+    return DenseCost(4.0 * n * r * c * products / rate, memory, 4 * c * r * k + 4 * r * r + n * k // 8, per_query)

@@ -43,24 +43,21 @@ class FitOptions:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a fit says about q queries.
+    """What a fit says about q queries."""
 
-    Args:
-        losses: Of the frozen model, shape ``(q,)``.
-        measurements: Effects of the operators, shape ``(q, K)``; empty without operators.
-        fingerprint: What identifies the queries.
-        targets: Their targets, where each is a number.
-        share: Queries that the priors are of, where every rank has a share of them; all when None.
-        prior: First-order influence of the training examples, shape ``(q, n)``, where the recovery starts from it.
-        second_opinion: Another first-order influence of the same shape.
-    """
-
+    #: Of the frozen model, shape ``(q,)``.
     losses: Tensor
+    #: Effects of the operators, shape ``(q, K)``; empty without operators.
     measurements: Tensor
+    #: What identifies the queries.
     fingerprint: dict[str, Any]
+    #: Their targets, where each is a number.
     targets: Tensor | None = None
+    #: Queries that the priors are of, where every rank has a share of them; all when None.
     share: slice | None = None
+    #: First-order influence of the training examples, shape ``(q, n)``, where the recovery starts from it.
     prior: Tensor | None = None
+    #: Another first-order influence of the same shape.
     second_opinion: Tensor | None = None
 
 
@@ -72,13 +69,18 @@ class FitRecord:
     info: dict[str, Any] = field(default_factory=dict)
 
 
-class Cost(Protocol):
-    """What a fit is expected to take; its text is for the user."""
+@dataclass(frozen=True)
+class Cost:
+    """What a fit is expected to take: seconds, peak bytes of memory beyond the model, bytes on disk."""
+
+    seconds: float
+    memory_bytes: int
+    disk_bytes: int
 
     @property
     def is_long(self) -> bool:
         """Whether someone will wait."""
-        ...
+        return self.seconds > 2
 
 
 class Fit(Protocol):

@@ -23,16 +23,13 @@ NOISES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 
 @dataclass(frozen=True)
 class Recovery:
-    """Scores recovered from measurements.
+    """Scores recovered from measurements."""
 
-    Args:
-        scores: Shape ``(q, n)``, in nats of query loss; positive is helpful.
-        std: Posterior standard deviation of every score, same shape, where the recovery is Bayesian.
-        chosen: What was chosen from the data, plain values.
-    """
-
+    #: Shape ``(q, n)``, in nats of query loss; positive is helpful.
     scores: Tensor
+    #: Posterior standard deviation of every score, same shape, where the recovery is Bayesian.
     std: Tensor | None = None
+    #: What was chosen from the data, plain values.
     chosen: dict[str, Any] = field(default_factory=dict)
 
     def select(self, queries: slice) -> Recovery:

@@ -23,16 +23,13 @@ MIN_FEATURES = 16
 
 @dataclass
 class TokenMoments:
-    """Sums over tokens, weighted as in the losses; float64.
+    """Sums over tokens, weighted as in the losses; float64."""
 
-    Args:
-        features: ``sum w phi phi'``, shape ``(r, r)``.
-        downhill: ``sum w e e'``, shape ``(c, c)``, or its diagonal, shape ``(c,)``.
-        sums: Sum of weights, of losses, and number of tokens and of sequences, shape ``(4,)``.
-    """
-
+    #: ``sum w phi phi'``, shape ``(r, r)``.
     features: Tensor
+    #: ``sum w e e'``, shape ``(c, c)``, or its diagonal, shape ``(c,)``.
     downhill: Tensor
+    #: Sum of weights, of losses, and number of tokens and of sequences, shape ``(4,)``.
     sums: Tensor
 
     @classmethod
@@ -57,7 +54,7 @@ class TokenMoments:
 
     def tensors(self) -> dict[str, Tensor]:
         """Plain tensors to store."""
-        return {"features": self.features, "downhill": self.downhill, "sums": self.sums}
+        return dict(vars(self))
 
     @property
     def mean_loss(self) -> float:

@@ -37,15 +37,13 @@ class TokenOperators:
     steps, one pass over the data each, go on from there with the same preconditioner; a step that raises ``F_k`` is
     taken back and halved.
 
-    Args:
-        coefficients: Shape ``(K, r, c)``.
-        relative_gradient: Norm of the preconditioned gradient where operators stand over that at 0, shape ``(K,)``;
-            NaN after the closed form alone, which does not look back.
-
     Reference: arXiv:2606.05165 (STRIDE), the operators; here convex.
     """
 
+    #: Shape ``(K, r, c)``.
     coefficients: Tensor
+    #: Norm of the preconditioned gradient where operators stand over that at 0, shape ``(K,)``; NaN after the closed
+    #: form alone, which does not look back.
     relative_gradient: Tensor
 
 

@@ -15,7 +15,7 @@ from stride_lightning.data.examples import Examples, first_batch
 from stride_lightning.data.reading import fingerprint_of
 from stride_lightning.runtime.distributed import gather, shard
 from stride_lightning.steering.activations import choose_layers
-from stride_lightning.steering.fit import Answers, FitOptions, FitRecord
+from stride_lightning.steering.fit import Answers, Cost, FitOptions, FitRecord
 from stride_lightning.steering.language.curvature import FEATURE_DAMPING, TokenCurvature, TokenMoments
 from stride_lightning.steering.language.operators import TokenOperators, fit_token_operators, measure_tokens
 from stride_lightning.steering.language.output_space import choose_output_space
@@ -37,31 +37,24 @@ MAX_VALUES = 2**22
 
 @dataclass(frozen=True)
 class Queries:
-    """Queries as the scoring pass needs them, q of them.
+    """Queries as the scoring pass needs them, q of them."""
 
-    Args:
-        solved: Shape ``(q, r, c)``.
-        measurements: Effects of the operators, shape ``(q, K)``; empty without operators.
-        losses: Shape ``(q,)``.
-    """
-
+    #: Shape ``(q, r, c)``.
     solved: Tensor
+    #: Effects of the operators, shape ``(q, K)``; empty without operators.
     measurements: Tensor
+    #: Shape ``(q,)``.
     losses: Tensor
 
 
 @dataclass(frozen=True)
-class SequenceCost:
-    """What a fit to sequences is expected to take: seconds, bytes of memory beyond the model, bytes on disk."""
-
-    seconds: float
-    memory_bytes: int
-    disk_bytes: int
+class SequenceCost(Cost):
+    """The same; the disk is for activations."""
 
     @property
     def is_long(self) -> bool:
         """Whether someone will wait."""
-        return self.seconds > 2 or self.disk_bytes > 2**30
+        return super().is_long or self.disk_bytes > 2**30
 
     def __str__(self) -> str:
         disk = f", {self.disk_bytes / 2**20:.0f} MiB of activations on disk" if self.disk_bytes else ""
