@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,24 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
             raise ValueError(f"{name!r} is not a submodule of {type(model).__name__}. Layers with weights: {known}.")
         module = getattr(child, "_orig_mod", child)
     return module
+
+
+@contextmanager
+def before_layers(model: nn.Module, layers: Iterable[str], hook: Callable[..., Any]) -> Iterator[None]:
+    """Call ``hook(name, module, args, kwargs)`` before a named layer runs, inside the block only.
+
+    Compiled modules run uncompiled meanwhile, since a compiled graph never calls hooks that were added later.
+    """
+    handles = []
+    try:
+        for name in layers:
+            module = find_module(model, name)
+            handles.append(module.register_forward_pre_hook(partial(hook, name), with_kwargs=True))
+        with uncompiled():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def check_layers(layers: Sequence[str] | None) -> None:

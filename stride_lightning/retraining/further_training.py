@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples, first_look
 from stride_lightning.data.loading import check_loading
-from stride_lightning.data.reading import count_outputs, encoded_batches, survey
+from stride_lightning.data.reading import Reading, count_outputs, survey
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
 from stride_lightning.model.weights import borrowed, load_checkpoint, rank_zero_state, resolve_ckpt_path, weight_hash
 from stride_lightning.retraining.batchability import vectorised_attention
@@ -122,16 +122,18 @@ def further_train(
         leaving_out = make_leaving_out(
             model, task, train, head, batch_size=batch_size, optimizer=optimizer, memory_budget=memory_budget
         )
-        batches = encoded_batches(asked, model, task, leaving_out.num_outputs, 256, home)
+        reading = Reading(asked, task, model, batch_size=256, device=home)
+        batches = reading.encoded(leaving_out.num_outputs)
         weights = weight_hash(model)
     return measure_effects(
         leaving_out,
+        asked,
         batches,
         left_out=left_out,
         epochs=epochs,
         seeds=range(seed, seed + num_seeds),
         path=None if path is None else Path(path),
-        metadata={"weights": weights, "query_data": survey(asked, task).fingerprint},
+        metadata={"weights": weights, "query_data": reading.fingerprint},
         show_progress=show_progress,
     )
 
@@ -173,7 +175,7 @@ def make_leaving_out(
             "training without.",
             stacklevel=3,
         )
-    loading = check_loading(train, batch_size)
+    loading = check_loading(train.loading, batch_size)
     return LeavingOut(
         model,
         task,
@@ -189,7 +191,8 @@ def make_leaving_out(
 
 def measure_effects(
     leaving_out: LeavingOut,
-    queries: Sequence[tuple[Any, Tensor]],
+    queries: Examples,
+    batches: Sequence[tuple[Any, Tensor]],
     *,
     left_out: Sequence[int] | Tensor | None,
     epochs: int | Sequence[int],
@@ -198,7 +201,7 @@ def measure_effects(
     metadata: Mapping[str, Any],
     show_progress: bool,
 ) -> FurtherTraining:
-    """Measure all effects, part by part; arguments as in :func:`further_train`."""
+    """Measure all effects, part by part; arguments as in :func:`further_train`, and the queries' encoded batches."""
     started, train, seeds = time.perf_counter(), leaving_out.train, list(seeds)
     positions, places = find_left_out(left_out, train)
     amounts = read_amounts(epochs)
@@ -209,7 +212,7 @@ def measure_effects(
         identity["data"] = survey(train, leaving_out.task, leaving_out.model, leaving_out.num_outputs).fingerprint
     if path is not None and path.exists():
         return _existing(path, identity, positions)
-    leaving_out.check_queries(queries)
+    leaving_out.check_queries(queries, batches)
     reason = leaving_out.one_by_one_because
     if reason:
         announce(f"Copies of the model train on one by one, because {reason}.", show=show_progress)
@@ -227,7 +230,7 @@ def measure_effects(
         def compute(number: int) -> Tensors:
             seed, start = chunks[number]
             chosen = places[start : start + size]
-            return {"effects": leaving_out.effects(chosen, queries, amounts, seed, bar.update)}
+            return {"effects": leaving_out.effects(chosen, batches, amounts, seed, bar.update)}
 
         def done(number: int) -> None:
             bar.update((len(places[chunks[number][1] :][:size]) + 1) * amounts[-1])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples, first_look
 from stride_lightning.data.loading import check_loading
-from stride_lightning.data.reading import count_outputs, encoded_batch, encoded_batches, survey
+from stride_lightning.data.reading import Reading, check_finite, count_outputs, encoded_batch, survey
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
 from stride_lightning.model.weights import borrowed, weight_hash
 from stride_lightning.retraining.optimizers import CannotBatch, MakeOptimizer, read_optimization
@@ -98,7 +98,8 @@ class Recipe:
     def query_batches(self, model: nn.Module, device: torch.device) -> list[tuple[Any, Tensor]]:
         """Inputs and encoded targets of the queries on a device, read once."""
         if not self._query_batches:
-            self._query_batches = encoded_batches(self.queries, model, self.task, self.num_outputs, 256, device)
+            reading = Reading(self.queries, self.task, model, batch_size=256, device=device)
+            self._query_batches = reading.encoded(self.num_outputs)
         return self._query_batches
 
     def prepared(self, model: nn.Module, batch: Any) -> tuple[Any, Tensor]:
@@ -109,7 +110,7 @@ class Recipe:
         """Refuse queries whose loss is no number even under an untrained model.
 
         Raises:
-            ValueError: Naming them.
+            ValueError: Naming the first.
         """
         device = next(model.parameters()).device
         with borrowed(model, None, None), torch.no_grad():
@@ -117,12 +118,8 @@ class Recipe:
                 self.value(columns(self.task.outputs(model, inputs)), encoded)
                 for inputs, encoded in self.query_batches(model, device)
             ]
-        bad = (~torch.isfinite(torch.cat(values))).nonzero().flatten().tolist()
-        if bad:
-            raise ValueError(
-                f"The loss of queries {bad[:10]} is not finite even under an untrained model ({len(bad)} of "
-                f"{len(torch.cat(values))}). Check their inputs and targets for NaN."
-            )
+        with self.queries.naming(0):
+            check_finite(torch.cat(values), "loss under an untrained model")
 
     def value(self, outputs: Tensor, encoded: Tensor) -> Tensor:
         """What is measured of queries: lower is better, shape ``(b,)``."""
@@ -204,7 +201,7 @@ def make_recipe(
             "model. Build the model inside the function."
         )
     train = resolve_train_data(train_data, train_indices, model)
-    loading = check_loading(train, batch_size)
+    loading = check_loading(train.loading, batch_size)
     where = next(model.parameters()).device if device is None else torch.device(device)
     model.to(where)
     head = first_look(train, 64, where)

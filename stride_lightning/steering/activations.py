@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stride_lightning.model.layers import find_module, layer_names, uncompiled
+from stride_lightning.model.layers import before_layers, layer_names
 
 #: Most layers that are chosen when the user names none.
 MAX_LAYERS = 8
@@ -37,9 +37,6 @@ class Captured(dict[str, Tensor]):
 def capture_inputs(model: nn.Module, layers: Sequence[str]) -> Iterator[Captured]:
     """Collect the pooled input of each named layer at every forward pass inside the block.
 
-    Hooks live in the block only. Compiled modules run uncompiled inside it, since a compiled graph never calls
-    hooks that were added later.
-
     Args:
         model: Any module; compiled wrappers are looked through.
         layers: Dotted names of submodules.
@@ -62,25 +59,14 @@ def capture_inputs(model: nn.Module, layers: Sequence[str]) -> Iterator[Captured
     captured = Captured()
     calls: dict[str, int] = {}
 
-    def hook_for(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            features = pool(module, first_tensor(name, args, kwargs), captured.mask)
-            calls[name] = calls.get(name, 0) + 1 if name in captured else 1
-            previous = captured.get(name)
-            captured[name] = features if previous is None else previous + (features - previous) / calls[name]
+    def hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        features = pool(module, first_tensor(name, args, kwargs), captured.mask)
+        calls[name] = calls.get(name, 0) + 1 if name in captured else 1
+        previous = captured.get(name)
+        captured[name] = features if previous is None else previous + (features - previous) / calls[name]
 
-        return hook
-
-    handles = []
-    try:
-        for name in layers:
-            module = find_module(model, name)
-            handles.append(module.register_forward_pre_hook(hook_for(name), with_kwargs=True))
-        with uncompiled():
-            yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
+    with before_layers(model, layers, hook):
+        yield captured
 
 
 def choose_layers(
@@ -103,29 +89,18 @@ def choose_layers(
     """
     order: list[str] = []
 
-    def hook_for(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            usable = tensors and tensors[0].is_floating_point() and tensors[0].ndim >= 2
-            if not usable or name in order:
-                return
-            expected = (batch_size, num_tokens) if num_tokens else (batch_size,)
-            shape = tensors[0].shape if num_tokens else _rows_first(module, tensors[0]).shape
-            if shape[: len(expected)] == expected and (not num_tokens or len(shape) == 3):
-                order.append(name)
+    def hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        usable = tensors and tensors[0].is_floating_point() and tensors[0].ndim >= 2
+        if not usable or name in order:
+            return
+        expected = (batch_size, num_tokens) if num_tokens else (batch_size,)
+        shape = tensors[0].shape if num_tokens else _rows_first(module, tensors[0]).shape
+        if shape[: len(expected)] == expected and (not num_tokens or len(shape) == 3):
+            order.append(name)
 
-        return hook
-
-    handles = []
-    try:
-        for name in layer_names(model):
-            handle = find_module(model, name).register_forward_pre_hook(hook_for(name), with_kwargs=True)
-            handles.append(handle)
-        with uncompiled(), torch.no_grad():
-            forward()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with before_layers(model, layer_names(model), hook), torch.no_grad():
+        forward()
     if not order:
         raise ValueError(
             f"Found no layer of {type(model).__name__} with a weight matrix and an input of shape (batch, ...). Name "

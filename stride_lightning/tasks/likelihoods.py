@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -341,8 +341,8 @@ def describe(value: object) -> str:
 
 
 class RowError(ValueError):
-    """An example that cannot be read: its row in a batch, and what is wrong with it."""
+    """An example that cannot be read: its row in a batch, what is wrong with it, and other rows of which it is true."""
 
-    def __init__(self, row: int, problem: str) -> None:
+    def __init__(self, row: int, problem: str, others: Sequence[int] = ()) -> None:
         super().__init__(f"Row {row} of the batch {problem}.")
-        self.row, self.problem = row, problem
+        self.row, self.problem, self.others = row, problem, others

@@ -644,7 +644,7 @@ def test_subset_numbers_that_make_no_design(tmp_path):
 
 
 def test_diverged_weights_warn_and_write_nothing(tmp_path):
-    with pytest.warns(UserWarning, match=r"no record at step .*example 0 are not finite.*did training diverge"):
+    with pytest.warns(UserWarning, match=r"no record at step .*example 0 has NaN in its .*did training diverge"):
         train(build(Classifier, lr=float("inf")), DATA, tmp_path, StrideCallback(num_subsets=8))
     assert find_records(tmp_path / "stride") == []
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples
+from stride_lightning.data.reading import fingerprint_of
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.runtime.progress import announce
 from stride_lightning.steering.language.sequences import SequenceStride
@@ -136,7 +137,7 @@ def attribute_sequences(
         None if recovered.std is None else recovered.std.float().cpu(),
         metadata={
             "recovered": recovered.chosen,
-            "query_data": found.fingerprint_of(queries),
+            "query_data": fingerprint_of(queries, found.task),
             "attribute_seconds": {"all": time.perf_counter() - started},
             "mean_query_loss": float(torch.cat(losses).mean()),
         },

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples, first_batch
-from stride_lightning.data.fingerprints import Fingerprint
+from stride_lightning.data.reading import required, survey
 from stride_lightning.runtime.distributed import gather, shard
 from stride_lightning.runtime.progress import counting
 from stride_lightning.steering.activations import choose_layers
@@ -140,8 +140,8 @@ class SequenceStride:
         space = choose_output_space(model, lambda: self.task.outputs(model, inputs))
         if self.layers is None:
             self.layers = choose_token_layers(model, self.task, inputs)
-        self.fingerprint, lengths, longest = self._survey(model, train, space.vocabulary)
-        self.space = replace(space, longest=longest)
+        texts = survey(train, self.task, model, space.vocabulary, description="Reading" if self.show_progress else "")
+        self.fingerprint, self.space = texts.fingerprint, replace(space, longest=texts.longest)
         self._device, self._train, self._share = device, train, shard(len(train))
         self._reader = TokenReader(
             model,
@@ -159,7 +159,7 @@ class SequenceStride:
         self._widths, self._num_features = (*self._reader.widths, 1), probe.features.shape[-1]
         self._dtype = probe.features.dtype
         self._kept_widths = {name: values.shape[-1] for name, values in self._reader.kept(probe).items()}
-        self._open_cache(identity, lengths[self._share])
+        self._open_cache(identity, required(texts.num_tokens)[self._share])
 
     def estimate(self) -> SequenceCost:
         """What a fit will take, from the pass over a first batch."""
@@ -310,32 +310,6 @@ class SequenceStride:
         }
         self._cache = ActivationCache(folder, known, lengths, self._kept_widths)
         self.info["cache_bytes"] = self._cache.num_bytes
-
-    def fingerprint_of(self, queries: Examples) -> dict[str, Any]:
-        """What identifies queries; reads them without running the model."""
-        fingerprint = Fingerprint(content=not queries.is_random)
-        for batch, digests, _ in queries.batches(self.batch_size, torch.device("cpu")):
-            fingerprint.update(digests, self.task.targets(batch))
-        return fingerprint.summary()
-
-    def _survey(self, model: nn.Module, train: Examples, vocabulary: int) -> tuple[dict[str, Any], Tensor, int]:
-        """Read all texts without running the model: what identifies them, tokens that count, and the longest.
-
-        Raises:
-            ValueError: Naming the first text that cannot be read, before hours have gone into those before it.
-        """
-        fingerprint, lengths, longest = Fingerprint(content=not train.is_random), [], 1
-        batches = train.batches(self.batch_size, torch.device("cpu"))
-        with counting(len(train), "Reading", show=self.show_progress) as bar:
-            for batch, digests, length in batches:
-                with train.naming(sum(map(len, lengths))):
-                    self.task.check_batch(model, batch)
-                    targets = self.task.targets(batch)
-                    lengths.append((self.task.encode(targets, vocabulary)[..., 1] > 0).sum(1))
-                fingerprint.update(digests, targets)
-                longest = max(longest, targets.shape[1])
-                bar.update(length)
-        return fingerprint.summary(), torch.cat(lengths), longest
 
 
 def choose_token_layers(model: nn.Module, task: CausalLanguageModeling, inputs: dict[str, Any]) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as L
@@ -12,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from stride_lightning.data.examples import Examples
-from stride_lightning.model.layers import find_module, plain_name, uncompiled
-from stride_lightning.runtime.progress import counting
+from stride_lightning.data.reading import Reading, required
+from stride_lightning.model.layers import before_layers, plain_name
 from stride_lightning.steering.published.fitting import fit_by_trainer, unexplained
 from stride_lightning.steering.subsets import Design
 from stride_lightning.tasks.language import CausalLanguageModeling
@@ -98,15 +96,11 @@ class HiddenStateOperators(L.LightningModule):
     def _width(self, inputs: dict[str, Any]) -> int:
         seen: list[Tensor] = []
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(_: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen.append(hidden_of(self.layer, args, kwargs))
 
-        handle = find_module(self._frozen[0], self.layer).register_forward_pre_hook(hook, with_kwargs=True)
-        try:
-            with uncompiled(), torch.no_grad():
-                self.task.outputs(self._frozen[0], inputs)
-        finally:
-            handle.remove()
+        with before_layers(self._frozen[0], [self.layer], hook), torch.no_grad():
+            self.task.outputs(self._frozen[0], inputs)
         if not seen:
             raise ValueError(f"Layer {self.layer!r} did not run in the model's forward pass. Name another.")
         return seen[0].shape[-1]
@@ -167,49 +161,43 @@ class HiddenStateOperators(L.LightningModule):
             name: value.repeat(repeats, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) and value.ndim else value
             for name, value in inputs.items()
         }
-        with self._steering(subsets.to(self.operators.device)):
-            return self.task.outputs(self._frozen[0], many).float()
+        subsets = subsets.to(self.operators.device)
 
-    @contextmanager
-    def _steering(self, subsets: Tensor) -> Iterator[None]:
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def hook(_: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             hidden = hidden_of(self.layer, args, kwargs)
             moved = hidden.to(self.basis) @ self.basis @ self.operators[subsets]
             steered = hidden + moved.to(hidden.dtype)
             return ((steered, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": steered})
 
-        handle = find_module(self._frozen[0], self.layer).register_forward_pre_hook(hook, with_kwargs=True)
-        try:
-            with uncompiled():
-                yield
-        finally:
-            handle.remove()
+        with before_layers(self._frozen[0], [self.layer], hook):
+            return self.task.outputs(self._frozen[0], many).float()
 
     @torch.no_grad()
     def measure(self, queries: Examples, device: torch.device, *, show_progress: bool = True) -> Tensor:
         """Effect of every operator on every query, shape ``(q, K)`` in nats; positive helps."""
-        count, found = self.design.num_subsets, []
-        rows = max(1, ROWS // count)
-        with counting(len(queries), "Measuring", show=show_progress) as bar:
-            for read, _, length in queries.batches(rows, device):
-                with queries.naming(sum(map(len, found))):
-                    self.task.check_batch(self._frozen[0], read)
-                    targets = self.task.targets(read)
-                    inputs = self.task.inputs(read)
-                    frozen = self.task.outputs(self._frozen[0], inputs).float()
-                    encoded = self.task.encode(targets, frozen.shape[-1])
-                losses = [
-                    self.task.loss(
-                        self.steered(inputs, part.repeat_interleave(length), repeats=len(part)),
-                        encoded.repeat(len(part), 1, 1),
-                    ).view(len(part), length)
-                    for part in torch.arange(count).split(max(1, ROWS // length))
-                ]
-                found.append(self.task.loss(frozen, encoded)[:, None] - torch.cat(losses).T)
-                bar.update(length)
-        return torch.cat(found)
+        count, effects = self.design.num_subsets, []
+        reading = Reading(
+            queries,
+            self.task,
+            self._frozen[0],
+            batch_size=max(1, ROWS // count),
+            device=device,
+            description="Measuring",
+            show_progress=show_progress,
+        )
+        for rows in reading:
+            with rows.naming():
+                frozen = self.task.outputs(self._frozen[0], rows.inputs).float()
+                encoded = self.task.encode(required(rows.targets), frozen.shape[-1])
+            losses = [
+                self.task.loss(
+                    self.steered(rows.inputs, part.repeat_interleave(len(rows)), repeats=len(part)),
+                    encoded.repeat(len(part), 1, 1),
+                ).view(len(part), len(rows))
+                for part in torch.arange(count).split(max(1, ROWS // len(rows)))
+            ]
+            effects.append(self.task.loss(frozen, encoded)[:, None] - torch.cat(losses).T)
+        return torch.cat(effects)
 
 
 def hidden_of(layer: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
