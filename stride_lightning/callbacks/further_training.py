@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from stride_lightning.callbacks.recording import RecordingCallback, is_dev_run
 from stride_lightning.data.examples import Examples, first_look
-from stride_lightning.data.reading import encoded_batches, fingerprint_of
+from stride_lightning.data.reading import Reading
 from stride_lightning.data.sources import resolve_queries
 from stride_lightning.model.weights import borrowed, rank_zero_state, weight_hash
 from stride_lightning.retraining.further_training import (
@@ -125,7 +125,8 @@ class FurtherTrainingCallback(RecordingCallback):
                 self._questions = _Questions(examples, queries, self.task or infer_task_of(head, pl_module))
                 # Tried out now: at the end of a long fit it would be too late.
                 leaving_out = self._leaving_out(trainer, pl_module, head, warn=True)
-                leaving_out.check_queries(self._query_batches(pl_module, leaving_out, pl_module.device))
+                reading = Reading(queries, self._questions.task, pl_module, batch_size=256, device=pl_module.device)
+                leaving_out.check_queries(queries, reading.encoded(leaving_out.num_outputs))
         if trainer.gradient_clip_val:
             rank_zero_warn(
                 f"The Trainer clips gradients (gradient_clip_val={trainer.gradient_clip_val}). Further training does "
@@ -152,25 +153,20 @@ class FurtherTrainingCallback(RecordingCallback):
         known = self._questions
         with borrowed(pl_module, rank_zero_state(pl_module), None) as device, torch.no_grad():
             leaving_out = self._leaving_out(trainer, pl_module, first_look(known.examples, 64, device), warn=False)
-            batches = self._query_batches(pl_module, leaving_out, device)
+            reading = Reading(known.queries, known.task, pl_module, batch_size=256, device=device)
+            batches = reading.encoded(leaving_out.num_outputs)
             weights = weight_hash(pl_module)
-        query_data = fingerprint_of(known.queries, known.task)
         return measure_effects(
             leaving_out,
+            known.queries,
             batches,
             left_out=self.left_out,
             epochs=self.epochs,
             seeds=range(self.seed, self.seed + self.num_seeds),
             path=None,
-            metadata={"weights": weights, "query_data": query_data, "step": trainer.global_step},
+            metadata={"weights": weights, "query_data": reading.fingerprint, "step": trainer.global_step},
             show_progress=trainer.progress_bar_callback is not None,
         )
-
-    def _query_batches(
-        self, pl_module: L.LightningModule, leaving_out: LeavingOut, device: torch.device
-    ) -> list[tuple[Any, Tensor]]:
-        queries = self._questions.queries
-        return encoded_batches(queries, pl_module, leaving_out.task, leaving_out.num_outputs, 256, device)
 
     def _leaving_out(self, trainer: L.Trainer, pl_module: L.LightningModule, head: Any, *, warn: bool) -> LeavingOut:
         known = self._questions

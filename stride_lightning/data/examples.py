@@ -14,22 +14,19 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    default_collate,
-)
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from stride_lightning.data.fingerprints import digest
 from stride_lightning.data.loading import Loading
+from stride_lightning.runtime.checks import RowError
 from stride_lightning.runtime.randomness import mix, preserved_random_state, seed_all
-from stride_lightning.tasks.likelihoods import RowError
 
 #: Largest data set that is kept in memory while models train on it again and again.
 HELD_BYTES = 2**28
@@ -51,6 +48,7 @@ class Examples:
         worker_init_fn: Passed on to the DataLoader.
         owners: Objects whose Lightning batch-transfer hooks apply, first match wins (data module, then model).
         loading: How a DataLoader the data came from makes batches of them.
+        kind: What errors call an example of them.
     """
 
     dataset: Any
@@ -60,6 +58,7 @@ class Examples:
     worker_init_fn: Callable[[int], None] | None = None
     owners: tuple[Any, ...] = ()
     loading: Loading | None = None
+    kind: str = "example"
     _random: bool | None = field(default=None, init=False)
     _held: Any = field(default=None, init=False, repr=False)
 
@@ -93,7 +92,7 @@ class Examples:
 
     @contextmanager
     def naming(self, start: int | Tensor) -> Iterator[None]:
-        """Say the position in the dataset of a row that cannot be read.
+        """Say which example it is that something is wrong with: what kind of example, and its position in the dataset.
 
         Args:
             start: The place at which its batch begins, or the places of all its rows.
@@ -101,8 +100,13 @@ class Examples:
         try:
             yield
         except RowError as error:
-            place = start + error.row if isinstance(start, int) else int(start[error.row])
-            raise ValueError(f"Example {self.name(place)} {error.problem}.") from error
+            positions = self.positions[start:] if isinstance(start, int) else self.positions[start]
+            first, *others = positions[[error.row, *error.others]].tolist()
+            message = f"{self.kind.capitalize()} {first} {error.problem}."
+            if others:
+                more = f" and {len(others) - 9} more" if len(others) > 9 else ""
+                message += f" Likewise {', '.join(map(str, others[:9]))}{more}."
+            raise ValueError(message) from error
 
     @property
     def is_random(self) -> bool:
@@ -121,27 +125,22 @@ class Examples:
                 )
         return self._random
 
-    def batches(self, batch_size: int, device: torch.device) -> Iterator[tuple[Any, Tensor, int]]:
+    def batches(self, batch_size: int, device: torch.device) -> Iterator[tuple[Any, Tensor]]:
         """Read everything once, in order.
 
         Every example is read under a seed made from its position, so that random augmentation gives the same
         example for any batch size and number of workers. The caller's random state is left as it was.
 
         Yields:
-            The batch on ``device``, the digest of each of its examples (uint8, ``(B, 32)``) and ``B``.
+            The batch on ``device``, and the digest of each of its examples, uint8 of shape ``(B, 32)``.
         """
-        reader = _SeededReader(self.dataset, content=not self.is_random)
-        loader = DataLoader(
-            reader,
-            batch_size=batch_size,
-            sampler=self.positions.tolist(),
-            collate_fn=_CollateWithDigests(self.collate_fn),
-            num_workers=self.num_workers,
-            worker_init_fn=self.worker_init_fn,
-        )
+        # Three generators are seeded for each example, so only where reading is random.
+        dataset = _OneByOne(self.dataset, int if self.is_random else None)
+        collate_fn = _CollateWithDigests(self.collate_fn, content=not self.is_random)
+        loader = self._loader(dataset, collate_fn, batch_size=batch_size, sampler=self.positions.tolist())
         with preserved_random_state():
             for batch, digests in loader:
-                yield self.transfer(batch, device), digests, len(digests)
+                yield self.transfer(batch, device), digests
 
     def drawn(self, batches: Sequence[Tensor], seed: int, device: torch.device) -> Iterator[Any]:
         """Read batches of the examples at given places of the reading order, as one epoch of training does.
@@ -158,17 +157,18 @@ class Examples:
             for batch in batches:
                 yield self.transfer(pytree.tree_map(lambda whole, batch=batch: whole[batch], self._held), device)
             return
-        positions = [self.positions[batch].tolist() for batch in batches]
-        loader = DataLoader(
-            _Redrawn(self.dataset, seed) if self.is_random else self.dataset,
-            batch_sampler=positions,
-            collate_fn=self.collate_fn,
-            num_workers=self.num_workers,
-            worker_init_fn=self.worker_init_fn,
+        loader = self._loader(
+            _OneByOne(self.dataset, partial(mix, seed)) if self.is_random else self.dataset,
+            self.collate_fn,
+            batch_sampler=[self.positions[batch].tolist() for batch in batches],
             generator=torch.Generator().manual_seed(seed),  # for the seeds of workers, else drawn from the global one
         )
         for batch in loader:
             yield self.transfer(batch, device)
+
+    def _loader(self, dataset: Any, collate_fn: Callable[[list[Any]], Any], **order: Any) -> DataLoader[Any]:
+        workers = {"num_workers": self.num_workers, "worker_init_fn": self.worker_init_fn}
+        return DataLoader(dataset, collate_fn=collate_fn, **workers, **order)
 
     def hold(self) -> None:
         """Keep everything in memory for :meth:`drawn`, if that is small, not random, and collated by stacking alone.
@@ -186,16 +186,18 @@ class Examples:
     def transfer(self, batch: Any, device: torch.device) -> Any:
         """Move a batch through the hooks a Trainer would call, so that the model sees what it saw in training."""
         batch = self._hook("on_before_batch_transfer", lambda value, _: value)(batch, 0)
-        move = self._hook("transfer_batch_to_device", lambda value, where, _: _to_device(value, where))
+        move = self._hook("transfer_batch_to_device", lambda value, where, _: move_data_to_device(value, where))
         batch = move(batch, device, 0)
         return self._hook("on_after_batch_transfer", lambda value, _: value)(batch, 0)
 
     def _hook(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        for owner in self.owners:
-            method = getattr(owner, name, None)
-            if method is not None and not method.__qualname__.startswith("DataHooks."):
-                return method
-        return default
+        return next((hook for owner in self.owners if (hook := own_hook(owner, name))), default)
+
+
+def own_hook(owner: object, name: str) -> Callable[..., Any] | None:
+    """A data hook that a data module or a model defines itself, not Lightning's default."""
+    method = getattr(owner, name, None)  # of the object: LightningDataModule.from_datasets() sets them there
+    return None if method is None or method.__qualname__.startswith("DataHooks.") else method
 
 
 def first_batch(examples: Examples, batch_size: int, device: torch.device) -> Any:
@@ -203,7 +205,7 @@ def first_batch(examples: Examples, batch_size: int, device: torch.device) -> An
     _ = examples.is_random  # asked of all examples, so that it is found out (and warned of) once
     head = examples.subset(range(min(batch_size, len(examples))))
     head.num_workers = 0
-    return next(batch for batch, _, _ in head.batches(batch_size, device))
+    return next(head.batches(batch_size, device))[0]
 
 
 def first_look(examples: Examples, batch_size: int, device: torch.device) -> Any:
@@ -213,52 +215,28 @@ def first_look(examples: Examples, batch_size: int, device: torch.device) -> Any
     return first_batch(examples, min(batch_size, _TEXTS_TO_LOOK_AT if is_text else 64), device)
 
 
-class _SeededReader(Dataset[Any]):
-    """Reads each example under a seed made from its position, and digests it."""
+class _OneByOne(Dataset[Any]):
+    """Reads each example by itself, under a seed made from its position."""
 
-    def __init__(self, dataset: Any, *, content: bool) -> None:
-        self.dataset, self.content = dataset, content
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, position: int) -> tuple[Any, bytes]:
-        if not self.content:  # three generators to seed, so only where reading is random
-            seed_all(position)
-        example = self.dataset[position]
-        return example, digest(example, content=self.content)
-
-
-class _Redrawn(Dataset[Any]):
-    """Reads each example under a seed made from an epoch's and its position."""
-
-    def __init__(self, dataset: Any, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
+    def __init__(self, dataset: Any, seed_of: Callable[[int], int] | None) -> None:
+        self.dataset, self.seed_of = dataset, seed_of
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, position: int) -> Any:
-        seed_all(mix(self.seed, position))
+        if self.seed_of is not None:
+            seed_all(self.seed_of(position))
         return self.dataset[position]
 
 
 class _CollateWithDigests:
     """The user's collate function, with the digests of the examples beside the batch."""
 
-    def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:
-        self.collate_fn = collate_fn
+    def __init__(self, collate_fn: Callable[[list[Any]], Any], *, content: bool) -> None:
+        self.collate_fn, self.content = collate_fn, content
 
-    def __call__(self, items: list[tuple[Any, bytes]]) -> tuple[Any, Tensor]:
-        digests = np.frombuffer(b"".join(digest for _, digest in items), np.uint8).reshape(len(items), 32)
-        return self.collate_fn([example for example, _ in items]), torch.from_numpy(digests.copy())
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, dict):
-        return type(value)({key: _to_device(item, device) for key, item in value.items()})
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_to_device(item, device) for item in value))
-    if isinstance(value, tuple | list):
-        return type(value)(_to_device(item, device) for item in value)
-    return value.to(device) if hasattr(value, "to") else value
+    def __call__(self, examples: list[Any]) -> tuple[Any, Tensor]:
+        digests = b"".join(digest(example, content=self.content) for example in examples)
+        rows = torch.frombuffer(bytearray(digests), dtype=torch.uint8).reshape(len(examples), 32)
+        return self.collate_fn(examples), rows

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from stride_lightning.runtime.checks import check_count
-
-if TYPE_CHECKING:
-    from stride_lightning.data.examples import Examples
 
 
 @dataclass(frozen=True)
@@ -37,13 +34,16 @@ def loading_of(loader: DataLoader[Any]) -> Loading | None:
     return Loading(sampler.batch_size, bool(shuffles), sampler.drop_last, is_whole)
 
 
-def check_loading(examples: Examples, batch_size: int | None) -> Loading:
-    """How training makes batches of the examples, where that can be repeated.
+def check_loading(loading: Loading | None, batch_size: int | None) -> Loading:
+    """How training makes batches, where that can be repeated.
+
+    Args:
+        loading: How the training data's DataLoader makes them, if known.
+        batch_size: Examples of a batch, if not those of the DataLoader.
 
     Raises:
         ValueError: If it cannot: the batch size is not known, or an epoch is not every example once.
     """
-    loading = examples.loading
     if loading is not None and not loading.is_whole:
         raise ValueError(
             "The training DataLoader's RandomSampler draws with replacement, or only some examples in each epoch. "

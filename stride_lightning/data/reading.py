@@ -1,8 +1,11 @@
-"""Data read in order: encoded targets, what is found out in one pass, and what identifies them."""
+"""Reading data in order: the one loop of all methods, which names examples that cannot be read or are not finite."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,48 +15,144 @@ from stride_lightning.data.examples import Examples
 from stride_lightning.data.fingerprints import Fingerprint
 from stride_lightning.model.layers import in_precision_of
 from stride_lightning.model.weights import borrowed
+from stride_lightning.runtime.progress import counting
 from stride_lightning.tasks.inference import check_outputs
 from stride_lightning.tasks.likelihoods import Task, columns
 
 
-def encoded_batch(
-    model: nn.Module, task: Task, batch: Any, num_outputs: int, target: str = "label"
-) -> tuple[Any, Tensor]:
-    """Inputs and encoded targets of a batch, in the model's precision; or what the model itself predicts.
+@dataclass(eq=False)
+class Reading:
+    """One pass over examples in order, batch by batch, which ends with their fingerprint.
+
+    Args:
+        examples: The data.
+        task: What a batch means.
+        model: Refuses batches that it cannot take, and decides the precision of inputs.
+        batch_size: Examples per batch.
+        device: Where batches are put.
+        share: Places to read; all when None.
+        description: What the progress bar says; without a description there is none.
+        show_progress: Show the progress bar.
+
+    Raises:
+        ValueError: Naming the first example that cannot be read.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> from stride_lightning import Classification
+        >>> data = Examples(TensorDataset(torch.zeros(3, 2), torch.tensor([0, 1, 1])))
+        >>> reading = Reading(data, Classification(), batch_size=2, device=torch.device("cpu"))
+        >>> [rows.targets.tolist() for rows in reading]
+        [[0, 1], [1]]
+        >>> reading.fingerprint["num_examples"]
+        3
+    """
+
+    examples: Examples
+    task: Task
+    model: nn.Module | None = None
+    _: KW_ONLY
+    batch_size: int
+    device: torch.device
+    share: slice | None = None
+    description: str = ""
+    show_progress: bool = True
+    #: What identifies the examples, once they have been read.
+    fingerprint: dict[str, Any] = field(default_factory=dict, init=False)
+
+    def __iter__(self) -> Iterator[Rows]:
+        fingerprint = Fingerprint(content=not self.examples.is_random)
+        start, stop, _ = (self.share or slice(None)).indices(len(self.examples))
+        part = self.examples if self.share is None else self.examples.subset(range(start, stop))
+        with counting(stop - start, self.description, show=self.show_progress and bool(self.description)) as bar:
+            for batch, digests in part.batches(self.batch_size, self.device):
+                places = slice(start, start + len(digests))
+                with self.examples.naming(start):
+                    if self.model is not None:
+                        self.task.check_batch(self.model, batch)
+                    targets = self.task.targets(batch)
+                fingerprint.update(digests, targets)
+                yield Rows(places, batch, targets, self)
+                start = places.stop
+                bar.update(len(digests))
+        self.fingerprint = fingerprint.summary()
+
+    def encoded(self, num_outputs: int, target: str = "label") -> list[tuple[Any, Tensor]]:
+        """All batches, as :meth:`Rows.encoded` gives them."""
+        return [rows.encoded(num_outputs, target) for rows in self]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Examples that were read together.
+
+    Args:
+        places: Their places in the reading order.
+        batch: The batch that they make, on the device.
+        targets: Their targets as the task reads them, if they have any.
+        reading: The pass that read them.
+    """
+
+    places: slice
+    batch: Any
+    targets: Tensor | None
+    reading: Reading
+
+    def __len__(self) -> int:
+        return self.places.stop - self.places.start
+
+    @cached_property
+    def inputs(self) -> Any:
+        """What the model takes, in its precision."""
+        assert self.reading.model is not None
+        return in_precision_of(self.reading.model, self.reading.task.inputs(self.batch))
+
+    def encoded(self, num_outputs: int, target: str = "label") -> tuple[Any, Tensor]:
+        """Inputs and encoded targets in the model's precision.
+
+        Args:
+            num_outputs: Outputs of the model for one example.
+            target: ``"label"``, or ``"predicted"`` for the model's own most likely targets.
+        """
+        model, task = self.reading.model, self.reading.task
+        assert model is not None
+        targets = self.targets
+        with self.naming():
+            if target == "predicted":
+                with torch.no_grad():
+                    targets = task.predict(columns(task.outputs(model, self.inputs)))
+            return self.inputs, _encoded(model, task, targets, num_outputs)
+
+    def naming(self) -> AbstractContextManager[None]:
+        """Say which example it is that something is wrong with."""
+        return self.reading.examples.naming(self.places.start)
+
+
+def required(targets: Tensor | None) -> Tensor:
+    """The targets of a batch; a batch without any is refused."""
+    if targets is None:
+        raise ValueError(
+            "The batch has no targets, so losses cannot be measured. Give every example a target; for queries without, "
+            "pass target='predicted' to attribute()."
+        )
+    return targets
+
+
+def encoded_batch(model: nn.Module, task: Task, batch: Any, num_outputs: int) -> tuple[Any, Tensor]:
+    """Inputs and encoded targets of any batch, as :meth:`Rows.encoded` gives them.
 
     Targets are encoded, and so checked, before any vectorised pass: checks look at values.
     """
     task.check_batch(model, batch)
-    inputs, targets = in_precision_of(model, task.inputs(batch)), task.targets(batch)
-    if target == "predicted":
-        with torch.no_grad():
-            outputs = task.outputs(model, inputs)
-        targets = task.predict(columns(outputs))
-    if targets is None:
-        raise ValueError("The batch has no targets, so losses cannot be measured. Give every example a target.")
-    encoded = task.encode(targets, num_outputs)
-    if task.has_tokens:  # labels are numbers that half precision would round
-        precise = in_precision_of(model, encoded)
-        return inputs, precise if precise.dtype == torch.float64 else encoded
-    return inputs, in_precision_of(model, encoded)
+    inputs = in_precision_of(model, task.inputs(batch))
+    return inputs, _encoded(model, task, task.targets(batch), num_outputs)
 
 
-def encoded_batches(
-    examples: Examples,
-    model: nn.Module,
-    task: Task,
-    num_outputs: int,
-    batch_size: int,
-    device: torch.device,
-    target: str = "label",
-) -> list[tuple[Any, Tensor]]:
-    """All batches of a data set as :func:`encoded_batch` gives them; an example that cannot be read is named."""
-    encoded, start = [], 0
-    for batch, _, length in examples.batches(batch_size, device):
-        with examples.naming(start):
-            encoded.append(encoded_batch(model, task, batch, num_outputs, target))
-        start += length
-    return encoded
+def _encoded(model: nn.Module, task: Task, targets: Tensor | None, num_outputs: int) -> Tensor:
+    encoded = task.encode(required(targets), num_outputs)
+    precise = in_precision_of(model, encoded)
+    # Labels of tokens are numbers that half precision would round.
+    return encoded if task.has_tokens and precise.dtype != torch.float64 else precise
 
 
 def count_outputs(model: nn.Module, task: Task, batch: Any) -> int:
@@ -73,37 +172,44 @@ class Survey:
         fingerprint: What identifies it.
         targets: Its targets, if every example has one number.
         kinds: What its examples are told apart by: these, or how much the tokens of each count.
+        num_tokens: Of texts, how many tokens of each are predicted, int64 of shape ``(n,)``.
+        longest: Of texts, how many tokens the longest batch has, with its padding.
     """
 
     fingerprint: dict[str, Any]
     targets: Tensor | None
     kinds: Tensor | None
+    num_tokens: Tensor | None = None
+    longest: int = 1
 
 
-def survey(examples: Examples, task: Task, model: nn.Module | None = None, num_outputs: int = 0) -> Survey:
-    """Read a data set once.
-
-    Args:
-        examples: The data.
-        task: What a batch means.
-        model: Texts that it cannot take are refused.
-        num_outputs: Its outputs.
+def survey(
+    examples: Examples, task: Task, model: nn.Module | None = None, num_outputs: int = 0, *, description: str = ""
+) -> Survey:
+    """Read a data set once, without running a model.
 
     Raises:
-        ValueError: Naming the text.
+        ValueError: Naming the first text that a model with so many outputs cannot take, before hours have gone into
+            those before it.
     """
-    fingerprint, targets, start = Fingerprint(content=not examples.is_random), [], 0
-    for batch, digests, length in examples.batches(1024, torch.device("cpu")):
-        with examples.naming(start):
-            target = task.targets(batch)
-            if model is not None and task.has_padding and target is not None:
-                encoded_batch(model, task, batch, num_outputs)
-        fingerprint.update(digests, target)
-        targets.append(target[..., 1].sum(1) if task.has_tokens and target is not None else target)
-        start += length
-    flat = [t.reshape(len(t), -1)[:, 0] for t in targets if t is not None and t.numel() == len(t)]
-    kinds = torch.cat(flat) if len(flat) == len(targets) else None
-    return Survey(fingerprint.summary(), None if task.has_tokens else kinds, kinds)
+    reading = Reading(examples, task, model, batch_size=1024, device=torch.device("cpu"), description=description)
+    kinds: list[Tensor | None] = []
+    num_tokens, longest = [], 1
+    for rows in reading:
+        kind = rows.targets
+        if model is not None and task.has_padding and kind is not None:
+            with rows.naming():
+                task.encode(kind, num_outputs)
+        if task.has_tokens and kind is not None:
+            weights = kind[..., 1]
+            num_tokens.append((weights > 0).sum(1))
+            longest = max(longest, weights.shape[1])
+            kind = weights.sum(1)
+        kinds.append(kind)
+    numbers = [kind.reshape(len(kind), -1)[:, 0] for kind in kinds if kind is not None and kind.numel() == len(kind)]
+    joined = torch.cat(numbers) if len(numbers) == len(kinds) else None
+    targets = None if task.has_tokens else joined
+    return Survey(reading.fingerprint, targets, joined, torch.cat(num_tokens) if num_tokens else None, longest)
 
 
 def fingerprint_of(examples: Examples, task: Task) -> dict[str, Any]:

@@ -7,16 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-)
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from stride_lightning.data.examples import Examples
+from stride_lightning.data.examples import Examples, own_hook
 from stride_lightning.data.loading import loading_of
 
 
@@ -65,7 +59,7 @@ def resolve_queries(source: Any, model: object | None = None) -> Examples:
     if hasattr(source, "train_dataloader"):
         if getattr(source, "trainer", None) is None:
             source.prepare_data()
-        stage = next((s for s in ("test", "val") if _is_overridden(source, f"{s}_dataloader")), None)
+        stage = next((s for s in ("test", "val") if own_hook(source, f"{s}_dataloader")), None)
         if stage is None:
             raise ValueError(f"{type(source).__name__} defines neither test_dataloader nor val_dataloader for queries.")
         source.setup("test" if stage == "test" else "validate")
@@ -80,13 +74,10 @@ def resolve_queries(source: Any, model: object | None = None) -> Examples:
 
 
 def _from_loader_or_dataset(source: Any, what: str, owners: tuple[Any, ...]) -> Examples:
-    if isinstance(source, tuple | dict) or (
-        isinstance(source, list) and any(isinstance(x, DataLoader) for x in source)
-    ):
-        raise TypeError(
-            f"`{what}` must be a Dataset, a DataLoader or a LightningDataModule, got {type(source).__name__}. Wrap "
-            "tensors in torch.utils.data.TensorDataset; pass one of several loaders."
-        )
+    wrong = f"`{what}` must be a Dataset, a DataLoader or a LightningDataModule, got {type(source).__name__}."
+    is_several = isinstance(source, list) and any(isinstance(loader, DataLoader) for loader in source)
+    if isinstance(source, tuple | dict) or is_several:
+        raise TypeError(f"{wrong} Wrap tensors in torch.utils.data.TensorDataset; pass one of several loaders.")
     dataset = source.dataset if isinstance(source, DataLoader) else source
     if isinstance(source, DataLoader) and source.batch_sampler is None:
         raise ValueError(
@@ -99,21 +90,14 @@ def _from_loader_or_dataset(source: Any, what: str, owners: tuple[Any, ...]) -> 
             "Pass a map-style dataset with __getitem__ and __len__."
         )
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or isinstance(dataset, Tensor | str):
-        raise TypeError(
-            f"`{what}` must be a Dataset, a DataLoader or a LightningDataModule, got {type(source).__name__}."
-        )
+        raise TypeError(wrong)
     if len(dataset) == 0:  # type: ignore[arg-type]
         raise ValueError(f"`{what}` is empty.")
-    if not isinstance(source, DataLoader):
-        return Examples(dataset, owners=owners)
-    return Examples(
-        dataset,
-        source.collate_fn,
-        num_workers=source.num_workers,
-        worker_init_fn=source.worker_init_fn,
-        owners=owners,
-        loading=loading_of(source),
-    )
+    examples = Examples(dataset, owners=owners, kind="query" if what == "queries" else "training example")
+    if isinstance(source, DataLoader):
+        examples.collate_fn, examples.loading = source.collate_fn, loading_of(source)
+        examples.num_workers, examples.worker_init_fn = source.num_workers, source.worker_init_fn
+    return examples
 
 
 def _reads_everything(loader: DataLoader[Any]) -> bool:
@@ -132,11 +116,6 @@ def _reads_everything(loader: DataLoader[Any]) -> bool:
 def _sampler_name(loader: DataLoader[Any]) -> str:
     batch_sampler = loader.batch_sampler
     return f"a {type(batch_sampler.sampler if type(batch_sampler) is BatchSampler else batch_sampler).__name__}"
-
-
-def _is_overridden(owner: object, name: str) -> bool:
-    method = getattr(owner, name, None)  # of the object: LightningDataModule.from_datasets() sets them there
-    return method is not None and not method.__qualname__.startswith("DataHooks.")
 
 
 def _checked_positions(indices: Sequence[int] | Tensor, size: int) -> Tensor:

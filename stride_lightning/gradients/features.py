@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from stride_lightning.data.examples import HELD_BYTES, Examples
-from stride_lightning.data.fingerprints import Fingerprint
-from stride_lightning.data.reading import encoded_batch
+from stride_lightning.data.reading import Reading
 from stride_lightning.model.blocks import Gradients
 from stride_lightning.model.capture import Backward, Capture
-from stride_lightning.model.layers import cloned, in_precision_of
-from stride_lightning.runtime.progress import counting, track
+from stride_lightning.model.layers import cloned
+from stride_lightning.runtime.checks import check_finite
+from stride_lightning.runtime.progress import counting
 from stride_lightning.tasks.likelihoods import Task
 
 #: With more outputs than this, curvature is averaged over random directions, not summed over all outputs.
@@ -35,10 +35,8 @@ class Reader:
         model: In eval mode on the device; with ``target="predicted"`` its weights decide the targets.
         task: What a batch means.
         num_outputs: C.
-        batch_size: Examples per batch.
-        device: Where batches are put.
+        batch_size, device, show_progress: As in :class:`~stride_lightning.data.reading.Reading`.
         target: ``"label"`` or ``"predicted"``.
-        show_progress: Show progress bars.
 
     Raises:
         ValueError: If a target is missing, does not fit the task, or is not finite.
@@ -58,34 +56,27 @@ class Reader:
     ) -> None:
         self.examples, self._model, self._task = examples, model, task
         self.batch_size, self.device, self.show_progress = batch_size, device, show_progress
-        fingerprint, encoded, held, size = Fingerprint(content=not examples.is_random), [], [], 0
-        batches = examples.batches(batch_size, device)
-        for batch, digests, length in track(batches, "Reading", -(-len(self) // batch_size), show=show_progress):
-            with examples.naming(sum(map(len, encoded))):
-                inputs, targets = encoded_batch(model, task, batch, num_outputs, target)
-            fingerprint.update(digests, task.targets(batch))
+        encoded, held, size = [], [], 0
+        reading = self._reading(description="Reading")
+        for rows in reading:
+            inputs, targets = rows.encoded(num_outputs, target)
             encoded.append(targets)
-            size += _num_bytes(inputs, length)
+            size += _num_bytes(inputs, len(rows))
             if size <= HELD_BYTES:
                 held.append(inputs)
         #: Encoded targets of all examples, shape ``(n, C)``.
         self.encoded = _joined(encoded)
         self._num_outputs, self._lengths = num_outputs, [part.shape[1] for part in encoded]
         #: What identifies the data.
-        self.fingerprint = fingerprint.summary()
+        self.fingerprint = reading.fingerprint
         self._held: list[Any] | None = held if size <= HELD_BYTES else None
         #: Most tokens that count in the loss of an example; 1 unless outputs are of tokens.
         self.most_tokens = int(_counted(task, self.encoded).sum(1).max()) if task.has_tokens else 1
-        bad = (~torch.isfinite(self.encoded)).flatten(1).any(1).nonzero()
-        if len(bad):
-            raise ValueError(f"The target of example {examples.name(int(bad[0]))} is not finite.")
+        with examples.naming(0):
+            check_finite(self.encoded, "target")
 
     def __len__(self) -> int:
         return len(self.examples)
-
-    def positions(self, places: slice) -> Tensor:
-        """Positions in the dataset of the examples at some places."""
-        return self.examples.positions[places]
 
     def batches(self, share: slice | None = None, description: str = "") -> Iterator[tuple[slice, Any, Tensor]]:
         """Places, inputs and encoded targets of some examples in order; a progress bar if there is a description."""
@@ -108,14 +99,15 @@ class Reader:
             yield slice(low, high), cloned(inputs), self.encoded[low:high, : self._lengths[first // self.batch_size]]
 
     def _read(self, start: int, stop: int) -> Iterator[tuple[slice, Any, Tensor]]:
-        place, examples = start, self.examples.subset(range(start, stop))
-        for batch, _, length in examples.batches(self.batch_size, self.device):
-            places = slice(place, place + length)
+        for rows in self._reading(share=slice(start, stop)):
             if self._task.has_tokens:  # among others they may be padded otherwise than when they were read first
-                yield places, *encoded_batch(self._model, self._task, batch, self._num_outputs)
+                yield rows.places, *rows.encoded(self._num_outputs)
             else:
-                yield places, in_precision_of(self._model, self._task.inputs(batch)), self.encoded[places]
-            place += length
+                yield rows.places, rows.inputs, self.encoded[rows.places]
+
+    def _reading(self, **options: Any) -> Reading:
+        options |= {"batch_size": self.batch_size, "device": self.device, "show_progress": self.show_progress}
+        return Reading(self.examples, self._task, self._model, **options)
 
 
 @dataclass
@@ -221,14 +213,9 @@ def run_batches(
         for places, inputs, encoded in reader.batches(share, description):
             with reader.examples.naming(places.start):
                 outputs = backward.run(inputs, places.stop - places.start)
-            bad = ~(torch.isfinite(outputs).flatten(1).all(1) & torch.isfinite(task.loss(outputs, encoded)))
-            if bad.any():
-                raise ValueError(
-                    f"The loss of example {reader.examples.name(places.start + int(bad.nonzero()[0]))} is not finite. "
-                    "Attribution needs a model whose outputs and losses are finite numbers: check the weights (did "
-                    "training diverge?) and the input."
-                )
-            yield Batch(places, reader.positions(places), outputs, encoded, reader.most_tokens, task, backward)
+                check_finite(outputs, "outputs")
+                check_finite(task.loss(outputs, encoded), "loss")
+            yield Batch(places, reader.examples.positions[places], outputs, encoded, reader.most_tokens, task, backward)
 
 
 def _joined(encoded: list[Tensor]) -> Tensor:

@@ -57,7 +57,6 @@ class PlannedAttributor(Attributor):
         places = probe_places(len(self.train_data), max(1, num_parameters))
         probes = self.train_data.subset(places)
         head = first_batch(probes, len(places), device)
-        names = self.train_data.positions[places].tolist()
         with probes.naming(0):
             self.num_outputs = count_outputs(model, self.task, cloned(head))  # models may change their inputs
         together = cloned(self._inputs(model, head))
@@ -66,7 +65,8 @@ class PlannedAttributor(Attributor):
         else:
             single = [self._inputs(model, first_batch(self.train_data.subset([place]), 1, device)) for place in places]
         outputs, layers = TaskOutputs(model, self.task), self.chosen_layers(model, together)
-        self.capture = plan_capture(outputs, single, together, layers, names)
+        with probes.naming(0):
+            self.capture = plan_capture(outputs, single, together, layers)
         announce(self.capture.warning, show=self.show_progress and bool(self.capture.warning))
         self.reader = self.read(model, self.train_data, device, "label")
         self.check_data(self.reader.fingerprint)

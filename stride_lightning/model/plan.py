@@ -13,6 +13,7 @@ from stride_lightning.model.capture import WHOLE, Backward, Capture, Outputs, Wa
 from stride_lightning.model.layer_rules import lengths, rule_for
 from stride_lightning.model.layers import cloned, find_module, plain_name
 from stride_lightning.model.layout import Layout, Source
+from stride_lightning.runtime.checks import check_finite
 
 #: Examples on which rules are checked: so many, or fewer if their gradients take more bytes, but two at least.
 NUM_PROBES, PROBE_BYTES = 8, 2**28
@@ -31,7 +32,6 @@ def plan_capture(
     examples: Sequence[Any],
     together: Any = None,
     layers: Sequence[str] | None = None,
-    names: Sequence[int] | None = None,
 ) -> Capture:
     """Find out how to read the gradient of every trainable parameter.
 
@@ -44,15 +44,15 @@ def plan_capture(
         examples: Inputs of a few single examples, as batches of one.
         together: The same examples as one batch; by default they are concatenated.
         layers: Names of modules whose parameters count; all trainable ones when None.
-        names: What the examples are called in messages.
 
     Raises:
         ValueError: If no way gives the right gradients, as where examples of a batch influence each other.
+        RowError: If the outputs for an example are not finite.
     """
     if together is None:
         together = pytree.tree_map(lambda *parts: torch.cat(parts), *examples)
     capture = Capture(outputs, layers)
-    probe = _Probe(capture, examples, together, range(len(examples)) if names is None else names)
+    probe = _Probe(capture, examples, together)
     owners = _owners(capture)
     groups = _groups(capture, owners, probe.ran)
     pending = {group[0]: iter(_candidates(capture, owners, group, probe.ran)) for group in groups}
@@ -81,8 +81,7 @@ def probe_places(num_train: int, num_parameters: int) -> list[int]:
 class _Probe:
     """A few examples, and the gradients of random functions of their outputs, one example at a time."""
 
-    def __init__(self, capture: Capture, examples: Sequence[Any], together: Any, names: Sequence[int]) -> None:
-        self._names = names
+    def __init__(self, capture: Capture, examples: Sequence[Any], together: Any) -> None:
         self._capture, self._together, self._size = capture, together, len(examples)
         self._reasons: dict[str, str] = {}
         modules = {plain_name(name): module for name, module in capture.model.named_modules() if name}
@@ -112,11 +111,7 @@ class _Probe:
             outputs = watch.run(lambda: self._capture.outputs(cloned(example)))
         except ValueError as error:  # as BatchNorm without running statistics does
             raise ValueError(f"The model cannot evaluate a single example: {error} {_BY_ITSELF}") from error
-        if not torch.isfinite(outputs).all():
-            raise ValueError(
-                f"The outputs for example {self._names[place]} are not finite. Attribution needs a model whose outputs "
-                "and losses are finite numbers: check the weights (did training diverge?) and the input."
-            )
+        check_finite(outputs, "outputs", row=place)
         if not outputs.requires_grad:
             raise ValueError(
                 f"The outputs of {type(self._capture.model).__name__} do not depend on "

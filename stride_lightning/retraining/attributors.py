@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from stride_lightning.attributor import Attributor
 from stride_lightning.data.examples import Examples, first_look
-from stride_lightning.data.reading import encoded_batches, survey
+from stride_lightning.data.reading import Reading, survey
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.retraining.effects import FurtherTraining
 from stride_lightning.retraining.further_training import find_left_out, measure_effects
@@ -169,11 +169,11 @@ class FurtherTrainingAttributor(Attributor):
         self, model: nn.Module, queries: Examples, query_data: dict[str, Any], device: torch.device, target: str
     ) -> FurtherTraining:
         leaving_out = self._prepare(model, device)
-        num_outputs = leaving_out.num_outputs
-        batches = encoded_batches(queries, model, self.task, num_outputs, self.batch_size, device, target)
+        reading = Reading(queries, self.task, model, batch_size=self.batch_size, device=device)
         return measure_effects(
             leaving_out,
-            batches,
+            queries,
+            reading.encoded(leaving_out.num_outputs, target),
             left_out=self.train_data.positions if self._chosen is None else self._chosen,
             epochs=1 if self.epochs is None else self.epochs,
             seeds=range(self.seed, self.seed + (5 if self.num_seeds is None else self.num_seeds)),

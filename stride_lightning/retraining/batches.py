@@ -43,7 +43,7 @@ class Batches:
         optimizer: MakeOptimizer | None = None,
         memory_budget: int | None = None,
     ) -> None:
-        self.train, self.task, self.loading = train, task, check_loading(train, batch_size)
+        self.train, self.task, self.loading = train, task, check_loading(train.loading, batch_size)
         self.optimizer, self.memory_budget = optimizer, memory_budget
         with train.naming(0):
             self.num_outputs = count_outputs(model, task, head)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples, first_look
-from stride_lightning.data.reading import encoded_batches, survey
+from stride_lightning.data.reading import Reading, survey
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
 from stride_lightning.model.weights import borrowed, load_checkpoint, rank_zero_state, resolve_ckpt_path, weight_hash
 from stride_lightning.retraining.batchability import vectorised_attention
@@ -116,23 +116,26 @@ def further_train(
         leaving_out = LeavingOut(
             model, train, head, task, batch_size=batch_size, optimizer=optimizer, memory_budget=memory_budget
         )
-        batches = encoded_batches(asked, model, task, leaving_out.num_outputs, 256, home)
+        reading = Reading(asked, task, model, batch_size=256, device=home)
+        batches = reading.encoded(leaving_out.num_outputs)
         weights = weight_hash(model)
     return measure_effects(
         leaving_out,
+        asked,
         batches,
         left_out=left_out,
         epochs=epochs,
         seeds=range(seed, seed + num_seeds),
         path=path,
-        metadata={"weights": weights, "query_data": survey(asked, task).fingerprint},
+        metadata={"weights": weights, "query_data": reading.fingerprint},
         show_progress=show_progress,
     )
 
 
 def measure_effects(
     leaving_out: LeavingOut,
-    queries: Sequence[tuple[Any, Tensor]],
+    queries: Examples,
+    batches: Sequence[tuple[Any, Tensor]],
     *,
     left_out: Sequence[int] | Tensor | None,
     epochs: int | Sequence[int],
@@ -141,7 +144,7 @@ def measure_effects(
     metadata: Mapping[str, Any],
     show_progress: bool,
 ) -> FurtherTraining:
-    """Measure all effects, part by part; arguments as in :func:`further_train`."""
+    """Measure all effects, part by part; arguments as in :func:`further_train`, and the queries' encoded batches."""
     started, train, seeds = time.perf_counter(), leaving_out.train, list(seeds)
     positions, places = find_left_out(left_out, train)
     amounts = read_amounts(epochs)
@@ -152,13 +155,13 @@ def measure_effects(
     work = Work(path, identity, {"left_out": positions})
     if (finished := work.finished(FurtherTraining)) is not None:
         return finished
-    leaving_out.check_queries(queries)
+    leaving_out.check_queries(queries, batches)
     reason = leaving_out.one_by_one_because
     if reason:
         announce(f"Copies of the model train on one by one, because {reason}.", show=show_progress)
 
     def effects_of(seed: int, chosen: slice, tick: Callable[[int], Any]) -> Tensor:
-        return leaving_out.effects(places[chosen], queries, amounts, seed, tick)
+        return leaving_out.effects(places[chosen], batches, amounts, seed, tick)
 
     with nullcontext() if reason else vectorised_attention():
         effects = work.run(

@@ -35,6 +35,7 @@ from stride_lightning.retraining.step_losses import (
     gradient_hooks,
     train_mode,
 )
+from stride_lightning.runtime.checks import check_finite
 from stride_lightning.runtime.parallel import num_workers
 from stride_lightning.runtime.randomness import mix, seeded
 from stride_lightning.tasks.likelihoods import Task, columns
@@ -176,26 +177,22 @@ class LeavingOut(Batches):
         stored_dtype = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
         return (losses[:, 1:] - losses[:, :1]).to(stored_dtype).cpu()
 
-    def check_queries(self, queries: Sequence[tuple[Any, Tensor]]) -> None:
+    def check_queries(self, queries: Examples, batches: Sequence[tuple[Any, Tensor]]) -> None:
         """Refuse queries whose loss is not finite before any further training.
 
         Args:
-            queries: Inputs and encoded targets, batch by batch.
+            queries: Where they come from.
+            batches: Their inputs and encoded targets, batch by batch.
 
         Raises:
-            ValueError: Naming the places of such queries.
+            ValueError: Naming the first.
         """
         with borrowed(self.model, None, None), torch.no_grad(), seeded(0):
             losses = torch.cat(
-                [self._query_losses(self.model, in_precision_of(self.model, batch)) for batch in queries]
+                [self._query_losses(self.model, in_precision_of(self.model, batch)) for batch in batches]
             )
-        bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
-        if bad:
-            more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-            raise ValueError(
-                f"Before any further training, the loss is not finite for the queries at positions {bad[:5]}{more}. "
-                "For each, check its input and target; or has training itself diverged?"
-            )
+        with queries.naming(0):
+            check_finite(losses, "loss before any further training")
 
     def _train(
         self,

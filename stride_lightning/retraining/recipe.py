@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.data.examples import first_look
-from stride_lightning.data.reading import encoded_batches, survey
+from stride_lightning.data.reading import Reading, survey
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
 from stride_lightning.model.weights import borrowed, weight_hash
 from stride_lightning.retraining.batches import Batches
 from stride_lightning.retraining.optimizers import CannotBatch, MakeOptimizer, read_optimization
-from stride_lightning.runtime.checks import check_count
+from stride_lightning.runtime.checks import check_count, check_finite
 from stride_lightning.runtime.randomness import seeded
 from stride_lightning.tasks.inference import check_task, infer_task_of
 from stride_lightning.tasks.likelihoods import Task, columns
@@ -97,22 +97,19 @@ class Recipe(Batches):
     def query_batches(self, model: nn.Module, device: torch.device) -> list[tuple[Any, Tensor]]:
         """Inputs and encoded targets of the queries on a device, read once."""
         if not self._query_batches:
-            self._query_batches = encoded_batches(self.queries, model, self.task, self.num_outputs, 256, device)
+            reading = Reading(self.queries, self.task, model, batch_size=256, device=device)
+            self._query_batches = reading.encoded(self.num_outputs)
         return self._query_batches
 
     def check_queries(self, model: nn.Module) -> None:
         """Refuse queries whose loss is no number even under an untrained model.
 
         Raises:
-            ValueError: Naming them.
+            ValueError: Naming the first.
         """
         values = self.measured(model, next(model.parameters()).device)
-        bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
-        if bad:
-            raise ValueError(
-                f"The loss of queries {bad[:10]} is not finite even under an untrained model ({len(bad)} of "
-                f"{len(values)}). Check their inputs and targets for NaN."
-            )
+        with self.queries.naming(0):
+            check_finite(values, "loss under an untrained model")
 
     def measured(self, model: nn.Module, device: torch.device) -> Tensor:
         """What is measured of all queries under a model, shape ``(q,)``."""

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 def check_count(
@@ -58,3 +62,34 @@ def check_positive(name: str, value: float) -> float:
     if not 0 < value < math.inf:
         raise ValueError(f"`{name}` must be a positive number, got {value}.")
     return float(value)
+
+
+class RowError(ValueError):
+    """An example that cannot be read: its row in a batch, what is wrong with it, and other rows of which it is true."""
+
+    def __init__(self, row: int, problem: str, others: Sequence[int] = ()) -> None:
+        super().__init__(f"Row {row} of the batch {problem}.")
+        self.row, self.problem, self.others = row, problem, others
+
+
+def check_finite(values: Tensor, what: str, row: int = 0) -> None:
+    """Refuse values of examples that are not finite.
+
+    Args:
+        values: Shape ``(B, ...)``.
+        what: What they are of an example.
+        row: Row of the first of them.
+
+    Raises:
+        RowError: For the first such row; :meth:`Examples.naming` makes it the name of an example.
+    """
+    if torch.isfinite(values).all():
+        return
+    first, *others = (~torch.isfinite(values)).reshape(len(values), -1).any(1).nonzero().flatten().tolist()
+    number = "NaN" if values[first].isnan().any() else "an infinite number"
+    raise RowError(
+        row + first,
+        f"has {number} in its {what}, which must be finite: check its input and target, and the model's weights (did "
+        "training diverge?)",
+        [row + other for other in others],
+    )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples
-from stride_lightning.data.fingerprints import Fingerprint
-from stride_lightning.model.layers import in_precision_of
-from stride_lightning.runtime.progress import track
-from stride_lightning.steering.activations import capture_inputs
+from stride_lightning.data.reading import Reading, Rows, required
+from stride_lightning.runtime.checks import check_finite
+from stride_lightning.steering.activations import Captured, capture_inputs
 from stride_lightning.tasks.inference import check_outputs
 from stride_lightning.tasks.likelihoods import Task
 
@@ -24,6 +21,8 @@ MAX_FEATURE_BYTES = 2**31
 MAX_FEATURES = 4096
 #: Directions with less than this share of the mean energy are taken as not spanned by the training set.
 MIN_ENERGY = 1e-6
+#: What errors call the values of one example.
+_NAMES = {"features": "features", "outputs": "outputs", "encoded": "target", "losses": "loss"}
 
 
 @dataclass(frozen=True)
@@ -102,19 +101,12 @@ class Observation:
 
 
 def fit_basis(
-    model: nn.Module,
-    task: Task,
-    examples: Examples,
-    layers: list[str],
-    *,
-    batch_size: int,
-    device: torch.device,
-    show_progress: bool = True,
+    model: nn.Module, task: Task, examples: Examples, layers: list[str], **how: Any
 ) -> tuple[Basis, Observation]:
     """Measure the scale of each layer's input over a training set and observe the set in the resulting basis.
 
     All features are kept while they fit ``MAX_FEATURES`` and ``MAX_FEATURE_BYTES``; otherwise a first pass finds
-    the principal components of each layer and a second one observes.
+    the principal components of each layer and a second one observes. Arguments are those of :func:`observe`.
 
     Returns:
         The basis and the observation of ``examples``.
@@ -124,19 +116,18 @@ def fit_basis(
         TypeError: If a layer's input does not have one row per example.
     """
     limit = min(MAX_FEATURES, max(64, MAX_FEATURE_BYTES // (4 * max(1, len(examples))))) - 1
-    settings: dict[str, Any] = {"batch_size": batch_size, "device": device, "show_progress": show_progress}
-    widths = _layer_widths(model, task, examples, layers, batch_size, device)
+    widths = _layer_widths(model, Reading(examples, task, model, share=slice(how["batch_size"]), **how), layers)
     components: list[Tensor | None] = [None] * len(layers)
     scales = torch.ones(len(layers))
     if sum(widths) > limit:
-        moments = _second_moments(model, task, examples, layers, **settings)
+        moments = _second_moments(model, Reading(examples, task, model, description="Covariances", **how), layers)
         scales = torch.stack([_scale(name, moments[name].trace()) for name in layers]).cpu()
         for i, (name, rank) in enumerate(zip(layers, _allot(widths, limit), strict=True)):
             if rank < widths[i]:
                 components[i] = torch.linalg.eigh(moments[name].double())[1][:, -rank:].float().cpu()
                 widths[i] = rank
     stacked = Basis(tuple(layers), scales, tuple(components), torch.empty(0), torch.empty(0))
-    observed = observe(model, task, examples, stacked, rotate=False, **settings)
+    observed = observe(model, task, examples, stacked, rotate=False, **how)
     if all(part is None for part in components):
         # The scales are only known now, at the end of the pass: rescale in place.
         blocks = observed.features[:, :-1].split(widths, dim=1)
@@ -154,109 +145,67 @@ def observe(
     examples: Examples,
     basis: Basis,
     *,
-    batch_size: int,
-    device: torch.device,
     target: str = "label",
     rotate: bool = True,
-    show_progress: bool = True,
+    **how: Any,
 ) -> Observation:
     """One evaluation pass: features, outputs, encoded targets and losses of every example, in order.
 
     Args:
-        model: In eval mode, on ``device``.
+        model: In eval mode, on the device.
         task: How to read a batch.
         examples: The data.
         basis: The features to compute.
-        batch_size: Examples per forward pass; changes nothing but rounding.
-        device: Where to compute and keep the results.
         target: ``"label"``, or ``"predicted"`` to use the model's own most likely targets.
         rotate: Apply the basis's rotation; off only while the basis is being made.
-        show_progress: Show a progress bar.
+        **how: ``batch_size``, ``device`` (which keeps the results) and ``show_progress``, as in :class:`Reading`.
 
     Raises:
-        ValueError: If outputs, features or losses are not finite, naming the first such position.
+        ValueError: If outputs, features or losses are not finite, naming the first such example.
     """
+    reading = Reading(examples, task, model, description="Evaluating", **how)
     stored: dict[str, Tensor] = {}
-    fingerprint, start = Fingerprint(content=not examples.is_random), 0
-    arguments = (model, task, examples, basis.layers, batch_size, device, "Evaluating", show_progress)
-    with closing(_passes(*arguments)) as passes:
-        for captured, outputs, targets, digests in passes:
-            fingerprint.update(digests, targets)
-            if target == "predicted":
-                targets = task.predict(outputs)
-            elif targets is None:
-                raise ValueError("The batch has no targets. For queries without labels pass target='predicted'.")
-            encoded = task.encode(targets, outputs.shape[1]).to(outputs)
-            values = {
-                "features": (basis.features(captured) if rotate else basis.stacked(captured)).to(outputs),
-                "outputs": outputs,
-                "encoded": encoded,
-                "losses": task.loss(outputs, encoded),
-            }
-            stop = start + len(outputs)
-            for name, value in values.items():
-                if not torch.isfinite(value).all():
-                    bad = int((~torch.isfinite(value)).reshape(len(value), -1).any(1).nonzero()[0])
-                    position = examples.name(start + bad)
-                    what = "targets" if name == "encoded" else name
-                    raise ValueError(
-                        f"The {what} of example {position} are not finite. Attribution needs a model whose outputs and "
-                        "losses are finite numbers: check the weights (did training diverge?) and the input."
-                    )
-                if name not in stored:
-                    stored[name] = value.new_empty(len(examples), *value.shape[1:])
-                stored[name][start:stop] = value
-            start = stop
-    return Observation(**stored, fingerprint=fingerprint.summary())
+    with capture_inputs(model, basis.layers) as captured, torch.no_grad():
+        for rows in reading:
+            with rows.naming():
+                outputs = _run(model, rows, captured)
+                targets = task.predict(outputs) if target == "predicted" else required(rows.targets)
+                encoded = task.encode(targets, outputs.shape[1]).to(outputs)
+                features = basis.features(captured) if rotate else basis.stacked(captured)
+                values = {"features": features.to(outputs), "outputs": outputs, "encoded": encoded}
+                values["losses"] = task.loss(outputs, encoded)
+                for name, value in values.items():
+                    check_finite(value, _NAMES[name])
+                    if name not in stored:
+                        stored[name] = value.new_empty(len(examples), *value.shape[1:])
+                    stored[name][rows.places] = value
+    return Observation(**stored, fingerprint=reading.fingerprint)
 
 
-def _passes(
-    model: nn.Module,
-    task: Task,
-    examples: Examples,
-    layers: tuple[str, ...] | list[str],
-    batch_size: int,
-    device: torch.device,
-    description: str,
-    show_progress: bool,
-) -> Generator[tuple[dict[str, Tensor], Tensor, Tensor | None, Tensor], None, None]:
-    """Forward passes over all examples; yields captured inputs, outputs ``(B, C)``, targets and digests.
-
-    Close it: until then hooks are in place and gradients are off.
-    """
-    num_batches, start = -(-len(examples) // batch_size), 0
-    with capture_inputs(model, list(layers)) as captured, torch.no_grad():
-        batches = examples.batches(batch_size, device)
-        for batch, digests, size in track(batches, description, num_batches, show=show_progress):
-            with examples.naming(start):
-                task.check_batch(model, batch)
-            start += size
-            inputs = in_precision_of(model, task.inputs(batch))
-            captured.reads(inputs)
-            outputs = task.outputs(model, inputs)
-            check_outputs(outputs, size)
-            _check_rows(captured, size)
-            outputs = outputs.detach().reshape(size, -1)
-            outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
-            yield captured, outputs, task.targets(batch), digests
-
-
-def _layer_widths(
-    model: nn.Module, task: Task, examples: Examples, layers: list[str], batch_size: int, device: torch.device
-) -> list[int]:
-    with closing(_passes(model, task, examples, layers, batch_size, device, "", False)) as passes:
-        for captured, *_ in passes:
-            return [_captured(captured, name).shape[1] for name in layers]
-    raise ValueError("The training set is empty.")
-
-
-def _check_rows(captured: dict[str, Tensor], batch_size: int) -> None:
+def _run(model: nn.Module, rows: Rows, captured: Captured) -> Tensor:
+    """Outputs of a batch, in single precision at least and of shape ``(B, C)``; captures what enters the layers."""
+    size = len(rows)
+    captured.reads(rows.inputs)
+    outputs = rows.reading.task.outputs(model, rows.inputs)
+    check_outputs(outputs, size)
     for name, inputs in captured.items():
-        if len(inputs) != batch_size:
+        if len(inputs) != size:
             raise TypeError(
                 f"Layer {name!r} must take a tensor with one row per example; its input has {len(inputs)} rows for a "
-                f"batch of {batch_size}. Name another layer with `layers=[...]`."
+                f"batch of {size}. Name another layer with `layers=[...]`."
             )
+    outputs = outputs.detach().reshape(size, -1)
+    return outputs if outputs.dtype == torch.float64 else outputs.float()
+
+
+def _layer_widths(model: nn.Module, head: Reading, layers: list[str]) -> list[int]:
+    """Features of each layer, from a first batch."""
+    with capture_inputs(model, layers) as captured, torch.no_grad():
+        for rows in head:
+            with rows.naming():
+                _run(model, rows, captured)
+            return [_captured(captured, name).shape[1] for name in layers]
+    raise ValueError("The training set is empty.")
 
 
 def _captured(captured: dict[str, Tensor], name: str) -> Tensor:
@@ -268,24 +217,16 @@ def _captured(captured: dict[str, Tensor], name: str) -> Tensor:
     return captured[name]
 
 
-def _second_moments(
-    model: nn.Module,
-    task: Task,
-    examples: Examples,
-    layers: list[str],
-    *,
-    batch_size: int,
-    device: torch.device,
-    show_progress: bool,
-) -> dict[str, Tensor]:
+def _second_moments(model: nn.Module, reading: Reading, layers: list[str]) -> dict[str, Tensor]:
     """Mean outer product of each layer's input, shape ``(d_l, d_l)``."""
     moments: dict[str, Tensor] = {}
-    arguments = (model, task, examples, layers, batch_size, device, "Covariances", show_progress)
-    with closing(_passes(*arguments)) as passes:
-        for captured, *_ in passes:
+    with capture_inputs(model, layers) as captured, torch.no_grad():
+        for rows in reading:
+            with rows.naming():
+                _run(model, rows, captured)
             for name in layers:
                 inputs = _captured(captured, name)
-                product = inputs.T @ inputs / len(examples)
+                product = inputs.T @ inputs / len(reading.examples)
                 moments[name] = moments[name].add_(product) if name in moments else product
     return moments
 

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
-from stride_lightning.tasks.likelihoods import HOW_TO_PASS_TASK, Classification, RowError, describe
+from stride_lightning.runtime.checks import RowError
+from stride_lightning.tasks.likelihoods import HOW_TO_PASS_TASK, Classification, describe
 
 Reduction = Literal["mean", "sum"]
 

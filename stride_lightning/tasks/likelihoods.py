@@ -333,11 +333,3 @@ def describe(value: object) -> str:
     if isinstance(value, tuple | list):
         return f"{type(value).__name__} of {len(value)} item(s)"
     return type(value).__name__
-
-
-class RowError(ValueError):
-    """An example that cannot be read: its row in a batch, and what is wrong with it."""
-
-    def __init__(self, row: int, problem: str) -> None:
-        super().__init__(f"Row {row} of the batch {problem}.")
-        self.row, self.problem = row, problem

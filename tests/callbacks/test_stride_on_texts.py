@@ -102,7 +102,7 @@ def test_texts_that_cannot_be_read_stop_a_fit_before_it_begins(tmp_path):
     texts[2] = dict.fromkeys(("input_ids", "labels"), torch.tensor([], dtype=torch.int64))
     for callback in (StrideCallback(tmp_path / "stride"), TracInCallback(tmp_path / "tracin")):
         trainer = make_trainer(tmp_path, callback, max_epochs=1)
-        with pytest.raises(MisconfigurationException, match="Example 2 has no tokens"):
+        with pytest.raises(MisconfigurationException, match="Training example 2 has no tokens"):
             trainer.fit(LanguageModule(), loader(texts))
 
 

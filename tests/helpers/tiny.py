@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from stride_lightning.data.examples import Examples
+from stride_lightning.data.reading import Reading
 from stride_lightning.steering.basis import Observation
 from stride_lightning.tasks.likelihoods import BinaryClassification, Classification, Regression, Task
 
@@ -64,6 +67,12 @@ def rows_of(observed: Observation, order: Tensor) -> Observation:
 
 def examples_of(*tensors: Tensor) -> Examples:
     return Examples(TensorDataset(*tensors))
+
+
+def read(examples: Examples, batch_size: int = 6) -> tuple[Tensor, dict[str, Any]]:
+    """All inputs in order, and the fingerprint."""
+    reading = Reading(examples, Classification(), batch_size=batch_size, device=CPU)
+    return torch.cat([rows.batch[0] for rows in reading]), reading.fingerprint
 
 
 class DictData(Dataset):

@@ -240,7 +240,7 @@ MISTAKES = {
     ),
     "a query without number": (
         {"queries": TensorDataset(torch.full((2, 4), torch.nan), torch.zeros(2).long())},
-        r"loss of queries \[0, 1\] is not finite even under an untrained model",
+        r"Query 0 has NaN in its loss under an untrained model, which must be finite: .*\. Likewise 1\.",
     ),
     "no epochs": ({"max_epochs": 0}, "`max_epochs` must be an integer of at least 1, got 0"),
     "half an epoch": ({"max_epochs": 0.5}, "`max_epochs` must be an integer"),

@@ -328,17 +328,17 @@ BAD = {
 def test_bad_texts_are_named(kind, place):
     values, message = BAD[kind]
     good, bad = loader(DATA, padded, 4), with_one(place, **values)
-    for train, queries in ((bad, good), (good, bad)):
-        with pytest.raises(ValueError, match=f"^Example {place} {message}"):
+    for train, queries, what in ((bad, good, "Training example"), (good, bad, "Query")):
+        with pytest.raises(ValueError, match=f"^{what} {place} {message}"):
             retrain(fresh_gpt2, queries, train_data=train, optimizer=SGD, num_subsets=2, **HOW)
-        with pytest.raises(ValueError, match=f"^Example {place} {message}"):
+        with pytest.raises(ValueError, match=f"^{what} {place} {message}"):
             further_train(gpt2(), queries, train_data=train, optimizer=SGD, left_out=[1], num_seeds=1, **QUIET)
 
 
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_texts_are_named_before_a_trainer_reads_them(kind):
     values, message = BAD[kind]
-    with pytest.raises(ValueError, match=f"^Example 70 {message}"):
+    with pytest.raises(ValueError, match=f"^Training example 70 {message}"):
         retrain(
             lambda: Wrapped(fresh_gpt2()),
             loader(DATA),

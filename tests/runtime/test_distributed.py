@@ -111,7 +111,7 @@ def train_with_batchnorm(number, port, folder):
     alone = attribute(model, Subset(pictures, range(3)), **asked)
     results["alone"], results["note"] = alone.scores, alone.metadata["record_note"]
     results["state"] = model.state_dict()
-    with pytest.raises(ValueError, match="example 0 are not finite"):
+    with pytest.raises(ValueError, match="Query 0 has NaN in its features"):
         attribute(model, [(torch.full((1, 6, 6), torch.nan), 0)], **asked)
     barrier()
     torch.save(results, folder / f"rank{number}.pt")

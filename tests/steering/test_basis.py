@@ -228,7 +228,7 @@ def test_predicted_targets_stand_in_for_missing_ones() -> None:
     guessed = observe(model(), TASK, unlabelled, basis, target="predicted", **SETTINGS)
     assert torch.equal(guessed.encoded.argmax(1), observed.outputs.argmax(1))
     assert (guessed.losses <= observed.losses + 1e-12).all()
-    with pytest.raises(ValueError, match=r"The batch has no targets\. .* pass target='predicted'"):
+    with pytest.raises(ValueError, match=r"The batch has no targets, .* pass target='predicted'"):
         observe(model(), TASK, unlabelled, basis, **SETTINGS)
     signs = observe(model(), BinaryClassification(), unlabelled, basis, target="predicted", **SETTINGS)
     assert torch.equal(signs.encoded, (signs.outputs > 0).double())
@@ -245,14 +245,14 @@ def poisoned(position: int) -> Tensor:
 
 @pytest.mark.parametrize("position", [0, 15, 16, 37, 49])
 def test_inputs_that_are_not_finite_are_named_by_position(position: int) -> None:
-    with pytest.raises(ValueError, match=f"The features of example {position} are not finite"):
+    with pytest.raises(ValueError, match=f"Example {position} has NaN in its features"):
         fit(poisoned(position))
     basis, _ = fit()
-    with pytest.raises(ValueError, match=f"features of example {position} are not finite"):
+    with pytest.raises(ValueError, match=f"Example {position} has NaN in its features"):
         observe(model(), TASK, examples_of(poisoned(position), TARGETS), basis, **SETTINGS)
     examples = examples_of(poisoned(position), TARGETS)
     examples.positions = torch.tensor([3, 8, 11, position])
-    with pytest.raises(ValueError, match=f"features of example {position} are not finite"):
+    with pytest.raises(ValueError, match=f"Example {position} has NaN in its features"):
         fit_basis(model(), TASK, examples, LAYERS, **SETTINGS)
 
 
@@ -265,7 +265,7 @@ def test_inputs_that_are_not_finite_are_refused_over_budget(monkeypatch: pytest.
 def test_outputs_that_are_not_finite_are_refused() -> None:
     network = model()
     network[2].bias.data[1] = torch.inf
-    with pytest.raises(ValueError, match=r"The outputs of example 0 are not finite\. .*did training diverge"):
+    with pytest.raises(ValueError, match=r"Example 0 has an infinite number in its outputs, .*did training diverge"):
         fit(network=network)
 
 
@@ -273,7 +273,7 @@ def test_targets_that_are_not_finite_are_refused() -> None:
     targets = INPUTS.sum(1)
     targets[21] = torch.nan
     network = nn.Sequential(nn.Linear(4, 1)).double()
-    with pytest.raises(ValueError, match="The targets of example 21 are not finite"):
+    with pytest.raises(ValueError, match="Example 21 has NaN in its target"):
         fit_basis(network, Regression(), examples_of(INPUTS, targets), ["0"], **SETTINGS)
 
 

@@ -7,9 +7,9 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from stride_lightning import CausalLanguageModeling, Classification, SequenceClassification, attribute, self_influence
+from stride_lightning.runtime.checks import RowError
 from stride_lightning.tasks.inference import infer_task_of
 from stride_lightning.tasks.language import is_packed, logits_of, max_length, unpack, vocabulary_size
-from stride_lightning.tasks.likelihoods import RowError
 from tests.helpers.gradient_models import QUIET, close_scores
 from tests.helpers.language_models import (
     CAUSAL,
@@ -364,18 +364,18 @@ def test_bad_texts_are_named(kind):
     values, message = BAD[kind]
     good = loader(texts(5))
     for position in (2, 17):  # the first batch decides about the task, later ones are read
-        with pytest.raises(ValueError, match=f"^Example {position} {message}"):
+        with pytest.raises(ValueError, match=f"^Training example {position} {message}"):
             attribute(
                 gpt2(), good, train_data=loader(replaced(position, **values)), method="grad-dot", batch_size=8, **QUIET
             )
-    with pytest.raises(ValueError, match=f"^Example 17 {message}"):
+    with pytest.raises(ValueError, match=f"^Query 17 {message}"):
         attribute(gpt2(), loader(replaced(17, **values)), train_data=good, method="grad-dot", batch_size=8, **QUIET)
 
 
 def test_a_text_of_the_training_indices_is_named_by_its_position():
     data = loader(replaced(17, input_ids=[1, 9, 2], labels=[1, 2, 2]))
     for task in (None, CausalLanguageModeling()):
-        with pytest.raises(ValueError, match=r"^Example 17 has the token id 9"):
+        with pytest.raises(ValueError, match=r"^Training example 17 has the token id 9"):
             self_influence(
                 gpt2(), train_data=data, train_indices=[3, 17, 5], method="grad-dot", task=task, batch_size=2, **QUIET
             )
@@ -387,14 +387,12 @@ def test_ids_that_a_plain_model_does_not_know():
     labels = ids.masked_fill(ids == 30, IGNORED)
     options = {"task": CausalLanguageModeling(shifted=False), "method": "grad-dot", "batch_size": 4, **QUIET}
     good = TensorDataset(ids[:6])
-    message = (
-        "^Example 13 has 4 tokens with ids up to 30, and the model has no embedding for one of them or its position"
-    )
-    with pytest.raises(ValueError, match=message):
+    message = "13 has 4 tokens with ids up to 30, and the model has no embedding for one of them or its position"
+    with pytest.raises(ValueError, match=f"^Training example {message}"):
         attribute(plain_gpt(), good, train_data=TensorDataset(ids, labels), **options)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^Query {message}"):
         attribute(plain_gpt(), TensorDataset(ids, labels), train_data=good, **options)
-    with pytest.raises(ValueError, match=r"^Example 0 has 14 tokens"):
+    with pytest.raises(ValueError, match=r"^Training example 0 has 14 tokens"):
         attribute(plain_gpt(), good, train_data=TensorDataset(torch.ones(5, 14, dtype=torch.long)), **options)
 
 

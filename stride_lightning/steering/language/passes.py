@@ -7,16 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stride_lightning.data.examples import Examples
-from stride_lightning.data.fingerprints import Fingerprint
 from stride_lightning.runtime.distributed import shard
 from stride_lightning.runtime.progress import counting
 from stride_lightning.steering.language.activation_cache import ActivationCache
 from stride_lightning.steering.language.tokens import TokenBatch, TokenReader
-from stride_lightning.tasks.language import CausalLanguageModeling
 
 
 class TrainingPasses:
@@ -75,24 +72,3 @@ class TrainingPasses:
             for rows, kept, losses in cache.batches():
                 yield self.reader.restored(slice(rows.start + first, rows.stop + first), kept, losses)
                 bar.update(rows.stop - rows.start)
-
-
-def survey_sequences(
-    model: nn.Module, task: CausalLanguageModeling, train: Examples, vocabulary: int, batch_size: int, *, show: bool
-) -> tuple[dict[str, Any], Tensor, int]:
-    """Read all texts without running the model: what identifies them, tokens that count, and the longest.
-
-    Raises:
-        ValueError: Naming the first text that cannot be read, before hours have gone into those before it.
-    """
-    fingerprint, lengths, longest = Fingerprint(content=not train.is_random), [], 1
-    with counting(len(train), "Reading", show=show) as bar:
-        for batch, digests, length in train.batches(batch_size, torch.device("cpu")):
-            with train.naming(sum(map(len, lengths))):
-                task.check_batch(model, batch)
-                targets = task.targets(batch)
-                lengths.append((task.encode(targets, vocabulary)[..., 1] > 0).sum(1))
-            fingerprint.update(digests, targets)
-            longest = max(longest, targets.shape[1])
-            bar.update(length)
-    return fingerprint.summary(), torch.cat(lengths), longest

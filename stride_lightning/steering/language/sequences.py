@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples, first_batch
-from stride_lightning.data.reading import fingerprint_of
+from stride_lightning.data.reading import fingerprint_of, required, survey
 from stride_lightning.runtime.distributed import gather, shard
 from stride_lightning.steering.activations import choose_layers
 from stride_lightning.steering.fit import Answers, Cost, FitOptions, FitRecord
 from stride_lightning.steering.language.curvature import FEATURE_DAMPING, TokenCurvature, TokenMoments
 from stride_lightning.steering.language.operators import TokenOperators, fit_token_operators, measure_tokens
 from stride_lightning.steering.language.output_space import choose_output_space
-from stride_lightning.steering.language.passes import TrainingPasses, survey_sequences
+from stride_lightning.steering.language.passes import TrainingPasses
 from stride_lightning.steering.language.tokens import BATCH_BYTES, TokenReader
 from stride_lightning.steering.published.hidden_states import HiddenStateOperators
 from stride_lightning.steering.recovery import check_measurements
@@ -124,10 +124,10 @@ class SequenceStride:
             self.layers = record.info["layers"]
         elif not self.layers:
             self.layers = self.choose_layers(model, inputs)
-        self.fingerprint, lengths, longest = survey_sequences(
-            model, self.task, train, space.vocabulary, self._given.batch_size, show=self._given.show_progress
+        texts = survey(
+            train, self.task, model, space.vocabulary, description="Reading" if self._given.show_progress else ""
         )
-        self.space = replace(space, longest=longest)
+        self.fingerprint, self.space = texts.fingerprint, replace(space, longest=texts.longest)
         self._model, self._device, self._is_recorded = model, device, record is not None
         self.reader = TokenReader(
             model,
@@ -145,7 +145,7 @@ class SequenceStride:
             "steered": self.space.kind,
             "task": repr(self.task),
         }
-        self.passes = TrainingPasses(self.reader, train, lengths, self._given.cache_dir, identity)
+        self.passes = TrainingPasses(self.reader, train, required(texts.num_tokens), self._given.cache_dir, identity)
         self.widths, self._num_features, self._dtype = (
             (*self.reader.widths, 1),
             self.passes.num_features,

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples
+from stride_lightning.data.reading import Reading, Rows, required
 from stride_lightning.model.layers import before_layers
-from stride_lightning.runtime.progress import counting
+from stride_lightning.runtime.checks import check_finite
 from stride_lightning.steering.activations import first_tensor, fold
 from stride_lightning.steering.language.output_space import OutputSpace
 from stride_lightning.tasks.inference import check_outputs
@@ -49,6 +50,7 @@ class TokenBatch:
     hidden: Tensor | None = None
 
 
+@dataclass(eq=False)
 class TokenReader:
     """Runs a frozen language model over sequences.
 
@@ -62,24 +64,19 @@ class TokenReader:
         show_progress: Show progress bars.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        task: CausalLanguageModeling,
-        layers: Sequence[str],
-        space: OutputSpace,
-        *,
-        batch_size: int,
-        device: torch.device,
-        show_progress: bool = True,
-    ) -> None:
-        self.model, self.task, self.layers, self.space = model, task, tuple(layers), space
-        self.batch_size, self.device, self.show_progress = batch_size, device, show_progress
-        #: Features of each layer, known once a batch was read.
-        self.widths: tuple[int, ...] = ()
-        self.dtype = torch.float32
-        #: Numbers in the gradient of a sequence in one operator, for the size of batches.
-        self.num_values = 0
+    model: nn.Module
+    task: CausalLanguageModeling
+    layers: Sequence[str]
+    space: OutputSpace
+    _: KW_ONLY
+    batch_size: int
+    device: torch.device
+    show_progress: bool = True
+    #: Features of each layer, known once a batch was read.
+    widths: tuple[int, ...] = field(default=(), init=False)
+    dtype: torch.dtype = field(default=torch.float32, init=False)
+    #: Numbers in the gradient of a sequence in one operator, for the size of batches.
+    num_values: int = field(default=0, init=False)
 
     @property
     def rows_per_batch(self) -> int:
@@ -87,12 +84,7 @@ class TokenReader:
         return min(self.batch_size, self.space.sequences_per_batch(BATCH_BYTES, self.num_values))
 
     def batches(
-        self,
-        examples: Examples,
-        description: str,
-        *,
-        share: slice | None = None,
-        with_logits: bool = False,
+        self, examples: Examples, description: str, *, share: slice | None = None, with_logits: bool = False
     ) -> Iterator[TokenBatch]:
         """Run over some sequences in order, each read once.
 
@@ -100,40 +92,35 @@ class TokenReader:
             examples: The sequences.
             description: What the progress bar says.
             share: Places to read; all when None.
-            with_logits: Keep logits and labels.
+            with_logits: Keep logits.
 
         Raises:
             ValueError: If a sequence cannot be read or its loss is not finite, naming it.
         """
-        start, stop, _ = (share or slice(None)).indices(len(examples))
-        part = examples.subset(range(start, stop))
-        with (
-            counting(stop - start, description, show=self.show_progress and bool(description)) as bar,
-            capture_tokens(self.model, self._captured_layers) as captured,
-            torch.no_grad(),
-        ):
-            place = start
-            for batch, _, length in part.batches(self.rows_per_batch, self.device):
+        reading = Reading(
+            examples,
+            self.task,
+            self.model,
+            batch_size=self.rows_per_batch,
+            device=self.device,
+            share=share,
+            description=description,
+            show_progress=self.show_progress,
+        )
+        with capture_tokens(self.model, self._captured_layers) as captured, torch.no_grad():
+            for rows in reading:
                 captured.clear()
-                with examples.naming(place):
-                    read = self._read(batch, slice(place, place + length), captured, with_logits=with_logits)
-                if not torch.isfinite(read.losses).all():
-                    bad = examples.name(place + int((~torch.isfinite(read.losses)).nonzero()[0]))
-                    raise ValueError(
-                        f"The loss of example {bad} is not finite. Attribution needs a model whose losses are finite "
-                        "numbers: check the weights (did training diverge?) and the input."
-                    )
-                place += length
-                bar.update(length)
-                yield read
+                with rows.naming():
+                    batch = self._run(rows, captured, with_logits=with_logits)
+                    check_finite(batch.losses, "loss")
+                yield batch
 
-    def _read(self, batch: Any, places: slice, captured: dict[str, Tensor], *, with_logits: bool) -> TokenBatch:
-        self.task.check_batch(self.model, batch)
-        logits = self.task.outputs(self.model, self.task.inputs(batch))
-        check_outputs(logits, places.stop - places.start, self.task)
+    def _run(self, rows: Rows, captured: dict[str, Tensor], *, with_logits: bool) -> TokenBatch:
+        logits = self.task.outputs(self.model, rows.inputs)
+        check_outputs(logits, len(rows), self.task)
         with exact(logits.device):
             logits = at_least_single(logits)
-            encoded = self.task.encode(self.task.targets(batch), logits.shape[-1]).to(logits)
+            encoded = self.task.encode(required(rows.targets), logits.shape[-1]).to(logits)
             labels, weights = encoded[..., 0].long(), self.task.output_weights(encoded)[..., 0]
             losses = (self.task.token_losses(logits, encoded) * weights).sum(1)
             # Padding may hold anything, NaN too: no weight is not enough.
@@ -141,7 +128,8 @@ class TokenReader:
             downhill = torch.where(counted, self.space.gradient(logits, labels), 0)
             features = torch.where(counted, self._features(captured, logits), 0)
             hidden = None if self._head is None else torch.where(counted, at_least_single(captured[self._head]), 0)
-        return TokenBatch(places, features, downhill, weights, losses, logits if with_logits else None, labels, hidden)
+        given = logits if with_logits else None
+        return TokenBatch(rows.places, features, downhill, weights, losses, given, labels, hidden)
 
     def kept(self, batch: TokenBatch) -> dict[str, Tensor]:
         """What is worth keeping of a batch, shape ``(B, T, ...)``: what enters a large head, not what comes out."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples
+from stride_lightning.data.reading import Reading, required
 from stride_lightning.model.layers import before_layers, plain_name
-from stride_lightning.runtime.progress import counting
 from stride_lightning.steering.published.fitting import PublishedOperators, unexplained
 from stride_lightning.steering.subsets import Design
 from stride_lightning.tasks.language import CausalLanguageModeling
@@ -148,26 +148,29 @@ class HiddenStateOperators(PublishedOperators):
     @torch.no_grad()
     def measure(self, queries: Examples, device: torch.device, *, show_progress: bool = True) -> Tensor:
         """Effect of every operator on every query, shape ``(q, K)`` in nats; positive helps."""
-        count, measured = self.design.num_subsets, []
-        rows = max(1, ROWS // count)
-        with counting(len(queries), "Measuring", show=show_progress) as bar:
-            for read, _, length in queries.batches(rows, device):
-                with queries.naming(sum(map(len, measured))):
-                    self.task.check_batch(self._frozen[0], read)
-                    targets = self.task.targets(read)
-                    inputs = self.task.inputs(read)
-                    frozen = self.task.outputs(self._frozen[0], inputs).float()
-                    encoded = self.task.encode(targets, frozen.shape[-1])
-                losses = [
-                    self.task.loss(
-                        self.steered(inputs, part.repeat_interleave(length), repeats=len(part)),
-                        encoded.repeat(len(part), 1, 1),
-                    ).view(len(part), length)
-                    for part in torch.arange(count).split(max(1, ROWS // length))
-                ]
-                measured.append(self.task.loss(frozen, encoded)[:, None] - torch.cat(losses).T)
-                bar.update(length)
-        return torch.cat(measured)
+        count, effects = self.design.num_subsets, []
+        reading = Reading(
+            queries,
+            self.task,
+            self._frozen[0],
+            batch_size=max(1, ROWS // count),
+            device=device,
+            description="Measuring",
+            show_progress=show_progress,
+        )
+        for rows in reading:
+            with rows.naming():
+                frozen = self.task.outputs(self._frozen[0], rows.inputs).float()
+                encoded = self.task.encode(required(rows.targets), frozen.shape[-1])
+            losses = [
+                self.task.loss(
+                    self.steered(rows.inputs, part.repeat_interleave(len(rows)), repeats=len(part)),
+                    encoded.repeat(len(part), 1, 1),
+                ).view(len(part), len(rows))
+                for part in torch.arange(count).split(max(1, ROWS // len(rows)))
+            ]
+            effects.append(self.task.loss(frozen, encoded)[:, None] - torch.cat(losses).T)
+        return torch.cat(effects)
 
 
 def hidden_of(layer: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -237,7 +237,7 @@ def test_texts_that_cannot_be_read_are_named_first(model, tmp_path, cached, ids)
     texts[11] = {"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)}
     rows = []
     model.register_forward_hook(lambda _, args, kwargs, out: rows.append(len(out)), with_kwargs=True)
-    with pytest.raises(ValueError, match=r"^Example 11 has (no token to predict|the label 50|3 tokens)"):
+    with pytest.raises(ValueError, match=r"^Training example 11 has (no token to predict|the label 50|3 tokens)"):
         ask(model, train=texts, **({"cache_dir": tmp_path} if cached else {}))
     assert sum(rows) <= 20
 
