@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -177,21 +178,8 @@ class StrideAttributor(Attributor):
         return {"layers": self.layers, "num_subsets": self.num_subsets, "degree": self.degree}
 
     def _prepared(self, model: nn.Module, device: torch.device, record: Record | None) -> Fit:
-        options = FitOptions(
-            layers=self.layers,
-            basis=self.basis,
-            rank=self.rank,
-            stability=self.stability,
-            ridge=self.ridge,
-            recovery=self.recovery,
-            seed=self.seed,
-            batch_size=self.batch_size,
-            show_progress=self.show_progress,
-            steps=self.steps,
-            cache_dir=self.cache_dir,
-            weights=self.weights,
-        )
-        fit = make_fit(self.task, options)
+        names = (option.name for option in fields(FitOptions))
+        fit = make_fit(self.task, FitOptions(**{name: getattr(self, name) for name in names}))
         fit.prepare(model, self.train_data, device, record)
         return fit
 

@@ -105,7 +105,6 @@ class Fit(Protocol):
 
     def prepare(self, model: nn.Module, train: Examples, device: torch.device, record: Record | None = None) -> None:
         """Read the training data, in the basis of a record if there is one; the model is in eval mode on ``device``."""
-        ...
 
     def estimate(self, design: Design | None) -> Cost:
         """What :meth:`fit` will take."""
@@ -113,7 +112,6 @@ class Fit(Protocol):
 
     def fit(self, design: Design | None, record: Record | None = None) -> None:
         """Fit the operators of a design, if any, or take from the record what it knows."""
-        ...
 
     def ask(self, queries: Examples, target: str = "label") -> Answers:
         """Run over the queries and measure what the operators do to them; ranks share the work."""
