@@ -336,10 +336,10 @@ def everything():
             found[kind, str(options), len(rows)] = scored("stride", kind, rows=rows, num_subsets=13, **options).scores
     for method in METHODS:
         kind = "classification"
-        for rows in (range(NUM_QUERIES), [2]):
-            found[method, len(rows)] = scored(method, kind, rows=rows).scores
-        if (method, "self-influence") not in EXEMPT:
-            found[method, "self-influence"] = fitted(method, kind, rows=TRAINING_ROWS).self_influence()
+        attributor = fitted(method, kind)
+        found[method] = attributor.attribute(queries_of(kind)).scores
+        if not {(method, "self-influence"), (method, "asked again")} & EXEMPT.keys():
+            found[method, "self-influence"] = attributor.self_influence()
         if method in TOPS:
             found[method, "top"] = scored(method, kind, top_k=4).top(4).proponent_scores
     for method in ("stride", "ekfac", "trak"):
