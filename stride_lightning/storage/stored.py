@@ -42,7 +42,7 @@ class Stored(ABC):
         if rank() == 0:
             path = write_record(path.parent, path.name, self.info(), {self.group: self.tensors()})
         barrier()
-        return Path(str(broadcast_object(str(path))))
+        return broadcast_object(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
