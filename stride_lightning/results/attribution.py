@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from stride_lightning.results.scores import AttributionResult
 from stride_lightning.results.top_examples import TopExamples, rank_columns
@@ -46,18 +46,8 @@ class Attribution(AttributionResult):
 
     @property
     @override
-    def num_queries(self) -> int:
-        return self.scores.shape[0]
-
-    @property
-    @override
     def num_train(self) -> int:
         return self.scores.shape[1]
-
-    @property
-    @override
-    def has_std(self) -> bool:
-        return self.std is not None
 
     @property
     @override
@@ -98,22 +88,15 @@ class Attribution(AttributionResult):
         labels = groups.tolist() if isinstance(groups, Tensor) else list(groups)
         if len(labels) != self.num_train:
             raise ValueError(f"Expected one group for each of {self.num_train} training examples, got {len(labels)}.")
-        names = list(dict.fromkeys(labels))
-        number = {name: i for i, name in enumerate(names)}
+        number = {name: i for i, name in enumerate(dict.fromkeys(labels))}
         index = torch.tensor([number[label] for label in labels])
-        return names, self.scores.new_zeros(self.num_queries, len(names)).index_add_(1, index, self.scores)
+        return list(number), self.scores.new_zeros(self.num_queries, len(number)).index_add_(1, index, self.scores)
 
     @override
     def _ranked(self, k: int) -> TopExamples:
         return rank_columns(self.scores, k, self.std)
 
-    @classmethod
-    @override
-    def _from_tensors(cls, tensors: dict[str, Tensor], **described: Any) -> Self:
-        return cls(**tensors, **described)
-
     @override
     def _summary(self) -> str:
         spread = f"std {self.scores.std():.2g}" if self.scores.numel() > 1 else f"sum {self.scores.sum():.2g}"
-        certain = ", with posterior std" if self.has_std else ""
-        return f"{self.num_queries} queries x {self.num_train} training examples, {spread}{certain}"
+        return f"{self.num_queries} queries x {self.num_train} training examples, {spread}"

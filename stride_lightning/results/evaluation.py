@@ -24,9 +24,7 @@ class EvaluationRow:
 
     Args:
         name: What it is called.
-        lds: Linear datamodeling score, mean over queries.
-        lds_lower: Lower end of its interval.
-        lds_upper: Upper end of its interval.
+        lds: Linear datamodeling score, mean over queries; its interval goes from ``lds_lower`` to ``lds_upper``.
         num_constant: Queries whose predicted or measured losses are all equal; they count 0 in ``lds``.
         counterfactual: Number of examples removed to mean rise of a query's loss; None if that was not measured.
         seconds: What the attribution took, if it says.
@@ -59,9 +57,7 @@ class Evaluation:
     Args:
         rows: One per attribution, the best linear datamodeling score first.
         ceiling: The score that a perfect predictor would get; None where the truth has a single seed.
-        num_subsets: Subsets of the ground truth.
-        num_seeds: Models per subset.
-        num_queries: Queries.
+        num_subsets: Subsets of the ground truth, with ``num_seeds`` models each and losses of ``num_queries`` queries.
         confidence: Of the intervals.
         per_query: Name to the score of every query, shape ``(num_queries,)``.
     """
@@ -76,10 +72,10 @@ class Evaluation:
 
     def __getitem__(self, name: str) -> EvaluationRow:
         """The row of one attribution."""
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise KeyError(f"No attribution {name!r} was evaluated: there are {[row.name for row in self.rows]}.")
+        rows = {row.name: row for row in self.rows}
+        if name not in rows:
+            raise KeyError(f"No attribution {name!r} was evaluated: there are {list(rows)}.")
+        return rows[name]
 
     @property
     def ks(self) -> list[int]:
@@ -162,11 +158,10 @@ def text_rows(evaluation: Evaluation) -> list[list[str]]:
 
 def caption(evaluation: Evaluation) -> str:
     """What was measured, in a line."""
-    seeds = f"{evaluation.num_seeds} seed{'s' if evaluation.num_seeds > 1 else ''}"
     queries = f"{evaluation.num_queries} quer{'ies' if evaluation.num_queries > 1 else 'y'}"
+    models = f"{evaluation.num_subsets} subsets x {evaluation.num_seeds} seed{'s' if evaluation.num_seeds > 1 else ''}"
     removal = "; without top k: mean rise of the loss" if evaluation.ks else ""
-    interval = f"with {100 * evaluation.confidence:g} % intervals"
-    return f"LDS of {queries} over {evaluation.num_subsets} subsets x {seeds}, {interval}{removal}"
+    return f"LDS of {queries} over {models}, with {100 * evaluation.confidence:g} % intervals{removal}"
 
 
 def ceiling_line(evaluation: Evaluation) -> str:

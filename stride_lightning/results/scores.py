@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -17,8 +16,10 @@ from stride_lightning.data.examples import Examples
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
 from stride_lightning.results.top_examples import TopExamples
 from stride_lightning.runtime.checks import check_count
-from stride_lightning.runtime.distributed import barrier, broadcast_object, rank
-from stride_lightning.storage.records import RecordError, read_record, write_record
+from stride_lightning.runtime.distributed import barrier, rank
+from stride_lightning.runtime.progress import announce
+from stride_lightning.storage.records import RecordError, read_record
+from stride_lightning.storage.stored import write_once
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 #: Where texts come from: a function of the position in the dataset, one text per row or column, or a column's name.
 TextSource: TypeAlias = Callable[[int], str] | Sequence[str] | str | None
+#: Shape that makes a picture of flattened inputs, such as ``(28, 28)``; inputs are as they are without.
+ImageShape: TypeAlias = tuple[int, ...] | None
 #: What is saved as JSON.
 _PLAIN = ("metadata", "train_info", "query_info")
 
@@ -76,12 +79,10 @@ class AttributionResult(ABC):
                 if len(values) != length:
                     raise ValueError(f"{name}[{column!r}] has {len(values)} values, expected {length}.")
 
-    # ---- what a result says of its scores -----------------------------------------------------------------------
-
     @property
-    @abstractmethod
     def num_queries(self) -> int:
         """Number of queries, rows of the scores."""
+        return len(next(iter(self._tensors().values())))
 
     @property
     @abstractmethod
@@ -94,9 +95,9 @@ class AttributionResult(ABC):
         return self.num_train
 
     @property
-    @abstractmethod
     def has_std(self) -> bool:
         """Whether scores come with a posterior standard deviation."""
+        return any("std" in name for name in self._tensors())
 
     @property
     def distributions(self) -> dict[str, Tensor]:
@@ -120,15 +121,13 @@ class AttributionResult(ABC):
         return self.distributions
 
     @classmethod
-    @abstractmethod
-    def _from_tensors(cls, tensors: dict[str, Tensor], **described: Any) -> Self:
+    def _from_tensors(cls, tensors: dict[str, Any], **described: Any) -> Self:
         """The result of these scores, and of what is known of rows and columns."""
+        return cls(**tensors, **described)
 
     @abstractmethod
     def _summary(self) -> str:
-        """The scores in a few words."""
-
-    # ---- what follows for every result --------------------------------------------------------------------------
+        """What was scored, in a few words."""
 
     def __len__(self) -> int:
         return self.num_queries
@@ -180,22 +179,14 @@ class AttributionResult(ABC):
         """Write everything but the data into one folder of safetensors and JSON, all or nothing.
 
         An existing folder is never overwritten: the new one becomes ``<path>-v1``, ``-v2``, ... In a distributed
-        run rank 0 writes.
-
-        Returns:
-            The folder that was written.
+        run rank 0 writes. Returns the folder that was written.
         """
-        path = Path(path)
-        written = path
-        if rank() == 0:
-            known = {name: getattr(self, name) for name in ("train_indices", "train_targets", "query_targets")}
-            tensors = self._tensors() | {name: value for name, value in known.items() if value is not None}
-            info = {"kind": self.kind} | {name: getattr(self, name) for name in _PLAIN}
-            written = write_record(path.parent, path.name, info, {"attribution": tensors})
-            if written != path:
-                print(f"{path} exists and was kept: the scores were saved as {written}.", file=sys.stderr, flush=True)
-        barrier()
-        return Path(str(broadcast_object(str(written))))
+        known = {name: getattr(self, name) for name in ("train_indices", "train_targets", "query_targets")}
+        tensors = self._tensors() | {name: value for name, value in known.items() if value is not None}
+        info = {"kind": self.kind} | {name: getattr(self, name) for name in _PLAIN}
+        written = write_once(path, info, {"attribution": tensors})
+        announce(f"{Path(path)} exists and was kept: the scores were saved as {written}.", show=written != Path(path))
+        return written
 
     @classmethod
     def load(cls, path: str | Path, *, train_data: Any = None, queries: Any = None) -> Self:
@@ -204,7 +195,7 @@ class AttributionResult(ABC):
         Args:
             path: The folder.
             train_data: The training data again, if pictures are wanted.
-            queries: The queries again, if pictures are wanted.
+            queries: The same for queries.
 
         Raises:
             RecordError: If the folder is damaged or not an attribution.
@@ -228,10 +219,9 @@ class AttributionResult(ABC):
 
     def __repr__(self) -> str:
         method = self.metadata.get("method", "scores")
+        certain = ", with posterior std" if self.has_std else ""
         took = f", {self.seconds:.1f} s" if self.seconds is not None else ""
-        return f"{type(self).__name__}({method}: {self._summary()}{took})"
-
-    # ---- views ------------------------------------------------------------------------------------------------
+        return f"{type(self).__name__}({method}: {self._summary()}{certain}{took})"
 
     def to_dataframe(self, k: int | None = None) -> DataFrame:
         """A table with one row per query and training example (the top ``k`` proponents and opponents if given)."""
@@ -246,7 +236,7 @@ class AttributionResult(ABC):
         step: int | None = None,
         k: int = 5,
         max_queries: int = 20,
-        image_shape: tuple[int, ...] | None = None,
+        image_shape: ImageShape = None,
     ) -> None:
         """Log scalars to any Lightning logger, and histograms, tables and pictures where it can show them.
 
@@ -263,7 +253,7 @@ class AttributionResult(ABC):
             step = int(self.metadata.get("step") or 0) if step is None else step
             log_attribution(self, loggers, step=step, k=k, max_queries=max_queries, image_shape=image_shape)
 
-    def plot(self, query: int | Sequence[int] = 0, k: int = 6, *, image_shape: tuple[int, ...] | None = None) -> Figure:
+    def plot(self, query: int | Sequence[int] = 0, k: int = 6, *, image_shape: ImageShape = None) -> Figure:
         """A figure of queries with their proponents and opponents: pictures if inputs are images, bars otherwise.
 
         Args:
@@ -281,7 +271,7 @@ class AttributionResult(ABC):
         *,
         queries: int | Sequence[int] | None = None,
         k: int = 5,
-        image_shape: tuple[int, ...] | None = None,
+        image_shape: ImageShape = None,
         query_text: TextSource = None,
         train_text: TextSource = None,
         title: str | None = None,

@@ -67,11 +67,6 @@ class TopAttribution(AttributionResult):
 
     @property
     @override
-    def num_queries(self) -> int:
-        return len(self.examples.proponents)
-
-    @property
-    @override
     def num_train(self) -> int:
         return self._num_train
 
@@ -79,11 +74,6 @@ class TopAttribution(AttributionResult):
     @override
     def num_ranked(self) -> int:
         return self.examples.proponents.shape[1]
-
-    @property
-    @override
-    def has_std(self) -> bool:
-        return self.examples.proponent_stds is not None
 
     @override
     def pairs(self, k: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -97,9 +87,8 @@ class TopAttribution(AttributionResult):
             return torch.cat([helpful, harmful.flip(1)], 1)[once]
 
         columns, scores = joined(top.proponents, top.opponents), joined(top.proponent_scores, top.opponent_scores)
-        if top.proponent_stds is None or top.opponent_stds is None:
-            return rows, columns, scores, None
-        return rows, columns, scores, joined(top.proponent_stds, top.opponent_stds)
+        stds = [std for std in (top.proponent_stds, top.opponent_stds) if std is not None]
+        return rows, columns, scores, joined(*stds) if stds else None
 
     @override
     def _ranked(self, k: int) -> TopExamples:
@@ -116,11 +105,9 @@ class TopAttribution(AttributionResult):
 
     @classmethod
     @override
-    def _from_tensors(cls, tensors: dict[str, Tensor], **described: Any) -> Self:
-        ranked: dict[str, Any] = tensors
-        return cls(TopExamples(**ranked), len(described["train_indices"]), **described)
+    def _from_tensors(cls, tensors: dict[str, Any], **described: Any) -> Self:
+        return cls(TopExamples(**tensors), len(described["train_indices"]), **described)
 
     @override
     def _summary(self) -> str:
-        certain = ", with posterior std" if self.has_std else ""
-        return f"{self.num_queries} queries, top {self.num_ranked} of {self.num_train} training examples{certain}"
+        return f"{self.num_queries} queries, top {self.num_ranked} of {self.num_train} training examples"

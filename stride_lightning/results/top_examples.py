@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from stride_lightning.runtime.checks import check_count
-from stride_lightning.runtime.distributed import gather, world_size
+from stride_lightning.runtime.distributed import gather_objects, world_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,8 +22,7 @@ class TopExamples:
         proponent_scores: Their scores, same shape.
         opponents: Positions in the training dataset, most harmful first, shape ``(q, k)``.
         opponent_scores: Their scores, same shape.
-        proponent_stds: Posterior standard deviations of the proponents' scores, where there are any.
-        opponent_stds: Those of the opponents' scores.
+        proponent_stds: Posterior standard deviations of the scores, where there are any; likewise ``opponent_stds``.
         is_signed: Whether scores say who helps and who harms, not only how much an example tells.
     """
 
@@ -38,8 +36,7 @@ class TopExamples:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything there is, by name."""
-        named = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: tensor for name, tensor in named.items() if isinstance(tensor, Tensor)}
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def first(self, k: int) -> TopExamples:
         """The first ``k`` of each kind."""
@@ -63,12 +60,7 @@ class TopExamples:
 
 
 def rank_columns(scores: Tensor, k: int, std: Tensor | None = None) -> TopExamples:
-    """The ``k`` best and worst columns of each row of scores; ties come in order of columns.
-
-    Args:
-        scores: Shape ``(q, n)``.
-        k: At most n.
-        std: Standard deviations, same shape.
+    """The ``k <= n`` best and worst columns of each row of scores, ``(q, n)``; ties come in order of columns.
 
     Example:
         >>> rank_columns(torch.tensor([[0.5, -0.25, 0.5, 1.0]]), k=2)
@@ -83,10 +75,7 @@ def rank_columns(scores: Tensor, k: int, std: Tensor | None = None) -> TopExampl
 
 
 def joined(parts: Sequence[TopExamples]) -> TopExamples:
-    """The top of some queries, then that of more; the same ``k`` in all parts.
-
-    Args:
-        parts: At least one; all with standard deviations, or none.
+    """The top of some queries, then that of more; the same ``k`` in all parts, standard deviations in all or none.
 
     Example:
         >>> scores = torch.tensor([[0.5, -0.25], [0.0, 1.0]])
@@ -163,16 +152,12 @@ class TopCollector:
         """Take over what the collectors of all other processes have seen; a collective call, all then hold the same."""
         if world_size() == 1:
             return
-        width = torch.tensor([[self._sides[0][0].shape[1], self.num_columns]])
-        everyone = gather(width, world_size())
-        self.num_columns = int(everyone[:, 1].sum())
-        widths = everyone[:, 0].tolist()
-        for side, (values, columns) in enumerate(self._sides):
-            missing = (0, max(widths) - values.shape[1])
-            padded = [F.pad(tensor, missing)[None] for tensor in (values, columns)]
-            whole = [gather(tensor, world_size()) for tensor in padded]
-            parts = [[tensor[rank, :, :width] for rank, width in enumerate(widths)] for tensor in whole]
-            self._sides[side] = _first(torch.cat(parts[0], 1), torch.cat(parts[1], 1), self.k)
+        mine = self.num_columns, [(values.cpu(), columns.cpu()) for values, columns in self._sides]
+        counts, sides = zip(*gather_objects(mine), strict=True)
+        self.num_columns = sum(counts)
+        for side, parts in enumerate(zip(*sides, strict=True)):
+            values, columns = (torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))
+            self._sides[side] = _first(values, columns, self.k)
 
     def compute(self) -> TopExamples:
         """The ``k`` best and worst so far, or all if there are fewer, on the CPU; columns in place of positions.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.results.attribution import Attribution
+from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.retraining.batchability import vectorised_attention
 from stride_lightning.retraining.ground_truth import Counterfactual, GroundTruth, Retrained
 from stride_lightning.retraining.one_by_one import train_alone
@@ -110,7 +111,7 @@ def retrain(
 
 
 def retrain_without(
-    attribution: Attribution,
+    attribution: Attribution | TopAttribution,
     model_fn: Callable[[], nn.Module],
     queries: Any,
     *,
@@ -145,6 +146,8 @@ def retrain_without(
 
     Reference: arXiv:2303.14186 (TRAK), section 5.2.
     """
+    if isinstance(attribution, TopAttribution):
+        raise ValueError(attribution.why_no_scores)
     if not isinstance(attribution, Attribution):
         raise TypeError(f"`attribution` must be an Attribution, got {type(attribution).__name__}: wrap its scores.")
     if not torch.isfinite(attribution.scores).all():

@@ -47,10 +47,6 @@ def check_count(
 def check_positive(name: str, value: float) -> float:
     """Refuse what is not a positive finite number.
 
-    Args:
-        name: The argument, as the caller calls it.
-        value: What came.
-
     Raises:
         ValueError: If it is zero, negative, infinite or NaN.
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+Value = TypeVar("Value")
 
 
 def rank() -> int:
@@ -31,19 +35,12 @@ def gather(part: Tensor, length: int, dim: int = 0) -> Tensor:
     moved = part.movedim(dim, 0).contiguous()
     whole = moved.new_zeros(length, *moved.shape[1:])
     whole[shard(length)] = moved
-    if dist.get_backend() == "nccl":  # which moves device memory only
-        whole = whole.cuda()
-    dist.all_reduce(whole)
-    return whole.to(part.device).movedim(0, dim)
+    return _summed(whole).movedim(0, dim)
 
 
 def total(part: Tensor) -> Tensor:
     """The sum of the ranks' tensors, on every rank."""
-    if world_size() == 1:
-        return part
-    whole = part.cuda() if dist.get_backend() == "nccl" else part.clone()
-    dist.all_reduce(whole)
-    return whole.to(part.device)
+    return part if world_size() == 1 else _summed(part.clone())
 
 
 def barrier() -> None:
@@ -52,8 +49,8 @@ def barrier() -> None:
         dist.barrier()
 
 
-def broadcast_object(value: object) -> object:
-    """Rank 0's value, on every rank."""
+def broadcast_object(value: Value) -> Value:
+    """Rank 0's (picklable) value, on every rank."""
     if world_size() == 1:
         return value
     box = [value]
@@ -62,13 +59,24 @@ def broadcast_object(value: object) -> object:
     return box[0]
 
 
+def gather_objects(value: Value) -> list[Value]:
+    """Every rank's (picklable) value, on every rank."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def all_equal(value: object) -> bool:
     """Whether every rank holds the same (picklable) value."""
-    if world_size() == 1:
-        return True
-    values: list[object] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return all(other == value for other in values)
+    return all(other == value for other in gather_objects(value))
+
+
+def _summed(whole: Tensor) -> Tensor:
+    """The sum over the ranks, which may be written into the tensor."""
+    shared = whole.cuda() if dist.get_backend() == "nccl" else whole  # NCCL moves device memory only
+    dist.all_reduce(shared)
+    return shared.to(whole.device)
 
 
 def _running() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import TypeVar
 
@@ -48,23 +49,19 @@ def map_chunks(
     another process is running, waiting for a second thread in each takes many times as long as the work.
 
     Args:
-        function: What to do with a chunk; must not draw random numbers.
+        function: What to do with a chunk, without gradients; must not draw random numbers.
         chunks: The chunks.
         device: Where their tensors live.
         description: What the progress bar says.
         show_progress: Show it.
     """
-    threads = torch.get_num_threads()
     workers = min(num_workers(device), len(chunks))
+    function = torch.no_grad()(function)  # gradient mode belongs to a thread: switched off in each
     if workers <= 1:
-        yield from track(map(_without_gradient(function), chunks), description, len(chunks), show=show_progress)
+        yield from track(map(function, chunks), description, len(chunks), show=show_progress)
         return
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            results = pool.map(_without_gradient(function), chunks)
-            yield from track(results, description, len(chunks), show=show_progress)
-    finally:
-        torch.set_num_threads(threads)  # the workers' setting reaches this thread's BLAS too
+    with _pool(workers) as pool:
+        yield from track(pool.map(function, chunks), description, len(chunks), show=show_progress)
 
 
 def each_in_a_thread(function: Callable[[Item], Result], items: Sequence[Item], num_threads: int) -> list[Result]:
@@ -72,10 +69,7 @@ def each_in_a_thread(function: Callable[[Item], Result], items: Sequence[Item], 
 
     When one fails, or Ctrl-C is pressed, what has not begun is not begun.
 
-    Args:
-        function: What to do; must not draw from the global random generators if there are several threads.
-        items: The items.
-        num_threads: How many at once; with 1 the calling thread does all.
+    Several threads must not draw from the global random generators; with one the calling thread does all.
 
     Example:
         >>> each_in_a_thread(lambda x: x + 1, [1, 2, 3], num_threads=2)
@@ -83,21 +77,17 @@ def each_in_a_thread(function: Callable[[Item], Result], items: Sequence[Item], 
     """
     if num_threads <= 1 or len(items) <= 1:
         return [function(item) for item in items]
+    with _pool(min(num_threads, len(items))) as pool:
+        return list(pool.map(function, items))
+
+
+@contextmanager
+def _pool(num_threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads of one core each; at the end what has not begun is not begun."""
     before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(min(num_threads, len(items)), initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        futures = [pool.submit(function, item) for item in items]
-        return [future.result() for future in futures]
+        yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(before)
-
-
-def _without_gradient(function: Callable[[Item], Result]) -> Callable[[Item], Result]:
-    """Gradient mode belongs to a thread: switch it off in each."""
-
-    def run(item: Item) -> Result:
-        with torch.no_grad():
-            return function(item)
-
-    return run
+        torch.set_num_threads(before)  # the workers' setting reaches this thread's BLAS too

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
-from stride_lightning.runtime.distributed import barrier, broadcast_object, rank, world_size
+from stride_lightning.runtime.distributed import barrier, broadcast_object, gather_objects, rank, world_size
 from stride_lightning.runtime.parallel import each_in_a_thread
 from stride_lightning.runtime.progress import counting
 from stride_lightning.runtime.randomness import preserved_random_state
@@ -22,7 +22,6 @@ from stride_lightning.storage.stored import Stored
 
 #: About how many parts of each thread's work are stored one by one, and the fewest items in one.
 NUM_PARTS, SMALLEST_PART = 16, 16
-
 
 Finished = TypeVar("Finished", bound=Stored)
 
@@ -50,7 +49,7 @@ class Work:
 
     def __init__(self, path: str | Path | None, plan: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self.path = None if path is None else Path(path)
-        self.folder = None if self.path is None else self.path.with_name(self.path.name + ".parts")
+        self.folder = None if path is None else Path(f"{self.path}.parts")
         self.plan, self.tensors = dict(plan), dict(tensors)
         #: Items of a chunk; known once the work has begun.
         self.chunk_size = 0
@@ -66,10 +65,8 @@ class Work:
             return None
         result = kind.load(self.path)
         decisive = {name: result.metadata.get(name) for name in self.plan}
-        differing = differences(
-            decisive, self.plan, {name: getattr(result, name) for name in self.tensors}, self.tensors
-        )
-        if differing:
+        tensors = {name: getattr(result, name) for name in self.tensors}
+        if differing := differences(decisive, self.plan, tensors, self.tensors):
             raise ValueError(
                 f"{self.path} holds the result of other work, which differs in {differing}. Choose another path, or "
                 "delete it."
@@ -115,9 +112,8 @@ class Work:
         if self.path is not None:  # a kill loses a part, but small ones cost time
             size = min(size, max(SMALLEST_PART, -(-total // (NUM_PARTS * num_threads))))
         self.chunk_size = size = self._begin(size)
-        chunks = [
-            (seed, slice(start, min(start + size, num_items))) for seed in seeds for start in range(0, num_items, size)
-        ]
+        starts = range(0, num_items, size)
+        chunks = [(seed, slice(start, min(start + size, num_items))) for seed in seeds for start in starts]
         lengths = [ticks(items.stop - items.start) for _, items in chunks]
         mine = range(rank(), len(chunks), world_size())
         with counting(sum(lengths), description, show_progress) as bar, preserved_random_state():
@@ -126,16 +122,16 @@ class Work:
                 return compute(*chunks[number], bar.update)
 
             def store(number: int) -> None:
-                if os.path.lexists(self._part(number)):
+                part = self._part(number)
+                if os.path.lexists(part):
                     bar.update(lengths[number])
                 else:
-                    part = self._part(number)
                     info = {"kind": "part", "number": number}
                     write_record(part.parent, part.name, info, {"values": {"values": values_of(number)}})
 
             if self.folder is None:
-                computed = each_in_a_thread(values_of, mine, num_threads)
-                values = _exchanged(dict(zip(mine, computed, strict=True)), len(chunks))
+                computed = gather_objects(each_in_a_thread(values_of, mine, num_threads))
+                values = [computed[number % world_size()][number // world_size()] for number in range(len(chunks))]
             else:
                 each_in_a_thread(store, mine, num_threads)
                 barrier()
@@ -151,7 +147,7 @@ class Work:
 
     def _begin(self, chunk_size: int) -> int:
         """Write the plan, or compare it with that of the run that began the work, whose chunk size counts then."""
-        size = cast("int", broadcast_object(chunk_size))  # ranks may have other numbers of threads
+        size = broadcast_object(chunk_size)  # ranks may have other numbers of threads
         if self.folder is None:
             return size
         if rank() == 0 and not _plans(self.folder):
@@ -161,8 +157,7 @@ class Work:
         record = read_record(_plans(self.folder)[0])
         plan = dict(record.info["plan"])
         size = plan.pop("chunk_size")
-        differing = differences(plan, self.plan, record.tensors("plan"), self.tensors)
-        if differing:
+        if differing := differences(plan, self.plan, record.tensors("plan"), self.tensors):
             raise ValueError(
                 f"{self.folder} holds the finished parts of other work, which differs in {differing}. Choose another "
                 "path, or delete the folder to begin anew."
@@ -208,7 +203,7 @@ def differences(
     """What differs between two plans, in words; empty if nothing does."""
     differing = []
     for name in sorted(stored.keys() | wanted.keys()):
-        before, now = _plain(stored.get(name)), _plain(wanted.get(name))
+        before, now = (json.loads(json.dumps(plan.get(name))) for plan in (stored, wanted))  # tuples become lists
         if before != now:
             is_long = isinstance(before, dict | list) or len(f"{before}{now}") > 200
             differing.append(name if is_long else f"{name} ({before!r} there, {now!r} asked for)")
@@ -222,19 +217,3 @@ def differences(
 def _plans(folder: Path) -> list[Path]:
     """The plan of a folder of parts; more than one where several runs began at the same moment."""
     return [path for path in find_records(folder) if path.name.startswith("plan")]
-
-
-def _plain(value: Any) -> Any:
-    """As it comes back from JSON."""
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-
-def _exchanged(mine: dict[int, Tensor], count: int) -> list[Tensor]:
-    shares: list[Any] = [mine]
-    if world_size() > 1:
-        shares = [None] * world_size()
-        dist.all_gather_object(shares, mine)
-    every = {number: values for share in shares for number, values in share.items()}
-    return [every[number] for number in range(count)]

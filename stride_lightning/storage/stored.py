@@ -14,6 +14,15 @@ from stride_lightning.runtime.distributed import barrier, broadcast_object, rank
 from stride_lightning.storage.records import Record, RecordError, read_record, write_record
 
 
+def write_once(path: str | Path, info: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> Path:
+    """Write a record on rank 0; all ranks learn where it is, which may be another version of the name."""
+    path = Path(path)
+    if rank() == 0:
+        path = write_record(path.parent, path.name, info, tensors)
+    barrier()
+    return broadcast_object(path)
+
+
 class Stored(ABC):
     """Plain values and tensors that are saved into one folder, and read from it again."""
 
@@ -38,11 +47,7 @@ class Stored(ABC):
 
     def save(self, path: str | Path) -> Path:
         """Write everything into one folder, all or nothing; an existing one is kept and the new one gets a version."""
-        path = Path(path)
-        if rank() == 0:
-            path = write_record(path.parent, path.name, self.info(), {self.group: self.tensors()})
-        barrier()
-        return Path(str(broadcast_object(str(path))))
+        return write_once(path, self.info(), {self.group: self.tensors()})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
