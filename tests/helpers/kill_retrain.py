@@ -115,14 +115,16 @@ def operations(root):
 
 def moments(root):
     """Children killed at random moments of training that is slowed down, some of them twice before they may finish."""
-    rng, outcomes = random.Random(0), []
+    rng, outcomes, started = random.Random(0), [], time.monotonic()
+    in_fork(lambda: run(root / "timed", pause=0.01))
+    duration = time.monotonic() - started  # on a busy machine a run takes many times as long
     for trial in range(15):
         folder = root / str(trial)
         folder.mkdir()
         for _ in range(1 + (trial % 3 == 0)):
             pid, receive = fork(lambda folder=folder: run(folder / "truth", pause=0.01))
             os.read(receive, 1)
-            time.sleep(rng.uniform(0, 0.25))
+            time.sleep(rng.uniform(0, duration))
             os.kill(pid, signal.SIGKILL)
             finish(pid, receive)
         outcomes.append(resume(folder, again=trial % 5 == 0, memory_budget=1 if trial % 2 else None))
