@@ -154,17 +154,10 @@ def recover_with_prior(
 def recover_ridge(
     measurements: Tensor, design: Design, *, penalty: float | None = None, show_progress: bool = True
 ) -> Recovery:
-    r"""Ridge regression of the measurements on the memberships: every example alike a priori.
+    """Ridge regression of the measurements on the memberships: every example alike a priori.
 
-    Args:
-        measurements: Shape ``(q, K)``, in nats.
-        design: Which example is in which subset.
-        penalty: Ridge relative to the mean diagonal of ``M M'``; chosen by leave-one-subset-out prediction error
-            over all queries when None.
-        show_progress: Show a progress bar.
-
-    Returns:
-        Scores, posterior standard deviations and the penalty.
+    The penalty is relative to the mean diagonal of ``M M'``; chosen by leave-one-subset-out prediction error over all
+    queries when None, and returned beside scores and posterior standard deviations.
     """
     if penalty is not None:
         check_positive("penalty", penalty)
@@ -180,15 +173,10 @@ def recover_ridge(
 def posterior(
     residual: Tensor, design: Design, variances: Tensor, noise: float | None, *, show_progress: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Posterior mean and standard deviation of ``w ~ N(0, t^2 V)`` given centred measurements.
+    """Posterior mean and standard deviation of ``w ~ N(0, t^2 V)`` given centred measurements ``(q, K)``.
 
-    Args:
-        residual: Centred measurements, shape ``(q, K)``.
-        design: Which example is in which subset.
-        variances: Diagonal of ``V``, shape ``(q, n)``, or ``(1, n)`` for all queries alike.
-        noise: Noise variance relative to the mean diagonal of ``M V M'``; by marginal likelihood from ``NOISES``
-            for each query when None.
-        show_progress: Show a progress bar.
+    The diagonal of ``V`` has shape ``(q, n)``, or ``(1, n)`` for all queries alike. The noise variance is relative to
+    the mean diagonal of ``M V M'``; by marginal likelihood from ``NOISES`` for each query when None.
 
     Returns:
         Mean and standard deviation, each of shape ``(q, n)``, and the noise of each query, shape ``(q,)``.

@@ -127,16 +127,8 @@ def refit(
 ) -> Tensor:
     """Refit the readouts on the whole training set, for several ridges at once.
 
-    Args:
-        observed: Evaluation pass over the training set in a rotated basis.
-        task: The likelihood.
-        ridges: Penalties ``rho``, shape ``(m,)``.
-        tolerance: Largest relative gradient norm.
-        max_iterations: Stop here at the latest.
-        show_progress: Show a progress bar.
-
-    Returns:
-        Coefficients, shape ``(C, r, m)``.
+    Ridges are penalties ``rho`` of shape ``(m,)``, the coefficients have shape ``(C, r, m)``; other arguments are those
+    of :func:`fit_operators`.
     """
 
     def solve(chunk: slice) -> Tensor:

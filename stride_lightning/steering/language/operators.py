@@ -54,14 +54,7 @@ def fit_token_operators(
 
     Ranks share the sequences.
 
-    Memory: ``K r c`` floats and one batch; six times that for more than one step.
-
-    Args:
-        passes: Reads the sequences of this rank.
-        design: Which sequence is in which subset.
-        curvature: That of all sequences.
-        space: Where operators act.
-        steps: Steps of each operator; 1 is the closed form.
+    Memory: ``K r c`` floats and one batch; six times that for more than one step. One step is the closed form.
     """
     summed = curvature.zeros(design.num_subsets)
     mean = curvature.zeros()
