@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from stride_lightning.data.examples import Examples
-from stride_lightning.results.scores import AttributionResult, TextSource
+from stride_lightning.results.scores import AttributionResult, ImageShape, TextSource
 from stride_lightning.results.texts import interval_text
 from stride_lightning.runtime.progress import track
 from stride_lightning.runtime.randomness import seeded
@@ -26,7 +26,7 @@ def report_content(
     rows: Sequence[int],
     k: int,
     *,
-    image_shape: tuple[int, ...] | None = None,
+    image_shape: ImageShape = None,
     query_text: TextSource = None,
     train_text: TextSource = None,
 ) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class _Source:
     targets: Tensor | None
     info: dict[str, list[Any]]
     text: TextSource
-    image_shape: tuple[int, ...] | None
+    image_shape: ImageShape
 
     def described(self, places: Sequence[int], length: int, pictures: Pictures) -> list[dict[str, Any]]:
         """Rows of queries, or columns of training examples, as plain values; only these are read."""
@@ -109,9 +109,8 @@ class _Source:
 
     def _check(self, length: int) -> None:
         if isinstance(self.text, str) and self.text not in self.info:
-            raise ValueError(
-                f"`{self.kind}_text` names no column of {self.kind}_info {sorted(self.info)}: {self.text!r}."
-            )
+            columns = f"{self.kind}_info {sorted(self.info)}"
+            raise ValueError(f"`{self.kind}_text` names no column of {columns}: {self.text!r}.")
         if isinstance(self.text, Sequence) and not isinstance(self.text, str) and len(self.text) != length:
             raise ValueError(f"`{self.kind}_text` has {len(self.text)} texts, expected {length}.")
 
