@@ -156,15 +156,14 @@ def markdown_table(attribution: AttributionResult, queries: Iterable[int], k: in
     """
     has_target = attribution.train_targets is not None
     names = ["target"] * has_target + [escaped(name) for name in attribution.train_info]
+    header = [
+        "| " + " | ".join(["| rank | position | score", *names]) + " |",
+        "|---|---:|---:|---:|" + "---|" * len(names),
+    ]
     parts = []
     for query in queries:
         facts = [f"{escaped(name)} {escaped(value)}" for name, value in query_facts(attribution, query).items()]
-        lines = [
-            "### " + " · ".join([f"Query {query}", *facts]),
-            "",
-            "| " + " | ".join(["| rank | position | score", *names]) + " |",
-            "|---|---:|---:|---:|" + "---|" * len(names),
-        ]
+        lines = ["### " + " · ".join([f"Query {query}", *facts]), "", *header]
         for side, rank, example in _ranked_rows(attribution, query, k):
             score = interval_text(example.score, example.std)
             cells = [side, str(rank), str(example.position), score, *map(escaped, _texts(example))]

@@ -41,7 +41,8 @@ def report_content(
         >>> content["queries"][0]["ranked"], [example["name"] for example in content["examples"]]
         ([[[0, 0.5, None, '+0.50']], [[1, -0.25, None, '-0.25']]], ['0', '1'])
     """
-    ranked = {row: _sides(attribution, row, k) for row in track(rows, "Ranking", len(rows))}
+    num_sides = 2 if attribution.is_signed else 1
+    ranked = {row: rank_examples(attribution, row, k)[:num_sides] for row in track(rows, "Ranking", len(rows))}
     columns = list(dict.fromkeys(example.column for sides in ranked.values() for side in sides for example in side))
     place = {column: number for number, column in enumerate(columns)}
     pictures = Pictures()
@@ -61,11 +62,6 @@ def report_content(
         query["ranked"] = [[entry(example) for example in side] for side in sides]
     examples = train_source.described(columns, attribution.num_train, pictures)
     return {"queries": queries, "examples": examples, "pictures": pictures.uris()}
-
-
-def _sides(attribution: AttributionResult, row: int, k: int) -> list[list[RankedExample]]:
-    proponents, opponents = rank_examples(attribution, row, k)
-    return [proponents, opponents] if attribution.is_signed else [proponents]
 
 
 def _brief(value: float) -> float:
@@ -96,15 +92,14 @@ class _Source:
             image = as_image(example, image_shape=self.image_shape) if reads else None
             shown = {name: str(values[place]) for name, values in self.info.items()}
             texts = self._texts(place, example) + [(name, shown[name]) for name in shown if name in blocks]
-            described.append(
-                {
-                    "name": str(place if self.indices is None else int(self.indices[place])),
-                    "target": target_text(self.targets, place),
-                    "facts": [[name, value] for name, value in shown.items() if name not in blocks],
-                    "texts": [[name, text[:MAX_TEXT], len(text)] for name, text in texts],
-                    "picture": None if image is None else pictures.add(image),
-                }
-            )
+            values = {
+                "name": str(place if self.indices is None else int(self.indices[place])),
+                "target": target_text(self.targets, place),
+                "facts": [[name, value] for name, value in shown.items() if name not in blocks],
+                "texts": [[name, text[:MAX_TEXT], len(text)] for name, text in texts],
+                "picture": None if image is None else pictures.add(image),
+            }
+            described.append(values)
         return described
 
     def _check(self, length: int) -> None:
@@ -130,14 +125,12 @@ class _Source:
 
     def _texts(self, place: int, example: Any) -> list[tuple[str, str]]:
         """Texts that do not come from a column, by name."""
-        if isinstance(self.text, str):
-            return []
-        if self.text is None:
-            return texts_of(example)
-        if callable(self.text):
-            positions = self.indices if self.data is None else self.data.positions
-            return [("", str(self.text(place if positions is None else int(positions[place]))))]
-        return [("", str(self.text[place]))]
+        if self.text is None or isinstance(self.text, str):
+            return texts_of(example) if self.text is None else []
+        if not callable(self.text):
+            return [("", str(self.text[place]))]
+        positions = self.indices if self.data is None else self.data.positions
+        return [("", str(self.text(place if positions is None else int(positions[place]))))]
 
 
 def texts_of(example: Any) -> list[tuple[str, str]]:
