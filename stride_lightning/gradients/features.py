@@ -133,7 +133,7 @@ class Batch:
 
     def loss(self) -> Gradients:
         """Gradients of each example's loss."""
-        return self._of(lambda outputs: self._task.loss(outputs, self.encoded))
+        return self._backward.gradients(self._derivative(lambda outputs: self._task.loss(outputs, self.encoded)))
 
     def margin(self, *, last: bool = True) -> Gradients:
         """Gradients of each example's margin, or of its outputs towards the target where a task has no margin.
@@ -204,9 +204,6 @@ class Batch:
     @property
     def _weights(self) -> Tensor | float:
         return self._task.output_weights(self.encoded)
-
-    def _of(self, function: Callable[[Tensor], Tensor]) -> Gradients:
-        return self._backward.gradients(self._derivative(function))
 
     def _derivative(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         with torch.enable_grad():

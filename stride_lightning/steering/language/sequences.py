@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -277,25 +277,20 @@ class SequenceStride:
 
     # ---- reading --------------------------------------------------------------------------------------------
 
-    def _passes(self, description: str, with_logits: bool = False) -> Iterable[TokenBatch]:
+    def _passes(self, description: str, with_logits: bool = False) -> Iterator[TokenBatch]:
         """This rank's sequences: from the cache as far as it goes, then through the model."""
         start, stop = self._share.start, self._share.stop
         if self._cache is None or with_logits:
             yield from self._reader.batches(self._train, description, share=slice(start, stop), with_logits=with_logits)
             return
-        yield from self._cached(description)
-        for batch in self._reader.batches(self._train, description, share=slice(start + self._cache.done, stop)):
-            own = slice(batch.places.start - start, batch.places.stop - start)
-            self._cache.write(own, self._reader.kept(batch), batch.losses)
-            yield batch
-
-    def _cached(self, description: str) -> Iterator[TokenBatch]:
-        assert self._cache is not None
-        first = self._share.start
         with counting(self._cache.done, description, show=self.show_progress) as bar:
-            for own, kept, losses in self._cache.batches():
-                yield self._reader.restored(slice(own.start + first, own.stop + first), kept, losses)
-                bar.update(own.stop - own.start)
+            for part, saved, losses in self._cache.batches():
+                yield self._reader.restored(slice(part.start + start, part.stop + start), saved, losses)
+                bar.update(part.stop - part.start)
+        for batch in self._reader.batches(self._train, description, share=slice(start + self._cache.done, stop)):
+            part = slice(batch.places.start - start, batch.places.stop - start)
+            self._cache.write(part, self._reader.kept(batch), batch.losses)
+            yield batch
 
     def _open_cache(self, identity: dict[str, Any], lengths: Tensor) -> None:
         self._cache: ActivationCache | None = None
