@@ -1,21 +1,16 @@
 """Runs that are killed and go on: the same numbers, nothing left behind, and other work refused."""
 
-import json
-import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-import stride_lightning
 from stride_lightning.retraining.together import Together
 from stride_lightning.storage.parts import Work, differences, remove_parts
 from stride_lightning.storage.records import RecordError, find_records
+from tests.helpers.processes import needs_fork, what_helper_saw
 from tests.retraining.cases import Net, mlp, points, sgd
 from tests.retraining.test_retrain import ask as ask_to_retrain
 
@@ -25,16 +20,9 @@ from tests.retraining.test_retrain import ask as ask_to_retrain
 @pytest.fixture(scope="module")
 def after_kills(tmp_path_factory):
     """What tests/helpers/kill_retrain.py saw; one process for all kills, as importing torch is slow."""
-    folder = tmp_path_factory.mktemp("kills")
-    root = Path(stride_lightning.__file__).parents[1]
-    command = [sys.executable, str(root / "tests" / "helpers" / "kill_retrain.py"), str(folder)]
-    env = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return what_helper_saw("kill_retrain.py", tmp_path_factory.mktemp("kills"))
 
 
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
 STEPS = 6  # of a part
 NUM_MODELS, NUM_PARTS = 5, 3
 

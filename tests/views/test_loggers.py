@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 from stride_lightning.data.examples import Examples
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.views.loggers import example_table, log_attribution, markdown_table, summarize
+from tests.helpers.loggers import WandbLike, read_events
 
 SCORES = torch.tensor([[3.0, -1.0, 0.0, 0.0], [2.0, 1.0, -1.0, 0.0]])
 HOSTILE = "a|b\nsecond line <script>alert('x')</script> [click](javascript:x) *bold* `code` \\| &lt; $5"
@@ -28,45 +29,13 @@ def attribution():
         train_indices=torch.tensor([10, 11, 12, 13]),
         train_targets=torch.tensor([0, 1, 2, 3]),
         query_targets=torch.tensor([7, 8]),
-        metadata={
-            "method": "stride",
-            "seconds": {"fit": 1.5, "total": 2.5},
-            "peak_memory": 4096,
-            "device": "cpu",
-            "peak_memory_known": True,
-        },
+        metadata={"method": "stride", "seconds": {"fit": 1.5, "total": 2.5}, "device": "cpu"}
+        | {"peak_memory": 4096, "peak_memory_known": True},
         train_info={"text": ["plain", HOSTILE, "c", "d"]},
         query_info={"id": ["q|0", "q1"]},
         queries=images.subset([0, 1]),
         train_data=images,
     )
-
-
-class WandbLike:
-    """The part of a Weights & Biases logger that is used."""
-
-    def __init__(self):
-        self.calls = []
-        self.experiment = object()
-
-    def log_metrics(self, metrics, step=None):
-        self.calls.append(("metrics", metrics, step))
-
-    def log_table(self, key, columns=None, data=None, dataframe=None, step=None):
-        self.calls.append((key, columns, data, step))
-
-    def log_image(self, key, images, step=None, **kwargs):
-        self.calls.append((key, images, step))
-
-
-def read_events(logger):
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    return event_accumulator.EventAccumulator(logger.log_dir).Reload()
-
-
-def hide(monkeypatch, package):
-    for name in [name for name in sys.modules if name.split(".")[0] == package] + [package]:
-        monkeypatch.setitem(sys.modules, name, None)
 
 
 def test_summary_by_hand(attribution):
@@ -240,7 +209,8 @@ def test_flat_images_are_pictures_only_when_told(attribution):
 
 
 def test_without_matplotlib_everything_but_pictures_is_logged(attribution, monkeypatch):
-    hide(monkeypatch, "matplotlib")
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] + ["matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
     logger = WandbLike()
     log_attribution(attribution, [logger], step=0)
     assert [call[0] for call in logger.calls] == ["metrics", "stride/top_examples"]
