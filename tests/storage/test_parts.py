@@ -1,5 +1,6 @@
 """Runs that are killed and go on: the same numbers, nothing left behind, and other work refused."""
 
+import shutil
 import threading
 
 import pytest
@@ -67,41 +68,39 @@ def ask(path=None, **more):
 
 
 @pytest.fixture
-def epochs_trained(monkeypatch):
-    """A list that grows with every chunk that is trained."""
-    found, original = [], Together.train
-    monkeypatch.setattr(Together, "train", lambda self, *args: (found.append(1), original(self, *args))[1])
-    return found
+def chunks_trained(monkeypatch):
+    """Numbers of models of the chunks that were trained, as they are."""
+    sizes, original = [], Together.train
+    monkeypatch.setattr(Together, "train", lambda self, *args: (sizes.append(len(args[0])), original(self, *args))[1])
+    return sizes
 
 
 class Interrupted(Exception):
     pass
 
 
-@pytest.fixture
-def interrupt(monkeypatch):
-    """Make the training of the n-th chunk fail, until undone."""
+def interrupted(path, monkeypatch, count):
+    """What a run leaves of which the training of a chunk, of one model each, fails after so many."""
+    original, calls = Together.train, []
 
-    def after(count):
-        original, calls = Together.train, []
+    def train(self, *args):
+        calls.append(1)
+        if len(calls) > count:
+            raise Interrupted
+        return original(self, *args)
 
-        def train(self, *args):
-            calls.append(1)
-            if len(calls) > count:
-                raise Interrupted
-            return original(self, *args)
-
-        monkeypatch.setattr(Together, "train", train)
-
-    return after
+    with monkeypatch.context() as patched:
+        patched.setattr(Together, "train", train)
+        with pytest.raises(Interrupted):
+            ask(path, memory_budget=1)
 
 
-def test_a_result_is_not_computed_twice(tmp_path, epochs_trained):
+def test_a_result_is_not_computed_twice(tmp_path, chunks_trained):
     first = ask(tmp_path / "truth")
-    assert epochs_trained
-    epochs_trained.clear()
+    assert chunks_trained
+    chunks_trained.clear()
     second = ask(tmp_path / "truth")
-    assert not epochs_trained
+    assert not chunks_trained
     assert first.masks.equal(second.masks)
     assert first.losses_by_seed.equal(second.losses_by_seed)
     assert first.losses_by_seed.equal(ask().losses_by_seed)
@@ -125,14 +124,12 @@ OTHER = {
 
 
 @pytest.mark.parametrize("case", OTHER)
-def test_other_work_is_refused_by_the_result_and_by_the_parts(case, tmp_path, interrupt):
+def test_other_work_is_refused_by_the_result_and_by_the_parts(case, tmp_path, monkeypatch):
     more, named = OTHER[case]
     ask(tmp_path / "whole")
     with pytest.raises(ValueError, match=f"whole holds the result of other work, which .*{named}.*Choose another"):
         ask(tmp_path / "whole", **more)
-    interrupt(1)
-    with pytest.raises(Interrupted):
-        ask(tmp_path / "truth", memory_budget=1)
+    interrupted(tmp_path / "truth", monkeypatch, 1)
     with pytest.raises(ValueError, match=rf"truth.parts holds the finished parts of .*{named}.*delete the folder"):
         ask(tmp_path / "truth", **more)
 
@@ -148,13 +145,13 @@ def test_a_model_with_other_settings_and_the_same_weights_is_other_work(tmp_path
         ask(tmp_path / "truth", model=dropping(0.9))
 
 
-def test_a_kill_loses_few_models(tmp_path, epochs_trained):
+def test_a_kill_loses_few_models(tmp_path, chunks_trained):
     """With a path, parts are of 16 models where more would train at once."""
     ask(tmp_path / "truth", num_subsets=48)
-    assert len(epochs_trained) == 3
-    epochs_trained.clear()
+    assert chunks_trained == [16, 16, 16]
+    chunks_trained.clear()
     ask(num_subsets=48)
-    assert len(epochs_trained) <= 2
+    assert len(chunks_trained) <= 2
 
 
 def test_settings_of_an_optimizer_that_only_a_trainer_takes(tmp_path):
@@ -168,39 +165,28 @@ def test_settings_of_an_optimizer_that_only_a_trainer_takes(tmp_path):
         ask_with(0.02)
 
 
-def test_an_interrupted_run_keeps_what_it_has_done(tmp_path, interrupt, monkeypatch):
+def test_an_interrupted_run_keeps_what_it_has_done(tmp_path, chunks_trained, monkeypatch):
     """And its chunk size, if there is more memory now."""
     whole = ask(memory_budget=1)
-    interrupt(2)
-    with pytest.raises(Interrupted):
-        ask(tmp_path / "truth", memory_budget=1)
+    interrupted(tmp_path / "truth", monkeypatch, 2)
     assert {path.name for path in find_records(tmp_path / "truth.parts")} == {"plan", "part=0", "part=1"}
-    monkeypatch.undo()
-    chunks, original = [], Together.train
-    monkeypatch.setattr(Together, "train", lambda self, *a: (chunks.append(len(a[0])), original(self, *a))[1])
+    chunks_trained.clear()
     again = ask(tmp_path / "truth", memory_budget=2**30)
-    assert chunks == [1, 1]
+    assert chunks_trained == [1, 1]
     assert again.metadata["chunk_size"] == 1
     assert again.losses_by_seed.equal(whole.losses_by_seed)
     assert not (tmp_path / "truth.parts").exists()
 
 
 @pytest.mark.parametrize("name", ["plan", "part=0"])
-def test_damage_is_refused_with_what_to_do(name, tmp_path, interrupt, monkeypatch):
-    interrupt(2)
-    with pytest.raises(Interrupted):
-        ask(tmp_path / "truth", memory_budget=1)
-    monkeypatch.undo()
+def test_damage_is_refused_with_what_to_do(name, tmp_path, monkeypatch):
+    interrupted(tmp_path / "truth", monkeypatch, 2)
     file = next((tmp_path / "truth.parts" / name).glob("*.safetensors"))
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
     with pytest.raises(RecordError, match=rf"(?s){file.name}.*truth.parts/{name}.*Delete this record and write it"):
         ask(tmp_path / "truth")
     if name != "plan":  # the advice helps
-        for path in sorted((tmp_path / "truth.parts" / name).iterdir()):
-            path.unlink()
-        (tmp_path / "truth.parts" / name).rmdir()
+        shutil.rmtree(tmp_path / "truth.parts" / name)
         assert ask(tmp_path / "truth").losses_by_seed.equal(ask(memory_budget=1).losses_by_seed)
 
 
