@@ -61,7 +61,7 @@ def test_leverage_at_one():
         attributor = made(model=mlp().to(dtype), ridge=1e-9)
         with torch.no_grad():
             rows = torch.cat([batch.rows for batch in attributor._held])
-        assert attributor.posterior.leverage(rows).max() > 2 - 1e-5
+        assert attributor.posterior.variance(rows).diagonal(dim1=1, dim2=2).sum(1).max() > 2 - 1e-5
         scores = ask(model=mlp().to(dtype), queries=DATA, ridge=1e-9).scores
         assert scores.isfinite().all()
         assert scores.min() >= 0
@@ -158,8 +158,10 @@ def test_certain_model():
         ({"method": "information-gain", "ridge": 0}, ValueError, "`ridge=0` is none: give a positive number"),
         ({"signed": "no"}, ValueError, "`signed` must be True or False, got 'no'"),
         ({"signed": 1}, ValueError, "`signed` must be True or False, got 1"),
-        ({"likelihood": "laplace"}, ValueError, "`likelihood` must be one of"),
-        ({"projection_dim": 0}, ValueError, "`projection_dim` must be an integer"),
+        ({"likelihood": "laplace"}, ValueError, r"`likelihood` must be one of \('gauss-newton', 'margin'\), got 'lap"),
+        ({"projection_dim": 0}, ValueError, "`projection_dim` must be an integer of at least 1, got 0"),
+        ({"projection_dim": 2.0}, ValueError, "`projection_dim` must be an integer of at least 1, got 2.0"),
+        ({"projection_dim": True}, ValueError, "`projection_dim` must be an integer of at least 1, got True"),
         ({"top_k": 0}, ValueError, "`top_k` must be an integer"),
         ({"layers": "2"}, TypeError, r"write layers=\['2'\]"),
         ({"damping": 1.0}, TypeError, "layers, likelihood, projection_dim, ridge, signed, top_k"),
