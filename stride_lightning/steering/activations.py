@@ -1,8 +1,8 @@
-"""What enters the layers of a model: names, capture and pooling."""
+"""What enters the layers of a model: capture and pooling."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stride_lightning.model.layers import before_layers, layer_names
+from stride_lightning.model.layers import before_layers
 
-#: Most layers that are chosen when the user names none.
-MAX_LAYERS = 8
 #: Spatial axes are average-pooled until an input has at most this many features.
 MAX_POOLED_FEATURES = 1024
 #: Wider inputs are folded to this many features by a seeded count sketch.
@@ -69,48 +67,6 @@ def capture_inputs(model: nn.Module, layers: Sequence[str]) -> Iterator[Captured
         yield captured
 
 
-def choose_layers(
-    model: nn.Module, forward: Callable[[], object], batch_size: int, limit: int = MAX_LAYERS, num_tokens: int = 0
-) -> list[str]:
-    """The layers whose inputs make the default basis, in the order they run.
-
-    Every layer with a weight matrix counts whose input has one row of numbers per example; the first is then the
-    raw features. Beyond ``limit``, layers evenly spaced from first to last are taken.
-
-    Args:
-        model: The model in eval mode.
-        forward: Runs the model on one batch.
-        batch_size: Number of examples in that batch.
-        limit: Most layers to take.
-        num_tokens: If given, inputs must have one row for each of so many tokens, shape ``(B, T, d)``.
-
-    Raises:
-        ValueError: If no layer qualifies.
-    """
-    order: list[str] = []
-
-    def hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        usable = tensors and tensors[0].is_floating_point() and tensors[0].ndim >= 2
-        if not usable or name in order:
-            return
-        expected = (batch_size, num_tokens) if num_tokens else (batch_size,)
-        shape = tensors[0].shape if num_tokens else _rows_first(module, tensors[0]).shape
-        if shape[: len(expected)] == expected and (not num_tokens or len(shape) == 3):
-            order.append(name)
-
-    with before_layers(model, layer_names(model), hook), torch.no_grad():
-        forward()
-    if not order:
-        raise ValueError(
-            f"Found no layer of {type(model).__name__} with a weight matrix and an input of shape (batch, ...). Name "
-            "modules whose inputs describe an example with `layers=[...]`."
-        )
-    if len(order) <= limit:
-        return order
-    return [order[round(i * (len(order) - 1) / max(1, limit - 1))] for i in range(limit)]
-
-
 def pool(module: nn.Module, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
     """One row of features per example: token axes are averaged, spatial axes pooled to a coarse grid.
 
@@ -122,7 +78,7 @@ def pool(module: nn.Module, inputs: Tensor, mask: Tensor | None = None) -> Tenso
     Returns:
         Shape ``(B, d)`` with ``d`` at most ``MAX_LAYER_FEATURES``.
     """
-    inputs = _rows_first(module, inputs.detach())
+    inputs = rows_first(module, inputs.detach())
     inputs = inputs if inputs.dtype == torch.float64 else inputs.float()
     if mask is not None and inputs.ndim == 3 and inputs.shape[:2] == mask.shape:
         counted = mask.bool()[..., None]
@@ -152,7 +108,7 @@ def fold(features: Tensor, width: int) -> Tensor:
     return features.new_zeros(len(features), width).index_add_(1, target, features * sign)
 
 
-def _rows_first(module: nn.Module, inputs: Tensor) -> Tensor:
+def rows_first(module: nn.Module, inputs: Tensor) -> Tensor:
     """Recurrent layers and attention may take (tokens, batch, features)."""
     sequence_first = getattr(module, "batch_first", True) is False and inputs.ndim == 3
     return inputs.transpose(0, 1) if sequence_first else inputs

@@ -1,7 +1,8 @@
-"""The basis of the steering operators, and one pass that evaluates a data set in it."""
+"""The basis of the steering operators: which layers enter it, and one pass that evaluates a data set in it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,11 +11,14 @@ from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples
 from stride_lightning.data.reading import Reading, Rows, required
+from stride_lightning.model.layers import before_layers, layer_names
 from stride_lightning.runtime.checks import check_finite
-from stride_lightning.steering.activations import Captured, capture_inputs
+from stride_lightning.steering.activations import Captured, capture_inputs, rows_first
 from stride_lightning.tasks.inference import check_outputs
 from stride_lightning.tasks.likelihoods import Task
 
+#: Most layers that are chosen when the user names none.
+MAX_LAYERS = 8
 #: The features of the whole training set take at most this many bytes; beyond, principal components are kept.
 MAX_FEATURE_BYTES = 2**31
 #: Most features whatever the number of examples: the preconditioner is a matrix of this size, squared.
@@ -98,6 +102,48 @@ class Observation:
         """The same pass, of some of its examples."""
         parts = (self.features[rows], self.outputs[rows], self.encoded[rows], self.losses[rows])
         return Observation(*parts, fingerprint=self.fingerprint)
+
+
+def choose_layers(
+    model: nn.Module, forward: Callable[[], object], batch_size: int, limit: int = MAX_LAYERS, num_tokens: int = 0
+) -> list[str]:
+    """The layers whose inputs make the default basis, in the order they run.
+
+    Every layer with a weight matrix counts whose input has one row of numbers per example; the first is then the
+    raw features. Beyond ``limit``, layers evenly spaced from first to last are taken.
+
+    Args:
+        model: The model in eval mode.
+        forward: Runs the model on one batch.
+        batch_size: Number of examples in that batch.
+        limit: Most layers to take.
+        num_tokens: If given, inputs must have one row for each of so many tokens, shape ``(B, T, d)``.
+
+    Raises:
+        ValueError: If no layer qualifies.
+    """
+    order: list[str] = []
+
+    def hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        usable = tensors and tensors[0].is_floating_point() and tensors[0].ndim >= 2
+        if not usable or name in order:
+            return
+        expected = (batch_size, num_tokens) if num_tokens else (batch_size,)
+        shape = tensors[0].shape if num_tokens else rows_first(module, tensors[0]).shape
+        if shape[: len(expected)] == expected and (not num_tokens or len(shape) == 3):
+            order.append(name)
+
+    with before_layers(model, layer_names(model), hook), torch.no_grad():
+        forward()
+    if not order:
+        raise ValueError(
+            f"Found no layer of {type(model).__name__} with a weight matrix and an input of shape (batch, ...). Name "
+            "modules whose inputs describe an example with `layers=[...]`."
+        )
+    if len(order) <= limit:
+        return order
+    return [order[round(i * (len(order) - 1) / max(1, limit - 1))] for i in range(limit)]
 
 
 def fit_basis(

@@ -13,8 +13,7 @@ from stride_lightning.data.examples import Examples, first_batch
 from stride_lightning.model.layers import in_precision_of
 from stride_lightning.runtime.distributed import gather, shard
 from stride_lightning.runtime.parallel import num_workers
-from stride_lightning.steering.activations import choose_layers
-from stride_lightning.steering.basis import Basis, Observation, fit_basis, observe
+from stride_lightning.steering.basis import Basis, Observation, choose_layers, fit_basis, observe
 from stride_lightning.steering.fit import Answers, Cost, FitOptions, FitRecord
 from stride_lightning.steering.module import StrideModule
 from stride_lightning.steering.recovery import check_measurements

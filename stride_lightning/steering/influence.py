@@ -1,4 +1,4 @@
-"""First-order influence on the basis: the prior of the recovery, and the ridge that goes with it."""
+"""First-order influence on the basis: the prior of the recovery."""
 
 from __future__ import annotations
 
@@ -8,47 +8,11 @@ from torch import Tensor
 from stride_lightning.runtime.conjugate_gradients import conjugate_gradients
 from stride_lightning.runtime.parallel import even_slices, map_chunks
 from stride_lightning.steering.basis import Observation
-from stride_lightning.steering.solvers import BLOCK_BYTES, refit
+from stride_lightning.steering.solvers import BLOCK_BYTES
 from stride_lightning.tasks.likelihoods import Task
 
 #: Queries solved together.
 QUERY_CHUNK = 64
-
-
-def mean_curvature(observed: Observation, task: Task) -> float:
-    """Mean eigenvalue of the Gauss-Newton matrix of the training loss in the basis; the scale of ridges."""
-    diagonal = task.curvature_diagonal(task.mean(observed.outputs)).mean(1)
-    energy = observed.features.square().sum(1)
-    return float((diagonal * energy).mean() / observed.features.shape[1])
-
-
-def imitation_ridge(
-    observed: Observation, task: Task, *, show_progress: bool = False
-) -> tuple[float, dict[float, float]]:
-    """The ridge with which a refit of the readouts best imitates the frozen model.
-
-    The model's readouts are trained anew on the whole training set, for a grid of ridges at once; the one whose
-    predictions are closest to the frozen model's says how strongly the real training regularises.
-
-    Returns:
-        The ridge ``rho``, and the loss against the frozen model's predictions for every ridge tried (relative to the
-        mean curvature).
-    """
-    unit = max(mean_curvature(observed, task), 1e-12)
-    predicted = task.mean(observed.outputs)
-    tried: dict[float, float] = {}
-
-    def try_out(factors: list[float]) -> float:
-        ridges = torch.tensor(factors) * unit
-        coefficients = refit(observed, task, ridges, tolerance=1e-2, show_progress=show_progress)
-        for column, factor in enumerate(factors):
-            outputs = observed.features @ coefficients[..., column].T
-            tried[factor] = float(task.loss(outputs, predicted).mean())
-        return min(tried, key=tried.__getitem__)
-
-    best = try_out([4.0**power for power in range(-5, 4)])
-    best = try_out([best * 4.0 ** (step / 6) for step in (-5, -4, -3, -2, -1, 1, 2, 3, 4, 5)])
-    return best * unit, dict(sorted(tried.items()))
 
 
 def influence(

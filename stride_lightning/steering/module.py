@@ -11,8 +11,9 @@ from stride_lightning.runtime.checks import check_count, check_positive
 from stride_lightning.runtime.distributed import gather, shard
 from stride_lightning.steering.basis import Observation
 from stride_lightning.steering.fit import BasisName
-from stride_lightning.steering.influence import imitation_ridge, influence, mean_curvature
+from stride_lightning.steering.influence import influence
 from stride_lightning.steering.operators import mean_prediction, measure
+from stride_lightning.steering.penalty import choose_penalties
 from stride_lightning.steering.published.learned_basis import LearnedBasis
 from stride_lightning.steering.solvers import fit_operators, refit
 from stride_lightning.steering.subsets import Design
@@ -90,7 +91,15 @@ class StrideModule(nn.Module):
         """
         if len(observed) != self.design.num_train:
             raise ValueError(f"The design is for {self.design.num_train} examples, the pass saw {len(observed)}.")
-        self._choose_ridges(observed, show_progress=show_progress)
+        self.chosen = choose_penalties(
+            observed,
+            self.design,
+            self.task,
+            ridge=self.ridge,
+            stability=self.stability,
+            anchored=self.anchored,
+            show_progress=show_progress,
+        )
         if self.basis == "learned":
             learned = LearnedBasis(
                 self.design,
@@ -125,25 +134,6 @@ class StrideModule(nn.Module):
         self.chosen["iterations"] = fitted.iterations
         self.chosen["relative_gradient_max"] = float(self.relative_gradient.max())
         return self
-
-    def _choose_ridges(self, observed: Observation, *, show_progress: bool) -> None:
-        """``ridge`` of a fit on all data; ``operator_ridge`` on a subset; ``frozen_ridge`` at the frozen model."""
-        unit = max(mean_curvature(observed, self.task), 1e-12)
-        mean_size = self.design.num_train * self.design.degree / self.design.num_subsets
-        if self.ridge is not None:
-            ridge = self.ridge * unit
-        elif self.anchored:
-            ridge = 0.5 * (1 + self.stability) * unit
-        else:
-            ridge, _ = imitation_ridge(observed, self.task, show_progress=show_progress)
-        self.chosen = {
-            "mean_curvature": unit,
-            "ridge": ridge,
-            "ridge_relative": ridge / unit,
-            "ridge_rule": "given" if self.ridge is not None else "anchored" if self.anchored else "imitation",
-            "operator_ridge": ridge if self.anchored else ridge * self.design.num_train / mean_size,
-            "frozen_ridge": min(ridge, unit),
-        }
 
     # ---- asking ---------------------------------------------------------------------------------------------
 
