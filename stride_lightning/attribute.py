@@ -89,13 +89,7 @@ def attribute(
     """
     attributor = create(method, seed=seed, batch_size=batch_size, show_progress=show_progress, **options)
     attributor.fit(
-        model,
-        train_data,
-        task=task,
-        ckpt_path=ckpt_path,
-        record=record,
-        train_indices=train_indices,
-        device=device,
+        model, train_data, task, ckpt_path=ckpt_path, record=record, train_indices=train_indices, device=device
     )
     return attributor.attribute(queries, target=target)
 
@@ -125,8 +119,7 @@ def self_influence(
         float32, shape ``(num_train,)``, in the unit of the method: the score of each training example for itself, the
         diagonal of the attribution of the training data to themselves; in the order of ``train_indices``, by default
         that of the dataset. A method that scores only some examples (``left_out``) gives those, in that order. What a
-        method chooses over all queries of a call, such as the penalty of a lasso, it chooses for each ``batch_size``
-        of them.
+        method chooses over all queries of a call, such as the penalty of a lasso, it chooses for each ``batch_size``.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -139,13 +132,7 @@ def self_influence(
     """
     attributor = create(method, seed=seed, batch_size=batch_size, show_progress=show_progress, **options)
     attributor.fit(
-        model,
-        train_data,
-        task=task,
-        ckpt_path=ckpt_path,
-        record=record,
-        train_indices=train_indices,
-        device=device,
+        model, train_data, task, ckpt_path=ckpt_path, record=record, train_indices=train_indices, device=device
     )
     return attributor.self_influence()
 
@@ -174,12 +161,10 @@ def create(method: str, **options: Any) -> Attributor:
     """
     cls = class_of(method)
     known = _options(cls)
-    unknown = sorted(options.keys() - known)
-    if unknown:
-        own = sorted(known - _options(Attributor))
+    if unknown := sorted(options.keys() - known):
         raise TypeError(
             f"Unknown option{'s' if len(unknown) > 1 else ''} {', '.join(unknown)} for method {method!r}. "
-            f"Its options are: {', '.join(own)}."
+            f"Its options are: {', '.join(sorted(known - _options(Attributor)))}."
         )
     return cls(**options)
 
@@ -189,8 +174,8 @@ def _options(cls: type[Attributor]) -> set[str]:
     names: set[str] = set()
     for base in cls.__mro__:
         if "__init__" in vars(base):
-            parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
-            names |= {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
-            if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+            signature = inspect.getfullargspec(base.__init__)
+            names.update(signature.args[1:], signature.kwonlyargs)
+            if signature.varkw is None:
                 break
     return names

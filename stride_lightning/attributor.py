@@ -115,29 +115,23 @@ class Attributor(ABC):
         if target not in ("label", "predicted"):
             raise ValueError(f"`target` must be 'label' or 'predicted', got {target!r}.")
         meter = Meter()
-        asked = resolve_queries(queries, self.model)
+        examples = resolve_queries(queries, self.model)
         with self.borrowed_model() as (model, where):
-            attribution = self.score_queries(model, asked, where, target)
+            attribution = self.score_queries(model, examples, where, target)
         fitting = self.metadata["seconds"]["fit"]
-        attribution.metadata = {
-            **self.metadata,
-            **attribution.metadata,
+        attribution.metadata = self.metadata | attribution.metadata
+        attribution.metadata |= {
             "target": target,
-            "num_queries": len(asked),
+            "num_queries": len(examples),
             "seconds": {"fit": fitting, "attribute": meter.seconds, "total": fitting + meter.seconds},
             "peak_memory_bytes": max(self.metadata["peak_memory_bytes"], meter.peak_memory),
         }
-        scored = self.scored_examples()
-        attribution.train_indices = scored.positions
-        attribution.train_data, attribution.queries = scored, asked
+        attribution.queries, attribution.train_data = examples, self.scored_examples()
+        attribution.train_indices = attribution.train_data.positions
         return attribution
 
     def self_influence(self) -> Tensor:
-        """Score of every training example for its own loss; needs :meth:`fit` once before.
-
-        Returns:
-            float32, shape ``(num_train,)``, as :func:`self_influence` describes it.
-        """
+        """Score of every training example for its own loss, as of :func:`self_influence`; needs :meth:`fit` before."""
         self.check_fitted("self_influence()")
         with self.borrowed_model() as (model, where):
             return self.score_training_data(model, where).float()
@@ -180,15 +174,15 @@ class Attributor(ABC):
 
     def score_training_data(self, model: nn.Module, device: torch.device) -> Tensor:
         """Scores of the scored examples for themselves, on the CPU; by asking about the training data, part by part."""
-        found: list[tuple[Tensor, Tensor]] = []
+        diagonals: list[tuple[Tensor, Tensor]] = []
         parts = torch.arange(len(self.train_data)).split(len(self.train_data) if self.asks_at_once else self.batch_size)
         for part in track(parts, "Self-influence", show=self.show_progress):
-            asked = self.train_data.subset(part.tolist())
-            scores = self.score_queries(model, asked, device, "label").scores
+            queries = self.train_data.subset(part.tolist())
+            scores = self.score_queries(model, queries, device, "label").scores
             # Columns may be some of the training examples, in an order of their own.
-            rows, columns = (asked.positions[:, None] == self.scored_examples().positions).nonzero(as_tuple=True)
-            found.append((columns, scores[rows, columns]))
-        columns, influence = (torch.cat(pieces) for pieces in zip(*found, strict=True))
+            rows, columns = (queries.positions[:, None] == self.scored_examples().positions).nonzero(as_tuple=True)
+            diagonals.append((columns, scores[rows, columns]))
+        columns, influence = (torch.cat(pieces) for pieces in zip(*diagonals, strict=True))
         return influence[columns.argsort()]
 
     def _state(self) -> Mapping[str, Any] | None:
@@ -198,8 +192,8 @@ class Attributor(ABC):
 
 
 def _step(checkpoint: Any, model: nn.Module) -> int | None:
-    if checkpoint is not None:
+    if checkpoint is None:
+        step = getattr(attached_trainer(model), "global_step", None)
+    else:
         step = checkpoint.get("global_step")
-        return None if step is None else int(step)
-    trainer = attached_trainer(model)
-    return None if trainer is None else int(trainer.global_step)
+    return None if step is None else int(step)

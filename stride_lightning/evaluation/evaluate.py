@@ -70,8 +70,7 @@ def evaluate(
         raise TypeError(f"`truth` must be the GroundTruth that retrain() returns, got {type(truth).__name__}.")
     named = _named(attributions)
     counterfactuals = counterfactuals or {}
-    unknown = [name for name in counterfactuals if name not in named]
-    if unknown:
+    if unknown := [name for name in counterfactuals if name not in named]:
         raise ValueError(f"`counterfactuals` holds {unknown}, which were not attributed: there are {list(named)}.")
     # All checks come first: a bootstrap takes a while.
     scores = {name: _checked(name, attribution, truth) for name, attribution in named.items()}
@@ -88,15 +87,9 @@ def evaluate(
         lds, memory = per_query[name].mean().item(), named[name].metadata.get("peak_memory_bytes")
         ends = lower.item(), upper.item()
         rows.append(EvaluationRow(name, lds, *ends, metric.num_constant, rises.get(name), named[name].seconds, memory))
-    return Evaluation(
-        tuple(sorted(rows, key=lambda row: -row.lds)),
-        truth.ceiling,
-        num_subsets=len(truth.masks),
-        num_seeds=len(truth.seeds),
-        num_queries=truth.num_queries,
-        confidence=confidence,
-        per_query=per_query,
-    )
+    best_first = tuple(sorted(rows, key=lambda row: -row.lds))
+    sizes = len(truth.masks), len(truth.seeds), truth.num_queries
+    return Evaluation(best_first, truth.ceiling, *sizes, confidence, per_query)
 
 
 def _named(attributions: Mapping[str, _Result] | Sequence[_Result] | _Result) -> dict[str, _Result]:
@@ -134,8 +127,7 @@ def _checked(name: str, attribution: _Result, truth: GroundTruth) -> Tensor:
     if isinstance(attribution, TopAttribution):
         raise ValueError(f"{what} cannot be evaluated. {attribution.why_no_scores}")
     scores = attribution.scores.detach().cpu()
-    bad = (~torch.isfinite(scores)).nonzero().tolist()
-    if bad:
+    if bad := (~torch.isfinite(scores)).nonzero().tolist():
         query, column = bad[0]
         raise ValueError(
             f"{what} has {len(bad)} scores that are not finite, the first that of query {query} for training example "

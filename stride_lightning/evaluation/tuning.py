@@ -73,8 +73,8 @@ def tune_damping(
 ) -> DampingSearch:
     """Try dampings of an influence method against models retrained on random subsets, with a single fit.
 
-    The best damping is chosen on the very truth it is judged by: ``lds_on_others`` says
-    what it is worth on other queries. For queries without a truth, use the default or what was best for similar ones.
+    The best damping is chosen on the very truth it is judged by: ``lds_on_others`` says what it is worth on other
+    queries. For queries without a truth, use the default or what was best for similar ones.
 
     Args:
         model: As in :func:`~stride_lightning.attribute`.
@@ -103,8 +103,8 @@ def tune_damping(
         >>> search.best in search.dampings
         True
     """
-    tried = tuple(sorted({check_damping(damping) for damping in dampings}))
-    if not tried:
+    ascending = tuple(sorted({check_damping(damping) for damping in dampings}))
+    if not ascending:
         raise ValueError("`dampings` is empty: give at least one number.")
     names = ("ckpt_path", "record", "task", "train_indices", "device")
     fitting = {name: arguments.pop(name) for name in names if name in arguments}
@@ -114,8 +114,8 @@ def tune_damping(
         raise ValueError(f"method={method!r} has no damping. Methods that have one: {', '.join(known)}.")
     attributor.fit(model, train_data, **fitting)
     per_query = []
-    for damping in track(tried, "Dampings", show=show_progress):
+    for damping in track(ascending, "Dampings", show=show_progress):
         attributor.damping = damping
         evaluation = evaluate({method: attributor.attribute(queries)}, truth, num_resamples=1, show_progress=False)
         per_query.append(evaluation.per_query[method])
-    return DampingSearch(method, tried, torch.stack(per_query))
+    return DampingSearch(method, ascending, torch.stack(per_query))

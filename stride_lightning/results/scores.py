@@ -224,7 +224,12 @@ class AttributionResult(ABC):
         return f"{type(self).__name__}({method}: {self._summary()}{certain}{took})"
 
     def to_dataframe(self, k: int | None = None) -> DataFrame:
-        """A table with one row per query and training example (the top ``k`` proponents and opponents if given)."""
+        """A table with one row per query and training example (the top ``k`` proponents and opponents if given).
+
+        Raises:
+            ModuleNotFoundError: If pandas is not installed.
+            ValueError: If ``k`` is below 1.
+        """
         from stride_lightning.views.tables import dataframe
 
         return dataframe(self, k)

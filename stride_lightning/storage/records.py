@@ -74,13 +74,7 @@ class Record:
         return tuple(sorted(file.removesuffix(_SUFFIX) for file in self.checksums if file.endswith(_SUFFIX)))
 
     def tensors(self, group: str) -> dict[str, Tensor]:
-        """Read one group onto the CPU; the bytes that are checked are the bytes that are parsed.
-
-        Args:
-            group: One of `groups`.
-
-        Returns:
-            The tensors by name, sorted (safetensors keeps no order).
+        """Read one group onto the CPU, sorted by name; the bytes that are checked are the bytes that are parsed.
 
         Raises:
             KeyError: If the record has no such group.
@@ -161,13 +155,6 @@ def read_record(path: PathLike) -> Record:
     Raises:
         FileNotFoundError: If there is nothing at `path`.
         RecordError: If it is not a record, has another layout, or any file is damaged, missing or unexpected.
-
-    Example:
-        >>> import tempfile, torch
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = write_record(folder, "final", {"seed": 0}, {"weights": {"w": torch.ones(3)}})
-        ...     read_record(path).tensors("weights")
-        {'w': tensor([1., 1., 1.])}
     """
     path = Path(path)
     info = read_info(path)  # first: a later layout may have other kinds of files
@@ -188,12 +175,6 @@ def read_info(path: PathLike) -> dict[str, Any]:
     Raises:
         FileNotFoundError: If there is nothing at `path`.
         RecordError: If it is not a record, has another layout, or one of the two files is damaged.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     read_info(write_record(folder, "final", {"seed": 0}, {}))["seed"]
-        0
     """
     path = Path(path)
     content = _read_file(path, _INFO, _read_manifest(path)[_INFO])

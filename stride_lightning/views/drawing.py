@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -30,11 +31,7 @@ def draw_pictures(
 ) -> Figure:
     """One row per query: its picture, then its proponents framed in green and its opponents framed in red.
 
-    Args:
-        attribution: The scores, with ``queries`` and ``train_data``.
-        queries: Rows of the scores.
-        ranked: Of each of them.
-        to_image: Picture of an example, shape ``(H, W)`` or ``(H, W, 3)`` in 0..1.
+    The attribution has ``queries`` and ``train_data``, of which ``to_image`` gives pictures as ``as_image`` does.
     """
     assert attribution.queries is not None
     assert attribution.train_data is not None
@@ -47,9 +44,9 @@ def draw_pictures(
     width = lefts[2] + (columns[1] * (_PICTURE + _GAP) - _GAP if columns[1] else -_GROUP_GAP) + _MARGIN
     height = _HEADER + row_height * len(queries) + _MARGIN / 2
     figure = blank_figure(width, height)
-    headers = (("Query", "", INK, 1), ("Proponents", "lower its loss", GREEN, columns[0]))
-    for left, (title, meaning, color, count) in zip(
-        lefts, (*headers, ("Opponents", "raise its loss", RED, columns[1])), strict=True
+    titles, meanings = ("Query", "Proponents", "Opponents"), ("", "lower its loss", "raise its loss")
+    for left, count, color, title, meaning in zip(
+        lefts, (1, *columns), (INK, GREEN, RED), titles, meanings, strict=True
     ):
         if count:
             _group_header(figure, left, count * (_PICTURE + _GAP) - _GAP, title, meaning if count > 1 else "", color)
@@ -63,18 +60,11 @@ def draw_pictures(
             axes.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
         for spine in axes.spines.values():
             spine.set(color=color, linewidth=1.3)
-        for line, caption in enumerate(captions):
-            write_text(
-                figure,
-                left + _PICTURE / 2,
-                top + _PICTURE + 0.06 + line * _LINE,
-                _fitted(figure, caption, 7, _PICTURE + 0.7 * _GAP) if line else caption,
-                color=color if line == 0 else GREY,
-                size=8.2 if line == 0 else 7,
-                weight="bold" if line == 0 else "normal",
-                ha="center",
-                va="top",
-            )
+        center, below = left + _PICTURE / 2, top + _PICTURE + 0.06
+        write_text(figure, center, below, captions[0], color=color, size=8.2, weight="bold", ha="center", va="top")
+        for line, caption in enumerate(captions[1:], 1):
+            text = _fitted(figure, caption, 7, _PICTURE + 0.7 * _GAP)
+            write_text(figure, center, below + line * _LINE, text, color=GREY, size=7, ha="center", va="top")
 
     for row, (query, groups) in enumerate(zip(queries, ranked, strict=True)):
         facts = query_facts(attribution, query)
@@ -109,14 +99,8 @@ def draw_bars(attribution: AttributionResult, queries: Sequence[int], ranked: Ra
         words = [f"label {facts.pop('target')}"] if "target" in facts else []
         note = shortened(" · ".join([*words, *facts.values()]), 60)
         write_text(figure, left, top + _TITLE - 0.12, f"Query {query}", color=INK, size=10, weight="bold")
-        write_text(
-            figure,
-            left + 0.2 + text_width(figure, f"Query {query}", 10, "bold"),
-            top + _TITLE - 0.12,
-            note,
-            color=GREY,
-            size=8.5,
-        )
+        after = left + 0.2 + text_width(figure, f"Query {query}", 10, "bold")
+        write_text(figure, after, top + _TITLE - 0.12, note, color=GREY, size=8.5)
         _fill_chart(figure, axes, examples)
         top += taken
     return figure
@@ -130,26 +114,20 @@ def _fill_chart(figure: Figure, axes: Axes, examples: list[RankedExample]) -> No
     if any(stds):
         axes.errorbar(scores, places, xerr=stds, fmt="none", ecolor=INK, elinewidth=0.9, capsize=2)
     texts = [interval_text(example.score, example.std) for example in examples]
-    low = min([0.0, *(score - std for score, std in zip(scores, stds, strict=True))])
-    high = max([0.0, *(score + std for score, std in zip(scores, stds, strict=True))])
+    low = min([0.0, *map(operator.sub, scores, stds)])
+    high = max([0.0, *map(operator.add, scores, stds)])
     # Room for the longest text at each side that has bars, as a share of the chart.
     sides = [[text for text, score in zip(texts, scores, strict=True) if score * sign > 0] for sign in (-1, 1)]
     rooms = [max([text_width(figure, text, 7.5) + 0.12 for text in side], default=0.0) / _CHART for side in sides]
     span = ((high - low) or 1.0) / (1 - sum(rooms))
     axes.set_xlim(low - rooms[0] * span, low - rooms[0] * span + span)
     for place, example, std, text in zip(places, examples, stds, texts, strict=True):
-        positive = example.score > 0
-        end = max(example.score + std, 0.0) if positive else min(example.score - std, 0.0)
-        axes.annotate(
-            text,
-            (end, place),
-            xytext=(4 if positive else -4, 0),
-            textcoords="offset points",
-            ha="left" if positive else "right",
-            va="center",
-            fontsize=7.5,
-            color=GREEN if positive else RED,
-        )
+        if example.score > 0:
+            end, offset, side, color = max(example.score + std, 0.0), 4, "left", GREEN
+        else:
+            end, offset, side, color = min(example.score - std, 0.0), -4, "right", RED
+        style = {"textcoords": "offset points", "ha": side, "va": "center", "fontsize": 7.5, "color": color}
+        axes.annotate(text, (end, place), (offset, 0), **style)
     axes.set_ylim(len(examples) - 0.4 if examples else 1, -0.6)
     axes.set_yticks(places, [_bar_label(example) for example in examples], fontsize=8, color=INK, parse_math=False)
     axes.set_xlabel("score (positive: training on the example lowers the query's loss)", fontsize=7.5, color=GREY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from stride_lightning.results.evaluation import NAME_LENGTH, caption, ceiling_line, text_rows, value_table
 from stride_lightning.results.texts import shortened
 from stride_lightning.views.drawing import GREY, INK, RULE, blank_figure, text_width, write_text
-from stride_lightning.views.loggers import escaped, pixels_of, single_loggers
+from stride_lightning.views.loggers import escaped, log_views
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,28 +42,13 @@ def scalars_of(evaluation: Evaluation) -> dict[str, float]:
 
 
 def log_evaluation(evaluation: Evaluation, loggers: Any, *, step: int) -> None:
-    """Log scalars to every logger, and the table and the figure to those that can show them.
+    """Log scalars to every logger, and the table and the figure (without matplotlib none) to those that can show them.
 
-    Arguments as in :meth:`~stride_lightning.Evaluation.log`. As in
-    :func:`~stride_lightning.views.loggers.log_attribution`, loggers are asked for what they can do, and the figure is
-    left out without matplotlib.
+    Arguments as in :meth:`~stride_lightning.Evaluation.log`.
     """
-    scalars = scalars_of(evaluation)
-    columns, rows = value_table(evaluation)
-    figure = plot_evaluation(evaluation) if importlib.util.find_spec("matplotlib") else None
-    for logger in single_loggers(loggers):
-        logger.log_metrics(scalars, step)
-        if hasattr(logger, "log_table"):
-            logger.log_table("evaluation/table", columns=columns, data=rows, step=step)
-        if figure is not None and hasattr(logger, "log_image"):
-            logger.log_image("evaluation/figure", [pixels_of(figure)], step=step)
-        experiment: Any = getattr(logger, "experiment", None)
-        if hasattr(experiment, "add_text"):
-            experiment.add_text("evaluation/table", markdown_evaluation(evaluation), step)
-            if figure is not None and hasattr(experiment, "add_figure"):
-                experiment.add_figure("evaluation/figure", figure, step, close=False)
-            if hasattr(experiment, "flush"):
-                experiment.flush()
+    tables = {"evaluation/table": (partial(value_table, evaluation), partial(markdown_evaluation, evaluation))}
+    figures = {"evaluation/figure": plot_evaluation(evaluation)} if importlib.util.find_spec("matplotlib") else {}
+    log_views(loggers, step, scalars_of(evaluation), tables, figures, {})
 
 
 def plot_evaluation(evaluation: Evaluation) -> Figure:

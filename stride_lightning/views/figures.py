@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stride_lightning.results.scores import AttributionResult
+from stride_lightning.results.scores import AttributionResult, ImageShape
 from stride_lightning.views.drawing import draw_bars, draw_pictures
 from stride_lightning.views.ranking import rank_examples
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def plot_grid(
-    attribution: AttributionResult, queries: Sequence[int], k: int = 5, *, image_shape: tuple[int, ...] | None = None
+    attribution: AttributionResult, queries: Sequence[int], k: int = 5, *, image_shape: ImageShape = None
 ) -> Figure:
     """A figure with one row per query: its proponents and opponents as pictures, or as bars if inputs are no images.
 
@@ -50,7 +50,7 @@ def plot_grid(
     return draw_bars(attribution, rows, ranked)
 
 
-def shows_images(attribution: AttributionResult, *, image_shape: tuple[int, ...] | None = None) -> bool:
+def shows_images(attribution: AttributionResult, *, image_shape: ImageShape = None) -> bool:
     """Whether queries and training examples are at hand and are images, so that figures show pictures.
 
     Example:
@@ -62,7 +62,7 @@ def shows_images(attribution: AttributionResult, *, image_shape: tuple[int, ...]
     return all(data is not None and as_image(data[0], image_shape=image_shape) is not None for data in sources)
 
 
-def as_image(example: Any, *, image_shape: tuple[int, ...] | None = None) -> Tensor | None:
+def as_image(example: Any, *, image_shape: ImageShape = None) -> Tensor | None:
     """The picture in an example, if it holds one.
 
     Pictures are floats or uint8 of shape ``(H, W)``, ``(1, H, W)``, ``(3, H, W)`` or ``(H, W, 3)``, or PIL images.
@@ -98,9 +98,8 @@ def as_image(example: Any, *, image_shape: tuple[int, ...] | None = None) -> Ten
         return None
     if image_shape is not None:
         if example.numel() != torch.Size(image_shape).numel():
-            raise ValueError(
-                f"An input of shape {tuple(example.shape)} cannot be shown with image_shape={image_shape}."
-            )
+            shape = tuple(example.shape)
+            raise ValueError(f"An input of shape {shape} cannot be shown with image_shape={image_shape}.")
         example = example.reshape(image_shape)
     if not (example.is_floating_point() or example.dtype == torch.uint8):
         return None

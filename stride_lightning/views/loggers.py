@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
-from stride_lightning.results.scores import AttributionResult
+from stride_lightning.results.scores import AttributionResult, ImageShape
 from stride_lightning.results.texts import interval_text, shortened
 from stride_lightning.views.figures import plot_grid, shows_images
 from stride_lightning.views.ranking import RankedExample, query_facts, rank_examples
@@ -22,10 +24,42 @@ _ENTITIES = {ord(character): f"&#{ord(character)};" for character in "&<>|\\`*_~
 _CELL = 200
 
 
-def single_loggers(loggers: Any) -> list[Any]:
-    """Those of a trainer, of a list, or the one; None is left out."""
+def log_views(
+    loggers: Any,
+    step: int,
+    scalars: dict[str, float],
+    tables: Mapping[str, tuple[Callable[[], tuple[list[str], list[list[Any]]]], Callable[[], str]]],
+    figures: Mapping[str, Figure],
+    histograms: Mapping[str, Tensor],
+) -> None:
+    """Log scalars to every logger of a trainer, of a list, or the one, and all else to those that can show it.
+
+    Loggers are asked for what they can do, not for their class. Of a table come two functions that make it when it is
+    wanted: as columns and rows, and as Markdown.
+    """
     loggers = getattr(loggers, "loggers", loggers)
-    return [logger for logger in (loggers if isinstance(loggers, list | tuple) else [loggers]) if logger is not None]
+    for logger in loggers if isinstance(loggers, list | tuple) else [loggers]:
+        if logger is None:
+            continue
+        logger.log_metrics(scalars, step)
+        # A TensorBoard writer. Never `add_scalars` or `add_hparams`: they open runs of their own.
+        experiment: Any = getattr(logger, "experiment", None)
+        for name, (columns_and_rows, markdown) in tables.items():
+            if hasattr(logger, "log_table"):
+                columns, rows = columns_and_rows()
+                logger.log_table(name, columns=columns, data=rows, step=step)
+            if hasattr(experiment, "add_text"):
+                experiment.add_text(name, markdown(), step)
+        for name, figure in figures.items():
+            if hasattr(logger, "log_image"):
+                logger.log_image(name, [pixels_of(figure)], step=step)
+            if hasattr(experiment, "add_figure"):
+                experiment.add_figure(name, figure, step, close=False)
+        for name, values in histograms.items():
+            if hasattr(experiment, "add_histogram"):
+                experiment.add_histogram(name, values.float(), step)
+        if hasattr(experiment, "add_text") and hasattr(experiment, "flush"):
+            experiment.flush()
 
 
 def log_attribution(
@@ -35,12 +69,11 @@ def log_attribution(
     step: int,
     k: int = 5,
     max_queries: int = 20,
-    image_shape: tuple[int, ...] | None = None,
+    image_shape: ImageShape = None,
 ) -> None:
     """Log scalars to every logger, and histograms, tables and pictures to those that can show them.
 
-    Names begin with the attribution's method, here ``stride``.
-    Loggers are asked for what they can do, not for their class: TensorBoard gets the histograms ``stride/scores`` and
+    Names begin with the attribution's method, here ``stride``. TensorBoard gets the histograms ``stride/scores`` and
     ``stride/std``, the text ``stride/top_examples`` and the figure ``stride/top_pictures``; Weights & Biases gets the
     last two as a table and an image. Pictures need image inputs and matplotlib, and are left out otherwise. Arguments
     as in :meth:`~stride_lightning.Attribution.log`; ``k`` is also that of ``stride/top_share``.
@@ -55,29 +88,14 @@ def log_attribution(
         >>> logger.experiment.metrics[0]["stride/top_share"]
         0.75
     """
-    scalars, tag = summarize(attribution, k), tag_of(attribution)
-    queries = range(min(max_queries, attribution.num_queries))
-    figure: Figure | None = None
+    tag, queries, tables, figures = tag_of(attribution), range(min(max_queries, attribution.num_queries)), {}, {}
+    if queries:
+        makers = partial(example_table, attribution, queries, k), partial(markdown_table, attribution, queries, k)
+        tables[f"{tag}/top_examples"] = makers
     if queries and importlib.util.find_spec("matplotlib") and shows_images(attribution, image_shape=image_shape):
-        figure = plot_grid(attribution, queries, k, image_shape=image_shape)
-    for logger in single_loggers(loggers):
-        logger.log_metrics(scalars, step)
-        if queries and hasattr(logger, "log_table"):
-            columns, rows = example_table(attribution, queries, k)
-            logger.log_table(f"{tag}/top_examples", columns=columns, data=rows, step=step)
-        if figure is not None and hasattr(logger, "log_image"):
-            logger.log_image(f"{tag}/top_pictures", [pixels_of(figure)], step=step)
-        # A TensorBoard writer. Never `add_scalars` or `add_hparams`: they open runs of their own.
-        experiment: Any = getattr(logger, "experiment", None)
-        if hasattr(experiment, "add_histogram"):
-            for name, values in attribution.distributions.items():
-                experiment.add_histogram(f"{tag}/{name}", values.float(), step)
-        if queries and hasattr(experiment, "add_text"):
-            experiment.add_text(f"{tag}/top_examples", markdown_table(attribution, queries, k), step)
-        if figure is not None and hasattr(experiment, "add_figure"):
-            experiment.add_figure(f"{tag}/top_pictures", figure, step, close=False)
-        if hasattr(experiment, "add_histogram") and hasattr(experiment, "flush"):
-            experiment.flush()
+        figures[f"{tag}/top_pictures"] = plot_grid(attribution, queries, k, image_shape=image_shape)
+    histograms = {f"{tag}/{name}": values for name, values in attribution.distributions.items()}
+    log_views(loggers, step, summarize(attribution, k), tables, figures, histograms)
 
 
 def tag_of(attribution: AttributionResult) -> str:
@@ -138,15 +156,14 @@ def markdown_table(attribution: AttributionResult, queries: Iterable[int], k: in
     """
     has_target = attribution.train_targets is not None
     names = ["target"] * has_target + [escaped(name) for name in attribution.train_info]
+    header = [
+        "| " + " | ".join(["| rank | position | score", *names]) + " |",
+        "|---|---:|---:|---:|" + "---|" * len(names),
+    ]
     parts = []
     for query in queries:
         facts = [f"{escaped(name)} {escaped(value)}" for name, value in query_facts(attribution, query).items()]
-        lines = [
-            "### " + " · ".join([f"Query {query}", *facts]),
-            "",
-            "| " + " | ".join(["| rank | position | score", *names]) + " |",
-            "|---|---:|---:|---:|" + "---|" * len(names),
-        ]
+        lines = ["### " + " · ".join([f"Query {query}", *facts]), "", *header]
         for side, rank, example in _ranked_rows(attribution, query, k):
             score = interval_text(example.score, example.std)
             cells = [side, str(rank), str(example.position), score, *map(escaped, _texts(example))]

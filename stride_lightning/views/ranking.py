@@ -25,9 +25,7 @@ class RankedExample:
 def rank_examples(
     attribution: AttributionResult, query: int, k: int
 ) -> tuple[list[RankedExample], list[RankedExample]]:
-    """Proponents and opponents of one query, strongest first, at most ``k`` of each.
-
-    Examples that score exactly zero, or have the other sign, are neither.
+    """At most ``k`` proponents and opponents of one query, strongest first; zeros and those of other sign are neither.
 
     Example:
         >>> import torch

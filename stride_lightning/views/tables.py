@@ -12,12 +12,7 @@ if TYPE_CHECKING:
 
 
 def dataframe(attribution: AttributionResult, k: int | None = None) -> DataFrame:
-    """One row per query and training example, as :meth:`Attribution.to_dataframe` describes them.
-
-    Raises:
-        ModuleNotFoundError: If pandas is not installed.
-        ValueError: If ``k`` is below 1.
-    """
+    """One row per query and training example, as :meth:`Attribution.to_dataframe` describes them."""
     try:
         import pandas as pd
     except ModuleNotFoundError as error:

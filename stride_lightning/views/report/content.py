@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from stride_lightning.data.examples import Examples
-from stride_lightning.results.scores import AttributionResult, TextSource
+from stride_lightning.results.scores import AttributionResult, ImageShape, TextSource
 from stride_lightning.results.texts import interval_text
 from stride_lightning.runtime.progress import track
 from stride_lightning.runtime.randomness import seeded
@@ -26,7 +26,7 @@ def report_content(
     rows: Sequence[int],
     k: int,
     *,
-    image_shape: tuple[int, ...] | None = None,
+    image_shape: ImageShape = None,
     query_text: TextSource = None,
     train_text: TextSource = None,
 ) -> dict[str, Any]:
@@ -41,7 +41,8 @@ def report_content(
         >>> content["queries"][0]["ranked"], [example["name"] for example in content["examples"]]
         ([[[0, 0.5, None, '+0.50']], [[1, -0.25, None, '-0.25']]], ['0', '1'])
     """
-    ranked = {row: _sides(attribution, row, k) for row in track(rows, "Ranking", len(rows))}
+    num_sides = 2 if attribution.is_signed else 1
+    ranked = {row: rank_examples(attribution, row, k)[:num_sides] for row in track(rows, "Ranking", len(rows))}
     columns = list(dict.fromkeys(example.column for sides in ranked.values() for side in sides for example in side))
     place = {column: number for number, column in enumerate(columns)}
     pictures = Pictures()
@@ -63,11 +64,6 @@ def report_content(
     return {"queries": queries, "examples": examples, "pictures": pictures.uris()}
 
 
-def _sides(attribution: AttributionResult, row: int, k: int) -> list[list[RankedExample]]:
-    proponents, opponents = rank_examples(attribution, row, k)
-    return [proponents, opponents] if attribution.is_signed else [proponents]
-
-
 def _brief(value: float) -> float:
     return float(f"{value:.6g}")
 
@@ -82,7 +78,7 @@ class _Source:
     targets: Tensor | None
     info: dict[str, list[Any]]
     text: TextSource
-    image_shape: tuple[int, ...] | None
+    image_shape: ImageShape
 
     def described(self, places: Sequence[int], length: int, pictures: Pictures) -> list[dict[str, Any]]:
         """Rows of queries, or columns of training examples, as plain values; only these are read."""
@@ -96,22 +92,20 @@ class _Source:
             image = as_image(example, image_shape=self.image_shape) if reads else None
             shown = {name: str(values[place]) for name, values in self.info.items()}
             texts = self._texts(place, example) + [(name, shown[name]) for name in shown if name in blocks]
-            described.append(
-                {
-                    "name": str(place if self.indices is None else int(self.indices[place])),
-                    "target": target_text(self.targets, place),
-                    "facts": [[name, value] for name, value in shown.items() if name not in blocks],
-                    "texts": [[name, text[:MAX_TEXT], len(text)] for name, text in texts],
-                    "picture": None if image is None else pictures.add(image),
-                }
-            )
+            values = {
+                "name": str(place if self.indices is None else int(self.indices[place])),
+                "target": target_text(self.targets, place),
+                "facts": [[name, value] for name, value in shown.items() if name not in blocks],
+                "texts": [[name, text[:MAX_TEXT], len(text)] for name, text in texts],
+                "picture": None if image is None else pictures.add(image),
+            }
+            described.append(values)
         return described
 
     def _check(self, length: int) -> None:
         if isinstance(self.text, str) and self.text not in self.info:
-            raise ValueError(
-                f"`{self.kind}_text` names no column of {self.kind}_info {sorted(self.info)}: {self.text!r}."
-            )
+            columns = f"{self.kind}_info {sorted(self.info)}"
+            raise ValueError(f"`{self.kind}_text` names no column of {columns}: {self.text!r}.")
         if isinstance(self.text, Sequence) and not isinstance(self.text, str) and len(self.text) != length:
             raise ValueError(f"`{self.kind}_text` has {len(self.text)} texts, expected {length}.")
 
@@ -131,14 +125,12 @@ class _Source:
 
     def _texts(self, place: int, example: Any) -> list[tuple[str, str]]:
         """Texts that do not come from a column, by name."""
-        if isinstance(self.text, str):
-            return []
-        if self.text is None:
-            return texts_of(example)
-        if callable(self.text):
-            positions = self.indices if self.data is None else self.data.positions
-            return [("", str(self.text(place if positions is None else int(positions[place]))))]
-        return [("", str(self.text[place]))]
+        if self.text is None or isinstance(self.text, str):
+            return texts_of(example) if self.text is None else []
+        if not callable(self.text):
+            return [("", str(self.text[place]))]
+        positions = self.indices if self.data is None else self.data.positions
+        return [("", str(self.text(place if positions is None else int(positions[place]))))]
 
 
 def texts_of(example: Any) -> list[tuple[str, str]]:

@@ -8,13 +8,13 @@ import html
 import json
 import os
 import re
-import secrets
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from stride_lightning.results.scores import AttributionResult
+from stride_lightning.storage.files import hidden_name
 from stride_lightning.views.report.content import report_content
 
 #: Files of the page beside this one; the scripts run as one, in this order.
@@ -89,13 +89,12 @@ def page(attribution: AttributionResult, content: dict[str, Any], *, k: int, tit
     script = '"use strict";\n{\n' + "\n".join(own[name] for name in _SCRIPTS) + "}\n"
     sides = _SIGNED if attribution.is_signed else _UNSIGNED
     named = [dict(zip(("name", "meaning", "none"), side, strict=True)) for side in sides]
-    facts = header_facts(attribution, len(content["queries"]), k)
-    heading = "Training-data attribution" if title is None else title
-    method = str(attribution.metadata.get("method", "scores"))
     count, of = len(content["queries"]), attribution.num_train
+    facts = header_facts(attribution, count, k)
+    heading = "Training-data attribution" if title is None else title
     sizes = f"{count:,} {'query' if count == 1 else 'queries'}, {of:,} training example{'s' * (of != 1)}"
     parts = {
-        "title": html.escape(" · ".join([heading, method, sizes])),
+        "title": html.escape(" · ".join([heading, dict(facts)["Method"], sizes])),
         "heading": html.escape(heading),
         "facts": "".join(f"<div><dt>{html.escape(n)}</dt><dd>{html.escape(v)}</dd></div>" for n, v in facts),
         "meaning": html.escape(meaning(attribution)),
@@ -118,17 +117,15 @@ def header_facts(attribution: AttributionResult, num_shown: int, k: int) -> list
         >>> header_facts(Attribution(torch.ones(3, 2000), metadata={"method": "grad-cos"}), 2, 5)[:3]
         [('Method', 'grad-cos'), ('Queries', '2 of 3'), ('Training examples', '2,000')]
     """
-    metadata = attribution.metadata
-    method = str(metadata.get("method", "scores"))
+    metadata, seconds = attribution.metadata, attribution.seconds
     total = f"{attribution.num_queries:,}"
     known = min(k, attribution.num_ranked)
     facts = [
-        ("Method", method),
+        ("Method", str(metadata.get("method", "scores"))),
         ("Queries", total if num_shown == attribution.num_queries else f"{num_shown:,} of {total}"),
         ("Training examples", f"{attribution.num_train:,}"),
         ("Shown per query", f"{known} strongest" + (" of each side" if attribution.is_signed else "")),
     ]
-    seconds = attribution.seconds
     if isinstance(seconds, int | float):
         facts.append(("Computed in", f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"))
     return [*facts, ("Unit of scores", str(metadata.get("unit") or "that of the method"))]
@@ -160,7 +157,7 @@ def _hash(text: str) -> str:
 
 def _write_at_once(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part-{os.getpid()}-{secrets.token_hex(4)}")
+    part = hidden_name(path)
     try:
         part.write_bytes(content)
         os.replace(part, path)
