@@ -19,9 +19,8 @@ _PROGRESS = "progress.jsonl"
 class ActivationCache:
     """Values of all tokens that count, one sequence after the other.
 
-    A flat float32 file for each kind of value, and one that says how far writing has come and the checksum of every
-    part. A run that is interrupted goes on where the last part ended; a cache of another model,
-    data set or choice of layers is refused, and so is a damaged part.
+    Each kind of value has a flat float32 file; one more file says how far writing has come and the checksum of every
+    part. An interrupted run goes on where the last part ended.
 
     Args:
         folder: Made if missing; one for each model and data set.
@@ -30,23 +29,22 @@ class ActivationCache:
         widths: Numbers of each kind for a token.
 
     Raises:
-        ValueError: If the folder holds the activations of something else.
+        ValueError: If the folder holds activations of another model, data set or choice of layers, or is damaged.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], lengths: Tensor, widths: Mapping[str, int]) -> None:
         self.folder, self._identity = folder, dict(identity)
         self._starts = np.concatenate([[0], lengths.numpy().cumsum()])
-        self._widths = dict(widths)
         self._parts: list[dict[str, Any]] = []
         self._checked: set[int] = set()
         folder.mkdir(parents=True, exist_ok=True)
         self._load_progress()
-        self._files = {name: self._open(name, size) for name, size in self._widths.items()}
+        self._files = {name: self._open(name, size) for name, size in widths.items()}
 
     @property
     def num_bytes(self) -> int:
         """Bytes on disk when complete."""
-        return 4 * int(self._starts[-1]) * sum(self._widths.values())
+        return sum(file.nbytes for file in self._files.values())
 
     @property
     def done(self) -> int:
@@ -54,23 +52,19 @@ class ActivationCache:
         return self._parts[-1]["stop"] if self._parts else 0
 
     def write(self, places: slice, values: Mapping[str, Tensor], losses: Tensor) -> None:
-        """Append a batch, which must begin where the last ended; it is on disk when this returns.
+        """Append a batch of values, shape ``(B, T, width)`` each, which must begin where the last batch ended.
 
-        Args:
-            places: Sequences of the batch.
-            values: Of each kind, shape ``(B, T, width)``.
-            losses: Of the sequences.
+        The batch is on disk when this returns.
         """
         if places.start != self.done:
             raise ValueError(f"The cache holds {self.done} sequences; the next batch begins at {places.start}.")
         counted = (values["weights"][..., 0] > 0).cpu()
-        rows = slice(int(self._starts[places.start]), int(self._starts[places.stop]))
         checksum = 0
         for name, file in self._files.items():
             array = np.ascontiguousarray(values[name].float().cpu()[counted].numpy())
-            file[rows] = array
+            file[self._rows(places)] = array
             file.flush()
-            checksum = zlib.crc32(array.tobytes(), checksum)
+            checksum = zlib.crc32(array.data, checksum)
         part = {"start": places.start, "stop": places.stop, "crc32": checksum, "losses": losses.tolist()}
         self._parts.append(part)
         with (self.folder / _PROGRESS).open("a") as file:
@@ -88,26 +82,23 @@ class ActivationCache:
             places = slice(part["start"], part["stop"])
             lengths = np.diff(self._starts[places.start : places.stop + 1])
             counted = torch.from_numpy(np.arange(lengths.max(initial=0)) < lengths[:, None])
-            padded = {}
-            for name, array in self._read(number, part).items():
+            padded, checksum = {}, 0
+            for name, file in self._files.items():
+                array = np.array(file[self._rows(places)])
                 padded[name] = torch.zeros(*counted.shape, array.shape[1], dtype=torch.float32)
                 padded[name][counted] = torch.from_numpy(array)
-            yield places, padded, torch.tensor(part["losses"], dtype=torch.float64)
-
-    def _read(self, number: int, part: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        rows = slice(int(self._starts[part["start"]]), int(self._starts[part["stop"]]))
-        values = {name: np.array(file[rows]) for name, file in self._files.items()}
-        if number not in self._checked:
-            checksum = 0
-            for array in values.values():
-                checksum = zlib.crc32(np.ascontiguousarray(array).tobytes(), checksum)
+                # A part is checked when it is first read.
+                checksum = part["crc32"] if number in self._checked else zlib.crc32(array.data, checksum)
             if checksum != part["crc32"]:
                 raise ValueError(
-                    f"The activations of sequences {part['start']} to {part['stop'] - 1} in {self.folder} are damaged "
+                    f"The activations of sequences {places.start} to {places.stop - 1} in {self.folder} are damaged "
                     "(their checksum is another). Delete the folder; they are computed again."
                 )
             self._checked.add(number)
-        return values
+            yield places, padded, torch.tensor(part["losses"], dtype=torch.float64)
+
+    def _rows(self, places: slice) -> slice:
+        return slice(self._starts[places.start], self._starts[places.stop])
 
     def _open(self, name: str, width: int) -> np.memmap:
         path, shape = self.folder / f"{name}.f32", (int(self._starts[-1]), width)

@@ -1,4 +1,4 @@
-"""What all tokens of a training set say together: second moments, and the curvature they make."""
+"""Second moments of all training tokens, and the curvature they make."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stride_lightning.runtime.distributed import total
 from stride_lightning.runtime.randomness import seeded
 from stride_lightning.steering.language.output_space import OutputSpace
 from stride_lightning.steering.language.tokens import TokenBatch
@@ -48,14 +47,6 @@ class TokenMoments:
         counts = batch.weights.sum(), batch.losses.sum(), (batch.weights > 0).sum(), torch.tensor(len(batch.losses))
         self.sums += torch.stack([count.to(self.sums) for count in counts])
 
-    def total(self) -> TokenMoments:
-        """The moments of all ranks."""
-        return TokenMoments(total(self.features), total(self.downhill), total(self.sums))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Plain tensors to store."""
-        return dict(vars(self))
-
     @property
     def mean_loss(self) -> float:
         """Mean loss of a sequence, in nats."""
@@ -75,8 +66,7 @@ class TokenCurvature:
         widths: Features of each layer, then 1 for the constant.
         damping: Of ``A``, relative to its mean eigenvalue.
         max_values: Largest ``r c``.
-        dtype: Of the results.
-        device: Of the results.
+        dtype: Of the results, as is ``device``.
 
     Reference: arXiv:1503.05671 (Kronecker-factored curvature), read off activations without a backward pass.
     """
@@ -98,14 +88,15 @@ class TokenCurvature:
         scales = torch.where(energies > 0, energies.clamp(min=1e-300).rsqrt(), 1.0)
         scale = torch.cat([s.expand(width) for s, width in zip(scales, widths, strict=True)])
         features = scale[:, None] * features * scale
-        self.shape = _sizes(len(features), len(outputs), max_values, is_diagonal=outputs.ndim == 1)
-        left = _leading(features, self.shape[0])
-        right = None if outputs.ndim == 1 else _leading(outputs, self.shape[1])
+        rank, width = min(len(features), max(MIN_FEATURES, max_values // len(outputs))), len(outputs)
+        if outputs.ndim == 2:  # features give way first
+            width = min(width, max(1, max_values // rank))
+        self.shape = rank, width
+        left, right = _leading(features, rank), _leading(outputs, width)
+        a, damped_a, energy_a = _damped(features, left, damping)
+        b, damped_b, energy_b = _damped(outputs, right, OUTPUT_DAMPING)
         #: Share of the mean square of features and of gradients that is kept; 1 where nothing is cut.
-        self.kept_energy = _share(features, left), _share(outputs, right)
-        # Damping is that of the whole moments, whatever is cut off them.
-        a, damped_a = _damped(features, left, damping)
-        b, damped_b = _damped(outputs, right, OUTPUT_DAMPING)
+        self.kept_energy = energy_a, energy_b
         inverse_b = 1 / damped_b if damped_b.ndim == 1 else torch.linalg.inv(damped_b)
         self._left = (scale if left is None else scale[:, None] * left).to(device, dtype)
         self._right = None if right is None else right.to(device, dtype)
@@ -147,14 +138,9 @@ class TokenCurvature:
         return damped - _times(self._a @ operators, self._b)
 
     def influence(self, solved: Tensor, gradients: Tensor) -> Tensor:
-        """Scores of sequences for queries: how much a query's loss would rise without the sequence, in nats.
+        """Scores ``(q, n)``: how much a query's loss would rise without a sequence, in nats.
 
-        Args:
-            solved: What :meth:`solve` gives for q queries, shape ``(q, r, c)``.
-            gradients: Of n sequences, shape ``(n, r, c)``.
-
-        Returns:
-            Shape ``(q, n)``.
+        ``solved`` is what :meth:`solve` gives for queries, ``(q, r, c)``, and ``gradients`` of sequences ``(n, r, c)``.
         """
         return solved.flatten(1) @ gradients.flatten(1).T / self._weight
 
@@ -164,36 +150,21 @@ def _times(values: Tensor, factor: Tensor) -> Tensor:
     return values * factor if factor.ndim == 1 else values @ factor
 
 
-def _damped(moment: Tensor, basis: Tensor | None, relative: float) -> tuple[Tensor, Tensor]:
-    """A factor in its leading directions, and the same with damping relative to the mean of all."""
+def _damped(moment: Tensor, basis: Tensor | None, relative: float) -> tuple[Tensor, Tensor, float]:
+    """A factor in its leading directions, the same with damping relative to the mean of all, and its share of all."""
     trace = moment.sum() if moment.ndim == 1 else moment.trace()
     # A loss of 0 everywhere has no scale.
     amount = (relative * trace / len(moment)).clamp(min=1e-30)
-    factor = moment if basis is None else _projected(moment, basis)
-    return factor, factor + (amount if factor.ndim == 1 else amount * torch.eye(len(factor)).to(factor))
-
-
-def _sizes(num_features: int, width: int, max_values: int, *, is_diagonal: bool) -> tuple[int, int]:
-    """How many directions of each side are kept: features give way first."""
-    kept = min(num_features, max(MIN_FEATURES, max_values // width))
-    return kept, width if is_diagonal else min(width, max(1, max_values // kept))
+    factor = moment if basis is None else basis.T @ moment @ basis
+    share = 1.0 if basis is None or trace == 0 else float(factor.trace() / trace)
+    return factor, factor + (amount if factor.ndim == 1 else amount * torch.eye(len(factor)).to(factor)), share
 
 
 def _leading(moment: Tensor, count: int) -> Tensor | None:
-    """An orthonormal basis of the leading principal directions, found by a few power iterations where they are few."""
+    """An orthonormal basis of the leading principal directions, by power iteration where they are few; None for all."""
     if count == len(moment):
         return None
     if 2 * count > len(moment):
         return torch.linalg.eigh(moment)[1][:, -count:]
     with seeded(count):
         return torch.svd_lowrank(moment.float(), q=count, niter=2)[0].to(moment)
-
-
-def _projected(moment: Tensor, basis: Tensor) -> Tensor:
-    return basis.T @ moment @ basis
-
-
-def _share(moment: Tensor, basis: Tensor | None) -> float:
-    if basis is None or float(moment.trace()) == 0:
-        return 1.0
-    return float(_projected(moment, basis).trace() / moment.trace())

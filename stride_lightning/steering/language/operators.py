@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,14 +11,12 @@ from torch import Tensor
 from stride_lightning.runtime.distributed import total
 from stride_lightning.steering.language.curvature import TokenCurvature
 from stride_lightning.steering.language.output_space import OutputSpace
+from stride_lightning.steering.language.passes import TrainingPasses
 from stride_lightning.steering.language.tokens import TokenBatch, exact
 from stride_lightning.steering.subsets import Design
 
 #: Bytes that steered logits of one block, (sequences, tokens, operators, V), may take.
 STEERED_BYTES = 2**26
-
-#: Passes over the training sequences: each call reads them once, with logits if asked.
-Passes = Callable[[str, bool], Iterable[TokenBatch]]
 
 
 @dataclass
@@ -48,13 +46,13 @@ class TokenOperators:
 
 
 def fit_token_operators(
-    passes: Passes, design: Design, curvature: TokenCurvature, space: OutputSpace, *, steps: int = 1
+    passes: TrainingPasses, design: Design, curvature: TokenCurvature, space: OutputSpace, *, steps: int = 1
 ) -> TokenOperators:
-    """Fit all operators, reading the training sequences once, and once more for every step beyond the first.
+    """Fit all operators; ranks share the sequences.
 
-    Ranks share the sequences.
+    One step is the closed form, from one pass over the training sequences; each of several steps takes one pass more.
 
-    Memory: ``K r c`` floats and one batch; six times that for more than one step. One step is the closed form.
+    Memory: ``K r c`` floats and one batch; six times that for more than one step.
     """
     summed = curvature.zeros(design.num_subsets)
     mean = curvature.zeros()
@@ -74,11 +72,12 @@ def fit_token_operators(
     operators = TokenOperators(first, torch.full((design.num_subsets,), torch.nan))
     if steps == 1:
         return operators
-    current, step = first, torch.ones(design.num_subsets).to(first)
-    best = torch.zeros_like(start)
+    step, best = torch.ones_like(start), torch.zeros_like(start)
     reached, direction = torch.zeros_like(first), first  # F_k(0) = mean loss at 0, taken as 0
     for number in range(1, steps + 1):
-        losses, gradients = _slopes(passes, f"Operators, step {number}", design, curvature, space, current)
+        current = reached + step[:, None, None] * direction
+        training_pass = passes(f"Operators, step {number}", True)
+        losses, gradients = _slopes(training_pass, design, curvature, space, current)
         penalty = curvature.penalty(current)
         objective = losses / sizes.flatten() + (current * (penalty / 2 - mean)).sum((1, 2))
         gradients = gradients / sizes - mean + penalty
@@ -93,26 +92,15 @@ def fit_token_operators(
         operators.relative_gradient = torch.where(
             rose, operators.relative_gradient.to(energy), (energy / start.clamp(min=1e-38)).clamp(min=0).sqrt()
         )
-        if number == steps:
-            break
-        current = reached + step[:, None, None] * direction
     operators.coefficients = reached
     return operators
 
 
 def measure_tokens(batch: TokenBatch, coefficients: Tensor, curvature: TokenCurvature, space: OutputSpace) -> Tensor:
-    """How much each operator lowers the loss of each sequence below the frozen model's, in nats.
+    """How much each operator lowers the loss of each sequence below the frozen model's, in nats, shape ``(B, K)``.
 
-    Logits of ``K`` times all tokens are never held: operators are taken in blocks of ``STEERED_BYTES``.
-
-    Args:
-        batch: With logits.
-        coefficients: Operators, shape ``(K, r, c)``.
-        curvature: What projects features and steering.
-        space: Where operators act.
-
-    Returns:
-        Shape ``(B, K)``; positive: the subset helps.
+    Positive: the subset helps. The batch has logits; operators, shape ``(K, r, c)``, are taken in blocks of
+    ``STEERED_BYTES``, so that logits of ``K`` times all tokens are never held.
 
     Reference: arXiv:2606.05165 (STRIDE), measurement of subset effects.
     """
@@ -121,16 +109,11 @@ def measure_tokens(batch: TokenBatch, coefficients: Tensor, curvature: TokenCurv
 
 
 def _slopes(
-    passes: Passes,
-    description: str,
-    design: Design,
-    curvature: TokenCurvature,
-    space: OutputSpace,
-    coefficients: Tensor,
+    batches: Iterable[TokenBatch], design: Design, curvature: TokenCurvature, space: OutputSpace, coefficients: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Sums over the members of each subset: change of loss ``(K,)``, and gradients ``(K, r, c)`` under the operator."""
     losses, gradients = torch.zeros_like(coefficients[:, 0, 0]), torch.zeros_like(coefficients)
-    for batch in passes(description, True):
+    for batch in batches:
         members = design.rows(batch.places).to(gradients)
         features = curvature.features(batch.features)
         for subsets, steered, slopes in _steered(batch, coefficients, curvature, space, with_slopes=True):
@@ -153,17 +136,13 @@ def _steered(
     features = curvature.features(batch.features)
     num_sequences, num_tokens, _ = features.shape
     block = max(1, STEERED_BYTES // (8 * num_sequences * num_tokens * space.vocabulary))
-    labels = batch.labels[:, :, None, None]
     with exact(features.device):
         for first in range(0, len(coefficients), block):
             chosen = coefficients[first : first + block]  # (k, r, c)
             moved = features.flatten(0, 1) @ chosen.transpose(0, 1).flatten(1)
             moved = moved.reshape(num_sequences, num_tokens, len(chosen), -1)
             logits = batch.logits[:, :, None] + space.push(curvature.steering(moved))  # (B, T, k, V)
-            shape = (*logits.shape[:3], 1)
-            losses = logits.logsumexp(-1) - logits.gather(-1, labels.expand(shape))[..., 0]
-            slopes = None
-            if with_slopes:
-                errors = logits.softmax(-1).scatter_add_(-1, labels.expand(shape), -torch.ones_like(logits[..., :1]))
-                slopes = curvature.outputs(space.pull(errors))
+            labels = batch.labels[:, :, None].expand(logits.shape[:3])
+            losses = logits.logsumexp(-1) - logits.gather(-1, labels[..., None])[..., 0]
+            slopes = curvature.outputs(space.gradient(logits, labels)) if with_slopes else None
             yield slice(first, first + len(chosen)), (losses * batch.weights[..., None]).sum(1), slopes

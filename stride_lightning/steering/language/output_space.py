@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,9 @@ SKETCH_SIZE = 1024
 class OutputSpace:
     """A linear map from the steered space to logits.
 
-    Steering by ``v`` moves the logits by ``S v``. ``S`` is the identity up to ``MAX_DIRECT`` tokens: which token came
-    tells most of all. Beyond, it is the head's weight where the last layer is linear, so that what is steered is the
-    last hidden state, exactly; else a seeded sign sketch, whose inner products are those of logits on average.
+    Steering by ``v`` moves the logits by ``S v``. ``S`` is the identity up to ``MAX_DIRECT`` tokens. Beyond, it is the
+    head's weight where the last layer is linear, which steers the last hidden state exactly; else a seeded sign sketch,
+    whose inner products are those of logits on average.
 
     Args:
         kind: ``"logits"``, ``"hidden"`` or ``"sketch"``.
@@ -51,13 +52,9 @@ class OutputSpace:
         return self.vocabulary if self.matrix is None else self.matrix.shape[1]
 
     def gradient(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Gradient ``S' (p - y)`` of every token's loss, from ``(B, T, V)`` logits; shape ``(B, T, c)``."""
+        """Gradient ``S' (p - y)`` of every token's loss, from logits ``(..., V)``; shape ``(..., c)``."""
         errors = logits.softmax(-1)
         errors.scatter_add_(-1, labels[..., None], -torch.ones_like(errors[..., :1]))
-        return self.pull(errors)
-
-    def pull(self, errors: Tensor) -> Tensor:
-        """``S'`` times gradients in the logits."""
         return errors if self.matrix is None else errors @ self.matrix.to(errors)
 
     def push(self, steering: Tensor) -> Tensor:
@@ -73,14 +70,11 @@ def choose_output_space(model: nn.Module, outputs: Callable[[], Tensor]) -> Outp
     """Find out where to steer a model in eval mode, whose logits ``(B, T, V)`` of a batch ``outputs`` gives."""
     last: list[tuple[str, nn.Linear, Tensor]] = []
 
-    def hook_for(name: str) -> Callable[..., None]:
-        def hook(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
-            last[:] = [(name, module, output.detach())]
+    def hook(name: str, module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
+        last[:] = [(name, module, output.detach())]
 
-        return hook
-
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    handles = [module.register_forward_hook(hook_for(name)) for name, module in linear.items()]
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    handles = [module.register_forward_hook(partial(hook, name)) for name, module in linear]
     try:
         with uncompiled(), torch.no_grad():
             logits = outputs()
@@ -89,7 +83,7 @@ def choose_output_space(model: nn.Module, outputs: Callable[[], Tensor]) -> Outp
             handle.remove()
     longest, vocabulary = logits.shape[1], logits.shape[-1]
     head = None
-    # The head is found where what it gives are the logits themselves: nothing caps or scales them afterwards.
+    # A layer is the head if its outputs are the logits themselves: nothing caps or scales them afterwards.
     if last and last[0][2].shape == logits.shape and torch.equal(last[0][2], logits):
         head = plain_name(last[0][0]), last[0][1]
     if vocabulary <= MAX_DIRECT:

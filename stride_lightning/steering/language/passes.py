@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ class TrainingPasses:
         train: All training sequences.
         lengths: Tokens that count of each, int64 of shape ``(n,)``.
         cache_dir: Folder for activations, so that later passes do not run the model.
-        identity: Plain values that tell what the activations are of.
+        identity: As of an :class:`ActivationCache`.
     """
 
     def __init__(
@@ -36,15 +36,14 @@ class TrainingPasses:
         identity: Mapping[str, Any],
     ) -> None:
         self.reader, self.train, self.share = reader, train, shard(len(train))
-        probed = range(min(len(train), reader.rows_per_batch, 8))
+        num_probed = min(len(train), reader.rows_per_batch, 8)
         started = time.perf_counter()
-        probe = next(iter(reader.batches(train, "", share=slice(0, len(probed)))))
-        self.seconds_per_sequence = (time.perf_counter() - started) / len(probed)
-        self.num_features, self.dtype = probe.features.shape[-1], probe.features.dtype
+        probe = next(iter(reader.batches(train, "", share=slice(0, num_probed))))
+        self.seconds_per_sequence = (time.perf_counter() - started) / num_probed
         self.cache: ActivationCache | None = None
         if cache_dir is not None:
             folder = Path(cache_dir).expanduser() / f"sequences-{self.share.start}-{self.share.stop}"
-            widths = {name: values.shape[-1] for name, values in reader.kept(probe).items()}
+            widths = {name: values.shape[-1] for name, values in reader.to_store(probe).items()}
             self.cache = ActivationCache(folder, identity, lengths[self.share], widths)
 
     def __len__(self) -> int:
@@ -55,20 +54,17 @@ class TrainingPasses:
         """Where the sequences at some places stand in this rank's share."""
         return slice(places.start - self.share.start, places.stop - self.share.start)
 
-    def __call__(self, description: str, with_logits: bool = False) -> Iterable[TokenBatch]:
+    def __call__(self, description: str, with_logits: bool = False) -> Iterator[TokenBatch]:
         """Read the sequences once, in order; logits are not cached."""
         if self.cache is None or with_logits:
             yield from self.reader.batches(self.train, description, share=self.share, with_logits=with_logits)
             return
-        yield from self._cached(self.cache, description)
-        rest = slice(self.share.start + self.cache.done, self.share.stop)
-        for batch in self.reader.batches(self.train, description, share=rest):
-            self.cache.write(self.within(batch.places), self.reader.kept(batch), batch.losses)
-            yield batch
-
-    def _cached(self, cache: ActivationCache, description: str) -> Iterator[TokenBatch]:
         first = self.share.start
-        with counting(cache.done, description, show=self.reader.show_progress) as bar:
-            for rows, kept, losses in cache.batches():
-                yield self.reader.restored(slice(rows.start + first, rows.stop + first), kept, losses)
+        with counting(self.cache.done, description, show=self.reader.show_progress) as bar:
+            for rows, stored, losses in self.cache.batches():
+                yield self.reader.restored(slice(rows.start + first, rows.stop + first), stored, losses)
                 bar.update(rows.stop - rows.start)
+        rest = slice(first + self.cache.done, self.share.stop)
+        for batch in self.reader.batches(self.train, description, share=rest):
+            self.cache.write(self.within(batch.places), self.reader.to_store(batch), batch.losses)
+            yield batch

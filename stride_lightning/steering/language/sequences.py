@@ -1,4 +1,4 @@
-"""STRIDE for sequences: one pass for what all tokens say, one to score; nothing grows with their number."""
+"""STRIDE for sequences: one pass sums up all tokens, one scores; nothing grows with the number of sequences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples, first_batch
 from stride_lightning.data.reading import fingerprint_of, required, survey
-from stride_lightning.runtime.distributed import gather, shard
+from stride_lightning.runtime.distributed import gather, shard, total
 from stride_lightning.steering.basis import choose_layers
 from stride_lightning.steering.fit import Answers, Cost, FitOptions, FitRecord
 from stride_lightning.steering.language.curvature import FEATURE_DAMPING, TokenCurvature, TokenMoments
@@ -49,7 +49,7 @@ class Queries:
 
 @dataclass(frozen=True)
 class SequenceCost(Cost):
-    """The same; the disk is for activations."""
+    """The cost of language models; the disk is for activations."""
 
     @property
     def is_long(self) -> bool:
@@ -67,9 +67,9 @@ class SequenceCost(Cost):
 class SequenceStride:
     r"""Steering operators of a language model, and the influence they give in closed form.
 
-    Features ``phi`` are the inputs of a few layers at every token, ``e`` the gradient of the token's loss in the
-    steered space. With ``G_i = sum_t w_t phi_t e_t'`` for sequence ``i``, the score is the first-order influence of the
-    convex problem that all operators share,
+    It is a :class:`~stride_lightning.steering.fit.Fit`. Features ``phi`` are the inputs of a few layers at every token,
+    ``e`` the gradient of the token's loss in the steered space. With ``G_i = sum_t w_t phi_t e_t'`` for sequence ``i``,
+    the score is the first-order influence of the convex problem that all operators share,
 
     .. math:: w_{qi} = \frac{1}{W} \langle G_q, A^{-1} G_i B^{-1} \rangle, \quad
               A = \frac{1}{W} \sum w \phi \phi', \; B = \frac{1}{W} \sum w e e',
@@ -80,9 +80,7 @@ class SequenceStride:
 
     Memory: ``24 (r^2 + c^2)`` bytes for the moments (``c`` in place of ``c^2`` beyond 1024), ``4 q r c`` for the
     queries (at most 1 GiB: more take more passes), ``4 K r c`` for operators (cut to 1 GiB), and one batch (256 MiB of
-    logits at most, or one sequence). Nothing grows with the number of training sequences but the scores.
-
-    It is a :class:`~stride_lightning.steering.fit.Fit`.
+    logits at most, or one sequence). Only the scores grow with the number of training sequences.
 
     Args:
         task: The losses.
@@ -92,8 +90,8 @@ class SequenceStride:
     Reference: arXiv:2606.05165 (STRIDE), steering operators in hidden-state space; the closed form is ours.
     """
 
-    def __init__(self, task: CausalLanguageModeling, options: FitOptions | None = None) -> None:
-        self.task, self._given = task, options or FitOptions()
+    def __init__(self, task: CausalLanguageModeling, options: FitOptions) -> None:
+        self.task, self._given = task, options
         self._is_learned = self._given.basis == "learned"
         self.layers: list[str] = [] if self._is_learned else list(self._given.layers or [])
         self.design: Design | None = None
@@ -124,11 +122,10 @@ class SequenceStride:
             self.layers = record.info["layers"]
         elif not self.layers:
             self.layers = self.choose_layers(model, inputs)
-        texts = survey(
-            train, self.task, model, space.vocabulary, description="Reading" if self._given.show_progress else ""
-        )
+        description = "Reading" if self._given.show_progress else ""
+        texts = survey(train, self.task, model, space.vocabulary, description=description)
         self.fingerprint, self.space = texts.fingerprint, replace(space, longest=texts.longest)
-        self._model, self._device, self._is_recorded = model, device, record is not None
+        self._device, self._is_recorded = device, record is not None
         self.reader = TokenReader(
             model,
             self.task,
@@ -146,18 +143,13 @@ class SequenceStride:
             "task": repr(self.task),
         }
         self.passes = TrainingPasses(self.reader, train, required(texts.num_tokens), self._given.cache_dir, identity)
-        self.widths, self._num_features, self._dtype = (
-            (*self.reader.widths, 1),
-            self.passes.num_features,
-            self.passes.dtype,
-        )
         if self.passes.cache is not None:
             self.info["cache_bytes"] = self.passes.cache.num_bytes
 
     def estimate(self, design: Design | None) -> SequenceCost:
         """What a fit will take, from the pass over a few sequences."""
         num_subsets = 0 if design is None else design.num_subsets
-        features, width = self._num_features, self.space.width
+        features, width = sum(self.reader.widths), self.space.width
         moments = features**2 + (width if self.space.is_diagonal else width**2)
         num_passes = (not self._is_recorded) + (design is not None)
         return SequenceCost(
@@ -167,15 +159,14 @@ class SequenceStride:
         )
 
     def fit(self, design: Design | None = None, record: Record | None = None) -> None:
-        """Sum up what all training tokens say, or take it from a record; then fit the operators of a design, if any."""
-        started = time.perf_counter()
-        self.design = design
+        """Sum up all training tokens, or take the sums from a record; then fit the operators of a design, if any."""
+        self.design, started = design, time.perf_counter()
         if record is None:
             self._sum_up()
         else:
-            stored = record.tensors("moments")
-            parts = (stored[name].to(self._device) for name in ("features", "downhill", "sums"))
-            self.moments, self.losses = TokenMoments(*parts), stored["losses"]
+            stored = dict(record.tensors("moments"))
+            self.losses = stored.pop("losses")
+            self.moments = TokenMoments(**{name: values.to(self._device) for name, values in stored.items()})
         self.curve()
         self.info["seconds"] = {"statistics": 0.0 if record is not None else time.perf_counter() - started}
         if design is None:
@@ -188,28 +179,29 @@ class SequenceStride:
         self.info["seconds"]["operators"] = time.perf_counter() - started
 
     def _sum_up(self) -> None:
-        moments = TokenMoments.zeros(self._num_features, self.space, self._device)
-        losses = torch.empty(len(self.passes), dtype=self._dtype)
+        moments = TokenMoments.zeros(sum(self.reader.widths), self.space, self._device)
+        losses = torch.empty(len(self.passes), dtype=self.reader.dtype)
         for batch in self.passes("Statistics"):
             moments.update(batch)
             losses[self.passes.within(batch.places)] = batch.losses.cpu()
-        self.moments, self.losses = moments.total(), gather(losses, len(self.passes.train))
+        self.moments = TokenMoments(*map(total, vars(moments).values()))
+        self.losses = gather(losses, len(self.passes.train))
 
     def curve(self) -> None:
         """Make the curvature of the moments."""
         count = 1 if self.design is None else self.design.num_subsets
         self.curvature = TokenCurvature(
             self.moments,
-            self.widths,
+            self.reader.widths,
             damping=FEATURE_DAMPING if self._given.ridge is None else self._given.ridge,
             max_values=max(1024, min(MAX_VALUES, HELD_BYTES // (4 * count))),
-            dtype=self._dtype,
+            dtype=self.reader.dtype,
             device=self._device,
         )
         self.reader.num_values = math.prod(self.curvature.shape)
         self.info |= {
             "steered": self.space.kind,
-            "num_features": self._num_features,
+            "num_features": sum(self.reader.widths),
             "operator_shape": list(self.curvature.shape),
             "kept_energy": list(self.curvature.kept_energy),
             "num_tokens": int(self.moments.sums[2]),
@@ -218,21 +210,19 @@ class SequenceStride:
 
     def fit_operators(self, design: Design, record: Record | None = None) -> None:
         """Fit the operators of a design, or take those of a record if they are what the options ask for."""
-        stored = record is not None and "operators" in record.groups and design.info() == record.info["design"]
+        steps = self._given.steps
         # Where something was cut, operators stand in directions of their own.
+        as_recorded = steps == 1 and self._given.ridge is None and self.curvature.is_whole
         if (
             record is not None
-            and stored
-            and self._given.steps == 1
-            and self._given.ridge is None
-            and self.curvature.is_whole
+            and as_recorded
+            and "operators" in record.groups
+            and design.info() == record.info["design"]
         ):
             coefficients = record.tensors("operators")["coefficients"].to(self._device)
             self.operators = TokenOperators(coefficients, torch.full((len(coefficients),), torch.nan))
         else:
-            self.operators = fit_token_operators(
-                self.passes, design, self.curvature, self.space, steps=self._given.steps
-            )
+            self.operators = fit_token_operators(self.passes, design, self.curvature, self.space, steps=steps)
 
     def _learn_operators(self, design: Design) -> None:
         """Fit operators on a hidden state inside the network, as published."""
@@ -240,7 +230,7 @@ class SequenceStride:
         if layers is not None and len(layers) != 1:
             raise ValueError(f"basis='learned' steers one hidden state: name one layer, not {layers}.")
         self.hidden = HiddenStateOperators(
-            self._model,
+            self.reader.model,
             self.task,
             design,
             layer=None if layers is None else layers[0],
@@ -253,7 +243,7 @@ class SequenceStride:
 
     def record(self) -> FitRecord:
         """The moments and losses, and the operators if there are any."""
-        tensors = {"moments": {**self.moments.tensors(), "losses": self.losses}}
+        tensors = {"moments": {**vars(self.moments), "losses": self.losses}}
         if self.operators is not None:
             tensors["operators"] = {"coefficients": self.operators.coefficients}
         return FitRecord(tensors)
@@ -261,30 +251,29 @@ class SequenceStride:
     # ---- ask ------------------------------------------------------------------------------------------------
 
     def ask(self, queries: Examples, target: str = "label") -> Answers:
-        """Measure the queries and find their influence, as many at once as may be held."""
+        """Measure the queries and compute their influence, as many at once as may be held."""
         if target == "predicted":
             self.task.predict(torch.empty(0))  # which says what to do instead
-        measurements, losses, priors = [], [], []
+        parts, priors = [], []
         for places in torch.arange(len(queries)).split(self.queries_per_pass()):
             part = self.measure(queries.subset(places.tolist()))
-            measurements.append(part.measurements)
-            losses.append(part.losses)
+            parts.append((part.losses, part.measurements))
             if self._given.recovery in ("closed-form", "prior"):
                 priors.append(self.influence(part))
-        measured = torch.cat(measurements)
+        losses, measured = map(torch.cat, zip(*parts, strict=True))
         if self.design is not None:
             check_measurements(measured, self.design)
             # An operator stands for a subset in place of all data, so that each member counts for n / |S| of its kind.
             measured = measured * (self.design.degree / self.design.num_subsets)
-        prior, fingerprint = torch.cat(priors) if priors else None, fingerprint_of(queries, self.task)
-        return Answers(torch.cat(losses), measured, fingerprint, prior=prior)
+        prior = torch.cat(priors) if priors else None
+        return Answers(losses, measured, fingerprint_of(queries, self.task), prior=prior)
 
     def measure(self, queries: Examples) -> Queries:
-        """Run over the queries: their side of the scores, and what the operators do to them; ranks share them."""
+        """Run over the queries: their side of the scores and the effects of the operators; ranks share them."""
         share, count = shard(len(queries)), 0 if self.design is None else self.design.num_subsets
         size = share.stop - share.start
-        solved, losses = self.curvature.zeros(size), torch.zeros(size, dtype=self._dtype, device=self._device)
-        measured = torch.zeros(size, count, dtype=self._dtype, device=self._device)
+        solved = self.curvature.zeros(size)
+        losses, measured = solved.new_zeros(size), solved.new_zeros(size, count)
         with_logits = self.operators is not None
         for batch in self.reader.batches(queries, "Queries", share=share, with_logits=with_logits):
             rows = slice(batch.places.start - share.start, batch.places.stop - share.start)
@@ -303,7 +292,7 @@ class SequenceStride:
 
     def influence(self, queries: Queries) -> Tensor:
         """Scores of every training sequence for the queries, on the CPU, shape ``(q, n)``; ranks share the work."""
-        scores = torch.empty(len(queries.solved), len(self.passes), dtype=self._dtype)
+        scores = torch.empty(len(queries.solved), len(self.passes), dtype=self.reader.dtype)
         for batch in self.passes("Scores"):
             columns = self.passes.within(batch.places)
             scores[:, columns] = self.curvature.influence(queries.solved, self.curvature.gradients(batch)).cpu()

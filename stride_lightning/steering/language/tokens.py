@@ -1,9 +1,8 @@
-"""Sequences read token by token: what enters layers, and which way the loss of every token falls."""
+"""Sequences read token by token: inputs of layers, and the gradient of every token's loss."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
@@ -37,7 +36,7 @@ class TokenBatch:
         losses: Shape ``(B,)``.
         logits: Of the frozen model, shape ``(B, T, V)``, where asked for.
         labels: Int64 of shape ``(B, T)``.
-        hidden: What enters the head, shape ``(B, T, d)``, where logits are made of it again.
+        hidden: Inputs of the head, shape ``(B, T, d)``, where logits are made of them again.
     """
 
     places: slice
@@ -52,16 +51,10 @@ class TokenBatch:
 
 @dataclass(eq=False)
 class TokenReader:
-    """Runs a frozen language model over sequences.
+    """Runs a frozen language model, in eval mode on ``device``, over sequences.
 
-    Args:
-        model: In eval mode, on ``device``.
-        task: Its losses.
-        layers: Names of the modules whose inputs are the features, with a constant 1 beside them.
-        space: Where operators act, and what they do to logits.
-        batch_size: Sequences per forward pass at most; fewer where logits would take more than ``BATCH_BYTES``.
-        device: Where to run.
-        show_progress: Show progress bars.
+    The inputs of ``layers``, with a constant 1 beside them, are the features. A forward pass takes ``batch_size``
+    sequences at most, fewer where logits would take more than ``BATCH_BYTES``.
     """
 
     model: nn.Module
@@ -72,7 +65,7 @@ class TokenReader:
     batch_size: int
     device: torch.device
     show_progress: bool = True
-    #: Features of each layer, known once a batch was read.
+    #: Features of each layer, then 1 for the constant; known, like ``dtype``, once a batch was read.
     widths: tuple[int, ...] = field(default=(), init=False)
     dtype: torch.dtype = field(default=torch.float32, init=False)
     #: Numbers in the gradient of a sequence in one operator, for the size of batches.
@@ -86,13 +79,7 @@ class TokenReader:
     def batches(
         self, examples: Examples, description: str, *, share: slice | None = None, with_logits: bool = False
     ) -> Iterator[TokenBatch]:
-        """Run over some sequences in order, each read once.
-
-        Args:
-            examples: The sequences.
-            description: What the progress bar says.
-            share: Places to read; all when None.
-            with_logits: Keep logits.
+        """Run over all sequences, or those at the places of ``share``, in order; batches have logits if asked.
 
         Raises:
             ValueError: If a sequence cannot be read or its loss is not finite, naming it.
@@ -107,7 +94,13 @@ class TokenReader:
             description=description,
             show_progress=self.show_progress,
         )
-        with capture_tokens(self.model, self._captured_layers) as captured, torch.no_grad():
+        captured: dict[str, Tensor] = {}
+
+        def hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            captured[name] = first_tensor(name, args, kwargs).detach()
+
+        head = [] if self._head is None else [self._head]
+        with before_layers(self.model, {*self.layers, *head}, hook), torch.no_grad():
             for rows in reading:
                 captured.clear()
                 with rows.naming():
@@ -131,35 +124,31 @@ class TokenReader:
         given = logits if with_logits else None
         return TokenBatch(rows.places, features, downhill, weights, losses, given, labels, hidden)
 
-    def kept(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """What is worth keeping of a batch, shape ``(B, T, ...)``: what enters a large head, not what comes out."""
+    def to_store(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """Values of a batch to store, shape ``(B, T, ...)``: inputs of a large head rather than its outputs."""
         assert batch.labels is not None
+        values = {"features": batch.features, "weights": batch.weights[..., None]}
         if batch.hidden is None:
-            return {"features": batch.features, "weights": batch.weights[..., None], "downhill": batch.downhill}
+            return values | {"downhill": batch.downhill}
         labels = batch.labels[..., None].to(batch.features)  # exact for 2^24 tokens
-        kept = {"features": batch.features, "weights": batch.weights[..., None]}
-        return kept | {"hidden": batch.hidden, "labels": labels}
+        return values | {"hidden": batch.hidden, "labels": labels}
 
     @torch.no_grad()
-    def restored(self, places: slice, kept: dict[str, Tensor], losses: Tensor) -> TokenBatch:
-        """The batch again, from what was kept of it."""
-        kept = {name: values.to(self.device, self.dtype) for name, values in kept.items()}
-        features, weights, downhill = kept["features"], kept["weights"][..., 0], kept.get("downhill")
+    def restored(self, places: slice, stored: dict[str, Tensor], losses: Tensor) -> TokenBatch:
+        """The batch again, from its stored values."""
+        stored = {name: values.to(self.device, self.dtype) for name, values in stored.items()}
+        weights, downhill = stored["weights"], stored.get("downhill")
         if downhill is None:
             assert self.space.head is not None
-            head, labels = self.space.head[1], kept["labels"][..., 0].long()
-            logits = at_least_single(head(kept["hidden"].to(head.weight.dtype)))
-            downhill = torch.where(kept["weights"] > 0, self.space.gradient(logits, labels), 0)
-        return TokenBatch(places, features, downhill, weights, losses.to(self.device, self.dtype))
+            head, labels = self.space.head[1], stored["labels"][..., 0].long()
+            logits = at_least_single(head(stored["hidden"].to(head.weight.dtype)))
+            downhill = torch.where(weights > 0, self.space.gradient(logits, labels), 0)
+        return TokenBatch(places, stored["features"], downhill, weights[..., 0], losses.to(self.device, self.dtype))
 
     @property
     def _head(self) -> str | None:
         """Name of the head, where its logits are too many to keep."""
         return self.space.head[0] if self.space.is_diagonal and self.space.head is not None else None
-
-    @property
-    def _captured_layers(self) -> list[str]:
-        return list(dict.fromkeys([*self.layers, *([] if self._head is None else [self._head])]))
 
     def _features(self, captured: dict[str, Tensor], logits: Tensor) -> Tensor:
         parts = []
@@ -173,22 +162,9 @@ class TokenReader:
                     f"{tuple(logits.shape[:2])} tokens. Name other layers with `layers=`."
                 )
             parts.append(fold(at_least_single(inputs).to(logits).flatten(0, 1), MAX_TOKEN_FEATURES))
-        self.dtype = logits.dtype
-        self.widths = tuple(part.shape[1] for part in parts)
         parts.append(torch.ones_like(parts[0][:, :1]))
+        self.dtype, self.widths = logits.dtype, tuple(part.shape[1] for part in parts)
         return torch.cat(parts, 1).unflatten(0, tuple(logits.shape[:2]))
-
-
-@contextmanager
-def capture_tokens(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect what enters named layers, shape ``(B, T, d)``, at every forward pass inside the block."""
-    captured: dict[str, Tensor] = {}
-
-    def hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        captured[name] = first_tensor(name, args, kwargs).detach()
-
-    with before_layers(model, layers, hook):
-        yield captured
 
 
 def exact(device: torch.device) -> torch.autocast:

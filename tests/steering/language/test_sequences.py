@@ -68,7 +68,7 @@ def test_of_large_vocabularies_features_are_cut_alone(model, monkeypatch):
     found = StrideAttributor(layers=LAYERS, show_progress=False).fit(model, loader(TRAIN))
     assert found.metadata["sequences"]["operator_shape"] == [13, VOCABULARY]  # 1024 numbers are always kept
     curvature = found.fitted.curvature
-    cut = type(curvature)(found.fitted.moments, found.fitted.widths, max_values=1)
+    cut = type(curvature)(found.fitted.moments, found.fitted.reader.widths, max_values=1)
     assert cut.shape == (4, VOCABULARY)
     operators = ask(model, recovery="prior", num_subsets=8)
     assert operators.std is not None
@@ -137,7 +137,7 @@ def test_large_operators_are_cut_to_principal_directions(model, monkeypatch):
     monkeypatch.setattr(token_curvature, "MIN_FEATURES", 4)
     attributor = StrideAttributor(layers=LAYERS, show_progress=False).fit(model, loader(TRAIN))
     found = attributor.fitted
-    cut = type(found.curvature)(found.moments, found.widths, max_values=16, dtype=torch.float64)
+    cut = type(found.curvature)(found.moments, found.reader.widths, max_values=16, dtype=torch.float64)
     assert cut.shape == (4, 4)
     assert found.curvature.is_whole
     assert not cut.is_whole
