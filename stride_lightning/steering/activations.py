@@ -35,13 +35,8 @@ class Captured(dict[str, Tensor]):
 def capture_inputs(model: nn.Module, layers: Sequence[str]) -> Iterator[Captured]:
     """Collect the pooled input of each named layer at every forward pass inside the block.
 
-    Args:
-        model: Any module; compiled wrappers are looked through.
-        layers: Dotted names of submodules.
-
-    Yields:
-        A dictionary that after a forward pass holds, for every layer that ran, features of shape ``(B, d)``
-        (the mean over calls if the layer ran several times). Call its ``reads(inputs)`` before each pass.
+    After a pass the dictionary holds, for every layer that ran, features of shape ``(B, d)``: the mean over calls if
+    it ran several times. Call its ``reads(inputs)`` before each pass.
 
     Raises:
         ValueError: If a name is not a submodule.
@@ -68,15 +63,10 @@ def capture_inputs(model: nn.Module, layers: Sequence[str]) -> Iterator[Captured
 
 
 def pool(module: nn.Module, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-    """One row of features per example: token axes are averaged, spatial axes pooled to a coarse grid.
+    """One row of at most ``MAX_LAYER_FEATURES`` features per example, from what enters a layer.
 
-    Args:
-        module: The layer the input enters; convolutions and inputs with four or more axes are channels first.
-        inputs: Shape ``(B, d)``, ``(B, tokens, d)`` or ``(B, channels, height, width)`` and the like.
-        mask: Of tokens, shape ``(B, tokens)``, where some are padding.
-
-    Returns:
-        Shape ``(B, d)`` with ``d`` at most ``MAX_LAYER_FEATURES``.
+    Token axes ``(B, tokens, d)`` are averaged, over the tokens of a mask ``(B, tokens)`` if there is one. Spatial axes,
+    of convolutions and wherever there are four axes or more, come last and are pooled to a coarse grid.
     """
     inputs = rows_first(module, inputs.detach())
     inputs = inputs if inputs.dtype == torch.float64 else inputs.float()
@@ -118,9 +108,9 @@ def first_tensor(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Te
     """The first tensor that a layer is called with, which must hold one row of numbers per example."""
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if not tensors or not tensors[0].is_floating_point() or tensors[0].ndim < 2:
-        came = f"{tensors[0].dtype} of shape {tuple(tensors[0].shape)}" if tensors else "no tensor"
+        given = f"{tensors[0].dtype} of shape {tuple(tensors[0].shape)}" if tensors else "no tensor"
         raise TypeError(
-            f"Layer {name!r} must take a floating-point tensor with one row per example; its first input is {came}. "
+            f"Layer {name!r} must take a floating-point tensor with one row per example; its first input is {given}. "
             "Name another layer, for instance the one after an embedding."
         )
     return tensors[0]

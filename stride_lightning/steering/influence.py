@@ -38,16 +38,8 @@ def influence(
     Memory beyond its arguments: the result, twice; and for each thread six arrays of ``64 C r`` floats and three
     blocks of directions (8 MB each).
 
-    Args:
-        train: Evaluation pass over n training examples.
-        queries: Evaluation pass over q queries.
-        train_means: Predictions at which to linearise, shape ``(n, C)``.
-        query_means: Predictions for the queries, shape ``(q, C)``.
-        task: The likelihood.
-        ridge: The penalty ``rho``.
-        tolerance: Relative residual at which a query counts as solved.
-        max_iterations: Stop here at the latest.
-        show_progress: Show a progress bar.
+    The predictions at which to linearise have shapes ``(n, C)`` and ``(q, C)``; ``ridge`` is ``rho``. A query counts as
+    solved at a relative residual of ``tolerance``.
 
     Returns:
         Shape ``(q, n)``: to first order, how much the query's loss would rise if the example were left out.
@@ -57,13 +49,13 @@ def influence(
     features, size = train.features, len(train)
     means = train_means.T.contiguous()  # (C, n)
     surprise = ((train_means - train.encoded) / task.dispersion).T.contiguous()
-    asked = (query_means - queries.encoded) / task.dispersion
+    query_surprise = (query_means - queries.encoded) / task.dispersion
     typical = task.curvature_diagonal(train_means).mean(0)  # (C,)
     energies = features.square().mean(0)
     preconditioner = 1 / (typical[:, None] * energies + ridge)[..., None]  # (C, r, 1)
 
     def solve(chosen: slice) -> Tensor:
-        right = asked[chosen].T[:, None, :] * queries.features[chosen].T  # (C, r, q)
+        right = query_surprise[chosen].T[:, None, :] * queries.features[chosen].T  # (C, r, q)
         block = max(64, BLOCK_BYTES // (right.element_size() * right.shape[0] * right.shape[2]))
         blocks = [slice(first, first + block) for first in range(0, size, block)]
 
@@ -74,13 +66,8 @@ def influence(
                 total += (features[rows].T / size) @ curved
             return total
 
-        solution = conjugate_gradients(
-            product,
-            right,
-            lambda residual: preconditioner * residual,
-            tolerance=tolerance,
-            max_iterations=max_iterations,
-        ).values
+        stop = {"tolerance": tolerance, "max_iterations": max_iterations}
+        solution = conjugate_gradients(product, right, lambda residual: preconditioner * residual, **stop).values
         # (C, b, q) outputs moved, times what surprises about the examples
         parts = [((features[rows] @ solution) * surprise[:, rows, None]).sum(0) for rows in blocks]
         return torch.cat(parts).T / size

@@ -82,50 +82,29 @@ class StrideModule(nn.Module):
     def fit_operators(self, observed: Observation, *, show_progress: bool = True) -> StrideModule:
         """Fit all operators to an evaluation pass over the training set; ranks share the work.
 
-        Args:
-            observed: The evaluation pass, n examples with r features and C outputs.
-            show_progress: Show progress bars.
-
         Returns:
-            This module, with ``coefficients`` of shape ``(C, r, K)``.
+            This module, with ``coefficients`` of shape ``(C, r, K)`` for r features, C outputs and K subsets.
         """
         if len(observed) != self.design.num_train:
             raise ValueError(f"The design is for {self.design.num_train} examples, the pass saw {len(observed)}.")
-        self.chosen = choose_penalties(
-            observed,
-            self.design,
-            self.task,
-            ridge=self.ridge,
-            stability=self.stability,
-            anchored=self.anchored,
-            show_progress=show_progress,
-        )
+        rule = {"ridge": self.ridge, "stability": self.stability, "anchored": self.anchored}
+        self.chosen = choose_penalties(observed, self.design, self.task, **rule, show_progress=show_progress)
         if self.basis == "learned":
-            learned = LearnedBasis(
-                self.design,
-                self.task,
-                observed,
-                rank=self.rank,
-                stability=self.stability,
-                learning_rate=self.learning_rate,
-                max_steps=self.max_steps,
-                seed=self.seed,
-            )
+            names = ("rank", "stability", "learning_rate", "max_steps", "seed")
+            options = {name: getattr(self, name) for name in names}
+            learned = LearnedBasis(self.design, self.task, observed, **options)
             self.coefficients = learned.fit(show_progress=show_progress)
             self.relative_gradient = self.coefficients.new_empty(0)
             self.chosen["steps"] = self.max_steps
             return self
-        start = None
-        if not self.anchored:
-            typical = self.chosen["operator_ridge"] * torch.ones(1)
-            start = refit(observed, self.task, typical)[..., 0]
+        typical = torch.tensor([self.chosen["operator_ridge"]])
         fitted = fit_operators(
             observed,
             self.design,
             self.task,
             self.chosen["ridge"],
             stability=self.stability,
-            start=start,
+            start=None if self.anchored else refit(observed, self.task, typical)[..., 0],
             subsets=shard(self.design.num_subsets),
             show_progress=show_progress,
         )
@@ -152,19 +131,12 @@ class StrideModule(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """First-order influence at the mean of the operators and at the frozen model, each ``(q, n)``.
 
-        Args:
-            train: Evaluation pass over the training set.
-            queries: Evaluation pass over the queries.
-            train_mean: :meth:`mean_prediction` of the training set.
-            show_progress: Show progress bars.
+        ``train`` and ``queries`` are evaluation passes, ``train_mean`` is :meth:`mean_prediction` of the first.
         """
-        frozen = self.task.mean(train.outputs), self.task.mean(queries.outputs), self.chosen["frozen_ridge"]
-        subset = train_mean, self.mean_prediction(queries), self.chosen["operator_ridge"]
-        at_subset, at_frozen = (
-            influence(train, queries, trained, asked, self.task, ridge, show_progress=show_progress)
-            for trained, asked, ridge in (subset, frozen)
-        )
-        return at_subset, at_frozen
+        task, quiet = self.task, {"show_progress": show_progress}
+        at_subset = train_mean, self.mean_prediction(queries), task, self.chosen["operator_ridge"]
+        at_frozen = task.mean(train.outputs), task.mean(queries.outputs), task, self.chosen["frozen_ridge"]
+        return influence(train, queries, *at_subset, **quiet), influence(train, queries, *at_frozen, **quiet)
 
     def _check_fitted(self) -> None:
         if self.coefficients.numel() == 0:
