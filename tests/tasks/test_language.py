@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 from stride_lightning import CausalLanguageModeling, Classification, SequenceClassification, attribute, self_influence
 from stride_lightning.runtime.checks import RowError
 from stride_lightning.tasks.inference import infer_task_of
-from stride_lightning.tasks.language import is_packed, logits_of, max_length, unpack, vocabulary_size
+from stride_lightning.tasks.texts import is_packed, logits_of, max_length, unpack, vocabulary_size
 from tests.helpers.gradient_models import QUIET, close_scores
 from tests.helpers.language_models import (
     CAUSAL,
