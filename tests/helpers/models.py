@@ -190,14 +190,6 @@ def train(model, dataset, folder, *callbacks, seed=0, ckpt_path=None, **options)
     return trainer
 
 
-def trained_classifier(folder, dataset):
-    """One with dropout that no trainer is attached to."""
-    model = build(Classifier, dropout=0.3)
-    train(model, dataset, folder, max_epochs=8)
-    model.trainer = None
-    return model
-
-
 def build(kind, seed=0, **options):
     """A model with reproducible weights."""
     torch.manual_seed(seed)
