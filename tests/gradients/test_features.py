@@ -28,7 +28,7 @@ from tests.helpers.gradient_models import (
     targets_for,
     tokens,
 )
-from tests.helpers.tiny import DictData, examples_of, random_tensor
+from tests.helpers.tiny import examples_of, random_tensor
 
 CPU = torch.device("cpu")
 
@@ -220,16 +220,10 @@ def test_example_that_is_not_finite_is_named():
 
 def test_dictionaries():
     """Inputs that are a dictionary, and batches that are one."""
-
-    class Data(DictData):
-        def __getitem__(self, i):
-            return {"words": self.images[0][i], "numbers": self.images[1][i], "label": self.labels[i]}
-
-        def __len__(self):
-            return len(self.labels)
-
     words, numbers, labels = tokens(9, 3), random_tensor(9, 6, seed=0), targets_for(Classification(), 3, 9, 1)
-    data, model = Data((words, numbers), labels), seeded(DictModel)
+    rows = zip(words, numbers, labels, strict=True)
+    data = [dict(zip(("words", "numbers", "label"), row, strict=True)) for row in rows]
+    model = seeded(DictModel)
     for batch_size in (9, 4):
         found = attribute(
             model, data, train_data=data, task=DictTask(), method="grad-dot", batch_size=batch_size, **QUIET

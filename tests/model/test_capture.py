@@ -17,7 +17,6 @@ from tests.helpers.gradient_models import (
     Adapter,
     Attention,
     DictModel,
-    FlatHead,
     Recurrent,
     SameWeight,
     Scaled,
@@ -160,7 +159,7 @@ CASES = {
         {"2.bias": VECTORIZED},
     ),
     "raw parameters": (Scaled, points(), {"scale": VECTORIZED, "shift": VECTORIZED}),
-    "one output": (FlatHead, points(), {}),
+    "one output": (lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1), nn.Flatten(0)), points(), {}),
     "dictionary": (DictModel, {"words": tokens(NUM, 3), "numbers": points()}, {}),
 }
 

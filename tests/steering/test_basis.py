@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from stride_lightning.data.examples import Examples
 from stride_lightning.model.layers import layer_names
 from stride_lightning.steering import basis as basis_module
 from stride_lightning.steering.basis import Basis, Observation, choose_layers, fit_basis, observe
 from stride_lightning.tasks.likelihoods import BinaryClassification, Classification, Regression
-from tests.helpers.tiny import CPU, DictData, DictTask, examples_of, perceptron, random_tensor
+from tests.helpers.models import Dicts, DictTask
+from tests.helpers.tiny import CPU, examples_of, perceptron, random_tensor
 
 LAYERS = ["0", "2"]
 TASK = Classification()
@@ -215,7 +217,8 @@ def test_select_takes_rows() -> None:
 
 
 def test_dictionary_batches_and_single_outputs() -> None:
-    _, observed = fit_basis(model(), DictTask(), Examples(DictData(INPUTS, TARGETS)), LAYERS, **SETTINGS)
+    data = Examples(Dicts(TensorDataset(INPUTS, TARGETS)))
+    _, observed = fit_basis(model(), DictTask(), data, LAYERS, **SETTINGS)
     assert_same_kernel(observed.features, fit()[1].features.numpy())
     network = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)).double()
     _, observed = fit_basis(network, Regression(), examples_of(INPUTS, INPUTS.sum(1)), ["0"], **SETTINGS)
