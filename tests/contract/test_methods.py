@@ -294,7 +294,7 @@ def test_examples_that_are_not_finite_are_named(method, kind):
         made(method, kind).fit(model_of(kind), TensorDataset(x, y)).attribute(CASES[kind].queries)
     x, y = (tensor.clone() for tensor in CASES[kind].queries.tensors)
     x[3, 0] = torch.inf
-    with pytest.raises(ValueError, match="example 3"):
+    with pytest.raises(ValueError, match="Query 3"):
         fitted(method, kind).attribute(TensorDataset(x, y))
     model = model_of(kind)
     with torch.no_grad():

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from stride_lightning import BinaryClassification, Classification, Regression
+from stride_lightning import BinaryClassification, Classification, Regression, attribute
 from stride_lightning.attribute import create
 from tests.helpers.tiny import examples_of, random_tensor
 
@@ -384,6 +384,19 @@ def fitted(model, data, method, **options):
     """An attributor after its fit."""
     task = options.pop("task", None)
     return create(method, **QUIET | options).fit(model, data, task)
+
+
+def attributed(model, data, method, queries=None, **options):
+    """An attribution with the exact options of its method; of the training data itself by default."""
+    options = QUIET | EXACT.get(method, {}) | options
+    return attribute(model, data if queries is None else queries, train_data=data, method=method, **options)
+
+
+def save_weights(folder, num=2):
+    """A folder of some models' weights."""
+    for seed in range(num):
+        torch.save(mlp(seed=seed).state_dict(), folder / f"{seed}.pt")
+    return folder
 
 
 @torch.no_grad()
