@@ -24,6 +24,7 @@ from tests.helpers.gradient_models import (
     fitted,
     gauss_newton_of,
     gradients_of,
+    inverse_of,
     mlp,
     pictures_for,
     points_for,
@@ -53,9 +54,8 @@ CASES = {
 
 def expected_scores(attributor, model, task, data):
     """Times n, with the damping that the attributor found."""
-    matrix, grads = gauss_newton_of(model, task, data), gradients_of(model, task, data)
-    damping = attributor._fitted[0].curvature.absolute_damping
-    return grads @ torch.linalg.solve(matrix + damping * torch.eye(len(matrix), dtype=matrix.dtype), grads.T)
+    grads, damping = gradients_of(model, task, data), attributor._fitted[0].curvature.absolute_damping
+    return grads @ inverse_of(gauss_newton_of(model, task, data), damping) @ grads.T
 
 
 @pytest.mark.parametrize("name", CASES)

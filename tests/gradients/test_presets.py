@@ -22,6 +22,7 @@ from tests.helpers.gradient_models import (
     fitted,
     gauss_newton_of,
     gradients_of,
+    inverse_of,
     jacobians_of,
     loss_of,
     margin_of,
@@ -64,10 +65,6 @@ def by_blocks(model, grads, inverse):
 def diagonal(model, task, data, grads, damping, found):
     squares = grads[1].square().mean(0)
     return grads[0] / (squares + damping * squares.mean()) @ grads[1].T
-
-
-def inverse_of(matrix, damping):
-    return torch.linalg.inv(matrix + damping * torch.eye(len(matrix), dtype=matrix.dtype))
 
 
 def datainf(model, task, data, grads, damping, found):

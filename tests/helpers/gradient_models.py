@@ -309,6 +309,11 @@ def gauss_newton_of(model, task, data, layers=None):
     return torch.einsum("ncp,ncd,ndq->pq", jacobians, second_derivatives(model, task, data), jacobians) / len(data)
 
 
+def inverse_of(matrix, damping):
+    """The inverse of a damped matrix."""
+    return torch.linalg.inv(matrix + damping * torch.eye(len(matrix), dtype=matrix.dtype))
+
+
 def blocks_of(model, layers=None, *, joined=True):
     """Places in a vector of all parameters by block: a weight matrix with its bias, or one parameter."""
     places, start = {}, 0
