@@ -2,13 +2,14 @@
 
 import tempfile
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from stride_lightning import Attribution, Classification, attribute
+from stride_lightning import Classification
 from stride_lightning.attribute import self_influence
 from stride_lightning.gradients import attributor as module
 from stride_lightning.gradients import features, planned
@@ -18,13 +19,14 @@ from tests.helpers.gradient_models import (
     TASKS,
     Everything,
     TokenModel,
+    attributed,
     check_same_condition,
     close_scores,
     condition_of,
     fitted,
     mlp,
-    pictures_for,
     points_for,
+    save_weights,
     seeded,
     targets_for,
     words_for,
@@ -48,9 +50,7 @@ def options_of(method, **more):
 
 
 def ask(method, model=None, data=DATA, queries=QUERIES, **more):
-    return attribute(
-        mlp() if model is None else model, queries, train_data=data, method=method, **options_of(method, **more)
-    )
+    return attributed(mlp() if model is None else model, data, method, queries, **WHOLE.get(method, {}) | more)
 
 
 # ---- invariance -------------------------------------------------------------------------------------------------
@@ -85,10 +85,8 @@ def test_queries_in_chunks(method, monkeypatch):
 
 @every_method
 def test_seed(method):
-    """Where nothing is random it changes nothing; the same seed gives the same."""
-    same = ask(method, seed=3).scores
-    assert torch.equal(ask(method, seed=3).scores, same)
-    close_scores(same, ask(method, seed=4).scores, 1e-4)
+    """Where nothing is random it changes nothing."""
+    close_scores(ask(method, seed=3).scores, ask(method, seed=4).scores, 1e-4)
 
 
 @every_method
@@ -128,9 +126,7 @@ def test_chosen_layers(method):
 
 @pytest.mark.parametrize("method", ["ekfac", "datainf", "trak"])
 def test_top_k_over_checkpoints_in_tiles_and_chunks(method, monkeypatch, tmp_path):
-    for seed in range(2):
-        torch.save(mlp(seed=seed).state_dict(), tmp_path / f"{seed}.pt")
-    full = ask(method, checkpoints=tmp_path).top(13)
+    full = ask(method, checkpoints=save_weights(tmp_path)).top(13)
     monkeypatch.setattr(planned, "TILE_BYTES", 4 * 2 * 3)
     monkeypatch.setattr(module, "QUERY_BYTES", 4 * 2 * 2 * 43)
     top = ask(method, checkpoints=tmp_path, top_k=20).top(13)
@@ -148,13 +144,9 @@ def test_the_cosine_of_an_example_with_itself_says_nothing():
 
 @pytest.mark.parametrize("method", ["grad-dot", "ekfac", "trak"])
 def test_self_influence_over_checkpoints(method, tmp_path):
-    for seed in range(2):
-        torch.save(mlp(seed=seed).state_dict(), tmp_path / f"{seed}.pt")
-    expected = ask(method, queries=DATA, checkpoints=tmp_path).scores.diagonal()
-    found = self_influence(
-        mlp(), train_data=DATA, method=method, **options_of(method, checkpoints=tmp_path, batch_size=4)
-    )
-    close_scores(found, expected)
+    expected = ask(method, queries=DATA, checkpoints=save_weights(tmp_path)).scores.diagonal()
+    options = options_of(method, checkpoints=tmp_path, batch_size=4)
+    close_scores(self_influence(mlp(), train_data=DATA, method=method, **options), expected)
 
 
 # ---- the caller's model -----------------------------------------------------------------------------------------
@@ -182,7 +174,6 @@ def test_weight_norm_of_the_old_kind_is_as_before():
         before = model[0].weight.detach().clone()
         ask("grad-dot", model)
     assert torch.equal(model[0].weight.detach(), before)
-    assert model[0].weight.detach().tolist() == before.tolist()
 
 
 @pytest.mark.parametrize("kind", [{"sparse": True}, {"scale_grad_by_freq": True}], ids=lambda kind: next(iter(kind)))
@@ -198,22 +189,10 @@ def test_embeddings_with_gradients_of_another_kind(kind):
     close_scores(scores(kind), scores({}))
 
 
-def test_batch_statistics_are_refused():
-    norm = nn.BatchNorm1d(2, track_running_stats=False)
-    model = seeded(lambda: nn.Sequential(nn.Conv1d(2, 2, 1), norm, nn.Flatten(), nn.Linear(8, 3)))
-    with pytest.raises(ValueError, match="without running statistics"):
-        ask("grad-dot", model, pictures_for(), pictures_for(4, seed=1))
-
-
-def test_metadata_and_saving(tmp_path):
-    found = ask("trak", layers=["2"])
-    assert found.metadata["method"] == "trak"
-    assert found.metadata["options"] == {"layers": ["2"], "top_k": None, "damping": 0.3}
-    assert found.metadata["gradients"] == {"num_parameters": 18, "blocks": {"factors": 1}}
-    assert found.metadata["data"]["num_examples"] == 13
-    again = Attribution.load(found.save(tmp_path / "scores"))
-    assert torch.equal(again.scores, found.scores)
-    assert again.metadata["curvature"] == found.metadata["curvature"]
+def test_metadata():
+    metadata = ask("trak", layers=["2"]).metadata
+    assert metadata["options"] == {"layers": ["2"], "top_k": None, "damping": 0.3}
+    assert metadata["gradients"] == {"num_parameters": 18, "blocks": {"factors": 1}}
 
 
 # ---- two processes ----------------------------------------------------------------------------------------------
@@ -234,8 +213,7 @@ def everything():
             found[method, "many outputs"] = ask(method, seeded(TokenModel), words, words, batch_size=3).scores
         patch.undo()
         patch.setattr(planned, "TILE_BYTES", 4 * 5 * 6)  # two tiles of the 7 examples of rank 0, one of the 6 of rank 1
-        for seed in range(2):
-            torch.save(mlp(seed=seed).state_dict(), f"{folder}/{seed}.pt")
+        save_weights(Path(folder))
         for method in ("datainf", "influence-cg", "trak"):
             found[method, "checkpoints"] = ask(method, top_k=13, checkpoints=folder).top(13).proponent_scores
     return found

@@ -49,6 +49,10 @@ def steps(checkpoints):
     return [checkpoint.step for checkpoint in checkpoints]
 
 
+def names_in(folder, model):
+    return [checkpoint.name for checkpoint in read_checkpoints(folder, model)]
+
+
 # ---- records ------------------------------------------------------------------------------------------------------
 
 
@@ -70,8 +74,8 @@ def test_one_record_and_a_list(run):
     assert steps(read_checkpoints(str(records / "step=4"), model)) == [4]
     chosen = [records / "step=6", str(records / "step=2"), records / "step=6"]
     assert steps(read_checkpoints(chosen, model)) == steps(read_checkpoints(tuple(chosen), model)) == [2, 6]
-    both = read_checkpoints([records, folder / "kept" / "step=2.ckpt"], model)
-    assert [checkpoint.name for checkpoint in both] == ["step=2", "step=4", "step=6", "step=8"]
+    both = names_in([records, folder / "kept" / "step=2.ckpt"], model)
+    assert both == ["step=2", "step=4", "step=6", "step=8"]
 
 
 def test_the_run_of_the_models_weights_else_the_newest(tmp_path):
@@ -79,10 +83,8 @@ def test_the_run_of_the_models_weights_else_the_newest(tmp_path):
     for seed in (0, 1):
         models.append(build(Classifier, seed=seed))
         train(models[-1], IN_ORDER, tmp_path, TracInCallback(tmp_path / "records"), max_epochs=2 + seed)
-    names = [[c.name for c in read_checkpoints(tmp_path / "records", model)] for model in models]
-    assert names == [["step=4", "step=8"], ["step=4-v1", "step=8-v1", "step=12"]]
-    newest = read_checkpoints(tmp_path / "records", build(Classifier, seed=2))
-    assert [checkpoint.name for checkpoint in newest] == names[1]
+    names = [names_in(tmp_path / "records", model) for model in (*models, build(Classifier, seed=2))]
+    assert names == [["step=4", "step=8"], *[["step=4-v1", "step=8-v1", "step=12"]] * 2]
 
 
 def test_records_of_an_abandoned_path_are_not_used(tmp_path):
@@ -90,20 +92,18 @@ def test_records_of_an_abandoned_path_are_not_used(tmp_path):
     options = {"enable_checkpointing": True}
 
     def callbacks():
-        return TracInCallback(tmp_path / "records", every_n_train_steps=2), keeping(
-            tmp_path / "kept", filename="{step}"
-        )
+        plain = keeping(tmp_path / "kept", filename="{step}")
+        return TracInCallback(tmp_path / "records", every_n_train_steps=2), plain
 
     abandoned, model = build(Classifier), build(Classifier)
     train(abandoned, IN_ORDER, tmp_path, *callbacks(), **options)
     saved = tmp_path / "kept" / "step=4.ckpt"
     train(model, loader(DATA), tmp_path, *callbacks(), ckpt_path=saved, max_epochs=-1, max_steps=6, **options)
-    names = {"model": ["step=2", "step=4", "step=6-v1"], "abandoned": ["step=2", "step=4", "step=6", "step=8"]}
-    for key, asked in {"model": model, "abandoned": abandoned}.items():
-        assert [checkpoint.name for checkpoint in read_checkpoints(tmp_path / "records", asked)] == names[key]
     first = build(Classifier)
     first.load_state_dict(read_record(tmp_path / "records/step=4").tensors("weights"))
-    assert [checkpoint.name for checkpoint in read_checkpoints(tmp_path / "records", first)] == names["model"]
+    assert names_in(tmp_path / "records", abandoned) == ["step=2", "step=4", "step=6", "step=8"]
+    for on_the_path in (model, first):
+        assert names_in(tmp_path / "records", on_the_path) == ["step=2", "step=4", "step=6-v1"]
 
 
 def test_moved_renamed_and_removed_records(run, tmp_path):
@@ -119,17 +119,12 @@ def test_moved_renamed_and_removed_records(run, tmp_path):
 
 
 def test_a_model_with_state_that_is_no_tensor(tmp_path):
-    class Extra(nn.Module):
+    class WithExtra(Classifier):
         def get_extra_state(self):
             return {"seen": 3}
 
         def set_extra_state(self, state):
             assert state == {"seen": 3}
-
-    class WithExtra(Classifier):
-        def __init__(self):
-            super().__init__()
-            self.extra = Extra()
 
     model = build(WithExtra)
     train(model, IN_ORDER, tmp_path, TracInCallback(tmp_path / "records"))

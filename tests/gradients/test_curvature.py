@@ -2,11 +2,10 @@
 
 import pytest
 
-from stride_lightning import attribute
 from stride_lightning.gradients.curvature import Curvature
 from stride_lightning.gradients.presets import InfluenceAttributor
 from stride_lightning.model.blocks import Block, Gradients
-from tests.helpers.gradient_models import EXACT, QUIET, close_scores, fitted, mlp, points_for
+from tests.helpers.gradient_models import EXACT, attributed, close_scores, fitted, mlp, points_for
 
 
 @pytest.mark.filterwarnings(r"ignore:.torch\.jit\.script. is deprecated:DeprecationWarning")
@@ -17,8 +16,7 @@ def test_another_damping_after_the_fit(method):
     before = attributor.attribute(data).scores
     attributor.damping = 60.0
     found = attributor.attribute(data)
-    expected = attribute(model, data, train_data=data, method=method, **QUIET | EXACT[method] | {"damping": 60.0})
-    close_scores(found.scores, expected.scores)
+    close_scores(found.scores, attributed(model, data, method, damping=60.0).scores)
     assert (found.scores - before).abs().max() > 1e-3 * before.abs().max()
     assert found.metadata["options"]["damping"] == 60.0
     with pytest.raises(ValueError, match="`damping` must be"):
@@ -48,7 +46,6 @@ def test_a_curvature_of_your_own():
     data = points_for()
     attributor = HalvedAttributor(damping=3.0, batch_size=6, show_progress=False).fit(mlp(), data)
     found = attributor.attribute(data)
-    plain = attribute(mlp(), data, train_data=data, method="grad-dot", **QUIET).scores
-    close_scores(found.scores, plain / 8 / 14)
+    close_scores(found.scores, attributed(mlp(), data, "grad-dot").scores / 8 / 14)
     assert attributor._fitted[0].curvature.seen == [(slice(0, 6), 6), (slice(6, 12), 6), (slice(12, 14), 2)]
     assert found.metadata["curvature"] == [{"mean_eigenvalue": 2.0, "damping": 6.0}]

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from stride_lightning import Regression, attribute
+from stride_lightning import Regression
 from stride_lightning.gradients.damping import DampedKernel, DampedMatrix, check_damping
-from tests.helpers.gradient_models import EXACT, QUIET, Twice, close_scores, mlp, points_for, seeded
+from tests.helpers.gradient_models import EXACT, Twice, attributed, close_scores, mlp, points_for, seeded
 from tests.helpers.tiny import random_tensor
 
 #: Torch's own, of the first forward-mode derivatives.
@@ -51,9 +51,8 @@ def test_regular_without_damping():
 
 @pytest.mark.parametrize("damping", [0, 0.0, 1, 2.5])
 def test_accepted(damping):
-    found = check_damping(damping)
-    assert isinstance(found, float)
-    assert found == damping
+    assert isinstance(check_damping(damping), float)
+    assert check_damping(damping) == damping
 
 
 @pytest.mark.parametrize("damping", [-1e-9, float("nan"), float("inf"), -float("inf"), True, False, "1", [1.0]])
@@ -62,18 +61,19 @@ def test_refused(damping):
         check_damping(damping)
 
 
-@pytest.mark.parametrize("method", ["datainf", "ekfac", "logra", "trak", "trak-newton"])
+@pytest.mark.parametrize("method", ["datainf", "ekfac", "logra", "trak", "trak-newton", "last-layer"])
 def test_no_scores_from_a_singular_curvature(method):
     """43 parameters, 6 examples and softmax, which leaves a direction flat: without damping there is no answer."""
-    data = points_for(num=6)
-    with pytest.raises(ValueError, match=r"singular.*`damping=`"):
-        attribute(mlp(), data, train_data=data, method=method, damping=0, **QUIET)
+    where = r"2.weight .* is " if method == "last-layer" else ""
+    with pytest.raises(ValueError, match=where + r"singular.*`damping=`"):
+        attributed(mlp(), points_for(num=6), method, damping=0)
 
 
-def test_no_scores_from_a_diagonal_with_zeros():
+@pytest.mark.parametrize(("method", "where"), [("diagonal", "diagonal of unused.weight is "), ("ekfac", "")])
+def test_no_scores_from_a_layer_without_curvature(method, where):
     data = TensorDataset(random_tensor(6, 6, seed=0), torch.arange(6) % 3)
-    with pytest.raises(ValueError, match=r"diagonal of unused.weight is singular.*`damping=`"):
-        attribute(seeded(Twice), data, train_data=data, method="diagonal", damping=0, **QUIET)
+    with pytest.raises(ValueError, match=where + r"singular.*`damping=`"):
+        attributed(seeded(Twice), data, method, damping=0)
 
 
 @pytest.mark.parametrize("method", DAMPED)
@@ -81,26 +81,16 @@ def test_a_layer_that_is_not_used_spoils_nothing(method):
     """It has no curvature at all: with damping its share of every score is zero."""
     data = TensorDataset(random_tensor(14, 6, seed=0), torch.arange(14) % 3)
     model = seeded(Twice)
-    with_it = attribute(model, data, train_data=data, method=method, **QUIET | EXACT[method]).scores
+    with_it, without = (attributed(model, data, method, layers=layers).scores for layers in (None, ["shared", "out"]))
     assert with_it.isfinite().all()
-    without = attribute(
-        model, data, train_data=data, method=method, **{"layers": ["shared", "out"]} | QUIET | EXACT[method]
-    ).scores
     assert torch.corrcoef(torch.stack([with_it.flatten(), without.flatten()]))[0, 1] > 0.9
 
 
 @pytest.mark.parametrize("method", ["influence-cg", "influence-lissa"])
 def test_solvers_warn_of_a_singular_curvature(method):
-    data = points_for(num=6)
     options = {"depth": 30} if method == "influence-lissa" else {"tolerance": 1e-12, "max_iterations": 30}
     with pytest.warns(UserWarning, match="`damping=`"):
-        attribute(mlp(), data, train_data=data, method=method, damping=0, **options, **QUIET)
-
-
-def test_a_last_layer_with_a_singular_curvature_is_refused():
-    data = points_for(num=6)
-    with pytest.raises(ValueError, match=r"2.weight .* is singular.*`damping=`"):
-        attribute(mlp(), data, train_data=data, method="last-layer", damping=0, **QUIET)
+        attributed(mlp(), points_for(num=6), method, damping=0, **options)
 
 
 @pytest.mark.parametrize("method", DAMPED)
@@ -108,10 +98,7 @@ def test_units_do_not_matter(method):
     """Losses in other units: the damping goes with them, and the ranking stays."""
     data, asked = points_for("regression"), points_for("regression", 4, seed=1)
     model = mlp(num_outputs=1)
-    one, other = (
-        attribute(model, asked, train_data=data, task=Regression(noise_std=std), method=method, **QUIET | EXACT[method])
-        for std in (1.0, 30.0)
-    )
+    one, other = (attributed(model, data, method, asked, task=Regression(noise_std=std)) for std in (1.0, 30.0))
     factor = float((one.scores * other.scores).sum() / other.scores.square().sum())
     assert factor > 0.5
     close_scores(other.scores * factor, one.scores, 1e-4)
@@ -119,12 +106,7 @@ def test_units_do_not_matter(method):
 
 @pytest.mark.parametrize("method", DAMPED)
 def test_damping_matters(method):
-    data = points_for()
-    options = EXACT[method]
-    one, other = (
-        attribute(mlp(), data, train_data=data, method=method, **QUIET | options | {"damping": d}).scores
-        for d in (50, 200)
-    )
+    one, other = (attributed(mlp(), points_for(), method, damping=damping).scores for damping in (50, 200))
     assert (other.diagonal() < one.diagonal()).all()
     assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1] < 1 - 1e-6
 
@@ -132,11 +114,8 @@ def test_damping_matters(method):
 @pytest.mark.parametrize("method", [m for m in DAMPED if m not in ("trak", "trak-newton", "datainf", "last-layer")])
 def test_strong_damping_is_grad_dot(method):
     """In the limit the curvature is a multiple of the identity."""
-    data = points_for("regression")
-    model = mlp(num_outputs=1)
-    options = EXACT[method] | {"damping": 1e5}
-    found = attribute(model, data, train_data=data, method=method, **QUIET | options)
-    plain = attribute(model, data, train_data=data, method="grad-dot", **QUIET).scores
+    data, model = points_for("regression"), mlp(num_outputs=1)
+    found, plain = attributed(model, data, method, damping=1e5), attributed(model, data, "grad-dot").scores
     close_scores(found.scores * found.metadata["curvature"][0]["damping"] * len(data), plain, 1e-3)
 
 
@@ -146,8 +125,6 @@ def test_data_of_another_length_is_another_mean():
     double = TensorDataset(*(torch.cat([t, t]) for t in data.tensors))
     model = mlp(num_inputs=4, width=2)
     for method in ("diagonal", "ekfac", "datainf"):
-        one, other = (
-            attribute(model, data, train_data=d, method=method, damping=0.5, **QUIET).scores for d in (data, double)
-        )
+        one, other = (attributed(model, train, method, data, damping=0.5).scores for train in (data, double))
         close_scores(other[:, :20] * 2, one)
         close_scores(other[:, 20:] * 2, one)

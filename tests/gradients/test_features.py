@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from stride_lightning import BinaryClassification, Classification, Regression, attribute
+from stride_lightning import BinaryClassification, Classification, Regression
 from stride_lightning.data.examples import Examples
 from stride_lightning.gradients import features
 from stride_lightning.gradients.features import Reader, random_signs, run_batches
 from stride_lightning.tasks.likelihoods import Task
 from tests.helpers.gradient_models import (
-    QUIET,
     TASKS,
     DictModel,
     DictTask,
+    attributed,
     cnn,
     fitted,
     gauss_newton_of,
@@ -188,34 +188,18 @@ def test_large_data_is_read_again(monkeypatch):
     assert torch.equal(torch.cat([x for _, x, _ in reader.batches()]), points_for().tensors[0])
 
 
-def test_predicted_targets():
-    model, data = mlp(), points_for()
-    reader = reader_of(data, model, target="predicted")
-    assert torch.equal(reader.encoded.argmax(1), model(data.tensors[0]).argmax(1))
-    unlabelled = TensorDataset(data.tensors[0])
-    with pytest.raises(ValueError, match="no targets"):
-        reader_of(unlabelled, model)
-
-
 def test_example_that_is_not_finite_is_named():
     x, y = points_for().tensors
-    x = x.clone()
     x[9] = torch.inf
-    with pytest.raises(ValueError, match=r"Training example 9 has (NaN|an infinite number) in its outputs"):
-        attribute(mlp(), points_for(), train_data=TensorDataset(x, y), method="grad-dot", **QUIET)
+    data = TensorDataset(x.roll(12, 0).repeat(2, 1), y.repeat(2))
     with pytest.raises(ValueError, match=r"Training example 21 has (NaN|an infinite number) in its outputs"):
-        attribute(
-            mlp(), points_for(), train_data=TensorDataset(x.roll(12, 0).repeat(2, 1), y.repeat(2)), method="grad-dot",
-            train_indices=[0, 3, 21], **QUIET,
-        )  # fmt: skip
+        attributed(mlp(), data, "grad-dot", points_for(), train_indices=[0, 3, 21])
     targets = random_tensor(14, 1, seed=0)
     targets[4] = torch.nan
+    data = TensorDataset(points_for().tensors[0], targets)
     for chosen in (None, [0, 3, 4]):
         with pytest.raises(ValueError, match="Training example 4 has NaN in its target, which must be finite"):
-            attribute(
-                mlp(num_outputs=1), points_for(), train_data=TensorDataset(points_for().tensors[0], targets),
-                task=Regression(), method="grad-dot", train_indices=chosen, **QUIET,
-            )  # fmt: skip
+            attributed(mlp(num_outputs=1), data, "grad-dot", points_for(), task=Regression(), train_indices=chosen)
 
 
 def test_dictionaries():
@@ -225,9 +209,7 @@ def test_dictionaries():
     data = [dict(zip(("words", "numbers", "label"), row, strict=True)) for row in rows]
     model = seeded(DictModel)
     for batch_size in (9, 4):
-        found = attribute(
-            model, data, train_data=data, task=DictTask(), method="grad-dot", batch_size=batch_size, **QUIET
-        ).scores
+        found = attributed(model, data, "grad-dot", task=DictTask(), batch_size=batch_size).scores
         rows = []
         for i in range(9):
             outputs = model({"words": words[i : i + 1], "numbers": numbers[i : i + 1]})

@@ -6,15 +6,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from stride_lightning import Attributor, BinaryClassification, Classification, Regression, attribute
+from stride_lightning import Attributor, BinaryClassification, Classification, Regression
 from stride_lightning.attribute import create, methods
 from stride_lightning.gradients.attributor import GradientAttributor
 from stride_lightning.model.blocks import Block, Gradients, Outer
 from tests.helpers.gradient_models import (
     EXACT,
-    QUIET,
     TASKS,
     TokenModel,
+    attributed,
     blocks_of,
     close_scores,
     cnn,
@@ -22,12 +22,14 @@ from tests.helpers.gradient_models import (
     fitted,
     gauss_newton_of,
     gradients_of,
+    inverse_of,
     jacobians_of,
     loss_of,
     margin_of,
     mlp,
     pictures_for,
     points_for,
+    save_weights,
     second_derivatives,
     seeded,
     words_for,
@@ -70,26 +72,18 @@ def datainf(model, task, data, grads, damping, found):
 
     def inverse(at):
         rows = grads[1][:, at]
-        identity = torch.eye(len(at), dtype=rows.dtype)
-        damped = damping * rows.square().mean() * identity
-        return sum(torch.linalg.inv(torch.outer(row, row) + damped) for row in rows) / len(rows)
+        return sum(inverse_of(torch.outer(row, row), damping * rows.square().mean()) for row in rows) / len(rows)
 
     return by_blocks(model, grads, inverse)
 
 
 def gauss_newton(model, task, data, grads, damping, found, layers=None):
-    matrix = gauss_newton_of(model, task, data, layers)
-    damped = matrix + found["damping"] * torch.eye(len(matrix), dtype=matrix.dtype)
-    return grads[0] @ torch.linalg.solve(damped, grads[1].T)
+    return grads[0] @ inverse_of(gauss_newton_of(model, task, data, layers), found["damping"]) @ grads[1].T
 
 
 def blocks_of_gauss_newton(model, task, data, grads, damping, found):
     matrix = gauss_newton_of(model, task, data)
-
-    def inverse(at):
-        return torch.linalg.inv(matrix[at][:, at] + found["damping"] * torch.eye(len(at), dtype=matrix.dtype))
-
-    return by_blocks(model, grads, inverse)
+    return by_blocks(model, grads, lambda at: inverse_of(matrix[at][:, at], found["damping"]))
 
 
 REFERENCES = {
@@ -124,14 +118,11 @@ def test_scores_by_hand(method, kind):
 def test_last_layer_by_hand(kind):
     task, model, data, queries = case(kind)
     last = {"words": "out", "pictures": "3"}.get(kind, "2")
-    found = attribute(model, queries, train_data=data, task=task, method="last-layer", **QUIET | EXACT["last-layer"])
+    found = attributed(model, data, "last-layer", queries, task=task)
     grads = [gradients_of(model, task, part, layers=[last]) for part in (queries, data)]
     expected = gauss_newton(model, task, data, grads, 0.3, found.metadata["curvature"][0], [last]) / len(data)
     close_scores(found.scores, expected)
-    named = attribute(
-        model, queries, train_data=data, task=task, method="last-layer", layers=[last], **QUIET | EXACT["last-layer"]
-    )
-    assert torch.equal(named.scores, found.scores)
+    assert torch.equal(attributed(model, data, "last-layer", queries, task=task, layers=[last]).scores, found.scores)
 
 
 def test_last_layer_is_the_one_that_runs_last():
@@ -155,8 +146,7 @@ def test_mean_eigenvalue(method, kind):
     kind = "classification" if kind == "points" else kind
     task, model, data, queries = case(kind)
     layers = ["3" if kind == "pictures" else "2"] if method == "last-layer" else None
-    found = attribute(model, queries, train_data=data, task=task, method=method, **QUIET | EXACT[method])
-    described = found.metadata["curvature"][0]
+    described = attributed(model, data, method, queries, task=task).metadata["curvature"][0]
     if method == "diagonal":
         mean = gradients_of(model, task, data).square().mean()
     else:
@@ -175,10 +165,8 @@ def margins_by_hand(model, task, data):
     """Features, weights of examples and weights of the kernel."""
     jacobians, derivatives = jacobians_of(model, data), second_derivatives(model, task, data)
     if isinstance(task, Classification | BinaryClassification):
-        probability = torch.stack(
-            [margin_of(task, model(x[None]), y[None]).sigmoid() for x, y in zip(*data.tensors, strict=True)]
-        ).flatten()
-        weights = (1 - probability).detach()
+        margins = [margin_of(task, model(x[None]), y[None]) for x, y in zip(*data.tensors, strict=True)]
+        weights = (1 - torch.stack(margins).flatten().sigmoid()).detach()
         return gradients_of(model, task, data, margin_of), weights, weights * (1 - weights)
     residuals = (data.tensors[1].reshape(len(data), -1) - model(data.tensors[0])).detach() / task.noise_std**2
     sizes = residuals.norm(dim=1)
@@ -195,8 +183,7 @@ def test_trak_with_all_features(method, kind):
     (features, weights, curved), (asked, *_) = (margins_by_hand(model, task, part) for part in (data, queries))
     kernel = features.T @ (curved[:, None] ** (method == "trak-newton") * features) / len(data)
     damping = 0.3 * kernel.trace() / min(kernel.shape[0], len(data))
-    damped = kernel + damping * torch.eye(len(kernel), dtype=kernel.dtype)
-    expected = asked @ torch.linalg.solve(damped, features.T)
+    expected = asked @ inverse_of(kernel, damping) @ features.T
     for batch_size in (len(data), 3):
         attributor = fitted(model, data, method, task=task, batch_size=batch_size, **EXACT[method])
         close_scores(exact_scores(attributor, queries), expected, 1e-8)
@@ -249,9 +236,8 @@ def test_trak_projected(dim):
     features, asked = features[:, order] @ project, asked[:, order] @ project
     kernel = features.T @ features / len(data)
     damping = 0.3 * kernel.trace() / min(dim, len(data))
-    inverse = torch.linalg.inv(kernel + damping * torch.eye(dim, dtype=kernel.dtype))
-    found = attributor.attribute(queries)
-    close_scores(found.scores, asked @ inverse @ features.T * weights / len(data))
+    expected = asked @ inverse_of(kernel, damping) @ features.T * weights / len(data)
+    close_scores(attributor.attribute(queries).scores, expected)
 
 
 @pytest.mark.parametrize("dim", [2, 4])
@@ -270,10 +256,7 @@ def test_logra_projected(dim):
         assert own.shape == (len(at), min(dim, layout.shapes[0][0]) * min(dim, len(at) // layout.shapes[0][0]))
     ranks = sum(min(len(data), len(matrix)) for _, matrix in projected.values())
     damping = 0.3 * sum(float(matrix.trace()) for _, matrix in projected.values()) / ranks
-    expected = sum(
-        mine @ torch.linalg.inv(matrix + damping * torch.eye(len(matrix), dtype=matrix.dtype)) @ theirs.T
-        for (mine, theirs), matrix in projected.values()
-    )
+    expected = sum(mine @ inverse_of(matrix, damping) @ theirs.T for (mine, theirs), matrix in projected.values())
     close_scores(attributor.attribute(queries).scores, expected / len(data))
 
 
@@ -289,17 +272,13 @@ def test_trak_over_models_averages_kernels_and_probabilities_by_themselves(tmp_p
     kernels, weights = [], []
     for seed in range(2):
         model = mlp(seed=seed)
-        torch.save(model.state_dict(), tmp_path / f"{seed}.pt")
         (features, weight, _), (asked, *_) = (margins_by_hand(model, task, part) for part in (data, queries))
         kernel = features.T @ features / len(data)
         damping = 0.3 * kernel.trace() / min(len(data), len(kernel))
-        damped = kernel + damping * torch.eye(len(kernel), dtype=kernel.dtype)
-        kernels.append(asked @ torch.linalg.solve(damped, features.T) / len(data))
+        kernels.append(asked @ inverse_of(kernel, damping) @ features.T / len(data))
         weights.append(weight)
     expected = torch.stack(kernels).mean(0) * torch.stack(weights).mean(0)
-    found = attribute(
-        mlp(seed=5), queries, train_data=data, method="trak", damping=0.3, checkpoints=tmp_path, task=task, **QUIET
-    )
+    found = attributed(mlp(seed=5), data, "trak", queries, checkpoints=save_weights(tmp_path), task=task)
     close_scores(found.scores, expected)
     assert [one["name"] for one in found.metadata["checkpoints"]] == ["0.pt", "1.pt"]
 
@@ -310,11 +289,9 @@ def test_trak_over_models_averages_kernels_and_probabilities_by_themselves(tmp_p
 def save_checkpoint(path, model, step, rates):
     """A Lightning checkpoint with one learning rate, or one for each parameter."""
     named = dict(model.named_parameters())
-    groups = [{"params": [(name, named[name])], "lr": rate} for name, rate in rates.items()]
-    optimizer = torch.optim.SGD(groups)
-    torch.save(
-        {"state_dict": model.state_dict(), "global_step": step, "optimizer_states": [optimizer.state_dict()]}, path
-    )
+    optimizer = torch.optim.SGD([{"params": [(name, named[name])], "lr": rate} for name, rate in rates.items()])
+    states = {"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()]}
+    torch.save({**states, "global_step": step}, path)
 
 
 RATES = {
@@ -339,19 +316,11 @@ def test_tracin(tmp_path, kind, rates):
         mine, theirs = (gradients_of(then, task, part) for part in (queries, data))
         expected = expected + mine * factors @ theirs.T
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = attribute(model, queries, train_data=data, task=task, method="tracin", record=tmp_path, **QUIET)
+    found = attributed(model, data, "tracin", queries, task=task, record=tmp_path)
     close_scores(found.scores, expected)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
-    listed = attribute(
-        model,
-        queries,
-        train_data=data,
-        task=task,
-        method="tracin",
-        checkpoints=[tmp_path / f"{step}.ckpt" for step in (2, 0, 1)],
-        **QUIET,
-    )
-    close_scores(listed.scores, found.scores)
+    checkpoints = [tmp_path / f"{step}.ckpt" for step in (2, 0, 1)]
+    close_scores(attributed(model, data, "tracin", queries, task=task, checkpoints=checkpoints).scores, found.scores)
 
 
 def test_tracin_leaves_parameters_alone_that_no_optimizer_had(tmp_path):
@@ -360,32 +329,26 @@ def test_tracin_leaves_parameters_alone_that_no_optimizer_had(tmp_path):
     save_checkpoint(tmp_path / "a.ckpt", model, 1, rates)
     factors = torch.cat([torch.full((p.numel(),), rates.get(name, 0)) for name, p in model.named_parameters()]).double()
     mine, theirs = (gradients_of(model, task, part) for part in (queries, data))
-    found = attribute(model, queries, train_data=data, method="tracin", record=tmp_path, **QUIET)
+    found = attributed(model, data, "tracin", queries, record=tmp_path)
     close_scores(found.scores, mine * factors @ theirs.T)
 
 
 def test_tracin_without_checkpoints_or_rates(tmp_path):
-    _task, model, data, queries = case("classification")
-    with pytest.raises(ValueError, match=r"TracInCallback\(\).*`record=`"):
-        attribute(model, queries, train_data=data, method="tracin", **QUIET)
-    torch.save(model.state_dict(), tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match=r"weights\.pt hold no learning rates.*method='grad-dot'"):
-        attribute(model, queries, train_data=data, method="tracin", record=tmp_path, **QUIET)
-    with pytest.raises(ValueError, match="`record` and `checkpoints`"):
-        attribute(model, queries, train_data=data, method="tracin", record=tmp_path, checkpoints=tmp_path, **QUIET)
+    torch.save(mlp().state_dict(), tmp_path / "weights.pt")
+    for options, message in (
+        ({}, r"TracInCallback\(\).*`record=`"),
+        ({"record": tmp_path}, r"weights\.pt hold no learning rates.*method='grad-dot'"),
+        ({"record": tmp_path, "checkpoints": tmp_path}, "`record` and `checkpoints`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attributed(mlp(), points_for(), "tracin", **options)
 
 
 @pytest.mark.parametrize("method", ["grad-dot", "ekfac", "datainf"])
 def test_the_mean_over_checkpoints(tmp_path, method):
-    _task, _, data, queries = case("classification")
-    single = []
-    for seed in range(2):
-        model = mlp(seed=seed)
-        torch.save(model.state_dict(), tmp_path / f"{seed}.pt")
-        single.append(attribute(model, queries, train_data=data, method=method, **QUIET | EXACT[method]).scores)
-    found = attribute(
-        mlp(seed=7), queries, train_data=data, method=method, checkpoints=tmp_path, **QUIET | EXACT[method]
-    )
+    _, _, data, queries = case("classification")
+    single = [attributed(mlp(seed=seed), data, method, queries).scores for seed in range(2)]
+    found = attributed(mlp(seed=7), data, method, queries, checkpoints=save_weights(tmp_path))
     close_scores(found.scores, torch.stack(single).mean(0))
 
 
@@ -413,10 +376,9 @@ def test_leaving_out_one_example_of_a_ridge_regression(method):
     model = nn.Linear(size, 1, bias=False).double()
     with torch.no_grad():
         model.weight.copy_(solved(everything).T)
-    options = EXACT[method] | {"damping": float(ridge / (x.T @ x / num).trace() * size)}
-    found = attribute(
-        model, TensorDataset(asked_x, asked_y), train_data=TensorDataset(x, y), method=method, **QUIET | options
-    ).scores.double()
+    data, queries = TensorDataset(x, y), TensorDataset(asked_x, asked_y)
+    damping = float(ridge / (x.T @ x / num).trace() * size)
+    found = attributed(model, data, method, queries, damping=damping).scores.double()
     assert torch.corrcoef(torch.stack([found.flatten(), change.flatten()]))[0, 1] > 0.99
     large = change.abs() > 0.05 * change.abs().max()
     assert (found.sign() == change.sign())[large].all()
@@ -429,7 +391,7 @@ def test_no_gradient_has_no_cosine():
     with torch.no_grad():
         model[2].bias.copy_(torch.tensor([300.0, 0, 0]))
     data = TensorDataset(points_for().tensors[0], torch.arange(14) % 2)
-    scores = attribute(model, data, train_data=data, method="grad-cos", **QUIET).scores
+    scores = attributed(model, data, "grad-cos").scores
     assert scores.isfinite().all()
     assert (scores[::2] == 0).all()
     assert scores[1, 1] == pytest.approx(1)
@@ -443,24 +405,19 @@ def test_every_method_is_tested_here():
     assert made == {*EXACT, "tracin"}
 
 
-@pytest.mark.parametrize("method", ["trak", "logra"])
-@pytest.mark.parametrize("dim", [0, -1, 2.0, True, "8"])
-def test_wrong_projection_dim(method, dim):
-    with pytest.raises(ValueError, match="`projection_dim` must be an integer of at least 1"):
-        create(method, projection_dim=dim)
+@pytest.mark.parametrize(
+    ("method", "name"), [("trak", "projection_dim"), ("logra", "projection_dim"), ("grad-dot", "top_k")]
+)
+@pytest.mark.parametrize("value", [0, -1, 2.0, True, "8"])
+def test_wrong_counts(method, name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be an integer of at least 1"):
+        create(method, **{name: value})
 
 
 @pytest.mark.parametrize("method", [m for m in EXACT if m not in ("grad-dot", "grad-cos")])
-@pytest.mark.parametrize("damping", [-0.1, float("nan"), float("inf"), True, "0.1"])
-def test_wrong_damping(method, damping):
+def test_wrong_damping(method):
     with pytest.raises(ValueError, match="`damping` must be a number of at least 0"):
-        create(method, damping=damping)
-
-
-@pytest.mark.parametrize("top_k", [0, -1, 2.0, True])
-def test_wrong_top_k(top_k):
-    with pytest.raises(ValueError, match="`top_k` must be an integer of at least 1"):
-        create("grad-dot", top_k=top_k)
+        create(method, damping=-0.1)
 
 
 def test_layers_must_be_a_list():
@@ -468,32 +425,24 @@ def test_layers_must_be_a_list():
         create("grad-dot", layers="0")
 
 
-def test_options_of_others_are_refused():
-    with pytest.raises(TypeError, match="Unknown option damping for method 'grad-dot'"):
-        create("grad-dot", damping=0.1)
+def test_records_are_of_others():
     with pytest.raises(ValueError, match="reads no record"):
-        attribute(mlp(), points_for(), train_data=points_for(), method="ekfac", record="somewhere", **QUIET)
+        attributed(mlp(), points_for(), "ekfac", record="somewhere")
 
 
 def test_several_logits_have_no_margin_and_use_the_loss():
     """Binary outputs that stand for several questions: TRAK takes the direction of the loss."""
     data = TensorDataset(points_for().tensors[0], torch.randint(2, (14, 3), generator=torch.Generator().manual_seed(0)))
     model, task = mlp(), BinaryClassification()
-    found = attribute(model, data, train_data=data, task=task, method="trak", damping=0.3, **QUIET).scores
-    outputs = model(data.tensors[0]).detach()
-    downhill = data.tensors[1] - outputs.sigmoid()
-    sizes = downhill.norm(dim=1)
+    found = attributed(model, data, "trak", task=task).scores
+    sizes = (data.tensors[1] - model(data.tensors[0]).detach().sigmoid()).norm(dim=1)
     features = -gradients_of(model, task, data, loss_of) / sizes[:, None]
-    inverse = torch.linalg.inv(
-        features.T @ features / 14 + 0.3 * features.square().sum() / 14 / 14 * torch.eye(43, dtype=torch.float64)
-    )
+    damping = 0.3 * features.square().sum() / 14 / 14
+    inverse = torch.linalg.inv(features.T @ features / 14 + damping * torch.eye(43, dtype=torch.float64))
     close_scores(found, features @ inverse @ features.T * sizes / 14)
 
 
 def test_regression_noise_scales_scores():
-    _task, model, data, queries = case("regression")
-    one, other = (
-        attribute(model, queries, train_data=data, task=Regression(noise_std=s), method="grad-dot", **QUIET).scores
-        for s in (1.0, 2.0)
-    )
+    _, model, data, queries = case("regression")
+    one, other = (attributed(model, data, "grad-dot", queries, task=Regression(noise_std=s)).scores for s in (1.0, 2.0))
     close_scores(other, one / 16)

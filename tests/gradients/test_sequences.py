@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from stride_lightning import CausalLanguageModeling, attribute
+from stride_lightning import CausalLanguageModeling
 from stride_lightning.attribute import create
 from stride_lightning.gradients import features
-from tests.helpers.gradient_models import EXACT, QUIET, close_scores
+from tests.helpers.gradient_models import EXACT, QUIET, attributed, close_scores, inverse_of
 from tests.helpers.language_models import (
     IGNORED,
     VOCABULARY,
@@ -58,22 +58,14 @@ def task_of(kind):
 
 
 def scores_of(kind, method, data=SHORT, queries=QUERIES, collate_fn=padded, **options):
-    return attribute(
-        model_of(kind),
-        loader(queries, collate_fn),
-        train_data=loader(data, collate_fn),
-        method=method,
-        task=task_of(kind),
-        **{**QUIET, "batch_size": 4, **EXACT[method], **options},
-    )
+    options = {"batch_size": 4, "task": task_of(kind)} | options
+    return attributed(model_of(kind), loader(data, collate_fn), method, loader(queries, collate_fn), **options)
 
 
 def places_of_blocks(attributor, model):
     """Places in a vector of all parameters, block by block."""
-    ends, start = {}, 0
-    for name, parameter in model.named_parameters():
-        ends[name] = torch.arange(start, start + parameter.numel())
-        start += parameter.numel()
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    ends = dict(zip(sizes, torch.arange(sum(sizes.values())).split(list(sizes.values())), strict=True))
     return [torch.cat([ends[name] for name in layout.parameters]) for layout in attributor.capture.layouts.values()]
 
 
@@ -101,8 +93,7 @@ def test_scores_by_hand(method, kind):
     else:
         matrix, described = gauss_newton_of(kind, SHORT), found.metadata["curvature"][0]
         assert described["mean_eigenvalue"] == pytest.approx(float(matrix.trace()) / len(SHORT))
-        matrix = matrix + described["damping"] * torch.eye(len(matrix), dtype=matrix.dtype)
-        expected = mine @ torch.linalg.solve(matrix, theirs.T) / len(SHORT)
+        expected = mine @ inverse_of(matrix, described["damping"]) @ theirs.T / len(SHORT)
     close_scores(found.scores, expected, 1e-4 if method == "influence-lissa" else 1e-5)
 
 
@@ -114,12 +105,12 @@ def test_scores_block_by_block_by_hand(method, kind):
     theirs, mine, described = gradients_of(kind, SHORT), gradients_of(kind, QUERIES), found.metadata["curvature"][0]
     expected = 0
     for at in places_of_blocks(attributor, model_of(kind)):
-        rows, identity = theirs[:, at], torch.eye(len(at), dtype=theirs.dtype)
+        rows = theirs[:, at]
         if method == "datainf":
-            damped = EXACT[method]["damping"] * rows.square().mean() * identity
-            inverse = sum(torch.linalg.inv(torch.outer(row, row) + damped) for row in rows) / len(rows)
+            damping = EXACT[method]["damping"] * rows.square().mean()
+            inverse = sum(inverse_of(torch.outer(row, row), damping) for row in rows) / len(rows)
         else:
-            inverse = torch.linalg.inv(gauss_newton_of(kind, SHORT)[at][:, at] + described["damping"] * identity)
+            inverse = inverse_of(gauss_newton_of(kind, SHORT)[at][:, at], described["damping"])
         expected = expected + mine[:, at] @ inverse @ rows.T
     close_scores(found.scores, expected / len(SHORT))
 
@@ -133,9 +124,8 @@ def test_last_layer_by_hand(kind):
         function(kind, *data, (name,))
         for function, data in ((gradients_of, [SHORT]), (gradients_of, [QUERIES]), (gauss_newton_of, [SHORT]))
     )
-    damping = found.metadata["curvature"][0]["damping"]
-    damped = matrix + damping * torch.eye(len(matrix), dtype=matrix.dtype)
-    close_scores(found.scores, mine @ torch.linalg.solve(damped, theirs.T) / len(SHORT))
+    inverse = inverse_of(matrix, found.metadata["curvature"][0]["damping"])
+    close_scores(found.scores, mine @ inverse @ theirs.T / len(SHORT))
 
 
 def residuals_by_hand(kind, data):
@@ -162,9 +152,8 @@ def test_trak_by_hand(method, kind):
     weights = curved if method == "trak-newton" else torch.ones_like(curved)
     kernel = theirs.T @ (weights[:, None] * theirs) / len(SHORT)
     damping = EXACT[method]["damping"] * kernel.trace() / len(SHORT)
-    damped = kernel + damping * torch.eye(len(kernel), dtype=kernel.dtype)
-    found = scores_of(kind, method)
-    close_scores(found.scores, mine @ torch.linalg.solve(damped, theirs.T) * sizes / len(SHORT))
+    expected = mine @ inverse_of(kernel, damping) @ theirs.T * sizes / len(SHORT)
+    close_scores(scores_of(kind, method).scores, expected)
 
 
 def test_ekfac_has_the_trace_of_the_matrix():
@@ -177,31 +166,20 @@ def test_tracin_by_hand(tmp_path):
     expected, rates = 0, (0.3, 0.1)
     for step, rate in enumerate(rates):
         model = gpt2(seed=step)
-        optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-        torch.save(
-            {"state_dict": model.state_dict(), "global_step": step, "optimizer_states": [optimizer.state_dict()]},
-            tmp_path / f"{step}.ckpt",
-        )
+        states = [torch.optim.SGD(model.parameters(), lr=rate).state_dict()]
+        content = {"state_dict": model.state_dict(), "global_step": step, "optimizer_states": states}
+        torch.save(content, tmp_path / f"{step}.ckpt")
         theirs, mine = (gradients_by_hand(model, data) for data in (SHORT, QUERIES))
         expected = expected + rate * mine @ theirs.T
-    found = attribute(
-        gpt2(seed=1), loader(QUERIES), train_data=loader(SHORT), method="tracin", record=tmp_path, batch_size=4, **QUIET
-    )
+    found = attributed(gpt2(seed=1), loader(SHORT), "tracin", loader(QUERIES), record=tmp_path, batch_size=4)
     close_scores(found.scores, expected)
 
 
 def test_sums_and_weights_by_hand():
     weighted = Texts([{**one, "loss_weights": [0.5 * (i + 1) for i in range(len(one["labels"]))]} for one in SHORT])
     for reduction in ("mean", "sum"):
-        found = attribute(
-            model_of("Llama"),
-            loader(weighted),
-            train_data=loader(weighted),
-            task=CausalLanguageModeling(reduction),
-            method="grad-dot",
-            batch_size=4,
-            **QUIET,
-        )
+        task = CausalLanguageModeling(reduction)
+        found = attributed(model_of("Llama"), loader(weighted), "grad-dot", task=task, batch_size=4)
         rows = gradients_by_hand(model_of("Llama"), weighted, reduction=reduction)
         close_scores(found.scores, rows @ rows.T)
 
@@ -289,9 +267,8 @@ def test_random_directions_differ_between_tokens():
 def reviews(num=7, seed=0):
     generator = torch.Generator().manual_seed(seed + 9)
     labels = torch.randint(3, (num,), generator=generator).tolist()
-    return Texts(
-        [{"input_ids": one["input_ids"], "label": label} for one, label in zip(texts(num, seed), labels, strict=True)]
-    )
+    pairs = zip(texts(num, seed), labels, strict=True)
+    return Texts([{"input_ids": one["input_ids"], "label": label} for one, label in pairs])
 
 
 def padded_reviews(examples, length=None):
@@ -308,14 +285,8 @@ def test_classes_of_texts(method):
     model, data, queries = bert(), reviews(), reviews(3, seed=1)
 
     def scores(collate_fn, batch_size):
-        return attribute(
-            model,
-            loader(queries, collate_fn),
-            train_data=loader(data, collate_fn),
-            method=method,
-            batch_size=batch_size,
-            **QUIET | EXACT[method],
-        ).scores
+        given, asked = loader(data, collate_fn), loader(queries, collate_fn)
+        return attributed(model, given, method, asked, batch_size=batch_size).scores
 
     found = scores(padded_reviews, 3)
     if method == "grad-dot":
@@ -338,10 +309,4 @@ def test_classes_of_texts(method):
 @pytest.mark.parametrize("method", ["information-loss", "information-gain"])
 def test_information_is_not_of_sequences(method):
     with pytest.raises(ValueError, match=r"one prediction per example.*Use method='ekfac'"):
-        attribute(gpt2(), loader(QUERIES), train_data=loader(SHORT), method=method, **QUIET)
-
-
-def test_predicted_targets_are_refused():
-    attributor = fitted("GPT-2", "grad-dot")
-    with pytest.raises(ValueError, match="Let it generate"):
-        attributor.attribute(loader(QUERIES), target="predicted")
+        attributed(gpt2(), loader(SHORT), method, loader(QUERIES))

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from stride_lightning import BinaryClassification, Classification, Regression
+from stride_lightning import BinaryClassification, Classification, Regression, attribute
 from stride_lightning.attribute import create
 from tests.helpers.tiny import examples_of, random_targets, random_tensor
 
@@ -293,6 +293,11 @@ def gauss_newton_of(model, task, data, layers=None):
     return torch.einsum("ncp,ncd,ndq->pq", jacobians, second_derivatives(model, task, data), jacobians) / len(data)
 
 
+def inverse_of(matrix, damping):
+    """The inverse of a damped matrix."""
+    return torch.linalg.inv(matrix + damping * torch.eye(len(matrix), dtype=matrix.dtype))
+
+
 def blocks_of(model, layers=None, *, joined=True):
     """Places in a vector of all parameters by block: a weight matrix with its bias, or one parameter."""
     places, start = {}, 0
@@ -364,6 +369,19 @@ def fitted(model, data, method, **options):
     """An attributor after its fit."""
     task = options.pop("task", None)
     return create(method, **QUIET | options).fit(model, data, task)
+
+
+def attributed(model, data, method, queries=None, **options):
+    """An attribution with the exact options of its method; of the training data itself by default."""
+    options = QUIET | EXACT.get(method, {}) | options
+    return attribute(model, data if queries is None else queries, train_data=data, method=method, **options)
+
+
+def save_weights(folder, num=2):
+    """A folder of some models' weights."""
+    for seed in range(num):
+        torch.save(mlp(seed=seed).state_dict(), folder / f"{seed}.pt")
+    return folder
 
 
 @torch.no_grad()

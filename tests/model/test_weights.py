@@ -17,7 +17,7 @@ from stride_lightning.model.weights import (
     resolve_ckpt_path,
     weight_hash,
 )
-from tests.helpers.models import Classifier, ConvNet, build, hooks_of, make_trainer
+from tests.helpers.models import Classifier, ConvNet, build, hooks_of, make_trainer, train
 
 # ---- hash -----------------------------------------------------------------------------------------------------------
 
@@ -243,17 +243,7 @@ def test_what_a_forward_pass_changes_is_put_back(tmp_path):
     def trained(*callbacks):
         torch.manual_seed(1)
         model = Counting()
-        trainer = L.Trainer(
-            max_epochs=1,
-            callbacks=list(callbacks),
-            logger=False,
-            default_root_dir=tmp_path,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(model, DataLoader(data, 16))
-        return model, trainer
+        return model, train(model, DataLoader(data, 16), tmp_path, *callbacks, max_epochs=1)
 
     plain, without = trained()
     model, trainer = trained(StrideCallback(num_subsets=8, every_n_train_steps=1, statistics_every_n_steps=1))

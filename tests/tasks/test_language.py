@@ -6,11 +6,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from stride_lightning import CausalLanguageModeling, Classification, SequenceClassification, attribute, self_influence
+from stride_lightning import CausalLanguageModeling, Classification, SequenceClassification, self_influence
 from stride_lightning.runtime.checks import RowError
 from stride_lightning.tasks.inference import infer_task_of
 from stride_lightning.tasks.texts import is_packed, logits_of, max_length, unpack, vocabulary_size
-from tests.helpers.gradient_models import QUIET, close_scores
+from tests.helpers.gradient_models import QUIET, attributed, close_scores
 from tests.helpers.language_models import (
     CAUSAL,
     IGNORED,
@@ -46,6 +46,11 @@ def losses_of(model, batch, task=None):
         return task.loss(task.outputs(model, task.inputs(batch)), task.encode(task.targets(batch), VOCABULARY))
 
 
+def rows_of(batch):
+    """Batches of one text each."""
+    return [{name: value[row : row + 1] for name, value in batch.items()} for row in range(len(TEXTS))]
+
+
 def close(found, expected, tolerance=1e-12):
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
@@ -55,12 +60,9 @@ def close(found, expected, tolerance=1e-12):
 
 @pytest.mark.parametrize("kind", CAUSAL)
 def test_loss_is_that_of_transformers(kind):
-    model = CAUSAL[kind]()
-    batch = padded(TEXTS)
+    model, batch = CAUSAL[kind](), padded(TEXTS)
     with torch.no_grad():
-        expected = [
-            model(**{name: value[row : row + 1] for name, value in batch.items()}).loss for row in range(len(TEXTS))
-        ]
+        expected = [model(**row).loss for row in rows_of(batch)]
     # transformers computes losses in single precision.
     close(losses_of(model, batch), torch.stack(expected).double(), 1e-5)
 
@@ -71,8 +73,7 @@ def test_loss_by_hand(kind, reduction):
     model, task = {**CAUSAL, "plain": plain_gpt}[kind](), CausalLanguageModeling(reduction)
     with torch.no_grad():
         expected = torch.stack([loss_by_hand(model, one, reduction) for one in TEXTS])
-    ways = [padded, widely_padded, packed] if kind == "GPT-2" else [padded, widely_padded, packed, left_padded]
-    for collate_fn in ways if kind != "plain" else ways[:3]:
+    for collate_fn in [padded, widely_padded, packed, *([] if kind in ("GPT-2", "plain") else [left_padded])]:
         # Llama's rotations of positions are in single precision, and padding on the left moves them.
         close(losses_of(model, collate_fn(TEXTS), task), expected, 1e-5 if collate_fn is left_padded else 1e-12)
 
@@ -85,11 +86,8 @@ def test_absolute_positions_move_with_padding_on_the_left():
     positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     close(losses_of(model, {**batch, "position_ids": positions}), expected)
     # A single text, whose padding has the position 0 too, is not taken for several that are packed.
-    rows = [
-        losses_of(model, {name: value[row : row + 1] for name, value in {**batch, "position_ids": positions}.items()})
-        for row in range(len(TEXTS))
-    ]
-    close(torch.cat(rows), expected)
+    rows = rows_of({**batch, "position_ids": positions})
+    close(torch.cat([losses_of(model, row) for row in rows]), expected)
 
 
 def test_weights_of_tokens():
@@ -225,10 +223,10 @@ class LabelsFirst(nn.Module):
 
 
 WRAPPED = {
-    "alone": lambda: gpt2(),
-    "keywords": lambda: Wrapped(),
-    "arguments": lambda: ByArguments(),
-    "a batch": lambda: ByBatch(),
+    "alone": gpt2,
+    "keywords": Wrapped,
+    "arguments": ByArguments,
+    "a batch": ByBatch,
     "compiled": lambda: torch.compile(gpt2()),
 }
 
@@ -239,9 +237,8 @@ def test_every_way_to_wrap_a_model(kind):
     model, expected = WRAPPED[kind](), losses_of(gpt2(), padded(TEXTS))
     assert repr(infer_task_of(padded(TEXTS), model)) == "CausalLanguageModeling(reduction='mean')"
     close(losses_of(model, padded(TEXTS)), expected)
-    found = attribute(model, loader(TEXTS), train_data=loader(TEXTS), method="grad-dot", batch_size=4, **QUIET)
     rows = gradients_by_hand(gpt2(), TEXTS)
-    close_scores(found.scores, rows @ rows.T)
+    close_scores(attributed(model, loader(TEXTS), "grad-dot", batch_size=4).scores, rows @ rows.T)
 
 
 def test_logits_among_other_outputs():
@@ -272,15 +269,9 @@ class LastTokenOnly(nn.Module):
 def test_outputs_without_logits_of_every_token():
     with pytest.raises(TypeError, match="LossOnly gave NoneType for a batch of token ids, expected logits"):
         infer_task_of(padded(TEXTS), LossOnly())
+    ids = TensorDataset(torch.ones(3, 4, dtype=torch.long))
     with pytest.raises(TypeError, match=r"logits of shape \(3, 1, 7\) for token ids of shape \(3, 4\)"):
-        attribute(
-            LastTokenOnly(),
-            TensorDataset(torch.ones(3, 4, dtype=torch.long)),
-            train_data=TensorDataset(torch.ones(3, 4, dtype=torch.long)),
-            task=CausalLanguageModeling(),
-            method="grad-dot",
-            **QUIET,
-        )
+        attributed(LastTokenOnly(), ids, "grad-dot", task=CausalLanguageModeling())
 
 
 def test_what_models_say_of_themselves():
@@ -345,55 +336,50 @@ def replaced(position, num=40, **values):
 
 
 BAD = {
-    "an unknown id": (
-        {"input_ids": [1, 9, 2], "labels": [1, IGNORED, 2]},
-        r"has the token id 9, and the model knows 0\.\.6",
-    ),
-    "a negative id": ({"input_ids": [1, -1, 2], "labels": [1, -100, 2]}, "has the token id -1"),
-    "another label": ({"input_ids": [1, 2, 2], "labels": [1, 9, 2]}, "has labels that are not its input_ids"),
-    "a long text": ({"input_ids": [1] * 15, "labels": [1] * 15}, "has 15 tokens .* the model takes 12"),
-    "no text": ({"input_ids": [], "labels": []}, "has no tokens"),
-    "one token": ({"input_ids": [3], "labels": [3]}, "has no token to predict"),
-    "nothing predicted": ({"input_ids": [3, 4, 5], "labels": [IGNORED] * 3}, "has no token to predict"),
-    "first predicted alone": ({"input_ids": [3, 4], "labels": [3, IGNORED]}, "has no token to predict"),
+    "an unknown id": ([1, 9, 2], [1, IGNORED, 2], r"has the token id 9, and the model knows 0\.\.6"),
+    "a negative id": ([1, -1, 2], [1, -100, 2], "has the token id -1"),
+    "another label": ([1, 2, 2], [1, 9, 2], "has labels that are not its input_ids"),
+    "a long text": ([1] * 15, [1] * 15, "has 15 tokens .* the model takes 12"),
+    "no text": ([], [], "has no tokens"),
+    "one token": ([3], [3], "has no token to predict"),
+    "nothing predicted": ([3, 4, 5], [IGNORED] * 3, "has no token to predict"),
+    "first predicted alone": ([3, 4], [3, IGNORED], "has no token to predict"),
 }
 
 
-@pytest.mark.parametrize("kind", BAD)
-def test_bad_texts_are_named(kind):
-    values, message = BAD[kind]
+@pytest.mark.parametrize(("ids", "labels", "message"), BAD.values(), ids=BAD)
+def test_bad_texts_are_named(ids, labels, message):
     good = loader(texts(5))
-    for position in (2, 17):  # the first batch decides about the task, later ones are read
-        with pytest.raises(ValueError, match=f"^Training example {position} {message}"):
-            attribute(
-                gpt2(), good, train_data=loader(replaced(position, **values)), method="grad-dot", batch_size=8, **QUIET
-            )
-    with pytest.raises(ValueError, match=f"^Query 17 {message}"):
-        attribute(gpt2(), loader(replaced(17, **values)), train_data=good, method="grad-dot", batch_size=8, **QUIET)
+    early, late = (loader(replaced(position, input_ids=ids, labels=labels)) for position in (2, 17))
+    # The first batch decides about the task, later ones are read.
+    named = {"Training example 2": (early, good), "Training example 17": (late, good), "Query 17": (good, late)}
+    for name, (data, queries) in named.items():
+        with pytest.raises(ValueError, match=f"^{name} {message}"):
+            attributed(gpt2(), data, "grad-dot", queries, batch_size=8)
 
 
 def test_a_text_of_the_training_indices_is_named_by_its_position():
     data = loader(replaced(17, input_ids=[1, 9, 2], labels=[1, 2, 2]))
+    options = {"train_indices": [3, 17, 5], "method": "grad-dot", "batch_size": 2, **QUIET}
     for task in (None, CausalLanguageModeling()):
         with pytest.raises(ValueError, match=r"^Training example 17 has the token id 9"):
-            self_influence(
-                gpt2(), train_data=data, train_indices=[3, 17, 5], method="grad-dot", task=task, batch_size=2, **QUIET
-            )
+            self_influence(gpt2(), train_data=data, task=task, **options)
 
 
 def test_ids_that_a_plain_model_does_not_know():
     ids = torch.ones(20, 4, dtype=torch.long)
     ids[13, 2] = 30
     labels = ids.masked_fill(ids == 30, IGNORED)
-    options = {"task": CausalLanguageModeling(shifted=False), "method": "grad-dot", "batch_size": 4, **QUIET}
-    good = TensorDataset(ids[:6])
+    task = CausalLanguageModeling(shifted=False)
+    good, bad = TensorDataset(ids[:6]), TensorDataset(ids, labels)
     message = "13 has 4 tokens with ids up to 30, and the model has no embedding for one of them or its position"
-    with pytest.raises(ValueError, match=f"^Training example {message}"):
-        attribute(plain_gpt(), good, train_data=TensorDataset(ids, labels), **options)
-    with pytest.raises(ValueError, match=f"^Query {message}"):
-        attribute(plain_gpt(), TensorDataset(ids, labels), train_data=good, **options)
-    with pytest.raises(ValueError, match=r"^Training example 0 has 14 tokens"):
-        attribute(plain_gpt(), good, train_data=TensorDataset(torch.ones(5, 14, dtype=torch.long)), **options)
+    for data, queries, named in (
+        (bad, good, f"Training example {message}"),
+        (good, bad, f"Query {message}"),
+        (TensorDataset(torch.ones(5, 14, dtype=torch.long)), good, "Training example 0 has 14 tokens"),
+    ):
+        with pytest.raises(ValueError, match=f"^{named}"):
+            attributed(plain_gpt(), data, "grad-dot", queries, task=task, batch_size=4)
 
 
 def test_padding_beyond_what_a_model_takes():
