@@ -89,15 +89,14 @@ class FurtherTrainingAttributor(Attributor):
         if saved_record is not None:
             self._saved = FurtherTraining.from_record(saved_record)
             mismatch = explain_mismatch(saved_record, self._fingerprint, repr(self.task))
-            mismatch = self._conflict(self._saved, model) if mismatch is None else mismatch
-            if mismatch is not None:
+            if mismatch := mismatch or self._conflict(self._saved, model):
                 if self._explicit:
                     raise ValueError(mismatch)
                 self._saved, self._note = None, mismatch
         if self._saved is None:
             self._prepare(model, device)
-        self.metadata["data"] = self._fingerprint
-        self.metadata["record"] = None if saved_record is None or self._saved is None else str(saved_record.path)
+        path = None if saved_record is None or self._saved is None else str(saved_record.path)
+        self.metadata |= {"data": self._fingerprint, "record": path}
 
     def _conflict(self, saved: FurtherTraining, model: nn.Module) -> str | None:
         """What a record was made with in place of what was asked for."""
@@ -121,65 +120,51 @@ class FurtherTrainingAttributor(Attributor):
         if self._leaving_out is None:
             if self.train_batch_size is None and self.train_data.loading is None:
                 raise ValueError(_NO_BATCH_SIZE)
+            head = first_look(self.train_data, 64, device)
+            how = {"optimizer": self.optimizer, "memory_budget": self.memory_budget}
             self._leaving_out = LeavingOut(
-                model,
-                self.train_data,
-                first_look(self.train_data, 64, device),
-                self.task,
-                batch_size=self.train_batch_size,
-                optimizer=self.optimizer,
-                memory_budget=self.memory_budget,
+                model, self.train_data, head, self.task, batch_size=self.train_batch_size, **how
             )
         return self._leaving_out
 
     @override
     def score_queries(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
         surveyed = survey(queries, self.task)
-        query_data = surveyed.fingerprint
-        result, note = self._saved, self._note
+        query_data, result, note = surveyed.fingerprint, self._saved, self._note
         if result is not None and (target != "label" or result.metadata["query_data"] != query_data):
             if self._explicit:
                 raise ValueError("The record holds effects on other queries. Leave out `record` to compute them anew.")
             result, note = None, "the record found is of other queries; computed on the spot"
         record = None if result is None else self.metadata["record"]
         if result is None:
-            result = self._measure(model, queries, query_data, device, target)
-        chosen, epochs = result.metadata, result.epochs[-1] if self.epochs is None else self.epochs
+            leaving_out = self._prepare(model, device)
+            reading = Reading(queries, self.task, model, batch_size=self.batch_size, device=device)
+            result = measure_effects(
+                leaving_out,
+                queries,
+                reading.encoded(leaving_out.num_outputs, target),
+                left_out=self.train_data.positions if self._chosen is None else self._chosen,
+                epochs=1 if self.epochs is None else self.epochs,
+                seeds=range(self.seed, self.seed + (5 if self.num_seeds is None else self.num_seeds)),
+                path=None,
+                metadata={"weights": self.weights, "query_data": query_data, "data": self._fingerprint},
+                show_progress=self.show_progress,
+            )
+        epochs = result.epochs[-1] if self.epochs is None else self.epochs
         positions = result.left_out if self._chosen is None else self._chosen
         place_of = {position: place for place, position in enumerate(result.left_out.tolist())}
         columns, error = [place_of[position] for position in positions.tolist()], result.std_error(epochs)
         self._scored = find_left_out(positions, self.train_data)[1]
+        how = {name: result.metadata[name] for name in ("optimizer", "batch_size", "seeds", "one_by_one_because")}
         return Attribution(
             result.effects(epochs)[:, columns],
             None if error is None else error[:, columns],
             train_targets=None if self._targets is None else self._targets[self._scored],
             query_targets=surveyed.targets if target == "label" else None,
             metadata={
-                "query_data": query_data,
-                "record": record,
-                "record_note": note,
-                "further_training": {
-                    **{name: chosen[name] for name in ("optimizer", "batch_size", "seeds", "one_by_one_because")},
-                    "epochs": epochs,
-                },
+                **{"query_data": query_data, "record": record, "record_note": note},
+                "further_training": {**how, "epochs": epochs},
             },
-        )
-
-    def _measure(
-        self, model: nn.Module, queries: Examples, query_data: dict[str, Any], device: torch.device, target: str
-    ) -> FurtherTraining:
-        leaving_out = self._prepare(model, device)
-        reading = Reading(queries, self.task, model, batch_size=self.batch_size, device=device)
-        return measure_effects(
-            leaving_out,
-            queries,
-            reading.encoded(leaving_out.num_outputs, target),
-            left_out=self.train_data.positions if self._chosen is None else self._chosen,
-            epochs=1 if self.epochs is None else self.epochs,
-            seeds=range(self.seed, self.seed + (5 if self.num_seeds is None else self.num_seeds)),
-            path=None,
-            metadata={"weights": self.weights, "query_data": query_data, "data": self._fingerprint},
-            show_progress=self.show_progress,
         )
 
     @override
@@ -241,19 +226,10 @@ class RetrainingAttributor(Attributor):
         self.truth = GroundTruth.load(truth) if isinstance(truth, str | Path) else truth
         self.recovery: RecoveryName = recovery
         self.penalty = penalty
-        self._how: dict[str, Any] = {
-            "model_fn": model_fn,
-            "max_epochs": max_epochs,
-            "num_subsets": num_subsets,
-            "fraction": fraction,
-            "num_seeds": num_seeds,
-            "optimizer": optimizer,
-            "batch_size": train_batch_size,
-            "path": path,
-            "memory_budget": memory_budget,
-            "seed": self.seed,
-            "show_progress": self.show_progress,
-        }
+        self.train_batch_size = train_batch_size
+        self._how = {"num_subsets": num_subsets, "fraction": fraction, "num_seeds": num_seeds, "path": path}
+        self._how |= {"model_fn": model_fn, "max_epochs": max_epochs, "optimizer": optimizer}
+        self._how |= {"batch_size": train_batch_size, "memory_budget": memory_budget, "seed": self.seed}
 
     @override
     def fit_model(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
@@ -266,7 +242,7 @@ class RetrainingAttributor(Attributor):
             self.truth.check_data(self.metadata, "`train_data`")
             if self.truth.num_train != len(self.train_data):
                 raise ValueError(f"`truth` is of {self.truth.num_train} training examples, got {len(self.train_data)}.")
-        elif self._how["batch_size"] is None and self.train_data.loading is None:
+        elif self.train_batch_size is None and self.train_data.loading is None:
             raise ValueError(_NO_BATCH_SIZE)
         if self.recovery == "prior":
             self._stride.take_over(self)
@@ -276,27 +252,24 @@ class RetrainingAttributor(Attributor):
     def score_queries(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
         if target != "label":
             raise ValueError("method='retraining' measures losses of labelled queries: use target='label'.")
-        surveyed = survey(queries, self.task)
-        query_data = surveyed.fingerprint
-        truth = self.truth
+        surveyed, truth = survey(queries, self.task), self.truth
         if truth is None:
-            how = {**self._how, "task": self.task}
-            truth = retrain(queries=queries, train_data=self.train_data, device=device, **how)
-        truth.check_data({"query_data": query_data}, "`queries`")
+            how = {**self._how, "task": self.task, "device": device, "show_progress": self.show_progress}
+            truth = retrain(queries=queries, train_data=self.train_data, **how)
+        truth.check_data({"query_data": surveyed.fingerprint}, "`queries`")
         if truth.num_queries != len(queries):
             raise ValueError(f"`truth` is of {truth.num_queries} queries, got {len(queries)}.")
         # In double precision: with more subsets than examples the systems are close to singular.
         measurements = -truth.losses_by_seed.double().mean(0).T.contiguous()
-        design = Design.from_masks(truth.masks)
         prior = None
         if self.recovery == "prior":
             prior = self._stride.score_queries(model, queries, device, "label").scores.double()
         how = {"penalty": self.penalty, "seed": self.seed, "show_progress": self.show_progress}
-        recovered = recover(measurements, design, self.recovery, prior, **how)
+        recovered = recover(measurements, Design.from_masks(truth.masks), self.recovery, prior, **how)
         return Attribution(
             recovered.scores.float().cpu(),
             None if recovered.std is None else recovered.std.float().cpu(),
             train_targets=self._targets,
             query_targets=surveyed.targets,
-            metadata={"query_data": query_data, "recovered": recovered.chosen, "retraining": truth.metadata},
+            metadata={"query_data": surveyed.fingerprint, "recovered": recovered.chosen, "retraining": truth.metadata},
         )

@@ -47,15 +47,7 @@ def vectorised_attention() -> AbstractContextManager[Any]:
 
 
 def overridden(model: nn.Module, names: Iterable[str] = GRADIENT_HOOKS) -> list[str]:
-    """Hooks of a LightningModule that are its own, not Lightning's.
-
-    Example:
-        >>> class Clipped(L.LightningModule):
-        ...     def on_after_backward(self):
-        ...         torch.nn.utils.clip_grad_value_(self.parameters(), 0.1)
-        >>> overridden(Clipped()), overridden(nn.Linear(1, 1))
-        (['on_after_backward'], [])
-    """
+    """Hooks of a LightningModule that are its own, not Lightning's."""
     model = getattr(model, "_orig_mod", model)
     if not hasattr(model, "automatic_optimization"):
         return []
@@ -82,17 +74,11 @@ def loss_factor(model: nn.Module, task: Task, batch: Any, prepared: tuple[Any, T
 
     1 for cross-entropy, 2 for ``mse_loss`` (the task's loss is half the squared error). Values and gradients are
     compared on the batch and on single examples, at the model's weights and at larger ones, under which examples differ
-    more, and values under many a ``batch_idx``.
-
-    Args:
-        model: The model.
-        task: The task.
-        batch: A training batch in which every kind of example occurs.
-        prepared: Its inputs and encoded targets.
-        num_batches: Batches of an epoch.
+    more, and values under many a ``batch_idx``. Every kind of example should occur in the batch; ``prepared`` are its
+    inputs and encoded targets.
 
     Raises:
-        CannotBatch: If the loss is not such a multiple: label smoothing, class weights, auxiliary losses.
+        CannotBatch: If there is no such factor: label smoothing, class weights, auxiliary losses.
     """
     if not isinstance(model, L.LightningModule):
         return 1.0
@@ -157,13 +143,7 @@ def _same_loss(model: nn.Module, one: Tensor, other: Tensor, *, gradients: bool)
 
 
 def mixed_places(kinds: Tensor | None, num_examples: int, size: int) -> Tensor:
-    """Places of a batch in which every kind of example occurs: one of each, as far as they fit, and others.
-
-    Example:
-        >>> places = mixed_places(torch.tensor([0] * 50 + [1]), 51, size=4)
-        >>> len(places), 50 in places
-        (4, True)
-    """
+    """Places of a batch in which every kind of example occurs: one of each, as far as they fit, and others."""
     places = torch.randperm(num_examples, generator=torch.Generator().manual_seed(0))
     if kinds is not None:
         first_of: dict[float, int] = {}
@@ -255,14 +235,11 @@ class _NoTrainer:
 def tried_out(model: nn.Module) -> Iterator[None]:
     """The model in the modes it trains in, moved a little: where a layer starts at zero, all losses are alike."""
     modes = {module: module.training for module in model.modules()}
-    trained, generator = dict(model.named_parameters()), torch.Generator().manual_seed(0)
-    state = model.state_dict()
-    for name in state.keys() & trained.keys():
-        value = state[name]
-        if value.is_floating_point():
-            spread = float(value.float().std()) if value.numel() > 1 else 0.0
-            noise = torch.randn(value.shape, generator=generator).to(value)
-            state[name] = value + (spread or 0.1) * noise
+    state, generator = model.state_dict(), torch.Generator().manual_seed(0)
+    for name, value in model.named_parameters():
+        if name in state and value.is_floating_point():
+            spread = float(value.detach().float().std()) if value.numel() > 1 else 0.0
+            state[name] = value.detach() + (spread or 0.1) * torch.randn(value.shape, generator=generator).to(value)
     with borrowed(model, state, None):
         for module, training in modes.items():
             module.training = training
@@ -280,11 +257,10 @@ def without_trainer(model: L.LightningModule) -> Iterator[None]:
 
 
 def _differs_by_seed(model: nn.Module, task: Task, inputs: Any) -> bool:
-    outputs = []
-    for seed in (0, 1):
-        with seeded(seed):
-            outputs.append(task.outputs(model, inputs))
-    return not torch.equal(*outputs)
+    with seeded(0):
+        outputs = task.outputs(model, inputs)
+    with seeded(1):
+        return not torch.equal(outputs, task.outputs(model, inputs))
 
 
 def switch_dropout_off(model: nn.Module) -> None:

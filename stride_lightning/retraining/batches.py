@@ -29,18 +29,8 @@ from stride_lightning.tasks.likelihoods import Task, columns
 class Batches:
     """Training data in the batches that a run of training makes of them.
 
-    Args:
-        model: A model that takes them, where it trains.
-        train: Training data.
-        head: Its first batch.
-        task: What a batch means.
-        batch_size: Examples of a batch; by default as the training DataLoader makes them.
-        optimizer: Makes the optimizer; by default the model's ``configure_optimizers``.
-        memory_budget: Bytes that models trained together may take.
-
-    Raises:
-        TypeError, ValueError: If the model cannot take the batches, it is not known how they are made, or the optimizer
-            is none that can be made anew.
+    The model is one that takes them, on the device where it trains; ``head`` is the first batch. The options are those
+    of :func:`~stride_lightning.retrain`.
     """
 
     #: Why models train one by one, where they do.
@@ -76,13 +66,8 @@ class Batches:
     def try_out(self, model: nn.Module, sample: tuple[Any, Tensor], mixed: Any) -> None:
         """Try whether copies of a model can train together, and by which factor of the task's loss.
 
-        Args:
-            model: The model.
-            sample: A batch as :meth:`prepared` gives it.
-            mixed: A batch in which every kind of example occurs.
-
-        Raises:
-            CannotBatch: If they cannot, saying why.
+        Tried on a batch as :meth:`prepared` gives it, and on one in which every kind of example occurs. If they cannot,
+        :class:`CannotBatch` says why.
         """
         with vectorised_attention():
             batch, prepared = in_precision_of(model, mixed), self.prepared(model, mixed)
@@ -119,10 +104,8 @@ class Batches:
     def epoch(self, seed: int, epoch: int, prepare: Callable[[Any], Any]) -> Iterator[tuple[Tensor, Any]]:
         """The batches of an epoch, each with the places of its examples.
 
-        Args:
-            seed: Decides the order, random augmentation and dropout.
-            epoch: Number of the epoch.
-            prepare: Makes of a batch what the training loss is computed of.
+        The seed decides the order, random augmentation and dropout; ``prepare`` makes of a batch what the training loss
+        is computed of.
         """
         order = self.order(seed, epoch)
         drawn = self.train.drawn(order, mix(seed, epoch), self.device)
@@ -151,12 +134,7 @@ class Batches:
 def batch_order(
     num_examples: int, batch_size: int, shuffle: bool, drop_last: bool, seed: int, epoch: int
 ) -> list[Tensor]:
-    """Places of the examples of every batch of an epoch.
-
-    Example:
-        >>> batch_order(5, batch_size=2, shuffle=False, drop_last=False, seed=0, epoch=0)
-        [tensor([0, 1]), tensor([2, 3]), tensor([4])]
-    """
+    """Places of the examples of every batch of an epoch."""
     places = torch.arange(num_examples)
     if shuffle:
         places = torch.randperm(num_examples, generator=torch.Generator().manual_seed(mix(seed, epoch)))

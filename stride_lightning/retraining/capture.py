@@ -38,7 +38,7 @@ POINTWISE_BACKWARD = (
 
 
 def capture(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any] | None:
-    """Trace a function of pytrees of tensors into a flat list of tensor operations, to be called many times.
+    """Trace a function of pytrees of tensors, numbers and strings into a flat list of operations, to be called often.
 
     A training step of many models, ``vmap(grad_and_value(loss))``, spends up to a third of its time in Python and on
     new memory for every temporary. Its replay runs nothing but the operations, and writes a result into the memory of
@@ -47,11 +47,8 @@ def capture(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]
     The replay computes what the function computes for any other numbers in the arguments. Torch's random operations
     draw afresh, as the function would. All else stays as at capture: numbers, flags (such as ``training``) and modes
     (such as autocast) that the function reads, and which tensors it reads besides its arguments. No gradient flows
-    through the replay, and nothing but the function's result comes out of it.
-
-    Args:
-        function: What to trace. It is called up to three times, on copies of the arguments, with its side effects.
-        arguments: Pytrees of tensors, numbers, strings and ``None``, as the function will get them.
+    through the replay, and nothing but the function's result comes out of it. Tracing calls the function up to three
+    times, on copies of the arguments, with its side effects.
 
     Returns:
         A function with the same signature, for arguments of the same structure, shapes, dtypes, devices and numbers:
@@ -116,12 +113,12 @@ def _trace(function: Callable[..., Any], leaves: list[Any], structure: Any) -> C
     expected = _signature(leaves)
 
     def replay(*arguments: Any) -> Any:
-        leaves, came_structure = tree_flatten(arguments)
-        if came_structure != structure:
-            raise ValueError(f"Expected arguments of the captured structure {structure}; got {came_structure}.")
-        if (came := _signature(leaves)) != expected:
-            i = next(i for i in range(len(came)) if came[i] != expected[i])
-            raise ValueError(f"Expected {expected[i]}, as captured, as leaf {i} of the arguments; got {came[i]}.")
+        leaves, given_structure = tree_flatten(arguments)
+        if given_structure != structure:
+            raise ValueError(f"Expected arguments of the captured structure {structure}; got {given_structure}.")
+        if (given := _signature(leaves)) != expected:
+            i = next(i for i in range(len(given)) if given[i] != expected[i])
+            raise ValueError(f"Expected {expected[i]}, as captured, as leaf {i} of the arguments; got {given[i]}.")
         with torch.no_grad():
             outputs = run(*[x.contiguous(memory_format=LAYOUT) for x in leaves if isinstance(x, Tensor)])
         return tree_unflatten(outputs, structures[0])
@@ -175,10 +172,10 @@ def _reuse_memory(graph: Graph) -> None:
             if not (isinstance(old, Tensor) and isinstance(new, Tensor) and _layout(old) == _layout(new)):
                 continue
             whole = old.numel() * old.element_size() == old.untyped_storage().nbytes()
-            own = all(other.op == "call_function" for other in sharing[operand])
+            graphs = all(other.op == "call_function" for other in sharing[operand])
             uses = [(order[user], other) for other in sharing[operand] for user in other.users]
             free = all(use < order[node] or (use == order[node] and other is operand) for use, other in uses)
-            if whole and own and free and _overwrite(node, operand):
+            if whole and graphs and free and _overwrite(node, operand):
                 break  # What shared the operand's memory has no use after this node: nobody need know.
 
 
@@ -243,12 +240,12 @@ def _outcome(function: Callable[..., Any], arguments: Sequence[Any], devices: se
         return [result, random.random(), numpy, *(torch.rand(1, device=device) for device in devices)]
 
 
-def _check_equal(came: Any, expected: Any) -> None:
+def _check_equal(given: Any, expected: Any) -> None:
     """Compare pytrees, tensors to a tolerance that is relative to their largest entry."""
-    (came, came_structure), (expected, structure) = tree_flatten(came), tree_flatten(expected)
-    if came_structure != structure:
-        raise ValueError(f"Expected {structure}; got {came_structure}.")
-    for a, b in zip(came, expected, strict=True):
+    (given, given_structure), (expected, structure) = tree_flatten(given), tree_flatten(expected)
+    if given_structure != structure:
+        raise ValueError(f"Expected {structure}; got {given_structure}.")
+    for a, b in zip(given, expected, strict=True):
         if not isinstance(b, Tensor):
             if a != b:
                 raise ValueError(f"Expected {b}; got {a}.")

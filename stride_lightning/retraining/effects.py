@@ -49,11 +49,7 @@ class FurtherTraining(Stored):
             )
 
     def effects(self, epoch: int | None = None) -> Tensor:
-        """Mean effect over seeds, shape ``(q, m)``.
-
-        Args:
-            epoch: One of :attr:`epochs`; the last by default.
-        """
+        """Mean effect over seeds after one of :attr:`epochs`, by default the last, shape ``(q, m)``."""
         return self._at(epoch).mean(0).T.float()
 
     def std_error(self, epoch: int | None = None) -> Tensor | None:
@@ -72,10 +68,9 @@ class FurtherTraining(Stored):
 
     @override
     def info(self) -> dict[str, Any]:
-        # What a record is found by stands at the top.
-        found_by = {name: self.metadata[name] for name in ("weights", "data", "task") if name in self.metadata}
-        settings = {"kind": self.kind, "epochs": self.epochs, "seeds": self.seeds}
-        return {**settings, **found_by, "metadata": self.metadata}
+        # What a record is looked up by stands at the top.
+        keys = {name: self.metadata[name] for name in ("weights", "data", "task") if name in self.metadata}
+        return {"kind": self.kind, "epochs": self.epochs, "seeds": self.seeds, **keys, "metadata": self.metadata}
 
     @override
     def tensors(self) -> dict[str, Tensor]:
@@ -87,11 +82,10 @@ class FurtherTraining(Stored):
         return cls(tensors["effects"], tensors["left_out"], info["epochs"], info["seeds"], info["metadata"])
 
     def __repr__(self) -> str:
-        _, _, examples, queries = self.effects_by_seed.shape
-        return (
-            f"FurtherTraining({examples} examples left out, {queries} queries, {len(self.seeds)} seeds, after "
-            f"{', '.join(map(str, self.epochs))} epochs)"
-        )
+        num_seeds, _, num_examples, num_queries = self.effects_by_seed.shape
+        epochs = ", ".join(map(str, self.epochs))
+        counts = f"{num_examples} examples left out, {num_queries} queries, {num_seeds} seeds"
+        return f"FurtherTraining({counts}, after {epochs} epochs)"
 
     def _at(self, epoch: int | None) -> Tensor:
         epoch = self.epochs[-1] if epoch is None else epoch

@@ -79,7 +79,7 @@ class Ensemble:
         kernels: dict[Hashable, Any] | None = None,
         num_steps: int = 0,
     ) -> None:
-        self.model, self.optimizer, self.num_models, self.num_steps = model, optimizer, num_models, num_steps
+        self.model, self.optimizer, self.num_steps = model, optimizer, num_steps
         self._kernels = {} if kernels is None else kernels
         trained = trained_parameters(model, optimizer)
         self.parameters = {
@@ -98,15 +98,12 @@ class Ensemble:
         self._verified: set[Hashable] = set()
 
     def step(self, shared: Any, single: Any, *, skip: Tensor | None = None) -> Tensor:
-        """One step of the optimizer for every copy.
+        """One step of the optimizer for every copy; each one's objective before it, shape ``(num_models,)``.
 
         Args:
             shared: Batch that all copies see, a pytree of tensors.
             single: What differs between copies, a pytree of tensors whose first axis is the copies.
             skip: Copies that make no step, bool of shape ``(num_models,)``.
-
-        Returns:
-            Each copy's objective before the step, shape ``(num_models,)``.
         """
         arguments = (self.parameters, self.fixed, shared, single)
         gradients, objectives = self._function(arguments)(*arguments)
@@ -126,11 +123,8 @@ class Ensemble:
     def evaluate(self, function: BatchFunction, batch: Any) -> Tensor:
         """A function of every copy and a batch, the copies along the first axis."""
         call = Call(self.model, function)
-
-        def one(parameters: dict[str, Tensor]) -> Tensor:
-            return call.with_weights({**parameters, **self.fixed}, batch)
-
-        return vmap(one, randomness="same")(self.parameters)
+        values_of = vmap(lambda parameters: call.with_weights({**parameters, **self.fixed}, batch), randomness="same")
+        return values_of(self.parameters)
 
     def _function(self, arguments: tuple[Any, ...]) -> Callable[..., Any]:
         """The vectorised gradient, traced if that pays; what was traced with other weights is tried out first."""
@@ -152,11 +146,9 @@ class Ensemble:
 
     def _per_copy(self) -> list[Tensor]:
         """Parameters, and the optimizer's values beside them."""
-        values = list(self.parameters.values())
-        for parameter in self.parameters.values():
-            state = self.optimizer.state.get(parameter, {})
-            values += [value for value in state.values() if isinstance(value, Tensor) and value.ndim > 0]
-        return values
+        parameters = list(self.parameters.values())
+        states = [value for one in parameters for value in self.optimizer.state.get(one, {}).values()]
+        return parameters + [value for value in states if isinstance(value, Tensor) and value.ndim > 0]
 
 
 class Single:
@@ -223,12 +215,7 @@ def bytes_per_model(model: nn.Module, optimizer: torch.optim.Optimizer, function
 
 
 def chunk_size(num_models: int, bytes_each: int, device: torch.device, memory_budget: int | None = None) -> int:
-    """How many models train together: all within the budget, cut so that chunks are of about one size.
-
-    Example:
-        >>> chunk_size(100, 2**20, torch.device("cpu"), memory_budget=2**25)
-        25
-    """
+    """How many models train together: all within the budget, cut so that chunks are of about one size."""
     budget = MEMORY_BUDGET.get(device.type, 2**29) if memory_budget is None else memory_budget
     largest = max(1, min(num_models, budget // max(1, bytes_each)))
     return -(-num_models // -(-num_models // largest))

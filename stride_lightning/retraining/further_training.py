@@ -69,8 +69,7 @@ def further_train(
         left_out: Positions in the training dataset; by default all, or 100 spread evenly if there are more.
         num_seeds: Orders of batches averaged over. Ten to twenty get most of what a hundred would.
         seed: The first of the seeds.
-        path: Folder for the result; a killed run goes on from ``<path>.parts``, which hold about a sixteenth of the
-            work each.
+        path: Folder for the result; a killed run goes on from ``<path>.parts``, of about a sixteenth of the work each.
         ckpt_path: Checkpoint of the final model, or ``"best"`` or ``"last"``; by default the weights as they are.
         batch_size: Examples of a batch.
         optimizer: Makes the optimizer of a model's parameters; by default the model's ``configure_optimizers``
@@ -85,8 +84,8 @@ def further_train(
         Effects of every example on every query, for every seed and amount of training.
 
     Raises:
-        TypeError, ValueError: If an argument, the model or its loss cannot work, saying how, if the loss of a query
-            is not finite, or if training diverges.
+        TypeError, ValueError: If an argument, the model or its loss cannot work, saying how, a query's loss is not
+            finite, or training diverges.
         RecordError: If what is stored is damaged.
 
     Example:
@@ -94,34 +93,33 @@ def further_train(
         >>> from torch.utils.data import TensorDataset
         >>> x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
         >>> data, sgd = TensorDataset(x, x.sum(1)), partial(torch.optim.SGD, lr=0.1)
-        >>> found = further_train(nn.Linear(3, 1), data, train_data=data, batch_size=5, optimizer=sgd, num_seeds=2)
-        >>> found.effects().shape
+        >>> result = further_train(nn.Linear(3, 1), data, train_data=data, batch_size=5, optimizer=sgd, num_seeds=2)
+        >>> result.effects().shape
         torch.Size([20, 20])
 
     Reference: arXiv:2412.03906 (final-model-only data attribution), section 3.
     """
     if not isinstance(model, nn.Module):
-        came = f"the class {model.__name__}; make an instance" if isinstance(model, type) else repr(model)
-        raise TypeError(f"`model` must be the final model, a torch module, got {came}.")
+        instead = f"the class {model.__name__}; make an instance" if isinstance(model, type) else repr(model)
+        raise TypeError(f"`model` must be the final model, a torch module, got {instead}.")
     check_task(task)
     num_seeds = check_count("num_seeds", num_seeds)
     checkpoint = None if ckpt_path is None else load_checkpoint(resolve_ckpt_path(ckpt_path, model))
     state = rank_zero_state(model) if checkpoint is None else checkpoint.get("state_dict", checkpoint)
-    train, asked = resolve_train_data(train_data, train_indices, model), resolve_queries(queries, model)
-    where = None if device is None else torch.device(device)
-    with borrowed(model, state, where) as home, torch.no_grad():
+    train, queries = resolve_train_data(train_data, train_indices, model), resolve_queries(queries, model)
+    with borrowed(model, state, None if device is None else torch.device(device)) as home, torch.no_grad():
         head = first_look(train, 64, home)
         with train.naming(0):
             task = infer_task_of(head, model) if task is None else task
         leaving_out = LeavingOut(
             model, train, head, task, batch_size=batch_size, optimizer=optimizer, memory_budget=memory_budget
         )
-        reading = Reading(asked, task, model, batch_size=256, device=home)
+        reading = Reading(queries, task, model, batch_size=256, device=home)
         batches = reading.encoded(leaving_out.num_outputs)
         weights = weight_hash(model)
     return measure_effects(
         leaving_out,
-        asked,
+        queries,
         batches,
         left_out=left_out,
         epochs=epochs,
@@ -187,18 +185,14 @@ def read_amounts(epochs: int | Sequence[int]) -> list[int]:
         >>> read_amounts([5, 1]), read_amounts(3)
         ([1, 5], [3])
     """
-    several = list(epochs) if isinstance(epochs, Iterable) else [epochs]
-    if not several:
+    amounts = {check_count("epochs", amount) for amount in (epochs if isinstance(epochs, Iterable) else [epochs])}
+    if not amounts:
         raise ValueError(f"`epochs` must be one or several integers, got {epochs!r}.")
-    return sorted({check_count("epochs", amount) for amount in several})
+    return sorted(amounts)
 
 
 def find_left_out(left_out: Sequence[int] | Tensor | None, train: Examples) -> tuple[Tensor, Tensor]:
-    """Positions in the dataset of the examples to leave out, and their places in the reading order.
-
-    Raises:
-        TypeError, ValueError: If they are not positions of training examples, each once.
-    """
+    """Positions in the dataset of the examples to leave out, and their places in the reading order."""
     every = train.positions
     if left_out is None:
         places = torch.from_numpy(np.linspace(0, len(every) - 1, min(NUM_LEFT_OUT, len(every))).astype(np.int64))

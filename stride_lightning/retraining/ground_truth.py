@@ -81,16 +81,14 @@ class Retrained(Stored):
         return cls(masks, tensors["losses"], info["seeds"], info["metadata"], **more)
 
     def check_data(self, metadata: Mapping[str, Any], what: str = "The attribution") -> None:
-        """Refuse scores of other data, by their fingerprints.
-
-        Args:
-            metadata: Of an attribution: ``data`` and ``query_data`` are compared, as far as both sides have them.
-            what: How the message calls it.
-
-        Raises:
-            ValueError: Naming what differs.
-        """
-        check_same_data(self.metadata, metadata, what)
+        """Refuse scores of other data, naming what differs, by the fingerprints that the ``metadata`` of both have."""
+        for key, name in {"data": "training data", "query_data": "queries"}.items():
+            expected, given = self.metadata.get(key), metadata.get(key)
+            if expected is not None and given is not None and expected != given:
+                raise ValueError(
+                    f"{what} is of other {name} than the ground truth: {_short(given)} against {_short(expected)}. "
+                    "Both must be made with the same data in the same order."
+                )
 
 
 @dataclass
@@ -121,19 +119,17 @@ class GroundTruth(Retrained):
 
         ``sqrt(r)``, with ``r`` the reliability of the mean over all seeds; None for fewer than two seeds.
         """
-        correlation = self.split_half
-        if correlation is None:
+        if (correlation := self.split_half) is None:
             return None
-        half, whole = len(self.seeds) // 2, len(self.seeds)
-        correlation = max(correlation, 0.0)
+        half, whole, correlation = len(self.seeds) // 2, len(self.seeds), max(correlation, 0.0)
         single = correlation / (half - (half - 1) * correlation)
         return float(np.sqrt(whole * single / (1 + (whole - 1) * single)))
 
     def __repr__(self) -> str:
-        ceiling = f", noise ceiling {self.ceiling:.2f}" if self.ceiling is not None else ", noise ceiling unknown"
+        ceiling = "unknown" if (ceiling := self.ceiling) is None else f"{ceiling:.2f}"
         return (
             f"GroundTruth({len(self.masks)} subsets of {self.num_train} examples x {len(self.seeds)} seeds, "
-            f"{self.num_queries} queries{ceiling})"
+            f"{self.num_queries} queries, noise ceiling {ceiling})"
         )
 
 
@@ -180,38 +176,29 @@ class Counterfactual(Retrained):
 def split_half_correlation(losses_by_seed: Tensor, *, num_splits: int = 20) -> float | None:
     """Mean over queries of the Spearman correlation between the means of two halves of the seeds.
 
-    Args:
-        losses_by_seed: Shape ``(S, K, q)``.
-        num_splits: Splits averaged over; every split if there are fewer.
-
-    Returns:
-        The correlation, or None for fewer than two seeds.
-
-    Example:
-        >>> losses = torch.tensor([[[0.1], [0.2], [0.3]], [[1.0], [2.0], [3.0]]])
-        >>> round(split_half_correlation(losses), 6)
-        1.0
+    Losses have shape ``(S, K, q)``. The mean is over ``num_splits`` random splits, or over all if there are fewer; None
+    for fewer than two seeds.
     """
     num_seeds = len(losses_by_seed)
     if num_seeds < 2:
         return None
     values = losses_by_seed.double()
-    found = []
+    correlations = []
     for halves in _splits(num_seeds, num_splits):
         one, other = (_centred_ranks(values[list(half)].mean(0).T) for half in halves)
         norms = np.sqrt((one**2).sum(1) * (other**2).sum(1))
-        found.append(((one * other).sum(1) / np.where(norms == 0, 1, norms)).mean())
-    return float(np.mean(found))
+        correlations.append(((one * other).sum(1) / np.where(norms == 0, 1, norms)).mean())
+    return float(np.mean(correlations))
 
 
 def _splits(num_seeds: int, num_splits: int) -> list[tuple[Sequence[int], Sequence[int]]]:
     """Every way to draw two equal halves, or that many random ways if there are more."""
     half = num_seeds // 2
     if num_seeds <= 6:  # 15 ways at most
-        firsts = list(combinations(range(num_seeds), half))
-        pairs = [(one, other) for one in firsts for other in firsts if one < other and not {*one} & {*other}]
+        halves = combinations(combinations(range(num_seeds), half), 2)
+        pairs: list[Any] = [(one, other) for one, other in halves if set(one).isdisjoint(other)]
         if len(pairs) <= num_splits:
-            return list(pairs)
+            return pairs
     generator = torch.Generator().manual_seed(0)
     orders = [torch.randperm(num_seeds, generator=generator).tolist() for _ in range(num_splits)]
     return [(order[:half], order[half : 2 * half]) for order in orders]
@@ -220,17 +207,6 @@ def _splits(num_seeds: int, num_splits: int) -> list[tuple[Sequence[int], Sequen
 def _centred_ranks(values: Tensor) -> np.ndarray:
     ranks = rankdata(values.numpy(), axis=1)
     return ranks - ranks.mean(1, keepdims=True)
-
-
-def check_same_data(truth: Mapping[str, Any], metadata: Mapping[str, Any], what: str = "The attribution") -> None:
-    """As :meth:`Retrained.check_data`, of the metadata alone."""
-    for key, name in {"data": "training data", "query_data": "queries"}.items():
-        expected, given = truth.get(key), metadata.get(key)
-        if expected is not None and given is not None and expected != given:
-            raise ValueError(
-                f"{what} is of other {name} than the ground truth: {_short(given)} against {_short(expected)}. Both "
-                "must be made with the same data in the same order."
-            )
 
 
 def _short(fingerprint: Mapping[str, Any]) -> str:

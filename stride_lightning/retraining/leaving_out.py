@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as L
@@ -21,7 +20,7 @@ from stride_lightning.model.weights import borrowed
 from stride_lightning.retraining.batchability import first_line, loss_of_step, overridden, vectorised_attention
 from stride_lightning.retraining.batches import Batches
 from stride_lightning.retraining.ensemble import Ensemble, Single
-from stride_lightning.retraining.optimizers import CannotBatch, Optimization, read_optimization
+from stride_lightning.retraining.optimizers import CannotBatch, check_together, read_optimization
 from stride_lightning.retraining.step_losses import check_additive, check_step, detached_copy, train_mode
 from stride_lightning.runtime.checks import check_finite
 from stride_lightning.runtime.randomness import mix, seeded
@@ -37,21 +36,15 @@ class LeavingOut(Batches):
     Example i is left out of every batch by subtracting its share of the training loss: the objective is
     ``mean over the batch of l_b - l_i / n``. All copies of a seed see the same batches and the same dropout.
 
-    Args:
-        model: The final model. It is copied, never changed.
-        train: Training data.
-        head: Its first batch.
-        task: What a batch means.
-        warn: Warn of hooks that are not called.
-        **how: As in :class:`Batches`; of the model's own optimizer the initial learning rate counts.
+    The final model is copied, never changed. Its BatchNorm layers keep their statistics; weights of half precision are
+    trained in float32. Of its own optimizer the initial learning rate counts. Losses of queries are measured in double
+    precision where the device has it. Where ``torch.func`` cannot vectorise the model, copies train one by one;
+    :attr:`one_by_one_because` says why.
 
-    BatchNorm layers keep their statistics; weights of half precision are trained in float32. Losses of queries are
-    measured in double precision where the device has it. Where ``torch.func`` cannot vectorise the model, copies train
-    one by one; :attr:`one_by_one_because` says why.
+    Args as in :class:`Batches`, and ``warn``, of hooks that are not called.
 
-    Raises:
-        TypeError, ValueError: If the model optimizes by hand, if its optimizer or ``training_step`` cannot be used
-            without a Trainer, or if the loss of a batch is not the mean of the losses of its examples.
+    Refused is a model that optimizes by hand, whose optimizer or ``training_step`` cannot be used without a Trainer, or
+    whose loss of a batch is not the mean of the losses of its examples.
     """
 
     def __init__(
@@ -75,7 +68,7 @@ class LeavingOut(Batches):
         batch = first_batch(train, self.loading.batch_size, self.device)
         with train.naming(0):
             sample = self.prepared(model, batch)
-        optimizer = self._optimization(model).optimizer
+        optimizer = self._make_optimizer(model)
         try:
             self.try_out(model, sample, self._drawn(self._mixed_examples(self.loading.batch_size)))
             self._check_single_examples(sample)
@@ -100,7 +93,7 @@ class LeavingOut(Batches):
 
     def identity(self) -> dict[str, Any]:
         """Plain values that decide what training on gives, beside weights and data."""
-        return {**self.described(), "optimizer": repr(self._optimization(self.model).optimizer)}
+        return {**self.described(), "optimizer": repr(self._make_optimizer(self.model))}
 
     def effects(
         self,
@@ -110,29 +103,20 @@ class LeavingOut(Batches):
         seed: int,
         tick: Callable[[int], Any] = lambda models: None,
     ) -> Tensor:
-        """What leaving out each example does to the loss of each query.
+        """Loss of each query without an example minus loss with it, positive is helpful: ``(len(epochs), m, q)``.
 
-        Args:
-            left_out: Places of the examples, shape ``(m,)``.
-            queries: Inputs and encoded targets, batch by batch.
-            epochs: After which epochs the queries are measured, ascending.
-            seed: Decides the order of batches and dropout.
-            tick: Told after every epoch how many models went through it.
-
-        Returns:
-            Loss without the example minus loss with it, positive is helpful, shape ``(len(epochs), m, q)``.
+        The examples are left out by their places, shape ``(m,)``; queries are inputs and encoded targets, batch by
+        batch, measured after the given epochs (ascending). ``tick`` is told after every epoch how many models went
+        through it.
         """
         queries = [in_precision_of(self.model, batch) for batch in queries]
-        train = partial(self._train, queries=queries, epochs=epochs, seed=seed, tick=tick)
         # The copy that leaves out nothing is in every chunk: differences then hold no rounding of other shapes.
         shares = torch.full((len(left_out) + 1,), 1 / len(self.train), dtype=torch.float64)
         shares[0] = 0
         examples = torch.cat([left_out[:1], left_out])
-        if self.one_by_one_because:
-            singles = zip(examples.split(1), shares.split(1), strict=True)
-            losses = torch.cat([train(example, share, alone=True) for example, share in singles], 1)
-        else:
-            losses = train(examples, shares, alone=False)
+        size = 1 if self.one_by_one_because else len(examples)
+        parts = zip(examples.split(size), shares.split(size), strict=True)
+        losses = torch.cat([self._train(*part, queries, epochs, seed, tick) for part in parts], 1)
         # Of losses close to zero only double precision tells the differences; single precision can hold them.
         stored_dtype = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
         return (losses[:, 1:] - losses[:, :1]).to(stored_dtype).cpu()
@@ -140,26 +124,23 @@ class LeavingOut(Batches):
     def check_queries(self, queries: Examples, batches: Sequence[tuple[Any, Tensor]]) -> None:
         """Refuse queries whose loss is not finite before any further training, naming the first."""
         batches = [in_precision_of(self.model, batch) for batch in batches]
-        with borrowed(self.model, None, None), torch.no_grad(), seeded(0):
+        with borrowed(self.model, None, None), torch.no_grad(), seeded(0), queries.naming(0):
             losses = torch.cat([self._query_losses(self.model, batch) for batch in batches])
-        with queries.naming(0):
             check_finite(losses, "loss before any further training")
 
     def _train(
         self,
         left_out: Tensor,
         shares: Tensor,
-        *,
         queries: Sequence[tuple[Any, Tensor]],
         epochs: Sequence[int],
         seed: int,
         tick: Callable[[int], Any],
-        alone: bool,
     ) -> Tensor:
         """Losses of the queries after the given epochs, shape ``(len(epochs), m, q)``."""
-        model = copy.deepcopy(self.model)
+        model, alone = copy.deepcopy(self.model), self.one_by_one_because is not None
         train_mode(model)
-        optimizer = self._optimization(model).optimizer
+        optimizer = self._make_optimizer(model)
         shares = shares.to(self.device, next(model.parameters()).dtype)
         if alone:
             trained = Single(model, optimizer, loss_of_step if self._is_step else self._task_loss, _without_share)
@@ -184,17 +165,18 @@ class LeavingOut(Batches):
         """What the training loss is computed of: inputs and encoded targets, or the batch for ``training_step``."""
         return in_precision_of(self.model, batch) if self._is_step else self.prepared(self.model, batch)
 
-    def _optimization(self, model: nn.Module) -> Optimization:
+    def _make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         try:
-            optimization = read_optimization(model, self.optimizer)
+            optimizer = read_optimization(model, self.optimizer).optimizer
+            check_together(optimizer, model)
         except CannotBatch as reason:
             raise ValueError(
                 f"The model's own optimizer cannot be used for training on, because {reason}. Pass `optimizer=`, such "
                 "as functools.partial(torch.optim.SGD, lr=0.01)."
             ) from reason
-        for group in optimization.optimizer.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = group.get("initial_lr", group["lr"])  # a schedule may have begun with a warm-up
-        return optimization
+        return optimizer
 
     def _query_losses(self, model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
         outputs, encoded = columns(self.task.outputs(model, batch[0])), batch[1]
@@ -210,7 +192,7 @@ class LeavingOut(Batches):
         part = self._part([0, len(self.train) - 1])
         model = copy.deepcopy(self.model)
         train_mode(model)
-        optimizer = self._optimization(model).optimizer
+        optimizer = self._make_optimizer(model)
         try:
             with seeded(0), torch.enable_grad(), vectorised_attention():
                 examples = _stacked(self.prepared(self.model, self._drawn(part)))

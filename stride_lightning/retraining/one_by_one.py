@@ -20,14 +20,14 @@ from stride_lightning.runtime.randomness import seeded
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Lightning's greetings once per model would bury everything else."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero")]
-    levels = [logger.level for logger in loggers]
+    loggers = map(logging.getLogger, ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"))
+    levels = {logger: logger.level for logger in loggers}
     try:
-        for logger in loggers:
+        for logger in levels:
             logger.setLevel(logging.WARNING)
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in levels.items():
             logger.setLevel(level)
 
 

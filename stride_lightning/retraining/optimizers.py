@@ -52,42 +52,27 @@ class Optimization:
         return f"{self.optimizer!r} {type(self.scheduler).__name__} {state} every {self.frequency} {self.interval}"
 
 
-def read_optimization(
-    model: nn.Module, make_optimizer: MakeOptimizer | None, *, any_kind: bool = False
-) -> Optimization:
+def read_optimization(model: nn.Module, make_optimizer: MakeOptimizer | None) -> Optimization:
     """The optimizer that a model is to be trained with, and its scheduler if ``configure_optimizers`` tells of one.
 
-    Args:
-        model: A LightningModule, or any module if ``make_optimizer`` is given.
-        make_optimizer: Makes the optimizer.
-        any_kind: Take optimizers that cannot train together too.
-
     Raises:
-        TypeError: If there is nothing to make an optimizer with.
         CannotBatch: If only a Trainer can deal with it.
-
-    Example:
-        >>> read_optimization(nn.Linear(2, 1), lambda parameters: torch.optim.SGD(parameters, lr=0.1)).scheduler
     """
     if make_optimizer is not None:
         optimizer = make_optimizer(model.parameters())
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"`optimizer` must return a torch optimizer, got {type(optimizer).__name__}.")
-        optimization = Optimization(optimizer)
-    elif isinstance(model, L.LightningModule):
-        try:
-            configured: Any = model.configure_optimizers()
-        except Exception as error:
-            raise CannotBatch(f"configure_optimizers needs a Trainer ({type(error).__name__}: {error})") from error
-        optimization = _read(configured)
-    else:
+        return Optimization(optimizer)
+    if not isinstance(model, L.LightningModule):
         raise TypeError(
             f"{type(model).__name__} is no LightningModule, so its optimizer is not known. Pass `optimizer=`, such as "
             "functools.partial(torch.optim.SGD, lr=0.1)."
         )
-    if not any_kind:
-        _check_together(optimization.optimizer, model)
-    return optimization
+    try:
+        configured: Any = model.configure_optimizers()
+    except Exception as error:
+        raise CannotBatch(f"configure_optimizers needs a Trainer ({type(error).__name__}: {error})") from error
+    return _read(configured)
 
 
 def check_optimizer(make_optimizer: MakeOptimizer | None) -> None:
@@ -125,7 +110,8 @@ def _read(configured: Any) -> Optimization:
     return Optimization(optimizers[0], scheduler, config.get("interval", "epoch"), config.get("frequency", 1))
 
 
-def _check_together(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+def check_together(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Refuse, by :class:`CannotBatch`, an optimizer that cannot be taken over for many copies of its model."""
     if type(optimizer) not in TOGETHER:
         names = ", ".join(kind.__name__ for kind in TOGETHER)
         raise CannotBatch(f"{type(optimizer).__name__} is not one of the optimizers that train together ({names})")

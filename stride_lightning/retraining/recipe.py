@@ -149,7 +149,7 @@ class Recipe(Batches):
             "model": type(models[0]).__name__,
             "model_code": code_hash(models[0]),
             "initial_weights": [weight_hash(model) for model in models],
-            "optimizer": _described_optimizer(models[0], self.optimizer),
+            "optimizer": self._describe_optimizer(models[0]),
             "trainer_fn": self.trainer_fn is not None,
             "max_epochs": self.max_epochs,
             "measure": self.measure,
@@ -158,6 +158,12 @@ class Recipe(Batches):
             "query_data": survey(self.queries, self.task, models[0], self.num_outputs).fingerprint,
             "train_indices": None if self.train.is_whole else self.train.positions.tolist(),
         }
+
+    def _describe_optimizer(self, model: nn.Module) -> str:
+        try:
+            return read_optimization(model, self.optimizer).describe()
+        except CannotBatch as reason:
+            return f"its Trainer's: {reason}"
 
 
 def code_hash(model: nn.Module) -> str:
@@ -198,10 +204,3 @@ def _checked_model(model_fn: Callable[[], nn.Module]) -> nn.Module:
             "model. Build the model inside the function."
         )
     return model
-
-
-def _described_optimizer(model: nn.Module, optimizer: MakeOptimizer | None) -> str:
-    try:
-        return read_optimization(model, optimizer, any_kind=True).describe()
-    except CannotBatch as reason:
-        return f"its Trainer's: {reason}"

@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.retraining.batchability import vectorised_attention
-from stride_lightning.retraining.ground_truth import Counterfactual, GroundTruth, Retrained, check_same_data
+from stride_lightning.retraining.ground_truth import Counterfactual, GroundTruth, Retrained
 from stride_lightning.retraining.one_by_one import train_alone
 from stride_lightning.retraining.optimizers import CannotBatch
 from stride_lightning.retraining.recipe import Recipe, Training
@@ -61,8 +61,8 @@ def retrain(
         fraction: Share of the training examples in each subset.
         num_seeds: Models per subset, that differ in initial weights and order. Two or more give a noise ceiling.
         seed: Seed of the subsets and of everything else.
-        path: Folder for the result. Finished parts, of 16 models or more, stand in ``<path>.parts`` meanwhile: a run
-            that was killed goes on from there when it is started again, and ends with the same numbers.
+        path: Folder for the result. Finished parts, of 16 models or more, stand in ``<path>.parts`` meanwhile: a killed
+            run that is started again goes on from there, and ends with the same numbers.
         masks: Subsets of your own, bool of shape ``(K, n)``, in place of random ones.
         show_progress: Show a progress bar, and why models train one by one.
         **how: How to train: ``batch_size``, ``optimizer``, ``trainer_fn``, ``task``, ``measure``, ``train_indices``,
@@ -96,7 +96,7 @@ def retrain(
         masks = sample_masks(len(recipe.train), 100 if num_subsets is None else num_subsets, fraction, seed=seed)
     elif num_subsets is not None:
         raise ValueError("`masks` says which subsets there are: leave out `num_subsets`.")
-    return _measured(GroundTruth, recipe, _checked_masks(masks, recipe), seeds, path, show_progress)
+    return _measured(GroundTruth, recipe, _checked_masks(masks, len(recipe.train)), seeds, path, show_progress)
 
 
 def retrain_without(
@@ -139,8 +139,7 @@ def retrain_without(
         raise ValueError(attribution.why_no_scores)
     if not isinstance(attribution, Attribution):
         raise TypeError(f"`attribution` must be an Attribution, got {type(attribution).__name__}: wrap its scores.")
-    if not torch.isfinite(attribution.scores).all():
-        bad = (~torch.isfinite(attribution.scores)).any(1).nonzero().flatten().tolist()
+    if bad := _not_finite(attribution.scores):
         raise ValueError(f"The scores of queries {bad[:10]} are not finite.")
     _check_names(retrain_without, how)
     recipe = Recipe(model_fn, queries, train_data=train_data, max_epochs=max_epochs, **how)
@@ -169,12 +168,7 @@ def retrain_without(
 
 
 def sample_masks(num_train: int, num_subsets: int, fraction: float = 0.5, *, seed: int = 0) -> Tensor:
-    """Random subsets, each of the same size, bool of shape ``(num_subsets, num_train)``.
-
-    Example:
-        >>> sample_masks(10, 3, 0.3).sum(1)
-        tensor([3, 3, 3])
-    """
+    """Random subsets, each of the same size, bool of shape ``(num_subsets, num_train)``."""
     num_subsets = check_count("num_subsets", num_subsets, 2)
     size = round(fraction * num_train)
     if not 0 < fraction < 1 or not 0 < size < num_train:
@@ -207,7 +201,7 @@ def _measured(
     started = time.perf_counter()
     identity = recipe.identity(seeds)
     if attribution is not None:
-        check_same_data(identity, attribution.metadata)
+        Retrained(masks, torch.zeros(len(seeds), len(masks), 1), seeds, identity).check_data(attribution.metadata)
     work = Work(path, identity, {"masks": masks})
     if (finished := work.finished(kind)) is not None:
         return finished
@@ -253,27 +247,30 @@ def _measured(
     return work.keep(kind(masks, losses, seeds, metadata, **more))
 
 
-def _checked_masks(masks: Tensor, recipe: Recipe) -> Tensor:
-    num_train, masks = len(recipe.train), torch.as_tensor(masks)
+def _checked_masks(masks: Tensor, num_train: int) -> Tensor:
+    masks = torch.as_tensor(masks)
     if masks.ndim != 2 or masks.shape[1] != num_train or not ((masks == 0) | (masks == 1)).all():
         raise ValueError(
             f"`masks` must be 0/1 of shape (num_subsets, {num_train}), one column per training example; got "
             f"{masks.dtype} {tuple(masks.shape)}."
         )
-    empty = (~masks.bool().any(1)).nonzero().flatten().tolist()
-    if empty:
+    if empty := (~masks.bool().any(1)).nonzero().flatten().tolist():
         raise ValueError(f"`masks` has subsets without any example: {empty[:10]}.")
     return masks.bool().cpu()
 
 
 def _check_losses(losses: Tensor, start: int, seed: int) -> None:
-    bad = (~torch.isfinite(losses)).any(1).nonzero().flatten().tolist()
-    if bad:
-        queries = (~torch.isfinite(losses[bad[0]])).nonzero().flatten().tolist()
+    if bad := _not_finite(losses):
         raise ValueError(
             f"Training on subset {start + bad[0]} with seed {seed} gave losses that are not finite for queries "
-            f"{queries[:5]}. Did training diverge? Lower the learning rate. Or do the training data hold NaN?"
+            f"{_not_finite(losses[bad[0], :, None])[:5]}. Did training diverge? Lower the learning rate. Or do the "
+            "training data hold NaN?"
         )
+
+
+def _not_finite(values: Tensor) -> list[int]:
+    """Rows with a value that is not finite."""
+    return (~torch.isfinite(values)).any(1).nonzero().flatten().tolist()
 
 
 def _seeds(seed: int, num_seeds: int) -> list[int]:

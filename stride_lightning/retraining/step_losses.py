@@ -32,10 +32,7 @@ def check_step(model: nn.Module, batch: Any) -> None:
 def check_additive(model: nn.Module, examples: Examples, device: torch.device) -> None:
     """Refuse a loss in which an example has no share: that of a batch must be the mean of those of its examples.
 
-    Args:
-        model: The model.
-        examples: A few training examples of all kinds.
-        device: Where they go.
+    Tried on a few examples of all kinds.
     """
     train_mode(model)
     switch_dropout_off(model)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stride_lightning.retraining.batchability import check_hooks, check_separate, mixed_places, vectorised_attention
 from stride_lightning.retraining.ensemble import Ensemble
-from stride_lightning.retraining.optimizers import CannotBatch, read_optimization
+from stride_lightning.retraining.optimizers import CannotBatch, check_together, read_optimization
 from stride_lightning.retraining.recipe import Recipe
 
 
@@ -20,12 +20,8 @@ class Together:
     The loss of a batch is the mean over those of its examples that are in a model's subset; a model makes no step
     where a batch has none of them.
 
-    Args:
-        recipe: How models are trained.
-        seed: A seed whose model is tried out.
-
     Raises:
-        CannotBatch: If models of this recipe cannot train together, saying why.
+        CannotBatch: If models of this recipe cannot train together, as that of the seed shows, saying why.
     """
 
     def __init__(self, recipe: Recipe, seed: int) -> None:
@@ -36,6 +32,7 @@ class Together:
         self.recipe, model = recipe, recipe.fresh_model(seed)  # a copy would have lost hooks on its parameters
         check_hooks(model)
         self.optimization = read_optimization(model, recipe.optimizer)
+        check_together(self.optimization.optimizer, model)
         places = mixed_places(recipe.train_kinds, len(recipe.train), recipe.loading.batch_size)
         (batch,) = recipe.train.drawn([places], 0, recipe.device)
         sample = recipe.prepared(model, batch)
@@ -46,11 +43,7 @@ class Together:
         recipe.query_batches(model)  # now, as several threads will ask for them
 
     def check_steps(self, masks: Tensor, seeds: list[int]) -> None:
-        """Refuse plans under which a model would skip a step and cannot.
-
-        Raises:
-            CannotBatch: If a batch holds no example of some subset and the optimizer or scheduler counts steps.
-        """
+        """Refuse, by :class:`CannotBatch`, that a model skips a step where the optimizer or schedule counts steps."""
         name = self.optimization.counts_steps
         epochs = range(self.recipe.max_epochs if name is not None else 0)
         orders = (self.recipe.order(seed, epoch) for seed in seeds for epoch in epochs)
@@ -58,15 +51,9 @@ class Together:
             raise CannotBatch(f"some batches hold no example of some subsets, and {name} counts its steps")
 
     def train(self, masks: Tensor, seed: int, tick: Callable[[int], Any] = lambda models: None) -> Tensor:
-        """Train one model on each subset and measure the queries.
+        """Train one model on each subset; what is measured of every query under each, shape ``(m, q)``, on the CPU.
 
-        Args:
-            masks: Which examples each model sees, bool of shape ``(m, n)``.
-            seed: Decides the initial weights, the order of batches and dropout.
-            tick: Told after every epoch how many models went through it.
-
-        Returns:
-            What is measured of every query under every model, shape ``(m, q)``, on the CPU.
+        Masks are bool of shape ``(m, n)``. ``tick`` is told after every epoch how many models went through it.
         """
         recipe, model = self.recipe, self.recipe.initial_model(seed)
         optimization = read_optimization(model, recipe.optimizer)
