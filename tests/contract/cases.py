@@ -34,9 +34,6 @@ COPY, CONTRADICTION = 3, 8
 QUIET = {"show_progress": False}
 
 
-# ---- models and data ------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Case:
     """A kind of model, its training data and its queries."""
@@ -107,8 +104,6 @@ def examples(dataset, positions=None):
     chosen = dataset if positions is None else Subset(dataset, list(positions))
     return DataLoader(chosen, NUM_TRAIN, collate_fn=padded) if isinstance(dataset[0], dict) else chosen
 
-
-# ---- methods --------------------------------------------------------------------------------------------------------
 
 #: Methods with options that make them go another way: under contract as if they were methods of their own.
 VARIANTS = {

@@ -91,8 +91,6 @@ def is_untouched(model):
 
 
 # ---- the record -----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module", params=CALLBACKS)
 def recorded(request, tmp_path_factory):
     """A finished run with a logger: its name, model, trainer and callback."""
@@ -204,8 +202,6 @@ def test_the_other_lightning(name, tmp_path):
 
 
 # ---- training goes on as if it were not there -----------------------------------------------------------------------
-
-
 @every_callback
 @pytest.mark.parametrize(
     ("kind", "data", "options"),
@@ -314,8 +310,6 @@ def test_fast_dev_run_writes_nothing_and_still_refuses(name, tmp_path, monkeypat
 
 
 # ---- resume ---------------------------------------------------------------------------------------------------------
-
-
 @every_callback
 @pytest.mark.parametrize("steps", [4, 6], ids=["epoch's end", "mid-epoch"])
 def test_resume(name, tmp_path, steps):
@@ -357,8 +351,6 @@ def test_second_fit_on_the_same_trainer(name, tmp_path):
 
 
 # ---- what is refused, before the first step -------------------------------------------------------------------------
-
-
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(DATA)

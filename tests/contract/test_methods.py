@@ -65,8 +65,6 @@ def test_a_method_without_an_entry_needs_no_options(method):
 
 
 # ---- what comes out -------------------------------------------------------------------------------------------------
-
-
 @every_method(kinds=CASES)
 def test_scores(method, kind, capsys):
     attribution, case = scored(method, kind), CASES[kind]
@@ -113,8 +111,6 @@ def test_saved_scores_come_back(method, kind, tmp_path):
 
 
 # ---- what must change nothing ---------------------------------------------------------------------------------------
-
-
 def close(attribution, expected, tolerance=2e-5):
     close_scores(attribution.scores, expected, tolerance)
 
@@ -218,8 +214,6 @@ def test_the_top_alone(method, tile, monkeypatch):
 
 
 # ---- the caller's model ---------------------------------------------------------------------------------------------
-
-
 @every_method(kinds=["mixed"])
 def test_the_model_is_as_before(method, kind):
     model, expected = model_of(kind), whole(method, kind).scores
@@ -284,8 +278,6 @@ def test_calls_out_of_order(method, kind):
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
-
-
 @every_method("not finite", kinds=["classification"])
 def test_examples_that_are_not_finite_are_named(method, kind):
     x, y = (tensor.clone() for tensor in CASES[kind].train.tensors)
@@ -313,8 +305,6 @@ def test_wrong_options(method):
 
 
 # ---- two processes --------------------------------------------------------------------------------------------------
-
-
 #: Ways of STRIDE that share work between processes each in their own manner; 13 subsets divide unevenly.
 STRIDE_OPTIONS = [
     ("classification", {"recovery": "ridge"}),

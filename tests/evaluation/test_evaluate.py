@@ -1,7 +1,5 @@
 """Several attributions against one planted ground truth."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math
@@ -64,8 +62,6 @@ def evaluation():
 
 
 # ---- numbers ----------------------------------------------------------------------------------------------------
-
-
 def test_scores_are_the_mean_of_scipys_correlations(evaluation):
     losses = make_truth().losses.numpy()
     for name, attribution in THREE.items():
@@ -139,8 +135,6 @@ def test_one_seed_has_no_ceiling_and_one_query_will_do():
 
 
 # ---- names and alignment ------------------------------------------------------------------------------------------
-
-
 def test_sequences_are_named_by_method_and_numbered():
     named = Attribution(WEIGHTS, metadata={"method": "stride-2"})
     found = run([EXACT, named, EXACT, NOISY])
@@ -175,8 +169,6 @@ def test_equal_fingerprints_mean_the_same_order(evaluation):
 
 
 # ---- refusals -----------------------------------------------------------------------------------------------------
-
-
 def with_nan():
     scores = WEIGHTS.clone()
     scores[2, 5], scores[4, 1] = torch.nan, torch.inf
@@ -255,8 +247,6 @@ def test_ties_among_the_removed_may_be_broken_either_way():
 
 
 # ---- views --------------------------------------------------------------------------------------------------------
-
-
 def test_the_table_is_aligned_and_sorted_with_the_ceiling_last(evaluation):
     caption, header, *rows, last = str(evaluation).splitlines()
     assert repr(evaluation) == str(evaluation)
@@ -380,8 +370,6 @@ def test_figure_of_hand_made_rows_and_wide_ks():
 
 
 # ---- two processes ------------------------------------------------------------------------------------------------
-
-
 def evaluate_on(number, port, folder):
     start(number, port, group=True)
     torch.save(vars(run({"noisy": NOISY})["noisy"]), folder / f"rank{number}.pt")

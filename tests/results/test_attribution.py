@@ -28,9 +28,6 @@ def example(**changes):
     return Attribution(**(fields | changes))
 
 
-# ---- top ------------------------------------------------------------------------------------------------------------
-
-
 def test_top_names_positions_in_the_data_set():
     top = example().top(2)
     assert top.proponents.tolist() == [[40, 10], [10, 20]]
@@ -71,9 +68,6 @@ def test_top_reads_well():
     many = repr(Attribution(torch.randn(13, 4)).top(1))
     assert many.endswith("... and 3 more queries")
     assert isinstance(example().top(1), TopExamples)
-
-
-# ---- one query, groups, tables ----------------------------------------------------------------------------------
 
 
 def test_one_query():
@@ -117,9 +111,6 @@ def test_to_dataframe():
     assert isinstance(frame, pd.DataFrame)
     with pytest.raises(ValueError, match="`k` must be an integer of at least 1"):
         example().to_dataframe(k=0)
-
-
-# ---- save and load ----------------------------------------------------------------------------------------------
 
 
 def test_save_and_load(tmp_path):
@@ -183,9 +174,6 @@ def test_what_attribute_gives_can_be_saved_and_shown_again(tmp_path):
         Attribution.load(path, queries=Subset(queries, range(3)))
     with pytest.raises(ValueError, match=r"positions in 0\.\.9"):
         Attribution.load(path, train_data=Subset(data, range(10)))
-
-
-# ---- shape and text ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

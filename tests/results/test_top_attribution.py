@@ -131,9 +131,6 @@ def test_standard_deviations_are_kept_where_there_are_any(tmp_path):
     assert not both()[1].has_std
 
 
-# ---- save and load ----------------------------------------------------------------------------------------------
-
-
 def test_save_and_load(tmp_path):
     whole, top = both()
     path = top.save(tmp_path / "top")
@@ -154,8 +151,6 @@ def test_save_and_load(tmp_path):
     with pytest.raises(ValueError, match="of 3 queries, got 2"):
         Attribution.load(path, queries=TensorDataset(torch.arange(2)))
 
-
-# ---- what only all scores can tell ------------------------------------------------------------------------------
 
 ALL_NEEDED = r"only the 4 strongest proponents and opponents of each query: see top\(\).*without `top_k=`"
 
@@ -183,9 +178,6 @@ def test_evaluation_names_the_attribution():
     plain = Attribution(SCORES, metadata=whole.metadata)
     with pytest.raises(ValueError, match=rf"The attribution 'tile by tile' cannot be evaluated\. .*{ALL_NEEDED}"):
         evaluate({"whole": plain, "tile by tile": top}, truth, show_progress=False)
-
-
-# ---- shapes, and the front door ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

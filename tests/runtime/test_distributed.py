@@ -55,9 +55,6 @@ def test_shards_cover_everything_once(monkeypatch, length, sizes):
     assert covered == list(range(length))
 
 
-# ---- two processes ----------------------------------------------------------------------------------------------
-
-
 def fit_and_ask(number, port, folder):
     """What each of the two processes does; rank r leaves its results in ``rank{r}.pt``."""
     start(number, port)

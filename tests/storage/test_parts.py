@@ -15,8 +15,6 @@ from tests.helpers.processes import needs_fork, what_helper_saw
 from tests.retraining.cases import Net, mlp, points, sgd
 from tests.retraining.test_retrain import ask as ask_to_retrain
 
-# ---- killed -----------------------------------------------------------------------------------------------------
-
 
 @pytest.fixture(scope="module")
 def after_kills(tmp_path_factory):
@@ -55,9 +53,6 @@ def test_kills_fell_everywhere(after_kills):
     assert outcomes[-1]["k"] == len(trace)
     assert trace.count("rename") == 2 * (1 + NUM_PARTS) + 1  # the plan and the parts come and go, the result comes
     assert len({outcome["parts"] for outcome in after_kills["moments"]["outcomes"]}) > 2
-
-
-# ---- the same call, other calls ---------------------------------------------------------------------------------
 
 
 def ask(path=None, **more):
@@ -201,9 +196,6 @@ def test_parts_of_something_else_in_the_way(tmp_path):
     (tmp_path / "truth").write_text("a file")
     with pytest.raises(RecordError, match="not a record"):
         ask(tmp_path / "truth")
-
-
-# ---- Work itself ------------------------------------------------------------------------------------------------
 
 
 def work_in(folder):

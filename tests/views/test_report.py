@@ -16,8 +16,6 @@ from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.views.report.pictures import Pictures, png, reduced
 from tests.helpers.reports import HOSTILE, POSITIONS, SCORES, TARGETS, Page, images, make_attribution
 
-# ---- what the page holds ------------------------------------------------------------------------------------------
-
 
 def test_page_holds_each_query_with_its_proponents_and_opponents(tmp_path):
     std = torch.full_like(SCORES, 0.1)
@@ -83,9 +81,6 @@ def test_scores_of_any_size_are_written(tmp_path, scale):
     assert page.data["queries"][0]["ranked"][0][0][1] == pytest.approx(2 * scale)
 
 
-# ---- nothing in the data becomes part of the page, and the page loads nothing --------------------------------------
-
-
 @pytest.mark.parametrize("bad", HOSTILE)
 def test_texts_from_the_data_stay_texts(tmp_path, bad):
     info = {"train_info": {bad: [bad] * 5, "text": [bad] * 5}, "query_info": {bad: [bad] * 3}}
@@ -110,9 +105,6 @@ def test_page_loads_nothing_and_runs_only_its_own_script(tmp_path):
     ]
     allowed = f"style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'"
     assert policy == f"default-src 'none'; img-src data:; {allowed}; base-uri 'none'; form-action 'none'"
-
-
-# ---- texts ---------------------------------------------------------------------------------------------------------
 
 
 def first_texts(path):
@@ -154,9 +146,6 @@ def test_long_texts_are_cut_and_long_facts_are_texts(tmp_path):
     data = Page(make_attribution(train_info=info).report(tmp_path / "a", queries=0, k=1)).data
     assert [fact for fact, _ in data["examples"][1]["facts"]] == ["one"]
     assert data["examples"][1]["texts"] == [["note", "x" * 2000, 5000], ["two", "b\nc", 3]]
-
-
-# ---- pictures -------------------------------------------------------------------------------------------------------
 
 
 def test_every_picture_is_embedded_once(tmp_path):
@@ -208,9 +197,6 @@ def test_reading_leaves_the_random_state_alone(tmp_path):
     pages = {attribution.report(tmp_path / "page").read_bytes() for _ in range(2)}
     assert len(pages) == 1
     assert torch.equal(torch.get_rng_state(), before)
-
-
-# ---- the file --------------------------------------------------------------------------------------------------------
 
 
 def test_path_is_completed_and_its_folders_are_made(tmp_path, monkeypatch):
