@@ -15,26 +15,15 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorD
 
 from stride_lightning import GroundTruth, methods, retrain
 from stride_lightning.attribute import class_of, create
+from tests.helpers import models
 from tests.helpers.gradient_models import Everything
-from tests.helpers.models import (
-    BinaryClassifier,
-    Classifier,
-    Regressor,
-    Tiny,
-    binary_data,
-    build,
-    classification_data,
-    regression_data,
-)
+from tests.helpers.models import build
 from tests.helpers.texts import LanguageModule, Texts, padded
 
 NUM_TRAIN, NUM_QUERIES = 14, 5
 #: The first query stands among the training examples: here with its label, there with another.
 COPY, CONTRADICTION = 3, 8
 QUIET = {"show_progress": False}
-
-
-# ---- models and data ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -46,7 +35,7 @@ class Case:
     queries: Dataset
 
 
-class Mixed(Tiny):
+class Mixed(models.Tiny):
     """Dropout, BatchNorm and an activation in place; frozen in part."""
 
     def __init__(self):
@@ -89,14 +78,14 @@ def _points(make, make_data, contradict):
 @torch.no_grad()
 def _beyond(query, target):
     """A target on the other side of the model's answer."""
-    return target + 4 * (build(Regressor)(query[None])[0] - target).sign()
+    return target + 4 * (build(models.Regressor)(query[None])[0] - target).sign()
 
 
 _TEXTS = Texts(NUM_QUERIES, seed=1)
 CASES = {
-    "classification": _points(Classifier, classification_data, lambda query, target: (target + 1) % 3),
-    "binary": _points(BinaryClassifier, binary_data, lambda query, target: 1 - target),
-    "regression": _points(Regressor, regression_data, _beyond),
+    "classification": _points(models.Classifier, models.classification_data, lambda query, target: (target + 1) % 3),
+    "binary": _points(models.BinaryClassifier, models.binary_data, lambda query, target: 1 - target),
+    "regression": _points(models.Regressor, models.regression_data, _beyond),
     "language": Case(TextModule, TextsWithCopies(NUM_TRAIN, _TEXTS[0]), _TEXTS),
 }
 CASES["mixed"] = Case(Mixed, CASES["classification"].train, CASES["classification"].queries)
@@ -107,8 +96,6 @@ def examples(dataset, positions=None):
     chosen = dataset if positions is None else Subset(dataset, list(positions))
     return DataLoader(chosen, NUM_TRAIN, collate_fn=padded) if isinstance(dataset[0], dict) else chosen
 
-
-# ---- methods --------------------------------------------------------------------------------------------------------
 
 #: Methods with options that make them go another way: under contract as if they were methods of their own.
 VARIANTS = {
@@ -124,8 +111,7 @@ METHODS = [name for name in methods() if class_of(name).__module__.startswith("s
 def _truth(kind, columns, rows):
     """Losses of the queries after retraining on subsets, without fingerprints of any data."""
     truth = _retrained(kind)
-    losses = truth.losses_by_seed[:, :, rows]
-    return {"truth": GroundTruth(truth.masks[:, columns], losses, truth.seeds)}
+    return {"truth": GroundTruth(truth.masks[:, columns], truth.losses_by_seed[:, :, rows], truth.seeds)}
 
 
 @cache
@@ -159,15 +145,13 @@ OPTIONS = {
 }
 #: The same, made for a kind of task and for the columns and rows of the scores.
 MADE = {"retraining": _truth, "tracin": lambda kind, columns, rows: {"checkpoints": _checkpoints(kind)}}
+NO_SEQUENCES = "information-gain", "information-gain, margin", "information-loss", "information-loss, signed"
 #: What a method cannot do, and why.
 EXEMPT = {
     ("grad-cos", "self-influence"): "the cosine of an example with itself is 1, and refused",
     ("influence-lissa", "batch size"): "its series is one of random batches of that size",
-    ("information-gain", "language"): "it refuses sequences",
-    ("information-gain, margin", "language"): "it refuses sequences",
+    **dict.fromkeys(((method, "language") for method in NO_SEQUENCES), "it refuses sequences"),
     ("information-gain, margin", "regression"): "a regression has no margin",
-    ("information-loss", "language"): "it refuses sequences",
-    ("information-loss, signed", "language"): "it refuses sequences",
     ("further-training", "not finite"): "it names the query whose loss is not finite",
     ("further-training", "runs the model"): "it runs copies",
     ("retraining", "runs the model"): "it runs none where the truth is given",

@@ -12,40 +12,27 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    IterableDataset,
-    SequentialSampler,
-    SubsetRandomSampler,
-    TensorDataset,
-    WeightedRandomSampler,
-)
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from stride_lightning import FurtherTrainingCallback, StrideCallback, TracInCallback, attribute
 from stride_lightning.model.weights import weight_hash
 from stride_lightning.storage.records import find_records, read_info
+from tests.helpers import models
 from tests.helpers.models import (
     NUM_TRAIN,
-    Augmented,
     Classifier,
     ConvNet,
     Data,
-    DictClassifier,
     Dicts,
-    DictTask,
-    Validated,
     build,
-    classification_data,
     hooks_of,
     loader,
     make_trainer,
-    picture_data,
     train,
 )
 from tests.helpers.runs import fit_in_the_other_tree
 
-DATA, QUERIES = classification_data(), classification_data(5, seed=1)
+DATA, QUERIES = models.classification_data(), models.classification_data(5, seed=1)
 
 
 def stride(queries=QUERIES, **options):
@@ -91,8 +78,6 @@ def is_untouched(model):
 
 
 # ---- the record -----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module", params=CALLBACKS)
 def recorded(request, tmp_path_factory):
     """A finished run with a logger: its name, model, trainer and callback."""
@@ -168,14 +153,6 @@ def test_weights_that_a_callback_listed_before_swaps_in(name, tmp_path):
 
 
 @every_callback
-def test_accumulated_batches_are_one_step(name, tmp_path):
-    callback = callback_of(name)
-    train(build(Classifier), DATA, tmp_path, callback, max_epochs=3, accumulate_grad_batches=2)
-    assert [path.name for path in callback.records] == ["step=6"]
-    assert read_info(callback.records[0])["step"] == 6
-
-
-@every_callback
 def test_train_indices_of_a_sampler(name, tmp_path):
     chosen = [30, 4, 22, 12, 1, 3, 8, 13]
     sampled = DataLoader(DATA, 4, sampler=SubsetRandomSampler(chosen))
@@ -188,8 +165,8 @@ def test_train_indices_of_a_sampler(name, tmp_path):
 
 @every_callback
 def test_a_task_of_ones_own(name, tmp_path):
-    callback = callback_of(name, queries=Dicts(QUERIES), task=DictTask())
-    train(build(DictClassifier), Dicts(DATA), tmp_path, callback)
+    callback = callback_of(name, queries=Dicts(QUERIES), task=models.DictTask())
+    train(build(models.DictClassifier), Dicts(DATA), tmp_path, callback)
     assert read_info(callback.records[0])["task"] == "DictTask()"
 
 
@@ -204,15 +181,13 @@ def test_the_other_lightning(name, tmp_path):
 
 
 # ---- training goes on as if it were not there -----------------------------------------------------------------------
-
-
 @every_callback
 @pytest.mark.parametrize(
     ("kind", "data", "options"),
     [
         (Classifier, DATA, {}),
-        (ConvNet, picture_data(), {}),
-        (ConvNet, Augmented(picture_data()), {}),
+        (ConvNet, models.picture_data(), {}),
+        (ConvNet, models.Augmented(models.picture_data()), {}),
         (Classifier, DATA, {"precision": "bf16-mixed", "accumulate_grad_batches": 3}),
     ],
     ids=["dropout", "batchnorm", "augmentation", "bf16-mixed and accumulation"],
@@ -230,7 +205,7 @@ def test_training_is_bit_identical(name, tmp_path, kind, data, options):
             plain = weight_hash(pl_module), pl_module.training, random.random(), np.random.rand()  # noqa: NPY002
             after.append((plain, tensors, set(vars(pl_module))))
 
-    queries = QUERIES if kind is Classifier else picture_data(3, seed=5)
+    queries = QUERIES if kind is Classifier else models.picture_data(3, seed=5)
     frequent = {} if name == "further-training" else {"every_n_train_steps": 2, "every_n_epochs": 1}
     callback = callback_of(name, queries=queries, **frequent)
     for callbacks in ([], [callback]):
@@ -264,7 +239,7 @@ def test_modes_are_left_alone(name, tmp_path):
         def on_train_end(self):
             seen.append([module.training for module in self.modules()].count(False))
 
-    train(build(Frozen), picture_data(), tmp_path, callback_of(name, queries=picture_data(2, seed=5)))
+    train(build(Frozen), models.picture_data(), tmp_path, callback_of(name, queries=models.picture_data(2, seed=5)))
     assert len(seen) >= 2 * 3 + 1
     assert set(seen) == {1}
 
@@ -295,12 +270,14 @@ def test_nothing_is_left_behind_by_an_exception(name, tmp_path, evaluated):
 
 
 @every_callback
-def test_validation_and_a_datamodule(name, tmp_path):
-    model, callback = build(Validated), callback_of(name, queries=Data())
-    trainer = make_trainer(tmp_path, callback, num_sanity_val_steps=2, val_check_interval=0.5)
-    trainer.fit(model, Data())
-    assert [path.name for path in callback.records] == ["step=8"]
-    assert read_info(callback.records[0])["weights"] == weight_hash(model)
+def test_validation_a_datamodule_and_accumulated_batches(name, tmp_path):
+    """Accumulated batches are one step."""
+    model, callback = build(models.Validated), callback_of(name, queries=Data())
+    options = {"num_sanity_val_steps": 2, "val_check_interval": 0.5, "accumulate_grad_batches": 2}
+    make_trainer(tmp_path, callback, max_epochs=3, **options).fit(model, Data())
+    assert [path.name for path in callback.records] == ["step=6"]
+    info = read_info(callback.records[0])
+    assert (info["step"], info["weights"]) == (6, weight_hash(model))
 
 
 @every_callback
@@ -314,8 +291,6 @@ def test_fast_dev_run_writes_nothing_and_still_refuses(name, tmp_path, monkeypat
 
 
 # ---- resume ---------------------------------------------------------------------------------------------------------
-
-
 @every_callback
 @pytest.mark.parametrize("steps", [4, 6], ids=["epoch's end", "mid-epoch"])
 def test_resume(name, tmp_path, steps):
@@ -331,8 +306,8 @@ def test_resume(name, tmp_path, steps):
     model, callback = fit(1, max_epochs=3, ckpt_path=tmp_path / "kept" / f"step={steps}.ckpt")
     names = [re.sub("-v1$", "", path.name) for path in callback.records]
     assert names == (["step=12"] if name == "further-training" else ["step=4", "step=8", "step=12"])
-    assert read_info(callback.records[-1])["weights"] == weight_hash(model)
-    assert read_info(callback.records[-1])["step"] == 12
+    info = read_info(callback.records[-1])
+    assert (info["step"], info["weights"]) == (12, weight_hash(model))
 
 
 @every_callback
@@ -357,8 +332,6 @@ def test_second_fit_on_the_same_trainer(name, tmp_path):
 
 
 # ---- what is refused, before the first step -------------------------------------------------------------------------
-
-
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(DATA)
@@ -368,19 +341,16 @@ class Bucketed(BatchSampler):
     pass
 
 
-SAMPLER = r"`train_indices=`"
+SAMPLER, WEIGHTED = r"`train_indices=`", torch.utils.data.WeightedRandomSampler([1.0] * NUM_TRAIN, 10)
 REFUSED = {
     "combined": (CombinedLoader([loader(DATA), loader(DATA)]), "one DataLoader over one map-style dataset"),
     "several": ([loader(DATA), loader(DATA)], "one DataLoader over one map-style dataset"),
     "batches": (list(loader(DATA)), "one DataLoader over one map-style dataset"),
     "iterable": (DataLoader(Stream(), batch_size=4), "Stream.*map-style dataset with __getitem__ and __len__"),
     "unbatched": (DataLoader(DATA, batch_size=None), "batch_size=None.*Give it a batch_size"),
-    "bucketed": (DataLoader(DATA, batch_sampler=Bucketed(SequentialSampler(DATA), 4, False)), f"Bucketed.*{SAMPLER}"),
+    "bucketed": (DataLoader(DATA, batch_sampler=Bucketed(range(NUM_TRAIN), 4, False)), f"Bucketed.*{SAMPLER}"),
     "sampled": (DataLoader(DATA, 4, sampler=SubsetRandomSampler(range(40))), f"SubsetRandomSampler.*{SAMPLER}"),
-    "weighted": (
-        DataLoader(DATA, batch_sampler=BatchSampler(WeightedRandomSampler([1.0] * NUM_TRAIN, 10), 5, drop_last=False)),
-        f"WeightedRandomSampler.*{SAMPLER}",
-    ),
+    "weighted": (DataLoader(DATA, batch_sampler=BatchSampler(WEIGHTED, 5, False)), f"WeightedRandomSampler.*{SAMPLER}"),
     "soft labels": (loader(TensorDataset(DATA.tensors[0], torch.full((60, 3), 1 / 3))), "soft labels.*`task=`"),
     "dictionaries": (loader(Dicts(DATA)), "dict with keys.*`task=`"),
 }

@@ -12,16 +12,13 @@ from stride_lightning import Attribution, TopAttribution, methods
 from stride_lightning.attribute import class_of, create
 from stride_lightning.gradients import planned
 from stride_lightning.steering.subsets import Design, sample_design
+from tests.contract import cases
 from tests.contract.cases import (
     CASES,
-    CONTRADICTION,
-    COPY,
     EXEMPT,
-    MADE,
     METHODS,
     NUM_QUERIES,
     NUM_TRAIN,
-    OPTIONS,
     fitted,
     made,
     model_of,
@@ -54,27 +51,23 @@ TRAINING_ROWS = range(NUM_QUERIES, NUM_QUERIES + NUM_TRAIN)
 
 
 def test_no_entry_is_stale():
-    named = {*OPTIONS, *MADE, *(method for method, _ in EXEMPT)}
-    assert named <= set(METHODS)
+    assert {*cases.OPTIONS, *cases.MADE, *(method for method, _ in EXEMPT)} <= set(METHODS)
 
 
 @pytest.mark.parametrize("method", methods())
 def test_a_method_without_an_entry_needs_no_options(method):
-    if method not in OPTIONS and method not in MADE:
+    if method not in cases.OPTIONS and method not in cases.MADE:
         assert class_of(method)().method == method
 
 
 # ---- what comes out -------------------------------------------------------------------------------------------------
-
-
 @every_method(kinds=CASES)
-def test_scores(method, kind, capsys):
+def test_scores_which_come_back_when_saved(method, kind, capsys, tmp_path):
     attribution, case = scored(method, kind), CASES[kind]
     assert capsys.readouterr() == ("", "")  # quiet when told
-    assert attribution.scores.shape == (NUM_QUERIES, NUM_TRAIN)
-    assert attribution.scores.dtype == torch.float32
-    assert attribution.scores.device.type == "cpu"
-    assert attribution.scores.isfinite().all()
+    scores = attribution.scores
+    assert (scores.shape, scores.dtype, scores.device.type) == ((NUM_QUERIES, NUM_TRAIN), torch.float32, "cpu")
+    assert scores.isfinite().all()
     assert attribution.std is None or (attribution.std > 0).all()
     assert attribution.train_indices.tolist() == list(range(NUM_TRAIN))
     if kind != "language":
@@ -87,7 +80,11 @@ def test_scores(method, kind, capsys):
     assert metadata["data"]["num_examples"] == NUM_TRAIN
     assert metadata["seconds"]["total"] >= metadata["seconds"]["attribute"] > 0
     assert "dropout off" in metadata["mode"]
-    assert attribution.scores.equal(whole(method, kind).scores)  # the same seed gives the same
+    assert scores.equal(whole(method, kind).scores)  # the same seed gives the same
+    again = Attribution.load(attribution.save(tmp_path / "scores"))
+    assert again.scores.equal(scores)
+    assert again.train_indices.equal(attribution.train_indices)
+    assert again.metadata == metadata
 
 
 @every_method(kinds=["classification", "binary", "regression", "language"])
@@ -96,25 +93,14 @@ def test_sign(method, kind):
     attribution = whole(method, kind)
     if "unsigned" in attribution.metadata["unit"]:
         assert attribution.scores.min() >= 0
-        assert attribution.scores[0, COPY] > attribution.scores[0].mean()
+        assert attribution.scores[0, cases.COPY] > attribution.scores[0].mean()
     else:
-        assert attribution.scores[0, COPY] > 0
-        assert attribution.scores[0, CONTRADICTION] < attribution.scores[0, COPY]
-        assert kind not in ("binary", "regression") or attribution.scores[0, CONTRADICTION] < 0
-
-
-@every_method(kinds=CASES)
-def test_saved_scores_come_back(method, kind, tmp_path):
-    attribution = whole(method, kind)
-    again = Attribution.load(attribution.save(tmp_path / "scores"))
-    assert again.scores.equal(attribution.scores)
-    assert again.train_indices.equal(attribution.train_indices)
-    assert again.metadata == attribution.metadata
+        assert attribution.scores[0, cases.COPY] > 0
+        assert attribution.scores[0, cases.CONTRADICTION] < attribution.scores[0, cases.COPY]
+        assert kind not in ("binary", "regression") or attribution.scores[0, cases.CONTRADICTION] < 0
 
 
 # ---- what must change nothing ---------------------------------------------------------------------------------------
-
-
 def close(attribution, expected, tolerance=2e-5):
     close_scores(attribution.scores, expected, tolerance)
 
@@ -195,10 +181,9 @@ def test_self_influence_is_the_diagonal(method, kind):
         influence = fitted(method, kind, rows=TRAINING_ROWS, batch_size=size).self_influence()
         assert influence.dtype == torch.float32
         close_scores(influence, expected, 2e-5)
-    part = [7, 2, 11, 5]
-    rows = [NUM_QUERIES + column for column in part]
-    expected = scored(method, kind, columns=part, rows=rows).scores.diagonal()
-    close_scores(fitted(method, kind, columns=part, rows=rows).self_influence(), expected, 2e-5)
+    part = {"columns": [7, 2, 11, 5], "rows": [NUM_QUERIES + column for column in (7, 2, 11, 5)]}
+    expected = scored(method, kind, **part).scores.diagonal()
+    close_scores(fitted(method, kind, **part).self_influence(), expected, 2e-5)
 
 
 @pytest.mark.parametrize("tile", [2**26, 4 * NUM_QUERIES * 4], ids=["one tile", "tiles of 4"])
@@ -218,8 +203,6 @@ def test_the_top_alone(method, tile, monkeypatch):
 
 
 # ---- the caller's model ---------------------------------------------------------------------------------------------
-
-
 @every_method(kinds=["mixed"])
 def test_the_model_is_as_before(method, kind):
     model, expected = model_of(kind), whole(method, kind).scores
@@ -284,8 +267,6 @@ def test_calls_out_of_order(method, kind):
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
-
-
 @every_method("not finite", kinds=["classification"])
 def test_examples_that_are_not_finite_are_named(method, kind):
     x, y = (tensor.clone() for tensor in CASES[kind].train.tensors)
@@ -313,8 +294,6 @@ def test_wrong_options(method):
 
 
 # ---- two processes --------------------------------------------------------------------------------------------------
-
-
 #: Ways of STRIDE that share work between processes each in their own manner; 13 subsets divide unevenly.
 STRIDE_OPTIONS = [
     ("classification", {"recovery": "ridge"}),
@@ -334,8 +313,8 @@ def everything():
     for kind, options in STRIDE_OPTIONS:
         for rows in (range(NUM_QUERIES), [2]):
             found[kind, str(options), len(rows)] = scored("stride", kind, rows=rows, num_subsets=13, **options).scores
+    kind = "classification"
     for method in METHODS:
-        kind = "classification"
         attributor = fitted(method, kind)
         found[method] = attributor.attribute(queries_of(kind)).scores
         if not {(method, "self-influence"), (method, "asked again")} & EXEMPT.keys():

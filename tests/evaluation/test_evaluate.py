@@ -1,7 +1,5 @@
 """Several attributions against one planted ground truth."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math
@@ -32,6 +30,8 @@ WEIGHTS = random_tensor(NUM_QUERIES, NUM_TRAIN, seed=0, dtype=torch.float32)
 MASKS = random_tensor(NUM_SUBSETS, NUM_TRAIN, seed=1) > 0
 DATA = {"num_examples": NUM_TRAIN, "content": "a" * 64}
 QUERY_DATA = {"num_examples": NUM_QUERIES, "content": "b" * 64}
+OTHER_DATA = {**DATA, "content": "c"}
+IN_ORDER = torch.arange(NUM_TRAIN)
 COSTS = {"method": "stride", "seconds": {"fit": 1.0, "total": 2.5}, "peak_memory_bytes": 300 * 2**20}
 
 
@@ -64,8 +64,6 @@ def evaluation():
 
 
 # ---- numbers ----------------------------------------------------------------------------------------------------
-
-
 def test_scores_are_the_mean_of_scipys_correlations(evaluation):
     losses = make_truth().losses.numpy()
     for name, attribution in THREE.items():
@@ -88,6 +86,8 @@ def test_perfect_scores_reach_the_ceiling_and_random_ones_nothing(evaluation):
 def test_intervals_hold_the_score_and_grow_with_confidence(evaluation):
     narrow = run(THREE, confidence=0.5)
     assert (narrow.confidence, evaluation.confidence) == (0.5, 0.95)
+    sizes = evaluation.num_queries, evaluation.num_subsets, evaluation.num_seeds
+    assert sizes == (NUM_QUERIES, NUM_SUBSETS, 4)
     for row in evaluation.rows:
         assert row.lds_lower < row.lds < row.lds_upper
         assert narrow[row.name].lds_upper - narrow[row.name].lds_lower < row.lds_upper - row.lds_lower
@@ -96,26 +96,17 @@ def test_intervals_hold_the_score_and_grow_with_confidence(evaluation):
     assert run(THREE)["noisy"] == EvaluationRow(**{**vars(evaluation["noisy"]), "counterfactual": None})
 
 
-def test_counterfactuals_are_mean_rises_of_the_loss(evaluation):
-    best = WEIGHTS.sort(dim=1, descending=True).values
-    assert evaluation["exact"].counterfactual == {
-        1: pytest.approx(best[:, :1].sum(1).mean().item(), rel=1e-5),
-        5: pytest.approx(best[:, :5].sum(1).mean().item(), rel=1e-5),
-    }
+def test_counterfactuals_are_mean_rises_of_the_loss_and_costs_those_of_the_metadata(evaluation):
+    rises = {k: WEIGHTS.topk(k).values.sum(1).mean().item() for k in KS}
+    assert evaluation["exact"].counterfactual == pytest.approx(rises, rel=1e-5)
     assert evaluation["noisy"].counterfactual[5] < evaluation["exact"].counterfactual[5]
     assert evaluation["random"].counterfactual is None
-
-
-def test_costs_are_those_of_the_metadata(evaluation):
     assert (evaluation["exact"].seconds, evaluation["exact"].memory_bytes) == (2.5, 300 * 2**20)
     assert (evaluation["noisy"].seconds, evaluation["noisy"].memory_bytes) == (None, None)
-    sizes = evaluation.num_queries, evaluation.num_subsets, evaluation.num_seeds
-    assert sizes == (NUM_QUERIES, NUM_SUBSETS, 4)
 
 
 def test_constant_queries_are_counted_without_a_warning(recwarn):
-    scores = WEIGHTS.clone()
-    scores[3], scores[7] = 0.0, 0.0
+    scores = WEIGHTS.index_fill(0, torch.tensor([3, 7]), 0.0)
     found = run({"gaps": Attribution(scores), "whole": EXACT, "none": Attribution(torch.zeros_like(WEIGHTS))})
     assert [(row.name, row.num_constant) for row in found.rows] == [("whole", 0), ("gaps", 2), ("none", NUM_QUERIES)]
     assert found.per_query["gaps"][[3, 7]].tolist() == [0.0, 0.0]
@@ -129,8 +120,7 @@ def test_constant_queries_are_counted_without_a_warning(recwarn):
 def test_one_seed_has_no_ceiling_and_one_query_will_do():
     truth = make_truth(num_seeds=1)
     found = run(EXACT, truth)
-    assert found.ceiling is None
-    assert found.share_of_ceiling("stride") is None
+    assert (found.ceiling, found.share_of_ceiling("stride")) == (None, None)
     assert "of ceiling" not in str(found)
     assert str(found).splitlines()[-1].startswith("noise ceiling unknown")
     one = run(EXACT[0], GroundTruth(MASKS, truth.losses_by_seed[:, :, :1], [0]))
@@ -139,8 +129,6 @@ def test_one_seed_has_no_ceiling_and_one_query_will_do():
 
 
 # ---- names and alignment ------------------------------------------------------------------------------------------
-
-
 def test_sequences_are_named_by_method_and_numbered():
     named = Attribution(WEIGHTS, metadata={"method": "stride-2"})
     found = run([EXACT, named, EXACT, NOISY])
@@ -157,16 +145,15 @@ def test_permuted_columns_are_aligned(evaluation):
     # A truth that says where its columns stand: here in a dataset of twice the size, in an order of its own.
     places = 2 * permutation(NUM_TRAIN + 1)[:NUM_TRAIN]
     truth = make_truth(data=DATA, train_indices=places.tolist())
-    as_read = Attribution(NOISY.scores, train_indices=places, metadata={"data": DATA})
-    moved = Attribution(NOISY.scores[:, order], train_indices=places[order], metadata={"data": DATA})
-    assert run({"noisy": as_read}, truth)["noisy"].lds == evaluation["noisy"].lds
-    assert run({"noisy": moved}, truth)["noisy"].lds == evaluation["noisy"].lds
+    for columns in (IN_ORDER, order):
+        moved = Attribution(NOISY.scores[:, columns], train_indices=places[columns], metadata={"data": DATA})
+        assert run({"noisy": moved}, truth)["noisy"].lds == evaluation["noisy"].lds
 
 
 def test_equal_fingerprints_mean_the_same_order(evaluation):
     truth = make_truth(data=DATA, query_data=QUERY_DATA)
     metadata = {"data": DATA, "query_data": QUERY_DATA}
-    part = Attribution(NOISY.scores, train_indices=torch.arange(100, 100 + NUM_TRAIN), metadata=metadata)
+    part = Attribution(NOISY.scores, train_indices=100 + IN_ORDER, metadata=metadata)
     assert run({"noisy": part}, truth)["noisy"].lds == evaluation["noisy"].lds
     # Were the columns permuted, or was the data read in this order by both?
     unclear = Attribution(NOISY.scores, train_indices=permutation(NUM_TRAIN), metadata=metadata)
@@ -175,35 +162,25 @@ def test_equal_fingerprints_mean_the_same_order(evaluation):
 
 
 # ---- refusals -----------------------------------------------------------------------------------------------------
-
-
-def with_nan():
-    scores = WEIGHTS.clone()
-    scores[2, 5], scores[4, 1] = torch.nan, torch.inf
-    return Attribution(scores, train_indices=torch.arange(NUM_TRAIN))
-
-
+BROKEN = WEIGHTS.index_put((torch.tensor([2, 4]), torch.tensor([5, 1])), torch.tensor([torch.nan, torch.inf]))
 REFUSED = {
-    "other data": (
-        Attribution(WEIGHTS, metadata={"data": {**DATA, "content": "c"}}),
-        "'one' is of other training data",
-    ),
+    "other data": (Attribution(WEIGHTS, metadata={"data": OTHER_DATA}), "'one' is of other training data"),
     "other queries": (Attribution(WEIGHTS, metadata={"query_data": DATA}), "'one' is of other queries than the ground"),
     "fewer columns": (
-        Attribution(WEIGHTS[:, :5], train_indices=torch.arange(5)),
+        Attribution(WEIGHTS[:, :5], train_indices=IN_ORDER[:5]),
         "'one' has scores of 5 training examples, the ground truth is of 30.* a score for every training example",
     ),
     "more columns": (Attribution(WEIGHTS.repeat(1, 2)), "'one' has scores of 60 training examples, .* of 30"),
     "fewer queries": (Attribution(WEIGHTS[:5]), "'one' is of 5 queries, the ground truth of 12"),
-    "not finite": (with_nan(), "'one' has 2 scores that are not finite, the first that of query 2 .* example 5"),
+    "not finite": (
+        Attribution(BROKEN, train_indices=IN_ORDER),
+        "'one' has 2 scores that are not finite, the first that of query 2 .* example 5",
+    ),
     "other positions": (
-        Attribution(WEIGHTS, train_indices=torch.arange(1, NUM_TRAIN + 1)),
+        Attribution(WEIGHTS, train_indices=IN_ORDER + 1),
         r"'one' is of other training examples .* begin with \[1, 2, 3, 4, 5\], .* with \[0, 1, 2, 3, 4\]",
     ),
-    "positions twice": (
-        Attribution(WEIGHTS, train_indices=torch.arange(NUM_TRAIN) // 2),
-        "'one' is of other training examples",
-    ),
+    "positions twice": (Attribution(WEIGHTS, train_indices=IN_ORDER // 2), "'one' is of other training examples"),
 }
 
 
@@ -234,7 +211,7 @@ def test_counterfactuals_that_do_not_fit_are_refused():
         return run(THREE, truth, counterfactuals={name: counterfactual})
 
     right = counterfactual_of(WEIGHTS)
-    other = counterfactual_of(WEIGHTS, data={**DATA, "content": "c"})
+    other = counterfactual_of(WEIGHTS, data=OTHER_DATA)
     small = Counterfactual(torch.ones(3, NUM_TRAIN), torch.ones(1, 3, 2), [0], ks=[1])
     elsewhere = "was measured with other scores: the"
     assert_refused(
@@ -255,8 +232,6 @@ def test_ties_among_the_removed_may_be_broken_either_way():
 
 
 # ---- views --------------------------------------------------------------------------------------------------------
-
-
 def test_the_table_is_aligned_and_sorted_with_the_ceiling_last(evaluation):
     caption, header, *rows, last = str(evaluation).splitlines()
     assert repr(evaluation) == str(evaluation)
@@ -296,9 +271,8 @@ def test_scalars_are_the_numbers_there_are(evaluation):
     assert scalars["evaluation/exact/seconds"] == 2.5
     assert scalars["evaluation/exact/rise_without_top_1"] == evaluation["exact"].counterfactual[1]
     assert scalars["evaluation/ceiling"] == evaluation.ceiling
-    assert {tag.split("/")[2] for tag in scalars if tag.startswith("evaluation/random/")} == {
-        *("lds", "lds_lower", "lds_upper", "lds_of_ceiling", "num_constant"),
-    }
+    names = {tag.split("/")[2] for tag in scalars if tag.startswith("evaluation/random/")}
+    assert names == {"lds", "lds_lower", "lds_upper", "lds_of_ceiling", "num_constant"}
 
 
 def test_tensorboard_shows_scalars_table_and_figure(evaluation, tmp_path):
@@ -325,8 +299,8 @@ def test_csv_logger_gets_the_scalars(evaluation, tmp_path):
     assert {tag: float(value) for tag, value in row.items()} == pytest.approx(scalars_of(evaluation))
 
 
-def test_wandb_like_logger_gets_table_and_image(evaluation, monkeypatch):
-    logger, bare = WandbLike(), WandbLike()
+def test_wandb_like_logger_gets_table_and_image_on_rank_zero(evaluation, monkeypatch):
+    logger, bare, unused = WandbLike(), WandbLike(), WandbLike()
     evaluation.log([logger], step=3)
     metrics, (table, columns, data, step), (figure, (image,), _) = logger.calls
     assert (table, figure) == ("evaluation/table", "evaluation/figure")
@@ -337,13 +311,9 @@ def test_wandb_like_logger_gets_table_and_image(evaluation, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     evaluation.log(bare)
     assert [call[0] for call in bare.calls] == ["metrics", "evaluation/table"]
-
-
-def test_only_rank_zero_logs(evaluation, monkeypatch):
-    logger = WandbLike()
     monkeypatch.setattr("stride_lightning.results.evaluation.rank", lambda: 1)
-    evaluation.log(logger)
-    assert not logger.calls
+    evaluation.log(unused)
+    assert not unused.calls
 
 
 def test_names_are_escaped_in_markdown():
@@ -380,8 +350,6 @@ def test_figure_of_hand_made_rows_and_wide_ks():
 
 
 # ---- two processes ------------------------------------------------------------------------------------------------
-
-
 def evaluate_on(number, port, folder):
     start(number, port, group=True)
     torch.save(vars(run({"noisy": NOISY})["noisy"]), folder / f"rank{number}.pt")

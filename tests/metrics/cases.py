@@ -1,7 +1,5 @@
 """Every metric class with its function and its data, for tests that are the same for all of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -28,23 +26,14 @@ REMOVED = random_tensor(len(KS), NUM_ITEMS, seed=5) + torch.tensor([[0.0], [1.0]
 
 @dataclass(frozen=True)
 class Case:
-    """A class and its twin.
+    """A class and its twin."""
 
-    Args:
-        make: The class, given an order of the columns.
-        function: The function of the data.
-        data: Arguments of ``update``.
-        items: In each argument, the dimension that is cut into batches.
-        columns: In each argument, the dimension whose order changes nothing (-1 for none).
-        per_item: Whether there is a value for each item.
-    """
-
-    make: Callable[[Tensor], AttributionMetric]
+    make: Callable[[Tensor], AttributionMetric]  # given an order of the columns
     function: Callable[..., Tensor]
-    data: tuple[Tensor, ...]
-    items: tuple[int, ...] = (0, 0)
-    columns: tuple[int, ...] = (1, 1)
-    per_item: bool = False
+    data: tuple[Tensor, ...]  # arguments of `update`
+    items: tuple[int, ...] = (0, 0)  # in each argument, the dimension that is cut into batches
+    columns: tuple[int, ...] = (1, 1)  # in each, the dimension whose order changes nothing (-1 for none)
+    per_item: bool = False  # whether there is a value for each item
 
     def metric(self, columns: Tensor | None = None) -> AttributionMetric:
         return self.make(torch.arange(COLUMNS) if columns is None else columns)
@@ -87,20 +76,16 @@ _FAMILIES = {
         columns=(-1, -1),
     ),
     **{
-        f"further training {kind}": _both(
-            lambda _, reduction, kind=kind: metrics.FurtherTrainingCosine(kind, reduction),
-            lambda *data, kind=kind, **options: metrics.further_training_cosine(*data, kind=kind, **options),
+        f"{name} {kind}": _both(
+            lambda _, reduction, make=make, kind=kind: make(kind, reduction),
+            lambda *data, function=function, kind=kind, **options: function(*data, kind=kind, **options),
             (SCORES, OTHERS),
         )
-        for kind in ("cosine", "pearson")
-    },
-    **{
-        f"leave one out {kind}": _both(
-            lambda _, reduction, kind=kind: metrics.LeaveOneOutCorrelation(kind, reduction),
-            lambda *data, kind=kind, **options: metrics.leave_one_out_correlation(*data, kind=kind, **options),
-            (SCORES, OTHERS),
+        for name, make, function, other_kind in (
+            ("further training", metrics.FurtherTrainingCosine, metrics.further_training_cosine, "cosine"),
+            ("leave one out", metrics.LeaveOneOutCorrelation, metrics.leave_one_out_correlation, "spearman"),
         )
-        for kind in ("spearman", "pearson")
+        for kind in (other_kind, "pearson")
     },
     "recall": _both(
         lambda _, reduction: metrics.RetrievalRecall(5, reduction),

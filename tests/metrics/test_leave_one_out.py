@@ -1,7 +1,5 @@
 """Agreement with leave-one-out retraining against scipy."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,8 +1,6 @@
 """The linear datamodeling score against scipy."""
 
-from __future__ import annotations
-
-import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,12 +8,8 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from stride_lightning.metrics import LinearDatamodelingScore, linear_datamodeling_interval, linear_datamodeling_score
 from stride_lightning.metrics.correlation import resampled_rank_correlations
-from stride_lightning.metrics.linear_datamodeling import (
-    LinearDatamodelingScore,
-    linear_datamodeling_interval,
-    linear_datamodeling_score,
-)
 from tests.helpers.refusals import assert_refused
 from tests.helpers.tiny import permutation, random_tensor
 
@@ -68,12 +62,8 @@ def test_constant_queries_count_zero_and_are_counted() -> None:
     torch.testing.assert_close(obtained, expected)
     with pytest.warns(UserWarning, match="2 of 4"):
         torch.testing.assert_close(linear_datamodeling_score(scores, masks, losses), expected.mean())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        linear_datamodeling_score(scores[3:], masks, losses[:, 3:])
-
-
-def test_equal_scores_on_subsets_of_one_size_are_constant() -> None:
+    linear_datamodeling_score(scores[3:], masks, losses[:, 3:])  # without a warning, which would be an error
+    # Equal scores on subsets of one size are constant.
     masks = torch.stack([torch.randperm(30, generator=torch.Generator().manual_seed(i)) < 15 for i in range(8)])
     with pytest.warns(UserWarning, match="1 of 1"):
         score = linear_datamodeling_score(torch.full((1, 30), 0.1), masks, random_tensor(8, 1, seed=0))
@@ -117,23 +107,15 @@ def test_losses_that_never_vary_are_refused() -> None:
             refused()
 
 
-def test_sums_that_differ_by_rounding_are_equal() -> None:
+def test_sums_that_differ_by_rounding_or_come_in_parts_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Multiples of a tenth have inexact sums; as whole numbers they are exact."""
     scores, masks, losses = planted(True)
+    expected = reference(scores, masks, losses)
     for order in (slice(None), permutation(30)):
-        torch.testing.assert_close(
-            linear_datamodeling_score(scores[:, order] / 10, masks[:, order], losses, reduction="none"),
-            reference(scores, masks, losses),
-        )
-
-
-def test_more_examples_than_are_taken_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = planted(True)
+        moved = linear_datamodeling_score(scores[:, order] / 10, masks[:, order], losses, reduction="none")
+        torch.testing.assert_close(moved, expected)
     monkeypatch.setattr("stride_lightning.metrics.linear_datamodeling._COLUMNS", 7)
-    torch.testing.assert_close(linear_datamodeling_score(*data, reduction="none"), reference(*data))
-
-
-# ---- the class --------------------------------------------------------------------------------------------------
+    torch.testing.assert_close(linear_datamodeling_score(scores, masks, losses, reduction="none"), expected)
 
 
 def test_class_counts_constant_queries_and_warns() -> None:
@@ -144,15 +126,17 @@ def test_class_counts_constant_queries_and_warns() -> None:
     for query, expected in enumerate((0, 1, 2, 2)):
         metric.update(scores[query : query + 1], losses[:, query : query + 1])
         assert metric.num_constant == expected
-    with pytest.warns(UserWarning, match="2 of 4 queries have constant scores or losses and count 0") as caught:
-        obtained = metric.compute()
-    assert caught[0].filename == __file__
-    with pytest.warns(UserWarning, match="2 of 4") as caught:
-        torch.testing.assert_close(obtained, linear_datamodeling_score(scores, masks, losses))
-    assert caught[0].filename == __file__
-    with pytest.warns(UserWarning, match="2 of 4") as caught:
-        metric.interval(num_resamples=3)
-    assert caught[0].filename == __file__
+    values = []
+    compute_all = (
+        metric.compute,
+        partial(linear_datamodeling_score, scores, masks, losses),
+        partial(metric.interval, 0.9, 3),
+    )
+    for compute in compute_all:
+        with pytest.warns(UserWarning, match="2 of 4 queries have constant scores or losses and count 0") as caught:
+            values.append(compute())
+        assert caught[0].filename == __file__
+    torch.testing.assert_close(values[0], values[1])
     metric.reset()
     assert metric.num_constant == 0
 
@@ -169,11 +153,8 @@ def test_class_keeps_no_scores() -> None:
         LinearDatamodelingScore(masks).interval()
 
 
-# ---- the interval -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("ties", [False, True])
-def test_resampled_correlations_equal_scipy(ties: bool) -> None:
+def test_resampled_correlations_equal_scipy_in_blocks_of_any_size(ties: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = random_tensor(5, 12, seed=0), random_tensor(5, 12, seed=1)
     if ties:
         one, other = one.round(), other.round()
@@ -188,14 +169,8 @@ def test_resampled_correlations_equal_scipy(ties: bool) -> None:
         constant = len(set(x)) == 1 or len(set(y)) == 1
         expected = 0.0 if constant else spearmanr(x, y).statistic
         assert obtained[resample, query] == pytest.approx(expected, abs=1e-12)
-
-
-def test_blocks_of_resamples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    one, other = random_tensor(2, 10, seed=0), random_tensor(2, 10, seed=1)
-    counts = np.random.default_rng(0).multinomial(10, [0.1] * 10, size=7)
-    together = resampled_rank_correlations(one, other, counts)
     monkeypatch.setattr("stride_lightning.metrics.correlation._BLOCK", 30)
-    np.testing.assert_array_equal(resampled_rank_correlations(one, other, counts), together)
+    np.testing.assert_array_equal(resampled_rank_correlations(one, other, counts), obtained)
 
 
 @pytest.mark.parametrize("ties", [False, True])

@@ -28,9 +28,6 @@ def example(**changes):
     return Attribution(**(fields | changes))
 
 
-# ---- top ------------------------------------------------------------------------------------------------------------
-
-
 def test_top_names_positions_in_the_data_set():
     top = example().top(2)
     assert top.proponents.tolist() == [[40, 10], [10, 20]]
@@ -39,16 +36,11 @@ def test_top_names_positions_in_the_data_set():
     assert top.opponent_scores.tolist() == [[-0.25, 0.0], [-3.0, 0.0]]
 
 
-def test_top_of_more_than_there_are():
-    assert example().top(9).proponents.shape == (2, 4)
+def test_top_is_ten_by_default_and_no_more_than_there_are():
+    assert Attribution(torch.randn(2, 30)).top().proponents.shape == (2, 10)
+    assert example().top().proponents.shape == example().top(9).proponents.shape == (2, 4)
     with pytest.raises(ValueError, match="`k` must be an integer of at least 1, got 0"):
         example().top(0)
-
-
-def test_top_is_ten_by_default():
-    scores = torch.randn(2, 30, generator=torch.Generator().manual_seed(0))
-    assert Attribution(scores).top().proponents.shape == (2, 10)
-    assert example().top().proponents.shape == (2, 4)
 
 
 def test_top_columns_and_their_standard_deviations():
@@ -68,20 +60,15 @@ def test_top_reads_well():
         "query 1: helped by nothing\n"
         "         harmed by 30 (-3)"
     )
-    many = repr(Attribution(torch.randn(13, 4)).top(1))
-    assert many.endswith("... and 3 more queries")
+    assert repr(Attribution(torch.randn(13, 4)).top(1)).endswith("... and 3 more queries")
     assert isinstance(example().top(1), TopExamples)
-
-
-# ---- one query, groups, tables ----------------------------------------------------------------------------------
 
 
 def test_one_query():
     one = example()[1]
     assert one.scores.tolist() == [SCORES[1].tolist()]
     assert one.std.shape == (1, 4)
-    assert one.query_targets.tolist() == [2]
-    assert one.query_info == {"name": ["second"]}
+    assert (one.query_targets.tolist(), one.query_info) == ([2], {"name": ["second"]})
     assert one.train_indices.tolist() == [10, 20, 30, 40]
     assert example()[-1].scores.equal(one.scores)
     assert len(example()) == 2
@@ -119,36 +106,27 @@ def test_to_dataframe():
         example().to_dataframe(k=0)
 
 
-# ---- save and load ----------------------------------------------------------------------------------------------
-
-
 def test_save_and_load(tmp_path):
     path = example().save(tmp_path / "scores")
     assert path == tmp_path / "scores"
     loaded = Attribution.load(path)
     for name in ("scores", "std", "train_indices", "train_targets", "query_targets"):
         assert getattr(loaded, name).equal(getattr(example(), name))
-    assert loaded.metadata == example().metadata
-    assert loaded.train_info == example().train_info
-    assert loaded.query_info == example().query_info
+    for name in ("metadata", "train_info", "query_info"):
+        assert getattr(loaded, name) == getattr(example(), name)
     assert sorted(p.suffix for p in path.iterdir()) == ["", ".json", ".safetensors"]
 
 
-def test_save_without_the_optional(tmp_path):
+def test_save_without_the_optional_never_overwrites(tmp_path):
     loaded = Attribution.load(Attribution(SCORES).save(str(tmp_path / "deep" / "scores")))
-    assert loaded.std is None
-    assert loaded.train_targets is None
-    assert loaded.train_indices.tolist() == [0, 1, 2, 3]
-
-
-def test_save_never_overwrites(tmp_path):
+    assert (loaded.std, loaded.train_targets, loaded.train_indices.tolist()) == (None, None, [0, 1, 2, 3])
     paths = [Attribution(SCORES * k).save(tmp_path / "scores") for k in range(3)]
     assert [path.name for path in paths] == ["scores", "scores-v1", "scores-v2"]
     assert [Attribution.load(path).scores[0, 3].item() for path in paths] == [0, 1, 2]
     assert find_records(tmp_path) == paths
 
 
-def test_load_refuses_damage_and_other_records(tmp_path):
+def test_damage_other_records_and_values_that_cannot_be_saved_are_refused(tmp_path):
     path = example().save(tmp_path / "scores")
     (path / "attribution.safetensors").write_bytes(b"damaged")
     with pytest.raises(RecordError, match=r"attribution\.safetensors"):
@@ -157,20 +135,15 @@ def test_load_refuses_damage_and_other_records(tmp_path):
         Attribution.load(tmp_path / "nowhere")
     with pytest.raises(RecordError, match="'stride' record, not a saved attribution"):
         Attribution.load(write_record(tmp_path, "step=1", {"kind": "stride"}, {}))
-
-
-def test_values_that_cannot_be_saved_are_refused_whole(tmp_path):
-    odd = example(train_info={"source": [object()] * 4})
     with pytest.raises(TypeError, match="object, not plain JSON"):
-        odd.save(tmp_path / "scores")
-    assert list(tmp_path.iterdir()) == []
+        example(train_info={"source": [object()] * 4}).save(tmp_path / "odd" / "scores")
+    assert not list(tmp_path.glob("odd/*"))
 
 
 def test_what_attribute_gives_can_be_saved_and_shown_again(tmp_path):
     data, queries, model = classification_data(), classification_data(4, seed=1), build(Classifier)
-    given = attribute(
-        model, queries, train_data=data, train_indices=range(0, 60, 3), num_subsets=8, show_progress=False
-    )
+    options = {"train_indices": range(0, 60, 3), "num_subsets": 8, "show_progress": False}
+    given = attribute(model, queries, train_data=data, **options)
     given.train_info["id"] = [f"example {i}" for i in given.train_indices.tolist()]
     path = given.save(tmp_path / "scores")
     loaded = Attribution.load(path, train_data=data, queries=queries)
@@ -183,9 +156,6 @@ def test_what_attribute_gives_can_be_saved_and_shown_again(tmp_path):
         Attribution.load(path, queries=Subset(queries, range(3)))
     with pytest.raises(ValueError, match=r"positions in 0\.\.9"):
         Attribution.load(path, train_data=Subset(data, range(10)))
-
-
-# ---- shape and text ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from stride_lightning.data.examples import Examples
 from stride_lightning.retraining.ground_truth import GroundTruth
 from stride_lightning.views.loggers import example_table, markdown_table, summarize
 from stride_lightning.views.ranking import rank_examples
+from tests.helpers.loggers import read_events
 from tests.helpers.models import Classifier, classification_data
 from tests.results.test_top_examples import assert_same, collect, random
 
@@ -31,6 +32,7 @@ def both(k=4, **changes):
 
 def test_top():
     whole, top = both()
+    assert repr(top) == "TopAttribution(tracin: 3 queries, top 4 of 12 training examples, 1.2 s)"
     for k in (1, 3, 4):
         assert_same(top.top(k), whole.top(k))
         assert_same(top.top_columns(k), whole.top_columns(k))
@@ -47,16 +49,14 @@ def test_top():
 def test_one_query():
     whole, top = both()
     assert_same(top[-1].top(2), whole[-1].top(2))
-    assert top[1].query_info == {"name": ["b"]}
-    assert top[1].query_targets.tolist() == [0]
+    assert (top[1].query_info, top[1].query_targets.tolist()) == ({"name": ["b"]}, [0])
     assert isinstance(top[1], TopAttribution)
     assert [len(one) for one in top] == [1, 1, 1]
-    assert len(top) == 3
     with pytest.raises(IndexError, match="Query 3 of 3"):
         top[3]
 
 
-def test_table():
+def test_tables_and_views_show_what_they_show_of_all_scores():
     whole, top = both()
     assert top.to_dataframe(3).equals(whole.to_dataframe(3))
     assert top.to_dataframe().equals(whole.to_dataframe(4))
@@ -64,6 +64,11 @@ def test_table():
         top.to_dataframe(6)
     with pytest.raises(ValueError, match="`k` must be an integer of at least 1"):
         top.to_dataframe(0)
+    assert rank_examples(top, 1, 3) == rank_examples(whole, 1, 3)
+    assert rank_examples(top, 1, 50) == rank_examples(whole, 1, 4)  # at most what is held
+    for table in (markdown_table, example_table):
+        assert table(top, range(3), 2) == table(whole, range(3), 2)
+    assert summarize(top, 2) == {"tracin/seconds/total": 1.25}
 
 
 @pytest.mark.parametrize("scores", [torch.zeros(2, 12), SCORES[:2]], ids=["ties", "few"])
@@ -74,15 +79,6 @@ def test_each_pair_stands_once_in_the_table(scores):
     assert frame.groupby("query").size().tolist() == [expected] * 2
     for row in frame.itertuples():
         assert row.score == scores[row.query, row.train_index].item()
-
-
-def test_views_show_what_they_show_of_all_scores():
-    whole, top = both()
-    assert rank_examples(top, 1, 3) == rank_examples(whole, 1, 3)
-    assert rank_examples(top, 1, 50) == rank_examples(whole, 1, 4)  # at most what is held
-    assert markdown_table(top, range(3), 2) == markdown_table(whole, range(3), 2)
-    assert example_table(top, range(3), 2) == example_table(whole, range(3), 2)
-    assert summarize(top, 2) == {"tracin/seconds/total": 1.25}
 
 
 def test_figures():
@@ -101,22 +97,14 @@ def test_figures():
 
 
 def test_loggers(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     top = both()[1]
     board, table = TensorBoardLogger(tmp_path), CSVLogger(tmp_path)
     top.log([board, table], k=9)
-    tags = EventAccumulator(board.log_dir).Reload().Tags()
-    assert tags["histograms"] == []
-    assert tags["scalars"] == ["tracin/seconds/total"]
+    tags = read_events(board).Tags()
+    assert (tags["histograms"], tags["scalars"]) == ([], ["tracin/seconds/total"])
     assert tags["tensors"] == ["tracin/top_examples/text_summary"]
     assert table.experiment.metrics == [{"tracin/seconds/total": 1.25, "step": 7}]
     both(metadata={})[1].log([TensorBoardLogger(tmp_path), CSVLogger(tmp_path)])  # without any scalar
-
-
-def test_repr():
-    assert repr(both()[1]) == "TopAttribution(tracin: 3 queries, top 4 of 12 training examples, 1.2 s)"
 
 
 def test_standard_deviations_are_kept_where_there_are_any(tmp_path):
@@ -129,9 +117,6 @@ def test_standard_deviations_are_kept_where_there_are_any(tmp_path):
         assert given.to_dataframe(3).equals(whole.to_dataframe(3))
         assert example_table(given, range(3), 2) == example_table(whole, range(3), 2)
     assert not both()[1].has_std
-
-
-# ---- save and load ----------------------------------------------------------------------------------------------
 
 
 def test_save_and_load(tmp_path):
@@ -155,8 +140,6 @@ def test_save_and_load(tmp_path):
         Attribution.load(path, queries=TensorDataset(torch.arange(2)))
 
 
-# ---- what only all scores can tell ------------------------------------------------------------------------------
-
 ALL_NEEDED = r"only the 4 strongest proponents and opponents of each query: see top\(\).*without `top_k=`"
 
 
@@ -170,22 +153,15 @@ def test_what_needs_all_scores_says_so(name):
         _ = top.score
 
 
-def test_retraining_needs_all_scores():
-    data = classification_data(12)
+def test_retraining_and_evaluation_need_all_scores():
+    (whole, top), data = both(), classification_data(12)
     with pytest.raises(ValueError, match=ALL_NEEDED):
-        retrain_without(both()[1], Classifier, data, train_data=data, max_epochs=1, ks=2)
-
-
-def test_evaluation_names_the_attribution():
-    whole, top = both()
+        retrain_without(top, Classifier, data, train_data=data, max_epochs=1, ks=2)
     masks = random(30, 12, seed=1) > 0
     truth = GroundTruth(masks, -(masks.float() @ SCORES.T)[None], seeds=[0])
     plain = Attribution(SCORES, metadata=whole.metadata)
     with pytest.raises(ValueError, match=rf"The attribution 'tile by tile' cannot be evaluated\. .*{ALL_NEEDED}"):
         evaluate({"whole": plain, "tile by tile": top}, truth, show_progress=False)
-
-
-# ---- shapes, and the front door ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,9 @@ def test_limits_are_said():
     assert check_count("seed", 0, 0) == 0
     with pytest.raises(ValueError, match="`seed` must be an integer of at least 0, got -1"):
         check_count("seed", -1, 0)
+    limits = "must be an integer of at least 1 and at most 5, the number of queries, got"
     for value in (0, 6):
-        with pytest.raises(
-            ValueError, match=f"must be an integer of at least 1 and at most 5, the number of queries, got {value}"
-        ):
+        with pytest.raises(ValueError, match=f"{limits} {value}"):
             check_count("k", value, maximum=5, unit="queries")
 
 

@@ -24,15 +24,6 @@ def relative(values, expected):
     return ((values - expected).square().sum((0, 1)) / expected.square().sum((0, 1))).sqrt()
 
 
-def test_the_dense_solution():
-    matrix, right, precondition = system()
-    solution = conjugate_gradients(times(matrix), right, precondition, tolerance=1e-12, max_iterations=200)
-    expected = torch.linalg.solve(matrix, right.flatten(0, 1)).view(right.shape)
-    assert solution.is_solved
-    assert solution.num_iterations < 200
-    assert relative(solution.values, expected).max() < 1e-9
-
-
 @pytest.mark.parametrize("tolerance", [0.3, 1e-4])
 def test_every_system_is_solved_to_the_tolerance_and_alone(tolerance):
     """A small one too; the answer does not depend on the others."""
@@ -74,14 +65,21 @@ def test_two_axes_are_one_system_as_scipy_solves_it(tolerance):
     torch.testing.assert_close(solution.values.flatten(), torch.from_numpy(expected), rtol=1e-5, atol=1e-8)
 
 
-def test_stopping():
+def test_the_dense_solution_and_stopping():
     matrix, right, precondition = system()
-    unsolved = conjugate_gradients(times(matrix), right, precondition, tolerance=1e-9, max_iterations=3)
+
+    def solve(product, right=right, tolerance=1e-9, max_iterations=3):
+        return conjugate_gradients(product, right, precondition, tolerance=tolerance, max_iterations=max_iterations)
+
+    solution = solve(times(matrix), tolerance=1e-12, max_iterations=200)
+    expected = torch.linalg.solve(matrix, right.flatten(0, 1)).view(right.shape)
+    assert solution.is_solved
+    assert solution.num_iterations < 200
+    assert relative(solution.values, expected).max() < 1e-9
+    unsolved, zero = solve(times(matrix)), solve(times(matrix), 0 * right)
     assert (unsolved.num_iterations, unsolved.is_solved) == (3, False)
-    zero = conjugate_gradients(times(matrix), 0 * right, precondition, tolerance=1e-9, max_iterations=3)
-    assert (zero.num_iterations, zero.is_solved) == (0, True)
-    assert not zero.values.any()
-    lost = conjugate_gradients(lambda x: x * torch.nan, right, precondition, tolerance=1e-9, max_iterations=3)
+    assert (zero.num_iterations, zero.is_solved, zero.values.any()) == (0, True, False)
+    lost = solve(lambda x: x * torch.nan)
     assert (lost.num_iterations, lost.is_solved) == (1, False)
 
 

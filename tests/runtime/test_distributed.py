@@ -20,8 +20,8 @@ TOLERANCE = 1e-4
 
 
 def ask(model):
-    options = {"train_data": DATA, "num_subsets": NUM_SUBSETS, "show_progress": False}
-    return attribute(model, Subset(QUERIES, range(3)), **options)
+    queries = Subset(QUERIES, range(3))
+    return attribute(model, queries, train_data=DATA, num_subsets=NUM_SUBSETS, show_progress=False)
 
 
 def ask_about_texts(folder):
@@ -55,9 +55,6 @@ def test_shards_cover_everything_once(monkeypatch, length, sizes):
     assert covered == list(range(length))
 
 
-# ---- two processes ----------------------------------------------------------------------------------------------
-
-
 def fit_and_ask(number, port, folder):
     """What each of the two processes does; rank r leaves its results in ``rank{r}.pt``."""
     start(number, port)
@@ -69,8 +66,7 @@ def fit_and_ask(number, port, folder):
     trainer.fit(model, loader(DATA, batch_size=8))
     sampler = type(trainer.train_dataloader.sampler).__name__
     results = {"sampler": sampler, "world": world_size(), "records": list(map(str, callback.records))}
-    results["state"] = model.state_dict()
-    results["steps"] = trainer.global_step
+    results |= {"state": model.state_dict(), "steps": trainer.global_step}
 
     fitted = ask(model)
     results["reused"] = fitted.scores
@@ -130,10 +126,9 @@ def close(one, other, rtol):
 @pytest.mark.distributed
 def test_one_record_by_rank_zero(both):
     folder, (first, second) = both
-    assert first["world"] == 2
-    assert first["sampler"] == "DistributedSampler"  # Lightning's, read through
-    assert first["records"] == [str(path) for path in find_records(folder / "records")]
-    assert second["records"] == []
+    assert (first["world"], first["sampler"]) == (2, "DistributedSampler")  # Lightning's, read through
+    records = [str(path) for path in find_records(folder / "records")]
+    assert (first["records"], second["records"]) == (records, [])
     record = read_record(first["records"][-1])
     assert record.info["step"] == first["steps"]
     assert record.tensors("losses")["train"].shape == (41,)
@@ -173,16 +168,12 @@ def test_saved_once_each_time(both):
 
 
 @pytest.mark.distributed
-def test_primitives_on_two_ranks(both):
+def test_primitives_and_statistics_of_rank_zero(both):
+    _, (first, second) = both
     whole = torch.arange(15.0).reshape(3, 5)
-    for results in both[1]:
+    for results in (first, second):
         assert all(map(torch.equal, results["gathered"], [whole, whole, whole[:1]]))
         assert results["all equal"] == [True, False]
-
-
-@pytest.mark.distributed
-def test_ranks_with_other_statistics_agree_on_rank_zeros(both):
-    _, (first, _) = both
     conv = build(ConvNet)
     assert first["conv weights"] == weight_hash(conv)
     close(first["conv"], ask_about_pictures(conv).scores, rtol=TOLERANCE)
@@ -194,8 +185,7 @@ def test_batchnorm_from_training_to_attribution(tmp_path):
     assert first["hash"] != second["hash"]  # or this test would show nothing
     (path,) = find_records(tmp_path / "records")
     assert read_record(path).info["weights"] == first["hash"]
-    assert first["from record"]
-    assert second["from record"]
+    assert first["from record"] is second["from record"] is True
     for key in ("found", "alone"):
         assert first[key].equal(second[key])
     close(first["alone"], first["found"], rtol=TOLERANCE)

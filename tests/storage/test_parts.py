@@ -1,5 +1,6 @@
 """Runs that are killed and go on: the same numbers, nothing left behind, and other work refused."""
 
+import itertools
 import shutil
 import threading
 
@@ -12,10 +13,9 @@ from stride_lightning.retraining.together import Together
 from stride_lightning.storage.parts import Work, differences, remove_parts
 from stride_lightning.storage.records import RecordError, find_records
 from tests.helpers.processes import needs_fork, what_helper_saw
+from tests.helpers.refusals import assert_refused
 from tests.retraining.cases import Net, mlp, points, sgd
 from tests.retraining.test_retrain import ask as ask_to_retrain
-
-# ---- killed -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +57,6 @@ def test_kills_fell_everywhere(after_kills):
     assert len({outcome["parts"] for outcome in after_kills["moments"]["outcomes"]}) > 2
 
 
-# ---- the same call, other calls ---------------------------------------------------------------------------------
-
-
 def ask(path=None, **more):
     how = {"queries": points(5, seed=1), "num_subsets": 4, "num_seeds": 1} | more
     if "masks" in how:
@@ -81,11 +78,10 @@ class Interrupted(Exception):
 
 def interrupted(path, monkeypatch, count):
     """What a run leaves of which the training of a chunk, of one model each, fails after so many."""
-    original, calls = Together.train, []
+    original, places = Together.train, itertools.count()
 
     def train(self, *args):
-        calls.append(1)
-        if len(calls) > count:
+        if next(places) >= count:
             raise Interrupted
         return original(self, *args)
 
@@ -136,13 +132,9 @@ def test_other_work_is_refused_by_the_result_and_by_the_parts(case, tmp_path, mo
 
 def test_a_model_with_other_settings_and_the_same_weights_is_other_work(tmp_path):
     """Dropout rates leave initial weights alone; so does another loss."""
-
-    def dropping(rate):
-        return lambda: Net(mlp().append(nn.Dropout(rate)), sgd)
-
-    ask(tmp_path / "truth", model=dropping(0.0))
+    ask(tmp_path / "truth", model=lambda: Net(mlp().append(nn.Dropout(0.0)), sgd))
     with pytest.raises(ValueError, match="differs in model_code"):
-        ask(tmp_path / "truth", model=dropping(0.9))
+        ask(tmp_path / "truth", model=lambda: Net(mlp().append(nn.Dropout(0.9)), sgd))
 
 
 def test_a_kill_loses_few_models(tmp_path, chunks_trained):
@@ -190,20 +182,11 @@ def test_damage_is_refused_with_what_to_do(name, tmp_path, monkeypatch):
         assert ask(tmp_path / "truth").losses_by_seed.equal(ask(memory_budget=1).losses_by_seed)
 
 
-def test_a_damaged_result_and_one_of_another_kind_are_refused(tmp_path):
-    path = ask(tmp_path / "truth") and tmp_path / "truth"
-    (path / "record.json").write_text("{}")
-    with pytest.raises(RecordError, match=r"record\.json"):
-        ask(path)
-
-
-def test_parts_of_something_else_in_the_way(tmp_path):
-    (tmp_path / "truth").write_text("a file")
-    with pytest.raises(RecordError, match="not a record"):
-        ask(tmp_path / "truth")
-
-
-# ---- Work itself ------------------------------------------------------------------------------------------------
+def test_a_damaged_result_and_something_else_in_the_way_are_refused(tmp_path):
+    ask(tmp_path / "truth")
+    (tmp_path / "truth" / "record.json").write_text("{}")
+    (tmp_path / "file").write_text("a file")
+    assert_refused(ask, (r"record\.json", tmp_path / "truth"), ("not a record", tmp_path / "file"), error=RecordError)
 
 
 def work_in(folder):

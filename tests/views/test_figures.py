@@ -49,6 +49,7 @@ def test_pictures_stand_in_order_with_their_scores():
     assert colors[1][1] > colors[1][0]  # green
     assert colors[3][0] > colors[3][1]  # red
     assert all(len(axes.get_xticks()) == len(axes.get_yticks()) == 0 for axes in figure.axes)
+    assert texts(make_attribution().plot(-1, k=1))[3:5] == ["query 1", "label 8"]  # counted from the end
 
 
 def test_grid_has_one_row_per_query_in_the_order_asked_for():
@@ -71,10 +72,6 @@ def test_nothing_overlaps_or_leaves_the_figure():
     assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height for box in boxes)
     overlaps = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
     assert overlaps == []
-
-
-def test_negative_query_counts_from_the_end():
-    assert texts(make_attribution().plot(-1, k=1))[3:5] == ["query 1", "label 8"]
 
 
 @pytest.mark.parametrize("shape", [(64,), (8, 8), (3, 8, 8), (8, 8, 3)])
@@ -121,15 +118,10 @@ def test_dollar_signs_are_no_formulas(shape):
     attribution.plot(0, 1).canvas.draw()
 
 
-def test_without_data_there_are_bars_and_scores_of_zero_give_an_empty_chart():
-    figure = plot_grid(Attribution(torch.tensor([[1.0, -1.0], [0.0, 0.0]])), [0, 1])
+def test_without_data_there_are_bars_right_of_their_labels_and_an_empty_chart_for_scores_of_zero():
+    info = {"text": ["WWWW MMMM " * 9, "short"]}
+    figure = plot_grid(Attribution(torch.tensor([[1.0, -1.0], [0.0, 0.0]]), train_info=info), [0, 1])
     assert [len(axes.patches) for axes in figure.axes] == [2, 0]
-    figure.canvas.draw()
-
-
-def test_many_labels_fit_left_of_the_bars():
-    attribution = Attribution(torch.tensor([[1.0, -1.0]]), train_info={"text": ["WWWW MMMM " * 9, "short"]})
-    figure = attribution.plot()
     renderer = figure.canvas.get_renderer()
     figure.canvas.draw()
     assert all(label.get_window_extent(renderer).x0 >= 0 for label in figure.axes[0].get_yticklabels())
@@ -139,8 +131,7 @@ def test_no_pyplot_figure_is_left_open(tmp_path):
     import matplotlib.pyplot as plt
 
     before = plt.get_fignums()
-    figure = make_attribution().plot(0, 2)
-    figure.savefig(tmp_path / "query.png")
+    make_attribution().plot(0, 2).savefig(tmp_path / "query.png")
     assert plt.get_fignums() == before
     assert (tmp_path / "query.png").read_bytes().startswith(b"\x89PNG")
 
@@ -164,15 +155,15 @@ def test_wrong_arguments_are_refused():
 def test_as_image_reads_tensors_arrays_and_pil():
     image_module = pytest.importorskip("PIL.Image")
     color = torch.rand(3, 4, 5)
-    assert torch.equal(as_image((color, 1)), color.permute(1, 2, 0))
-    assert torch.equal(as_image({"label": torch.tensor(3), "image": color}), color.permute(1, 2, 0))
+    for example in ((color, 1), {"label": torch.tensor(3), "image": color}):
+        assert torch.equal(as_image(example), color.permute(1, 2, 0))
     assert torch.equal(as_image(color[:1]), color[0])
     array = np.array([[0, 51], [102, 255]], dtype=np.uint8)
     expected = torch.tensor([[0.0, 0.2], [0.4, 1.0]])
     for example in (array, torch.from_numpy(array), image_module.fromarray(array)):
         assert torch.allclose(as_image([example]), expected)
-    assert as_image(image_module.new("RGBA", (5, 4))).shape == (4, 5, 3)
-    assert as_image(image_module.new("P", (5, 4))).shape == (4, 5)
+    shapes = [tuple(as_image(image_module.new(mode, (5, 4))).shape) for mode in ("RGBA", "P")]
+    assert shapes == [(4, 5, 3), (4, 5)]
 
 
 def test_as_image_stretches_what_is_not_in_zero_to_one():
@@ -194,10 +185,8 @@ def test_as_image_refuses_what_is_no_picture(example):
 def test_ranking_keeps_columns_and_positions_apart():
     std = torch.arange(10.0).reshape(2, 5)
     helpful, harmful = rank_examples(make_attribution(std=std, train_info={"id": list("abcde")}), 1, k=5)
-    assert [(e.column, e.position, e.score, e.std, e.target, e.info) for e in helpful] == [
-        (2, 12, 3.0, 7.0, "2", ("c",)),
-        (4, 14, 2.0, 9.0, "4", ("e",)),
-    ]
+    ranked = [(e.column, e.position, e.score, e.std, e.target, e.info) for e in helpful]
+    assert ranked == [(2, 12, 3.0, 7.0, "2", ("c",)), (4, 14, 2.0, 9.0, "4", ("e",))]
     assert [(e.column, e.position, e.score) for e in harmful] == [(3, 13, -1.0)]
 
 

@@ -63,13 +63,9 @@ def test_summary_by_hand(attribution):
     )
 
 
-def test_summary_of_zeros_is_finite():
-    assert summarize(Attribution(torch.zeros(2, 3)), k=5) == {
-        "stride/score_std": 0.0,
-        "stride/top_share": 0.0,
-        "stride/positive_fraction": 0.0,
-        "stride/nonzero_fraction": 0.0,
-    }
+def test_summary_of_zeros_is_finite_and_without_a_method_has_the_usual_names():
+    names = ("score_std", "top_share", "positive_fraction", "nonzero_fraction")
+    assert summarize(Attribution(torch.zeros(2, 3)), k=5) == {f"stride/{name}": 0.0 for name in names}
 
 
 def test_tensorboard_shows_scalars_histograms_text_and_pictures(attribution, tmp_path):
@@ -82,36 +78,28 @@ def test_tensorboard_shows_scalars_histograms_text_and_pictures(attribution, tmp
     for tag, value in expected.items():
         (event,) = events.Scalars(tag)
         assert (event.step, event.value) == (7, pytest.approx(value))
-
     (scores,), (std,) = events.Histograms("stride/scores"), events.Histograms("stride/std")
     assert (scores.step, scores.histogram_value.num) == (7, 8)
     assert (scores.histogram_value.min, scores.histogram_value.max) == (-1, 3)
     assert std.histogram_value.sum == pytest.approx(5.45)
-
     (text,) = events.Tensors("stride/top_examples/text_summary")
-    assert text.step == 7
     assert text.tensor_proto.string_val[0].decode() == markdown_table(attribution, [0], 1)
-
     (picture,) = events.Images("stride/top_pictures")
-    assert picture.step == 7
+    assert (text.step, picture.step) == (7, 7)
     assert picture.width > 300
     assert picture.encoded_image_string.startswith(b"\x89PNG")
-
     # One event file and no runs below it.
     assert [path for path in (tmp_path / "lightning_logs" / "version_0").rglob("*") if path.is_dir()] == []
 
 
-def test_hostile_text_stays_text_in_tensorboard(attribution):
+def test_hostile_text_stays_text_in_tensorboard_and_long_text_is_cut(attribution):
     plugin_util = pytest.importorskip("tensorboard.plugin_util")
     attribution.scores = -attribution.scores  # row 0: position 11 is the only proponent
     markdown = markdown_table(attribution, [0], 2)
     assert "<script>" not in markdown
     assert len(markdown.splitlines()) == 6  # heading, empty line, head, rule, proponent, opponent
     page = plugin_util.markdown_to_safe_html(markdown)
-    assert "<script" not in page
-    assert "<a " not in page
-    assert "<code" not in page
-    assert "<em>" not in page
+    assert not [tag for tag in ("<script", "<a ", "<code", "<em>") if tag in page]
     rows = [re.findall(r"<td.*?>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page, flags=re.DOTALL)]
     cells = [[html.unescape(cell) for cell in row] for row in rows if row]
     assert cells == [
@@ -120,9 +108,6 @@ def test_hostile_text_stays_text_in_tensorboard(attribution):
     ]
     (heading,) = re.findall(r"<h3>(.*?)</h3>", page)
     assert html.unescape(heading) == "Query 0 · target 7 · id q|0"
-
-
-def test_long_text_is_cut():
     attribution = Attribution(torch.ones(1, 1), train_info={"text": ["x" * 10_000]})
     assert len(markdown_table(attribution, [0], 1)) < 400
 
@@ -143,13 +128,7 @@ def test_names_begin_with_the_method(attribution, tmp_path):
     tags = read_events(board).Tags()
     assert tags["histograms"] == ["further-training/scores", "further-training/std"]
     assert tags["tensors"] == ["further-training/top_examples/text_summary"]
-    assert [
-        tag for kind in ("scalars", "images") for tag in tags[kind] if not tag.startswith("further-training/")
-    ] == []
-
-
-def test_scores_without_a_method_are_named_as_ever():
-    assert set(summarize(Attribution(SCORES), k=1)) >= {"stride/score_std", "stride/top_share"}
+    assert all(tag.startswith("further-training/") for tag in tags["scalars"] + tags["images"])
 
 
 def test_csv_logger_gets_the_scalars(attribution, tmp_path):
@@ -165,12 +144,11 @@ def test_csv_logger_gets_the_scalars(attribution, tmp_path):
 
 def test_wandb_like_logger_gets_table_and_image(attribution):
     pytest.importorskip("matplotlib")
-    (_, metrics, step), (table_tag, columns, data, table_step), (image_tag, images, image_step) = logged(
-        attribution, step=5, k=1, max_queries=2
-    )
-    assert metrics == summarize(attribution, k=1)
-    assert (table_tag, image_tag) == ("stride/top_examples", "stride/top_pictures")
-    assert step == table_step == image_step == 5
+    (_, *metrics), (*tags, columns, data, step), picture = logged(attribution, step=5, k=1, max_queries=2)
+    image_tag, (image,), image_step = picture
+    assert metrics == [summarize(attribution, k=1), 5]
+    assert (*tags, image_tag) == ("stride/top_examples", "stride/top_pictures")
+    assert step == image_step == 5
     assert columns == [
         *("query", "query_target", "query_id", "side", "rank", "position", "score", "std", "target", "text"),
     ]
@@ -180,10 +158,7 @@ def test_wandb_like_logger_gets_table_and_image(attribution):
         [1, "8", "q1", "proponent", 1, 10, 2.0, 0.5, "0", "plain"],
         [1, "8", "q1", "opponent", 1, 12, -1.0, pytest.approx(0.1), "2", "c"],
     ]
-    (image,) = images
-    assert image.dtype == "uint8"
-    assert image.ndim == 3
-    assert image.shape[2] == 3
+    assert (image.dtype, image.ndim, image.shape[2]) == ("uint8", 3, 3)
     assert image.min() < 100 < image.max()  # drawn
 
 

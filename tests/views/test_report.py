@@ -16,8 +16,6 @@ from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.views.report.pictures import Pictures, png, reduced
 from tests.helpers.reports import HOSTILE, POSITIONS, SCORES, TARGETS, Page, images, make_attribution
 
-# ---- what the page holds ------------------------------------------------------------------------------------------
-
 
 def test_page_holds_each_query_with_its_proponents_and_opponents(tmp_path):
     std = torch.full_like(SCORES, 0.1)
@@ -37,19 +35,17 @@ def test_page_holds_each_query_with_its_proponents_and_opponents(tmp_path):
         **{"name": "10", "target": "0", "facts": [["source", "a"]], "texts": [], "picture": None},
     }
     assert page.held["title"] == "Training-data attribution · stride · 3 queries, 5 training examples"
-    for said in ("<dd>12.3 s</dd>", "<dd>2 strongest of each side</dd>", "nats of query loss", "Positive scores are"):
+    facts = "<dd>12.3 s</dd>", "<dd>2 strongest of each side</dd>"
+    for said in (*facts, "nats of query loss", "Positive scores are", "Whiskers"):
         assert said in page.text
-    assert "Whiskers" in page.text
     assert "Whiskers" not in Page(make_attribution().report(tmp_path / "plain")).text
 
 
 def test_queries_can_be_chosen(tmp_path):
     attribution = make_attribution()
-    chosen = [
-        [q["name"] for q in Page(attribution.report(tmp_path / "a", queries=q)).data["queries"]]
-        for q in (1, torch.tensor([-1, 0, 2]))
-    ]
-    assert chosen == [["1"], ["2", "0"]]
+    for queries, names in ((1, ["1"]), (torch.tensor([-1, 0, 2]), ["2", "0"])):
+        page = Page(attribution.report(tmp_path / "a", queries=queries))
+        assert [query["name"] for query in page.data["queries"]] == names
     assert "<dd>1 of 3</dd>" in attribution.report(tmp_path / "a", queries=1).read_text("utf-8")
     with pytest.raises(ValueError, match="nothing to report"):
         attribution.report(tmp_path / "none", queries=[])
@@ -83,9 +79,6 @@ def test_scores_of_any_size_are_written(tmp_path, scale):
     assert page.data["queries"][0]["ranked"][0][0][1] == pytest.approx(2 * scale)
 
 
-# ---- nothing in the data becomes part of the page, and the page loads nothing --------------------------------------
-
-
 @pytest.mark.parametrize("bad", HOSTILE)
 def test_texts_from_the_data_stay_texts(tmp_path, bad):
     info = {"train_info": {bad: [bad] * 5, "text": [bad] * 5}, "query_info": {bad: [bad] * 3}}
@@ -93,7 +86,7 @@ def test_texts_from_the_data_stay_texts(tmp_path, bad):
     page = Page(make_attribution(metadata={"method": bad, "unit": bad}, **info).report(tmp_path / "page", **options))
     plain = Page(make_attribution().report(tmp_path / "plain"))
     assert page.tags == plain.tags
-    assert (page.held["style"], page.held["script"]) == (plain.held["style"], plain.held["script"])
+    assert all(page.held[tag] == plain.held[tag] for tag in ("style", "script"))
     assert page.data["examples"][0]["texts"] == [["", bad, len(bad)], ["text", bad, len(bad)]]
     assert page.data["queries"][0]["facts"] == [[bad, bad]]
     assert page.text.count("<!--") == 0
@@ -105,14 +98,9 @@ def test_page_loads_nothing_and_runs_only_its_own_script(tmp_path):
     assert links == ["data:,"]
     assert not re.search(r"https?://|@import|url\(|fetch\(|XMLHttp|innerHTML|insertAdjacentHTML|eval\(", page.text)
     policy = next(value for name, value in page.attributes if name == "content" and "default-src" in value)
-    hashes = [
-        base64.b64encode(hashlib.sha256(page.held[tag].encode()).digest()).decode() for tag in ("style", "script")
-    ]
-    allowed = f"style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'"
+    hashed = [hashlib.sha256(page.held[tag].encode()).digest() for tag in ("style", "script")]
+    allowed = "style-src 'sha256-{}'; script-src 'sha256-{}'".format(*(base64.b64encode(h).decode() for h in hashed))
     assert policy == f"default-src 'none'; img-src data:; {allowed}; base-uri 'none'; form-action 'none'"
-
-
-# ---- texts ---------------------------------------------------------------------------------------------------------
 
 
 def first_texts(path):
@@ -154,9 +142,6 @@ def test_long_texts_are_cut_and_long_facts_are_texts(tmp_path):
     data = Page(make_attribution(train_info=info).report(tmp_path / "a", queries=0, k=1)).data
     assert [fact for fact, _ in data["examples"][1]["facts"]] == ["one"]
     assert data["examples"][1]["texts"] == [["note", "x" * 2000, 5000], ["two", "b\nc", 3]]
-
-
-# ---- pictures -------------------------------------------------------------------------------------------------------
 
 
 def test_every_picture_is_embedded_once(tmp_path):
@@ -208,9 +193,6 @@ def test_reading_leaves_the_random_state_alone(tmp_path):
     pages = {attribution.report(tmp_path / "page").read_bytes() for _ in range(2)}
     assert len(pages) == 1
     assert torch.equal(torch.get_rng_state(), before)
-
-
-# ---- the file --------------------------------------------------------------------------------------------------------
 
 
 def test_path_is_completed_and_its_folders_are_made(tmp_path, monkeypatch):

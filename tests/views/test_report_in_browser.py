@@ -55,12 +55,20 @@ def test_a_click_shows_a_query_and_its_address_shows_it_again(opened):
     opened.wait_for("main h2", ["Query 2"])
 
 
-def test_bars_are_scores_on_one_scale_with_whiskers(opened):
+def test_bars_are_scores_on_one_scale_with_whiskers_and_long_texts_open_and_close(opened):
     # The scale goes from 0 to 0.5 + 0.2; nothing reaches below zero.
     widths = opened.evaluate("[...document.querySelectorAll('.fill')].map((e) => parseFloat(e.style.width))")
     assert widths == pytest.approx([100 * s / 0.7 for s in (0.5, 0.012, 0.25, 0.13)], rel=1e-4)
     whisker = "[...document.querySelectorAll('.whisker')].map((e) => [e.style.left, e.style.width].map(parseFloat))"
     assert opened.evaluate(whisker)[0] == pytest.approx([30 / 0.7, 40 / 0.7], rel=1e-4)
+    assert len(opened.texts(".more")) == 1
+    height = "document.querySelector('[data-example=\"13\"] .body').clientHeight"
+    closed = opened.evaluate(height)
+    opened.click(".more")
+    assert opened.texts(".more") == ["less"]
+    assert opened.evaluate(height) > 5 * closed
+    opened.click(".more")
+    assert opened.evaluate(height) == closed
 
 
 def test_examples_and_queries_can_be_sorted(opened):
@@ -133,17 +141,6 @@ def test_a_click_on_an_example_says_where_else_it_appears(opened):
     assert opened.texts(".card.pinned .pin") == []
     opened.click('[data-example="12"] img')
     assert opened.texts(".card.pinned .elsewhere") == ["Shown for this query only."]
-
-
-def test_long_texts_open_and_close(opened):
-    assert len(opened.texts(".more")) == 1
-    height = "document.querySelector('[data-example=\"13\"] .body').clientHeight"
-    closed = opened.evaluate(height)
-    opened.click(".more")
-    assert opened.texts(".more") == ["less"]
-    assert opened.evaluate(height) > 5 * closed
-    opened.click(".more")
-    assert opened.evaluate(height) == closed
 
 
 @pytest.mark.parametrize("width", [320, 390, 800, 1280])
