@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException  # pyright: ignore[reportPrivateImportUsage]
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # pyright: ignore[reportPrivateImportUsage]
-from torch import Tensor
 from typing_extensions import override
 
-from stride_lightning.callbacks.recording import RecordingCallback, is_dev_run
+from stride_lightning.callbacks.recording import RecordingCallback, is_dev_run, misconfigured
 from stride_lightning.data.examples import Examples, first_look
 from stride_lightning.data.reading import Reading
 from stride_lightning.data.sources import resolve_queries
@@ -62,11 +59,10 @@ class FurtherTrainingCallback(RecordingCallback):
         optimizer: Makes the optimizer of a model's parameters; by default the model's ``configure_optimizers``
             without its schedule, at the initial learning rate.
         batch_size: Examples of a batch; by default those of one optimizer step of the fit, over all processes.
-        dirpath: Folder of the records; by default ``further-training`` in the trainer's log folder.
-        task: What a batch means; inferred from the first batch by default.
         seed: The first of the seeds.
-        train_indices: Positions in the dataset that are trained on, where the sampler does not tell.
         memory_budget: Bytes that copies trained together may take.
+        **kwargs: ``dirpath``, ``task`` and ``train_indices`` of every
+            :class:`~stride_lightning.callbacks.recording.RecordingCallback`.
 
     Raises:
         MisconfigurationException: If an argument, the strategy, the loss or the data cannot work, or the loss of a
@@ -94,20 +90,16 @@ class FurtherTrainingCallback(RecordingCallback):
         num_seeds: int = 5,
         optimizer: MakeOptimizer | None = None,
         batch_size: int | None = None,
-        dirpath: str | Path | None = None,
-        task: Task | None = None,
         seed: int = 0,
-        train_indices: list[int] | None = None,
         memory_budget: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(dirpath, train_indices, task)
-        try:
+        super().__init__(**kwargs)
+        with misconfigured():
             check_count("num_seeds", num_seeds)
             if batch_size is not None:
                 check_count("batch_size", batch_size)
             self.epochs = read_amounts(epochs)
-        except (TypeError, ValueError) as error:
-            raise MisconfigurationException(str(error)) from error
         self.queries, self.left_out, self.num_seeds, self.optimizer = queries, left_out, num_seeds, optimizer
         self.batch_size, self.seed, self.memory_budget = batch_size, seed, memory_budget
         #: What was measured at the end of the last fit.
@@ -144,7 +136,7 @@ class FurtherTrainingCallback(RecordingCallback):
             return
         if rank() == 0:
             tensors = {"effects": self.result.tensors()}
-            self.records.append(self.write(trainer, pl_module, self.result.info(), tensors))
+            self.records.append(self.write(trainer, self.result.info(), tensors))
             with preserved_random_state():  # pictures may be read at random
                 self._log(trainer, self.result)
         barrier()
@@ -169,37 +161,23 @@ class FurtherTrainingCallback(RecordingCallback):
         )
 
     def _leaving_out(self, trainer: L.Trainer, pl_module: L.LightningModule, head: Any, *, warn: bool) -> LeavingOut:
-        known = self._questions
-        size, loading = self.batch_size, known.examples.loading
+        known, size, loading = self._questions, self.batch_size, self._questions.examples.loading
         if size is None and loading is not None:  # what one optimizer step takes in
             size = loading.batch_size * trainer.world_size * trainer.accumulate_grad_batches
-        return LeavingOut(
-            pl_module,
-            known.examples,
-            head,
-            known.task,
-            batch_size=size,
-            optimizer=self.optimizer,
-            memory_budget=self.memory_budget,
-            warn=warn,
-        )
+        how = {"optimizer": self.optimizer, "memory_budget": self.memory_budget, "warn": warn}
+        return LeavingOut(pl_module, known.examples, head, known.task, batch_size=size, **how)
 
     def _log(self, trainer: L.Trainer, result: FurtherTraining) -> None:
         """How large the effects are after each amount, and those after the last in full."""
         metrics: dict[str, float] = {}
         for epoch in result.epochs:
-            name = f"further-training/epochs={epoch}"
-            metrics[f"{name}/effect_rms"] = _rms(result.effects(epoch))
-            error = result.std_error(epoch)
-            if error is not None:
-                metrics[f"{name}/std_error_rms"] = _rms(error)
+            values = {"effect_rms": result.effects(epoch), "std_error_rms": result.std_error(epoch)}
+            for name, value in values.items():
+                if value is not None:
+                    metrics[f"further-training/epochs={epoch}/{name}"] = float(value.square().mean().sqrt())
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
         attribution = result.attribution()
         examples, attribution.queries = self._questions.examples, self._questions.queries
         attribution.train_data = examples.subset(find_left_out(result.left_out, examples)[1].tolist())
         attribution.log(trainer.loggers, step=trainer.global_step)
-
-
-def _rms(values: Tensor) -> float:
-    return float(values.square().mean().sqrt())

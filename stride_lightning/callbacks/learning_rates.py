@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ class LearningRates:
     """Notes the learning rate of every parameter group right after each step of its optimizer.
 
     By the time a callback is called, schedulers may have moved on. Nothing is done per parameter until
-    :meth:`by_name` asks.
+    :meth:`by_name` asks. Optimizers without learning rates are refused.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -36,11 +37,7 @@ class LearningRates:
         self._handles: list[RemovableHandle] = []
 
     def watch(self, optimizers: Sequence[Any]) -> None:
-        """Take note from now on; until an optimizer steps, its rates are those restored, or else as they are.
-
-        Raises:
-            TypeError, ValueError: If an optimizer has no learning rates.
-        """
+        """Take note from now on; until an optimizer steps, its rates are those restored, or else as they are."""
         _check(optimizers)
         self.unwatch()
         noted = {index: _rates_of(optimizer) for index, optimizer in enumerate(optimizers)}
@@ -51,19 +48,14 @@ class LearningRates:
         self._optimizers, self._noted = optimizers, noted
         # After the step, since the module may still set rates in hooks that run before it; and not in Lightning's
         # own hook, which is not called where a module steps the bare optimizer.
-        self._handles = [
-            optimizer.register_step_post_hook(_noting(index, noted)) for index, optimizer in enumerate(optimizers)
-        ]
+        hooks = (partial(_note, noted, index) for index in range(len(optimizers)))
+        self._handles = [each.register_step_post_hook(hook) for each, hook in zip(optimizers, hooks, strict=True)]
 
     def unwatch(self) -> None:
         """Leave the optimizers as they were."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-    def forget(self) -> None:
-        """Begin anew, for another run."""
-        self._noted = {}
 
     def by_group(self) -> list[float]:
         """Rates of all groups of all optimizers, in order."""
@@ -72,20 +64,20 @@ class LearningRates:
     def by_name(self, model: nn.Module) -> dict[str, float]:
         """Rate of every trainable parameter that an optimizer holds; of the last to step, if several hold it."""
         names = {id(p): plain_name(name) for name, p in model.named_parameters() if p.requires_grad}
-        found: dict[int, float] = {}
+        by_id: dict[int, float] = {}
         for index, rates in self._noted.items():
             optimizer = self._optimizers[index]
             rates = [*rates, *_rates_of(optimizer)[len(rates) :]]  # with groups that were added since the step
             for group, rate in zip(optimizer.param_groups, rates, strict=False):
-                found |= {id(parameter): float(rate) for parameter in group["params"]}
-        return {name: found[key] for key, name in names.items() if key in found}
+                by_id |= {id(parameter): float(rate) for parameter in group["params"]}
+        return {name: by_id[key] for key, name in names.items() if key in by_id}
 
     def state(self) -> list[Any]:
         """Plain values for a checkpoint."""
         return [[index, [float(rate) for rate in rates]] for index, rates in self._noted.items()]
 
     def restore(self, state: list[Any]) -> None:
-        """Take up what :meth:`state` gave."""
+        """Take up what :meth:`state` gave; nothing, for another run."""
         self._noted = {index: list(rates) for index, rates in state}
 
 
@@ -104,9 +96,6 @@ def _rates_of(optimizer: torch.optim.Optimizer) -> list[Any]:
     return [rate.clone() if isinstance(rate := group["lr"], Tensor) else rate for group in optimizer.param_groups]
 
 
-def _noting(index: int, noted: dict[int, list[Any]]) -> Callable[..., None]:
-    def note(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        noted.pop(index, None)  # so that it stands last
-        noted[index] = _rates_of(optimizer)
-
-    return note
+def _note(noted: dict[int, list[Any]], index: int, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    noted.pop(index, None)  # so that it stands last
+    noted[index] = _rates_of(optimizer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,14 +40,15 @@ class RecordingCallback(L.Callback):
     #: Arguments besides the folder by which the state of one instance is told from that of another.
     told_apart_by: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, dirpath: str | Path | None, train_indices: list[int] | None, task: Task | None) -> None:
+    def __init__(
+        self, dirpath: str | Path | None = None, *, train_indices: list[int] | None = None, task: Task | None = None
+    ) -> None:
         super().__init__()
-        try:
+        with misconfigured():
             check_task(task)
-        except TypeError as error:
-            raise MisconfigurationException(str(error)) from error
         self._explicit_dirpath = None if dirpath is None else Path(dirpath)
-        self.dirpath, self.train_indices, self.task = self._explicit_dirpath, train_indices, task
+        self.dirpath: Path = self._explicit_dirpath  # pyright: ignore[reportAttributeAccessIssue]  # by setup at last
+        self.train_indices, self.task = train_indices, task
         #: Records written so far, oldest first.
         self.records: list[Path] = []
 
@@ -82,22 +83,12 @@ class RecordingCallback(L.Callback):
         # Absolute, because the checkpoint that names it may be read from another working directory.
         self.dirpath = dirpath.absolute()
 
-    @contextmanager
-    def refusing(self) -> Iterator[None]:
-        """Turn errors of the model and data into those that Lightning's users expect."""
-        try:
-            yield
-        except (TypeError, ValueError) as error:
-            raise MisconfigurationException(
-                f"{type(self).__name__} cannot work with this model and data. {error}"
-            ) from error
+    def refusing(self) -> AbstractContextManager[None]:
+        """A block whose errors say that the callback cannot work with the model and data."""
+        return misconfigured(f"{type(self).__name__} cannot work with this model and data. ")
 
     def training_examples(self, trainer: L.Trainer, pl_module: L.LightningModule, most: int | None = None) -> Examples:
-        """The examples that a trainer trains on; of ``fast_dev_run`` at most so many, if a number is given.
-
-        Raises:
-            TypeError, ValueError: If they have no positions.
-        """
+        """The examples that a trainer trains on, refused without positions; of ``fast_dev_run`` at most so many."""
         loader = trainer.train_dataloader
         if isinstance(loader, list | tuple | dict) or not hasattr(loader, "dataset"):
             raise TypeError(
@@ -110,37 +101,34 @@ class RecordingCallback(L.Callback):
         return examples
 
     def write(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        info: Mapping[str, Any],
-        tensors: Mapping[str, Mapping[str, Tensor]],
-        name: str = "",
+        self, trainer: L.Trainer, info: dict[str, Any], tensors: Mapping[str, Mapping[str, Tensor]], name: str = ""
     ) -> Path:
         """Write a record of the present step, by default under its number."""
-        assert self.dirpath is not None  # since setup
-        step = {"model": type(pl_module).__name__, "epoch": trainer.current_epoch, "step": trainer.global_step}
-        info = {"kind": self.record_kind, **step, "versions": versions(), **info}
-        path = write_record(self.dirpath, name or f"step={trainer.global_step}", info, tensors)
+        model, step = type(trainer.lightning_module).__name__, trainer.global_step
+        about = {"model": model, "epoch": trainer.current_epoch, "step": step, "versions": versions()}
+        about = {"kind": self.record_kind, **about, **info}
+        path = write_record(self.dirpath, name or f"step={step}", about, tensors)
         rank_zero_info(f"{type(self).__name__} wrote {path}")
         return path
 
 
-def check_frequencies(save_last_k: int, **frequencies: int | None) -> None:
-    """Refuse what is no number of epochs, steps or records.
-
-    Args:
-        save_last_k: Records to keep; -1 for all.
-        **frequencies: Every how many epochs or steps something is done; None for never.
-    """
+@contextmanager
+def misconfigured(prefix: str = "") -> Iterator[None]:
+    """Turn errors into those that Lightning's users expect."""
     try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise MisconfigurationException(f"{prefix}{error}") from error
+
+
+def check_frequencies(save_last_k: int, **frequencies: int | None) -> None:
+    """Refuse what is no number of records to keep, or of epochs, steps or examples; None stands for never."""
+    with misconfigured():
         for name, value in frequencies.items():
             if value is not None:
                 check_count(name, value)
-    except ValueError as error:
-        raise MisconfigurationException(str(error)) from error
-    if not isinstance(save_last_k, int) or save_last_k < -1 or save_last_k == 0:
-        raise MisconfigurationException(f"`save_last_k` must be -1 (keep all) or positive, got {save_last_k!r}.")
+        if not isinstance(save_last_k, int) or save_last_k < -1 or save_last_k == 0:
+            raise ValueError(f"`save_last_k` must be -1 (keep all) or positive, got {save_last_k!r}.")
 
 
 def is_dev_run(trainer: L.Trainer) -> bool:

@@ -9,14 +9,12 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException  # pyright: ignore[reportPrivateImportUsage]
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # pyright: ignore[reportPrivateImportUsage]
-from torch import Tensor
 from typing_extensions import override
 
-from stride_lightning.callbacks.recording import RecordingCallback, check_frequencies, is_dev_run
+from stride_lightning.callbacks.recording import RecordingCallback, check_frequencies, is_dev_run, misconfigured
 from stride_lightning.data.examples import Examples, first_look
-from stride_lightning.model.layers import in_precision_of
+from stride_lightning.model.layers import check_layers, in_precision_of
 from stride_lightning.model.weights import borrowed, rank_zero_state, weight_hash
 from stride_lightning.runtime.distributed import barrier, rank
 from stride_lightning.steering.activations import capture_inputs
@@ -59,17 +57,17 @@ class StrideCallback(RecordingCallback):
         dirpath: Folder of the records; by default ``stride`` in the trainer's log folder.
         layers: Names of the modules whose inputs make the basis. By default the input features and the input of
             each layer with a weight matrix, eight at most.
-        task: What a batch means; inferred from the first batch by default.
         num_subsets: Number of subsets K; by default from the size of the training set.
         degree: Subsets each example is in; by default half of them, or 10 for very large training sets.
         seed: Seed of the design.
-        train_indices: Positions in the dataset that are trained on, where the sampler does not tell.
         every_n_epochs: Also write a record at the end of every n-th epoch.
         every_n_train_steps: Also write a record after every n-th optimizer step.
         save_last_k: Keep only the last k records of this run; -1 keeps all.
         fit_operators: Fit the steering operators at the end, so that attribution need not.
         statistics_every_n_steps: Sample activations every so many optimizer steps.
         batch_size: Examples per forward pass when a record is made.
+        **kwargs: ``task`` and ``train_indices`` of every
+            :class:`~stride_lightning.callbacks.recording.RecordingCallback`.
 
     Raises:
         MisconfigurationException: If an argument, the strategy or the training data cannot work. It comes before
@@ -91,21 +89,20 @@ class StrideCallback(RecordingCallback):
         dirpath: str | Path | None = None,
         *,
         layers: list[str] | None = None,
-        task: Task | None = None,
         num_subsets: int | None = None,
         degree: int | None = None,
         seed: int = 0,
-        train_indices: list[int] | None = None,
         every_n_epochs: int | None = None,
         every_n_train_steps: int | None = None,
         save_last_k: int = -1,
         fit_operators: bool = False,
         statistics_every_n_steps: int = 50,
         batch_size: int = 256,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(dirpath, train_indices, task)
-        if isinstance(layers, str):
-            raise MisconfigurationException(f"`layers` must be a list of names: write layers=[{layers!r}].")
+        super().__init__(dirpath, **kwargs)
+        with misconfigured():
+            check_layers(layers)
         check_frequencies(
             save_last_k,
             every_n_epochs=every_n_epochs,
@@ -113,8 +110,7 @@ class StrideCallback(RecordingCallback):
             statistics_every_n_steps=statistics_every_n_steps,
             batch_size=batch_size,
         )
-        self.layers = layers
-        self.num_subsets, self.degree, self.seed = num_subsets, degree, seed
+        self.layers, self.num_subsets, self.degree, self.seed = layers, num_subsets, degree, seed
         self.every_n_epochs, self.every_n_train_steps = every_n_epochs, every_n_train_steps
         self.save_last_k, self.fit_operators = save_last_k, fit_operators
         self.statistics_every_n_steps, self.batch_size = statistics_every_n_steps, batch_size
@@ -122,7 +118,7 @@ class StrideCallback(RecordingCallback):
         self._sampled_step = self._recorded_step = -1
         self._recorded_weights = ""
 
-    # ---- before training ------------------------------------------------------------------------------------
+    # ---- training -------------------------------------------------------------------------------------------
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -142,14 +138,11 @@ class StrideCallback(RecordingCallback):
                     layers = list(self.layers)
                     with capture_inputs(pl_module, layers) as captured:
                         task.outputs(pl_module, inputs)
-                    silent = [name for name in layers if name not in captured]
-                    if silent:
+                    if silent := [name for name in layers if name not in captured]:
                         raise ValueError(f"Layers {silent} do not run in the model's forward pass. Name others.")
             design = sample_design(len(examples), self.num_subsets, self.degree, seed=self.seed)
         statistics = {name: StreamingStatistics() for name in layers}
         self._watched = _Watched(examples, task, layers, design, statistics)
-
-    # ---- while training -------------------------------------------------------------------------------------
 
     @override
     def on_train_batch_start(
@@ -211,9 +204,8 @@ class StrideCallback(RecordingCallback):
                 if again and not fit_operators:
                     return
                 self._recorded_step, self._recorded_weights = step, weights
-                show = trainer.progress_bar_callback is not None
-                options = FitOptions(layers=watched.layers, batch_size=self.batch_size, show_progress=show)
-                fit = make_fit(watched.task, options)
+                how = {"batch_size": self.batch_size, "show_progress": trainer.progress_bar_callback is not None}
+                fit = make_fit(watched.task, FitOptions(layers=watched.layers, **how))
                 fit.prepare(pl_module, watched.examples, device)
                 fit.fit(watched.design if fit_operators else None)
         except ValueError as error:  # diverged weights: no reason to end the user's run
@@ -222,13 +214,12 @@ class StrideCallback(RecordingCallback):
         if is_dev_run(trainer):
             return
         if rank() == 0:
-            self._write(trainer, pl_module, weights, fit)
+            self._write(trainer, weights, fit)
             self._remove_stale(replaced=again)
         barrier()
 
-    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, weights: str, fit: Fit) -> None:
-        watched, record = self._watched, fit.record()
-        design, losses = watched.design, fit.losses
+    def _write(self, trainer: L.Trainer, weights: str, fit: Fit) -> None:
+        watched, design, losses, record = self._watched, self._watched.design, fit.losses, fit.record()
         statistics = {
             f"{index}.{name}": value
             for index, layer in enumerate(watched.layers)
@@ -236,12 +227,8 @@ class StrideCallback(RecordingCallback):
             if watched.statistics[layer].count
         }
         subsets = design.responses(losses[None].float())[0] / design.sizes.clamp(min=1)
-        tensors: dict[str, dict[str, Tensor]] = {
-            "design": design.tensors(),
-            "statistics": statistics,
-            "losses": {"train": losses, "subsets": subsets},
-            **record.tensors,
-        }
+        tensors = {"design": design.tensors(), "statistics": statistics}
+        tensors |= {"losses": {"train": losses, "subsets": subsets}} | record.tensors
         info: dict[str, Any] = {
             "weights": weights,
             "data": fit.fingerprint,
@@ -252,9 +239,8 @@ class StrideCallback(RecordingCallback):
             "train_loss": float(losses.mean()),
             **record.info,
         }
-        path = self.write(trainer, pl_module, info, tensors)
-        self.records.append(path)
-        self._written.append(path)
+        self._written.append(self.write(trainer, info, tensors))
+        self.records.append(self._written[-1])
 
     def _remove_stale(self, *, replaced: bool) -> None:
         """Remove the record without operators that one with operators replaced, and all beyond the last k."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import secrets
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as L
 import torch
@@ -26,7 +26,6 @@ from stride_lightning.model.weights import borrowed, weight_hash
 from stride_lightning.runtime.distributed import broadcast_object, rank
 from stride_lightning.storage.records import RecordError, read_info, read_record, remove_record
 from stride_lightning.tasks.inference import infer_task_of
-from stride_lightning.tasks.likelihoods import Task
 
 
 @dataclass(frozen=True)
@@ -36,15 +35,6 @@ class _Saved:
     path: Path
     step: int
     weights: str
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What is known once training has begun."""
-
-    dirpath: Path
-    data: dict[str, Any]
-    task: str
 
 
 class TracInCallback(RecordingCallback):
@@ -68,8 +58,8 @@ class TracInCallback(RecordingCallback):
             ``every_n_train_steps`` is given.
         every_n_train_steps: Write a record after every n-th optimizer step.
         save_last_k: Keep only the last k records of this run; -1 keeps all.
-        task: What a batch means, to tell the targets of the data; inferred from the first batch by default.
-        train_indices: Positions in the dataset that are trained on, where the sampler does not tell.
+        **kwargs: ``task`` and ``train_indices`` of every
+            :class:`~stride_lightning.callbacks.recording.RecordingCallback`.
 
     Raises:
         MisconfigurationException: If an argument, the strategy, the optimizers or the training data cannot work. It
@@ -83,7 +73,7 @@ class TracInCallback(RecordingCallback):
     """
 
     record_kind = "tracin"  # told apart by its folder alone: a run resumed with another frequency is the same run
-    _known: _Run  # from the start of training
+    _about: dict[str, Any]  # what all records say of the data, from the start of training
 
     def __init__(
         self,
@@ -92,10 +82,9 @@ class TracInCallback(RecordingCallback):
         every_n_epochs: int | None = None,
         every_n_train_steps: int | None = None,
         save_last_k: int = -1,
-        task: Task | None = None,
-        train_indices: list[int] | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(dirpath, train_indices, task)
+        super().__init__(dirpath, **kwargs)
         check_frequencies(save_last_k, every_n_epochs=every_n_epochs, every_n_train_steps=every_n_train_steps)
         if every_n_epochs is None and every_n_train_steps is None:
             every_n_epochs = 1
@@ -120,7 +109,7 @@ class TracInCallback(RecordingCallback):
         self._rates.restore(state_dict["learning_rates"])
         self._resumed_dirpath = None if state_dict["dirpath"] is None else Path(state_dict["dirpath"])
 
-    # ---- before training ------------------------------------------------------------------------------------
+    # ---- training -------------------------------------------------------------------------------------------
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -131,11 +120,10 @@ class TracInCallback(RecordingCallback):
             data = fingerprint_of(examples, task)
             if trainer.global_step == 0:  # a callback may be used for one fit after the other
                 self._run, self._due_epoch, self.records = None, None, []
-                self._rates.forget()
+                self._rates.restore([])
             self._rates.watch(trainer.optimizers)
         self._take_up(trainer.global_step)
-        assert self.dirpath is not None  # since setup
-        self._known = _Run(self.dirpath, data, repr(task))
+        self._about = {"data": data, "task": repr(task)}
         step, n = trainer.global_step, self.every_n_train_steps
         self._seen_step = step
         # The checkpoint may have been saved between a step and its record. From one that was saved at an epoch's last
@@ -155,9 +143,9 @@ class TracInCallback(RecordingCallback):
                     "pass the same `dirpath` as there."
                 )
             self.records = []
-            self._run = cast("str", broadcast_object(secrets.token_hex(8)))  # from the system: no generator is used
-        path = broadcast_object(self._find_path(step) if rank() == 0 else None)
-        self.dirpath, self._path, gone = cast("tuple[Path, list[_Saved], list[Path]]", path)
+            self._run = broadcast_object(secrets.token_hex(8))  # from the system: no generator is used
+        nothing = Path(), list[_Saved](), list[Path]()
+        self.dirpath, self._path, gone = broadcast_object(self._find_path(step) if rank() == 0 else nothing)
         self.records = [saved.path for saved in self._path]
         if gone:
             rank_zero_warn(
@@ -168,17 +156,12 @@ class TracInCallback(RecordingCallback):
 
     def _find_path(self, step: int) -> tuple[Path, list[_Saved], list[Path]]:
         """The folder to go on in, the records of this run up to a step, and those that are gone."""
-        assert self.dirpath is not None
-        dirpath, path, gone = self.dirpath, [], []
-        if self._explicit_dirpath is None and self._resumed_dirpath is not None and self._resumed_dirpath.is_dir():
-            dirpath = self._resumed_dirpath
-        for listed in self.records:
-            saved = self._look_up(listed) or self._look_up(dirpath / listed.name)
-            if saved is None:
-                gone.append(listed)
-            elif saved.step <= step:
-                path.append(saved)
-        return dirpath, path, gone
+        dirpath, resumed = self.dirpath, self._resumed_dirpath
+        if self._explicit_dirpath is None and resumed is not None and resumed.is_dir():
+            dirpath = resumed
+        saved = {path: self._look_up(path) or self._look_up(dirpath / path.name) for path in self.records}
+        gone = [path for path, record in saved.items() if record is None]
+        return dirpath, [record for record in saved.values() if record and record.step <= step], gone
 
     def _look_up(self, path: Path) -> _Saved | None:
         with suppress(FileNotFoundError, RecordError):
@@ -187,20 +170,16 @@ class TracInCallback(RecordingCallback):
                 return _Saved(path, info["step"], info["weights"])
         return None
 
-    # ---- while training -------------------------------------------------------------------------------------
-
     @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self.every_n_epochs is not None and trainer.is_last_batch:
             self._due_epoch = trainer.current_epoch if (trainer.current_epoch + 1) % self.every_n_epochs == 0 else None
-        if self.every_n_train_steps is None:
-            return
-        step, seen = trainer.global_step, self._seen_step
+        n, step, seen = self.every_n_train_steps, trainer.global_step, self._seen_step
         self._seen_step = step
         # A batch may take several steps (several optimizers), so that a multiple may lie between two batches.
-        if step // self.every_n_train_steps > seen // self.every_n_train_steps:
+        if n is not None and step // n > seen // n:
             self._record(trainer, pl_module)
 
     @override
@@ -218,10 +197,6 @@ class TracInCallback(RecordingCallback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._rates.unwatch()
 
-    @override
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._rates.unwatch()
-
     # ---- the record -----------------------------------------------------------------------------------------
 
     def _record(self, trainer: L.Trainer, pl_module: L.LightningModule, *, final: bool = False) -> None:
@@ -229,8 +204,7 @@ class TracInCallback(RecordingCallback):
         if is_dev_run(trainer):
             return
         # Rank 0 alone looks at the weights: its own are those that records hold where ranks differ (BatchNorm).
-        saved = self._save(trainer, pl_module, final=final) if rank() == 0 else None
-        saved = cast("_Saved | None", broadcast_object(saved))
+        saved = broadcast_object(self._save(trainer, pl_module, final=final) if rank() == 0 else None)
         if saved is None:
             return
         path = [*self._path, saved]
@@ -256,47 +230,42 @@ class TracInCallback(RecordingCallback):
                 "has diverged; lower the learning rate."
             )
             return None
-        known = self._known
         first = 0 if self.save_last_k < 0 else max(0, len(self._path) + 1 - self.save_last_k)
         info = {
             "run": self._run,
             "epoch": trainer.current_epoch if self._due_epoch is None else self._due_epoch,
             "step": step,
             "weights": weights,
-            "data": known.data,
-            "task": known.task,
             "learning_rates": rates,
+            **self._about,
         }
         # By their place relative to the record, so that folders may be moved together.
-        trajectory = [
-            {"name": _relative(saved.path, known.dirpath), "step": saved.step} for saved in self._path[first:]
-        ]
-        path = self._written_before(info, trajectory)
+        earlier = [{"name": _relative(saved.path, self.dirpath), "step": saved.step} for saved in self._path[first:]]
+        path = self._written_before(info, earlier)
         if path is None:
-            name = _free_name(known.dirpath, f"step={step}")
-            state = {
-                plain_name(key): value for key, value in pl_module.state_dict().items() if isinstance(value, Tensor)
-            }
-            info["trajectory"] = [*trajectory, {"name": name, "step": step}]
-            path = self.write(trainer, pl_module, info, {"weights": state}, name)
+            name = _free_name(self.dirpath, f"step={step}")
+            values = {plain_name(key): value for key, value in pl_module.state_dict().items()}
+            state = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+            info["trajectory"] = [*earlier, {"name": name, "step": step}]
+            path = self.write(trainer, info, {"weights": state}, name)
         return _Saved(path, step, weights)
 
-    def _written_before(self, info: dict[str, Any], trajectory: list[dict[str, Any]]) -> Path | None:
+    def _written_before(self, info: dict[str, Any], earlier: list[dict[str, Any]]) -> Path | None:
         """The same record of this run, sound, if a fit that was killed later came this far before."""
-        same = ("run", "step", "weights", "learning_rates", "data", "task")
-        for path in sorted(self._known.dirpath.glob(f"step={info['step']}*")):
+        same = info.keys() - {"epoch"}
+        for path in sorted(self.dirpath.glob(f"step={info['step']}*")):
             with suppress(FileNotFoundError, RecordError):
                 written = read_info(path)
-                earlier = written.get("trajectory", [])[:-1]
-                before = [entry for entry in earlier if (path.parent / entry["name"]).exists()]
+                listed = written.get("trajectory", [])[:-1]
+                before = [entry for entry in listed if (path.parent / entry["name"]).exists()]
                 # Records of a path that was abandoned may be among those before it; then it is not the same.
-                if all(written.get(key) == info[key] for key in same) and before == trajectory:
+                if all(written.get(key) == info[key] for key in same) and before == earlier:
                     return read_record(path).path
         return None
 
     def _log(self, trainer: L.Trainer) -> None:
         rates = self._rates.by_group()
-        names = [f"/{number}" for number in range(len(rates))] if len(rates) > 1 else [""]
+        names = [f"/{number}" if len(rates) > 1 else "" for number in range(len(rates))]
         metrics = {f"tracin/learning_rate{name}": rate for name, rate in zip(names, rates, strict=True)}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
@@ -310,8 +279,5 @@ def _relative(path: Path, folder: Path) -> str:
 
 
 def _free_name(folder: Path, name: str) -> str:
-    taken = {path.name for path in folder.glob(f"{name}*") if re.fullmatch(rf"{name}(-v\d+)?", path.name)}
-    version = 0
-    while (candidate := name if version == 0 else f"{name}-v{version}") in taken:
-        version += 1
-    return candidate
+    names = chain([name], (f"{name}-v{version}" for version in count(1)))
+    return next(candidate for candidate in names if not os.path.lexists(folder / candidate))
