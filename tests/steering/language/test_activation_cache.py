@@ -3,9 +3,8 @@ import copy
 import pytest
 import torch
 
-from stride_lightning import LanguageStrideAttributor
 from tests.helpers.texts import Texts, TinyLM
-from tests.steering.language.test_sequences import LAYERS, QUERIES, TRAIN, ask, loader
+from tests.steering.language.test_sequences import TRAIN, ask
 
 
 class Counted(TinyLM):
@@ -124,8 +123,3 @@ def test_operators_read_it_too(tmp_path):
     model = TinyLM().eval()
     options = {"recovery": "prior", "num_subsets": 8}
     assert torch.allclose(ask(model, cache_dir=tmp_path, **options).scores, ask(model, **options).scores, atol=1e-5)
-    attributor = LanguageStrideAttributor(layers=LAYERS, cache_dir=tmp_path, show_progress=False).fit(
-        model, loader(TRAIN)
-    )
-    found = attributor.attribute(loader(QUERIES)).scores
-    assert torch.allclose(found, ask(model).scores, atol=1e-6)
