@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from stride_lightning import Attributor, BinaryClassification, Classification, Regression
+from stride_lightning import Attributor, BinaryClassification, Classification
 from stride_lightning.attribute import create, methods
 from stride_lightning.gradients.attributor import GradientAttributor
 from stride_lightning.model.blocks import Block, Gradients, Outer
@@ -440,9 +440,3 @@ def test_several_logits_have_no_margin_and_use_the_loss():
     damping = 0.3 * features.square().sum() / 14 / 14
     inverse = torch.linalg.inv(features.T @ features / 14 + damping * torch.eye(43, dtype=torch.float64))
     close_scores(found, features @ inverse @ features.T * sizes / 14)
-
-
-def test_regression_noise_scales_scores():
-    _, model, data, queries = case("regression")
-    one, other = (attributed(model, data, "grad-dot", queries, task=Regression(noise_std=s)).scores for s in (1.0, 2.0))
-    close_scores(other, one / 16)

@@ -161,16 +161,6 @@ class DictModel(nn.Module):
         return self.out(torch.tanh(self.words(x["words"]).mean(1) + self.numbers(x["numbers"])))
 
 
-class DictTask(Classification):
-    """Reads batches that are dictionaries."""
-
-    def inputs(self, batch):
-        return {name: batch[name] for name in ("words", "numbers")}
-
-    def targets(self, batch):
-        return batch["label"]
-
-
 class Everything(nn.Module):
     """Dropout, BatchNorm and an in-place activation; frozen in part."""
 
