@@ -5,11 +5,13 @@ import json
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from stride_lightning import (
+    Attribution,
     Attributor,
     Classification,
     Regression,
@@ -40,20 +42,15 @@ from tests.helpers.models import (
     points,
     regression_data,
     train,
-    trained_classifier,
 )
 
 DATA = classification_data()
 QUERIES = classification_data(NUM_QUERIES, seed=1)
+#: A label that no output stands for.
+HIGH = TensorDataset(DATA.tensors[0], DATA.tensors[1].clone().index_fill_(0, torch.tensor([59]), 7))
 FEW = {"num_subsets": 16, "show_progress": False}
 #: Conjugate gradients stop when all queries that are solved together are solved to 5 %.
 SOLVED_TOGETHER = 2e-5
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """Tests leave it as it was."""
-    return trained_classifier(tmp_path_factory.mktemp("run"), DATA)
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +83,6 @@ def test_queries_of_a_datamodule_are_its_test_data_else_validation(model, expect
 
 
 def test_datamodule_from_datasets(model, expected):
-    from lightning.pytorch import LightningDataModule
-
     data = LightningDataModule.from_datasets(DATA, val_dataset=QUERIES, batch_size=8)
     same(attribute(model, data, train_data=data, **FEW), expected)
 
@@ -141,43 +136,35 @@ def test_model_is_as_before(options, tmp_path):
     assert attribution.metadata["weights"] == weight_hash(other)
 
 
-def test_no_record_says_so(expected):
-    assert expected.metadata["record"] is None
-    assert "computed on the spot" in expected.metadata["record_note"]
-
-
 # ---- errors -----------------------------------------------------------------------------------------------------
 
 
-def test_unknown_names_list_the_right_ones(model):
-    with pytest.raises(ValueError, match=r"Unknown method 'strid'. Known: .*stride"):
-        attribute(model, QUERIES, train_data=DATA, method="strid")
-    with pytest.raises(TypeError, match=r"Unknown option num_subset for method 'stride'.*layers.*num_subsets"):
-        attribute(model, QUERIES, train_data=DATA, num_subset=3)
-    with pytest.raises(ValueError, match=r"`basis` must be one of \('statistics', 'learned'\)"):
-        attribute(model, QUERIES, train_data=DATA, basis="other")
-    with pytest.raises(ValueError, match=r"`recovery` must be one of \('prior', 'lasso', 'ridge', 'closed-form'\)"):
-        attribute(model, QUERIES, train_data=DATA, recovery="other")
-    with pytest.raises(ValueError, match=r"'label' or 'predicted', got 'other'"):
-        attribute(model, QUERIES, train_data=DATA, target="other", **FEW)
-    with pytest.raises(ValueError, match=r"'network\.7' is not a submodule.*'network\.0'"):
-        attribute(model, QUERIES, train_data=DATA, layers=["network.7"])
-
-
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "error", "message"),
     [
-        ({"penalty": 0.1}, "`penalty` belongs to recovery="),
-        ({"rank": 4}, "`rank` belongs to basis='learned'"),
-        ({"batch_size": 0}, "`batch_size` must be an integer of at least 1"),
-        ({"num_subsets": 4, "degree": 4}, "degree=4 with num_subsets=4"),
-        ({"ridge": -1.0}, "`ridge` must be a positive number"),
+        ({"method": "strid"}, ValueError, r"Unknown method 'strid'. Known: .*stride"),
+        ({"num_subset": 3}, TypeError, r"Unknown option num_subset for method 'stride'.*layers.*num_subsets"),
+        ({"basis": "other"}, ValueError, r"`basis` must be one of \('statistics', 'learned'\)"),
+        ({"recovery": "other"}, ValueError, r"`recovery` must be one of \('prior', 'lasso', 'ridge', 'closed-form'\)"),
+        ({"target": "other"}, ValueError, "'label' or 'predicted', got 'other'"),
+        ({"layers": ["network.7"]}, ValueError, r"'network\.7' is not a submodule.*'network\.0'"),
+        ({"penalty": 0.1}, ValueError, "`penalty` belongs to recovery="),
+        ({"rank": 4}, ValueError, "`rank` belongs to basis='learned'"),
+        ({"num_subsets": 4, "degree": 4}, ValueError, "degree=4 with num_subsets=4"),
+        ({"ridge": -1.0}, ValueError, "`ridge` must be a positive number"),
+        ({"task": "classification"}, TypeError, "`task` must be an instance of Task, got 'classification'"),
+        ({"task": Classification}, TypeError, "got the class Classification; make an instance"),
+        ({"layers": "network.0"}, TypeError, r"write layers=\['network.0'\]"),
+        ({"train_data": [DataLoader(DATA), DataLoader(DATA)]}, TypeError, "pass one of several loaders"),
+        ({"model": Classifier}, TypeError, "`model` must be a module"),
+        ({"train_data": Subset(DATA, [0])}, ValueError, "at least 2 training examples, got 1"),
+        ({"train_data": HIGH}, ValueError, r"0\.\.2 for a model with 3 outputs"),
     ],
     ids=str,
 )
-def test_options_that_conflict(model, options, message):
-    with pytest.raises(ValueError, match=message):
-        attribute(model, QUERIES, train_data=DATA, **options)
+def test_wrong_arguments(model, options, error, message):
+    with pytest.raises(error, match=message):
+        attribute(**{"model": model, "queries": QUERIES, "train_data": DATA, "show_progress": False} | options)
 
 
 def test_broken_weights_and_inputs(model):
@@ -194,26 +181,12 @@ def test_broken_weights_and_inputs(model):
         attribute(model, QUERIES, train_data=TensorDataset(x.roll(23, 0), y), train_indices=[4, 46, 3], **FEW)
 
 
-def test_one_example(model):
-    with pytest.raises(ValueError, match="at least 2 training examples, got 1"):
-        attribute(model, QUERIES, train_data=Subset(DATA, [0]), **FEW)
-
-
-def test_labels_out_of_range(model):
-    high = TensorDataset(DATA.tensors[0], DATA.tensors[1].clone().index_fill_(0, torch.tensor([59]), 7))
-    with pytest.raises(ValueError, match=r"0\.\.2 for a model with 3 outputs"):
-        attribute(model, QUERIES, train_data=high, **FEW)
-
-
-def test_queries_without_labels(model, expected):
+def test_queries_without_labels(model):
     unlabelled = TensorDataset(QUERIES.tensors[0])
     with pytest.raises(ValueError, match=r"no targets.*target='predicted'"):
         attribute(model, unlabelled, train_data=DATA, **FEW)
     predicted = attribute(model, unlabelled, train_data=DATA, target="predicted", **FEW)
-    with torch.no_grad():
-        answers = model.eval()(QUERIES.tensors[0]).argmax(1)
-    assert predicted.query_targets.tolist() == answers.tolist()
-    same(predicted, attribute(model, TensorDataset(QUERIES.tensors[0], answers), train_data=DATA, **FEW))
+    assert predicted.query_targets.tolist() == model.eval()(QUERIES.tensors[0]).argmax(1).tolist()
     assert predicted.metadata["target"] == "predicted"
     with pytest.raises(ValueError, match="says nothing for a regression"):
         attribute(build(Regressor), regression_data(3), train_data=regression_data(), target="predicted", **FEW)
@@ -241,8 +214,6 @@ def test_a_new_method_is_a_subclass(model):
             self.metadata["value"] = self.value
 
         def score_queries(self, model, queries, device, target):
-            from stride_lightning import Attribution
-
             return Attribution(torch.full((len(queries), len(self.train_data)), self.value))
 
     try:
@@ -257,10 +228,10 @@ def test_a_new_method_is_a_subclass(model):
 # ---- metadata ---------------------------------------------------------------------------------------------------
 
 
-def test_metadata_states_every_choice_and_is_plain(expected):
+def test_metadata_states_every_choice(expected):
     metadata = expected.metadata
-    assert json.loads(json.dumps(metadata)) == metadata
-    assert metadata["method"] == "stride"
+    assert metadata["record"] is None
+    assert "computed on the spot" in metadata["record_note"]
     assert metadata["options"] == {
         "layers": ["network.0", "network.3"],
         "basis": "statistics",
@@ -270,10 +241,7 @@ def test_metadata_states_every_choice_and_is_plain(expected):
     assert metadata["design"] == {"num_subsets": 16, "num_train": NUM_TRAIN, "degree": 8, "seed": 0}
     assert metadata["operators"]["ridge"] > 0
     assert metadata["recovered"].keys() == {"prior_agreement", "noise"}
-    assert metadata["seconds"]["total"] > 0
     assert metadata["peak_memory_bytes"] >= 0  # 0 where the process has held more before
-    assert metadata["num_queries"] == NUM_QUERIES
-    assert "dropout off" in metadata["mode"]
 
 
 def test_a_cost_estimate_comes_before_long_work(model, capsys, monkeypatch):
@@ -433,19 +401,3 @@ def test_scores_predict_retraining():
     attribution = attribute(model, TensorDataset(asked_x, asked_y), train_data=TensorDataset(x, y), show_progress=False)
     score = linear_datamodeling_score(attribution.scores, masks, torch.stack(losses))
     assert score > 0.8
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"task": "classification"}, "`task` must be an instance of Task, got 'classification'"),
-        ({"task": Classification}, "got the class Classification; make an instance"),
-        ({"layers": "network.0"}, r"write layers=\['network.0'\]"),
-        ({"train_data": [DataLoader(DATA), DataLoader(DATA)]}, "pass one of several loaders"),
-        ({"model": Classifier}, "`model` must be a module"),
-    ],
-)
-def test_wrong_kinds_of_arguments(wrong, message):
-    arguments = {"model": build(Classifier), "queries": QUERIES, "train_data": DATA, **FEW} | wrong
-    with pytest.raises(TypeError, match=message):
-        attribute(**arguments)

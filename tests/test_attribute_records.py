@@ -12,15 +12,8 @@ from torch.utils.data import Subset, TensorDataset
 
 from stride_lightning import Classification, RecordError, StrideAttributor, StrideCallback, attribute
 from stride_lightning.model.weights import weight_hash
-from tests.helpers.models import NUM_TRAIN, Classifier, ConvNet, build, train, trained_classifier
+from tests.helpers.models import NUM_TRAIN, Classifier, ConvNet, build, train
 from tests.test_attribute import DATA, FEW, QUERIES, same
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """Tests leave it as it was."""
-    return trained_classifier(tmp_path_factory.mktemp("run"), DATA)
-
 
 # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -62,9 +55,8 @@ def test_checkpoints_that_cannot_be_read(model, tmp_path):
 
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nowhere\.ckpt"):
         ask("nowhere.ckpt")
-    torch.save(
-        {"state_dict": model.state_dict(), "hyper_parameters": {"net": nn.Linear(1, 1)}}, tmp_path / "object.ckpt"
-    )
+    content = {"state_dict": model.state_dict(), "hyper_parameters": {"net": nn.Linear(1, 1)}}
+    torch.save(content, tmp_path / "object.ckpt")
     with pytest.raises(ValueError, match=r"object\.ckpt holds objects.*weights_only=False"):
         ask("object.ckpt")
     content = (tmp_path / "object.ckpt").read_bytes()
@@ -118,9 +110,8 @@ def test_moved_records(run, tmp_path):
     moved = shutil.copytree(folder / "stride", tmp_path / "moved")
     other = build(Classifier)
     for record in (moved, moved / "step=8"):
-        metadata = attribute(
-            other, QUERIES, train_data=DATA, ckpt_path=keep.last_model_path, record=record, **FEW
-        ).metadata
+        options = {"ckpt_path": keep.last_model_path, "record": record, **FEW}
+        metadata = attribute(other, QUERIES, train_data=DATA, **options).metadata
         assert metadata["record"] == str(moved / "step=8")
         assert metadata["record_note"] == "given by the caller"
     with pytest.raises(FileNotFoundError):

@@ -37,28 +37,46 @@ def as_before(monkeypatch, tmp_path):
     torch.set_rng_state(generator)
 
 
-@pytest.mark.usefixtures("as_before")
-def test_wrong_labels_are_found(monkeypatch, capsys):
+@pytest.fixture
+def example(monkeypatch, as_before):
+    """Loads an example with some of its constants made smaller."""
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
-    script = load_script("examples/find_mislabelled.py")
-    for name, value in {"NUM_TRAIN": 400, "NUM_WRONG": 40, "EPOCHS": 12, "EVERY_N_EPOCHS": 3}.items():
-        monkeypatch.setattr(script, name, value)
-    script.main()
-    printed = capsys.readouterr().out
-    rows = re.findall(r"^(loss|mean loss|tracin|grad-dot|ekfac) +(\.?\d\S*)  (\S+) +(\d+)  ", printed, re.MULTILINE)
-    assert len(rows) == 2 * 5, printed
+
+    def load(name, **constants):
+        script = load_script(f"examples/{name}.py")
+        for constant, value in constants.items():
+            monkeypatch.setattr(script, constant, value)
+        return script
+
+    return load
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a script; all it printed, and the parts that match a pattern, as many as are said."""
+
+    def run(script, pattern, count):
+        script.main()
+        printed = capsys.readouterr().out
+        rows = re.findall(pattern, printed, re.MULTILINE)
+        assert len(rows) == count, printed
+        return printed, rows
+
+    return run
+
+
+def test_wrong_labels_are_found(example, run):
+    script = example("find_mislabelled", NUM_TRAIN=400, NUM_WRONG=40, EPOCHS=12, EVERY_N_EPOCHS=3)
+    printed, rows = run(script, r"^(loss|mean loss|tracin|grad-dot|ekfac) +(\.?\d\S*)  (\S+) +(\d+)  ", 2 * 5)
     # Twelve epochs are too few to learn wrong labels by heart: everything finds them.
     assert min(float(auroc) for _, auroc, *_ in rows) > 0.9, printed
     assert min(int(found) for *_, found in rows) > 20, printed
     assert {path.name for path in Path("runs/mislabelled").glob("*.png")} == {"regularised.png", "memorised.png"}
 
 
-@pytest.mark.usefixtures("as_before")
-def test_wrong_labels_are_wrong_and_as_many_as_said():
-    pytest.importorskip("sklearn")
-    pytest.importorskip("matplotlib")
-    script = load_script("examples/find_mislabelled.py")
+def test_wrong_labels_are_wrong_and_as_many_as_said(example):
+    script = example("find_mislabelled")
     train, true = script.digits_with_wrong_labels()
     images, given = train.tensors
     assert images.shape == (1000, 1, 8, 8)
@@ -66,17 +84,9 @@ def test_wrong_labels_are_wrong_and_as_many_as_said():
     assert set(given.tolist()) <= set(range(10))
 
 
-@pytest.mark.usefixtures("as_before")
-def test_labels_are_spent(monkeypatch, capsys):
-    pytest.importorskip("sklearn")
-    pytest.importorskip("matplotlib")
-    script = load_script("examples/choose_coreset.py")
-    for name, value in {"BUDGETS": (5, 60), "NUM_SEEDS": 2, "EPOCHS": 30}.items():
-        monkeypatch.setattr(script, name, value)
-    script.main()
-    printed = capsys.readouterr().out
-    rows = re.findall(r"^(information|k-centre|least sure|random) +(\S+) +(\S+) +(\d+)$", printed, re.MULTILINE)
-    assert len(rows) == 4, printed
+def test_labels_are_spent(example, run):
+    script = example("choose_coreset", BUDGETS=(5, 60), NUM_SEEDS=2, EPOCHS=30)
+    printed, rows = run(script, r"^(information|k-centre|least sure|random) +(\S+) +(\S+) +(\d+)$", 4)
     (before,) = re.findall(r"accuracy (\S+)\.", printed)
     assert all(float(before) - 0.05 < float(few) < float(many) for _, few, many, _ in rows), printed
     found = {name: int(rare) for name, *_, rare in rows}
@@ -84,11 +94,8 @@ def test_labels_are_spent(monkeypatch, capsys):
     assert Path("runs/coreset/accuracy.png").stat().st_size > 0
 
 
-@pytest.mark.usefixtures("as_before")
-def test_digits_with_rare_classes_are_split():
-    pytest.importorskip("sklearn")
-    pytest.importorskip("matplotlib")
-    script = load_script("examples/choose_coreset.py")
+def test_digits_with_rare_classes_are_split(example):
+    script = example("choose_coreset")
     labelled, pool, test = script.digits()
     assert len(labelled) == script.NUM_LABELLED
     assert torch.cat([labelled.tensors[1], pool.tensors[1]]).bincount()[5:].tolist() == [script.NUM_RARE] * 5
@@ -186,33 +193,22 @@ def test_information_is_compared_with_refits_and_drawn(monkeypatch, capsys, tmp_
 
 
 @pytest.fixture
-def language_example(monkeypatch, as_before):
-    """Loads an example with some of its constants made smaller."""
-    for needed in ("sklearn", "matplotlib", "transformers", "tokenizers"):
-        pytest.importorskip(needed)
-
-    def load(name, **constants):
-        script = load_script(f"examples/{name}.py")
-        for constant, value in constants.items():
-            monkeypatch.setattr(script, constant, value)
-        return script
-
-    return load
+def language_example(example):
+    pytest.importorskip("transformers")
+    pytest.importorskip("tokenizers")
+    return example
 
 
-def test_passages_behind_a_text_are_found(language_example, capsys):
+def test_passages_behind_a_text_are_found(language_example, run):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     script = language_example(
         "attribute_text", NUM_CHAPTERS=5, NUM_PER_CHAPTER=18, NUM_HELD_OUT=12, EPOCHS=6, PROMPTS=("A future", "The")
     )
-    script.main()
-    printed = capsys.readouterr().out
-    rows = re.findall(r"^top 10, (stride|shared words|random) +(\d+)% +(\S+) nats$", printed, re.MULTILINE)
+    printed, rows = run(script, r"^top 10, (stride|shared words|random) +(\d+)% +(\S+) nats$", 3)
     same = {name: int(share) for name, share, _ in rows}
     helped = {name: float(nats) for name, _, nats in rows}
-    assert len(rows) == 3, printed
     assert same["stride"] > same["random"] + 15, printed
     assert helped["stride"] > helped["random"] + 0.01, printed
     folder = Path("runs/text/version_0")
@@ -238,15 +234,12 @@ def test_passages_stand_once_and_of_a_continuation_only_it_is_asked(language_exa
     assert asked["attention_mask"].sum() == 5
 
 
-def test_a_selection_helps_more_than_chance(language_example, capsys):
+def test_a_selection_helps_more_than_chance(language_example, run):
     sizes = {"code": 90, "reference": 60, "docstrings": 30}
     script = language_example(
         "select_data", POOL=sizes, NUM_WANTED=12, NUM_TEST=30, NUM_CHOSEN=40, NUM_SEEDS=2, POOL_EPOCHS=3, EPOCHS=3
     )
-    script.main()
-    printed = capsys.readouterr().out
-    rows = re.findall(r"^(\S.*?)  +(\d\.\d{3}) ± \d\.\d{3} +(\d+)%$", printed, re.MULTILINE)
-    assert len(rows) == 5, printed
+    printed, rows = run(script, r"^(\S.*?)  +(\d\.\d{3}) ± \d\.\d{3} +(\d+)%$", 5)
     loss = {name: float(value) for name, value, _ in rows}
     found = {name: int(share) for name, *_, share in rows}
     assert max(loss["stride, mean"], loss["stride, in turn"]) < loss["random"] - 0.03, printed
@@ -262,12 +255,9 @@ def test_target_and_pool_have_no_text_in_common(language_example):
     assert {kind: [k for k, _ in pool].count(kind) for kind in script.POOL} == script.POOL
 
 
-def test_sequences_that_gave_answers_away_are_found(language_example, capsys):
+def test_sequences_that_gave_answers_away_are_found(language_example, run):
     script = language_example("find_contamination", NUM_ITEMS=16, NUM_OTHERS=20, EPOCHS=24)
-    script.main()
-    printed = capsys.readouterr().out
-    rows = re.findall(r"^(\S.*?)  +(\d+)% +(\d+)% +(\S+)$", printed, re.MULTILINE)
-    assert len(rows) == 5, printed
+    printed, rows = run(script, r"^(\S.*?)  +(\d+)% +(\d+)% +(\S+)$", 5)
     found = {name: (int(three), int(ten)) for name, three, ten, _ in rows}
     assert found["stride"][1] > found["random"][1] + 25, printed
     assert found["stride among those"][0] > found["random"][0] + 40, printed

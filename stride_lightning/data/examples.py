@@ -42,10 +42,8 @@ class Examples:
 
     Args:
         dataset: Map-style data set.
-        collate_fn: How its examples become a batch.
+        collate_fn, num_workers, worker_init_fn: Passed on to the DataLoader that reads.
         positions: Positions that are read, in order, int64 of shape ``(n,)``; by default all of the dataset.
-        num_workers: Worker processes that read.
-        worker_init_fn: Passed on to the DataLoader.
         owners: Objects whose Lightning batch-transfer hooks apply, first match wins (data module, then model).
         loading: How a DataLoader the data came from makes batches of them.
         kind: What errors call an example of them.
@@ -72,30 +70,27 @@ class Examples:
         return torch.equal(self.positions, torch.arange(len(self.dataset)))
 
     def __len__(self) -> int:
-        """Number of examples that are read."""
         return len(self.positions)
 
     def __getitem__(self, index: int) -> Any:
-        """The example at the given place of the reading order, as the dataset returns it."""
+        """The example at a place, as the dataset returns it."""
         return self.dataset[int(self.positions[index])]
 
-    def subset(self, indices: Sequence[int]) -> Examples:
-        """The examples at the given places of the reading order."""
-        chosen = torch.as_tensor(indices, dtype=torch.int64)
-        part = replace(self, positions=self.positions[chosen])
+    def subset(self, places: Sequence[int]) -> Examples:
+        """The examples at some places."""
+        part = replace(self, positions=self.positions[torch.as_tensor(places, dtype=torch.int64)])
         part._random = self._random
         return part
 
     def name(self, place: int) -> int:
-        """Position in the dataset of the example at a place of the reading order."""
+        """Position in the dataset of the example at a place."""
         return int(self.positions[place])
 
     @contextmanager
     def naming(self, start: int | Tensor) -> Iterator[None]:
-        """Say which example it is that something is wrong with: what kind of example, and its position in the dataset.
+        """Say of which kind of example, at which position in the dataset, a row is that something is wrong with.
 
-        Args:
-            start: The place at which its batch begins, or the places of all its rows.
+        ``start`` is the place at which its batch begins, or the places of all its rows.
         """
         try:
             yield
@@ -126,10 +121,10 @@ class Examples:
         return self._random
 
     def batches(self, batch_size: int, device: torch.device) -> Iterator[tuple[Any, Tensor]]:
-        """Read everything once, in order.
+        """Read everything once, in order, and leave the random state as it was.
 
-        Every example is read under a seed made from its position, so that random augmentation gives the same
-        example for any batch size and number of workers. The caller's random state is left as it was.
+        A seed made from its position gives an example the same random augmentation for any batch size and number of
+        workers.
 
         Yields:
             The batch on ``device``, and the digest of each of its examples, uint8 of shape ``(B, 32)``.
@@ -143,15 +138,10 @@ class Examples:
                 yield self.transfer(batch, device), digests
 
     def drawn(self, batches: Sequence[Tensor], seed: int, device: torch.device) -> Iterator[Any]:
-        """Read batches of the examples at given places of the reading order, as one epoch of training does.
+        """Read batches of the examples at given places, onto ``device``, as one epoch of training does.
 
-        Args:
-            batches: Places of the examples of each batch.
-            seed: Under random augmentation every example is read under a seed made of this one and its position.
-            device: Where to put the batches.
-
-        Yields:
-            One batch after the other on ``device``. Random augmentation leaves the global generators seeded.
+        Under random augmentation every example is read under a seed made of this one and its position, which leaves
+        the global generators seeded.
         """
         if self._held is not None:
             for batch in batches:
@@ -220,9 +210,6 @@ class _OneByOne(Dataset[Any]):
 
     def __init__(self, dataset: Any, seed_of: Callable[[int], int] | None) -> None:
         self.dataset, self.seed_of = dataset, seed_of
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, position: int) -> Any:
         if self.seed_of is not None:

@@ -35,14 +35,10 @@ def loading_of(loader: DataLoader[Any]) -> Loading | None:
 
 
 def check_loading(loading: Loading | None, batch_size: int | None) -> Loading:
-    """How training makes batches, where that can be repeated.
-
-    Args:
-        loading: How the training data's DataLoader makes them, if known.
-        batch_size: Examples of a batch, if not those of the DataLoader.
+    """How training makes batches: as the DataLoader of its data, with another batch size if one is given.
 
     Raises:
-        ValueError: If it cannot: the batch size is not known, or an epoch is not every example once.
+        ValueError: If it cannot be repeated: the batch size is not known, or an epoch is not every example once.
     """
     if loading is not None and not loading.is_whole:
         raise ValueError(

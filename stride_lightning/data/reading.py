@@ -24,15 +24,8 @@ from stride_lightning.tasks.likelihoods import Task, columns
 class Reading:
     """One pass over examples in order, batch by batch, which ends with their fingerprint.
 
-    Args:
-        examples: The data.
-        task: What a batch means.
-        model: Refuses batches that it cannot take, and decides the precision of inputs.
-        batch_size: Examples per batch.
-        device: Where batches are put.
-        share: Places to read; all when None.
-        description: What the progress bar says; without a description there is none.
-        show_progress: Show the progress bar.
+    The model refuses batches that it cannot take, and decides the precision of inputs. Of a ``share``, only its places
+    are read. Without a description there is no progress bar.
 
     Raises:
         ValueError: Naming the first example that cannot be read.
@@ -84,19 +77,12 @@ class Reading:
 
 @dataclass(frozen=True)
 class Rows:
-    """Examples that were read together.
-
-    Args:
-        places: Their places in the reading order.
-        batch: The batch that they make, on the device.
-        targets: Their targets as the task reads them, if they have any.
-        reading: The pass that read them.
-    """
+    """Examples that were read together."""
 
     places: slice
-    batch: Any
-    targets: Tensor | None
-    reading: Reading
+    batch: Any  # on the device
+    targets: Tensor | None  # as the task reads them
+    reading: Reading  # the pass that read them
 
     def __len__(self) -> int:
         return self.places.stop - self.places.start
@@ -108,15 +94,9 @@ class Rows:
         return in_precision_of(self.reading.model, self.reading.task.inputs(self.batch))
 
     def encoded(self, num_outputs: int, target: str = "label") -> tuple[Any, Tensor]:
-        """Inputs and encoded targets in the model's precision.
-
-        Args:
-            num_outputs: Outputs of the model for one example.
-            target: ``"label"``, or ``"predicted"`` for the model's own most likely targets.
-        """
-        model, task = self.reading.model, self.reading.task
+        """Inputs and encoded targets in the model's precision; ``"predicted"`` are its own most likely targets."""
+        model, task, targets = self.reading.model, self.reading.task, self.targets
         assert model is not None
-        targets = self.targets
         with self.naming():
             if target == "predicted":
                 with torch.no_grad():
@@ -166,21 +146,13 @@ def count_outputs(model: nn.Module, task: Task, batch: Any) -> int:
 
 @dataclass
 class Survey:
-    """What one pass over a data set tells of it.
-
-    Args:
-        fingerprint: What identifies it.
-        targets: Its targets, if every example has one number.
-        kinds: What its examples are told apart by: these, or how much the tokens of each count.
-        num_tokens: Of texts, how many tokens of each are predicted, int64 of shape ``(n,)``.
-        longest: Of texts, how many tokens the longest batch has, with its padding.
-    """
+    """What one pass over a data set tells of it."""
 
     fingerprint: dict[str, Any]
-    targets: Tensor | None
-    kinds: Tensor | None
-    num_tokens: Tensor | None = None
-    longest: int = 1
+    targets: Tensor | None  # if every example has one number
+    kinds: Tensor | None  # what tells examples apart: these, or how much the tokens of each count
+    num_tokens: Tensor | None = None  # that are predicted of each text, int64 of shape (n,)
+    longest: int = 1  # tokens of the longest batch of texts, with its padding
 
 
 def survey(
@@ -188,9 +160,7 @@ def survey(
 ) -> Survey:
     """Read a data set once, without running a model.
 
-    Raises:
-        ValueError: Naming the first text that a model with so many outputs cannot take, before hours have gone into
-            those before it.
+    The first text that a model with so many outputs cannot take is refused before hours have gone into those before it.
     """
     reading = Reading(examples, task, model, batch_size=1024, device=torch.device("cpu"), description=description)
     kinds: list[Tensor | None] = []
@@ -206,7 +176,7 @@ def survey(
             longest = max(longest, weights.shape[1])
             kind = weights.sum(1)
         kinds.append(kind)
-    numbers = [kind.reshape(len(kind), -1)[:, 0] for kind in kinds if kind is not None and kind.numel() == len(kind)]
+    numbers = [kind.flatten() for kind in kinds if kind is not None and kind.numel() == len(kind)]
     joined = torch.cat(numbers) if len(numbers) == len(kinds) else None
     targets = None if task.has_tokens else joined
     return Survey(reading.fingerprint, targets, joined, torch.cat(num_tokens) if num_tokens else None, longest)

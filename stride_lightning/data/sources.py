@@ -43,9 +43,9 @@ def resolve_train_data(
     examples = _from_loader_or_dataset(source, "train_data", owners)
     if train_indices is not None:
         examples.positions = _checked_positions(train_indices, len(examples.dataset))
-    elif isinstance(source, DataLoader) and not _reads_everything(source):
+    elif sampler := _partial_sampler(source):
         raise ValueError(
-            f"The training DataLoader draws through {_sampler_name(source)}, so which examples were trained on cannot "
+            f"The training DataLoader draws through a {sampler}, so which examples were trained on cannot "
             "be told. Pass `train_indices=` with their positions in the dataset."
         )
     return examples
@@ -65,9 +65,9 @@ def resolve_queries(source: Any, model: object | None = None) -> Examples:
         source.setup("test" if stage == "test" else "validate")
         source = getattr(source, f"{stage}_dataloader")()
     examples = _from_loader_or_dataset(source, "queries", owners)
-    if isinstance(source, DataLoader) and not _reads_everything(source):
+    if sampler := _partial_sampler(source):
         raise ValueError(
-            f"The query DataLoader draws through {_sampler_name(source)}. Queries are named by their position: pass "
+            f"The query DataLoader draws through a {sampler}. Queries are named by their position: pass "
             "torch.utils.data.Subset(dataset, positions) instead."
         )
     return examples
@@ -100,22 +100,19 @@ def _from_loader_or_dataset(source: Any, what: str, owners: tuple[Any, ...]) -> 
     return examples
 
 
-def _reads_everything(loader: DataLoader[Any]) -> bool:
-    """Whether the loader's sampler only shuffles, repeats or splits the whole dataset."""
-    if type(loader.batch_sampler) is not BatchSampler:
-        return False
-    # Not loader.sampler: that is a stand-in where the user gave a batch sampler.
-    sampler: Any = loader.batch_sampler.sampler
+def _partial_sampler(source: Any) -> str:
+    """The type of a loader's sampler that does more than shuffle, repeat or split the whole dataset; else nothing."""
+    if not isinstance(source, DataLoader):
+        return ""
+    if type(source.batch_sampler) is not BatchSampler:
+        return type(source.batch_sampler).__name__
+    # Not source.sampler: that is a stand-in where the user gave a batch sampler.
+    outer: Any = source.batch_sampler.sampler
     # Lightning wraps a sampler of the user's own for distributed runs; look at the one inside.
-    inner = getattr(getattr(sampler, "dataset", None), "_sampler", None)
-    if isinstance(sampler, DistributedSampler) and inner is not None:
-        sampler = inner
-    return type(sampler) in (RandomSampler, SequentialSampler) or isinstance(sampler, DistributedSampler)
-
-
-def _sampler_name(loader: DataLoader[Any]) -> str:
-    batch_sampler = loader.batch_sampler
-    return f"a {type(batch_sampler.sampler if type(batch_sampler) is BatchSampler else batch_sampler).__name__}"
+    inner = getattr(getattr(outer, "dataset", None), "_sampler", None)
+    sampler = inner if isinstance(outer, DistributedSampler) and inner is not None else outer
+    is_known = type(sampler) in (RandomSampler, SequentialSampler) or isinstance(sampler, DistributedSampler)
+    return "" if is_known else type(outer).__name__
 
 
 def _checked_positions(indices: Sequence[int] | Tensor, size: int) -> Tensor:

@@ -50,16 +50,14 @@ class GradientAttributor(PlannedAttributor):
     A new method is a subclass with a name that overrides one or two of :meth:`curvature`, :meth:`features`,
     :meth:`projection`, :meth:`kernel_weights` and :meth:`example_weights`.
 
-    Gradients of training examples are made batch by batch and used at once; those of queries are held, as factors of
-    each layer where products of factors are cheaper (``T T' (L + R) < L R`` for matrices of shape ``(L, R)`` and
-    T and T' places), else as vectors. Memory beyond the model, for p parameters, q queries of n training examples:
-    ``4 q n`` bytes for the scores, ``min(4 c q p, 2^29)`` for the queries (c is 2, or 8 with conjugate gradients;
-    more queries are done in turn), the activations of a batch and 64 MiB. Projected to k features, ``4 (n + q) k``
-    in place of the queries'.
+    Gradients of training examples are used batch by batch; those of queries are held, as factors of each layer where
+    those are cheaper to multiply (``T T' (L + R) < L R`` for matrices of shape ``(L, R)`` and T and T' places), else as
+    vectors. Memory beyond the model, for p parameters, q queries of n training examples: ``4 q n`` bytes for the
+    scores, ``min(4 c q p, 2^29)`` for the queries (c is 2, or 8 with conjugate gradients; more are done in turn), the
+    activations of a batch and 64 MiB. Projected to k features, ``4 (n + q) k`` in place of the queries'.
 
     Args:
-        checkpoints: Weights that scores are averaged over, in place of the attributed ones: a folder of checkpoints,
-            or a list of files.
+        checkpoints: A folder or list of files of weights that scores are averaged over, in place of the attributed.
         kwargs: Arguments of :class:`PlannedAttributor`.
     """
 
@@ -99,7 +97,7 @@ class GradientAttributor(PlannedAttributor):
             raise ValueError(f"method={self.method!r} reads no record. Leave out `record`.")
         if self.checkpoints is None:
             return [(None, None)]
-        return [(found, None) for found in read_checkpoints(self.checkpoints, model)]
+        return [(checkpoint, None) for checkpoint in read_checkpoints(self.checkpoints, model)]
 
     def scale(self) -> float:
         """Factor of all scores: the mean over checkpoints, of the effect of one of n examples on a mean loss."""
@@ -112,21 +110,20 @@ class GradientAttributor(PlannedAttributor):
         starts = self.starting_points(model, record, checkpoint)
         self.plan(model, device)
         self._map = self.projection(self.capture)
-        self._fitted = [self._fit_one(model, found, rates) for found, rates in starts]
+        self._fitted = [self._fit_one(model, start, rates) for start, rates in starts]
         weights = [fitted.example_weights for fitted in self._fitted if fitted.example_weights is not None]
         self._column_weights = torch.stack(weights).mean(0) if weights else None
         self.metadata["checkpoints"] = [
-            {"name": fitted.checkpoint.name, "step": fitted.checkpoint.step, "learning_rates": _shown(fitted.rates)}
-            for fitted in self._fitted
-            if fitted.checkpoint is not None
+            {"name": start.name, "step": start.step, "learning_rates": _shown(rates)}
+            for start, rates in starts
+            if start is not None
         ]
 
     def _fit_one(self, model: nn.Module, checkpoint: Checkpoint | None, rates: Any) -> Fitted:
         curvature = self.curvature()
         with self._at(model, checkpoint):
-            side = TrainingSide(
-                self.capture, self.task, self.reader, self.share, self._compared, self.seed, self._projected
-            )
+            of_share = self.capture, self.task, self.reader, self.share
+            side = TrainingSide(*of_share, self._compared, self.seed, self._projected)
             weights = None if self._map is None else self._keep(side)
             curvature.fit(side)
         return Fitted(checkpoint, rates, curvature, side, weights)
@@ -140,11 +137,9 @@ class GradientAttributor(PlannedAttributor):
         return _joined(of_examples)
 
     def _at(self, model: nn.Module, checkpoint: Checkpoint | None) -> AbstractContextManager[Any]:
-        """The model with the weights of a checkpoint."""
         return nullcontext() if checkpoint is None else borrowed(model, checkpoint.load(), None)
 
     def _compared(self, batch: Batch) -> Gradients:
-        """The features of a batch, projected if they are."""
         return self._projected(self.features(batch))
 
     def _projected(self, gradients: Gradients) -> Gradients:
@@ -156,13 +151,13 @@ class GradientAttributor(PlannedAttributor):
     def score_queries(
         self, model: nn.Module, queries: Examples, device: torch.device, target: str
     ) -> Attribution | TopAttribution:
-        asked = self.read(model, queries, device, target)
+        reader = self.read(model, queries, device, target)
 
         def tiles(chunk: slice) -> Callable[[slice], Tensor]:
             sides: dict[int, Gradients] = {}
-            return lambda columns: self._tile(model, asked, chunk, columns, sides)
+            return lambda columns: self._tile(model, reader, chunk, columns, sides)
 
-        attribution = self.collect_scores(asked, self._query_chunks(len(asked)), tiles)
+        attribution = self.collect_scores(reader, self._query_chunks(len(reader)), tiles)
         attribution.metadata["curvature"] = [fitted.curvature.described() for fitted in self._fitted]
         return attribution
 
@@ -173,30 +168,30 @@ class GradientAttributor(PlannedAttributor):
         return [slice(start, min(start + step, num_queries)) for start in range(0, num_queries, step)]
 
     def _tile(
-        self, model: nn.Module, asked: Reader, chunk: slice, columns: slice, sides: dict[int, Gradients]
+        self, model: nn.Module, queries: Reader, chunk: slice, columns: slice, sides: dict[int, Gradients]
     ) -> Tensor:
         """Scores of some queries for some training examples, shape ``(q, columns)``."""
         dtype = torch.promote_types(self.reader.encoded.dtype, torch.float32)
-        shape = chunk.stop - chunk.start, columns.stop - columns.start
+        shape, start = (chunk.stop - chunk.start, columns.stop - columns.start), columns.start
         part = torch.zeros(shape, dtype=dtype, device=self.reader.device)
         for number, fitted in enumerate(self._fitted):
             with self._at(model, fitted.checkpoint):
-                side = sides[number] if number in sides else self._query_side(fitted, asked, chunk)
+                side = sides[number] if number in sides else self._query_side(fitted, queries, chunk)
                 for places, gradients in fitted.side.gradients("Scores", columns):
                     side = side.prepared(gradients)
-                    part[:, places.start - columns.start : places.stop - columns.start] += side.inner(gradients)
+                    part[:, places.start - start : places.stop - start] += side.inner(gradients)
                 if len(self._fitted) == 1:  # with more, they are made again for each tile
                     sides[number] = side
         if self._column_weights is not None:
-            part *= self._column_weights[columns.start - self.share.start : columns.stop - self.share.start]
+            part *= self._column_weights[start - self.share.start :][: shape[1]]
         return part * self.scale()
 
-    def _query_side(self, fitted: Fitted, asked: Reader, chunk: slice) -> Gradients:
-        """Gradients of queries, times the inverse of the curvature and the learning rates."""
-        batches = run_batches(self.capture, self.task, asked, chunk, "Queries")
+    def _query_side(self, fitted: Fitted, queries: Reader, chunk: slice) -> Gradients:
+        batches = run_batches(self.capture, self.task, queries, chunk, "Queries")
         return self._solved(fitted, concatenated([self._compared(batch) for batch in batches]))
 
     def _solved(self, fitted: Fitted, gradients: Gradients) -> Gradients:
+        """Gradients times the inverse of the curvature and the learning rates."""
         solved = fitted.curvature.solve(gradients)
         if fitted.rates is None:
             return solved
@@ -207,16 +202,16 @@ class GradientAttributor(PlannedAttributor):
 
     @override
     def score_training_data(self, model: nn.Module, device: torch.device) -> Tensor:
-        own = torch.zeros(len(self.train_data))
+        influences = torch.zeros(len(self.train_data))
         for fitted in self._fitted:
             share = slice(0, len(self.train_data)) if fitted.curvature.is_collective else self.share
             with self._at(model, fitted.checkpoint):
                 for places, gradients in fitted.side.gradients("Self-influence", share):
                     for rows in self._query_chunks(gradients.num_examples):
                         some = gradients.rows(rows)
-                        found = self._solved(fitted, some).row_inner(some).float().cpu()
-                        own[places.start + rows.start :][: len(found)] += found
-        mine = own[self.share] * self.scale()
+                        solved = self._solved(fitted, some).row_inner(some).float().cpu()
+                        influences[places.start + rows.start :][: len(solved)] += solved
+        mine = influences[self.share] * self.scale()
         if self._column_weights is not None:
             mine *= self._column_weights.float().cpu()
         return gather(mine, len(self.train_data))

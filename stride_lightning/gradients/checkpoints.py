@@ -26,7 +26,7 @@ _KIND = "tracin"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights at one moment of training; they stay on disk until they are asked for."""
+    """Weights at one moment of training; they stay on disk until :meth:`load`."""
 
     name: str  # of the record or file, for messages and metadata
     path: Path
@@ -35,12 +35,7 @@ class Checkpoint:
     is_scheduled: bool = False  # whether rates were stored beside a scheduler, which may have moved them on already
 
     def load(self) -> dict[str, Tensor]:
-        """The state dict on the CPU, verified; nothing is unpickled.
-
-        Raises:
-            FileNotFoundError: If it was removed since.
-            RecordError, ValueError: If it is damaged.
-        """
+        """The state dict on the CPU, verified; nothing is unpickled. An error if it was removed since or is damaged."""
         if self.path.is_dir():
             return read_record(self.path).tensors("weights")
         return _state_of(load_checkpoint(self.path), self.path)
@@ -57,7 +52,7 @@ def read_checkpoints(source: PathLike | Sequence[PathLike], model: nn.Module) ->
 
     Args:
         source: A folder of records or of ``.ckpt``, ``.pt`` or ``.pth`` files, one of those, or a list of any.
-        model: The model; its own weights stay as they are.
+        model: Its own weights stay as they are.
 
     Returns:
         The checkpoints by step, those without one last, then by name.
@@ -83,27 +78,26 @@ def read_checkpoints(source: PathLike | Sequence[PathLike], model: nn.Module) ->
     if not sources:
         raise ValueError("Expected checkpoints, got an empty list. Name a folder of them, files or records.")
     paths = [path for one in sources for path in _expand(Path(os.fspath(one)), model)]  # type: ignore[arg-type]
-    found = [_read(path, model) for path in dict.fromkeys(paths)]
-    return _without_repeats(sorted(found, key=_place))
+    checkpoints = sorted((_read(path, model) for path in dict.fromkeys(paths)), key=_order)
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    different: dict[tuple[Any, ...], Checkpoint] = {}
+    for one in checkpoints:
+        is_alone = one.step is None or steps.count(one.step) == 1
+        different.setdefault((one.path,) if is_alone else (one.step, state_hash(one.load())), one)
+    return list(different.values())
 
 
 def tracin_checkpoints(
     record: PathLike | Sequence[PathLike] | None, checkpoint: Mapping[str, Any] | None, model: nn.Module
 ) -> tuple[list[Checkpoint], dict[str, Any] | None, str] | None:
-    """What TracIn starts from.
+    """The checkpoints that TracIn sums over, found and refused as by :func:`read_checkpoints`.
 
-    Args:
-        record: What the user names, as for :func:`read_checkpoints`.
-        checkpoint: The checkpoint whose weights are attributed; its callback state names the records up to it.
-        model: The model, holding the weights that are attributed; the callbacks of its attached trainer name the
-            records of the whole fit. They are not asked if the weights come from a checkpoint of another run.
+    They are what the user names as ``record``; else the records up to the attributed ``checkpoint`` that its callback
+    state names; else, unless that is of another run, those of the fit of the trainer attached to the model.
 
     Returns:
         The checkpoints, the fingerprint of the training data (None where plain files do not tell), and a sentence
         about them for the metadata; or None if no records are known.
-
-    Raises:
-        FileNotFoundError, RecordError, ValueError: As :func:`read_checkpoints`.
     """
     source, of = (record, "checkpoints given by the caller") if record is not None else _known(checkpoint, model)
     if source is None:
@@ -156,23 +150,27 @@ def _expand(path: Path, model: nn.Module) -> list[Path]:
     records = {record: info for record, info in infos.items() if info.get("kind") == _KIND}
     if records:
         return _trajectory_of_one_run(records, model)
-    files = [file for file in sorted(path.iterdir()) if file.is_file() and file.suffix in _SUFFIXES]
-    files = [file for file in files if not file.name.startswith(".")]
+    names = sorted(entry.name for entry in path.iterdir())
+    files = [path / name for name in names if (path / name).is_file() and not name.startswith(".")]
+    files = [file for file in files if file.suffix in _SUFFIXES]
     if files:
         return files
-    if infos or not any((path / name).exists() for name in ("MANIFEST", "record.json")):
-        raise ValueError(f"{path} holds {_content_of(path, infos)}, {_expected(path)}")
-    return [path]
+    if not infos and ("MANIFEST" in names or "record.json" in names):
+        return [path]
+    content = f"other things ({', '.join(names[:5])})" if names else "nothing"
+    if infos:
+        content = f"records of {', '.join(sorted({repr(info.get('kind')) for info in infos.values()}))}"
+    raise ValueError(f"{path} holds {content}, {_expected(path)}")
 
 
 def _trajectory_of_one_run(records: dict[Path, dict[str, Any]], model: nn.Module) -> list[Path]:
     """Paths of a run's records, from all in a folder, oldest first."""
     weights, newest = weight_hash(model), list(records)[-1]
-    own = next((record for record in reversed(records) if records[record]["weights"] == weights), None)
-    if own is not None:
+    match = next((record for record in reversed(records) if records[record]["weights"] == weights), None)
+    if match is not None:
         # A record of its run that it is not before is of a path that was abandoned, or that left this one.
-        after = [record for record in records if own in _trajectory(record, records[record])]
-        newest = [record for record in after if records[record]["run"] == records[own]["run"]][-1]
+        after = [record for record in records if match in _trajectory(record, records[record])]
+        newest = [record for record in after if records[record]["run"] == records[match]["run"]][-1]
     return _existing(_trajectory(newest, records[newest]))
 
 
@@ -205,8 +203,7 @@ def _read(path: Path, model: nn.Module) -> Checkpoint:
     _check_fits(model, _state_of(content, path), path)
     if "state_dict" not in content:
         return Checkpoint(path.name, path, None, None)
-    step = content.get("global_step")
-    rates = stored_rates(content, model, str(path))
+    step, rates = content.get("global_step"), stored_rates(content, model, str(path))
     is_scheduled = bool(content.get("lr_schedulers"))
     return Checkpoint(path.name, path, rates, None if step is None else int(step), is_scheduled)
 
@@ -229,32 +226,16 @@ def _state_of(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _without_repeats(found: list[Checkpoint]) -> list[Checkpoint]:
-    kept: dict[tuple[Any, ...], Checkpoint] = {}
-    steps = [checkpoint.step for checkpoint in found]
-    for checkpoint in found:
-        alone = checkpoint.step is None or steps.count(checkpoint.step) == 1
-        kept.setdefault((checkpoint.path,) if alone else (checkpoint.step, state_hash(checkpoint.load())), checkpoint)
-    return list(kept.values())
-
-
-def _place(checkpoint: Checkpoint) -> tuple[Any, ...]:
+def _order(checkpoint: Checkpoint) -> tuple[Any, ...]:
     by_number = [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", checkpoint.name)]
     return checkpoint.step is None, checkpoint.step or 0, by_number
-
-
-def _content_of(path: Path, infos: Mapping[Path, Mapping[str, Any]]) -> str:
-    if infos:
-        return f"records of {', '.join(sorted({repr(info.get('kind')) for info in infos.values()}))}"
-    names = sorted(entry.name for entry in path.iterdir())
-    return f"other things ({', '.join(names[:5])})" if names else "nothing"
 
 
 def _expected(path: Path) -> str:
     """The end of a message about a folder, with a hint if one of its own folders looks right."""
     hints = [
         child
-        for child in (sorted(path.iterdir()) if path.is_dir() else [])
+        for child in sorted(path.iterdir())
         if child.is_dir() and any(_is_tracin(inner) or inner.suffix == ".ckpt" for inner in child.iterdir())
     ]
     hint = f" Did you mean {hints[0]}?" if hints else ""

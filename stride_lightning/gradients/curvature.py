@@ -54,10 +54,7 @@ class TrainingSide:
 class Curvature(ABC):
     """``(H + damping)^-1`` for a matrix H that belongs to the mean loss of the training examples.
 
-    A new one is a subclass with :meth:`fit` and :meth:`solve`.
-
-    Args:
-        damping: Relative to the mean eigenvalue of H, over all its blocks.
+    A new one is a subclass with :meth:`fit` and :meth:`solve`. ``damping`` is relative to H's mean eigenvalue.
     """
 
     #: Whether all processes solve for the same gradients together, each with its share of the training examples.
@@ -65,8 +62,7 @@ class Curvature(ABC):
 
     def __init__(self, damping: float = 0.0) -> None:
         self.damping = damping
-        #: Mean eigenvalue of H, its trace by the number of features; found by :meth:`fit`.
-        self.mean_eigenvalue = 0.0
+        self.mean_eigenvalue = 0.0  # of all blocks of H together; set by fit
         #: What was found besides, for the metadata.
         self.chosen: dict[str, Any] = {}
 
@@ -84,11 +80,7 @@ class Curvature(ABC):
         """Do everything that does not depend on the damping or on queries; every process fits to its share."""
 
     def set_mean_eigenvalue(self, mean: float) -> None:
-        """What the damping is relative to.
-
-        Raises:
-            ValueError: If it is zero, so that no damping helps.
-        """
+        """Set what the damping is relative to; zero is refused, since no damping would help."""
         if not mean > 0:
             raise ValueError(
                 f"The curvature is {mean:g} in all directions: the outputs of the model are sure of every training "
@@ -129,9 +121,9 @@ class Diagonal(Curvature):
     @override
     def solve(self, gradients: Gradients) -> Gradients:
         damped = {name: diagonal + self.absolute_damping for name, diagonal in self._diagonals.items()}
-        lost = [name for name, diagonal in damped.items() if float(diagonal.min()) <= 0]
-        if lost:
-            raise ValueError(singular(f"the diagonal of {lost[0]}", self.damping))
+        for name, diagonal in damped.items():
+            if float(diagonal.min()) <= 0:
+                raise ValueError(singular(f"the diagonal of {name}", self.damping))
         return gradients.vectors(lambda name, block: block.dense() / damped[name].to(block.like))
 
 

@@ -16,7 +16,7 @@ _CURE = (
 
 
 def check_damping(damping: float) -> float:
-    """Refuse what is not a non-negative number."""
+    """The damping, if it is a non-negative number."""
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 <= damping < math.inf:
         raise ValueError(
             "`damping` must be a number of at least 0, relative to the mean eigenvalue of the curvature; "
@@ -31,16 +31,11 @@ def singular(what: str, damping: float) -> str:
 
 
 class Damped(ABC):
-    """A symmetric positive semi-definite matrix H and the damped systems it makes.
-
-    Args:
-        factored: What is factorised, float64, shape ``(m, m)``.
-        name: What it is, for messages.
-    """
+    """A positive semi-definite matrix H and the damped systems it makes, from a factorised one, float64 ``(m, m)``."""
 
     def __init__(self, factored: Tensor, name: str) -> None:
         self._matrix, self._name = factored, name
-        self._factor: tuple[float, Tensor] | None = None
+        self._factor: tuple[float, Tensor] | None = None  # of the damping it was made with
         #: Number of features, and the sum of eigenvalues.
         self.size, self.trace = len(factored), float(factored.trace())
 
@@ -54,18 +49,15 @@ class Damped(ABC):
 
     def _solved(self, right: Tensor, damping: float, precision: float) -> Tensor:
         if self._factor is None or self._factor[0] != damping:
-            self._factor = (damping, self._factorized(damping, precision))
+            damped = self._matrix.clone()
+            damped.diagonal().add_(damping)
+            factor, failed = torch.linalg.cholesky_ex(damped)
+            # The smallest pivot bounds the smallest eigenvalue from above; below the features' rounding it is noise.
+            pivots = factor.diagonal().square()
+            if int(failed) or float(pivots.min()) <= len(damped) * precision * float(damped.diagonal().max()):
+                raise ValueError(singular(f"{self._name} ({self.size} features)", damping))
+            self._factor = damping, factor
         return torch.cholesky_solve(right, self._factor[1])
-
-    def _factorized(self, damping: float, precision: float) -> Tensor:
-        damped = self._matrix.clone()
-        damped.diagonal().add_(damping)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        # The smallest pivot bounds the smallest eigenvalue from above; below the rounding of the features it is noise.
-        pivots = factor.diagonal().square()
-        if int(failed) or float(pivots.min()) <= len(damped) * precision * float(damped.diagonal().max()):
-            raise ValueError(singular(f"{self._name} ({self.size} features)", damping))
-        return factor
 
 
 class DampedMatrix(Damped):

@@ -16,7 +16,6 @@ from stride_lightning.data.examples import HELD_BYTES, Examples
 from stride_lightning.data.reading import Reading
 from stride_lightning.model.blocks import Gradients
 from stride_lightning.model.capture import Backward, Capture
-from stride_lightning.model.layers import cloned
 from stride_lightning.runtime.checks import check_finite
 from stride_lightning.runtime.progress import counting
 from stride_lightning.tasks.likelihoods import Task
@@ -30,13 +29,7 @@ NUM_DIRECTIONS = 8
 class Reader:
     """A data set as batches of inputs and encoded targets on a device, read once and kept if it is small.
 
-    Args:
-        examples: The data.
-        model: In eval mode on the device; with ``target="predicted"`` its weights decide the targets.
-        task: What a batch means.
-        num_outputs: C.
-        batch_size, device, show_progress: As in :class:`~stride_lightning.data.reading.Reading`.
-        target: ``"label"`` or ``"predicted"``.
+    With ``target="predicted"`` the weights of the model, in eval mode on the device, decide the targets.
 
     Raises:
         ValueError: If a target is missing, does not fit the task, or is not finite.
@@ -67,7 +60,6 @@ class Reader:
         #: Encoded targets of all examples, shape ``(n, C)``.
         self.encoded = _joined(encoded)
         self._num_outputs, self._lengths = num_outputs, [part.shape[1] for part in encoded]
-        #: What identifies the data.
         self.fingerprint = reading.fingerprint
         self._held: list[Any] | None = held if size <= HELD_BYTES else None
         #: Most tokens that count in the loss of an example; 1 unless outputs are of tokens.
@@ -79,7 +71,7 @@ class Reader:
         return len(self.examples)
 
     def batches(self, share: slice | None = None, description: str = "") -> Iterator[tuple[slice, Any, Tensor]]:
-        """Places, inputs and encoded targets of some examples in order; a progress bar if there is a description."""
+        """Places, inputs and encoded targets of some examples in order; a description shows a progress bar."""
         start, stop, _ = (share or slice(None)).indices(len(self))
         with counting(stop - start, description, show=self.show_progress and bool(description)) as bar:
             for places, inputs, encoded in self._held_batches(start, stop) if self._held else self._read(start, stop):
@@ -89,14 +81,13 @@ class Reader:
     def _held_batches(self, start: int, stop: int) -> Iterator[tuple[slice, Any, Tensor]]:
         assert self._held is not None
         for first in range(start - start % self.batch_size, stop, self.batch_size):
-            inputs, last = self._held[first // self.batch_size], min(first + self.batch_size, len(self))
+            number, last = first // self.batch_size, min(first + self.batch_size, len(self))
             low, high = max(first, start), min(last, stop)
             if low >= high:
                 continue
-            if (low, high) != (first, last):
-                part = slice(low - first, high - first)
-                inputs = pytree.tree_map(lambda leaf, part=part: leaf[part], inputs)
-            yield slice(low, high), cloned(inputs), self.encoded[low:high, : self._lengths[first // self.batch_size]]
+            part = slice(low - first, high - first)
+            inputs = pytree.tree_map(lambda leaf, part=part: leaf[part].clone(), self._held[number])
+            yield slice(low, high), inputs, self.encoded[low:high, : self._lengths[number]]
 
     def _read(self, start: int, stop: int) -> Iterator[tuple[slice, Any, Tensor]]:
         for rows in self._reading(share=slice(start, stop)):
@@ -127,19 +118,18 @@ class Batch:
 
     def loss(self) -> Gradients:
         """Gradients of each example's loss."""
-        return self._backward.gradients(self._derivative(lambda outputs: self._task.loss(outputs, self.encoded)))
+        return self._backward.gradients(self._derivative(self._task.loss))
 
     def margin(self, *, last: bool = True) -> Gradients:
         """Gradients of each example's margin, or of its outputs towards the target where a task has no margin.
 
-        Args:
-            last: Whether these are the last gradients of this batch, so that the graph may be freed.
+        The ``last`` gradients of a batch free its graph.
         """
         return self._backward.gradients(self._margin[0], last=last)
 
     @property
     def margin_weights(self) -> Tensor:
-        """What turns these into gradients of minus the loss, ``1 - p`` for a margin; shape ``(B,)``."""
+        """Factors that make :meth:`margin` gradients of minus the loss, ``1 - p`` for a margin; shape ``(B,)``."""
         return self._margin[1]
 
     @property
@@ -153,13 +143,13 @@ class Batch:
         try:
             margin = self._task.margin(self.outputs, self.encoded)
         except ValueError:
-            downhill = -self._derivative(lambda outputs: self._task.loss(outputs, self.encoded))
+            downhill = -self._derivative(self._task.loss)
             size = downhill.flatten(1).norm(dim=1)
             unit = downhill / size.clamp(min=torch.finfo(size.dtype).tiny).reshape(-1, *[1] * (downhill.ndim - 1))
             curved = self._task.curvature(self._task.mean(self.outputs), unit) * self._weights
             return unit, size, (unit * curved).flatten(1).sum(1)
-        derivative = self._derivative(lambda outputs: self._task.margin(outputs, self.encoded))
-        return derivative, torch.sigmoid(-margin), torch.sigmoid(-margin) * torch.sigmoid(margin)
+        rest = torch.sigmoid(-margin)
+        return self._derivative(self._task.margin), rest, rest * torch.sigmoid(margin)
 
     def curvature(self, seed: int, *, last: bool = True) -> Iterator[Gradients]:
         """Gradients whose outer products sum to the Gauss-Newton matrix of each example's loss.
@@ -194,21 +184,17 @@ class Batch:
     def _weights(self) -> Tensor | float:
         return self._task.output_weights(self.encoded)
 
-    def _derivative(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+    def _derivative(self, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         with torch.enable_grad():
             outputs = self.outputs.detach().requires_grad_()
-            (direction,) = torch.autograd.grad(function(outputs).sum(), outputs)
+            (direction,) = torch.autograd.grad(function(outputs, self.encoded).sum(), outputs)
         return direction
 
 
 def run_batches(
     capture: Capture, task: Task, reader: Reader, share: slice | None = None, description: str = ""
 ) -> Iterator[Batch]:
-    """Run a model forward over some examples.
-
-    Raises:
-        ValueError: If an output or a loss is not finite, naming the example.
-    """
+    """Run a model forward over some examples; an output or a loss that is not finite is refused, naming its example."""
     with capture.watch() as backward:
         for places, inputs, encoded in reader.batches(share, description):
             with reader.examples.naming(places.start):
@@ -220,10 +206,10 @@ def run_batches(
 
 def _joined(encoded: list[Tensor]) -> Tensor:
     """Encoded targets of all batches; those of sequences are padded with tokens of no weight."""
-    if encoded[0].ndim < 3:
-        return torch.cat(encoded)
-    longest = max(part.shape[1] for part in encoded)
-    return torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in encoded])
+    if encoded[0].ndim == 3:
+        longest = max(part.shape[1] for part in encoded)
+        encoded = [F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in encoded]
+    return torch.cat(encoded)
 
 
 def _counted(task: Task, encoded: Tensor) -> Tensor:

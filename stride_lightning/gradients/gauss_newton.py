@@ -28,9 +28,9 @@ CHUNK_VALUES = 2**24
 class GaussNewton(Curvature):
     """What both solvers share: products with the Gauss-Newton matrix of the mean loss.
 
-    It is ``(1/n) sum_i J_i' l''(o_i) J_i``, where ``J_i`` are the derivatives of the outputs of example i in all
-    parameters, across layers; nothing is approximated. The mean eigenvalue, which the damping is relative to, is the
-    trace over ``min(n, p)``: with more parameters than examples most eigenvalues are zero.
+    It is ``(1/n) sum_i J_i' l''(o_i) J_i``, with derivatives ``J_i`` of the outputs of example i in all parameters,
+    across layers; nothing is approximated. The mean eigenvalue, which the damping is relative to, is the trace over
+    ``min(n, p)``: with more parameters than examples most eigenvalues are zero.
     """
 
     is_collective = True
@@ -60,8 +60,10 @@ class GaussNewton(Curvature):
 
     def _batch_product(self, inputs: Any, encoded: Tensor, tangents: dict[str, Tensor]) -> dict[str, Tensor]:
         module, task = self._train.capture.outputs, self._train.task
-        weights = task.output_weights(encoded)
+        weights, layouts = task.output_weights(encoded), self._train.capture.layouts.values()
         parameters = {name: value.detach() for name, value in self._train.capture.parameters.items()}
+        # Values per example in a forward pass, roughly: the outputs of all layers.
+        width = sum((layout.shapes[0] or (1,))[0] for layout in layouts)
 
         def outputs_of(given: dict[str, Tensor]) -> Tensor:
             return functional_call(module, {f"model.{name}": value for name, value in given.items()}, (inputs,))
@@ -76,12 +78,7 @@ class GaussNewton(Curvature):
                 return pull(weights * task.curvature(mean, moved))[0]
 
             num_places = outputs[..., 0].numel()
-            return vmap(one, chunk_size=max(1, CHUNK_VALUES // (num_places * self._width)))(tangents)
-
-    @property
-    def _width(self) -> int:
-        """Values per example in a forward pass, roughly: the outputs of all layers."""
-        return sum((layout.shapes[0] or (1,))[0] for layout in self._train.capture.layouts.values())
+            return vmap(one, chunk_size=max(1, CHUNK_VALUES // (num_places * width)))(tangents)
 
     def _by_parameter(self, vectors: Tensor) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}
@@ -104,13 +101,8 @@ class GaussNewton(Curvature):
 class ConjugateGradient(GaussNewton):
     """Damped Gauss-Newton systems by conjugate gradients, preconditioned by EK-FAC.
 
-    The systems of several queries are solved together, as one with a block for each; every query is scaled to unit
-    norm first, so that none is solved less well than another.
-
-    Args:
-        damping: Relative to the mean eigenvalue.
-        tolerance: Largest norm of the residual relative to that of the gradients.
-        max_iterations: Products at most; reaching them is warned of.
+    Queries are solved together, each scaled to unit norm first, so that none is solved less well than another. At the
+    end the norm of a residual is below ``tolerance`` times that of its gradient, else ``max_iterations`` is warned of.
     """
 
     def __init__(self, damping: float = 0.0, *, tolerance: float = 1e-3, max_iterations: int = 200) -> None:
@@ -132,7 +124,7 @@ class ConjugateGradient(GaussNewton):
     def solve(self, gradients: Gradients) -> Gradients:
         dense = gradients.dense()
         norms = dense.norm(dim=1, keepdim=True).clamp(min=torch.finfo(dense.dtype).tiny)
-        start, damping = dense / norms, self.absolute_damping
+        damping = self.absolute_damping
 
         def product(vectors: Tensor) -> Tensor:
             bar.update(1)
@@ -142,9 +134,8 @@ class ConjugateGradient(GaussNewton):
             return self._preconditioner.solve_damped(self._gradients(vectors), damping).dense()
 
         with counting(self.max_iterations, "Conjugate gradients", self._train.reader.show_progress) as bar:
-            solution = conjugate_gradients(
-                product, start, precondition, tolerance=self.tolerance, max_iterations=self.max_iterations
-            )
+            limits = {"tolerance": self.tolerance, "max_iterations": self.max_iterations}
+            solution = conjugate_gradients(product, dense / norms, precondition, **limits)
         self.chosen["iterations"] = max(solution.num_iterations, self.chosen.get("iterations", 0))
         if not solution.is_solved:
             warnings.warn(
@@ -157,15 +148,11 @@ class ConjugateGradient(GaussNewton):
 
 
 class LiSSA(GaussNewton):
-    """Damped Gauss-Newton systems by a Neumann series over random batches.
+    """Damped Gauss-Newton systems by a Neumann series of ``depth`` terms, over random batches.
 
     ``v <- g + (I - (H_b + damping I) / s) v`` for one batch b after another ends near ``s (H + damping I)^-1 g``. The
     scale s is above the largest eigenvalue of every batch, found by power iteration: the series cannot diverge. The
     second half of the terms is averaged, as the last alone keeps the noise of the last batches.
-
-    Args:
-        damping: Relative to the mean eigenvalue.
-        depth: Number of terms.
 
     Reference: arXiv:1602.03943 (LiSSA); arXiv:1703.04730, section 3.
     """
@@ -211,14 +198,15 @@ class LiSSA(GaussNewton):
                 if step >= self.depth // 2:
                     later += vectors / (self.depth - self.depth // 2)
                 bar.update(1)
-        found = later / scale
-        left = (start - self.product(found) - damping * found).norm(dim=1) / start.norm(dim=1).clamp(min=1e-30)
-        self.chosen["residual_max"] = max(float(left.max()), self.chosen.get("residual_max", 0.0))
-        if float(left.max()) > 0.1:
+        solution = later / scale
+        residuals = (start - self.product(solution) - damping * solution).norm(dim=1)
+        largest = float((residuals / start.norm(dim=1).clamp(min=1e-30)).max())
+        self.chosen["residual_max"] = max(largest, self.chosen.get("residual_max", 0.0))
+        if largest > 0.1:
             warnings.warn(
-                f"LiSSA ended with residuals of up to {float(left.max()):.0%} of the gradients after {self.depth} "
+                f"LiSSA ended with residuals of up to {largest:.0%} of the gradients after {self.depth} "
                 "terms, so scores are those of a stronger damping in some directions. Give a larger `damping=`, more "
                 "`depth=`, or use method='influence-cg'.",
                 stacklevel=2,
             )
-        return self._gradients(found)
+        return self._gradients(solution)

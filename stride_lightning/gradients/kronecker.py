@@ -62,10 +62,10 @@ class EKFAC(Curvature):
     """Gauss-Newton blocks ``(U_S kron U_A) diag(Lambda) (U_S kron U_A)'``, eigenvalues corrected.
 
     ``U_A`` and ``U_S`` are the eigenvectors of the covariances of what enters a layer and what comes back to it,
-    ``Lambda`` the mean squared gradient in that basis. Gradients come back from the loss's Gauss-Newton matrix at the
-    outputs itself, summed over all of up to 32 outputs (eight random directions beyond), so that no labels are drawn.
-    Embeddings keep their rows as they are, where the covariance is diagonal. A side wider than ``MAX_SIDE`` keeps
-    its own basis; parameters without factors have a full matrix up to ``MAX_VECTOR`` of them, else its diagonal.
+    ``Lambda`` the mean squared gradient in that basis. Gradients come back from the loss's Gauss-Newton matrix at up to
+    32 outputs (eight random directions beyond), so that no labels are drawn. Embeddings keep their rows, where the
+    covariance is diagonal, and so does a side wider than ``MAX_SIDE``; parameters without factors have a full matrix up
+    to ``MAX_VECTOR`` of them, else its diagonal.
 
     Memory: ``L^2 + R^2 + L R`` values for a block of matrices of shape ``(L, R)``.
 
@@ -90,7 +90,7 @@ class EKFAC(Curvature):
         return self.solve_damped(gradients, self.absolute_damping)
 
     def solve_damped(self, gradients: Gradients, damping: float) -> Gradients:
-        """The same with a damping that is not relative to anything."""
+        """The same with an absolute damping."""
 
         def solved(name: str, block: Block) -> Tensor:
             basis = self._bases[name]
@@ -109,10 +109,9 @@ class EKFAC(Curvature):
                     yield name, basis.rotated(block).sum_of_squares()
                     continue
                 # Squares of a single outer product are products of squares: what entered is the same for all outputs.
-                (outer,) = block.outers
                 for sums, side, rotate in ((lefts, "left", basis.rows), (rights, "right", basis.columns)):
                     if side != constant or name not in sums:
-                        sums[name] += rotate(outer)[:, 0].square()
+                        sums[name] += rotate(block.outers[0])[:, 0].square()
         for name, left in lefts.items():
             yield name, (left.T @ rights[name]).flatten()
 
@@ -129,18 +128,14 @@ class EKFAC(Curvature):
                         if column == 0 or padded or side != constant:
                             for factor in factors(block, padded=padded):
                                 sums[name] += factor.T @ factor
-        return {
-            name: Basis(shape, _eigenvectors(lefts.get(name)), _eigenvectors(rights.get(name)))
-            for name, shape in shapes.items()
-        }
+        vectors = {name: (_eigenvectors(lefts.get(name)), _eigenvectors(rights.get(name))) for name in shapes}
+        return {name: Basis(shape, *vectors[name]) for name, shape in shapes.items()}
 
 
 def _left_factors(block: Block, *, padded: bool) -> list[Tensor]:
-    """What the basis of the rows is made of; nothing where they keep their own.
+    """What the basis of the rows is made of (nothing where they keep their own), without places of padding.
 
-    Args:
-        block: Gradients.
-        padded: Leave out places with a gradient of zero, such as padding, which is not part of the data.
+    Those have a gradient of zero and are not part of the data.
     """
     if block.is_dense:
         return [block.dense()] if block.size <= MAX_VECTOR else []
@@ -167,7 +162,4 @@ def _is_not_zero(factor: Tensor) -> Tensor:
 
 
 def _eigenvectors(covariance: Tensor | None) -> Tensor | None:
-    if covariance is None:
-        return None
-    summed = total(covariance)
-    return torch.linalg.eigh(summed.double())[1].to(covariance)
+    return None if covariance is None else torch.linalg.eigh(total(covariance).double())[1].to(covariance)

@@ -61,10 +61,9 @@ class GradCosAttributor(GradDotAttributor):
 class TracInAttributor(GradDotAttributor):
     """TracIn: inner products of loss gradients at checkpoints along training, weighted by the learning rate then.
 
-    Parameters with learning rates of their own are weighted by theirs. With one checkpoint per epoch the unit is nats
-    of query loss times the batch size; momentum and the scaling of adaptive optimizers are not part of the method. A
-    ``.ckpt`` holds the learning rate after its scheduler's last move, which is warned of; TracInCallback records the
-    one that was used.
+    Parameters are weighted by their own learning rates. With one checkpoint per epoch the unit is nats of query loss
+    times the batch size; momentum and the scaling of adaptive optimizers are not part of the method. A ``.ckpt`` holds
+    the learning rate after its scheduler's last move, which is warned of; TracInCallback records the one used.
 
     Args:
         record: Given to ``attribute()``: a folder of records of ``TracInCallback``, or of ``.ckpt`` files. By default
@@ -96,15 +95,13 @@ class TracInAttributor(GradDotAttributor):
                 "did, not how the model came to be as it is.",
                 stacklevel=2,
             )
-        scheduled = [one.name for one in checkpoints if one.is_scheduled]
-        if scheduled:
+        if scheduled := [one.name for one in checkpoints if one.is_scheduled]:
             warnings.warn(
                 f"The learning rates in {', '.join(scheduled[:3])} were stored beside a scheduler, which may have "
                 "moved them on after the last step. TracInCallback records the ones that were used.",
                 stacklevel=2,
             )
-        without = [one.name for one in checkpoints if one.learning_rates is None]
-        if without:
+        if without := [one.name for one in checkpoints if one.learning_rates is None]:
             raise ValueError(
                 f"{', '.join(without[:3])} hold no learning rates, which TracIn weighs checkpoints by. Use records of "
                 "TracInCallback or Lightning's .ckpt files; method='grad-dot' with `checkpoints=` weighs all equally."

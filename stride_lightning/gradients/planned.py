@@ -73,41 +73,27 @@ class PlannedAttributor(Attributor):
         if len(self.train_data) < world_size():
             raise ValueError(f"{len(self.train_data)} training examples cannot be shared by {world_size()} processes.")
         self.share = shard(len(self.train_data))
-        self.metadata |= {
-            "data": self.reader.fingerprint,
-            "options": self.options(),
-            "gradients": self.capture.described(),
-        }
+        self.metadata |= {"data": self.reader.fingerprint, "options": self.options()}
+        self.metadata["gradients"] = self.capture.described()
 
     def read(self, model: nn.Module, examples: Examples, device: torch.device, target: str) -> Reader:
         """Examples as batches of inputs and encoded targets, read once."""
-        return Reader(
-            examples,
-            model,
-            self.task,
-            self.num_outputs,
-            batch_size=self.batch_size,
-            device=device,
-            target=target,
-            show_progress=self.show_progress,
-        )
+        options: dict[str, Any] = {"batch_size": self.batch_size, "show_progress": self.show_progress}
+        return Reader(examples, model, self.task, self.num_outputs, device=device, target=target, **options)
 
     def _inputs(self, model: nn.Module, batch: Any) -> Any:
         return in_precision_of(model, self.task.inputs(batch))
 
     def collect_scores(
-        self, asked: Reader, chunks: Sequence[slice], tiles: Callable[[slice], Callable[[slice], Tensor]]
+        self, queries: Reader, chunks: Sequence[slice], tiles: Callable[[slice], Callable[[slice], Tensor]]
     ) -> Attribution | TopAttribution:
         """Scores of this process's training examples for chunks of queries, gathered; or the top of each query.
 
-        Args:
-            asked: The queries.
-            chunks: Which of them are done at once.
-            tiles: For a chunk, what gives scores of shape ``(chunk, columns)`` for some training examples.
+        For a chunk, ``tiles`` gives a function of training examples that returns scores ``(chunk, columns)``.
         """
         mine = self.share.stop - self.share.start
         k = None if self.top_k is None else min(self.top_k, len(self.train_data))
-        scores = torch.empty(len(asked), mine) if k is None else torch.empty(0)
+        scores = torch.empty(len(queries), mine) if k is None else torch.empty(0)
         collectors: list[TopCollector] = []
         longest = -(-len(self.train_data) // world_size())
         for chunk in chunks:
@@ -121,7 +107,7 @@ class PlannedAttributor(Attributor):
                 if not torch.isfinite(part).all():
                     query, column = (~torch.isfinite(part)).nonzero()[0].tolist()
                     raise ValueError(
-                        f"The score of query {asked.examples.name(chunk.start + query)} for training example "
+                        f"The score of query {queries.examples.name(chunk.start + query)} for training example "
                         f"{self.train_data.name(columns.start + column)} is not finite: its gradient is too large for "
                         "the precision, or the curvature too small. Check the weights, or give a larger `damping=` (or "
                         "`ridge=`)."
@@ -132,8 +118,8 @@ class PlannedAttributor(Attributor):
                     collectors[-1].update(part, torch.arange(columns.start, columns.stop))
         about: dict[str, Any] = {
             "train_targets": self.task.shown(self.reader.encoded),
-            "query_targets": self.task.shown(asked.encoded),
-            "metadata": {"query_data": asked.fingerprint},
+            "query_targets": self.task.shown(queries.encoded),
+            "metadata": {"query_data": queries.fingerprint},
         }
         if k is None:
             return Attribution(gather(scores, len(self.train_data), dim=1), **about)

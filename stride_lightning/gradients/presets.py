@@ -32,13 +32,11 @@ class InfluenceAttributor(GradientAttributor):
     curvature leaves out, shrink or stretch it, so that it is a ranking rather than a prediction.
 
     Args:
-        damping: Relative to the mean eigenvalue of the curvature; it can be set after a fit, which stays as it is.
+        damping: Relative to the mean eigenvalue of the curvature.
         kwargs: Arguments of :class:`GradientAttributor`.
     """
 
-    #: Damping where none is given.
     default_damping: ClassVar[float]
-    #: The curvature that is damped.
     curvature_class: ClassVar[type[Curvature]]
 
     def __init__(self, *, damping: float | None = None, **kwargs: Any) -> None:
@@ -47,7 +45,7 @@ class InfluenceAttributor(GradientAttributor):
 
     @property
     def damping(self) -> float:
-        """Relative to the mean eigenvalue; another can be set after a fit, which need not be done again."""
+        """Relative to the mean eigenvalue; it can be set after a fit, which need not be done again."""
         return self._damping
 
     @damping.setter
@@ -62,13 +60,9 @@ class InfluenceAttributor(GradientAttributor):
     def options(self) -> dict[str, Any]:
         return {**super().options(), "damping": self._damping}
 
-    def curvature_options(self) -> dict[str, Any]:
-        """Arguments of the curvature besides the damping."""
-        return {}
-
     @override
     def curvature(self) -> Curvature:
-        return self.curvature_class(self._damping, **self.curvature_options())
+        return self.curvature_class(self._damping)
 
 
 class DiagonalAttributor(InfluenceAttributor):
@@ -108,17 +102,17 @@ class ConjugateGradientAttributor(InfluenceAttributor):
     Reference: arXiv:1703.04730, section 3.
     """
 
-    method, default_damping, curvature_class = "influence-cg", 3.0, ConjugateGradient
+    method, default_damping = "influence-cg", 3.0
     copies = 8
 
     def __init__(self, *, tolerance: float = 1e-3, max_iterations: int = 200, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.tolerance, self.max_iterations = tolerance, max_iterations
-        ConjugateGradient(**self.curvature_options())  # refuses what cannot be, before any work
+        ConjugateGradientAttributor.curvature(self)  # refuses what cannot be, before any work
 
     @override
-    def curvature_options(self) -> dict[str, Any]:
-        return {"tolerance": self.tolerance, "max_iterations": self.max_iterations}
+    def curvature(self) -> Curvature:
+        return ConjugateGradient(self.damping, tolerance=self.tolerance, max_iterations=self.max_iterations)
 
 
 class LiSSAAttributor(InfluenceAttributor):
@@ -131,7 +125,7 @@ class LiSSAAttributor(InfluenceAttributor):
     Reference: arXiv:1602.03943; arXiv:1703.04730, section 3.
     """
 
-    method, default_damping, curvature_class = "influence-lissa", 3.0, LiSSA
+    method, default_damping = "influence-lissa", 3.0
     copies = 8
 
     def __init__(self, *, depth: int = 200, **kwargs: Any) -> None:
@@ -139,8 +133,8 @@ class LiSSAAttributor(InfluenceAttributor):
         self.depth = check_count("depth", depth)
 
     @override
-    def curvature_options(self) -> dict[str, Any]:
-        return {"depth": self.depth}
+    def curvature(self) -> Curvature:
+        return LiSSA(self.damping, depth=self.depth)
 
 
 class LastLayerAttributor(ConjugateGradientAttributor):
@@ -189,9 +183,9 @@ class TRAKAttributor(InfluenceAttributor):
 
     .. math:: \phi_q' (\Phi'\Phi + \lambda I)^{-1} \phi_i (1 - p_i)
 
-    Unit: log-odds of the query's target, for taking the example out of the training set. With ``checkpoints`` of
-    several models, kernels and probabilities are averaged by themselves. A task without a margin has its outputs
-    towards the target in place of it, and the size of the residual in place of ``1 - p``.
+    Unit: log-odds of the query's target, for taking the example out of the training set. With several ``checkpoints``,
+    kernels and probabilities are averaged by themselves. A task without a margin has its outputs towards the target in
+    place of it, and the size of the residual in place of ``1 - p``.
 
     Args:
         projection_dim: Number of features of an example.

@@ -19,11 +19,7 @@ EVERYTHING = "all parameters"
 
 
 class Projection(ABC):
-    """A linear map of gradients to fewer features, the same for every example.
-
-    Args:
-        seed: Seed of the map.
-    """
+    """A linear map of gradients to fewer features, the same for every example and made of a seed."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -37,33 +33,29 @@ class Projection(ABC):
         """Random signs, shape ``(rows, columns)``, made of the seed and a name."""
         key = (name, like.device, like.dtype)
         if key not in self._matrices:
-            # The checksum of the name: Python's hash of a string differs from process to process.
-            generator = torch.Generator().manual_seed(mix(self.seed, zlib.crc32(name.encode())))
-            signs = torch.randint(0, 2, (rows, columns), generator=generator, dtype=torch.int8)
+            signs = torch.randint(0, 2, (rows, columns), generator=self._generator(name), dtype=torch.int8)
             self._matrices[key] = (signs * 2 - 1).to(like)
         return self._matrices[key]
+
+    def _generator(self, name: str) -> torch.Generator:
+        # The checksum of the name: Python's hash of a string differs from process to process.
+        return torch.Generator().manual_seed(mix(self.seed, zlib.crc32(name.encode())))
 
     def _count_sketch(self, name: str, block: Block, size: int) -> Tensor:
         """Vectors with each parameter added, with a random sign, to one of ``size`` sums."""
         values, signs = block.dense(), self._signs(f"{name}/sign", 1, block.size, block.dense())
-        generator = torch.Generator().manual_seed(mix(self.seed, zlib.crc32(f"{name}/bucket".encode())))
-        bucket = torch.randint(size, (block.size,), generator=generator).to(values.device)
+        bucket = torch.randint(size, (block.size,), generator=self._generator(f"{name}/bucket")).to(values.device)
         return values.new_zeros(len(values), size).index_add_(1, bucket, values * signs)
 
 
 class JointProjection(Projection):
-    r"""All blocks together onto ``dim`` features, by products of random signs of the two factors.
+    r"""All blocks together onto ``dim`` features m, by products of random signs of the two factors.
 
     .. math:: \phi_r = \frac{1}{\sqrt{m}} \sum_l \sum_t (s_{lr}' \delta_{lt}) (u_{lr}' a_{lt})
 
     so that no gradient is ever made: ``m (L + R)`` operations per place and layer in place of ``m L R``. Inner
     products are kept on average. Blocks without factors are added by a count sketch. The signs take ``4 m (L + R)``
-    bytes for a layer.
-
-    Args:
-        dim: Number of features m; with as many parameters or fewer, all of them are kept as they are.
-        seed: Seed of the signs.
-        num_parameters: Parameters in all blocks.
+    bytes for a layer. Up to m parameters in all blocks are kept as they are.
 
     Reference: arXiv:2303.14186 (TRAK), for the projection; the product form is that of tensor sketches.
     """
@@ -95,9 +87,7 @@ class JointProjection(Projection):
 class LayerProjection(Projection):
     """Each block onto ``dim x dim`` features: both sides of its matrices by random signs, ``P_S G P_A'``.
 
-    Args:
-        dim: Rows and columns that are left; a narrower side is kept as it is.
-        seed: Seed of the signs.
+    A side narrower than ``dim`` is kept as it is.
 
     Reference: arXiv:2405.13954 (LoGra), section 3.
     """

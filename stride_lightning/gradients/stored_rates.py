@@ -24,13 +24,8 @@ def stored_rates(checkpoint: Mapping[str, Any], model: nn.Module, where: str) ->
     stores if the optimizer was made with named parameters; else, if all groups have one rate, it is that of every
     trainable parameter; else by their order in the optimizers that ``configure_optimizers`` makes for the model.
 
-    Args:
-        checkpoint: What the file holds.
-        model: The model it is of.
-        where: The file, for messages.
-
     Returns:
-        None where the file stores no optimizer.
+        None where the file, which messages call ``where``, stores no optimizer.
 
     Raises:
         ValueError: If rates differ and it cannot be told whose they are.
@@ -45,8 +40,7 @@ def stored_rates(checkpoint: Mapping[str, Any], model: nn.Module, where: str) ->
     groups = [group for of_one in by_optimizer for group in of_one]
     if not groups or any(group.get("lr") is None for group in groups):
         return None
-    named = _by_stored_names(groups, model)
-    if named is not None:
+    if (named := _by_stored_names(groups, model)) is not None:
         return named
     rates = [float(group["lr"]) for group in groups]
     alike = len(set(rates)) == 1

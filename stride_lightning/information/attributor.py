@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -73,11 +74,12 @@ class InformationAttributor(PlannedAttributor):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        TangentFeatures.check(likelihood, projection_dim)
+        if likelihood not in get_args(Likelihood):
+            raise ValueError(f"`likelihood` must be one of {get_args(Likelihood)}, got {likelihood!r}.")
         if not isinstance(signed, bool):
             raise ValueError(f"`signed` must be True or False, got {signed!r}.")
         self.likelihood: Likelihood = likelihood
-        self.projection_dim, self.signed = projection_dim, signed
+        self.projection_dim, self.signed = check_count("projection_dim", projection_dim), signed
         self.ridge = None if ridge is None else check_ridge(ridge)
         if self.ridge == 0 and self.form == "gain":
             raise ValueError("A gain is relative to a prior, and `ridge=0` is none: give a positive number.")
@@ -140,11 +142,7 @@ class InformationAttributor(PlannedAttributor):
         self, model: nn.Module, queries: Examples, device: torch.device, target: str
     ) -> Attribution | TopAttribution:
         reader = self.read(model, queries, device, target)
-        vectors, downhill = self._query_side(reader)
-
-        def tile(columns: slice) -> Tensor:
-            return self._tile(vectors, downhill, columns)
-
+        tile = partial(self._tile, *self._query_side(reader))
         attribution = self.collect_scores(reader, [slice(0, len(reader))], lambda _: tile)
         attribution.metadata["unit"] = f"nats{'' if self.signed else ', unsigned'}"
         return attribution
@@ -249,10 +247,7 @@ class InformationAttributor(PlannedAttributor):
         """Training examples chosen one after the other for most information about all weights; needs :meth:`fit`.
 
         A greedy set has at least 63 % of the information of the best set of its size. Every process must call it, and
-        does all of it; memory: ``8 n C k`` bytes.
-
-        Returns:
-            Positions in the training dataset, in order of choice, and what each adds in nats.
+        does all of it; memory: ``8 n C k`` bytes. Places of the coreset are positions in the training dataset.
         """
         self.check_fitted("coreset()")
         check_count("size", size, maximum=len(self.train_data))
@@ -283,7 +278,7 @@ class InformationAttributor(PlannedAttributor):
         return self.tangents.num_rows, self.tangents.dim
 
     def vectors(self, places: Tensor, form: Form | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Vectors of the training examples at some places, batch by batch, by the method's form or another one.
+        """Vectors of the training examples at some places, by the method's form or another one.
 
         Yields:
             Some of the places, ``(b,)``, and the vectors of :func:`index_vectors`, ``(b, C, k)`` on the CPU.

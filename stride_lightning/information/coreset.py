@@ -16,16 +16,13 @@ _BATCH = 64  # examples whose gains are brought up to date together
 
 
 class Coreset(NamedTuple):
-    """Chosen examples, best first: the first m are the coreset of size m.
+    """Chosen examples, best first: the first m are the coreset of size m."""
 
-    Args:
-        places: Rows of the features, shape ``(size,)``.
-        gains: What each adds to those before, in nats, float64 of the same shape; never increasing.
-        num_updates: How many gains were computed, of the ``n * size`` that plain greedy choice takes.
-    """
-
+    #: Rows of the features, shape ``(size,)``.
     places: Tensor
+    #: What each adds to those before, in nats, float64 of the same shape; never increasing.
     gains: Tensor
+    #: How many gains were computed, of the ``n * size`` that plain greedy choice takes.
     num_updates: int
 
 
@@ -34,16 +31,10 @@ def choose_coreset(features: Tensor, size: int, posterior: Posterior) -> Coreset
 
     The information of a set, ``1/2 logdet(I + B_S A^-1 B_S')``, is monotone and submodular: a greedy set of any size
     has at least ``1 - 1/e`` (63 %) of that of the best one. Choice is lazy: gains only shrink, so an example is looked
-    at again only when its last gain is above all that are known. No labels enter.
-    Memory: ``O(n (k + C^2) + size C k)``.
+    at again only when its last gain is above all that are known. Ties go to the first. No labels enter.
 
-    Args:
-        features: Noise-whitened features of the candidates, shape ``(n, C, k)``.
-        size: How many to choose, at most n.
-        posterior: What is known already: :meth:`Posterior.without_data` to choose from nothing.
-
-    Returns:
-        Choices and gains, which add up to the information of the whole set; ties go to the first.
+    Features are noise-whitened, shape ``(n, C, k)``; the posterior is what is known already. Memory:
+    ``O(n (k + C^2) + size C k)``. Gains add up to the information of the whole set.
 
     Example:
         >>> features = torch.tensor([[[2.0, 0.0]], [[2.0, 0.0]], [[0.0, 1.0]]])

@@ -53,16 +53,11 @@ class Evidence:
 
     def described(self) -> dict[str, float | str | None]:
         """Plain values for the metadata."""
-        names = ("noise_variance", "log_evidence", "num_effective", "at_edge")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("noise_variance", "log_evidence", "num_effective", "at_edge")}
 
     def plot(self) -> Figure:
-        """The profile: nats below the best over the ridge, as a figure without pyplot, which ``savefig`` writes.
-
-        Raises:
-            ModuleNotFoundError: If matplotlib is not installed.
-        """
-        from stride_lightning.views.drawing import GREEN, GREY, INK, RULE, blank_figure
+        """The profile: nats below the best over the ridge; needs matplotlib, not pyplot: ``savefig`` writes it."""
+        from stride_lightning.views.drawing import GREEN, INK, blank_figure, style_axes
 
         figure = blank_figure(4.8, 3.0)
         axes = figure.add_axes((0.14, 0.19, 0.82, 0.7))
@@ -76,12 +71,7 @@ class Evidence:
         axes.set(xscale="log", xlim=limits, ylim=(-62.0, 3.0))
         axes.minorticks_off()
         axes.set_title(f"ridge {self.ridge:.3g}, noise variance {self.noise_variance:.3g}", fontsize=9, color=INK)
-        axes.set_xlabel("ridge (shaded: within 2 nats)", fontsize=7.5, color=GREY)
-        axes.set_ylabel("log evidence less its largest (nats)", fontsize=7.5, color=GREY)
-        axes.tick_params(labelsize=7.5, color=RULE, labelcolor=GREY)
-        axes.grid(color=RULE, linewidth=0.5)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        style_axes(axes, "ridge (shaded: within 2 nats)", "log evidence less its largest (nats)")
         return figure
 
     def __repr__(self) -> str:
@@ -99,14 +89,14 @@ def fit_evidence(
 ) -> Evidence:
     r"""Choose the prior precision, and the noise variance, under which the data are most probable.
 
-    Laplace's approximation at the trained weights w of a linearised model with features X: the targets' noise has
-    variance s2, the weights' prior s2 / ridge.
+    Laplace's approximation at the trained weights w of a linearised model with features X; the targets' noise has
+    variance s2, the prior s2 / ridge.
 
     .. math:: -\frac{1}{2} \Big( N \log 2 \pi s^2 + \frac{|r|^2 + \mathrm{ridge} \, |w|^2}{s^2}
               + \log \det (I + X'X / \mathrm{ridge}) \Big)
 
     The best s2 of each ridge is known in closed form. Ridges from 1e-8 to 1e4 times the largest eigenvalue are tried,
-    then refined.
+    then refined; a ``UserWarning`` says what it means if the best is at an end.
 
     Args:
         gram: ``X'X`` over all data, shape ``(k, k)``.
@@ -117,9 +107,6 @@ def fit_evidence(
 
     Raises:
         ValueError: If all features or all weights are zero, or not finite.
-
-    Warns:
-        UserWarning: If the evidence is largest at an end of the grid, and what that means.
 
     Example:
         >>> evidence = fit_evidence(100 * torch.eye(3).double(), 3.0, 50.0, 100)

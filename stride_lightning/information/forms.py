@@ -26,14 +26,9 @@ def index_vectors(features: Tensor, posterior: Posterior, form: Form = "loss") -
     vector per output, and the exact value needs the products of all (:func:`nats`); for t, the sum of their squares, a
     loss is at least ``1/2 log(1 + t)`` and at most ``r/2 log(1 + t / r)``, r the smaller number of outputs.
 
-    Args:
-        features: Noise-whitened, shape ``(b, C, k)``; for a loss these must be among the data of the posterior.
-        posterior: Of all data.
-        form: Which information.
-
-    Returns:
-        Shape ``(b, C, k)``, of the features' precision (float32 at least). Eigenvalues of ``S`` are taken as
-        ``1 - 1e-6`` at most in a loss: what an example alone determines is worth 6.6 nats, not infinitely many.
+    Features are noise-whitened, of shape ``(b, C, k)``, for a loss among the data of the posterior; so are the vectors,
+    of the features' precision (float32 at least). In a loss, eigenvalues of ``S`` are taken as ``1 - 1e-6`` at most:
+    what an example alone determines is worth 6.6 nats, not infinitely many.
 
     Raises:
         ValueError: If an example cannot be among the data of the posterior, or there is no such form.

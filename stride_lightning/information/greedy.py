@@ -17,36 +17,31 @@ _ELEMENTS = 1 << 22  # of the state of the queries that are worked on together
 
 
 class GreedySets(NamedTuple):
-    """A set per query, in order of choice.
+    """A set per query, in order of choice."""
 
-    Args:
-        places: Rows of the training features, shape ``(q, t)``.
-        nats: Information lost or gained with the first 1, 2, ... of them together, float64 of the same shape.
-    """
-
+    #: Rows of the training features, shape ``(q, t)``.
     places: Tensor
+    #: Information lost or gained with the first 1, 2, ... of them together, float64 of the same shape.
     nats: Tensor
 
 
 def greedy_sets(
     train: Features, queries: Tensor, posterior: Posterior, size: int, *, form: Form = "loss"
 ) -> GreedySets:
-    """For each query the training examples that one would remove, or show, one after the other.
+    """For each query the training examples that change its entropy most, one after the other, given those before.
 
-    Each is the one that changes the entropy of the query most, given those before. A ``"gain"`` explains a query by
-    examples that differ, for a copy tells little that is new; a ``"loss"`` gathers copies, for only without all of
-    them something is lost. Neither is submodular for single queries: greedy sets need not be near the best ones.
-
-    Nothing is fitted again: a choice is a rank-C update of all covariances, ``O(n C^2 (k + C))`` per query. Memory:
-    the whitened features in double precision, and ``O(n C (C + C'))`` for the queries worked on together.
+    A ``"gain"`` explains a query by examples that differ, for a copy tells little that is new; a ``"loss"`` gathers
+    copies, for only without all of them something is lost. Neither is submodular for single queries: greedy sets need
+    not be near the best ones. Nothing is fitted again: a choice is a rank-C update of all covariances,
+    ``O(n C^2 (k + C))`` per query. Memory: the whitened features in double precision, and ``O(n C (C + C'))`` for the
+    queries worked on together.
 
     Args:
         train: Noise-whitened features of the candidates, ``(n, C, k)`` or batches of them.
         queries: Those of the queries, ``(q, C', k)``.
         posterior: Of all training data; a ``"gain"`` uses no more of it than the prior.
         size: How many to choose, at most n.
-        form: ``"loss"`` to remove them from the data, ``"gain"`` when nothing else is known, ``"copy"`` for further
-            copies given all data, each once.
+        form: ``"loss"`` to remove them, ``"gain"`` when nothing else is known, ``"copy"`` for one more of each.
 
     Raises:
         ValueError: If there are fewer candidates, or for a loss they cannot be among the data.
@@ -108,12 +103,7 @@ def _choose(whitened: Tensor, variance: Tensor, queries: Tensor, size: int, form
 
 
 def first_best(scores: Tensor) -> Tensor:
-    """Place of the largest score of each row ``(..., n)``, the first of those that rounding alone may set apart.
-
-    Example:
-        >>> first_best(torch.tensor([1.0, 3.0 - 1e-12, 3.0], dtype=torch.float64))
-        tensor(1)
-    """
+    """Place of the largest score of each row ``(..., n)``, the first of those that rounding alone may set apart."""
     largest = scores.max(-1, keepdim=True).values
     # Copies of an example need not have the same score to the last digit: that depends on how a product is cut.
     return (scores >= largest - TIE * largest.abs()).to(torch.uint8).argmax(-1)

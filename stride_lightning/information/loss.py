@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from stride_lightning.information.forms import Form, index_vectors, inverse_root, nats, noise_with, query_vectors
+from stride_lightning.information.forms import Form, index_vectors, nats, query_vectors
 from stride_lightning.information.posterior import Features, Posterior, check_features, feature_batches
 
 _ELEMENTS = 1 << 21  # of the products of one chunk of pairs
@@ -20,20 +17,15 @@ def information(train: Features, queries: Tensor, posterior: Posterior, form: Fo
     A ``"loss"`` is ``1/2 logdet(I + V_(D-i)) - 1/2 logdet(I + V_D)``, the rise of the entropy of the predictive
     distribution, which is the mutual information of the two outputs given all other examples: for one output
     ``1/2 log(1 + c^2 / ((1 - s) (1 + v)))`` with the posterior covariance c and variances s and v. A ``"gain"`` is
-    ``-1/2 log(1 - c^2 / ((1 + s) (1 + v)))`` of the prior, a cosine of the two gradients, damped by the ridge. Neither
-    is ever negative or says whether the example helps: labels do not enter.
+    ``-1/2 log(1 - c^2 / ((1 + s) (1 + v)))`` of the prior, a cosine of the two gradients, damped by the ridge. Both are
+    nats of shape ``(q, n)``, never negative, and do not say whether the example helps: labels do not enter.
 
     Args:
-        train: Noise-whitened features, ``(n, C, k)`` or batches of them; for a loss, those of the posterior.
+        train: Noise-whitened features, ``(n, C, k)`` or batches of them; for a loss, those of the posterior, or a
+            ``ValueError`` is raised.
         queries: Those of the queries, ``(q, C', k)``.
         posterior: Of all training data; a ``"gain"`` uses no more of it than the prior.
         form: ``"loss"``; ``"gain"`` when nothing else is known; ``"copy"`` for one more copy, given all data.
-
-    Returns:
-        Nats, shape ``(q, n)``.
-
-    Raises:
-        ValueError: If an example cannot be among the data of the posterior.
 
     Example:
         >>> train = torch.tensor([[[1.0, 0.0]], [[0.0, 2.0]]])
@@ -43,16 +35,12 @@ def information(train: Features, queries: Tensor, posterior: Posterior, form: Fo
 
     Reference: arXiv:2604.03858.
     """
-    blocks = information_blocks(train, queries, posterior, form)
-    return torch.cat([queries.new_empty(len(queries), 0), *blocks], 1)
-
-
-def information_blocks(train: Features, queries: Tensor, posterior: Posterior, form: Form = "loss") -> Iterator[Tensor]:
-    """The columns of :func:`information`, ``(q, b)``, for at most 4096 consecutive examples after the other."""
     query_side = query_vectors(queries, posterior, form)
+    blocks = [queries.new_empty(len(queries), 0)]
     for batch in feature_batches(train):
         vectors = index_vectors(batch, posterior, form)
-        yield pair_nats(query_side.to(vectors.dtype), vectors, form)
+        blocks.append(pair_nats(query_side.to(vectors.dtype), vectors, form))
+    return torch.cat(blocks, 1)
 
 
 def pair_nats(queries: Tensor, vectors: Tensor, form: Form = "loss") -> Tensor:
@@ -95,15 +83,3 @@ def subset_information(subset: Tensor, queries: Tensor, posterior: Posterior, fo
         rows = values.clamp(min=0.0).sqrt()[:, None] * axes.T
     vectors, query_side = index_vectors(rows[None], posterior, form), query_vectors(queries, posterior, form)
     return pair_nats(query_side.double(), vectors, form)[:, 0].to(query_side.dtype)
-
-
-def predictive_entropy(queries: Tensor, posterior: Posterior) -> Tensor:
-    """Differential entropy of the outputs of each query ``(q, C', k)``, noise included, in nats of shape ``(q,)``.
-
-    Example:
-        >>> predictive_entropy(torch.zeros(1, 1, 2), Posterior.without_data(2, ridge=1.0))  # of a standard normal
-        tensor([1.4189], dtype=torch.float64)
-    """
-    root = inverse_root(noise_with(posterior.variance(queries)))
-    unit = 0.5 * queries.shape[1] * math.log(2 * math.pi * math.e)
-    return unit - root.diagonal(dim1=1, dim2=2).log().sum(1)

@@ -52,7 +52,7 @@ class Posterior:
                 raise ValueError(
                     "Without data a `ridge` of 0 leaves all weights undetermined: give a positive `ridge=`."
                 )
-            self._root, self._log_det = None, self.num_features * math.log(self.ridge)
+            self._root = None
             return
         matrix = gram.clone()
         matrix.diagonal().add_(self.ridge)
@@ -69,12 +69,22 @@ class Posterior:
             )
         identity = torch.eye(self.num_features, dtype=factor.dtype, device=factor.device)
         self._root = torch.linalg.solve_triangular(factor, identity, upper=False).mT.contiguous()
-        self._log_det = 2 * float(factor.diagonal().log().sum())
 
     @classmethod
     def fit(cls, features: Features, *, ridge: float) -> Posterior:
         """Accumulate features ``(n, C, k)``, or batches ``(b, C, k)`` whose C may differ, in one pass."""
-        gram, num_examples, precision = _gram(features)
+        gram, num_examples, precision = None, 0, _EPS
+        for batch in feature_batches(features):
+            rows = batch.flatten(0, 1).double()
+            if gram is None:
+                gram = rows.new_zeros(rows.shape[1], rows.shape[1])
+            elif rows.shape[1] != len(gram):
+                raise ValueError(f"Batches must have the same number of features, got {len(gram)} and {rows.shape[1]}.")
+            gram.addmm_(rows.T, rows)
+            num_examples += len(batch)
+            precision = max(precision, torch.finfo(batch.dtype).eps)
+        if gram is None:
+            raise ValueError("There are no features: give at least one example, or use `Posterior.without_data`.")
         return cls(gram, ridge, num_examples=num_examples, precision=precision)
 
     @classmethod
@@ -87,29 +97,10 @@ class Posterior:
         """The same weights before any data."""
         return self.without_data(self.num_features, ridge=self.ridge, device=self.gram.device)
 
-    def with_ridge(self, ridge: float) -> Posterior:
-        """The same data with another prior precision; needs no pass."""
-        return Posterior(self.gram, ridge, num_examples=self.num_examples, precision=self.precision)
-
-    def added(self, features: Features) -> Posterior:
-        """With more examples."""
-        return self._changed(features, 1)
-
-    def removed(self, features: Features) -> Posterior:
-        """Without examples that it holds."""
-        return self._changed(features, -1)
-
-    @property
-    def information(self) -> float:
-        """Nats that the data tell about all weights, ``1/2 logdet(A / ridge)``; infinite without a prior."""
-        if self.ridge == 0:
-            return math.inf
-        return 0.5 * (self._log_det - self.num_features * math.log(self.ridge))
-
     def whiten(self, features: Tensor) -> Tensor:
         """Features ``(..., k)`` times ``L`` with ``A^-1 = L L'``: their inner products are posterior covariances.
 
-        A product in double precision, rounded to the features' precision (float32 at least).
+        Computed in double precision, rounded to the features' precision (float32 at least).
         """
         if features.shape[-1] != self.num_features:
             raise ValueError(
@@ -128,18 +119,6 @@ class Posterior:
     def variance(self, features: Tensor) -> Tensor:
         """Posterior covariance of the outputs, ``B A^-1 B'``, in units of the noise; float64 ``(b, C, C)``."""
         return self.whitened(features)[1]
-
-    def leverage(self, features: Tensor) -> Tensor:
-        """Trace of the variance, ``(b,)``; over all of the data it adds up to the number of weights they determine."""
-        return self.variance(features).diagonal(dim1=1, dim2=2).sum(1)
-
-    def _changed(self, features: Features, sign: int) -> Posterior:
-        gram, count, precision = _gram(features)
-        num_examples = self.num_examples + sign * count
-        if gram.shape != self.gram.shape or num_examples < 0:
-            raise ValueError(f"{count} examples of {len(gram)} features do not fit {self!r}.")
-        gram, precision = self.gram + sign * gram, max(precision, self.precision)
-        return Posterior(gram, self.ridge, num_examples=num_examples, precision=precision)
 
     def __repr__(self) -> str:
         return f"Posterior(num_examples={self.num_examples}, num_features={self.num_features}, ridge={self.ridge:g})"
@@ -168,20 +147,3 @@ def feature_batches(features: Features) -> Iterator[Tensor]:
         check_features(batch)
         if len(batch):
             yield from batch.split(max(1, _ROWS // max(1, batch.shape[1])))
-
-
-def _gram(features: Features) -> tuple[Tensor, int, float]:
-    """Sum of ``B' B`` in double precision, the number of examples, and the relative rounding of their features."""
-    gram, num_examples, precision = None, 0, _EPS
-    for batch in feature_batches(features):
-        rows = batch.flatten(0, 1).double()
-        if gram is None:
-            gram = rows.new_zeros(rows.shape[1], rows.shape[1])
-        elif rows.shape[1] != len(gram):
-            raise ValueError(f"Batches must have the same number of features, got {len(gram)} and {rows.shape[1]}.")
-        gram.addmm_(rows.T, rows)
-        num_examples += len(batch)
-        precision = max(precision, torch.finfo(batch.dtype).eps)
-    if gram is None:
-        raise ValueError("There are no features: give at least one example, or use `Posterior.without_data`.")
-    return gram, num_examples, precision

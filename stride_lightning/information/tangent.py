@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from stride_lightning.gradients.features import Batch, Reader, run_batches
 from stride_lightning.gradients.projection import EVERYTHING, JointProjection
 from stride_lightning.model.blocks import Gradients
 from stride_lightning.model.capture import Capture
-from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.randomness import mix
 from stride_lightning.tasks.likelihoods import Task
 
@@ -24,25 +23,17 @@ Likelihood = Literal["gauss-newton", "margin"]
 
 @dataclass
 class Tangents:
-    """The features of some examples.
-
-    Args:
-        places: Their places in the reading order.
-        rows: Whitened features, shape ``(B, C, k)``.
-        losses: Losses, shape ``(B,)``.
-        downhill: Projected gradients of minus the loss, shape ``(B, k)``, where a sign is wanted.
-    """
+    """The features of some examples, which are at `places` in the reading order."""
 
     places: slice
-    rows: Tensor
-    losses: Tensor
-    downhill: Tensor | None
+    rows: Tensor  # whitened features (B, C, k)
+    losses: Tensor  # (B,)
+    downhill: Tensor | None  # projected gradients of minus the loss (B, k), where a sign is wanted
 
     @property
     def num_bytes(self) -> int:
         """Size of the features."""
-        tensors = [self.rows] if self.downhill is None else [self.rows, self.downhill]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return self.rows.nbytes + (0 if self.downhill is None else self.downhill.nbytes)
 
     def between(self, places: slice) -> Tangents:
         """Those of the examples at some places."""
@@ -61,26 +52,15 @@ class TangentFeatures:
     With ``"margin"`` there is one row, ``\sqrt{p_i (1 - p_i)}`` times the gradient of the margin: C times less work.
     Rows of a regression are divided by the standard deviation of the noise of its task.
 
-    Args:
-        capture: Reads gradients of the model, for which `task` says what a batch means.
-        projection_dim: Number of features k; with as many parameters or fewer, all are kept as they are.
-        seed: Seed of the projection.
-        signed: Also project the gradients of losses.
+    Rows are projected to `projection_dim` numbers, or kept as they are if the model has no more parameters; with
+    `signed` also the gradients of losses.
 
     Reference: arXiv:2604.03858, with derivations of our own; arXiv:2303.14186 for the margin.
     """
 
     def __init__(
-        self,
-        capture: Capture,
-        task: Task,
-        likelihood: Likelihood,
-        projection_dim: int,
-        seed: int,
-        *,
-        signed: bool = False,
+        self, capture: Capture, task: Task, likelihood: Likelihood, projection_dim: int, seed: int, *, signed: bool
     ) -> None:
-        self.check(likelihood, projection_dim)
         self.capture, self.task, self.likelihood, self.seed, self.signed = capture, task, likelihood, seed, signed
         self.dim = min(projection_dim, capture.num_parameters)
         #: C, how many rows an example has; known once examples have been read.
@@ -88,13 +68,6 @@ class TangentFeatures:
         #: Whether rows are those of all outputs, not random combinations; known once examples have been read.
         self.is_exact = True
         self._project = JointProjection(projection_dim, seed, capture.num_parameters)
-
-    @staticmethod
-    def check(likelihood: Likelihood, projection_dim: int) -> None:
-        """Refuse options that cannot be."""
-        if likelihood not in get_args(Likelihood):
-            raise ValueError(f"`likelihood` must be one of {get_args(Likelihood)}, got {likelihood!r}.")
-        check_count("projection_dim", projection_dim)
 
     def batches(
         self, reader: Reader, share: slice | None = None, description: str = "", *, as_queries: bool = False

@@ -168,7 +168,7 @@ class Gradients(dict[str, Block]):
         return Gradients({name: block.scaled(factors) for name, block in self.items()})
 
     def prepared(self, others: Gradients) -> Gradients:
-        """In the form in which products with many like ``others`` are cheapest."""
+        """As :meth:`Block.prepared`."""
         return Gradients({name: block.prepared(others[name]) for name, block in self.items()})
 
     def inner(self, others: Gradients) -> Tensor:
@@ -228,7 +228,7 @@ def _products(a: Outer, b: Outer) -> Tensor:
     """Inner products of all pairs of matrices, shape ``(B, B')``, from the products of their factors."""
     if a.right.shape[1] == b.right.shape[1] == 1 and not a.is_lookup and not b.is_lookup:
         return (a.left[:, 0] @ b.left[:, 0].T).mul_(a.right[:, 0] @ b.right[:, 0].T)
-    products = _flat(a.right) @ _flat(b.right).T
+    products = a.right.flatten(0, 1) @ b.right.flatten(0, 1).T
     products *= _left_products(a, b)
     return products.view(len(a.right), a.right.shape[1], len(b.right), b.right.shape[1]).sum((1, 3))
 
@@ -237,10 +237,10 @@ def _left_products(a: Outer, b: Outer) -> Tensor:
     if a.is_lookup and b.is_lookup:
         return a.left.flatten()[:, None] == b.left.flatten()
     if a.is_lookup:
-        return _flat(b.left)[:, a.left.flatten()].T
+        return b.left.flatten(0, 1)[:, a.left.flatten()].T
     if b.is_lookup:
-        return _flat(a.left)[:, b.left.flatten()]
-    return _flat(a.left) @ _flat(b.left).T
+        return a.left.flatten(0, 1)[:, b.left.flatten()]
+    return a.left.flatten(0, 1) @ b.left.flatten(0, 1).T
 
 
 def _rows_of_factors(a: Outer, b: Outer) -> Tensor:
@@ -253,7 +253,3 @@ def _rows_of_factors(a: Outer, b: Outer) -> Tensor:
     else:
         left = a.left @ b.left.transpose(1, 2)
     return (left * (a.right @ b.right.transpose(1, 2))).sum((1, 2))
-
-
-def _flat(factor: Tensor) -> Tensor:
-    return factor.flatten(0, 1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +22,7 @@ WHOLE = ""
 
 
 class Outputs(nn.Module):
-    """What gradients are taken of, as a module, so that it can be run with other parameters.
-
-    Args:
-        model: The model; what it returns are the outputs.
-    """
+    """What a model returns, of which gradients are taken, as a module that can be run with other parameters."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -36,11 +33,7 @@ class Outputs(nn.Module):
         return self.model(inputs)
 
     def check(self, outputs: object, num_examples: int) -> None:
-        """Refuse outputs that are not one row of numbers per example.
-
-        Raises:
-            TypeError: If they are not.
-        """
+        """Refuse outputs that are not one row of numbers per example, by a TypeError."""
         if not isinstance(outputs, Tensor) or outputs.ndim < 2 or len(outputs) != num_examples:
             raise TypeError(f"Expected outputs of shape ({num_examples}, C) from {type(self.model).__name__}.")
 
@@ -55,10 +48,7 @@ class Capture:
 
     Args:
         outputs: Outputs of the model in eval mode, on its device, whose weights may be exchanged later.
-        layers: Names of modules whose parameters count; all trainable ones when None.
-
-    Raises:
-        ValueError: If a name is not a submodule, or nothing is trainable.
+        layers: As for :func:`chosen_parameters`.
     """
 
     def __init__(self, outputs: Outputs, layers: Sequence[str] | None = None) -> None:
@@ -116,9 +106,9 @@ class Capture:
 class Watch:
     """The calls of some modules during :meth:`run`."""
 
-    def __init__(self, *, repeats: bool = False) -> None:
+    def __init__(self, names: Iterable[str], *, repeats: bool) -> None:
         self.repeats, self._num_examples = repeats, 1
-        self.calls: dict[str, list[Call]] = {}
+        self.calls: dict[str, list[Call]] = {name: [] for name in names}
         #: Names of the modules in the order in which calls ended.
         self.order: list[str] = []
         self._open = False
@@ -136,44 +126,34 @@ class Watch:
         finally:
             self._open = False  # running a module again to read its parameters is not a call
 
-    def hook_for(self, name: str) -> Callable[..., None]:
+    def hook(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
         """The forward hook of a module."""
-        self.calls[name] = []
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
-            if self._open:
-                if self.repeats and isinstance(module, nn.Embedding) and len(outputs) == 1 < self._num_examples:
-                    # Positions, looked up once for all examples: apart, each has a gradient of its own.
-                    outputs = outputs.expand(self._num_examples, *outputs.shape[1:])
-                if isinstance(outputs, Tensor) and outputs._is_view():
-                    outputs = outputs.clone()  # an operation in place would rewrite the history of a view
-                tensors = output_tensors(outputs)
-                # The edge, not the tensor: an operation in place after the module would change what the tensor is.
-                edges = [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in tensors]
-                self.calls[name].append(Call(args, kwargs, edges))
-                self.order.append(name)
+        if not self._open:
             return outputs
-
-        return hook
+        if self.repeats and isinstance(module, nn.Embedding) and len(outputs) == 1 < self._num_examples:
+            # Positions, looked up once for all examples: apart, each has a gradient of its own.
+            outputs = outputs.expand(self._num_examples, *outputs.shape[1:])
+        if isinstance(outputs, Tensor) and outputs._is_view():
+            outputs = outputs.clone()  # an operation in place would rewrite the history of a view
+        tensors = output_tensors(outputs)
+        # The edge, not the tensor: an operation in place after the module would change what the tensor is.
+        edges = [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in tensors]
+        self.calls[name].append(Call(args, kwargs, edges))
+        self.order.append(name)
+        return outputs
 
 
 @contextmanager
 def watching(modules: Mapping[str, nn.Module], *, repeats: bool = False) -> Iterator[Watch]:
     """Watch modules inside the block, in which compiled modules run eagerly.
 
-    Args:
-        modules: By name.
-        repeats: Repeat what an embedding gives for all examples at once, as of positions, for each of them.
+    ``repeats`` what an embedding gives for all examples at once, as of positions, for each of them.
     """
-    watch, handles = Watch(repeats=repeats), []
-    try:
+    watch = Watch(modules, repeats=repeats)
+    with ExitStack() as hooks, uncompiled():
         for name, module in modules.items():
-            handles.append(module.register_forward_hook(watch.hook_for(name), with_kwargs=True))
-        with uncompiled():
-            yield watch
-    finally:
-        for handle in handles:
-            handle.remove()
+            hooks.enter_context(module.register_forward_hook(partial(watch.hook, name), with_kwargs=True))
+        yield watch
 
 
 class Backward:
@@ -193,12 +173,7 @@ class Backward:
         return self._outputs.detach()
 
     def gradients(self, direction: Tensor, *, last: bool = True) -> Gradients:
-        """Gradients of ``sum_c direction[i, c] outputs[i, c]`` of every example i.
-
-        Args:
-            direction: Shape ``(B, C)``.
-            last: Whether the graph may be freed.
-        """
+        """Gradients of ``sum_c direction[i, c] outputs[i, c]`` of every example i; the ``last`` ones free the graph."""
         self.pull(direction, last=last)
         return Gradients({name: self.read(layout) for name, layout in self._capture.layouts.items()})
 
@@ -249,28 +224,25 @@ class Backward:
         key = (source.module, source.vectorized, number)
         if key not in self._again or any(name not in self._again[key] for name in layout.parameters):
             # All parameters that are read off this module together: running it again is what takes time.
-            same = [
+            names = [
                 name
-                for other in self._capture.layouts.values()
-                if any(
-                    (s.module, s.vectorized, s.rule) == (source.module, source.vectorized, None) for s in other.sources
-                )
+                for other in (layout, *self._capture.layouts.values())
+                if any(s.rule is None and (s.module, s.vectorized) == key[:2] for s in other.sources)
                 for name in other.parameters
             ]
-            names = same if set(layout.parameters) <= set(same) else list(layout.parameters)
             module = self._capture.module(source.module)
             inside = {id(parameter): name for name, parameter in module.named_parameters()}
-            parameters = {inside[id(self._capture.parameters[name])]: self._capture.parameters[name] for name in names}
+            parameters = {name: self._capture.parameters[name] for name in names}  # once each
             gradients = gradients_through(
                 module,
                 self._calls[source.module][number],
                 self._back[source.module][number],
-                {name: parameter.detach() for name, parameter in parameters.items()},
+                {inside[id(parameter)]: parameter.detach() for parameter in parameters.values()},
                 len(self._direction),
                 source.is_cut[number],
                 vectorized=source.vectorized,
             )
-            self._again[key] = dict(zip(names, gradients.values(), strict=True))
+            self._again[key] = dict(zip(parameters, gradients.values(), strict=True))
         return layout.join({name: self._again[key][name] for name in layout.parameters})
 
     def _unusual(self, source: Source) -> ValueError:

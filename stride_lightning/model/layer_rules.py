@@ -30,8 +30,7 @@ class Call:
 class LayerRule(ABC):
     """Gradients in the weight matrix of a layer as outer products.
 
-    Args:
-        has_bias: Whether the bias is joined to the matrix, as one more column (or row) whose input is always 1.
+    The bias is joined to the matrix if there is one: one more column (or row) whose input is always 1.
     """
 
     def __init__(self, module: nn.Module, has_bias: bool) -> None:
@@ -141,14 +140,8 @@ def gradients_through(
 ) -> dict[str, Tensor]:
     """Each example's gradients in some parameters of any module, by running it again for each example.
 
-    Args:
-        module: The module.
-        call: What entered it.
-        coming_back: Gradients of its output tensors; None where an output was not used.
-        parameters: By their names in the module.
-        num_examples: B.
-        is_cut: Which leaves of the call have one part per example along their first axis.
-        vectorized: All examples at once by ``torch.vmap``, or one after the other.
+    Gradients come back of the call's output tensors, None of an unused one; ``is_cut`` says which leaves of the call
+    have one part per example along their first axis. ``vectorized``, all examples go at once by ``torch.vmap``.
 
     Returns:
         Gradients of shape ``(B, *parameter.shape)`` by name, in the order of the parameters.
@@ -161,8 +154,8 @@ def gradients_through(
 
     def outputs(given: dict[str, Tensor], pieces: list[Tensor]) -> list[Tensor]:
         remaining = iter(pieces)
-        own = [next(remaining)[None] if yes else leaf for leaf, yes in zip(leaves, is_cut, strict=True)]
-        args, kwargs = pytree.tree_unflatten(own, layout)
+        filled = [next(remaining)[None] if yes else leaf for leaf, yes in zip(leaves, is_cut, strict=True)]
+        args, kwargs = pytree.tree_unflatten(filled, layout)
         made = output_tensors(functional_call(module, given, args, kwargs))
         return [tensor for tensor, b in zip(made, coming_back, strict=True) if b is not None]
 
@@ -200,10 +193,8 @@ def output_tensors(outputs: Any) -> list[Tensor]:
 
 
 def _places(values: Tensor, num_examples: int) -> Tensor:
-    """Shape ``(B, places, features)``, of ``(B, d)`` or ``(B, ..., d)``.
-
-    Rows of all examples after one another are not taken: how many each has may differ.
-    """
+    """Shape ``(B, places, features)``, of ``(B, d)`` or ``(B, ..., d)``."""
+    # Not of the rows of all examples after one another: how many each has may differ.
     if values.ndim < 2 or len(values) != num_examples:
         raise UnusualShape
     return values.reshape(num_examples, -1, values.shape[-1])

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-
-_LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
 
 
 def uncompiled() -> Any:
@@ -38,16 +36,11 @@ def before_layers(model: nn.Module, layers: Iterable[str], hook: Callable[..., A
 
     Compiled modules run uncompiled meanwhile, since a compiled graph never calls hooks that were added later.
     """
-    handles = []
-    try:
+    with ExitStack() as hooks, uncompiled():
         for name in layers:
             module = find_module(model, name)
-            handles.append(module.register_forward_pre_hook(partial(hook, name), with_kwargs=True))
-        with uncompiled():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+            hooks.enter_context(module.register_forward_pre_hook(partial(hook, name), with_kwargs=True))
+        yield
 
 
 def check_layers(layers: Sequence[str] | None) -> None:
@@ -60,8 +53,8 @@ def layer_names(model: nn.Module) -> list[str]:
     """Names of the layers with a weight matrix, embeddings left out: their inputs can be a basis."""
     names = []
     for name, module in model.named_modules():
-        matrices = any(weight.ndim >= 2 for weight in module.parameters(recurse=False))
-        if matrices and not isinstance(module, _LOOKUPS):
+        has_matrix = any(weight.ndim >= 2 for weight in module.parameters(recurse=False))
+        if has_matrix and not isinstance(module, nn.Embedding | nn.EmbeddingBag):
             names.append(plain_name(name))
     return names
 

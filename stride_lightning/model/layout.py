@@ -33,14 +33,9 @@ class Layout:
     sources: list[Source]  # what contributes; a tied matrix has several
 
     @property
-    def is_matrix(self) -> bool:
-        """Whether gradients are matrices in factors."""
-        return self.sources[0].rule is not None
-
-    @property
     def way(self) -> str:
         """How gradients are read, in a word or two."""
-        if self.is_matrix:
+        if self.sources[0].rule is not None:
             return "factors"
         return "vectorized" if self.sources[0].vectorized else "one by one"
 
@@ -60,10 +55,8 @@ class Layout:
         first, last = factors[self.parameters[0]], factors[self.parameters[-1]]
         if first == last:
             return block.scaled(torch.tensor(first).to(block.like).expand(len(block)))
-        values = [
-            torch.full((1, *shape), factors[name]) for name, shape in zip(self.parameters, self.shapes, strict=True)
-        ]
-        joined = self.join(dict(zip(self.parameters, values, strict=True)))
+        named = zip(self.parameters, self.shapes, strict=True)
+        joined = self.join({name: torch.full((1, *shape), factors[name]) for name, shape in named})
         return Block(block.dense() * joined.to(block.like))
 
     def split(self, vectors: Tensor) -> dict[str, Tensor]:

@@ -28,10 +28,7 @@ _BY_ITSELF = (
 
 
 def plan_capture(
-    outputs: Outputs,
-    examples: Sequence[Any],
-    together: Any = None,
-    layers: Sequence[str] | None = None,
+    outputs: Outputs, examples: Sequence[Any], together: Any = None, layers: Sequence[str] | None = None
 ) -> Capture:
     """Find out how to read the gradient of every trainable parameter.
 
@@ -43,7 +40,7 @@ def plan_capture(
         outputs: Outputs of the model in eval mode.
         examples: Inputs of a few single examples, as batches of one.
         together: The same examples as one batch; by default they are concatenated.
-        layers: Names of modules whose parameters count; all trainable ones when None.
+        layers: As for :func:`~stride_lightning.model.capture.chosen_parameters`.
 
     Raises:
         ValueError: If no way gives the right gradients, as where examples of a batch influence each other.
@@ -145,26 +142,22 @@ class _Probe:
             backward.pull(self._directions)
             for name, layout in tried.items():
                 try:
-                    found = layout.split(backward.read(layout).dense())
+                    gradients = layout.split(backward.read(layout).dense())
                 except Exception as error:  # whatever a module that is run in an unusual way may raise
                     self._reasons[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                     continue
-                if all(self._equal(found[parameter], parameter) for parameter in found):
+                if all(self._is_right(*item) for item in gradients.items()):
                     right[name] = layout
                 else:
                     self._reasons[name] = "gradients of a batch are not those of its examples"
         return right
 
-    def _equal(self, found: Tensor, parameter: str) -> bool:
+    def _is_right(self, parameter: str, gradients: Tensor) -> bool:
         expected = self._expected[parameter]
-        return _close(found, expected, max(float(expected.abs().max()), 1e-3 * self._largest))
+        return _close(gradients, expected, max(float(expected.abs().max()), 1e-3 * self._largest))
 
     def check_any_left(self, tried: dict[str, Layout | None]) -> None:
-        """Refuse parameters that nothing reads.
-
-        Raises:
-            ValueError: Names them, and says what to do.
-        """
+        """Refuse parameters that nothing reads."""
         lost = [name for name, layout in tried.items() if layout is None]
         if lost:
             owners = dict.fromkeys(type(find_module(self._capture.model, n.rpartition(".")[0])).__name__ for n in lost)
@@ -175,41 +168,34 @@ class _Probe:
             )
 
 
-def _close(found: Tensor, expected: Tensor, scale: float) -> bool:
+def _close(values: Tensor, expected: Tensor, scale: float) -> bool:
     tolerance = {torch.float64: 1e-6, torch.float32: 1e-3}.get(expected.dtype, 0.1)
-    return bool((found - expected).abs().max() <= tolerance * scale)
+    return bool((values - expected).abs().max() <= tolerance * scale)
 
 
 def _groups(capture: Capture, owners: Owners, ran: set[str]) -> list[tuple[str, ...]]:
     """Parameters that make up a block: a matrix with the bias of its layer, or one alone."""
     names = {id(parameter): name for name, parameter in capture.parameters.items()}
-    groups: list[tuple[str, ...]] = []
-    joined: set[str] = set()
+    biases: dict[str, str] = {}
     for name in capture.parameters:
-        (module_name, own), *others = owners[name]
+        (module_name, name_there), *others = owners[name]
         module = find_module(capture.model, module_name)
-        bias = getattr(module, "bias", None)
-        has_rule = own == "weight" and not others and module_name in ran and rule_for(module) is not None
-        if has_rule and id(bias) in names and len(owners[names[id(bias)]]) == 1:
-            joined.add(names[id(bias)])
-            groups.append((name, names[id(bias)]))
-        else:
-            groups.append((name,))
-    return [group for group in groups if not (len(group) == 1 and group[0] in joined)]
+        bias = names.get(id(getattr(module, "bias", None)))
+        has_rule = name_there == "weight" and not others and module_name in ran and rule_for(module) is not None
+        if has_rule and bias is not None and len(owners[bias]) == 1:
+            biases[name] = bias
+    alone = [name for name in capture.parameters if name not in biases.values()]
+    return [(name, biases[name]) if name in biases else (name,) for name in alone]
 
 
 def _candidates(capture: Capture, owners: Owners, group: tuple[str, ...], ran: set[str]) -> Iterator[Layout]:
     shapes = tuple(capture.parameters[name].shape for name in group)
     held = owners[group[0]]
-    kinds = {module: rule_for(find_module(capture.model, module)) for module, _ in held if module in ran}
-    rules = {
-        module: kind(find_module(capture.model, module), has_bias=len(group) == 2)
-        for module, kind in kinds.items()
-        if kind is not None
-    }
-    if rules and len(rules) == len(kinds) and all(own == "weight" for _, own in held):
-        bias_axis = next(iter(rules.values())).bias_axis
-        yield Layout(group, shapes, bias_axis, [Source(module, rule) for module, rule in rules.items()])
+    modules = {name: find_module(capture.model, name) for name, _ in held if name in ran}
+    kinds = [rule_for(module) for module in modules.values()]
+    rules = [kind(module, len(group) == 2) for kind, module in zip(kinds, modules.values(), strict=True) if kind]
+    if rules and len(rules) == len(kinds) and all(name == "weight" for _, name in held):
+        yield Layout(group, shapes, rules[0].bias_axis, [*map(Source, modules, rules)])
     nearest = list(dict.fromkeys(_nearest(module, ran) for module, _ in held))
     if nearest != [WHOLE]:
         yield Layout(group, shapes, 1, [Source(name, None) for name in nearest])
@@ -221,9 +207,9 @@ def _owners(capture: Capture) -> Owners:
     names = {id(parameter): name for name, parameter in capture.parameters.items()}
     owners: Owners = {name: [] for name in capture.parameters}
     for module_name, module in capture.model.named_modules():
-        for own, parameter in module._parameters.items():
+        for name, parameter in module._parameters.items():
             if id(parameter) in names:
-                owners[names[id(parameter)]].append((plain_name(module_name), own))
+                owners[names[id(parameter)]].append((plain_name(module_name), name))
     return owners
 
 
@@ -235,11 +221,7 @@ def _nearest(module: str, ran: set[str]) -> str:
 
 
 def last_layer(outputs: Outputs, inputs: Any) -> str:
-    """The module with trainable parameters of its own that runs last in the forward pass.
-
-    Raises:
-        ValueError: If no module with parameters of its own runs.
-    """
+    """The module with trainable parameters of its own that runs last in the forward pass."""
     capture = Capture(outputs)
     owners = {name for held in _owners(capture).values() for name, _ in held}
     with watching({name: find_module(outputs.model, name) for name in owners}) as watch:

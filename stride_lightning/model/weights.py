@@ -79,15 +79,14 @@ def resolve_ckpt_path(ckpt_path: str | Path, model: nn.Module) -> Path:
             f"ckpt_path={ckpt_path!r} is looked up in the model's trainer, but {type(model).__name__} is not attached "
             "to one. Pass the path of a checkpoint file."
         )
-    callback = trainer.checkpoint_callback
-    found = getattr(callback, f"{ckpt_path}_model_path", "") if callback is not None else ""
-    if not found:
+    path = getattr(trainer.checkpoint_callback, f"{ckpt_path}_model_path", "")
+    if not path:
         hint = "save_last=True" if ckpt_path == "last" else "a ModelCheckpoint"
         raise ValueError(
             f"ckpt_path={ckpt_path!r}: the model's trainer has saved no {ckpt_path} checkpoint. Train with {hint}, or "
             "pass the path of a checkpoint file."
         )
-    return Path(found)
+    return Path(path)
 
 
 def attached_trainer(model: nn.Module) -> Any | None:
@@ -117,14 +116,8 @@ def borrowed(
 
     Args:
         model: The caller's model.
-        state: Weights to load, by plain name, or None to keep the model's own.
-        device: Where to run; the model's own device when None.
-
-    Yields:
-        The device the model is on inside the block.
-
-    Raises:
-        ValueError: If the weights do not fit the model, naming the parameters.
+        state: Weights to load, by plain name; refused as by :func:`check_fits`. None keeps the model's own.
+        device: Where to run, which is yielded; the model's own device when None.
     """
     modes = {module: module.training for module in model.modules()}
     # A forward pass may count or log: buffers and metrics are put back, and `self.log` does nothing meanwhile.
@@ -178,29 +171,26 @@ def borrowed(
 
 
 def check_fits(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Refuse weights of another architecture, without loading them.
-
-    Returns:
-        The weights under the model's own names; both sides may or may not be compiled.
+    """The weights under the model's own names, without loading them; both sides may or may not be compiled.
 
     Raises:
-        ValueError: Naming the parameters.
+        ValueError: If they are of another architecture, naming the parameters.
 
     Example:
         >>> sorted(check_fits(nn.Linear(2, 1), nn.Linear(2, 1).state_dict()))
         ['bias', 'weight']
     """
-    own = {plain_name(name): name for name in model.state_dict()}
+    names = {plain_name(name): name for name in model.state_dict()}
+    ours = {plain_name(name): value for name, value in model.state_dict().items()}
     # What is no tensor (`get_extra_state`) a record does not hold: the model keeps its own.
-    extra = {plain_name(name): value for name, value in model.state_dict().items() if not isinstance(value, Tensor)}
+    extra = {name: value for name, value in ours.items() if not isinstance(value, Tensor)}
     given = extra | {plain_name(name): value for name, value in state.items()}
-    missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    wrong = [
-        f"{name} is {tuple(given[name].shape)}, the model has {shapes[own[name]]}"
-        for name in sorted(own.keys() & given.keys())
-        if isinstance(given[name], Tensor) and own[name] in shapes and tuple(given[name].shape) != shapes[own[name]]
-    ]
+    missing, unexpected = sorted(names.keys() - given.keys()), sorted(given.keys() - names.keys())
+    wrong = []
+    for name in sorted(names.keys() & given.keys()):
+        shapes = [tuple(value.shape) for value in (given[name], ours[name]) if isinstance(value, Tensor)]
+        if len(set(shapes)) == 2:
+            wrong.append(f"{name} is {shapes[0]}, the model has {shapes[1]}")
     if missing or unexpected or wrong:
         parts = [
             f"missing: {', '.join(missing[:5])}" if missing else "",
@@ -209,6 +199,6 @@ def check_fits(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
         ]
         raise ValueError(
             f"The checkpoint's weights do not fit {type(model).__name__} "
-            f"({' | '.join(part for part in parts if part)}). Build the model with the settings it was trained with."
+            f"({' | '.join(filter(None, parts))}). Build the model with the settings it was trained with."
         )
-    return {own[name]: value for name, value in given.items()}
+    return {names[name]: value for name, value in given.items()}

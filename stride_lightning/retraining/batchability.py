@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import UserDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import lightning.pytorch as L
@@ -22,12 +22,17 @@ from stride_lightning.retraining.optimizers import CannotBatch
 from stride_lightning.runtime.randomness import seeded
 from stride_lightning.tasks.likelihoods import Task, columns
 
-#: Hooks of a LightningModule through which it may change how it is trained.
+#: Hooks of a LightningModule that may change gradients or steps; only a Trainer calls them.
+GRADIENT_HOOKS = (
+    *("backward", "optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping", "on_before_backward"),
+    *("on_after_backward", "on_before_optimizer_step", "on_before_zero_grad"),
+)
+#: All through which it may change how it is trained.
 _HOOKS = (
-    *("backward", "configure_callbacks", "configure_gradient_clipping", "lr_scheduler_step", "optimizer_step"),
-    *("optimizer_zero_grad", "on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start"),
-    *("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step"),
-    *("on_train_batch_end", "on_train_epoch_end", "on_train_end", "on_fit_end", "setup", "configure_model"),
+    *GRADIENT_HOOKS,
+    *("configure_callbacks", "configure_model", "lr_scheduler_step", "setup", "on_fit_start", "on_fit_end"),
+    *("on_train_start", "on_train_epoch_start", "on_train_batch_start"),
+    *("on_train_batch_end", "on_train_epoch_end", "on_train_end"),
 )
 
 
@@ -36,19 +41,30 @@ def _tolerance(value: Tensor) -> float:
     return max(1e-3, 8 * torch.finfo(value.dtype).eps)
 
 
-@contextmanager
-def vectorised_attention() -> Iterator[None]:
+def vectorised_attention() -> AbstractContextManager[Any]:
     """Attention in the one form that ``torch.func`` vectorises everywhere; for the whole process, so not per thread."""
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def overridden(model: nn.Module, names: Iterable[str] = GRADIENT_HOOKS) -> list[str]:
+    """Hooks of a LightningModule that are its own, not Lightning's.
+
+    Example:
+        >>> class Clipped(L.LightningModule):
+        ...     def on_after_backward(self):
+        ...         torch.nn.utils.clip_grad_value_(self.parameters(), 0.1)
+        >>> overridden(Clipped()), overridden(nn.Linear(1, 1))
+        (['on_after_backward'], [])
+    """
+    model = getattr(model, "_orig_mod", model)
+    if not hasattr(model, "automatic_optimization"):
+        return []
+    lightnings = ("lightning", "pytorch_lightning")
+    return [name for name in names if getattr(model, name).__module__.split(".")[0] not in lightnings]
 
 
 def check_hooks(model: nn.Module) -> None:
-    """Refuse a model that takes part in its training in more ways than a loss.
-
-    Raises:
-        CannotBatch: If it does.
-    """
+    """Refuse, by :class:`CannotBatch`, a model that takes part in its training in more ways than a loss."""
     if any(parameter._backward_hooks for parameter in model.parameters()) or any(
         module._backward_hooks or module._backward_pre_hooks for module in model.modules()
     ):
@@ -57,14 +73,11 @@ def check_hooks(model: nn.Module) -> None:
         return
     if not model.automatic_optimization:
         raise CannotBatch("it optimizes by hand (automatic_optimization=False)")
-    own = [name for name in _HOOKS if getattr(type(model), name) is not getattr(L.LightningModule, name)]
-    if own:
-        raise CannotBatch(f"it has hooks that only a Trainer calls: {', '.join(own)}")
+    if hooks := overridden(model, _HOOKS):
+        raise CannotBatch(f"it has hooks that only a Trainer calls: {', '.join(hooks)}")
 
 
-def loss_factor(
-    model: nn.Module, task: Task, batch: Any, prepared: tuple[Any, Tensor], *, num_batches: int = 64
-) -> float:
+def loss_factor(model: nn.Module, task: Task, batch: Any, prepared: tuple[Any, Tensor], num_batches: int = 64) -> float:
     """What the task's mean loss is multiplied with to give the loss that ``training_step`` returns.
 
     1 for cross-entropy, 2 for ``mse_loss`` (the task's loss is half the squared error). Values and gradients are
@@ -85,8 +98,8 @@ def loss_factor(
         return 1.0
     size = len(prepared[1])
     parts = [list(range(size)), *([i] for i in range(min(4, size)) if size > 1)]
-    compared = [(number, rows) for number, rows in enumerate(parts)]
-    compared += [(number, parts[-1]) for number in range(0, num_batches, max(1, num_batches // 12))]
+    numbers = range(0, num_batches, max(1, num_batches // 12))
+    compared = [*enumerate(parts), *((number, parts[-1]) for number in numbers)]
     factor = None
     with tried_out(model), without_trainer(model):
         for scale in (1.0, 4.0):
@@ -96,20 +109,20 @@ def loss_factor(
             for number, rows in compared:
                 (inputs, encoded), part = (_rows(value, rows, size) for value in (prepared, batch))
                 with seeded(0), torch.enable_grad():  # seeded for dropout
-                    own = task.loss(columns(task.outputs(model, inputs)), encoded).mean()
+                    task_loss = task.loss(columns(task.outputs(model, inputs)), encoded).mean()
                 try:
                     with seeded(0), torch.enable_grad():
-                        step = loss_of_step(model, part, number)
+                        step_loss = loss_of_step(model, part, number)
                 except Exception as error:
                     raise CannotBatch(
                         f"its training_step cannot be called without a Trainer ({type(error).__name__}: {error})"
                     ) from error
-                if scale > 1 and not torch.isfinite(own):
+                if scale > 1 and not torch.isfinite(task_loss):
                     continue
                 if factor is None:
-                    factor = _plain(float(step.detach() / own.detach()) if own else 1.0, own.dtype)
+                    factor = _ratio(step_loss.detach(), task_loss.detach())
                 with torch.enable_grad():
-                    same = _same_loss(model, step, own * factor, gradients=len(rows) > 1)
+                    same = _same_loss(model, step_loss, task_loss * factor, gradients=len(rows) > 1)
                 if not same:
                     raise CannotBatch(
                         f"its training_step returns another loss than the mean of the {task.name} loss over examples "
@@ -120,28 +133,26 @@ def loss_factor(
     return factor
 
 
-def _plain(factor: float, dtype: torch.dtype) -> float:
-    """Factors are 1, 2 or 1 / noise_std^2: take off the rounding of the division."""
-    plain, rounding = float(f"{factor:.3g}"), 20 * torch.finfo(dtype).eps
-    return plain if abs(plain - factor) < rounding * abs(factor) else factor
+def _ratio(one: Tensor, other: Tensor) -> float:
+    """One loss by another, without the rounding of the division: factors are 1, 2 or 1 / noise_std^2."""
+    ratio = float(one / other) if other else 1.0
+    plain, rounding = float(f"{ratio:.3g}"), 20 * torch.finfo(other.dtype).eps
+    return plain if abs(plain - ratio) < rounding * abs(ratio) else ratio
 
 
-def _same_loss(model: nn.Module, step: Tensor, own: Tensor, *, gradients: bool) -> bool:
+def _same_loss(model: nn.Module, one: Tensor, other: Tensor, *, gradients: bool) -> bool:
     """Whether two losses are the same to rounding, and if wanted their gradients in the parameters."""
-    rounding = 8 * max(torch.finfo(own.dtype).eps, torch.finfo(step.dtype).eps)
-    if not abs(step - own) <= max(2e-5, rounding) * max(abs(step), abs(own)) + rounding:
+    rounding = 8 * max(torch.finfo(one.dtype).eps, torch.finfo(other.dtype).eps)
+    if not abs(one - other) <= max(2e-5, rounding) * max(abs(one), abs(other)) + rounding:
         return False
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not gradients or not trained:
         return True
-    pair = []
-    for loss in (step, own):
-        if not loss.requires_grad:
-            return False
-        found = torch.autograd.grad(loss, trained, allow_unused=True)
-        pair.append([torch.zeros_like(p) if g is None else g for p, g in zip(trained, found, strict=True)])
-    largest = max(float(g.abs().max()) for g in pair[1] if g.numel())
-    gaps = [float((one - other).abs().max()) for one, other in zip(*pair, strict=True) if one.numel()]
+    if not (one.requires_grad and other.requires_grad):
+        return False
+    ones, others = (torch.autograd.grad(loss, trained, materialize_grads=True) for loss in (one, other))
+    largest = max(float(gradient.abs().max()) for gradient in others if gradient.numel())
+    gaps = [float((a - b).abs().max()) for a, b in zip(ones, others, strict=True) if a.numel()]
     return max(gaps) <= max(1e-4, rounding) * largest + rounding
 
 
@@ -155,20 +166,16 @@ def mixed_places(kinds: Tensor | None, num_examples: int, size: int) -> Tensor:
     """
     places = torch.randperm(num_examples, generator=torch.Generator().manual_seed(0))
     if kinds is not None:
-        found: dict[float, int] = {}
+        first_of: dict[float, int] = {}
         for place in places.tolist():
-            found.setdefault(float(kinds[place]), place)
-        one_of_each = torch.tensor(list(found.values())[: max(2, size // 2)])
+            first_of.setdefault(float(kinds[place]), place)
+        one_of_each = torch.tensor(list(first_of.values())[: max(2, size // 2)])
         places = torch.cat([one_of_each, places[~torch.isin(places, one_of_each)]])
     return places[:size]
 
 
 def check_separate(model: nn.Module, task: Task, inputs: Any, size: int) -> None:
-    """Refuse a model that mixes the examples of a training batch: leaving one out would change the others.
-
-    Raises:
-        CannotBatch: If it does, as BatchNorm does.
-    """
+    """Refuse, by :class:`CannotBatch`, a model that mixes the examples of a training batch, as BatchNorm does."""
     if size < 2:
         return
     half = list(range(size // 2))
@@ -193,34 +200,22 @@ def check_separate(model: nn.Module, task: Task, inputs: Any, size: int) -> None
 
 
 def check_vectorises(
-    model: nn.Module,
-    task: Task,
-    prepared: tuple[Any, Tensor],
-    train_mode: Callable[[nn.Module], Any] = lambda model: None,
+    model: nn.Module, task: Task, prepared: tuple[Any, Tensor], set_mode: Callable[[nn.Module], Any] = lambda _: None
 ) -> None:
-    """Refuse a model that ``torch.func`` cannot vectorise, or that gives something else when it is.
+    """Refuse, by :class:`CannotBatch`, a model that ``torch.func`` cannot vectorise, or only to other gradients.
 
-    Args:
-        model: The model.
-        task: The task.
-        prepared: Inputs and encoded targets of a training batch.
-        train_mode: Puts the model in the modes it is trained in; by default those it is in, as a Trainer leaves them.
-
-    Raises:
-        CannotBatch: With the reason torch gives.
+    Tried on inputs and encoded targets of a training batch, in the modes that ``set_mode`` puts the model in.
     """
     names = [name for name, value in model.named_parameters() if value.requires_grad]
     call = Call(model, lambda model, batch: task.loss(columns(task.outputs(model, batch[0])), batch[1]))
-
     with tried_out(model), torch.enable_grad():
-        train_mode(model)
+        set_mode(model)
         state = {name: value.detach() for name, value in (*model.named_parameters(), *model.named_buffers())}
 
         def total(parameters: dict[str, Tensor]) -> Tensor:
             return call.with_weights({**state, **parameters}, prepared).sum()
 
         gradient = torch.func.grad(total)
-
         one = {name: state[name] for name in names}
         stacked = pytree.tree_map(lambda value: torch.stack([value, 0.9 * value]), one)
         try:
@@ -241,11 +236,11 @@ def check_vectorises(
 
 
 def draws_random_numbers(
-    model: nn.Module, task: Task, inputs: Any, train_mode: Callable[[nn.Module], Any] = lambda model: None
+    model: nn.Module, task: Task, inputs: Any, set_mode: Callable[[nn.Module], Any] = lambda _: None
 ) -> bool:
     """Whether two passes of a batch in training mode differ, as under dropout."""
     with tried_out(model), torch.no_grad():
-        train_mode(model)
+        set_mode(model)
         return _differs_by_seed(model, task, inputs)
 
 

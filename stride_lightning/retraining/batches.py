@@ -1,8 +1,9 @@
-"""Training data in the batches, and in the order, of a run of training."""
+"""Training data in the batches, and in the order, of a run of training; and whether copies of a model share them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +12,16 @@ from torch import Tensor, nn
 from stride_lightning.data.examples import Examples
 from stride_lightning.data.loading import check_loading
 from stride_lightning.data.reading import count_outputs, encoded_batch
-from stride_lightning.retraining.optimizers import MakeOptimizer
+from stride_lightning.model.layers import in_precision_of
+from stride_lightning.retraining.batchability import (
+    check_vectorises,
+    draws_random_numbers,
+    loss_factor,
+    vectorised_attention,
+)
+from stride_lightning.retraining.ensemble import BatchFunction, bytes_per_model, chunk_size, keep_freed_memory
+from stride_lightning.retraining.optimizers import MakeOptimizer, check_optimizer
+from stride_lightning.runtime.parallel import num_workers
 from stride_lightning.runtime.randomness import mix, seed_torch
 from stride_lightning.tasks.likelihoods import Task, columns
 
@@ -20,7 +30,7 @@ class Batches:
     """Training data in the batches that a run of training makes of them.
 
     Args:
-        model: A model that takes them.
+        model: A model that takes them, where it trains.
         train: Training data.
         head: Its first batch.
         task: What a batch means.
@@ -29,8 +39,16 @@ class Batches:
         memory_budget: Bytes that models trained together may take.
 
     Raises:
-        ValueError: If the model cannot take the batches, or it is not known how they are made.
+        TypeError, ValueError: If the model cannot take the batches, it is not known how they are made, or the optimizer
+            is none that can be made anew.
     """
+
+    #: Why models train one by one, where they do.
+    one_by_one_because: str | None = None
+    #: What the task's loss is multiplied with to give the loss that is trained on.
+    factor = 1.0
+    #: Whether training draws random numbers beside the order: then one thread at a time may train.
+    is_random = False
 
     def __init__(
         self,
@@ -43,34 +61,75 @@ class Batches:
         optimizer: MakeOptimizer | None = None,
         memory_budget: int | None = None,
     ) -> None:
+        check_optimizer(optimizer)
         self.train, self.task, self.loading = train, task, check_loading(train.loading, batch_size)
         self.optimizer, self.memory_budget = optimizer, memory_budget
+        self.device = next(model.parameters()).device
+        #: Steps that were traced, for every model of this kind.
+        self.kernels: dict[Hashable, Any] = {}
         with train.naming(0):
             self.num_outputs = count_outputs(model, task, head)
+
+    def set_mode(self, model: nn.Module) -> None:
+        """Put a model in the modes it trains in; by default those it is in, as a Trainer leaves them."""
+
+    def try_out(self, model: nn.Module, sample: tuple[Any, Tensor], mixed: Any) -> None:
+        """Try whether copies of a model can train together, and by which factor of the task's loss.
+
+        Args:
+            model: The model.
+            sample: A batch as :meth:`prepared` gives it.
+            mixed: A batch in which every kind of example occurs.
+
+        Raises:
+            CannotBatch: If they cannot, saying why.
+        """
+        with vectorised_attention():
+            batch, prepared = in_precision_of(model, mixed), self.prepared(model, mixed)
+            # Of a copy, as a step may keep its loss.
+            self.factor = loss_factor(copy.deepcopy(model), self.task, batch, prepared, len(self.order(0, 0)))
+            check_vectorises(model, self.task, sample, self.set_mode)
+
+    def get_ready(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: BatchFunction, sample: tuple[Any, Tensor]
+    ) -> None:
+        """Find out what a copy takes and whether training it is random, and hold data that are small in memory."""
+        self.is_random = self.train.is_random or draws_random_numbers(model, self.task, sample[0], self.set_mode)
+        with vectorised_attention():
+            self._bytes_each = bytes_per_model(model, optimizer, loss_fn, sample)
+        self.train.hold()
+        keep_freed_memory()
+
+    @property
+    def num_threads(self) -> int:
+        """Chunks of models that may train at once."""
+        return 1 if self.is_random or self.one_by_one_because else num_workers(self.device)
+
+    def chunk_size(self, num_models: int) -> int:
+        """Models that train at once within the memory budget."""
+        if self.one_by_one_because:
+            return 1
+        return chunk_size(num_models, self._bytes_each, self.device, self.memory_budget)
 
     def order(self, seed: int, epoch: int) -> list[Tensor]:
         """Places of the examples of every batch of an epoch; the same for all models of a seed."""
         how = self.loading
         return batch_order(len(self.train), how.batch_size, how.shuffle, how.drop_last, seed, epoch)
 
-    def epoch(
-        self, seed: int, epoch: int, device: torch.device, prepare: Callable[[Any], Any], *, is_random: bool
-    ) -> Iterator[tuple[Tensor, Any]]:
+    def epoch(self, seed: int, epoch: int, prepare: Callable[[Any], Any]) -> Iterator[tuple[Tensor, Any]]:
         """The batches of an epoch, each with the places of its examples.
 
         Args:
             seed: Decides the order, random augmentation and dropout.
             epoch: Number of the epoch.
-            device: Where the batches go.
             prepare: Makes of a batch what the training loss is computed of.
-            is_random: Whether a step draws random numbers: then it is seeded, whatever was drawn before.
         """
         order = self.order(seed, epoch)
-        drawn = self.train.drawn(order, mix(seed, epoch), device)
+        drawn = self.train.drawn(order, mix(seed, epoch), self.device)
         for number, (places, batch) in enumerate(zip(order, drawn, strict=True)):
             with self.train.naming(places):
                 prepared = prepare(batch)
-            if is_random:
+            if self.is_random:  # the same numbers, whatever was drawn before
                 seed_torch(mix(seed, epoch, epoch * len(order) + number))
             yield places, prepared
 

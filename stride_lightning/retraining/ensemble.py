@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Hashable
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -21,14 +22,14 @@ warnings.filterwarnings("ignore", message="There is a performance drop because w
 
 #: What is computed of one model and a batch: ``(model, batch) -> tensor``.
 BatchFunction = Callable[[nn.Module, Any], Tensor]
-#: One copy's objective: ``(call, shared, own) -> scalar``, where ``call(batch)`` is the batch function of that copy.
+#: One copy's objective: ``(call, shared, single) -> scalar``, where ``call(batch)`` is the copy's batch function.
 Objective = Callable[[Callable[[Any], Tensor], Any, Any], Tensor]
 
 #: Steps from which tracing pays.
 CAPTURE_STEPS = 50
 #: Tracing is not for several threads at once.
 _TRACING = threading.Lock()
-#: Memory that the copies trained together may take: on a CPU about what its caches hold.
+#: Bytes that the copies trained together may take: on a CPU about what its caches hold.
 MEMORY_BUDGET = {"cpu": 2**25, "cuda": 2**31, "mps": 2**29}
 
 
@@ -58,8 +59,8 @@ class Ensemble:
         >>> model = nn.Linear(2, 1)
         >>> def losses(model, batch):
         ...     return (model(batch[0]) - batch[1]).square().sum(1)
-        >>> def weighted_mean(call, shared, own):
-        ...     return (call(shared) * own).sum() / own.sum()
+        >>> def weighted_mean(call, shared, weights):
+        ...     return (call(shared) * weights).sum() / weights.sum()
         >>> ensemble = Ensemble(model, torch.optim.SGD(model.parameters(), lr=0.1), 2, losses, weighted_mean)
         >>> batch = torch.randn(3, 2), torch.randn(3, 1)
         >>> _ = ensemble.step(batch, torch.tensor([[0.0, 1, 1], [1, 0, 1]]))
@@ -90,36 +91,35 @@ class Ensemble:
         _take_over(optimizer, {id(trained[name]): self.parameters[name] for name in trained})
         call = Call(model, function)
 
-        def one(parameters: dict[str, Tensor], fixed: dict[str, Tensor], shared: Any, own: Any) -> Tensor:
-            return objective(lambda batch: call.with_weights({**parameters, **fixed}, batch), shared, own)
+        def one(parameters: dict[str, Tensor], fixed: dict[str, Tensor], shared: Any, single: Any) -> Tensor:
+            return objective(lambda batch: call.with_weights({**parameters, **fixed}, batch), shared, single)
 
         self._gradients = vmap(grad_and_value(one), in_dims=(0, None, None, 0), randomness="same")
         self._verified: set[Hashable] = set()
 
-    def step(self, shared: Any, own: Any, *, skip: Tensor | None = None) -> Tensor:
+    def step(self, shared: Any, single: Any, *, skip: Tensor | None = None) -> Tensor:
         """One step of the optimizer for every copy.
 
         Args:
             shared: Batch that all copies see, a pytree of tensors.
-            own: What differs between copies, a pytree of tensors whose first axis is the copies.
+            single: What differs between copies, a pytree of tensors whose first axis is the copies.
             skip: Copies that make no step, bool of shape ``(num_models,)``.
 
         Returns:
             Each copy's objective before the step, shape ``(num_models,)``.
         """
-        gradients, objectives = self._function(shared, own)(self.parameters, self.fixed, shared, own)
+        arguments = (self.parameters, self.fixed, shared, single)
+        gradients, objectives = self._function(arguments)(*arguments)
         for name, parameter in self.parameters.items():
             parameter.grad = gradients[name].contiguous()  # fused optimizers go through memory, whatever the strides
         if skip is None or not skip.any():
             self.optimizer.step()
             return objectives
-        before = [(value, value.clone()) for value in self._per_copy()]
-        had_state = bool(self.optimizer.state)
+        before = [value.clone() for value in self._per_copy()]
         self.optimizer.step()
-        for value, old in before:
-            value[skip] = old[skip]
-        for value in self._per_copy()[len(self.parameters) :] if not had_state else ():
-            value[skip] = 0
+        # The first step makes the optimizer's values, which begin with zeros.
+        for value, old in zip_longest(self._per_copy(), before):
+            value[skip] = 0 if old is None else old[skip]
         return objectives
 
     @torch.no_grad()
@@ -132,11 +132,10 @@ class Ensemble:
 
         return vmap(one, randomness="same")(self.parameters)
 
-    def _function(self, shared: Any, own: Any) -> Callable[..., Any]:
+    def _function(self, arguments: tuple[Any, ...]) -> Callable[..., Any]:
         """The vectorised gradient, traced if that pays; what was traced with other weights is tried out first."""
         if self.num_steps < CAPTURE_STEPS:
             return self._gradients
-        arguments = (self.parameters, self.fixed, shared, own)
         leaves, structure = pytree.tree_flatten(arguments)
         key = (str(structure), *((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves), self.model.training)
         with _TRACING:
@@ -168,11 +167,11 @@ class Single:
     ) -> None:
         self.model, self.optimizer, self.function, self.objective = model, optimizer, function, objective
 
-    def step(self, shared: Any, own: Any) -> None:
+    def step(self, shared: Any, single: Any) -> None:
         """One step of the optimizer."""
         self.optimizer.zero_grad()
         with torch.enable_grad():
-            self.objective(lambda batch: self.function(self.model, batch), shared, own).backward()
+            self.objective(lambda batch: self.function(self.model, batch), shared, single).backward()
         self.optimizer.step()
 
     @torch.no_grad()
@@ -207,17 +206,17 @@ def trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 def bytes_per_model(model: nn.Module, optimizer: torch.optim.Optimizer, function: BatchFunction, batch: Any) -> int:
     """Bytes that one copy takes while it trains: parameters, gradients, optimizer state and activations."""
     parameters = trained_parameters(model, optimizer).values()
-    own = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
     saved: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
+        saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with seeded(0), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         result = function(model, batch)  # noqa: F841 - keeps what was saved alive, so that no address comes twice
+    for value in (*model.parameters(), *model.buffers()):
+        saved.pop(value.untyped_storage().data_ptr(), None)
     states = 2 if "betas" in optimizer.defaults else int(optimizer.defaults.get("momentum", 0) > 0)
     weights = sum(value.numel() * value.element_size() for value in parameters)
     return weights * (2 + states) + 2 * sum(saved.values())

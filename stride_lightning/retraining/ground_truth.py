@@ -90,14 +90,7 @@ class Retrained(Stored):
         Raises:
             ValueError: Naming what differs.
         """
-        names = {"data": "training data", "query_data": "queries"}
-        for key, name in names.items():
-            own, other = self.metadata.get(key), metadata.get(key)
-            if own is not None and other is not None and own != other:
-                raise ValueError(
-                    f"{what} is of other {name} than the ground truth: {_short(other)} against {_short(own)}. Both "
-                    "must be made with the same data in the same order."
-                )
+        check_same_data(self.metadata, metadata, what)
 
 
 @dataclass
@@ -227,6 +220,17 @@ def _splits(num_seeds: int, num_splits: int) -> list[tuple[Sequence[int], Sequen
 def _centred_ranks(values: Tensor) -> np.ndarray:
     ranks = rankdata(values.numpy(), axis=1)
     return ranks - ranks.mean(1, keepdims=True)
+
+
+def check_same_data(truth: Mapping[str, Any], metadata: Mapping[str, Any], what: str = "The attribution") -> None:
+    """As :meth:`Retrained.check_data`, of the metadata alone."""
+    for key, name in {"data": "training data", "query_data": "queries"}.items():
+        expected, given = truth.get(key), metadata.get(key)
+        if expected is not None and given is not None and expected != given:
+            raise ValueError(
+                f"{what} is of other {name} than the ground truth: {_short(given)} against {_short(expected)}. Both "
+                "must be made with the same data in the same order."
+            )
 
 
 def _short(fingerprint: Mapping[str, Any]) -> str:

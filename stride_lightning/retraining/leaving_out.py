@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,30 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
+from typing_extensions import override
 
 from stride_lightning.data.examples import Examples, first_batch
 from stride_lightning.model.layers import in_precision_of
 from stride_lightning.model.weights import borrowed
-from stride_lightning.retraining.batchability import (
-    check_vectorises,
-    draws_random_numbers,
-    first_line,
-    loss_factor,
-    loss_of_step,
-    vectorised_attention,
-)
+from stride_lightning.retraining.batchability import first_line, loss_of_step, overridden, vectorised_attention
 from stride_lightning.retraining.batches import Batches
-from stride_lightning.retraining.ensemble import Ensemble, Single, bytes_per_model, chunk_size, keep_freed_memory
-from stride_lightning.retraining.optimizers import CannotBatch, MakeOptimizer, Optimization, read_optimization
-from stride_lightning.retraining.step_losses import (
-    check_additive,
-    check_step,
-    detached_copy,
-    gradient_hooks,
-    train_mode,
-)
+from stride_lightning.retraining.ensemble import Ensemble, Single
+from stride_lightning.retraining.optimizers import CannotBatch, Optimization, read_optimization
+from stride_lightning.retraining.step_losses import check_additive, check_step, detached_copy, train_mode
 from stride_lightning.runtime.checks import check_finite
-from stride_lightning.runtime.parallel import num_workers
 from stride_lightning.runtime.randomness import mix, seeded
 from stride_lightning.tasks.likelihoods import Task, columns
 
@@ -55,9 +42,8 @@ class LeavingOut(Batches):
         train: Training data.
         head: Its first batch.
         task: What a batch means.
-        optimizer: Makes the optimizer; by default the model's ``configure_optimizers``, at its initial learning rate.
         warn: Warn of hooks that are not called.
-        **how: ``batch_size`` and ``memory_budget``, as in :class:`Batches`.
+        **how: As in :class:`Batches`; of the model's own optimizer the initial learning rate counts.
 
     BatchNorm layers keep their statistics; weights of half precision are trained in float32. Losses of queries are
     measured in double precision where the device has it. Where ``torch.func`` cannot vectorise the model, copies train
@@ -69,78 +55,52 @@ class LeavingOut(Batches):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        train: Examples,
-        head: Any,
-        task: Task,
-        *,
-        optimizer: MakeOptimizer | None = None,
-        warn: bool = True,
-        **how: Any,
+        self, model: nn.Module, train: Examples, head: Any, task: Task, *, warn: bool = True, **how: Any
     ) -> None:
-        _check_optimizer(optimizer)
-        hooks = gradient_hooks(model)
-        if hooks and warn:
+        super().__init__(model, train, head, task, **how)
+        if warn and (hooks := overridden(model)):
             warnings.warn(
                 f"{type(model).__name__} overrides {', '.join(hooks)}. Further training does not call them; effects "
                 "are of training without.",
                 stacklevel=3,
             )
-        super().__init__(model, train, head, task, optimizer=optimizer, **how)
         if not getattr(model, "automatic_optimization", True):
             raise ValueError(
                 f"{type(model).__name__} optimizes by hand (automatic_optimization=False), so it has no loss to "
                 "take an example's share from. Pass further_train() the network inside it, and `optimizer=`."
             )
-        #: Why copies train one by one, where they do.
-        self.one_by_one_because: str | None = None
-        self._kernels: dict[Hashable, Any] = {}
         self.model = model = detached_copy(model)
         if any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters()):
             model.float()  # one example's share of a step is below the rounding of half precision
-        self._device, self._factor = next(model.parameters()).device, 1.0
-        batch = first_batch(train, self.loading.batch_size, self._device)
+        batch = first_batch(train, self.loading.batch_size, self.device)
         with train.naming(0):
-            prepared = self.prepared(model, batch)
-        optimization = self._optimization(model)
+            sample = self.prepared(model, batch)
+        optimizer = self._optimization(model).optimizer
         try:
-            mixed, num_batches = self._drawn(self._mixed_examples(self.loading.batch_size)), len(self.order(0, 0))
-            kinds = in_precision_of(model, mixed), self.prepared(model, mixed)
-            with vectorised_attention():
-                with torch.enable_grad():  # of a copy, as a step may keep its loss
-                    self._factor = loss_factor(copy.deepcopy(model), task, *kinds, num_batches=num_batches)
-                check_vectorises(model, task, prepared, train_mode)
-                self._check_single_examples(prepared)
+            self.try_out(model, sample, self._drawn(self._mixed_examples(self.loading.batch_size)))
+            self._check_single_examples(sample)
         except CannotBatch as reason:
             self.one_by_one_because = str(reason)
         #: Whether the loss is what ``training_step`` returns, because it is not the task's.
         self._is_step = self.one_by_one_because is not None and isinstance(model, L.LightningModule)
         if self._is_step:
             check_step(copy.deepcopy(model), in_precision_of(model, batch))
-            check_additive(copy.deepcopy(model), self._mixed_examples(_NUM_CHECKED), self._device)
-        self._in_double = self._device.type != "mps" and _takes_double(task, prepared[1])
-        self._is_random = train.is_random or draws_random_numbers(model, task, prepared[0], train_mode)
-        with vectorised_attention():
-            self._bytes = bytes_per_model(model, optimization.optimizer, self._task_loss, prepared)
-        keep_freed_memory()
-        train.hold()
+            check_additive(copy.deepcopy(model), self._mixed_examples(_NUM_CHECKED), self.device)
+        self._in_double = self.device.type != "mps" and _takes_double(task, sample[1])
+        self.get_ready(model, optimizer, self._task_loss, sample)
 
-    @property
-    def num_threads(self) -> int:
-        """Chunks that may train at once."""
-        return 1 if self._is_random or self.one_by_one_because else num_workers(self._device)
+    @override
+    def set_mode(self, model: nn.Module) -> None:
+        train_mode(model)
 
-    def chunk_size(self, num_left_out: int) -> int:
+    @override
+    def chunk_size(self, num_models: int) -> int:
         """Examples that are left out at once; one more copy leaves out none."""
-        if self.one_by_one_because:
-            return num_left_out
-        return max(1, chunk_size(num_left_out + 1, self._bytes, self._device, self.memory_budget) - 1)
+        return num_models if self.one_by_one_because else max(1, super().chunk_size(num_models + 1) - 1)
 
     def identity(self) -> dict[str, Any]:
         """Plain values that decide what training on gives, beside weights and data."""
-        optimizer = self._optimization(self.model).describe(with_schedule=False)
-        return {**self.described(), "optimizer": optimizer}
+        return {**self.described(), "optimizer": repr(self._optimization(self.model).optimizer)}
 
     def effects(
         self,
@@ -153,7 +113,7 @@ class LeavingOut(Batches):
         """What leaving out each example does to the loss of each query.
 
         Args:
-            left_out: Places of the examples in the reading order of the training data, shape ``(m,)``.
+            left_out: Places of the examples, shape ``(m,)``.
             queries: Inputs and encoded targets, batch by batch.
             epochs: After which epochs the queries are measured, ascending.
             seed: Decides the order of batches and dropout.
@@ -178,19 +138,10 @@ class LeavingOut(Batches):
         return (losses[:, 1:] - losses[:, :1]).to(stored_dtype).cpu()
 
     def check_queries(self, queries: Examples, batches: Sequence[tuple[Any, Tensor]]) -> None:
-        """Refuse queries whose loss is not finite before any further training.
-
-        Args:
-            queries: Where they come from.
-            batches: Their inputs and encoded targets, batch by batch.
-
-        Raises:
-            ValueError: Naming the first.
-        """
+        """Refuse queries whose loss is not finite before any further training, naming the first."""
+        batches = [in_precision_of(self.model, batch) for batch in batches]
         with borrowed(self.model, None, None), torch.no_grad(), seeded(0):
-            losses = torch.cat(
-                [self._query_losses(self.model, in_precision_of(self.model, batch)) for batch in batches]
-            )
+            losses = torch.cat([self._query_losses(self.model, batch) for batch in batches])
         with queries.naming(0):
             check_finite(losses, "loss before any further training")
 
@@ -209,18 +160,18 @@ class LeavingOut(Batches):
         model = copy.deepcopy(self.model)
         train_mode(model)
         optimizer = self._optimization(model).optimizer
-        shares = shares.to(self._device, next(model.parameters()).dtype)
+        shares = shares.to(self.device, next(model.parameters()).dtype)
         if alone:
             trained = Single(model, optimizer, loss_of_step if self._is_step else self._task_loss, _without_share)
         else:
-            options = {"kernels": self._kernels, "num_steps": epochs[-1] * len(self.order(0, 0))}
+            options = {"kernels": self.kernels, "num_steps": epochs[-1] * len(self.order(0, 0))}
             trained = Ensemble(model, optimizer, len(left_out), self._task_loss, _without_share, **options)
         losses, examples = [], None
         for epoch in range(epochs[-1]):
             if examples is None or self.train.is_random:
-                (batch,) = self.train.drawn([left_out], mix(seed, epoch), self._device)
+                (batch,) = self.train.drawn([left_out], mix(seed, epoch), self.device)
                 examples = self._shown(batch) if alone else _stacked(self._shown(batch))
-            for _, shown in self.epoch(seed, epoch, self._device, self._shown, is_random=self._is_random):
+            for _, shown in self.epoch(seed, epoch, self._shown):
                 trained.step(shown, (examples, shares[0] if alone else shares))
             tick(len(left_out))
             if epoch + 1 in epochs:
@@ -252,26 +203,22 @@ class LeavingOut(Batches):
         return self.task.loss(outputs, encoded)
 
     def _task_loss(self, model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
-        return self._factor * self.losses(model, batch).mean()
+        return self.factor * self.losses(model, batch).mean()
 
-    def _check_single_examples(self, prepared: tuple[Any, Tensor]) -> None:
-        """Make one step of two copies: with the weights, each copy's own example is vectorised.
-
-        Raises:
-            CannotBatch: With the reason torch gives.
-        """
+    def _check_single_examples(self, sample: tuple[Any, Tensor]) -> None:
+        """Make one step of two copies: with the weights, the example that each leaves out is vectorised."""
         part = self._part([0, len(self.train) - 1])
         model = copy.deepcopy(self.model)
         train_mode(model)
         optimizer = self._optimization(model).optimizer
         try:
-            with seeded(0), torch.enable_grad():
+            with seeded(0), torch.enable_grad(), vectorised_attention():
                 examples = _stacked(self.prepared(self.model, self._drawn(part)))
-                shares = torch.full((2,), 1 / len(self.train)).to(prepared[1])
-                Ensemble(model, optimizer, 2, self._task_loss, _without_share).step(prepared, (examples, shares))
+                shares = torch.full((2,), 1 / len(self.train)).to(sample[1])
+                Ensemble(model, optimizer, 2, self._task_loss, _without_share).step(sample, (examples, shares))
         except Exception as error:
             detail = first_line(error)
-            if self.task.has_tokens and "attention_mask" in prepared[0]:
+            if self.task.has_tokens and "attention_mask" in sample[0]:
                 detail += ". Batches without attention_mask, of texts that need no padding, may be vectorised"
             raise CannotBatch(f"torch.func cannot vectorise single examples: {detail}") from error
 
@@ -292,7 +239,7 @@ class LeavingOut(Batches):
     def _drawn(self, part: Examples) -> Any:
         """All of some examples as one batch."""
         with seeded(0):
-            (batch,) = part.drawn([torch.arange(len(part))], 0, self._device)
+            (batch,) = part.drawn([torch.arange(len(part))], 0, self.device)
         return batch
 
     def _part(self, places: list[int]) -> Examples:
@@ -301,16 +248,6 @@ class LeavingOut(Batches):
         part = self.train.subset(places)
         part.num_workers = 0
         return part
-
-
-def _check_optimizer(optimizer: MakeOptimizer | None) -> None:
-    is_made = isinstance(optimizer, torch.optim.Optimizer)
-    if optimizer is not None and (is_made or not callable(optimizer)):
-        instead = f"an instance of {type(optimizer).__name__}" if is_made else repr(optimizer)
-        raise TypeError(
-            f"`optimizer` must be a function that makes the optimizer of a model's parameters, got {instead}. Every "
-            "copy needs one of its own: pass functools.partial(torch.optim.SGD, lr=0.1)."
-        )
 
 
 def _stacked(shown: Any) -> Any:
@@ -327,7 +264,7 @@ def _takes_double(task: Task, encoded: Tensor) -> bool:
     return True
 
 
-def _without_share(call: Callable[[Any], Tensor], shared: Any, own: tuple[Any, Tensor]) -> Tensor:
+def _without_share(call: Callable[[Any], Tensor], shared: Any, single: tuple[Any, Tensor]) -> Tensor:
     """A batch's mean loss, less the share of the example that is left out."""
-    example, share = own
+    example, share = single
     return call(shared) - share * call(example)

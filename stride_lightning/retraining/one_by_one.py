@@ -36,13 +36,8 @@ def train_alone(recipe: Recipe, mask: Tensor, seed: int) -> Tensor:
     """Train one model on a subset with a Trainer of its own and measure the queries.
 
     Weights and batches are those of :class:`~stride_lightning.retraining.together.Together`: the batches of the whole
-    training set, without the examples that are not in the subset. Batches that hold none of it are left out, and under
-    BatchNorm those that hold only one.
-
-    Args:
-        recipe: How models are trained.
-        mask: Which examples it sees, bool of shape ``(n,)``.
-        seed: Decides the initial weights, the order of batches and dropout.
+    training set, without the examples that are not in the subset, whose ``mask`` is bool of shape ``(n,)``. Batches
+    that hold none of it are left out, and under BatchNorm those that hold only one.
 
     Returns:
         What is measured of every query, shape ``(q,)``, on the CPU.
@@ -52,7 +47,7 @@ def train_alone(recipe: Recipe, mask: Tensor, seed: int) -> Tensor:
     if recipe.optimizer is not None:  # the model is fresh and ours
         make_optimizer = recipe.optimizer
         module.configure_optimizers = lambda: make_optimizer(model.parameters())
-    trainer = _make_trainer(recipe, model)
+    trainer = _lean_trainer(recipe.max_epochs, recipe.device) if recipe.trainer_fn is None else recipe.trainer_fn()
     if trainer.global_step or trainer.current_epoch:
         raise ValueError(
             "`trainer_fn` returned a Trainer that has trained before; it would not train the next model at all. Make "
@@ -71,17 +66,12 @@ def train_alone(recipe: Recipe, mask: Tensor, seed: int) -> Tensor:
         # The data module has all three hooks of a transfer, and calls the user's, the model's among them.
         warnings.filterwarnings("ignore", "You have overridden `.*` in both `LightningModule` and")
         trainer.fit(module, datamodule=_SubsetData(recipe, mask, seed, smallest=2 if normalises else 1))
-    model.eval()
-    device = next(model.parameters()).device if recipe.device is None else recipe.device
-    return recipe.measured(model, device).float().cpu()
+    return recipe.measured(model).float().cpu()
 
 
-def _make_trainer(recipe: Recipe, model: nn.Module) -> L.Trainer:
-    if recipe.trainer_fn is not None:
-        return recipe.trainer_fn()
-    device = next(model.parameters()).device
+def _lean_trainer(max_epochs: int, device: torch.device) -> L.Trainer:
     return L.Trainer(
-        max_epochs=recipe.max_epochs,
+        max_epochs=max_epochs,
         accelerator={"cuda": "gpu"}.get(device.type, device.type),
         devices=1 if device.index is None else [device.index],
         logger=False,

@@ -24,14 +24,7 @@ class CannotBatch(Exception):
 
 @dataclass
 class Optimization:
-    """An optimizer, and the schedule of its learning rate if it has one.
-
-    Args:
-        optimizer: The optimizer.
-        scheduler: Its scheduler, stepped every ``frequency`` epochs or steps.
-        interval: ``"epoch"`` or ``"step"``.
-        frequency: Every how many of them.
-    """
+    """An optimizer, and its schedule if any, that goes on every ``frequency`` epochs or steps (the ``interval``)."""
 
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler | None = None
@@ -51,9 +44,9 @@ class Optimization:
             return type(self.optimizer).__name__
         return type(self.scheduler).__name__ if self.scheduler is not None and self.interval == "step" else None
 
-    def describe(self, *, with_schedule: bool = True) -> str:
+    def describe(self) -> str:
         """All settings, to tell one run from another."""
-        if self.scheduler is None or not with_schedule:
+        if self.scheduler is None:
             return repr(self.optimizer)
         state = {name: value for name, value in self.scheduler.state_dict().items() if _is_plain(value)}
         return f"{self.optimizer!r} {type(self.scheduler).__name__} {state} every {self.frequency} {self.interval}"
@@ -62,11 +55,11 @@ class Optimization:
 def read_optimization(
     model: nn.Module, make_optimizer: MakeOptimizer | None, *, any_kind: bool = False
 ) -> Optimization:
-    """The optimizer and scheduler that a model is to be trained with.
+    """The optimizer that a model is to be trained with, and its scheduler if ``configure_optimizers`` tells of one.
 
     Args:
         model: A LightningModule, or any module if ``make_optimizer`` is given.
-        make_optimizer: Makes the optimizer, in place of ``configure_optimizers``.
+        make_optimizer: Makes the optimizer.
         any_kind: Take optimizers that cannot train together too.
 
     Raises:
@@ -80,18 +73,32 @@ def read_optimization(
         optimizer = make_optimizer(model.parameters())
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"`optimizer` must return a torch optimizer, got {type(optimizer).__name__}.")
-        return Optimization(optimizer) if any_kind else _checked(Optimization(optimizer), model)
-    if not isinstance(model, L.LightningModule):
+        optimization = Optimization(optimizer)
+    elif isinstance(model, L.LightningModule):
+        try:
+            configured: Any = model.configure_optimizers()
+        except Exception as error:
+            raise CannotBatch(f"configure_optimizers needs a Trainer ({type(error).__name__}: {error})") from error
+        optimization = _read(configured)
+    else:
         raise TypeError(
             f"{type(model).__name__} is no LightningModule, so its optimizer is not known. Pass `optimizer=`, such as "
             "functools.partial(torch.optim.SGD, lr=0.1)."
         )
-    try:
-        configured: Any = model.configure_optimizers()
-    except Exception as error:
-        raise CannotBatch(f"configure_optimizers needs a Trainer ({type(error).__name__}: {error})") from error
-    optimization = _read(configured)
-    return optimization if any_kind else _checked(optimization, model)
+    if not any_kind:
+        _check_together(optimization.optimizer, model)
+    return optimization
+
+
+def check_optimizer(make_optimizer: MakeOptimizer | None) -> None:
+    """Refuse what makes no optimizer, above all one that is made already."""
+    is_made = isinstance(make_optimizer, torch.optim.Optimizer)
+    if is_made or (make_optimizer is not None and not callable(make_optimizer)):
+        instead = f"an instance of {type(make_optimizer).__name__}" if is_made else repr(make_optimizer)
+        raise TypeError(
+            f"`optimizer` must be a function that makes the optimizer of a model's parameters, got {instead}. Every "
+            "model needs one of its own: pass functools.partial(torch.optim.SGD, lr=0.1)."
+        )
 
 
 def _read(configured: Any) -> Optimization:
@@ -100,37 +107,30 @@ def _read(configured: Any) -> Optimization:
         return Optimization(configured)
     if isinstance(configured, dict):
         schedule = configured.get("lr_scheduler")
-        return _scheduled(configured["optimizer"], [] if schedule is None else [schedule])
-    if isinstance(configured, tuple) and len(configured) == 2 and all(isinstance(x, list) for x in configured):
-        optimizers, schedulers = configured
+        optimizers, schedules = [configured["optimizer"]], [] if schedule is None else [schedule]
+    elif isinstance(configured, tuple) and len(configured) == 2 and all(isinstance(x, list) for x in configured):
+        optimizers, schedules = configured
     elif isinstance(configured, list | tuple) and len(configured) == 1:
         return _read(configured[0])
     else:
-        optimizers, schedulers = (configured or []), []
-    if len(optimizers) != 1 or len(schedulers) > 1:
-        raise CannotBatch(f"configure_optimizers returns {len(optimizers)} optimizers and {len(schedulers)} schedulers")
-    return _scheduled(optimizers[0], list(schedulers))
-
-
-def _scheduled(optimizer: torch.optim.Optimizer, schedulers: list[Any]) -> Optimization:
-    if not schedulers:
-        return Optimization(optimizer)
-    config = schedulers[0] if isinstance(schedulers[0], dict) else {"scheduler": schedulers[0]}
+        optimizers, schedules = (configured or []), []
+    if len(optimizers) != 1 or len(schedules) > 1:
+        raise CannotBatch(f"configure_optimizers returns {len(optimizers)} optimizers and {len(schedules)} schedulers")
+    if not schedules:
+        return Optimization(optimizers[0])
+    config = schedules[0] if isinstance(schedules[0], dict) else {"scheduler": schedules[0]}
     scheduler = config["scheduler"]
     if isinstance(scheduler, ReduceLROnPlateau) or not isinstance(scheduler, LRScheduler):
         raise CannotBatch(f"its {type(scheduler).__name__} needs what a Trainer monitors")
-    return Optimization(optimizer, scheduler, config.get("interval", "epoch"), config.get("frequency", 1))
+    return Optimization(optimizers[0], scheduler, config.get("interval", "epoch"), config.get("frequency", 1))
 
 
-def _checked(optimization: Optimization, model: nn.Module) -> Optimization:
-    optimizer = optimization.optimizer
+def _check_together(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     if type(optimizer) not in TOGETHER:
         names = ", ".join(kind.__name__ for kind in TOGETHER)
         raise CannotBatch(f"{type(optimizer).__name__} is not one of the optimizers that train together ({names})")
-    own = {id(parameter) for parameter in model.parameters()}
-    if any(id(parameter) not in own for group in optimizer.param_groups for parameter in group["params"]):
+    if {id(p) for group in optimizer.param_groups for p in group["params"]} - {id(p) for p in model.parameters()}:
         raise CannotBatch("its optimizer holds parameters that are not the model's")
-    return optimization
 
 
 def _is_plain(value: object) -> bool:

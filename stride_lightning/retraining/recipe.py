@@ -6,7 +6,7 @@ import copy
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import lightning.pytorch as L
 import torch
@@ -26,13 +26,42 @@ from stride_lightning.tasks.likelihoods import Task, columns
 Measure = Literal["loss", "margin"]
 
 
+class Training(TypedDict, total=False):
+    """How :func:`~stride_lightning.retrain` and :func:`~stride_lightning.retrain_without` train; all is optional.
+
+    Args:
+        batch_size: Examples of a batch, before those outside a subset are dropped.
+        optimizer: Makes the optimizer of a model's parameters; by default ``configure_optimizers``.
+        trainer_fn: Makes a fresh Trainer for each model, for what else training needs (precision, clipping); models
+            then train one by one.
+        task: What a batch means; inferred by default.
+        measure: ``"loss"``, or ``"margin"`` for minus the log-odds of the target.
+        train_indices: Positions in the dataset that are trained on, where the sampler does not tell.
+        device: Where to train; the model's device by default.
+        memory_budget: Bytes that models trained together may take; by default 32 MiB on a CPU, what its caches hold,
+            and 2 GiB on a GPU. See :class:`~stride_lightning.retraining.ensemble.Ensemble` for the formula. The
+            training data come on top where they are less than 256 MiB, as do one model per seed and the queries.
+        one_by_one: Train every model with a Trainer of its own, whether it could train with others or not.
+    """
+
+    batch_size: int | None
+    optimizer: MakeOptimizer | None
+    trainer_fn: Callable[[], L.Trainer] | None
+    task: Task | None
+    measure: Measure
+    train_indices: Sequence[int] | Tensor | None
+    device: str | torch.device | None
+    memory_budget: int | None
+    one_by_one: bool
+
+
 class Recipe(Batches):
     """Everything that decides what a training run gives, but for the subset and the seed.
 
     Models of one seed start from the same weights and see the same batches in the same order, but for the examples
     that are left out (common random numbers), so that they differ by their data alone.
 
-    Arguments as in :func:`~stride_lightning.retrain`; all are checked.
+    Arguments as in :func:`~stride_lightning.retrain` and :class:`Training`; all are checked.
     """
 
     def __init__(
@@ -46,26 +75,20 @@ class Recipe(Batches):
         optimizer: MakeOptimizer | None = None,
         trainer_fn: Callable[[], L.Trainer] | None = None,
         task: Task | None = None,
-        measure: str = "loss",
+        measure: Measure = "loss",
         train_indices: Sequence[int] | Tensor | None = None,
         device: str | torch.device | None = None,
         memory_budget: int | None = None,
         one_by_one: bool = False,
     ) -> None:
         check_task(task)
-        if optimizer is not None and (isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer)):
-            raise TypeError(
-                f"`optimizer` must be a function of a model's parameters, got {type(optimizer).__name__}. Pass "
-                "functools.partial(torch.optim.SGD, lr=0.1): every model needs an optimizer of its own."
-            )
         if measure not in get_args(Measure):
             raise ValueError(f"`measure` must be one of {get_args(Measure)}, got {measure!r}.")
         max_epochs = check_count("max_epochs", max_epochs)
         model = _checked_model(model_fn)
         train = resolve_train_data(train_data, train_indices, model)
-        where = next(model.parameters()).device if device is None else torch.device(device)
-        model.to(where)
-        head = first_look(train, 64, where)
+        model.to(device)
+        head = first_look(train, 64, next(model.parameters()).device)
         if task is None:
             with borrowed(model, None, None), torch.no_grad(), train.naming(0):
                 task = infer_task_of(head, model)
@@ -76,7 +99,6 @@ class Recipe(Batches):
             task.margin(torch.zeros(1, self.num_outputs), torch.eye(1, self.num_outputs))
         self.model_fn, self.queries, self.max_epochs = model_fn, resolve_queries(queries, model), max_epochs
         self.trainer_fn, self.measure, self.one_by_one = trainer_fn, measure, one_by_one
-        self.device = None if device is None else where
         #: What kinds of training examples there are, a number for each; known once :meth:`identity` has read them.
         self.train_kinds: Tensor | None = None
         self._query_batches: list[tuple[Any, Tensor]] = []
@@ -85,8 +107,7 @@ class Recipe(Batches):
     def fresh_model(self, seed: int) -> nn.Module:
         """A new model with the initial weights of a seed."""
         with seeded(seed):
-            model = self.model_fn()
-        return model if self.device is None else model.to(self.device)
+            return self.model_fn().to(self.device)
 
     def initial_model(self, seed: int) -> nn.Module:
         """A copy of a model with the initial weights of a seed, made without drawing random numbers again."""
@@ -94,27 +115,22 @@ class Recipe(Batches):
             self._initial[seed] = self.fresh_model(seed)
         return copy.deepcopy(self._initial[seed])
 
-    def query_batches(self, model: nn.Module, device: torch.device) -> list[tuple[Any, Tensor]]:
-        """Inputs and encoded targets of the queries on a device, read once."""
+    def query_batches(self, model: nn.Module) -> list[tuple[Any, Tensor]]:
+        """Inputs and encoded targets of the queries, read once."""
         if not self._query_batches:
-            reading = Reading(self.queries, self.task, model, batch_size=256, device=device)
+            reading = Reading(self.queries, self.task, model, batch_size=256, device=self.device)
             self._query_batches = reading.encoded(self.num_outputs)
         return self._query_batches
 
     def check_queries(self, model: nn.Module) -> None:
-        """Refuse queries whose loss is no number even under an untrained model.
-
-        Raises:
-            ValueError: Naming the first.
-        """
-        values = self.measured(model, next(model.parameters()).device)
+        """Refuse queries whose loss is no number even under an untrained model, naming the first."""
         with self.queries.naming(0):
-            check_finite(values, "loss under an untrained model")
+            check_finite(self.measured(model), "loss under an untrained model")
 
-    def measured(self, model: nn.Module, device: torch.device) -> Tensor:
+    def measured(self, model: nn.Module) -> Tensor:
         """What is measured of all queries under a model, shape ``(q,)``."""
-        with borrowed(model, None, device), torch.no_grad():
-            return torch.cat([self.values(model, batch) for batch in self.query_batches(model, device)])
+        with borrowed(model, None, self.device), torch.no_grad():
+            return torch.cat([self.values(model, batch) for batch in self.query_batches(model)])
 
     def values(self, model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
         """What is measured of queries: lower is better, shape ``(b,)``."""

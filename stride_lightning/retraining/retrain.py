@@ -5,21 +5,22 @@ from __future__ import annotations
 import inspect
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.retraining.batchability import vectorised_attention
-from stride_lightning.retraining.ground_truth import Counterfactual, GroundTruth, Retrained
+from stride_lightning.retraining.ground_truth import Counterfactual, GroundTruth, Retrained, check_same_data
 from stride_lightning.retraining.one_by_one import train_alone
 from stride_lightning.retraining.optimizers import CannotBatch
-from stride_lightning.retraining.recipe import Recipe
+from stride_lightning.retraining.recipe import Recipe, Training
 from stride_lightning.retraining.together import Together
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.progress import announce
@@ -43,7 +44,7 @@ def retrain(
     path: str | Path | None = None,
     masks: Tensor | None = None,
     show_progress: bool = True,
-    **how: Any,
+    **how: Unpack[Training],
 ) -> GroundTruth:
     """Losses of queries under models trained from scratch on random subsets of the training data.
 
@@ -64,21 +65,8 @@ def retrain(
             that was killed goes on from there when it is started again, and ends with the same numbers.
         masks: Subsets of your own, bool of shape ``(K, n)``, in place of random ones.
         show_progress: Show a progress bar, and why models train one by one.
-        **how: How to train.
-
-            * ``batch_size``: examples of a batch, before those outside a subset are dropped;
-            * ``optimizer``: makes the optimizer of a model's parameters; by default ``configure_optimizers``;
-            * ``trainer_fn``: makes a fresh Trainer for each model, for what else training needs (precision, clipping);
-              models then train one by one;
-            * ``task``: what a batch means; inferred by default;
-            * ``measure``: ``"loss"``, or ``"margin"`` for minus the log-odds of the target;
-            * ``train_indices``: positions in the dataset that are trained on, where the sampler does not tell;
-            * ``device``: where to train; the model's device by default;
-            * ``memory_budget``: bytes that models trained together may take; by default 32 MiB on a CPU, what its
-              caches hold, and 2 GiB on a GPU. See :class:`~stride_lightning.retraining.ensemble.Ensemble` for the
-              formula. The training data come on top where they are less than 256 MiB, as do one model per seed and
-              the queries;
-            * ``one_by_one``: train every model with a Trainer of its own, whether it could train with others or not.
+        **how: How to train: ``batch_size``, ``optimizer``, ``trainer_fn``, ``task``, ``measure``, ``train_indices``,
+            ``device``, ``memory_budget``, ``one_by_one``; see :class:`~stride_lightning.retraining.recipe.Training`.
 
     Returns:
         Masks, losses and noise ceiling.
@@ -102,7 +90,8 @@ def retrain(
     Reference: arXiv:2202.00622 (datamodels), section 2.
     """
     seeds = _seeds(seed, num_seeds)
-    recipe = _recipe(retrain, model_fn, queries, train_data=train_data, max_epochs=max_epochs, **how)
+    _check_names(retrain, how)
+    recipe = Recipe(model_fn, queries, train_data=train_data, max_epochs=max_epochs, **how)
     if masks is None:
         masks = sample_masks(len(recipe.train), 100 if num_subsets is None else num_subsets, fraction, seed=seed)
     elif num_subsets is not None:
@@ -122,7 +111,7 @@ def retrain_without(
     seed: int = 0,
     path: str | Path | None = None,
     show_progress: bool = True,
-    **how: Any,
+    **how: Unpack[Training],
 ) -> Counterfactual:
     """Losses of each query under models trained without the examples that scores call most helpful to it.
 
@@ -138,8 +127,8 @@ def retrain_without(
         num_seeds: Models per removal.
         seed: Seed of everything.
         path: Folder for the result, as in :func:`retrain`.
-        show_progress: Show a progress bar, and why models train one by one.
-        **how: How to train, as in :func:`retrain`.
+        show_progress: As in :func:`retrain`.
+        **how: How to train, as in :func:`retrain`; see :class:`~stride_lightning.retraining.recipe.Training`.
 
     Returns:
         Losses with everything, and without each query's top k.
@@ -153,7 +142,8 @@ def retrain_without(
     if not torch.isfinite(attribution.scores).all():
         bad = (~torch.isfinite(attribution.scores)).any(1).nonzero().flatten().tolist()
         raise ValueError(f"The scores of queries {bad[:10]} are not finite.")
-    recipe = _recipe(retrain_without, model_fn, queries, train_data=train_data, max_epochs=max_epochs, **how)
+    _check_names(retrain_without, how)
+    recipe = Recipe(model_fn, queries, train_data=train_data, max_epochs=max_epochs, **how)
     num_train, num_queries = len(recipe.train), len(recipe.queries)
     if (attribution.num_queries, attribution.num_train) != (num_queries, num_train):
         raise ValueError(
@@ -179,16 +169,7 @@ def retrain_without(
 
 
 def sample_masks(num_train: int, num_subsets: int, fraction: float = 0.5, *, seed: int = 0) -> Tensor:
-    """Random subsets, each of the same size.
-
-    Args:
-        num_train: Number of training examples n.
-        num_subsets: Number of subsets K.
-        fraction: Share of the examples in each.
-        seed: Seed of the draw.
-
-    Returns:
-        Which example is in which subset, bool of shape ``(K, n)``.
+    """Random subsets, each of the same size, bool of shape ``(num_subsets, num_train)``.
 
     Example:
         >>> sample_masks(10, 3, 0.3).sum(1)
@@ -205,11 +186,10 @@ def sample_masks(num_train: int, num_subsets: int, fraction: float = 0.5, *, see
     return ranks < size
 
 
-def _recipe(caller: Callable[..., Any], *args: Any, **how: Any) -> Recipe:
-    known = {name for function in (caller, Recipe) for name in inspect.signature(function).parameters} - {"how"}
-    if unknown := sorted(how.keys() - known):
-        raise TypeError(f"{caller.__name__}() takes no {', '.join(unknown)}; it takes {', '.join(sorted(known))}.")
-    return Recipe(*args, **how)
+def _check_names(caller: Callable[..., Any], how: Mapping[str, Any]) -> None:
+    if unknown := sorted(how.keys() - Training.__annotations__.keys()):
+        known = sorted({*inspect.signature(caller).parameters, *Training.__annotations__} - {"how"})
+        raise TypeError(f"{caller.__name__}() takes no {', '.join(unknown)}; it takes {', '.join(known)}.")
 
 
 def _measured(
@@ -226,9 +206,8 @@ def _measured(
     """Train every subset under every seed, and keep the result at ``path``."""
     started = time.perf_counter()
     identity = recipe.identity(seeds)
-    result = kind(masks, torch.zeros(len(seeds), len(masks), len(recipe.queries)), seeds, identity, **more)
     if attribution is not None:
-        result.check_data(attribution.metadata)
+        check_same_data(identity, attribution.metadata)
     work = Work(path, identity, {"masks": masks})
     if (finished := work.finished(kind)) is not None:
         return finished
@@ -240,12 +219,11 @@ def _measured(
             "on these data, this is no retraining.",
             stacklevel=3,
         )
-    together, reason = None, None
     try:
         together = Together(recipe, seeds[0])
         together.check_steps(masks, seeds)
-    except CannotBatch as why:
-        together, reason = None, str(why)
+    except CannotBatch as reason:
+        together, recipe.one_by_one_because = None, str(reason)
         announce(f"Models train one by one, each with its own Trainer, because {reason}.", show=show_progress)
 
     def losses_of(seed: int, subsets: slice, tick: Callable[[int], Any]) -> Tensor:
@@ -264,15 +242,15 @@ def _measured(
             losses_of,
             seeds=seeds,
             num_items=len(masks),
-            largest=together.chunk_size(len(masks)) if together else 1,
-            num_threads=together.num_threads if together else 1,
+            largest=recipe.chunk_size(len(masks)),
+            num_threads=recipe.num_threads,
             ticks=lambda num_models: num_models * recipe.max_epochs,
             description="Retraining (models x epochs)",
             show_progress=show_progress,
         )
-    seconds = time.perf_counter() - started
-    how = {"one_by_one_because": reason, "seconds": seconds, "versions": versions(), "chunk_size": work.chunk_size}
-    return work.keep(kind(masks, losses, seeds, {**identity, **how}, **more))
+    how = {"one_by_one_because": recipe.one_by_one_because, "seconds": time.perf_counter() - started}
+    metadata = {**identity, **how, "versions": versions(), "chunk_size": work.chunk_size}
+    return work.keep(kind(masks, losses, seeds, metadata, **more))
 
 
 def _checked_masks(masks: Tensor, recipe: Recipe) -> Tensor:

@@ -15,12 +15,6 @@ from stride_lightning.model.layers import in_precision_of
 from stride_lightning.retraining.batchability import loss_of_step, switch_dropout_off, tried_out, without_trainer
 from stride_lightning.runtime.randomness import seeded
 
-#: Hooks of a LightningModule that may change gradients or steps; only a Trainer calls them.
-_GRADIENT_HOOKS = (
-    *("backward", "optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping", "on_before_backward"),
-    *("on_after_backward", "on_before_optimizer_step", "on_before_zero_grad"),
-)
-
 
 def check_step(model: nn.Module, batch: Any) -> None:
     """Refuse a ``training_step`` whose loss cannot be had without a Trainer."""
@@ -36,15 +30,12 @@ def check_step(model: nn.Module, batch: Any) -> None:
 
 
 def check_additive(model: nn.Module, examples: Examples, device: torch.device) -> None:
-    """Refuse a loss in which an example has no share of its own.
+    """Refuse a loss in which an example has no share: that of a batch must be the mean of those of its examples.
 
     Args:
         model: The model.
         examples: A few training examples of all kinds.
         device: Where they go.
-
-    Raises:
-        ValueError: If the loss of a batch is not the mean of the losses of its examples.
     """
     train_mode(model)
     switch_dropout_off(model)
@@ -52,12 +43,12 @@ def check_additive(model: nn.Module, examples: Examples, device: torch.device) -
     tolerance = max(1e-4 if device.type == "cpu" else 1e-3, 8 * eps)  # convolutions on a GPU use TF32
 
     def losses(batches: Sequence[Tensor], seed: int) -> Tensor:
-        found = []
+        values = []
         with seeded(seed), torch.enable_grad():
             for batch in examples.drawn(batches, 0, device):
                 with seeded(seed):
-                    found.append(loss_of_step(model, in_precision_of(model, batch)).detach().cpu().double().flatten())
-        return torch.cat(found)
+                    values.append(loss_of_step(model, in_precision_of(model, batch)).detach().cpu().double())
+        return torch.stack(values)
 
     def draws() -> bool:
         return not losses([places], 0).equal(losses([places], 1))
@@ -89,28 +80,6 @@ def check_additive(model: nn.Module, examples: Examples, device: torch.device) -
             "different lengths is none either. Use a loss that is, such as one with a weight for each example, by a "
             "task of your own; or pass further_train() the network inside it, and `optimizer=`."
         )
-
-
-def gradient_hooks(model: nn.Module) -> list[str]:
-    """Hooks of a LightningModule's own that may change its gradients, and that further training does not call.
-
-    Example:
-        >>> class Clipped(L.LightningModule):
-        ...     def on_after_backward(self):
-        ...         torch.nn.utils.clip_grad_value_(self.parameters(), 0.1)
-        >>> gradient_hooks(Clipped()), gradient_hooks(nn.Linear(1, 1))
-        (['on_after_backward'], [])
-    """
-    model = getattr(model, "_orig_mod", model)
-    if not hasattr(model, "automatic_optimization"):
-        return []
-    own = []
-    for name in _GRADIENT_HOOKS:
-        kind = next((kind for kind in type(model).__mro__ if name in vars(kind)), None)
-        is_lightnings = kind is None or kind.__module__.split(".")[0] in ("lightning", "pytorch_lightning")
-        if name in vars(model) or not is_lightnings:
-            own.append(name)
-    return own
 
 
 def detached_copy(model: nn.Module) -> nn.Module:

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stride_lightning.model.layers import in_precision_of
-from stride_lightning.retraining.batchability import (
-    check_hooks,
-    check_separate,
-    check_vectorises,
-    draws_random_numbers,
-    loss_factor,
-    mixed_places,
-    vectorised_attention,
-)
-from stride_lightning.retraining.ensemble import Ensemble, bytes_per_model, chunk_size, keep_freed_memory
+from stride_lightning.retraining.batchability import check_hooks, check_separate, mixed_places, vectorised_attention
+from stride_lightning.retraining.ensemble import Ensemble
 from stride_lightning.retraining.optimizers import CannotBatch, read_optimization
 from stride_lightning.retraining.recipe import Recipe
-from stride_lightning.runtime.parallel import num_workers
 
 
 class Together:
@@ -46,35 +36,14 @@ class Together:
         self.recipe, model = recipe, recipe.fresh_model(seed)  # a copy would have lost hooks on its parameters
         check_hooks(model)
         self.optimization = read_optimization(model, recipe.optimizer)
-        device = next(model.parameters()).device
         places = mixed_places(recipe.train_kinds, len(recipe.train), recipe.loading.batch_size)
-        (batch,) = recipe.train.drawn([places], 0, device)
-        prepared = recipe.prepared(model, batch)
+        (batch,) = recipe.train.drawn([places], 0, recipe.device)
+        sample = recipe.prepared(model, batch)
         with vectorised_attention():
-            check_separate(model, recipe.task, prepared[0], len(prepared[1]))
-            check_vectorises(model, recipe.task, prepared)
-            num_batches = len(recipe.order(seed, 0))
-            self.factor = loss_factor(
-                model, recipe.task, in_precision_of(model, batch), prepared, num_batches=num_batches
-            )
-        #: Whether training draws random numbers beside the order: then one thread at a time may train.
-        self.is_random = recipe.train.is_random or draws_random_numbers(model, recipe.task, prepared[0])
-        recipe.query_batches(model, device)
-        recipe.train.hold()
-        with vectorised_attention():
-            self._bytes = bytes_per_model(model, self.optimization.optimizer, self._losses, prepared)
-        self._device = device
-        self._kernels: dict[Hashable, Any] = {}
-        keep_freed_memory()
-
-    def chunk_size(self, num_models: int) -> int:
-        """Models that train at once within the memory budget."""
-        return chunk_size(num_models, self._bytes, self._device, self.recipe.memory_budget)
-
-    @property
-    def num_threads(self) -> int:
-        """Chunks that may train at once."""
-        return 1 if self.is_random else num_workers(self._device)
+            check_separate(model, recipe.task, sample[0], len(sample[1]))
+        recipe.try_out(model, sample, batch)
+        recipe.get_ready(model, self.optimization.optimizer, self._losses, sample)
+        recipe.query_batches(model)  # now, as several threads will ask for them
 
     def check_steps(self, masks: Tensor, seeds: list[int]) -> None:
         """Refuse plans under which a model would skip a step and cannot.
@@ -83,12 +52,10 @@ class Together:
             CannotBatch: If a batch holds no example of some subset and the optimizer or scheduler counts steps.
         """
         name = self.optimization.counts_steps
-        if name is None:
-            return
-        for seed in seeds:
-            for epoch in range(self.recipe.max_epochs):
-                if any((~masks[:, batch].any(1)).any() for batch in self.recipe.order(seed, epoch)):
-                    raise CannotBatch(f"some batches hold no example of some subsets, and {name} counts its steps")
+        epochs = range(self.recipe.max_epochs if name is not None else 0)
+        orders = (self.recipe.order(seed, epoch) for seed in seeds for epoch in epochs)
+        if any((~masks[:, places].any(1)).any() for order in orders for places in order):
+            raise CannotBatch(f"some batches hold no example of some subsets, and {name} counts its steps")
 
     def train(self, masks: Tensor, seed: int, tick: Callable[[int], Any] = lambda models: None) -> Tensor:
         """Train one model on each subset and measure the queries.
@@ -103,29 +70,27 @@ class Together:
         """
         recipe, model = self.recipe, self.recipe.initial_model(seed)
         optimization = read_optimization(model, recipe.optimizer)
-        masks, weights_dtype = masks.to(self._device), next(model.parameters()).dtype
+        masks, weights_dtype = masks.to(recipe.device), next(model.parameters()).dtype
         num_steps = recipe.max_epochs * len(recipe.order(seed, 0))
-        options = {"kernels": self._kernels, "num_steps": num_steps}
+        options = {"kernels": recipe.kernels, "num_steps": num_steps}
         ensemble = Ensemble(model, optimization.optimizer, len(masks), self._losses, _mean_of_members, **options)
         for epoch in range(recipe.max_epochs):
-            batches = recipe.epoch(
-                seed, epoch, self._device, lambda batch: recipe.prepared(model, batch), is_random=self.is_random
-            )
+            batches = recipe.epoch(seed, epoch, lambda batch: recipe.prepared(model, batch))
             for number, (places, prepared) in enumerate(batches):
-                members = masks[:, places.to(self._device)]
+                members = masks[:, places.to(recipe.device)]
                 ensemble.step(prepared, members.to(weights_dtype), skip=~members.any(1))
                 optimization.advance("step", number + 1)
             optimization.advance("epoch", epoch + 1)
             tick(len(masks))
         model.eval()
-        queries = recipe.query_batches(model, self._device)
-        return torch.cat([ensemble.evaluate(recipe.values, batch) for batch in queries], 1).float().cpu()
+        losses = [ensemble.evaluate(recipe.values, batch) for batch in recipe.query_batches(model)]
+        return torch.cat(losses, 1).float().cpu()
 
     def _losses(self, model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
         """Training loss of every example, shape ``(B,)``."""
-        return self.factor * self.recipe.losses(model, batch)
+        return self.recipe.factor * self.recipe.losses(model, batch)
 
 
-def _mean_of_members(call: Callable[[Any], Tensor], shared: Any, own: Tensor) -> Tensor:
+def _mean_of_members(call: Callable[[Any], Tensor], shared: Any, weights: Tensor) -> Tensor:
     """Mean loss over the examples of a batch that are in a model's subset."""
-    return (call(shared) * own).sum() / own.sum().clamp(min=1)
+    return (call(shared) * weights).sum() / weights.sum().clamp(min=1)

@@ -14,20 +14,12 @@ from torch import Tensor
 def check_count(
     name: str, value: Any, minimum: int = 1, maximum: int | None = None, *, unit: str = "training examples"
 ) -> int:
-    """Refuse what is not an integer from ``minimum`` to ``maximum``; NumPy's integers are integers, booleans are not.
+    """Refuse what is not an integer from ``minimum`` to ``maximum``, the number of what ``unit`` says.
 
-    Args:
-        name: The argument, as the caller calls it.
-        value: What came.
-        minimum: The smallest number that makes sense.
-        maximum: The largest, if known.
-        unit: What there are ``maximum`` of.
-
-    Returns:
-        The number as Python's ``int``, which JSON can hold.
+    NumPy's integers are integers, booleans are not. Returns the number as Python's ``int``, which JSON can hold.
 
     Raises:
-        ValueError: If it is no integer, too small, or too large.
+        ValueError: If it is no integer, too small, or too large; the message calls the argument ``name``.
 
     Example:
         >>> check_count("batch_size", 0)

@@ -46,14 +46,8 @@ def map_chunks(
     """Apply a function to independent chunks and yield the results in order, with a progress bar.
 
     On a CPU each thread works on its own chunk: an iteration is many products too small to share, and wherever
-    another process is running, waiting for a second thread in each takes many times as long as the work.
-
-    Args:
-        function: What to do with a chunk, without gradients; must not draw random numbers.
-        chunks: The chunks.
-        device: Where their tensors live.
-        description: What the progress bar says.
-        show_progress: Show it.
+    another process is running, waiting for a second thread in each takes many times as long as the work. The function
+    runs without gradients and must not draw random numbers.
     """
     workers = min(num_workers(device), len(chunks))
     function = torch.no_grad()(function)  # gradient mode belongs to a thread: switched off in each

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import platform
+from functools import cache
 from importlib.metadata import version
+
+_version = cache(version)  # a look-up reads files
 
 
 def versions() -> dict[str, str]:
     """Versions of what numbers may depend on."""
     packages = ("stride-lightning", "torch", "lightning", "numpy", "scipy")
-    return {name: version(name) for name in packages} | {"python": platform.python_version()}
+    return {name: _version(name) for name in packages} | {"python": platform.python_version()}

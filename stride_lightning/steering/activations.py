@@ -1,8 +1,8 @@
-"""What enters the layers of a model: names, capture and pooling."""
+"""What enters the layers of a model: capture and pooling."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stride_lightning.model.layers import before_layers, layer_names
+from stride_lightning.model.layers import before_layers
 
-#: Most layers that are chosen when the user names none.
-MAX_LAYERS = 8
 #: Spatial axes are average-pooled until an input has at most this many features.
 MAX_POOLED_FEATURES = 1024
 #: Wider inputs are folded to this many features by a seeded count sketch.
@@ -37,13 +35,8 @@ class Captured(dict[str, Tensor]):
 def capture_inputs(model: nn.Module, layers: Sequence[str]) -> Iterator[Captured]:
     """Collect the pooled input of each named layer at every forward pass inside the block.
 
-    Args:
-        model: Any module; compiled wrappers are looked through.
-        layers: Dotted names of submodules.
-
-    Yields:
-        A dictionary that after a forward pass holds, for every layer that ran, features of shape ``(B, d)``
-        (the mean over calls if the layer ran several times). Call its ``reads(inputs)`` before each pass.
+    After a pass the dictionary holds, for every layer that ran, features of shape ``(B, d)``: the mean over calls if
+    it ran several times. Call its ``reads(inputs)`` before each pass.
 
     Raises:
         ValueError: If a name is not a submodule.
@@ -69,60 +62,13 @@ def capture_inputs(model: nn.Module, layers: Sequence[str]) -> Iterator[Captured
         yield captured
 
 
-def choose_layers(
-    model: nn.Module, forward: Callable[[], object], batch_size: int, limit: int = MAX_LAYERS, num_tokens: int = 0
-) -> list[str]:
-    """The layers whose inputs make the default basis, in the order they run.
-
-    Every layer with a weight matrix counts whose input has one row of numbers per example; the first is then the
-    raw features. Beyond ``limit``, layers evenly spaced from first to last are taken.
-
-    Args:
-        model: The model in eval mode.
-        forward: Runs the model on one batch.
-        batch_size: Number of examples in that batch.
-        limit: Most layers to take.
-        num_tokens: If given, inputs must have one row for each of so many tokens, shape ``(B, T, d)``.
-
-    Raises:
-        ValueError: If no layer qualifies.
-    """
-    order: list[str] = []
-
-    def hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        usable = tensors and tensors[0].is_floating_point() and tensors[0].ndim >= 2
-        if not usable or name in order:
-            return
-        expected = (batch_size, num_tokens) if num_tokens else (batch_size,)
-        shape = tensors[0].shape if num_tokens else _rows_first(module, tensors[0]).shape
-        if shape[: len(expected)] == expected and (not num_tokens or len(shape) == 3):
-            order.append(name)
-
-    with before_layers(model, layer_names(model), hook), torch.no_grad():
-        forward()
-    if not order:
-        raise ValueError(
-            f"Found no layer of {type(model).__name__} with a weight matrix and an input of shape (batch, ...). Name "
-            "modules whose inputs describe an example with `layers=[...]`."
-        )
-    if len(order) <= limit:
-        return order
-    return [order[round(i * (len(order) - 1) / max(1, limit - 1))] for i in range(limit)]
-
-
 def pool(module: nn.Module, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-    """One row of features per example: token axes are averaged, spatial axes pooled to a coarse grid.
+    """One row of at most ``MAX_LAYER_FEATURES`` features per example, from what enters a layer.
 
-    Args:
-        module: The layer the input enters; convolutions and inputs with four or more axes are channels first.
-        inputs: Shape ``(B, d)``, ``(B, tokens, d)`` or ``(B, channels, height, width)`` and the like.
-        mask: Of tokens, shape ``(B, tokens)``, where some are padding.
-
-    Returns:
-        Shape ``(B, d)`` with ``d`` at most ``MAX_LAYER_FEATURES``.
+    Token axes ``(B, tokens, d)`` are averaged, over the tokens of a mask ``(B, tokens)`` if there is one. Spatial axes,
+    of convolutions and wherever there are four axes or more, come last and are pooled to a coarse grid.
     """
-    inputs = _rows_first(module, inputs.detach())
+    inputs = rows_first(module, inputs.detach())
     inputs = inputs if inputs.dtype == torch.float64 else inputs.float()
     if mask is not None and inputs.ndim == 3 and inputs.shape[:2] == mask.shape:
         counted = mask.bool()[..., None]
@@ -152,7 +98,7 @@ def fold(features: Tensor, width: int) -> Tensor:
     return features.new_zeros(len(features), width).index_add_(1, target, features * sign)
 
 
-def _rows_first(module: nn.Module, inputs: Tensor) -> Tensor:
+def rows_first(module: nn.Module, inputs: Tensor) -> Tensor:
     """Recurrent layers and attention may take (tokens, batch, features)."""
     sequence_first = getattr(module, "batch_first", True) is False and inputs.ndim == 3
     return inputs.transpose(0, 1) if sequence_first else inputs
@@ -162,9 +108,9 @@ def first_tensor(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Te
     """The first tensor that a layer is called with, which must hold one row of numbers per example."""
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if not tensors or not tensors[0].is_floating_point() or tensors[0].ndim < 2:
-        came = f"{tensors[0].dtype} of shape {tuple(tensors[0].shape)}" if tensors else "no tensor"
+        given = f"{tensors[0].dtype} of shape {tuple(tensors[0].shape)}" if tensors else "no tensor"
         raise TypeError(
-            f"Layer {name!r} must take a floating-point tensor with one row per example; its first input is {came}. "
+            f"Layer {name!r} must take a floating-point tensor with one row per example; its first input is {given}. "
             "Name another layer, for instance the one after an embedding."
         )
     return tensors[0]

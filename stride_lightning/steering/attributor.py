@@ -154,22 +154,23 @@ class StrideAttributor(Attributor):
 
     def _check_options(self) -> None:
         """Refuse options that are for another kind of task, or would have no effect."""
-        if not self.task.has_tokens:
-            if self.recovery == "closed-form" or self.steps != 1 or self.cache_dir is not None:
-                raise ValueError(
-                    "recovery='closed-form', `steps` and `cache_dir` are for language models; the task is "
-                    f"{self.task!r}. Leave them out."
-                )
-        elif self.recovery == "closed-form":
-            if self.basis == "learned":
-                raise ValueError("recovery='closed-form' fits no operators, so basis='learned' has no part in it.")
-            given = {"num_subsets": self.num_subsets, "degree": self.degree, "stability": self._given_stability}
-            idle = [name for name, value in given.items() if value is not None] + ["steps"] * (self.steps != 1)
-            if idle:
-                raise ValueError(
-                    f"recovery='closed-form', the default of language models, fits no operators, so {', '.join(idle)} "
-                    "would have no effect. Leave out, or pass recovery='prior'."
-                )
+        in_closed_form, has_steps = self.recovery == "closed-form", self.steps != 1
+        if not self.task.has_tokens and (in_closed_form or has_steps or self.cache_dir is not None):
+            raise ValueError(
+                "recovery='closed-form', `steps` and `cache_dir` are for language models; the task is "
+                f"{self.task!r}. Leave them out."
+            )
+        if not in_closed_form:
+            return
+        if self.basis == "learned":
+            raise ValueError("recovery='closed-form' fits no operators, so basis='learned' has no part in it.")
+        given = {"num_subsets": self.num_subsets, "degree": self.degree, "stability": self._given_stability}
+        idle = [name for name, value in given.items() if value is not None] + ["steps"] * has_steps
+        if idle:
+            raise ValueError(
+                f"recovery='closed-form', the default of language models, fits no operators, so {', '.join(idle)} "
+                "would have no effect. Leave out, or pass recovery='prior'."
+            )
 
     def _options_of_records(self) -> dict[str, Any]:
         """Options that a record must agree with, where they were given; one of a language model serves any design."""
@@ -178,8 +179,8 @@ class StrideAttributor(Attributor):
         return {"layers": self.layers, "num_subsets": self.num_subsets, "degree": self.degree}
 
     def _prepared(self, model: nn.Module, device: torch.device, record: Record | None) -> Fit:
-        names = (option.name for option in fields(FitOptions))
-        fit = make_fit(self.task, FitOptions(**{name: getattr(self, name) for name in names}))
+        options = {option.name: getattr(self, option.name) for option in fields(FitOptions)}
+        fit = make_fit(self.task, FitOptions(**options))
         fit.prepare(model, self.train_data, device, record)
         return fit
 
@@ -198,15 +199,11 @@ class StrideAttributor(Attributor):
         answers = self.fitted.ask(queries, target)
         measured = time.perf_counter()
         recovered = self._recover(answers)
-        scores, std = recovered.scores.float(), None
-        if self.recovery in ("prior", "ridge"):
-            std = scores if recovered.std is None else recovered.std.float()
+        parts = [part.float() for part in (recovered.scores, recovered.std) if part is not None]
         if answers.share is not None:
-            scores, std = (None if part is None else gather(part, len(queries)) for part in (scores, std))
-        assert scores is not None
+            parts = [gather(part, len(queries)) for part in parts]
         return Attribution(
-            scores.cpu(),
-            None if std is None else std.cpu(),
+            *(part.cpu() for part in parts),
             train_targets=self.fitted.train_targets,
             query_targets=answers.targets,
             metadata={
@@ -225,7 +222,8 @@ class StrideAttributor(Attributor):
             return Recovery(answers.prior)
         measurements = answers.measurements
         if not len(measurements[share]):
-            return Recovery(measurements.new_empty(0, self.design.num_train))
+            nothing = measurements.new_empty(0, self.design.num_train)
+            return Recovery(nothing, None if self.recovery == "lasso" else nothing)
         settings: dict[str, Any] = {"penalty": self.penalty, "seed": self.seed, "show_progress": self.show_progress}
         if self.recovery == "prior":
             priors = answers.prior, answers.second_opinion

@@ -1,7 +1,8 @@
-"""The basis of the steering operators, and one pass that evaluates a data set in it."""
+"""The basis of the steering operators: which layers enter it, and one pass that evaluates a data set in it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,11 +11,14 @@ from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples
 from stride_lightning.data.reading import Reading, Rows, required
+from stride_lightning.model.layers import before_layers, layer_names
 from stride_lightning.runtime.checks import check_finite
-from stride_lightning.steering.activations import Captured, capture_inputs
+from stride_lightning.steering.activations import Captured, capture_inputs, first_tensor, rows_first
 from stride_lightning.tasks.inference import check_outputs
 from stride_lightning.tasks.likelihoods import Task
 
+#: Most layers that are chosen when the user names none.
+MAX_LAYERS = 8
 #: The features of the whole training set take at most this many bytes; beyond, principal components are kept.
 MAX_FEATURE_BYTES = 2**31
 #: Most features whatever the number of examples: the preconditioner is a matrix of this size, squared.
@@ -52,21 +56,18 @@ class Basis:
     energies: Tensor
 
     def features(self, captured: dict[str, Tensor]) -> Tensor:
-        """Features of a batch from its captured layer inputs, shape ``(B, r)``."""
-        return self.stacked(captured) @ self.rotation.to(next(iter(captured.values())))
-
-    def stacked(self, captured: dict[str, Tensor]) -> Tensor:
-        """Scaled layer inputs side by side and a column of ones, before the rotation."""
+        """Features of a batch from its captured layer inputs, shape ``(B, r)``; not rotated by an empty rotation."""
         parts = []
         for name, scale, components in zip(self.layers, self.scales, self.components, strict=True):
             inputs = _captured(captured, name) / scale.to(captured[name])
             parts.append(inputs if components is None else inputs @ components.to(inputs))
-        return torch.cat([*parts, torch.ones_like(parts[0][:, :1])], 1)
+        stacked = torch.cat([*parts, torch.ones_like(parts[0][:, :1])], 1)
+        return stacked @ self.rotation.to(stacked) if len(self.rotation) else stacked
 
     def tensors(self) -> dict[str, Tensor]:
         """Plain tensors to store."""
-        kept = {f"components.{i}": value for i, value in enumerate(self.components) if value is not None}
-        return {"scales": self.scales, "rotation": self.rotation, "energies": self.energies, **kept}
+        cut = {f"components.{i}": value for i, value in enumerate(self.components) if value is not None}
+        return {"scales": self.scales, "rotation": self.rotation, "energies": self.energies, **cut}
 
     @classmethod
     def from_tensors(cls, layers: list[str], tensors: dict[str, Tensor]) -> Basis:
@@ -100,20 +101,50 @@ class Observation:
         return Observation(*parts, fingerprint=self.fingerprint)
 
 
+def choose_layers(
+    model: nn.Module, forward: Callable[[], object], batch_size: int, limit: int = MAX_LAYERS, num_tokens: int = 0
+) -> list[str]:
+    """The layers whose inputs make the default basis, in the order they run.
+
+    Every layer with a weight matrix counts whose input has one row of numbers per example (or, of texts of
+    ``num_tokens`` tokens, one per token: ``(B, T, d)``); the first is then the raw features. Beyond ``limit``, layers
+    evenly spaced from first to last are taken.
+
+    Raises:
+        ValueError: If no layer qualifies.
+    """
+    order: list[str] = []
+
+    def hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        try:
+            inputs = first_tensor(name, args, kwargs)
+        except TypeError:  # no rows of numbers
+            return
+        shape = inputs.shape if num_tokens else rows_first(module, inputs).shape
+        usable = shape[:-1] == (batch_size, num_tokens) if num_tokens else shape[0] == batch_size
+        if usable and name not in order:
+            order.append(name)
+
+    with before_layers(model, layer_names(model), hook), torch.no_grad():
+        forward()
+    if not order:
+        raise ValueError(
+            f"Found no layer of {type(model).__name__} with a weight matrix and an input of shape (batch, ...). Name "
+            "modules whose inputs describe an example with `layers=[...]`."
+        )
+    if len(order) <= limit:
+        return order
+    return [order[round(i * (len(order) - 1) / max(1, limit - 1))] for i in range(limit)]
+
+
 def fit_basis(
     model: nn.Module, task: Task, examples: Examples, layers: list[str], **how: Any
 ) -> tuple[Basis, Observation]:
     """Measure the scale of each layer's input over a training set and observe the set in the resulting basis.
 
     All features are kept while they fit ``MAX_FEATURES`` and ``MAX_FEATURE_BYTES``; otherwise a first pass finds
-    the principal components of each layer and a second one observes. Arguments are those of :func:`observe`.
-
-    Returns:
-        The basis and the observation of ``examples``.
-
-    Raises:
-        ValueError: If outputs or features are not finite, or a layer does not run.
-        TypeError: If a layer's input does not have one row per example.
+    the principal components of each layer and a second one observes. Arguments and errors are those of
+    :func:`observe`, which also come where a layer does not run or its input does not have one row per example.
     """
     limit = min(MAX_FEATURES, max(64, MAX_FEATURE_BYTES // (4 * max(1, len(examples))))) - 1
     widths = _layer_widths(model, Reading(examples, task, model, share=slice(how["batch_size"]), **how), layers)
@@ -127,11 +158,12 @@ def fit_basis(
                 components[i] = torch.linalg.eigh(moments[name].double())[1][:, -rank:].float().cpu()
                 widths[i] = rank
     stacked = Basis(tuple(layers), scales, tuple(components), torch.empty(0), torch.empty(0))
-    observed = observe(model, task, examples, stacked, rotate=False, **how)
+    observed = observe(model, task, examples, stacked, **how)
     if all(part is None for part in components):
         # The scales are only known now, at the end of the pass: rescale in place.
         blocks = observed.features[:, :-1].split(widths, dim=1)
-        scales = torch.stack([_scale(name, _mean_square(block)) for name, block in zip(layers, blocks, strict=True)])
+        energies = [block.square().sum(1).double().mean() for block in blocks]
+        scales = torch.stack([_scale(*of_layer) for of_layer in zip(layers, energies, strict=True)])
         for block, scale in zip(blocks, scales, strict=True):
             block.div_(scale)
     rotation, energies = _principal_components(observed.features)
@@ -140,14 +172,7 @@ def fit_basis(
 
 
 def observe(
-    model: nn.Module,
-    task: Task,
-    examples: Examples,
-    basis: Basis,
-    *,
-    target: str = "label",
-    rotate: bool = True,
-    **how: Any,
+    model: nn.Module, task: Task, examples: Examples, basis: Basis, *, target: str = "label", **how: Any
 ) -> Observation:
     """One evaluation pass: features, outputs, encoded targets and losses of every example, in order.
 
@@ -157,7 +182,6 @@ def observe(
         examples: The data.
         basis: The features to compute.
         target: ``"label"``, or ``"predicted"`` to use the model's own most likely targets.
-        rotate: Apply the basis's rotation; off only while the basis is being made.
         **how: ``batch_size``, ``device`` (which keeps the results) and ``show_progress``, as in :class:`Reading`.
 
     Raises:
@@ -171,10 +195,8 @@ def observe(
                 outputs = _run(model, rows, captured)
                 targets = task.predict(outputs) if target == "predicted" else required(rows.targets)
                 encoded = task.encode(targets, outputs.shape[1]).to(outputs)
-                features = basis.features(captured) if rotate else basis.stacked(captured)
-                values = {"features": features.to(outputs), "outputs": outputs, "encoded": encoded}
-                values["losses"] = task.loss(outputs, encoded)
-                for name, value in values.items():
+                features, losses = basis.features(captured).to(outputs), task.loss(outputs, encoded)
+                for name, value in zip(_NAMES, (features, outputs, encoded, losses), strict=True):
                     check_finite(value, _NAMES[name])
                     if name not in stored:
                         stored[name] = value.new_empty(len(examples), *value.shape[1:])
@@ -241,12 +263,8 @@ def _principal_components(stacked: Tensor) -> tuple[Tensor, Tensor]:
         exact = block.to(device, torch.float64)
         moment += exact.T @ exact / len(stacked)
     energies, directions = torch.linalg.eigh(moment)
-    kept = (energies > MIN_ENERGY * energies.mean()).nonzero().flatten().flip(0)
-    return directions[:, kept].to(stacked), energies[kept].to(stacked)
-
-
-def _mean_square(block: Tensor) -> Tensor:
-    return block.square().sum(1).double().mean()
+    spanned = (energies > MIN_ENERGY * energies.mean()).nonzero().flatten().flip(0)
+    return directions[:, spanned].to(stacked), energies[spanned].to(stacked)
 
 
 def _scale(name: str, mean_square: Tensor) -> Tensor:
@@ -257,11 +275,9 @@ def _scale(name: str, mean_square: Tensor) -> Tensor:
 
 
 def _allot(widths: list[int], limit: int) -> list[int]:
-    """Features kept of each layer: narrow layers keep all, the rest share what is left evenly."""
-    kept = [0] * len(widths)
-    left, waiting = limit, sorted(range(len(widths)), key=lambda i: widths[i])
-    while waiting:
-        i = waiting.pop(0)
-        kept[i] = max(1, min(widths[i], left // (len(waiting) + 1)))
-        left -= kept[i]
-    return kept
+    """Features to keep of each layer: narrow layers keep all, the rest share what is left evenly."""
+    ranks, left = [0] * len(widths), limit
+    for done, i in enumerate(sorted(range(len(widths)), key=widths.__getitem__)):
+        ranks[i] = max(1, min(widths[i], left // (len(widths) - done)))
+        left -= ranks[i]
+    return ranks

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples, first_batch
 from stride_lightning.model.layers import in_precision_of
 from stride_lightning.runtime.distributed import gather, shard
 from stride_lightning.runtime.parallel import num_workers
-from stride_lightning.steering.activations import choose_layers
-from stride_lightning.steering.basis import Basis, Observation, fit_basis, observe
+from stride_lightning.steering.basis import Basis, Observation, choose_layers, fit_basis, observe
 from stride_lightning.steering.fit import Answers, Cost, FitOptions, FitRecord
 from stride_lightning.steering.module import StrideModule
 from stride_lightning.steering.recovery import check_measurements
@@ -26,6 +25,8 @@ from stride_lightning.tasks.likelihoods import Task
 class DenseFit:
     """A :class:`~stride_lightning.steering.fit.Fit`: one pass over the training data, then operators of a design."""
 
+    module: StrideModule | None = None
+
     def __init__(self, task: Task, options: FitOptions) -> None:
         self.task, self._given, self.layers = task, options, options.layers or []
         self.options: dict[str, Any] = {"stability": options.stability}
@@ -33,7 +34,6 @@ class DenseFit:
             self.options["rank"] = options.known_rank
         self._settings: dict[str, Any] = {"batch_size": options.batch_size, "show_progress": options.show_progress}
         self.metadata: dict[str, Any] = {}
-        self.module: StrideModule | None = None
 
     def choose_layers(self, model: nn.Module, inputs: Any, size: int) -> list[str]:
         """The input features and the input of each layer with a weight matrix, eight at most."""
@@ -70,22 +70,15 @@ class DenseFit:
             return
         started = time.perf_counter()
         given = self._given
-        self.module = module = StrideModule(
-            design,
-            self.task,
-            basis=given.basis,
-            rank=given.known_rank,
-            stability=given.stability,
-            ridge=given.ridge,
-            seed=given.seed,
-        )
-        as_recorded = module.basis == "statistics" and module.stability == 0 and module.ridge is None
+        options: dict[str, Any] = {name: getattr(given, name) for name in ("basis", "stability", "ridge", "seed")}
+        self.module = module = StrideModule(design, self.task, rank=given.known_rank, **options)
+        as_recorded = given.basis == "statistics" and given.stability == 0 and given.ridge is None
         stored = record is not None and "operators" in record.groups and as_recorded
         if record is not None and stored:
             module.restore(record.info["operators"], record.tensors("operators"), self._settings["device"])
         else:
-            module.fit_operators(self.train_pass, show_progress=self._given.show_progress)
-        self._train_mean = module.mean_prediction(self.train_pass) if self._given.recovery == "prior" else None
+            module.fit_operators(self.train_pass, show_progress=given.show_progress)
+        self._train_mean = module.mean_prediction(self.train_pass) if given.recovery == "prior" else None
         self.metadata |= {
             "operators": {**module.chosen, "from_record": stored},
             "num_features": self.train_pass.features.shape[1],
@@ -101,20 +94,19 @@ class DenseFit:
         # Gathered at once, so that a choice made over all queries is the same on every rank.
         measurements = gather(self.module.measure(part), len(observed))
         check_measurements(measurements, self.module.design)
-        prior, second_opinion = None, None
+        priors: tuple[Tensor, ...] = ()
         if self._train_mean is not None and len(part):
-            prior, second_opinion = self.module.priors(
-                self.train_pass, part, self._train_mean, show_progress=self._given.show_progress
-            )
+            how = {"show_progress": self._given.show_progress}
+            priors = self.module.priors(self.train_pass, part, self._train_mean, **how)
         targets = self.task.shown(observed.encoded)
-        return Answers(observed.losses, measurements, observed.fingerprint, targets, share, prior, second_opinion)
+        return Answers(observed.losses, measurements, observed.fingerprint, targets, share, *priors)
 
     def record(self) -> FitRecord:
         """The basis, and the operators if there are any."""
-        basis = {"basis": self.basis.tensors()}
-        if self.module is None:
+        basis, module = {"basis": self.basis.tensors()}, self.module
+        if module is None:
             return FitRecord(basis)
-        return FitRecord(basis | {"operators": self.module.tensors()}, {"operators": self.module.info()})
+        return FitRecord(basis | {"operators": module.tensors()}, {"operators": module.info()})
 
 
 @dataclass(frozen=True)
@@ -143,11 +135,10 @@ def estimate_cost(observed: Observation, num_subsets: int, recovery: str) -> Den
     queries come on top.
     """
     (n, r), c, k = observed.features.shape, observed.outputs.shape[1], num_subsets
-    probe = observed.features[:512, :512]
-    started = time.perf_counter()
+    probe, started = observed.features[:512, :512], time.perf_counter()
     for _ in range(4):
         float((probe @ probe.T)[0, 0])
-    rate = 8 * probe.shape[0] ** 2 * probe.shape[1] / max(time.perf_counter() - started, 1e-9)
+    rate = 8 * len(probe) * probe.numel() / max(time.perf_counter() - started, 1e-9)
     products = 25 * k + 300 + (k if recovery == "prior" else 0)  # gradients, the search for a ridge, the mean
     threads = num_workers(observed.features.device)
     memory = 4 * (2 * n * r + n * (3 * c + 1) + c * r * k) + threads * (2304 * c * r + 64 * n + 200 * 2**20)

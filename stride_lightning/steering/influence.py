@@ -1,4 +1,4 @@
-"""First-order influence on the basis: the prior of the recovery, and the ridge that goes with it."""
+"""First-order influence on the basis: the prior of the recovery."""
 
 from __future__ import annotations
 
@@ -8,47 +8,11 @@ from torch import Tensor
 from stride_lightning.runtime.conjugate_gradients import conjugate_gradients
 from stride_lightning.runtime.parallel import even_slices, map_chunks
 from stride_lightning.steering.basis import Observation
-from stride_lightning.steering.solvers import BLOCK_BYTES, refit
+from stride_lightning.steering.solvers import BLOCK_BYTES
 from stride_lightning.tasks.likelihoods import Task
 
 #: Queries solved together.
 QUERY_CHUNK = 64
-
-
-def mean_curvature(observed: Observation, task: Task) -> float:
-    """Mean eigenvalue of the Gauss-Newton matrix of the training loss in the basis; the scale of ridges."""
-    diagonal = task.curvature_diagonal(task.mean(observed.outputs)).mean(1)
-    energy = observed.features.square().sum(1)
-    return float((diagonal * energy).mean() / observed.features.shape[1])
-
-
-def imitation_ridge(
-    observed: Observation, task: Task, *, show_progress: bool = False
-) -> tuple[float, dict[float, float]]:
-    """The ridge with which a refit of the readouts best imitates the frozen model.
-
-    The model's readouts are trained anew on the whole training set, for a grid of ridges at once; the one whose
-    predictions are closest to the frozen model's says how strongly the real training regularises.
-
-    Returns:
-        The ridge ``rho``, and the loss against the frozen model's predictions for every ridge tried (relative to the
-        mean curvature).
-    """
-    unit = max(mean_curvature(observed, task), 1e-12)
-    predicted = task.mean(observed.outputs)
-    tried: dict[float, float] = {}
-
-    def try_out(factors: list[float]) -> float:
-        ridges = torch.tensor(factors) * unit
-        coefficients = refit(observed, task, ridges, tolerance=1e-2, show_progress=show_progress)
-        for column, factor in enumerate(factors):
-            outputs = observed.features @ coefficients[..., column].T
-            tried[factor] = float(task.loss(outputs, predicted).mean())
-        return min(tried, key=tried.__getitem__)
-
-    best = try_out([4.0**power for power in range(-5, 4)])
-    best = try_out([best * 4.0 ** (step / 6) for step in (-5, -4, -3, -2, -1, 1, 2, 3, 4, 5)])
-    return best * unit, dict(sorted(tried.items()))
 
 
 def influence(
@@ -74,16 +38,8 @@ def influence(
     Memory beyond its arguments: the result, twice; and for each thread six arrays of ``64 C r`` floats and three
     blocks of directions (8 MB each).
 
-    Args:
-        train: Evaluation pass over n training examples.
-        queries: Evaluation pass over q queries.
-        train_means: Predictions at which to linearise, shape ``(n, C)``.
-        query_means: Predictions for the queries, shape ``(q, C)``.
-        task: The likelihood.
-        ridge: The penalty ``rho``.
-        tolerance: Relative residual at which a query counts as solved.
-        max_iterations: Stop here at the latest.
-        show_progress: Show a progress bar.
+    The predictions at which to linearise have shapes ``(n, C)`` and ``(q, C)``; ``ridge`` is ``rho``. A query counts as
+    solved at a relative residual of ``tolerance``.
 
     Returns:
         Shape ``(q, n)``: to first order, how much the query's loss would rise if the example were left out.
@@ -93,13 +49,13 @@ def influence(
     features, size = train.features, len(train)
     means = train_means.T.contiguous()  # (C, n)
     surprise = ((train_means - train.encoded) / task.dispersion).T.contiguous()
-    asked = (query_means - queries.encoded) / task.dispersion
+    query_surprise = (query_means - queries.encoded) / task.dispersion
     typical = task.curvature_diagonal(train_means).mean(0)  # (C,)
     energies = features.square().mean(0)
     preconditioner = 1 / (typical[:, None] * energies + ridge)[..., None]  # (C, r, 1)
 
     def solve(chosen: slice) -> Tensor:
-        right = asked[chosen].T[:, None, :] * queries.features[chosen].T  # (C, r, q)
+        right = query_surprise[chosen].T[:, None, :] * queries.features[chosen].T  # (C, r, q)
         block = max(64, BLOCK_BYTES // (right.element_size() * right.shape[0] * right.shape[2]))
         blocks = [slice(first, first + block) for first in range(0, size, block)]
 
@@ -110,13 +66,8 @@ def influence(
                 total += (features[rows].T / size) @ curved
             return total
 
-        solution = conjugate_gradients(
-            product,
-            right,
-            lambda residual: preconditioner * residual,
-            tolerance=tolerance,
-            max_iterations=max_iterations,
-        ).values
+        stop = {"tolerance": tolerance, "max_iterations": max_iterations}
+        solution = conjugate_gradients(product, right, lambda residual: preconditioner * residual, **stop).values
         # (C, b, q) outputs moved, times what surprises about the examples
         parts = [((features[rows] @ solution) * surprise[:, rows, None]).sum(0) for rows in blocks]
         return torch.cat(parts).T / size

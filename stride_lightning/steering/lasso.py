@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -57,16 +59,12 @@ def solve_lasso(
     few times K and ``b <= 64``, the queries solved together, falls so that this stays near 128 MiB while one fits.
 
     Args:
-        measurements: What each query measured in each subset, ``(q, K)``. float64 is solved in float64, all else
-            in float32, on the device of this tensor.
+        measurements: Shape ``(q, K)``; float64 is solved in float64, all else in float32.
         design: Which example is in which subset.
         penalty: Penalty relative to the smallest that makes all scores zero: a number, or one per query ``(q,)``.
         tolerance: Largest duality gap to accept, relative to ``1/2 ||y_c||^2``. float32 reaches about 1e-6.
         max_iterations: Iterations a query may take in all; queries that need more are returned with a warning.
         show_progress: Show a progress bar.
-
-    Returns:
-        Scores with their duality gaps.
 
     Raises:
         ValueError: If measurements do not fit the design or are not finite, or an option is out of range.
@@ -84,8 +82,7 @@ def solve_lasso(
     measurements = _checked(measurements, design, tolerance, max_iterations)
     relative = _per_query(penalty, measurements)
     batches = _split(measurements, torch.ones_like(measurements), design)
-    nothing: list[Fit | None] = [None] * len(batches)
-    fits = _fit_all(batches, relative, nothing, tolerance, max_iterations, show_progress=show_progress)
+    fits = _fit_all(batches, relative, repeat(None), (tolerance, max_iterations), show=show_progress)
     scores = measurements.new_zeros(len(measurements), design.num_train)
     for rows, fit in zip(scores.split([len(fit.gap) for fit in fits]), fits, strict=True):
         rows.scatter_(1, fit.examples, fit.weights)
@@ -114,19 +111,11 @@ def cross_validate_penalty(
     over the remaining subsets and penalties are relative to the largest of that fit. Choosing per query costs a few
     per cent more error than one choice for all where queries are equally noisy, and saves half where they are not.
 
-    Args:
-        measurements: What each query measured in each subset, ``(q, K)``.
-        design: Which example is in which subset.
-        penalties: Relative penalties to choose from. They are tried from the largest, each fit started from the
-            one before, until two in a row have improved hardly any query (under 5 %).
-        num_folds: Number of folds the subsets are dealt into, from 2 to K.
-        seed: Seed of the folds.
-        tolerance: As in :func:`solve_lasso`; choosing needs less precision than the final fit.
-        max_iterations: As in :func:`solve_lasso`, for each penalty.
-        show_progress: Show a progress bar.
+    Penalties are tried from the largest, each fit started from the one before, until two in a row have improved hardly
+    any query (under 5 %). Choosing needs less precision than the final fit.
 
     Returns:
-        Chosen relative penalties ``(q,)``, to be passed to :func:`solve_lasso`.
+        Relative penalties ``(q,)`` for :func:`solve_lasso`.
 
     Raises:
         ValueError: If the folds or penalties are unusable, or as in :func:`solve_lasso`.
@@ -150,12 +139,12 @@ def cross_validate_penalty(
     kept = (1 - held_out).repeat_interleave(num_queries, 0)  # (folds * q, K)
     repeated = measurements.repeat(num_folds, 1)  # (folds * q, K)
     batches = _split(repeated, kept, design)
-    fits: Sequence[Fit | None] = [None] * len(batches)
+    fits: Iterable[Fit | None] = repeat(None)
     best = measurements.new_full((num_queries,), torch.inf)
     chosen, since_best = torch.zeros_like(best), 0
     for penalty in track(sorted(penalties, reverse=True), "Choosing penalties", len(penalties), show=show_progress):
         relative = _per_query(penalty, repeated)
-        fits = fitted = _fit_all(batches, relative, fits, tolerance, max_iterations, show_progress=False)
+        fits = fitted = _fit_all(batches, relative, fits, (tolerance, max_iterations), show=False)
         residual = repeated - torch.cat([fit.responses for fit in fitted])
         residual = (residual - kept_mean(residual, kept)) * (1 - kept)  # the intercept carries over to the fold
         error = residual.square().sum(1).view(num_folds, num_queries).sum(0)  # (q,)
@@ -179,29 +168,21 @@ def _split(measurements: Tensor, kept: Tensor, design: Design) -> list[Batch]:
 
 
 def _fit_all(
-    batches: Sequence[Batch],
-    relative: Tensor,
-    starts: Sequence[Fit | None],
-    tolerance: float,
-    max_iterations: int,
-    *,
-    show_progress: bool,
+    batches: list[Batch], relative: Tensor, starts: Iterable[Fit | None], limits: tuple[float, int], *, show: bool
 ) -> list[Fit]:
     """Fit all batches, warning of queries that miss the tolerance."""
     parts = relative.split([len(batch.target) for batch in batches])
-    jobs = list(zip(batches, parts, starts, strict=True))
-
-    def fit(job: tuple[Batch, Tensor, Fit | None]) -> Fit:
-        batch, penalty, start = job
-        return batch.fit(penalty, start, tolerance, max_iterations)
-
-    fits = list(map_chunks(fit, jobs, relative.device, "Lasso", show_progress=show_progress))
+    jobs = [
+        partial(batch.fit, penalty, start, *limits)
+        for batch, penalty, start in zip(batches, parts, starts, strict=False)
+    ]
+    fits = list(map_chunks(lambda job: job(), jobs, relative.device, "Lasso", show_progress=show))
     gap = torch.cat([fit.gap for fit in fits])
-    if (num_open := int((gap > tolerance).sum())) > 0:
-        num_iterations = max(fit.num_iterations for fit in fits)
+    num_open, num_iterations = int((gap > limits[0]).sum()), max(fit.num_iterations for fit in fits)
+    if num_open:
         warnings.warn(
             f"{num_open} of {len(gap)} Lasso fits stopped after {num_iterations} iterations above the tolerance "
-            f"{tolerance:g}: the largest relative duality gap is {float(gap.max()):.2g}. Raise `max_iterations`, "
+            f"{limits[0]:g}: the largest relative duality gap is {float(gap.max()):.2g}. Raise `max_iterations`, "
             "`tolerance` or `penalty`, or pass float64 measurements.",
             stacklevel=3,
         )

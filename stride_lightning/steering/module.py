@@ -11,8 +11,9 @@ from stride_lightning.runtime.checks import check_count, check_positive
 from stride_lightning.runtime.distributed import gather, shard
 from stride_lightning.steering.basis import Observation
 from stride_lightning.steering.fit import BasisName
-from stride_lightning.steering.influence import imitation_ridge, influence, mean_curvature
+from stride_lightning.steering.influence import influence
 from stride_lightning.steering.operators import mean_prediction, measure
+from stride_lightning.steering.penalty import choose_penalties
 from stride_lightning.steering.published.learned_basis import LearnedBasis
 from stride_lightning.steering.solvers import fit_operators, refit
 from stride_lightning.steering.subsets import Design
@@ -81,42 +82,29 @@ class StrideModule(nn.Module):
     def fit_operators(self, observed: Observation, *, show_progress: bool = True) -> StrideModule:
         """Fit all operators to an evaluation pass over the training set; ranks share the work.
 
-        Args:
-            observed: The evaluation pass, n examples with r features and C outputs.
-            show_progress: Show progress bars.
-
         Returns:
-            This module, with ``coefficients`` of shape ``(C, r, K)``.
+            This module, with ``coefficients`` of shape ``(C, r, K)`` for r features, C outputs and K subsets.
         """
         if len(observed) != self.design.num_train:
             raise ValueError(f"The design is for {self.design.num_train} examples, the pass saw {len(observed)}.")
-        self._choose_ridges(observed, show_progress=show_progress)
+        rule = {"ridge": self.ridge, "stability": self.stability, "anchored": self.anchored}
+        self.chosen = choose_penalties(observed, self.design, self.task, **rule, show_progress=show_progress)
         if self.basis == "learned":
-            learned = LearnedBasis(
-                self.design,
-                self.task,
-                observed,
-                rank=self.rank,
-                stability=self.stability,
-                learning_rate=self.learning_rate,
-                max_steps=self.max_steps,
-                seed=self.seed,
-            )
+            names = ("rank", "stability", "learning_rate", "max_steps", "seed")
+            options = {name: getattr(self, name) for name in names}
+            learned = LearnedBasis(self.design, self.task, observed, **options)
             self.coefficients = learned.fit(show_progress=show_progress)
             self.relative_gradient = self.coefficients.new_empty(0)
             self.chosen["steps"] = self.max_steps
             return self
-        start = None
-        if not self.anchored:
-            typical = self.chosen["operator_ridge"] * torch.ones(1)
-            start = refit(observed, self.task, typical)[..., 0]
+        typical = torch.tensor([self.chosen["operator_ridge"]])
         fitted = fit_operators(
             observed,
             self.design,
             self.task,
             self.chosen["ridge"],
             stability=self.stability,
-            start=start,
+            start=None if self.anchored else refit(observed, self.task, typical)[..., 0],
             subsets=shard(self.design.num_subsets),
             show_progress=show_progress,
         )
@@ -125,25 +113,6 @@ class StrideModule(nn.Module):
         self.chosen["iterations"] = fitted.iterations
         self.chosen["relative_gradient_max"] = float(self.relative_gradient.max())
         return self
-
-    def _choose_ridges(self, observed: Observation, *, show_progress: bool) -> None:
-        """``ridge`` of a fit on all data; ``operator_ridge`` on a subset; ``frozen_ridge`` at the frozen model."""
-        unit = max(mean_curvature(observed, self.task), 1e-12)
-        mean_size = self.design.num_train * self.design.degree / self.design.num_subsets
-        if self.ridge is not None:
-            ridge = self.ridge * unit
-        elif self.anchored:
-            ridge = 0.5 * (1 + self.stability) * unit
-        else:
-            ridge, _ = imitation_ridge(observed, self.task, show_progress=show_progress)
-        self.chosen = {
-            "mean_curvature": unit,
-            "ridge": ridge,
-            "ridge_relative": ridge / unit,
-            "ridge_rule": "given" if self.ridge is not None else "anchored" if self.anchored else "imitation",
-            "operator_ridge": ridge if self.anchored else ridge * self.design.num_train / mean_size,
-            "frozen_ridge": min(ridge, unit),
-        }
 
     # ---- asking ---------------------------------------------------------------------------------------------
 
@@ -162,19 +131,12 @@ class StrideModule(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """First-order influence at the mean of the operators and at the frozen model, each ``(q, n)``.
 
-        Args:
-            train: Evaluation pass over the training set.
-            queries: Evaluation pass over the queries.
-            train_mean: :meth:`mean_prediction` of the training set.
-            show_progress: Show progress bars.
+        ``train`` and ``queries`` are evaluation passes, ``train_mean`` is :meth:`mean_prediction` of the first.
         """
-        frozen = self.task.mean(train.outputs), self.task.mean(queries.outputs), self.chosen["frozen_ridge"]
-        subset = train_mean, self.mean_prediction(queries), self.chosen["operator_ridge"]
-        at_subset, at_frozen = (
-            influence(train, queries, trained, asked, self.task, ridge, show_progress=show_progress)
-            for trained, asked, ridge in (subset, frozen)
-        )
-        return at_subset, at_frozen
+        task, quiet = self.task, {"show_progress": show_progress}
+        at_subset = train_mean, self.mean_prediction(queries), task, self.chosen["operator_ridge"]
+        at_frozen = task.mean(train.outputs), task.mean(queries.outputs), task, self.chosen["frozen_ridge"]
+        return influence(train, queries, *at_subset, **quiet), influence(train, queries, *at_frozen, **quiet)
 
     def _check_fitted(self) -> None:
         if self.coefficients.numel() == 0:

@@ -15,16 +15,10 @@ BLOCK_BYTES = 2**23
 
 
 def steer(outputs: Tensor, features: Tensor, coefficients: Tensor, *, anchored: bool) -> Tensor:
-    """Outputs under every operator: ``phi a_k``, on top of the frozen model's outputs if anchored.
+    """Outputs under every operator, ``phi a_k``, on top of the frozen model's outputs ``(B, C)`` if anchored.
 
-    Args:
-        outputs: Outputs of the frozen model, shape ``(B, C)``.
-        features: Basis features, shape ``(B, r)``.
-        coefficients: Operators, shape ``(C, r, K)``.
-        anchored: Whether operators move the frozen outputs or stand in their place.
-
-    Returns:
-        Shape ``(C, B, K)``: classes first, so that the likelihood runs over contiguous memory.
+    From features ``(B, r)`` and operators ``(C, r, K)``, of shape ``(C, B, K)``: classes first, so that the likelihood
+    runs over contiguous memory.
     """
     steered = features @ coefficients
     return steered + outputs.T[:, :, None] if anchored else steered
@@ -33,14 +27,8 @@ def steer(outputs: Tensor, features: Tensor, coefficients: Tensor, *, anchored: 
 def measure(observed: Observation, coefficients: Tensor, task: Task, *, anchored: bool) -> Tensor:
     """How much each operator lowers the loss of each query below the frozen model's, in nats.
 
-    Args:
-        observed: Evaluation pass over the queries, q of them.
-        coefficients: Operators, shape ``(C, r, K)``.
-        task: The likelihood.
-        anchored: Whether operators move the frozen outputs or stand in their place.
-
-    Returns:
-        Measurements ``y_k(x) = loss(x) - loss of x under operator k``, shape ``(q, K)``. Positive: the subset helps.
+    ``y_k(x) = loss(x) - loss of x under operator k``, shape ``(q, K)`` for operators ``(C, r, K)``. Positive: the
+    subset helps.
 
     Reference: arXiv:2606.05165 (STRIDE), measurement of subset effects.
     """

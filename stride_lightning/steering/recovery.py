@@ -48,30 +48,20 @@ def recover(
     seed: int = 0,
     show_progress: bool = True,
 ) -> Recovery:
-    """Recover scores by name.
+    """Recover scores from measurements ``(q, K)`` in nats.
 
-    Args:
-        measurements: Shape ``(q, K)``, in nats.
-        design: Which example is in which subset.
-        how: ``"prior"`` (:func:`recover_with_prior`), ``"ridge"`` (:func:`recover_ridge`), or ``"lasso"``
-            (:func:`~stride_lightning.steering.lasso.solve_lasso`).
-        prior: First-order influence, shape ``(q, n)``; for ``"prior"``.
-        second_opinion: Another; for ``"prior"``.
-        penalty: Of the lasso or the ridge; by cross-validation over subsets when None.
-        seed: Of the folds of cross-validation.
-        show_progress: Show a progress bar.
+    With ``"prior"`` by :func:`recover_with_prior`, which alone takes the priors ``(q, n)``; with ``"ridge"`` by
+    :func:`recover_ridge`; with ``"lasso"`` by :func:`~stride_lightning.steering.lasso.solve_lasso`. The penalty of the
+    last two is by cross-validation over subsets when None, whose folds the seed deals.
     """
+    quiet: dict[str, Any] = {"show_progress": show_progress}
     if how == "prior":
         assert prior is not None
-        return recover_with_prior(
-            measurements, design, prior.to(measurements), second_opinion, show_progress=show_progress
-        )
+        return recover_with_prior(measurements, design, prior.to(measurements), second_opinion, **quiet)
     if how == "ridge":
-        return recover_ridge(measurements, design, penalty=penalty, show_progress=show_progress)
-    relative: float | Tensor | None = penalty
-    if relative is None:
-        relative = cross_validate_penalty(measurements, design, seed=seed, show_progress=show_progress)
-    solution = solve_lasso(measurements, design, relative, show_progress=show_progress)
+        return recover_ridge(measurements, design, penalty=penalty, **quiet)
+    relative = cross_validate_penalty(measurements, design, seed=seed, **quiet) if penalty is None else penalty
+    solution = solve_lasso(measurements, design, relative, **quiet)
     chosen = {
         "penalty": float(torch.as_tensor(relative).median()),
         "duality_gap_max": float(solution.gap.max()),
@@ -107,16 +97,8 @@ def recover_with_prior(
     Memory: the result, twice; and for each thread ``6 K^2`` floats for each query of a block (32 MB in all, or one
     query) and 8192 rows of memberships.
 
-    Args:
-        measurements: Shape ``(q, K)``, in nats.
-        design: Which example is in which subset.
-        prior: ``w0``, shape ``(q, n)``; its overall scale does not matter.
-        second_opinion: Shape ``(q, n)``; its overall scale does not matter.
-        noise: Variance of the measurement noise relative to what the prior explains; chosen per query when None.
-        show_progress: Show a progress bar.
-
-    Returns:
-        Scores, posterior standard deviations, the mean agreement ``c`` and the median noise.
+    Measurements have shape ``(q, K)``, prior and second opinion ``(q, n)``; the overall scale of these two does not
+    matter.
 
     Example:
         >>> from stride_lightning.steering.subsets import sample_design
@@ -176,10 +158,8 @@ def posterior(
     """Posterior mean and standard deviation of ``w ~ N(0, t^2 V)`` given centred measurements ``(q, K)``.
 
     The diagonal of ``V`` has shape ``(q, n)``, or ``(1, n)`` for all queries alike. The noise variance is relative to
-    the mean diagonal of ``M V M'``; by marginal likelihood from ``NOISES`` for each query when None.
-
-    Returns:
-        Mean and standard deviation, each of shape ``(q, n)``, and the noise of each query, shape ``(q,)``.
+    the mean diagonal of ``M V M'``; by marginal likelihood from ``NOISES`` for each query when None. It is returned
+    last, shape ``(q,)``.
     """
     num_subsets, device = residual.shape[1], residual.device
     largest = max(1, SYSTEM_BYTES // (6 * residual.element_size() * num_subsets**2))
@@ -193,25 +173,21 @@ def posterior(
         identity = torch.eye(num_subsets, device=device, dtype=factor.dtype)
         whitener = torch.linalg.solve_triangular(factor, identity, upper=False)
         parts = []
-        for first in range(0, design.num_train, 8192):
-            members = design.block(first, first + 8192, residual.dtype).to(device)
+        for places, members in design.blocks(residual):
             members -= members.mean(1, keepdim=True)
             explained = torch.stack([(one @ members.T).square().sum(0) for one in whitener])  # (q, b)
-            prior = shared[:, first : first + 8192]
+            prior = shared[:, places]
             parts.append((fit[:, None] * (prior - prior.square() * explained).clamp(min=0)).sqrt())
         return mean, torch.cat(parts, 1), noises
 
     chunks = even_slices(len(residual), largest, device)
-    solved = list(map_chunks(solve, chunks, device, "Recovering scores", show_progress=show_progress))
-    mean, std, noises = (torch.cat(parts) for parts in zip(*solved, strict=True))
+    solved = map_chunks(solve, chunks, device, "Recovering scores", show_progress=show_progress)
+    mean, std, noises = map(torch.cat, zip(*solved, strict=True))
     return mean, std, noises
 
 
 def _solve(system: Tensor, residual: Tensor, noise: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Factor ``A = M V M' + noise * level * I``, solve it, and choose the noise where none is given.
-
-    Systems ``(q, K, K)`` (or one for all), right-hand sides ``(q, K)``.
-    """
+    """Factor ``A = M V M' + noise * level * I`` ``(q, K, K)``, solve for ``(q, K)``, choose the noise if not given."""
     num_subsets = residual.shape[1]
     level = system.diagonal(dim1=1, dim2=2).mean(1)
     level = torch.where(level > 0, level, 1.0)  # no variation at all: any ridge gives the right answer, zero

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,17 +66,9 @@ def fit_operators(
     Memory beyond its arguments: the operators, ``C r K`` floats; and for each thread nine arrays of ``C r 64`` floats,
     ``64 n`` bytes of memberships and three blocks of steered outputs (8 MB each).
 
-    Args:
-        observed: Evaluation pass over the training set in a rotated basis.
-        design: Which example is in which subset.
-        task: The likelihood.
-        ridge: The penalty ``rho``, positive.
-        stability: Weight ``tau`` of the stability term.
-        start: Coefficients to start from, shape ``(C, r)``, such as those of :func:`refit`.
-        subsets: Fit only these operators (another process fits the others).
-        tolerance: Largest relative gradient norm at which an operator counts as solved.
-        max_iterations: Stop here at the latest, with a warning.
-        show_progress: Show a progress bar.
+    ``observed`` is the training set in a rotated basis, ``ridge`` is ``rho``, ``stability`` is ``tau``, ``start`` are
+    coefficients ``(C, r)``. Only the operators of ``subsets`` are fitted: other processes fit the others. An operator
+    counts as solved once its relative gradient norm is within the tolerance; ``max_iterations`` end with a warning.
 
     Raises:
         ValueError: If an option is out of range or the objective is not finite.
@@ -86,25 +79,24 @@ def fit_operators(
         raise ValueError(
             f"Expected ridge > 0, stability >= 0 and tolerance > 0; got {ridge}, {stability}, {tolerance}."
         )
-    numbers = range(design.num_subsets)[subsets or slice(None)]
-    features = observed.features
+    numbers, features = range(design.num_subsets)[subsets or slice(None)], observed.features
     coefficients = features.new_empty(observed.outputs.shape[1], features.shape[1], len(numbers))
     relative = features.new_zeros(len(numbers))
     sizes = design.sizes.to(features)
 
     def solve(chunk: slice) -> tuple[Tensor, Tensor, int]:
         chosen = slice(numbers.start + chunk.start, numbers.start + chunk.stop)
-        blocks = [design.block(i, i + 8192, torch.uint8)[:, chosen] for i in range(0, len(observed), 8192)]
+        blocks = [members[:, chosen] for _, members in design.blocks(torch.empty(0, dtype=torch.uint8))]
         # The same penalty per summed loss for every subset size, unless stability keeps all n examples in the sum.
         share = torch.ones_like(sizes[chosen]) if stability else len(observed) / sizes[chosen].clamp(min=1)
         objective = _Objective(observed, torch.cat(blocks), task, ridge * share, stability)
         return _minimise(objective, start, tolerance, max_iterations)
 
-    iterations, chunks = 0, even_slices(len(numbers), MAX_CHUNK, features.device)
+    slowest, chunks = 0, even_slices(len(numbers), MAX_CHUNK, features.device)
     solved = map_chunks(solve, chunks, features.device, "Fitting operators", show_progress=show_progress)
-    for chunk, (solution, norms, used) in zip(chunks, solved, strict=True):
+    for chunk, (solution, norms, iterations) in zip(chunks, solved, strict=True):
         coefficients[..., chunk], relative[chunk] = solution, norms
-        iterations = max(iterations, used)
+        slowest = max(slowest, iterations)
     unsolved = int((relative > tolerance).sum())
     if unsolved:
         warnings.warn(
@@ -113,29 +105,16 @@ def fit_operators(
             "`max_iterations`.",
             stacklevel=2,
         )
-    return OperatorFit(coefficients, relative, iterations, bool(stability))
+    return OperatorFit(coefficients, relative, slowest, bool(stability))
 
 
-def refit(
-    observed: Observation,
-    task: Task,
-    ridges: Tensor,
-    *,
-    tolerance: float = 5e-4,
-    max_iterations: int = 500,
-    show_progress: bool = False,
-) -> Tensor:
-    """Refit the readouts on the whole training set, for several ridges at once.
-
-    Ridges are penalties ``rho`` of shape ``(m,)``, the coefficients have shape ``(C, r, m)``; other arguments are those
-    of :func:`fit_operators`.
-    """
+def refit(observed: Observation, task: Task, ridges: Tensor, *, show_progress: bool = False, **limits: Any) -> Tensor:
+    """Refit the readouts on all training data: :func:`fit_operators` for m ridges ``rho`` at once, ``(C, r, m)``."""
 
     def solve(chunk: slice) -> Tensor:
         chosen = ridges[chunk].to(observed.features)
         everyone = torch.ones(len(observed), len(chosen), dtype=torch.uint8)
-        objective = _Objective(observed, everyone, task, chosen, stability=0.0)
-        return _minimise(objective, None, tolerance, max_iterations)[0]
+        return _minimise(_Objective(observed, everyone, task, chosen, stability=0.0), None, **limits)[0]
 
     device = observed.features.device
     chunks = even_slices(len(ridges), MAX_CHUNK, device)
@@ -159,7 +138,7 @@ class _Objective:
         self.shape = (len(self.targets), self.features.shape[1], self.members.shape[1])
         self.block = max(64, BLOCK_BYTES // (self.features.element_size() * self.shape[0] * self.shape[2]))
         # Curvature at the start: of a uniform prediction, or of the frozen model's.
-        begin = torch.zeros_like(observed.outputs[:1]) if self.anchor is None else observed.outputs
+        begin = observed.outputs if stability else torch.zeros_like(observed.outputs[:1])
         typical = float(task.curvature_diagonal(task.mean(begin)).mean()) * (1 + stability)
         energies = self.features.square().mean(0)
         self.preconditioner = 1 / (max(typical, 1e-9) * energies[:, None] + ridges)  # (r, k)
@@ -184,7 +163,7 @@ class _Objective:
 
 
 def _minimise(
-    objective: _Objective, start: Tensor | None, tolerance: float, max_iterations: int
+    objective: _Objective, start: Tensor | None, tolerance: float = 5e-4, max_iterations: int = 500
 ) -> tuple[Tensor, Tensor, int]:
     """Preconditioned Nesterov descent of every operator in a chunk; each has its own step and momentum."""
     point = objective.features.new_zeros(objective.shape)  # where the gradient is taken

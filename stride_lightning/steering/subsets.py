@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,11 +23,11 @@ class Design:
     """A bipartite graph between training examples and subsets, left-d-regular where it was sampled here.
 
     Every example is then a member of exactly ``d`` of the ``K`` subsets and subset sizes differ by at most one.
-    Memberships are kept bit-packed when the design is dense and as indices when it is sparse, whichever is
-    smaller; the products below never hold the dense ``(K, n)`` matrix.
+    Memberships are kept bit-packed or as indices, whichever is smaller; the products below never hold the dense
+    ``(K, n)`` matrix.
 
     Args:
-        num_subsets: Number of subsets ``K``.
+        num_subsets: ``K``.
         num_train: Number of training examples ``n``.
         degree: Number of subsets each example is in, ``d`` (the mean, where it varies).
         seed: Seed the memberships were drawn with; -1 if elsewhere.
@@ -77,10 +77,7 @@ class Design:
 
     @classmethod
     def from_masks(cls, masks: Tensor) -> Design:
-        """A design of subsets drawn elsewhere, in which examples need not be in equally many of them.
-
-        Args:
-            masks: Memberships, bool of shape ``(K, n)``.
+        """A design of subsets drawn elsewhere, bool of shape ``(K, n)``; examples may be in any number of them.
 
         Example:
             >>> Design.from_masks(torch.tensor([[True, False, True], [False, False, True]])).sizes
@@ -96,13 +93,15 @@ class Design:
         if self.indices is not None:
             return torch.bincount(self.indices.flatten().long(), minlength=self.num_subsets)
         total = torch.zeros(self.num_subsets, dtype=torch.int64)
-        for start in range(0, self.num_train, _DRAW_BLOCK):
-            total += self.block(start, start + _DRAW_BLOCK, dtype=torch.int64).sum(0)
+        for _, members in self.blocks(total, _DRAW_BLOCK):
+            total += members.sum(0)
         return total
 
-    def block(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Memberships of examples ``start:stop`` as 0/1, shape ``(stop - start, K)``."""
-        return self.rows(slice(start, stop), dtype)
+    def blocks(self, like: Tensor, size: int = 8192) -> Iterator[tuple[slice, Tensor]]:
+        """:meth:`rows` of so many examples at a time, in the type and on the device of ``like``, and their places."""
+        for start in range(0, self.num_train, size):
+            places = slice(start, start + size)
+            yield places, self.rows(places, like.dtype).to(like.device)
 
     def rows(self, examples: slice | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Memberships of the given examples as 0/1, shape ``(len(examples), K)``."""
@@ -115,14 +114,13 @@ class Design:
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The whole matrix M, 0/1 of shape ``(K, n)``; for small designs and tests."""
-        return self.block(0, self.num_train, dtype).T.contiguous()
+        return self.rows(slice(None), dtype).T.contiguous()
 
     def responses(self, scores: Tensor, block_size: int = 8192) -> Tensor:
         """What scores predict for the subsets, ``scores @ M'``: ``(q, n) -> (q, K)``."""
-        total = scores.new_zeros(scores.shape[0], self.num_subsets)
-        for start in range(0, self.num_train, block_size):
-            members = self.block(start, start + block_size, scores.dtype).to(scores.device)
-            total += scores[:, start : start + block_size] @ members
+        total = scores.new_zeros(len(scores), self.num_subsets)
+        for places, members in self.blocks(scores, block_size):
+            total += scores[:, places] @ members
         return total
 
     def backproject(self, measurements: Tensor, block_size: int = 8192) -> Tensor:
@@ -130,36 +128,26 @@ class Design:
         if self.indices is not None:
             table = measurements.T.contiguous()
             return F.embedding_bag(self.indices.to(table.device), table, mode="sum").T
-        parts = []
-        for start in range(0, self.num_train, block_size):
-            members = self.block(start, start + block_size, measurements.dtype).to(measurements.device)
-            parts.append(measurements @ members.T)
-        return torch.cat(parts, 1)
+        return torch.cat([measurements @ members.T for _, members in self.blocks(measurements, block_size)], 1)
 
     def gram(self, weights: Tensor, block_size: int = 4096) -> Tensor:
         """Weighted Gram matrices ``M diag(w_q) M'`` of the subsets: ``(q, n) -> (q, K, K)``."""
         total = weights.new_zeros(len(weights), self.num_subsets, self.num_subsets)
-        for start in range(0, self.num_train, block_size):
-            rows = slice(start, start + block_size)
-            if self.indices is None:
-                members = self.block(start, start + block_size, weights.dtype).to(weights.device)  # (b, K)
-                for one, weight in zip(total, weights[:, rows], strict=True):
+        if self.indices is None:
+            for places, members in self.blocks(weights, block_size):  # (b, K)
+                for one, weight in zip(total, weights[:, places], strict=True):
                     one.addmm_((members * weight[:, None]).T, members)
-            else:
-                subsets = self.indices[rows].long().to(weights.device)  # (b, d)
-                pairs = (subsets[:, :, None] * self.num_subsets + subsets[:, None, :]).flatten()
-                repeated = weights[:, rows, None].expand(-1, -1, self.degree**2)
-                for one, weight in zip(total, repeated, strict=True):
-                    one.view(-1).index_add_(0, pairs, weight.flatten())
+            return total
+        for subsets, part in zip(self.indices.split(block_size), weights.split(block_size, 1), strict=True):
+            subsets = subsets.long().to(weights.device)  # (b, d)
+            pairs = (subsets[:, :, None] * self.num_subsets + subsets[:, None, :]).flatten()
+            for one, weight in zip(total, part[:, :, None].expand(-1, -1, self.degree**2), strict=True):
+                one.view(-1).index_add_(0, pairs, weight.flatten())
         return total
 
 
 def default_num_subsets(num_train: int) -> int:
-    """Number of subsets when the user names none: 200 up to 10,000 examples, then growing with the logarithm.
-
-    Returns:
-        ``K``, an even number between 2 and 1000.
-    """
+    """Even number of subsets when the user names none: 200 up to 10,000 examples, then growing with the logarithm."""
     return int(min(1000, 200 * max(1.0, np.log10(max(num_train, 1)) - 3)) // 2 * 2)
 
 
@@ -173,12 +161,9 @@ def sample_design(
 
     Args:
         num_train: Number of training examples ``n``, at least 2.
-        num_subsets: Number of subsets ``K``; by default :func:`default_num_subsets`.
+        num_subsets: ``K``; by default :func:`default_num_subsets`.
         degree: Number of subsets per example ``d``; by default ``K / 2`` while ``n K <= 1e8``, else 10.
         seed: Seed of the draw. The same arguments give the same design on every machine.
-
-    Returns:
-        The design.
 
     Raises:
         ValueError: If the numbers do not make a design (``1 <= d < K``, ``n >= 2``).
@@ -203,15 +188,13 @@ def sample_design(
         rows = indices[start : start + _DRAW_BLOCK]
         rows[:] = _draw_rows(raw, len(rows), num_subsets, degree)
     _level_sizes(raw, indices, num_subsets)
+    stored = torch.from_numpy(indices)
+    design = Design(num_subsets, num_train, degree, seed, indices=stored)
     if degree * 32 <= num_subsets:
-        return Design(num_subsets, num_train, degree, seed, indices=torch.from_numpy(indices.astype(np.int32)))
-    bits = np.empty((num_train, (num_subsets + 7) // 8), np.uint8)
-    for start in range(0, num_train, _DRAW_BLOCK):
-        rows = indices[start : start + _DRAW_BLOCK]
-        members = np.zeros((len(rows), num_subsets), np.uint8)
-        np.put_along_axis(members, rows.astype(np.int64), 1, axis=1)
-        bits[start : start + len(rows)] = np.packbits(members, axis=1)
-    return Design(num_subsets, num_train, degree, seed, bits=torch.from_numpy(bits))
+        return replace(design, indices=stored.int())
+    blocks = design.blocks(torch.empty(0, dtype=torch.uint8), _DRAW_BLOCK)
+    bits = np.concatenate([np.packbits(members.numpy(), axis=1) for _, members in blocks])
+    return replace(design, indices=None, bits=torch.from_numpy(bits))
 
 
 def _integers(raw: Callable[[int], np.ndarray], bounds: np.ndarray) -> np.ndarray:
@@ -249,7 +232,7 @@ def _level_sizes(raw: Callable[[int], np.ndarray], indices: np.ndarray, num_subs
         # A larger subset always has members outside a smaller one, so some move is open until all sizes are level.
         open_move = (flat[position] == donor) & ~(indices[example] == taker[:, None]).any(1)
         candidates = np.flatnonzero(open_move)
-        kept = candidates[np.unique(example[candidates], return_index=True)[1]]
-        flat[position[kept]] = taker[kept]
-        np.subtract.at(sizes, donor[kept], 1)
-        np.add.at(sizes, taker[kept], 1)
+        moves = candidates[np.unique(example[candidates], return_index=True)[1]]
+        flat[position[moves]] = taker[moves]
+        np.subtract.at(sizes, donor[moves], 1)
+        np.add.at(sizes, taker[moves], 1)

@@ -120,9 +120,10 @@ class Batch:
             reach = 1 + (momentum - 1) / next_momentum
             ahead = torch.lerp(last_weights, weights, reach)
             # Correlations are affine in the weights, so those at the point ahead cost no product.
-            ascent = torch.lerp(last_correlations, correlations, reach) / curvature
+            climbed = ahead + torch.lerp(last_correlations, correlations, reach) / curvature
             last_weights, last_correlations = weights, correlations
-            weights = _soft_threshold(ahead + ascent, penalty[:, None] / curvature)
+            threshold = penalty[:, None] / curvature
+            weights = climbed - climbed.clamp(-threshold, threshold)  # the proximal operator of the L1 norm
             residual = target - _centred(columns.responses(weights), kept)
             correlations = columns.correlations(residual)
             # Momentum against the step just taken has overshot: start it afresh.
@@ -163,11 +164,6 @@ def _largest_curvature(columns: WorkingSet, kept: Tensor) -> Tensor:
         size = vector.norm(dim=1, keepdim=True).clamp_min(1e-30)
         vector = vector / size
     return 1.05 * size
-
-
-def _soft_threshold(values: Tensor, threshold: Tensor) -> Tensor:
-    """Proximal operator of ``threshold * ||.||_1``."""
-    return values - values.clamp(-threshold, threshold)
 
 
 def kept_mean(values: Tensor, kept: Tensor) -> Tensor:

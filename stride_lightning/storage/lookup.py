@@ -20,15 +20,11 @@ def choose_record(
     options: Mapping[str, Any],
     kind: str = "stride",
 ) -> tuple[Record | None, str]:
-    """The record to start from, and a sentence about it for the metadata.
+    """The record of these weights to start from, and a sentence about it for the metadata.
 
-    Args:
-        explicit: A record or a folder of records, where the user names one; it must fit or is refused.
-        checkpoint: The checkpoint whose weights are attributed; its callback state says where records are.
-        model: The model; its attached trainer's callbacks say where records are.
-        weights: Hash of the weights that are attributed.
-        options: What a record must agree with where they are not None, such as ``layers`` or ``num_subsets``.
-        kind: What the record is to hold.
+    A record or a folder of records that the user names must fit or is refused. Otherwise the callbacks of the
+    checkpoint and of the model's trainer say where records are. A record must agree with the options that are not None,
+    such as ``layers`` or ``num_subsets``.
 
     Raises:
         FileNotFoundError: If the explicit path does not exist.

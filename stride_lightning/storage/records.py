@@ -92,7 +92,7 @@ class Record:
 def write_record(
     dirpath: PathLike, name: str, info: Mapping[str, JSON], tensors: Mapping[str, Mapping[str, Tensor]]
 ) -> Path:
-    """Write a record in one atomic step; an existing record is never overwritten.
+    """Write a record in one atomic step, and return its folder; an existing record is never overwritten.
 
     Tensors are stored contiguous, with their dtype; those that share memory are stored separately. A group is
     serialised in memory, so writing needs room for a second copy of the largest one.
@@ -103,9 +103,6 @@ def write_record(
         info: Plain JSON values; tuples come back as lists. ``"schema"`` and ``"written"`` (nanoseconds since 1970)
             are added to them.
         tensors: Named tensors by group; a group may be empty.
-
-    Returns:
-        The record's folder, whose name may carry a version.
 
     Raises:
         TypeError: If a value in `info` is not plain JSON, or a tensor is not a dense tensor.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.model.layers import in_precision_of
-from stride_lightning.tasks.language import CausalLanguageModeling, SequenceClassification, logits_of
+from stride_lightning.tasks.language import CausalLanguageModeling, SequenceClassification
 from stride_lightning.tasks.likelihoods import (
     HOW_TO_PASS_TASK,
     BinaryClassification,
@@ -19,6 +19,7 @@ from stride_lightning.tasks.likelihoods import (
     Task,
     describe,
 )
+from stride_lightning.tasks.texts import logits_of
 
 _PROBABILITIES = (
     "The model's outputs look like probabilities (non-negative rows that sum to 1), not logits. Pass a task whose "
@@ -31,11 +32,7 @@ def infer_task_of(batch: Any, model: nn.Module) -> Task:
 
     Integer targets of shape ``(B,)`` and two or more outputs are a classification; integers 0 and 1 with a single
     output are binary; float targets of the outputs' shape are a regression. Dictionaries with ``input_ids`` are texts:
-    language modeling if the model gives logits for every token, else classification.
-
-    Args:
-        batch: The first batch, on the model's device; it is read in the precision of the model.
-        model: The model in eval mode.
+    language modeling if the model gives logits for every token, else classification. It is in eval mode.
 
     Raises:
         TypeError: If the batch or the outputs have a form no built-in task reads.
@@ -112,7 +109,7 @@ def _checked(task: Task, outputs: Tensor) -> Task:
 
 
 def check_forward(model: nn.Module) -> None:
-    """Refuse a module without a ``forward`` of its own, with a hint how to attribute it all the same."""
+    """Refuse a module without a ``forward`` of its own."""
     model = getattr(model, "_orig_mod", model)
     if type(model).forward.__qualname__ in ("_forward_unimplemented", "LightningModule.forward"):
         raise ValueError(
@@ -124,8 +121,8 @@ def check_forward(model: nn.Module) -> None:
 def check_task(task: object) -> None:
     """Refuse what is not an instance of a task."""
     if task is not None and not isinstance(task, Task):
-        came = f"the class {task.__name__}; make an instance" if isinstance(task, type) else repr(task)
-        raise TypeError(f"`task` must be an instance of Task, got {came}. {HOW_TO_PASS_TASK}")
+        given = f"the class {task.__name__}; make an instance" if isinstance(task, type) else repr(task)
+        raise TypeError(f"`task` must be an instance of Task, got {given}. {HOW_TO_PASS_TASK}")
 
 
 def check_outputs(outputs: object, batch_size: int, task: Task | None = None) -> None:

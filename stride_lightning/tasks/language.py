@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
-from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -16,14 +13,15 @@ from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from stride_lightning.runtime.checks import RowError
+from stride_lightning.tasks import texts
 from stride_lightning.tasks.likelihoods import HOW_TO_PASS_TASK, Classification, describe
 
 Reduction = Literal["mean", "sum"]
 
 #: Label of tokens that are not predicted, as in Hugging Face's models.
 IGNORED = -100
-#: What of a batch says what is asked, not what the model reads.
-_ASKED = ("labels", "label", "loss_weights")
+#: Items of a batch that the model does not read.
+_TARGETS = ("labels", "label", "loss_weights")
 #: What packing kernels read; batches are unpacked.
 _PACKING = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
@@ -35,20 +33,20 @@ class _TokenTask(Classification):
 
     @override
     def inputs(self, batch: Any) -> dict[str, Any]:
-        ids = _token_ids(batch)
+        ids = texts.token_ids(batch)
         if not isinstance(batch, Mapping):
             return {"input_ids": ids}
-        inputs = {name: value for name, value in batch.items() if name not in _ASKED}
-        if not is_packed(batch):
+        inputs = {name: value for name, value in batch.items() if name not in _TARGETS}
+        if not texts.is_packed(batch):
             return inputs
         packed = {name: value for name, value in inputs.items() if name not in _PACKING}
         packed["attention_mask"] = torch.ones_like(ids)
-        return {name: unpack(value, batch["position_ids"], 0) for name, value in packed.items()}
+        return {name: texts.unpack(value, batch["position_ids"], 0) for name, value in packed.items()}
 
     @override
     def outputs(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         try:
-            return logits_of(model, inputs)
+            return texts.logits_of(model, inputs)
         except IndexError as error:  # from a table of embeddings, in a model that does not say how long it is
             row = next((row for row in range(len(inputs["input_ids"])) if _is_too_much(model, inputs, row)), None)
             if row is None:
@@ -71,13 +69,13 @@ class _TokenTask(Classification):
         lengths = torch.full((len(ids),), ids.shape[1]) if mask is None else mask.sum(1).cpu()
         if int(lengths.min()) == 0:
             raise RowError(int(lengths.argmin()), "has no tokens: its text is empty, or all of it is padding")
-        if mask is not None and "position_ids" not in inputs and not mask[:, 0].all() and _counts_positions(model):
+        if mask is not None and "position_ids" not in inputs and not mask[:, 0].all() and texts.counts_positions(model):
             warnings.warn(
                 "Texts are padded on the left, and this model counts positions from the padding on: other padding is "
                 "another text to it. Pad on the right, or give `position_ids`.",
                 stacklevel=2,
             )
-        size, limit = vocabulary_size(model), max_length(model)
+        size, limit = texts.vocabulary_size(model), texts.max_length(model)
         if (row := _first_row(ids < 0)) is not None:
             raise RowError(
                 row, f"has the token id {int(ids[row].min())}; padding takes an attention_mask and labels -100"
@@ -100,13 +98,12 @@ class _TokenTask(Classification):
 class CausalLanguageModeling(_TokenTask):
     """Next-token prediction: an example is a sequence, its loss the mean over its tokens.
 
-    Batches are as Hugging Face's models take them, dictionaries with ``input_ids`` of shape ``(B, T)`` and, if there
-    are any, ``attention_mask`` and ``labels``, where -100 marks tokens that are not predicted. Labels stand beside
-    their own token (the shift is done here) and are ``input_ids`` by default; what the mask hides never counts.
-    ``loss_weights`` of shape ``(B, T)`` weighs the loss of each label. Padding changes nothing (on the left a model of
-    absolute positions, such as GPT-2, needs ``position_ids`` for that), and packed batches (one row of concatenated
-    sequences with ``position_ids`` that start again at 0, as ``DataCollatorWithFlattening`` makes them) are unpacked
-    first, so scores are the same.
+    Batches are as Hugging Face's models take them, dictionaries with ``input_ids`` of shape ``(B, T)`` and perhaps
+    ``attention_mask`` and ``labels``, where -100 marks tokens that are not predicted. Labels stand beside their own
+    token (the shift is done here) and are ``input_ids`` by default; what the mask hides never counts. ``loss_weights``
+    of shape ``(B, T)`` weighs the loss of each label. Padding changes nothing (on the left a model of absolute
+    positions, such as GPT-2, needs ``position_ids`` for that), nor does packing: one row of concatenated sequences with
+    ``position_ids`` that start again at 0, as ``DataCollatorWithFlattening`` makes them, is unpacked first.
 
     A batch ``(ids, next_ids)``, as plain PyTorch code has it, is read as already shifted. Labels that are not the
     tokens they should be are refused: masked tokens and classes of tokens are other tasks.
@@ -146,7 +143,7 @@ class CausalLanguageModeling(_TokenTask):
     @override
     def targets(self, batch: Any) -> Tensor:
         """The label that each output predicts and its weight, float32 of shape ``(B, T, 2)``; exact for 2^24 labels."""
-        ids, named = _token_ids(batch), batch if isinstance(batch, Mapping) else {}
+        ids, named = texts.token_ids(batch), batch if isinstance(batch, Mapping) else {}
         labels, weights, mask = (named.get(name) for name in ("labels", "loss_weights", "attention_mask"))
         if isinstance(batch, tuple | list) and len(batch) > 1:
             if len(batch) > 2:
@@ -167,8 +164,8 @@ class CausalLanguageModeling(_TokenTask):
         weights = torch.ones(labels.shape, device=ids.device) if weights is None else weights.float()
         weights = weights.masked_fill(labels == IGNORED, 0)
         mask = torch.ones_like(ids) if mask is None else mask
-        if is_packed(named):
-            labels, weights, mask = (unpack(value, named["position_ids"], 0) for value in (labels, weights, mask))
+        if texts.is_packed(named):
+            labels, weights, mask = (texts.unpack(value, named["position_ids"], 0) for value in (labels, weights, mask))
         if not is_shifted:
             # Neither is padding predicted, nor the first token from padding before it; the last predicts nothing.
             weights = F.pad(weights[:, 1:] * mask[:, 1:] * mask[:, :-1], (0, 1))
@@ -196,7 +193,6 @@ class CausalLanguageModeling(_TokenTask):
     @override
     def decode(self, encoded: Tensor) -> None:
         """Nothing: a whole text is not shown as a target."""
-        return
 
     @override
     def output_weights(self, encoded: Tensor) -> Tensor:
@@ -263,127 +259,22 @@ def _check_labels(ids: Tensor, labels: Tensor, *, is_shifted: bool) -> None:
         )
 
 
-def is_packed(batch: Mapping[str, Any]) -> bool:
-    """Whether a batch is one row of several sequences, whose positions start again at 0."""
-    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
-    if positions is None or len(positions) != 1 or (mask is not None and not mask.all()):
-        return False  # where there is padding, positions of 0 may be its
-    return int((positions == 0).sum()) > 1
-
-
-def unpack(packed: Any, positions: Tensor, fill: float) -> Any:
-    """One row of concatenated sequences as padded rows.
-
-    Args:
-        packed: Shape ``(1, total)``; anything else is returned as it is.
-        positions: Position of every token in its sequence, same shape.
-        fill: What padding is.
-
-    Returns:
-        Shape ``(B, T)``.
-
-    Example:
-        >>> unpack(torch.tensor([[5, 6, 7]]), torch.tensor([[0, 0, 1]]), 0)
-        tensor([[5, 0],
-                [6, 7]])
-    """
-    if not isinstance(packed, Tensor) or packed.shape != positions.shape:
-        return packed
-    row = (positions[0] == 0).cumsum(0) - 1
-    padded = packed.new_full((int(row[-1]) + 1, int(positions.max()) + 1), fill)
-    padded[row, positions[0]] = packed[0]
-    return padded
-
-
-def logits_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """The logits that a model gives for a batch without labels.
-
-    Models that take ``input_ids`` by name, or any names, get what they take by name; others get the token ids, or the
-    whole dictionary if their argument is called ``batch``.
-
-    Raises:
-        TypeError: If what comes back holds no logits.
-    """
-    parameters = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    if "input_ids" in parameters or takes_any:
-        given = {name: value for name, value in inputs.items() if takes_any or name in parameters}
-        if "use_cache" in parameters:
-            given["use_cache"] = False  # keys and values of past tokens are for generating
-        if "labels" in parameters and parameters["labels"].default is inspect.Parameter.empty:
-            given["labels"] = inputs["input_ids"]
-        call = partial(model, **given)
-    else:
-        first = next(iter(parameters), "")
-        rest = {name: inputs[name] for name in list(parameters)[1:] if name in inputs}
-        call = partial(model, dict(inputs) if first == "batch" else inputs["input_ids"], **rest)
-    try:
-        came = call()
-    except (KeyError, TypeError) as error:
-        raise TypeError(
-            f"{type(model).__name__}.forward({', '.join(parameters)}) was given what it names of a {describe(inputs)}, "
-            f"or its token ids, and gave {type(error).__name__}: {error}. {HOW_TO_PASS_TASK}"
-        ) from error
-    logits = came.get("logits") if isinstance(came, Mapping) else getattr(came, "logits", came)
-    if isinstance(logits, tuple | list):
-        logits = next((value for value in logits if isinstance(value, Tensor) and value.ndim >= 2), None)
-    if not isinstance(logits, Tensor) or logits.ndim < 2:
-        raise TypeError(
-            f"{type(model).__name__} gave {describe(came)} for a batch of token ids, expected logits or an output that "
-            f"has them. {HOW_TO_PASS_TASK}"
-        )
-    return logits
-
-
-def vocabulary_size(model: nn.Module) -> int | None:
-    """How many token ids a model knows; None where it does not say."""
-    sizes = []
-    for module in model.modules():
-        find: Any = getattr(module, "get_input_embeddings", None)
-        if find is not None:
-            with suppress(NotImplementedError):
-                sizes.append(getattr(find(), "num_embeddings", 0))
-    return max(sizes, default=0) or None  # of several models the one that knows most
-
-
-def max_length(model: nn.Module) -> int | None:
-    """How many tokens a model takes; None where it does not say."""
-    configs = [module.config for module in model.modules() if hasattr(module, "config")]
-    limits = [getattr(config, "max_position_embeddings", None) for config in configs]
-    return max((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
-
-
-def _counts_positions(model: nn.Module) -> bool:
-    """Whether a model looks positions up in a table of its own and counts padding, as GPT-2 does."""
-    return any(name.rpartition(".")[2] == "wpe" for name, _ in model.named_modules())
-
-
 def _is_too_much(model: nn.Module, inputs: Mapping[str, Any], row: int) -> bool:
     """Whether a model looks for what is not there for one row of a batch."""
     size = len(inputs["input_ids"])
+
+    def cut(value: Any) -> Any:
+        is_cut = isinstance(value, Tensor) and value.ndim > 0 and len(value) == size
+        return value[row : row + 1] if is_cut else value
+
     try:
-        logits_of(model, pytree.tree_map(lambda value: _row(value, row, size), dict(inputs)))
+        texts.logits_of(model, pytree.tree_map(cut, dict(inputs)))
     except IndexError:
         return True
     return False
-
-
-def _row(value: Any, row: int, size: int) -> Any:
-    return value[row : row + 1] if isinstance(value, Tensor) and value.ndim > 0 and len(value) == size else value
 
 
 def _first_row(flags: Tensor) -> int | None:
     """The first row of ``(B, T)`` flags with one that is set."""
     rows = flags.any(1).nonzero()
     return int(rows[0]) if len(rows) else None
-
-
-def _token_ids(batch: Any) -> Tensor:
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
-    ids = ids[0] if isinstance(ids, tuple | list) and len(ids) > 0 else ids
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
-        raise TypeError(
-            "A language model's batch is a dictionary with integer `input_ids` of shape (B, T), or a tensor of them; "
-            f"got {describe(batch)}. {HOW_TO_PASS_TASK}"
-        )
-    return ids

@@ -24,10 +24,9 @@ class Task(ABC):
     """The only place that knows losses: a likelihood in canonical form, and how to read a batch.
 
     The outputs ``o`` of the model are the natural parameters of an exponential family. Each target is encoded as
-    a statistic ``t`` of the same shape, the family predicts its :meth:`mean`, and the gradient of the loss with
-    respect to the outputs is ``(mean(o) - t) / dispersion``. Targets may be *soft*: the mean of another prediction.
-    That is all that steering operators need, so a model of your own is a subclass of one of the tasks below with
-    two or three methods replaced.
+    a statistic ``t`` of the same shape, the family predicts its :meth:`mean`, and the gradient of the loss in the
+    outputs is ``(mean(o) - t) / dispersion``. Targets may be *soft*: the mean of another prediction. Steering operators
+    need no more, so a task of your own is a subclass of one of those below with two or three methods replaced.
 
     Example:
         A LightningModule whose batches are dictionaries:
@@ -63,11 +62,7 @@ class Task(ABC):
         return model(inputs)
 
     def check_batch(self, model: nn.Module, batch: Any) -> None:  # noqa: B027
-        """Refuse a batch that a model cannot take, before it runs; nothing is refused by default.
-
-        Raises:
-            RowError: Naming the row.
-        """
+        """Refuse, by a RowError, a batch that a model cannot take, before it runs; nothing is refused by default."""
 
     # ---- the likelihood -------------------------------------------------------------------------------------
 
@@ -105,10 +100,7 @@ class Task(ABC):
         """Diagonal of that second derivative, the shape of ``mean``."""
 
     def output_weights(self, encoded: Tensor) -> Tensor | float:
-        """What the likelihood of each output counts in the loss of its example; 1 unless outputs are of tokens.
-
-        The second derivative of an example's loss is :meth:`curvature` times this.
-        """
+        """Weight of each output's likelihood, and :meth:`curvature`, in its example's loss; 1 unless of tokens."""
         return 1.0
 
     def curvature_root(self, mean: Tensor, direction: Tensor) -> Tensor:
@@ -123,10 +115,7 @@ class Task(ABC):
         """Most likely targets, for queries without labels (``target="predicted"``)."""
 
     def margin(self, outputs: Tensor, encoded: Tensor) -> Tensor:
-        """Log-odds of the target, ``log p - log(1 - p)``, shape ``(B,)``; classifications have one.
-
-        Raises:
-            ValueError: If the task has no such thing.
+        """Log-odds of the target, ``log p - log(1 - p)``, shape ``(B,)``; a ValueError where the task has none.
 
         Reference: arXiv:2303.14186 (TRAK), equation 4.
         """

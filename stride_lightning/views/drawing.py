@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from torch import Tensor
 
@@ -107,6 +107,7 @@ def draw_bars(attribution: AttributionResult, queries: Sequence[int], ranked: Ra
 
 
 def _fill_chart(figure: Figure, axes: Axes, examples: list[RankedExample]) -> None:
+    style_axes(axes, "score (positive: training on the example lowers the query's loss)", grid="x")
     scores = [example.score for example in examples]
     stds = [example.std or 0.0 for example in examples]
     places = range(len(examples))
@@ -130,14 +131,20 @@ def _fill_chart(figure: Figure, axes: Axes, examples: list[RankedExample]) -> No
         axes.annotate(text, (end, place), (offset, 0), **style)
     axes.set_ylim(len(examples) - 0.4 if examples else 1, -0.6)
     axes.set_yticks(places, [_bar_label(example) for example in examples], fontsize=8, color=INK, parse_math=False)
-    axes.set_xlabel("score (positive: training on the example lowers the query's loss)", fontsize=7.5, color=GREY)
     axes.tick_params(axis="y", length=0)
-    axes.tick_params(axis="x", labelsize=7.5, color=RULE, labelcolor=GREY)
     axes.axvline(0, color=INK, linewidth=0.9)
-    axes.grid(axis="x", color=RULE, linewidth=0.5)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["left"].set_visible(False)
     axes.spines["bottom"].set_color(RULE)
+
+
+def style_axes(axes: Axes, xlabel: str, ylabel: str = "", *, grid: Literal["both", "x"] = "both") -> None:
+    """Small grey labels, a light grid behind the data, no frame at the top and the right."""
+    axes.set_xlabel(xlabel, fontsize=7.5, color=GREY)
+    axes.set_ylabel(ylabel, fontsize=7.5, color=GREY)
+    axes.tick_params(labelsize=7.5, color=RULE, labelcolor=GREY)
+    axes.grid(axis=grid, color=RULE, linewidth=0.5)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _bar_label(example: RankedExample) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from stride_lightning.results.evaluation import NAME_LENGTH, caption, ceiling_line, text_rows, value_table
 from stride_lightning.results.texts import shortened
-from stride_lightning.views.drawing import GREY, INK, RULE, blank_figure, text_width, write_text
+from stride_lightning.views.drawing import INK, RULE, blank_figure, style_axes, text_width, write_text
 from stride_lightning.views.loggers import escaped, log_views
 
 if TYPE_CHECKING:
@@ -66,10 +66,7 @@ def plot_evaluation(evaluation: Evaluation) -> Figure:
     def chart(at: float, size: float, title: str) -> Axes:
         write_text(figure, at, _TITLE - 0.2, title, color=INK, size=10, weight="bold")
         axes = figure.add_axes((at / width, _AXIS / height, size / width, inner / height))
-        axes.tick_params(labelsize=7.5, color=RULE, labelcolor=GREY)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(RULE)
-        axes.set_axisbelow(True)
         return axes
 
     colors = [f"C{place % 10}" for place in range(len(labels))]
@@ -80,6 +77,7 @@ def plot_evaluation(evaluation: Evaluation) -> Figure:
 
 
 def _fill_scores(axes: Axes, evaluation: Evaluation, labels: list[str], texts: list[str], colors: list[str]) -> None:
+    style_axes(axes, f"bars: mean, with {100 * evaluation.confidence:g} % interval; dots: queries", grid="x")
     rows, places = evaluation.rows, range(len(evaluation.rows))
     scores = [row.lds for row in rows]
     axes.barh(places, scores, height=0.62, color=colors, alpha=0.75)
@@ -104,13 +102,11 @@ def _fill_scores(axes: Axes, evaluation: Evaluation, labels: list[str], texts: l
     axes.set_yticks(places, labels, fontsize=8.5, color=INK, parse_math=False)
     axes.tick_params(axis="y", length=0)
     axes.axvline(0, color=INK, linewidth=0.9)
-    axes.grid(axis="x", color=RULE, linewidth=0.5)
     axes.spines["left"].set_visible(False)
-    meaning = f"bars: mean, with {100 * evaluation.confidence:g} % interval; dots: queries"
-    axes.set_xlabel(meaning, fontsize=7.5, color=GREY)
 
 
 def _fill_curves(axes: Axes, evaluation: Evaluation, labels: list[str], colors: list[str]) -> None:
+    style_axes(axes, "examples removed: the top k of each query", "mean rise of its loss")
     ks = evaluation.ks
     for row, label, color in zip(evaluation.rows, labels, colors, strict=True):
         if row.counterfactual:
@@ -120,8 +116,5 @@ def _fill_curves(axes: Axes, evaluation: Evaluation, labels: list[str], colors: 
     axes.set_xticks(ks, [str(k) for k in ks])
     axes.minorticks_off()
     axes.axhline(0, color=INK, linewidth=0.9)
-    axes.grid(color=RULE, linewidth=0.5)
     for text in axes.legend(fontsize=7.5, frameon=False).get_texts():
         text.set_parse_math(False)
-    axes.set_xlabel("examples removed: the top k of each query", fontsize=7.5, color=GREY)
-    axes.set_ylabel("mean rise of its loss", fontsize=7.5, color=GREY)

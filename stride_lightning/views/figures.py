@@ -51,13 +51,7 @@ def plot_grid(
 
 
 def shows_images(attribution: AttributionResult, *, image_shape: ImageShape = None) -> bool:
-    """Whether queries and training examples are at hand and are images, so that figures show pictures.
-
-    Example:
-        >>> from stride_lightning.results.attribution import Attribution
-        >>> shows_images(Attribution(torch.ones(1, 2)))
-        False
-    """
+    """Whether queries and training examples are at hand and are images, so that figures show pictures."""
     sources = (attribution.queries, attribution.train_data)
     return all(data is not None and as_image(data[0], image_shape=image_shape) is not None for data in sources)
 

@@ -77,16 +77,6 @@ def log_attribution(
     ``stride/std``, the text ``stride/top_examples`` and the figure ``stride/top_pictures``; Weights & Biases gets the
     last two as a table and an image. Pictures need image inputs and matplotlib, and are left out otherwise. Arguments
     as in :meth:`~stride_lightning.Attribution.log`; ``k`` is also that of ``stride/top_share``.
-
-    Example:
-        >>> import tempfile
-        >>> import torch
-        >>> from lightning.pytorch.loggers import CSVLogger
-        >>> from stride_lightning.results.attribution import Attribution
-        >>> logger = CSVLogger(tempfile.mkdtemp())
-        >>> log_attribution(Attribution(torch.tensor([[3.0, -1.0, 0.0, 0.0]])), [logger], step=10, k=1)
-        >>> logger.experiment.metrics[0]["stride/top_share"]
-        0.75
     """
     tag, queries, tables, figures = tag_of(attribution), range(min(max_queries, attribution.num_queries)), {}, {}
     if queries:

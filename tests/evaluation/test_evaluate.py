@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import socket
 import sys
 import types
 from dataclasses import replace
@@ -23,6 +22,9 @@ from stride_lightning.results.evaluation import Evaluation, EvaluationRow
 from stride_lightning.results.texts import score_text
 from stride_lightning.retraining.ground_truth import Counterfactual, GroundTruth
 from stride_lightning.views.evaluation import markdown_evaluation, scalars_of
+from tests.helpers.loggers import WandbLike, read_events
+from tests.helpers.processes import run_two, start
+from tests.helpers.refusals import assert_refused
 from tests.helpers.tiny import permutation, random_tensor
 
 NUM_TRAIN, NUM_QUERIES, NUM_SUBSETS, KS = 30, 12, 60, (1, 5)
@@ -212,35 +214,38 @@ def test_attributions_that_do_not_fit_are_refused_by_name(attribution, message):
 
 
 def test_what_is_no_attribution_or_truth_is_refused():
-    with pytest.raises(ValueError, match="`attributions` is empty"):
-        run({})
-    with pytest.raises(TypeError, match="'one' to be an Attribution, got Tensor"):
-        run({"one": WEIGHTS})
-    with pytest.raises(TypeError, match=r"GroundTruth that retrain\(\) returns, got Counterfactual"):
-        run(THREE, counterfactual_of(WEIGHTS))
-    with pytest.raises(ValueError, match="No query's loss varies"):
-        run(THREE, GroundTruth(MASKS, torch.ones(1, NUM_SUBSETS, NUM_QUERIES), [0]))
+    assert_refused(
+        run,
+        ("`attributions` is empty", {}),
+        ("No query's loss varies", THREE, GroundTruth(MASKS, torch.ones(1, NUM_SUBSETS, NUM_QUERIES), [0])),
+    )
+    assert_refused(
+        run,
+        ("'one' to be an Attribution, got Tensor", {"one": WEIGHTS}),
+        (r"GroundTruth that retrain\(\) returns, got Counterfactual", THREE, counterfactual_of(WEIGHTS)),
+        error=TypeError,
+    )
     with pytest.raises(ValueError, match="confidence"):
         run(THREE, confidence=1.5)
 
 
 def test_counterfactuals_that_do_not_fit_are_refused():
+    def run_with(name, counterfactual, truth=None):
+        return run(THREE, truth, counterfactuals={name: counterfactual})
+
     right = counterfactual_of(WEIGHTS)
-    with pytest.raises(ValueError, match=r"holds \['strid'\], .* there are \['random', 'exact', 'noisy'\]"):
-        run(THREE, counterfactuals={"strid": right})
-    with pytest.raises(ValueError, match="of 'noisy' was measured with other scores: the 1 examples removed"):
-        run(THREE, counterfactuals={"noisy": right})
-    mislabelled = replace(right, ks=(2, 5))
-    with pytest.raises(ValueError, match="of 'exact' was measured with other scores: the 2 examples removed"):
-        run(THREE, counterfactuals={"exact": mislabelled})
-    with pytest.raises(TypeError, match="of 'noisy' must be what retrain_without"):
-        run(THREE, counterfactuals={"noisy": make_truth()})
     other = counterfactual_of(WEIGHTS, data={**DATA, "content": "c"})
-    with pytest.raises(ValueError, match="of 'exact' is of other training data"):
-        run(THREE, make_truth(data=DATA), counterfactuals={"exact": other})
     small = Counterfactual(torch.ones(3, NUM_TRAIN), torch.ones(1, 3, 2), [0], ks=[1])
-    with pytest.raises(ValueError, match="of 'exact' is of 2 queries and 30 training examples"):
-        run(THREE, counterfactuals={"exact": small})
+    elsewhere = "was measured with other scores: the"
+    assert_refused(
+        run_with,
+        (r"holds \['strid'\], .* there are \['random', 'exact', 'noisy'\]", "strid", right),
+        (f"of 'noisy' {elsewhere} 1 examples removed", "noisy", right),
+        (f"of 'exact' {elsewhere} 2 examples removed", "exact", replace(right, ks=(2, 5))),
+        ("of 'exact' is of other training data", "exact", other, make_truth(data=DATA)),
+        ("of 'exact' is of 2 queries and 30 training examples", "exact", small),
+    )
+    assert_refused(run_with, ("of 'noisy' must be what retrain_without", "noisy", make_truth()), error=TypeError)
 
 
 def test_ties_among_the_removed_may_be_broken_either_way():
@@ -297,10 +302,9 @@ def test_scalars_are_the_numbers_there_are(evaluation):
 
 
 def test_tensorboard_shows_scalars_table_and_figure(evaluation, tmp_path):
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     logger = TensorBoardLogger(tmp_path)
     evaluation.log(types.SimpleNamespace(loggers=[logger, None]), step=7)  # a trainer
-    events = event_accumulator.EventAccumulator(logger.log_dir).Reload()
+    events = read_events(logger)
     for tag, value in scalars_of(evaluation).items():
         (event,) = events.Scalars(tag)
         assert (event.step, event.value) == (7, pytest.approx(value))
@@ -321,34 +325,18 @@ def test_csv_logger_gets_the_scalars(evaluation, tmp_path):
     assert {tag: float(value) for tag, value in row.items()} == pytest.approx(scalars_of(evaluation))
 
 
-class WandbLike:
-    """The part of a Weights & Biases logger that is used."""
-
-    def __init__(self):
-        self.calls, self.experiment = {}, object()
-
-    def log_metrics(self, metrics, step=None):
-        self.calls["metrics"] = (metrics, step)
-
-    def log_table(self, key, columns=None, data=None, step=None):
-        self.calls[key] = (columns, data, step)
-
-    def log_image(self, key, images, step=None):
-        self.calls[key] = (images, step)
-
-
 def test_wandb_like_logger_gets_table_and_image(evaluation, monkeypatch):
     logger, bare = WandbLike(), WandbLike()
     evaluation.log([logger], step=3)
-    columns, data, step = logger.calls["evaluation/table"]
+    metrics, (table, columns, data, step), (figure, (image,), _) = logger.calls
+    assert (table, figure) == ("evaluation/table", "evaluation/figure")
     assert [row[0] for row in data] == ["exact", "noisy", "random"]
     assert all(len(row) == len(columns) for row in data)
-    (image,), _ = logger.calls["evaluation/figure"]
     assert image.min() < 100 < image.max()  # drawn
-    assert (step, logger.calls["metrics"]) == (3, (scalars_of(evaluation), 3))
+    assert (step, metrics) == (3, ("metrics", scalars_of(evaluation), 3))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     evaluation.log(bare)
-    assert set(bare.calls) == {"metrics", "evaluation/table"}
+    assert [call[0] for call in bare.calls] == ["metrics", "evaluation/table"]
 
 
 def test_only_rank_zero_logs(evaluation, monkeypatch):
@@ -395,17 +383,10 @@ def test_figure_of_hand_made_rows_and_wide_ks():
 
 
 def evaluate_on(number, port, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=2)
-    torch.save(vars(run({"noisy": NOISY})["noisy"]), f"{folder}/{number}.pt")
-    torch.distributed.destroy_process_group()
+    start(number, port, group=True)
+    torch.save(vars(run({"noisy": NOISY})["noisy"]), folder / f"rank{number}.pt")
 
 
 @pytest.mark.distributed
 def test_two_processes_find_what_one_finds(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(evaluate_on, (port, str(tmp_path)), nprocs=2)
-    expected = vars(run({"noisy": NOISY})["noisy"])
-    assert [torch.load(tmp_path / f"{number}.pt") for number in range(2)] == [expected] * 2
+    assert run_two(evaluate_on, tmp_path) == [vars(run({"noisy": NOISY})["noisy"])] * 2

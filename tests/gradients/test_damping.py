@@ -34,11 +34,9 @@ def test_systems(make):
         torch.testing.assert_close(single.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("damping", [0, 1e-20])
-@pytest.mark.parametrize("damped", [DampedMatrix(MATRIX, "w"), DampedKernel(ROWS, "w")], ids=["matrix", "kernel"])
-def test_singular(damped, damping):
-    if damping and isinstance(damped, DampedKernel):
-        pytest.skip("the kernel of fewer examples than features is regular")
+@pytest.mark.parametrize(("kind", "damping"), [("matrix", 0), ("matrix", 1e-20), ("kernel", 0)])
+def test_singular(kind, damping):
+    damped = MAKES[kind](torch.float64)
     with pytest.raises(ValueError, match=r"curvature of w \(8 features.*singular.*`damping=`.*`projection_dim=`"):
         damped.solve(VECTORS, damping)
 

@@ -11,6 +11,8 @@ from stride_lightning.gradients.features import Reader, random_signs, run_batche
 from stride_lightning.tasks.likelihoods import Task
 from tests.helpers.gradient_models import (
     TASKS,
+    DictModel,
+    DictTask,
     attributed,
     cnn,
     fitted,
@@ -22,6 +24,9 @@ from tests.helpers.gradient_models import (
     pictures_for,
     points_for,
     second_derivatives,
+    seeded,
+    targets_for,
+    tokens,
 )
 from tests.helpers.tiny import examples_of, random_tensor
 
@@ -195,3 +200,20 @@ def test_example_that_is_not_finite_is_named():
     for chosen in (None, [0, 3, 4]):
         with pytest.raises(ValueError, match="Training example 4 has NaN in its target, which must be finite"):
             attributed(mlp(num_outputs=1), data, "grad-dot", points_for(), task=Regression(), train_indices=chosen)
+
+
+def test_dictionaries():
+    """Inputs that are a dictionary, and batches that are one."""
+    words, numbers, labels = tokens(9, 3), random_tensor(9, 6, seed=0), targets_for(Classification(), 3, 9, 1)
+    rows = zip(words, numbers, labels, strict=True)
+    data = [dict(zip(("words", "numbers", "label"), row, strict=True)) for row in rows]
+    model = seeded(DictModel)
+    for batch_size in (9, 4):
+        found = attributed(model, data, "grad-dot", task=DictTask(), batch_size=batch_size).scores
+        rows = []
+        for i in range(9):
+            outputs = model({"words": words[i : i + 1], "numbers": numbers[i : i + 1]})
+            loss = torch.nn.functional.cross_entropy(outputs, labels[i : i + 1])
+            rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*model.parameters()])]))
+        explicit = torch.stack(rows) @ torch.stack(rows).T
+        torch.testing.assert_close(found.double(), explicit, rtol=1e-5, atol=1e-5)

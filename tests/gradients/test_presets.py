@@ -210,7 +210,7 @@ def projection_matrix(attributor):
     sizes = [layout.num_parameters for layout in layouts.values()]
     unit_vectors = torch.eye(sum(sizes), dtype=torch.float64).split(sizes, 1)
     blocks = {
-        name: as_matrices(values, layout) if layout.is_matrix else Block(values)
+        name: as_matrices(values, layout) if layout.way == "factors" else Block(values)
         for (name, layout), values in zip(layouts.items(), unit_vectors, strict=True)
     }
     return attributor._map(Gradients(blocks))

@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 from stride_lightning import BinaryClassification, Classification, Regression, attribute
 from stride_lightning.attribute import create
-from tests.helpers.tiny import examples_of, random_tensor
+from tests.helpers.tiny import examples_of, random_targets, random_tensor
 
 NUM_OUTPUTS = 3
 
@@ -139,17 +139,6 @@ class GPT2(nn.Module):
         return self.model(x).logits[:, -1]
 
 
-class FlatHead(nn.Module):
-    """Outputs of shape ``(B,)``."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear, self.out = nn.Linear(6, 4), nn.Linear(4, 1)
-
-    def forward(self, x):
-        return self.out(torch.tanh(self.linear(x)))[:, 0]
-
-
 class DictModel(nn.Module):
     """Takes a dictionary of tensors."""
 
@@ -159,6 +148,16 @@ class DictModel(nn.Module):
 
     def forward(self, x):
         return self.out(torch.tanh(self.words(x["words"]).mean(1) + self.numbers(x["numbers"])))
+
+
+class DictTask(Classification):
+    """Reads batches that are dictionaries."""
+
+    def inputs(self, batch):
+        return {name: batch[name] for name in ("words", "numbers")}
+
+    def targets(self, batch):
+        return batch["label"]
 
 
 class Everything(nn.Module):
@@ -206,12 +205,8 @@ TASKS = {
 
 
 def targets_for(task, num_outputs, num, seed):
-    generator = torch.Generator().manual_seed(seed)
-    if isinstance(task, Classification):
-        return torch.randint(num_outputs, (num,), generator=generator)
-    if isinstance(task, BinaryClassification):
-        return torch.randint(2, (num,), generator=generator)
-    return torch.randn(num, num_outputs, generator=generator, dtype=torch.float64)
+    targets = random_targets(task, num, num_outputs, seed)
+    return targets.flatten() if isinstance(task, BinaryClassification) else targets
 
 
 def points_for(name="classification", num=14, seed=0, num_inputs=4):
@@ -221,9 +216,8 @@ def points_for(name="classification", num=14, seed=0, num_inputs=4):
 
 
 def pictures_for(num=14, seed=0):
-    return TensorDataset(
-        random_tensor(num, 2, 4, seed=seed), targets_for(Classification(), NUM_OUTPUTS, num, seed + 50)
-    )
+    targets = targets_for(Classification(), NUM_OUTPUTS, num, seed + 50)
+    return TensorDataset(random_tensor(num, 2, 4, seed=seed), targets)
 
 
 def words_for(num=14, seed=0, length=3):
@@ -321,12 +315,8 @@ def blocks_of(model, layers=None, *, joined=True):
 
 def flat(found, parameters):
     """One vector of the gradients of all parameters; zero for one that does not enter."""
-    return torch.cat(
-        [
-            torch.zeros_like(parameter).flatten() if gradient is None else gradient.flatten()
-            for gradient, parameter in zip(found, parameters, strict=True)
-        ]
-    ).detach()
+    pairs = zip(found, parameters, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs]).detach()
 
 
 # ---- what must be as before -------------------------------------------------------------------------------------

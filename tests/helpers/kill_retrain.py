@@ -11,7 +11,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import sys
 import time
 from functools import partial
@@ -24,7 +23,7 @@ from torch.utils.data import TensorDataset
 from stride_lightning.retraining import together
 from stride_lightning.retraining.retrain import retrain
 from stride_lightning.storage import records
-from tests.helpers.kill_writer import finish, fork
+from tests.helpers.kill_writer import finish, fork, kill_after, operations_of
 
 NUM_SUBSETS, CHUNK = 5, 2
 
@@ -101,13 +100,12 @@ def operations(root):
     That a record appears whole or not at all, after whatever operation, is shown by kill_writer.py.
     """
     (root / "all").mkdir()
-    _, trace = finish(*fork(lambda: run(root / "all" / "truth"), last=10**9))
-    naming = [k for k, name in enumerate(trace, 1) if name in ("mkdir", "rename", "unlink", "rmdir")]
+    chosen, trace = operations_of(partial(run, root / "all" / "truth"), 3)
     outcomes = []
-    for k in sorted({*naming, *range(1, len(trace) + 1, 3)}):
+    for k in chosen:
         folder = root / str(k)
         folder.mkdir()
-        killed, _ = finish(*fork(lambda folder=folder, k=k: run(folder / "truth"), last=k))
+        killed, _ = finish(*fork(partial(run, folder / "truth"), last=k))
         outcomes.append({"k": k, "killed": killed, **resume(folder, again=k % 5 == 0)})
         shutil.rmtree(folder)
     return {"outcomes": outcomes, "trace": trace}
@@ -122,11 +120,7 @@ def moments(root):
         folder = root / str(trial)
         folder.mkdir()
         for _ in range(1 + (trial % 3 == 0)):
-            pid, receive = fork(lambda folder=folder: run(folder / "truth", pause=0.01))
-            os.read(receive, 1)
-            time.sleep(rng.uniform(0, duration))
-            os.kill(pid, signal.SIGKILL)
-            finish(pid, receive)
+            kill_after(partial(run, folder / "truth", pause=0.01), rng.uniform(0, duration))
         outcomes.append(resume(folder, again=trial % 5 == 0, memory_budget=1 if trial % 2 else None))
         shutil.rmtree(folder)
     return {"outcomes": outcomes}

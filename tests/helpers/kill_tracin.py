@@ -8,13 +8,12 @@ the parent, in one thread, and each fit is a fork of it. It prints one JSON obje
 
 import json
 import logging
-import os
 import random
 import shutil
-import signal
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from stride_lightning.callbacks.tracin import TracInCallback
 from stride_lightning.storage.records import find_records, read_record
 from tests.helpers.kill_retrain import in_fork
-from tests.helpers.kill_writer import finish, fork
+from tests.helpers.kill_writer import finish, fork, kill_after, operations_of
 from tests.helpers.models import build, classification_data, loader, train
 from tests.helpers.schedules import Stepped
 
@@ -85,12 +84,10 @@ def resume(folder, *, killed):
 
 def operations(root):
     """Children killed after the k-th file operation: each that makes or removes a name, and every tenth."""
-    _, trace = finish(*fork(lambda: run(root / "all"), last=10**9))
-    naming = [k for k, name in enumerate(trace, 1) if name in ("mkdir", "rename", "unlink", "rmdir")]
     outcomes = []
-    for k in sorted({*naming, *range(1, len(trace) + 1, 10)}):
+    for k in operations_of(partial(run, root / "all"), 10)[0]:
         folder = root / str(k)
-        killed, _ = finish(*fork(lambda folder=folder, k=k: run(folder), last=k))
+        killed, _ = finish(*fork(partial(run, folder), last=k))
         outcomes.append(resume(folder, killed=killed))
         shutil.rmtree(folder)
     return outcomes
@@ -102,11 +99,7 @@ def moments(root):
     for trial in range(12):
         folder = root / str(trial)
         for _ in range(1 + (trial % 3 == 0)):
-            pid, receive = fork(lambda folder=folder: run(folder, pause=0.02))
-            os.read(receive, 1)
-            time.sleep(rng.uniform(0.1, 0.5))
-            os.kill(pid, signal.SIGKILL)
-            killed, _ = finish(pid, receive)
+            killed, _ = kill_after(partial(run, folder, pause=0.02), rng.uniform(0.1, 0.5))
         outcomes.append(resume(folder, killed=killed))
         shutil.rmtree(folder)
     return outcomes

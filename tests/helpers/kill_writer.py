@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -109,6 +110,22 @@ def finish(pid, receive):
     return killed, json.loads(text) if text else []
 
 
+def kill_after(action, span):
+    """Kill `action` in a child at a random moment within a span of seconds; as `finish`."""
+    pid, receive = fork(action)
+    os.read(receive, 1)
+    time.sleep(span)
+    os.kill(pid, signal.SIGKILL)  # harmless if it has ended: it is not waited for yet
+    return finish(pid, receive)
+
+
+def operations_of(action, every):
+    """Numbers of its file operations: each that makes or removes a name, every n-th of the others; and all names."""
+    _, trace = finish(*fork(action, last=10**9))
+    naming = [k for k, name in enumerate(trace, 1) if name in ("mkdir", "rename", "unlink", "rmdir")]
+    return sorted({*naming, *range(1, len(trace) + 1, every)}), trace
+
+
 def look(folder, expected):
     """'whole' or 'absent'; anything else raises."""
     found = records.find_records(folder)
@@ -126,50 +143,36 @@ def look(folder, expected):
     return "whole"
 
 
-def steps(root):
+def steps(root, *, remove=False):
     """One child for each k, killed after its k-th operation, until a child lives to the end."""
     expected, outcomes, leftovers = tensors_of(0, 5000), [], 0
     for k in range(1, 1000):
         folder = root / str(k)
         folder.mkdir()
-        killed, trace = finish(*fork(lambda folder=folder: records.write_record(folder, NAME, {}, expected), last=k))
+        action = partial(records.write_record, folder, NAME, {}, expected)
+        if remove:
+            action = partial(records.remove_record, action())
+        killed, trace = finish(*fork(action, last=k))
         outcomes.append(look(folder, expected))
         leftovers += any(".part-" in name for name in os.listdir(folder))
         if not killed:
-            return {"outcomes": outcomes, "trace": trace, "leftovers": leftovers}
+            return {"outcomes": outcomes, "trace": trace, "leftovers": leftovers, "left": os.listdir(folder)}
     raise RuntimeError("no child came to the end")
 
 
 def removal(root):
     """The same for `remove_record`."""
-    expected, outcomes = tensors_of(0, 5000), []
-    for k in range(1, 1000):
-        folder = root / str(k)
-        path = records.write_record(folder, NAME, {}, expected)
-        killed, trace = finish(*fork(lambda path=path: records.remove_record(path), last=k))
-        outcomes.append(look(folder, expected))
-        if not killed:
-            return {"outcomes": outcomes, "trace": trace, "left": os.listdir(folder)}
-    raise RuntimeError("no child came to the end")
+    return steps(root, remove=True)
 
 
 def moments(root):
     """Children killed at random moments; the moments drift towards where both outcomes are equally likely."""
     expected, rng, outcomes, inside = tensors_of(1, 500_000), random.Random(0), [], 0
-
-    def start(folder):
-        folder.mkdir()
-        pid, receive = fork(lambda: records.write_record(folder, NAME, {}, expected))
-        os.read(receive, 1)
-        return pid, receive
-
     span = 0.005  # seconds; a measured duration would not do: it changes several-fold with the machine's load
     for trial in range(40):
         folder = root / str(trial)
-        pid, receive = start(folder)
-        time.sleep(rng.uniform(0, 2 * span))
-        os.kill(pid, signal.SIGKILL)  # harmless if it has ended: it is not waited for yet
-        finish(pid, receive)
+        folder.mkdir()
+        kill_after(partial(records.write_record, folder, NAME, {}, expected), rng.uniform(0, 2 * span))
         outcomes.append(look(folder, expected))
         span *= 0.8 if outcomes[-1] == "whole" else 1.25
         inside += any(".part-" in name for name in os.listdir(folder))

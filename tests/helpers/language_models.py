@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import lightning.pytorch as L
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from tests.helpers.gradient_models import flat
+from tests.helpers.gradient_models import flat, trainable
 
 transformers = pytest.importorskip("transformers")
 
@@ -37,27 +39,24 @@ def gpt2(seed=0, dtype=torch.float64, layers=1, **options):
     return _built(lambda: transformers.GPT2LMHeadModel(config), seed, dtype)
 
 
-def _options(**more):
-    return {
-        "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 6, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": POSITIONS, "bos_token_id": 0,
-        "eos_token_id": 0, **more,
-    }  # fmt: skip
+_SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 6, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "max_position_embeddings": POSITIONS,
+}  # fmt: skip
+_SIZES_OF_CAUSAL = {**_SIZES, "num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 0}
 
 
 def llama(seed=0, dtype=torch.float64):
-    return _built(lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**_options())), seed, dtype)
+    return _built(lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SIZES_OF_CAUSAL)), seed, dtype)
 
 
 def qwen2(seed=0, dtype=torch.float64):
-    return _built(lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_options())), seed, dtype)
+    return _built(lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_SIZES_OF_CAUSAL)), seed, dtype)
 
 
 def bert(seed=0, dtype=torch.float64):
-    config = transformers.BertConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=6, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=POSITIONS, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = transformers.BertConfig(**_SIZES, **rates, num_labels=3)
     return _built(lambda: transformers.BertForSequenceClassification(config), seed, dtype)
 
 
@@ -157,12 +156,7 @@ def padded(examples, side="right", length=None, fill=0):
     return batch
 
 
-def left_padded(examples):
-    return padded(examples, side="left")
-
-
-def widely_padded(examples):
-    return padded(examples, length=11, fill=3)
+left_padded, widely_padded = partial(padded, side="left"), partial(padded, length=11, fill=3)
 
 
 def encoded(examples):
@@ -195,17 +189,9 @@ def loss_by_hand(model, example, reduction="mean"):
     return total / weights.sum() if reduction == "mean" else total
 
 
-def trainable(model, layers=None):
-    return [
-        parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and (layers is None or name.rpartition(".")[0] in layers)
-    ]
-
-
 def gradients_by_hand(model, data, layers=None, reduction="mean"):
     """Gradients of the loss of every text alone, shape ``(n, p)``."""
-    parameters, rows = trainable(model, layers), []
+    parameters, rows = list(trainable(model, layers).values()), []
     for example in data:
         with torch.enable_grad():
             found = torch.autograd.grad(loss_by_hand(model, example, reduction), parameters, allow_unused=True)
@@ -215,7 +201,7 @@ def gradients_by_hand(model, data, layers=None, reduction="mean"):
 
 def gauss_newton_by_hand(model, data, layers=None):
     """The matrix of the mean loss, from the derivatives of every logit of every text; shape ``(p, p)``."""
-    parameters = trainable(model, layers)
+    parameters = list(trainable(model, layers).values())
     total = 0
     for example in data:
         ids, labels = torch.tensor([example["input_ids"]]), torch.tensor(example["labels"])[1:]
@@ -223,10 +209,8 @@ def gauss_newton_by_hand(model, data, layers=None):
         with torch.enable_grad():
             logits = (model(ids) if isinstance(model, PlainGPT) else model(input_ids=ids).logits)[0]
             for token in counted:
-                rows = [
-                    flat(torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True), parameters)
-                    for value in logits[token]
-                ]
+                options = {"retain_graph": True, "allow_unused": True}
+                rows = [flat(torch.autograd.grad(value, parameters, **options), parameters) for value in logits[token]]
                 jacobian, p = torch.stack(rows), logits[token].detach().softmax(0)
                 total = total + jacobian.T @ (p.diag() - torch.outer(p, p)) @ jacobian / len(counted)
     return total / len(data)

@@ -101,8 +101,8 @@ def picture_data(num=40, seed=0):
     return TensorDataset(x, y)
 
 
-class Dicts(Dataset):
-    """The same examples as dictionaries."""
+class Changed(Dataset):
+    """The examples of another data set, changed whenever they are read."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -111,7 +111,13 @@ class Dicts(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, i):
-        x, y = self.dataset[i]
+        return self.changed(*self.dataset[i])
+
+
+class Dicts(Changed):
+    """Dictionaries."""
+
+    def changed(self, x, y):
         return {"features": x, "answer": y}
 
 
@@ -132,17 +138,10 @@ class DictClassifier(Classifier):
         return super().training_step((batch["features"], batch["answer"]), batch_idx)
 
 
-class Augmented(Dataset):
+class Augmented(Changed):
     """Noise on every read."""
 
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, i):
-        x, y = self.dataset[i]
+    def changed(self, x, y):
         return x + 0.1 * torch.randn_like(x), y
 
 
@@ -189,14 +188,6 @@ def train(model, dataset, folder, *callbacks, seed=0, ckpt_path=None, **options)
     trainer = make_trainer(folder, *callbacks, **options)
     trainer.fit(model, dataset if hasattr(dataset, "batch_sampler") else loader(dataset), ckpt_path=ckpt_path)
     return trainer
-
-
-def trained_classifier(folder, dataset):
-    """One with dropout that no trainer is attached to."""
-    model = build(Classifier, dropout=0.3)
-    train(model, dataset, folder, max_epochs=8)
-    model.trainer = None
-    return model
 
 
 def build(kind, seed=0, **options):

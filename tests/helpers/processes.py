@@ -1,10 +1,17 @@
-"""Two processes that share work, as a distributed run starts them."""
+"""Two processes that share work, as a distributed run starts them, and one that kills its children."""
 
+import json
 import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
 import torch
 from torch import distributed as dist
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
 
 
 def start(number, port, *, group=False):
@@ -31,3 +38,13 @@ def _end_together(number, target, port, folder):
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def what_helper_saw(script, folder):
+    """What a script of this folder, run in a process of its own, prints as JSON."""
+    helpers = Path(__file__).parent
+    env = os.environ | {"PYTHONPATH": str(helpers.parents[1]), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(helpers / script), str(folder)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)

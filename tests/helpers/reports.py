@@ -11,12 +11,10 @@ SCORES = torch.tensor([[0.5, -0.25, 0.0, 0.012, -0.13], [0.0, 0.0, 3.0, -1.0, 2.
 POSITIONS = torch.tensor([10, 11, 12, 13, 14])
 TARGETS = {"train_targets": torch.arange(5), "query_targets": torch.tensor([7, 10, 8])}
 HOSTILE = [
-    *(
-        "<script>alert(1)</script>",
-        "</script><img src=x onerror=alert(2)>",
-        "\"'`><svg onload=alert(3)>",
-        "<!--<script>",
-    ),
+    "<script>alert(1)</script>",
+    "</script><img src=x onerror=alert(2)>",
+    "\"'`><svg onload=alert(3)>",
+    "<!--<script>",
     "{{data}} &lt; \u2028 \u2029 \x00 \ud800 日本語 🎈",
 ]
 

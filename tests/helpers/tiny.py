@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from stride_lightning.data.examples import Examples
 from stride_lightning.data.reading import Reading
@@ -77,29 +77,6 @@ def read(examples: Examples, batch_size: int = 6) -> tuple[Tensor, dict[str, Any
     """All inputs in order, and the fingerprint."""
     reading = Reading(examples, Classification(), batch_size=batch_size, device=CPU)
     return torch.cat([rows.batch[0] for rows in reading]), reading.fingerprint
-
-
-class DictData(Dataset):
-    """Examples that are dictionaries."""
-
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = images, labels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, position: int) -> dict[str, Tensor]:
-        return {"image": self.images[position], "label": self.labels[position]}
-
-
-class DictTask(Classification):
-    """Reads them."""
-
-    def inputs(self, batch: dict[str, Tensor]) -> Tensor:
-        return batch["image"]
-
-    def targets(self, batch: dict[str, Tensor]) -> Tensor:
-        return batch["label"]
 
 
 def perceptron(num_inputs: int = 4, num_outputs: int = 3, seed: int = 0) -> nn.Sequential:

@@ -5,6 +5,7 @@ import torch
 
 from stride_lightning import Regression, attribute
 from stride_lightning.attribute import create
+from stride_lightning.gradients import features
 from tests.helpers.gradient_models import (
     QUIET,
     TASKS,
@@ -17,7 +18,7 @@ from tests.helpers.gradient_models import (
     seeded,
     words_for,
 )
-from tests.helpers.tiny import examples_of
+from tests.helpers.tiny import CPU, examples_of
 
 METHODS = {"information-loss": "loss", "information-gain": "gain"}
 RIDGE = 0.4
@@ -79,3 +80,17 @@ def exact_of(attributor, queries):
 def exactly(found, expected, tolerance=1e-10):
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+def many(monkeypatch):
+    """Random directions for the three outputs of a model."""
+    monkeypatch.setattr(features, "MAX_EXACT_OUTPUTS", 1)
+
+
+@torch.no_grad()
+def rows_of(attributor, queries):
+    """Features of the training examples and of queries, as they are compared."""
+    asked = attributor.read(attributor.model, examples_of(*queries.tensors), CPU, "label")
+    tangents = attributor.tangents
+    batches = tangents.batches(attributor.reader), tangents.batches(asked, as_queries=True)
+    return [torch.cat([batch.rows for batch in part]) for part in batches]

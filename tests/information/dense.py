@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
@@ -29,13 +27,13 @@ def entropies(queries: Tensor, train: Tensor, ridge: float = RIDGE, noise: float
     """
     rows = train.flatten(0, 1)
     kernel = rows @ rows.T / ridge + noise * torch.eye(len(rows), dtype=rows.dtype)
-    found = []
+    nats = []
     for query in queries:
         cross = query @ rows.T / ridge
         variance = query @ query.T / ridge - cross @ torch.linalg.inv(kernel) @ cross.T
         predictive = variance + torch.eye(len(query), dtype=rows.dtype)
-        found.append(0.5 * torch.logdet(2 * torch.pi * torch.e * predictive))
-    return torch.stack(found)
+        nats.append(0.5 * torch.logdet(2 * torch.pi * torch.e * predictive))
+    return torch.stack(nats)
 
 
 def without(train: Tensor, places: list[int]) -> Tensor:
@@ -60,10 +58,6 @@ FORMS = {"loss": loss, "gain": gain, "copy": copy}
 def about_weights(train: Tensor, places: list[int], ridge: float = RIDGE) -> float:
     rows = train[places].flatten(0, 1)
     return 0.5 * float(torch.logdet(torch.eye(len(rows), dtype=rows.dtype) + rows @ rows.T / ridge))
-
-
-def subsets(n: int, size: int) -> list[list[int]]:
-    return [list(chosen) for chosen in itertools.combinations(range(n), size)]
 
 
 # ---- features of a model, one example after the other -----------------------------------------------------------
@@ -99,29 +93,26 @@ def next_to_no_noise(train: Tensor, ridge: float) -> float:
     return float(train.square().sum()) / len(train) / (SIGNAL_TO_NOISE * ridge)
 
 
-def greedy_gain(query: Tensor, train: Tensor, candidates: list[int], size: int, ridge: float) -> tuple[list, list]:
-    """Examples chosen one after the other among some candidates by trying all, and the nats each adds.
+# ---- sets ---------------------------------------------------------------------------------------------------------
 
-    Their labels have next to no noise.
-    """
+
+def greedy(worth, candidates, size: int) -> tuple[list[int], list[float]]:
+    """Examples chosen one after the other by trying all, the first of equals, and what each adds to the worth."""
     chosen, gains = [], []
     for _ in range(size):
         left = [i for i in candidates if i not in chosen]
-        noise = next_to_no_noise(train, ridge)
-        tried = torch.cat([gain(query[None], train, [*chosen, i], ridge, noise) for i in left])
+        tried = torch.tensor([float(worth([*chosen, i])) for i in left], dtype=torch.float64)
         best = int((tried >= tried.max() - 1e-9).int().argmax())
         chosen.append(left[best])
         gains.append(float(tried[best]) - sum(gains))
     return chosen, gains
 
 
-def greedy_about_weights(train: Tensor, size: int, ridge: float) -> tuple[list, list]:
-    """The same for information about all weights."""
-    chosen, gains = [], []
-    for _ in range(size):
-        left = [i for i in range(len(train)) if i not in chosen]
-        tried = torch.tensor([about_weights(train, [*chosen, i], ridge) for i in left], dtype=torch.float64)
-        best = int((tried >= tried.max() - 1e-9).int().argmax())
-        chosen.append(left[best])
-        gains.append(float(tried[best]) - sum(gains))
-    return chosen, gains
+def greedy_gain(query: Tensor, train: Tensor, candidates, size: int, ridge: float) -> tuple[list[int], list[float]]:
+    """For one query, labels with next to no noise."""
+    noise = next_to_no_noise(train, ridge)
+    return greedy(lambda chosen: gain(query[None], train, chosen, ridge, noise), candidates, size)
+
+
+def greedy_about_weights(train: Tensor, size: int, ridge: float = RIDGE) -> tuple[list[int], list[float]]:
+    return greedy(lambda chosen: about_weights(train, chosen, ridge), range(len(train)), size)

@@ -1,6 +1,5 @@
 """method="information-loss" and "information-gain" against the dense Gaussian process of a model's Jacobians."""
 
-import json
 import warnings
 
 import pytest
@@ -8,9 +7,9 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from stride_lightning import Attribution, Regression, TopAttribution
+from stride_lightning import Regression
 from stride_lightning.attribute import self_influence
-from stride_lightning.gradients import features, planned
+from stride_lightning.gradients import planned
 from stride_lightning.information import attributor as module
 from stride_lightning.information.evidence import fit_evidence
 from tests.helpers.gradient_models import QUIET, TASKS, close_scores, mlp
@@ -29,8 +28,9 @@ from tests.information.cases import (
     every_case,
     exact_of,
     exactly,
-    informed,
     made,
+    many,
+    rows_of,
 )
 
 # ---- dense Gaussian processes -----------------------------------------------------------------------------------
@@ -50,6 +50,8 @@ def test_entropies_with_and_without_each_example(method, name, likelihood):
     assert found.scores.dtype == torch.float32
     torch.testing.assert_close(found.scores.double(), expected, rtol=1e-6, atol=1e-10)
     assert found.metadata["unit"] == "nats, unsigned"
+    chosen = {"likelihood": likelihood, "projection_dim": 512, "signed": False}
+    assert found.metadata["options"] == {"layers": None, "top_k": None} | chosen
 
 
 @both_methods
@@ -112,12 +114,17 @@ def test_a_positive_sign_lowers_the_loss_of_the_query():
 # ---- ridge and noise --------------------------------------------------------------------------------------------
 
 
-def test_ridge_by_evidence():
-    model, (task, _) = mlp(), TASKS["classification"]
-    rows = dense.tangents_of(model, task, DATA).flatten(0, 1)
-    norm = sum(float(parameter.detach().square().sum()) for parameter in model.parameters())
+def evidence_of(model, layer):
+    """By the dense features of the model, with the prior of the weights of a layer, or of all."""
+    rows = dense.tangents_of(model, TASKS["classification"][0], DATA).flatten(0, 1)
+    norm = sum(float(parameter.detach().square().sum()) for parameter in layer.parameters())
     losses = nn.functional.cross_entropy(model(DATA.tensors[0]).detach(), DATA.tensors[1], reduction="sum")
-    expected = fit_evidence(rows.T @ rows, norm, 2 * float(losses), 39, noise_variance=1.0)
+    return rows, fit_evidence(rows.T @ rows, norm, 2 * float(losses), 39, noise_variance=1.0)
+
+
+def test_ridge_by_evidence():
+    model = mlp()
+    rows, expected = evidence_of(model, model)
     attributor = made(model=model)
     assert attributor.posterior.ridge == pytest.approx(expected.ridge, rel=1e-4)
     assert attributor.evidence.log_evidence == pytest.approx(expected.log_evidence, rel=1e-9)
@@ -157,21 +164,15 @@ def test_noise_of_a_task_cancels(method, name):
     """Where the ridge is chosen nothing depends on the unit of the noise, for features, residuals and ridge scale
     together: formula (4). A given ridge is one in units of that noise: ``ridge`` at ``s`` is ``ridge s^2`` at 1."""
     make, data, queries, _ = CASES[name]
-    found = {
-        noise: exact_of(made(method, make(), data, task=Regression(noise_std=noise)), queries)
-        for noise in (0.1, 1.0, 5.0)
-    }
-    exactly(found[0.1], found[1.0], 1e-5)
-    exactly(found[5.0], found[1.0], 1e-5)
-    ridges = {
-        noise: made(data=data, model=make(), task=Regression(noise_std=noise)).posterior.ridge for noise in (0.1, 1.0)
-    }
-    assert ridges[0.1] == pytest.approx(100 * ridges[1.0], rel=1e-4)
-    given = [
-        exact_of(made(method, make(), data, task=Regression(noise_std=noise), ridge=RIDGE * scale), queries)
-        for noise, scale in ((2.0, 1.0), (1.0, 4.0))
-    ]
-    exactly(*given)
+
+    def scores(noise, **options):
+        return exact_of(made(method, make(), data, task=Regression(noise_std=noise), **options), queries)
+
+    for noise in (0.1, 5.0):
+        exactly(scores(noise), scores(1.0), 1e-5)
+    exactly(scores(2.0, ridge=RIDGE), scores(1.0, ridge=4 * RIDGE))
+    ridges = [made(data=data, model=make(), task=Regression(noise_std=s)).posterior.ridge for s in (0.1, 1.0)]
+    assert ridges[0] == pytest.approx(100 * ridges[1], rel=1e-4)
 
 
 # ---- what must change nothing -----------------------------------------------------------------------------------
@@ -184,19 +185,8 @@ def test_chosen_layers():
     found = ask(layers=["2"])
     close_scores(found.scores, ask(model=frozen).scores)
     assert found.metadata["gradients"]["num_parameters"] == 18
-    rows = dense.tangents_of(frozen, TASKS["classification"][0], DATA).flatten(0, 1)
-    norm = sum(float(parameter.detach().square().sum()) for parameter in frozen[2].parameters())
-    losses = nn.functional.cross_entropy(frozen(DATA.tensors[0]).detach(), DATA.tensors[1], reduction="sum")
-    expected = fit_evidence(rows.T @ rows, norm, 2 * float(losses), 39, noise_variance=1.0).ridge
-    assert found.metadata["posterior"]["ridge"] == pytest.approx(expected, rel=1e-4)
-
-
-@both_methods
-@pytest.mark.parametrize("options", [{}, {"likelihood": "margin"}, {"signed": True}, {"projection_dim": 8}], ids=str)
-def test_precision(method, options):
-    exact = ask(method, **options).scores
-    close_scores(ask(method, model=mlp().float(), **options).scores, exact, 1e-5)
-    close_scores(ask(method, model=mlp().bfloat16(), **options).scores, exact, 0.05)
+    expected = evidence_of(frozen, frozen[2])[1]
+    assert found.metadata["posterior"]["ridge"] == pytest.approx(expected.ridge, rel=1e-4)
 
 
 @both_methods
@@ -225,39 +215,7 @@ def test_features_are_kept_up_to_a_size(monkeypatch):
         assert (made(batch_size=4)._held is not None) == kept
 
 
-@both_methods
-def test_predicted_targets(method):
-    model = mlp()
-    labelled = TensorDataset(QUERIES.tensors[0], model(QUERIES.tensors[0]).argmax(1))
-    for options in ({"likelihood": "margin"}, {"signed": True}):
-        expected = ask(method, model, queries=labelled, **options)
-        found = ask(method, model, queries=TensorDataset(QUERIES.tensors[0]), target="predicted", **options)
-        close_scores(found.scores, expected.scores)
-    expected, found = (
-        diverse(method, model, queries=queries, likelihood="margin", target=target, k=4)
-        for queries, target in ((labelled, "label"), (TensorDataset(QUERIES.tensors[0]), "predicted"))
-    )
-    assert torch.equal(found.proponents, expected.proponents)
-    close_scores(found.proponent_scores, expected.proponent_scores)
-
-
 # ---- many outputs -----------------------------------------------------------------------------------------------
-
-
-def many(monkeypatch):
-    """Random directions for the three outputs of a model."""
-    monkeypatch.setattr(features, "MAX_EXACT_OUTPUTS", 1)
-
-
-@torch.no_grad()
-def rows_of(attributor, queries):
-    """Features of the training examples and of queries, as they are compared."""
-    asked = attributor.read(attributor.model, examples_of(*queries.tensors), CPU, "label")
-    batches = (
-        attributor.tangents.batches(attributor.reader),
-        attributor.tangents.batches(asked, as_queries=True),
-    )
-    return [torch.cat([batch.rows for batch in part]) for part in batches]
 
 
 @both_methods
@@ -331,64 +289,31 @@ def test_places_of_queries_with_many_outputs(method):
     assert scores.diagonal().mean() < 1.5 * others.mean()
 
 
-def test_diverse_with_many_outputs(monkeypatch):
-    """By the features that scores are of; also for one query, where few are held, and of part of the data."""
-    many(monkeypatch)
-    part = [11, 2, 7, 5, 0, 4]
-    train, asked = rows_of(made(ridge=RIDGE), QUERIES)
-    for options in ({}, {"top_k": 13}, {"train_indices": part}):
-        attributor, found = informed("information-gain", ridge=RIDGE, **options)
-        chosen = attributor.diverse(found, 4)
-        for row, query in enumerate(asked):
-            held = options.get("train_indices")
-            places, gains = dense.greedy_gain(query, train, sorted(held or range(13)), 4, RIDGE)
-            assert chosen.proponents[row].tolist() == places
-            assert chosen.proponent_scores[row].tolist() == pytest.approx(gains, rel=1e-4)
-        one = attributor.diverse(found[3], 4)
-        assert torch.equal(one.proponents[0], chosen.proponents[3])
-        close_scores(one.proponent_scores[0], chosen.proponent_scores[3], 1e-6)
-
-
-# ---- metadata ---------------------------------------------------------------------------------------------------
-
-
-@both_methods
-def test_metadata_and_saving(method, tmp_path):
-    found = ask(method, layers=["2"], projection_dim=9, likelihood="margin")
-    assert found.metadata["method"] == method
-    assert found.metadata["options"] == {
-        "layers": ["2"],
-        "top_k": None,
-        "likelihood": "margin",
-        "projection_dim": 9,
-        "signed": False,
-    }
-    assert found.metadata["data"]["num_examples"] == 13
-    assert json.loads(json.dumps(found.metadata)) == found.metadata
-    again = Attribution.load(found.save(tmp_path / "scores"))
-    assert torch.equal(again.scores, found.scores)
-    assert again.metadata == found.metadata
-    top = ask(method, top_k=3)
-    loaded = Attribution.load(top.save(tmp_path / "top"))
-    assert isinstance(loaded, TopAttribution)
-    assert torch.equal(loaded.top(3).proponents, top.top(3).proponents)
-
-
-def test_progress_is_quiet_when_told(capsys):
-    diverse(k=2)
-    assert capsys.readouterr() == ("", "")
-
-
 # ---- two processes ----------------------------------------------------------------------------------------------
 
-KINDS = {
-    "plain": {"ridge": RIDGE},
-    "signed": {"ridge": RIDGE, "signed": True, "projection_dim": 20},
-    "streamed": {"ridge": RIDGE, "likelihood": "margin"},
-    "evidence": {},
-    "many": {"ridge": RIDGE},
-}
-SHARED = [("information-loss", kind) for kind in KINDS] + [("information-gain", "streamed")]
+
+def everything():
+    """What the contract does not ask for: sets of examples, features that are not kept, and random directions."""
+    warnings.simplefilter("ignore")
+    results = {}
+    for method, kind in [(method, "streamed") for method in METHODS] + [("information-loss", "many")]:
+        with pytest.MonkeyPatch.context() as patch:
+            options = {"ridge": RIDGE, "batch_size": 3}
+            if kind == "streamed":
+                options["likelihood"] = "margin"
+                patch.setattr(module, "KEPT_BYTES", 0)
+                patch.setattr(planned, "TILE_BYTES", 4 * 5 * 6)  # two tiles of the 7 of rank 0, one of the 6 of rank 1
+            else:
+                many(patch)
+            attributor = made(method, **options)
+            attribution, chosen = attributor.attribute(QUERIES), attributor.coreset(6)
+            results[method, kind, "scores"] = attribution.scores
+            results[method, kind, "top"] = ask(method, top_k=4, **options).top(4).proponents
+            results[method, kind, "coreset"], results[method, kind, "gains"] = chosen.places, chosen.gains
+            results[method, kind, "diverse"] = attributor.diverse(attribution, 4).proponents
+            if kind == "streamed":
+                results[method, kind, "self"] = attributor.self_influence()
+    return results
 
 
 def on_each(number, port, folder):
@@ -396,48 +321,11 @@ def on_each(number, port, folder):
     torch.save(everything(), folder / f"rank{number}.pt")
 
 
-def everything():
-    """Scores, tops, self-influences and coresets."""
-    warnings.simplefilter("ignore")
-    found = {}
-    for method, kind in SHARED:
-        with pytest.MonkeyPatch.context() as patch:
-            options = KINDS[kind] | {"batch_size": 3}
-            if kind == "streamed":
-                patch.setattr(module, "KEPT_BYTES", 0)
-                patch.setattr(planned, "TILE_BYTES", 4 * 5 * 6)  # two tiles of the 7 of rank 0, one of the 6 of rank 1
-            if kind == "many":
-                many(patch)
-            attributor = made(method, **options)
-            asked, chosen = attributor.attribute(QUERIES), attributor.coreset(6)
-            found[method, kind] = {
-                "scores": asked.scores,
-                "top": ask(method, top_k=4, **options).top(4).proponents,
-                "coreset": chosen.places,
-                "gains": chosen.gains,
-            }
-            if kind != "many":
-                found[method, kind]["self"] = attributor.self_influence()
-            if kind != "signed":
-                found[method, kind]["diverse"] = attributor.diverse(asked, 4).proponents
-    return found
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    return run_two(on_each, tmp_path_factory.mktemp("two"))
-
-
-@pytest.fixture(scope="module")
-def alone():
-    with warnings.catch_warnings():
-        return everything()
-
-
 @pytest.mark.distributed
-@pytest.mark.parametrize("key", SHARED, ids="-".join)
-def test_two_processes(pair, alone, key):
-    for what in alone[key]:
-        (first, second), expected = (part[key][what] for part in pair), alone[key][what]
-        assert torch.equal(first, second), what
-        close_scores(first, expected, 0 if what in ("top", "diverse", "coreset") else 1e-5)
+def test_two_processes(tmp_path):
+    first, second = run_two(on_each, tmp_path)
+    with warnings.catch_warnings():
+        alone = everything()
+    for key, expected in alone.items():
+        assert torch.equal(first[key], second[key]), key
+        close_scores(first[key], expected, 0 if key[-1] in ("top", "diverse", "coreset") else 1e-5)

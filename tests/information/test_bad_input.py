@@ -23,6 +23,7 @@ from tests.information.cases import (
     exactly,
     informed,
     made,
+    rows_of,
 )
 
 # ---- bad input --------------------------------------------------------------------------------------------------
@@ -59,11 +60,9 @@ def test_leverage_at_one():
     """With next to no prior every example determines directions of its own."""
     for dtype in (torch.float64, torch.float32):
         attributor = made(model=mlp().to(dtype), ridge=1e-9)
-        with torch.no_grad():
-            rows = torch.cat([batch.rows for batch in attributor._held])
-        assert attributor.posterior.leverage(rows).max() > 2 - 1e-5
-        scores = ask(model=mlp().to(dtype), queries=DATA, ridge=1e-9).scores
-        assert scores.isfinite().all()
+        rows = rows_of(attributor, DATA)[0]
+        assert attributor.posterior.variance(rows).diagonal(dim1=1, dim2=2).sum(1).max() > 2 - 1e-5
+        scores = attributor.attribute(DATA).scores
         assert scores.min() >= 0
         # Two directions of three outputs, each worth 6.6 nats about itself.
         assert scores.max() < 14
@@ -139,7 +138,8 @@ def test_certain_model():
     model = mlp()
     with torch.no_grad():
         model[2].weight *= 1e5
-    assert (ask(model=model, ridge=1.0).scores == 0).all()
+    for likelihood in ("gauss-newton", "margin"):
+        assert (ask(model=model, ridge=1.0, likelihood=likelihood).scores == 0).all()
     with pytest.raises(ValueError, match="All features are zero"):
         ask(model=model)
     with torch.no_grad():
@@ -158,8 +158,10 @@ def test_certain_model():
         ({"method": "information-gain", "ridge": 0}, ValueError, "`ridge=0` is none: give a positive number"),
         ({"signed": "no"}, ValueError, "`signed` must be True or False, got 'no'"),
         ({"signed": 1}, ValueError, "`signed` must be True or False, got 1"),
-        ({"likelihood": "laplace"}, ValueError, "`likelihood` must be one of"),
-        ({"projection_dim": 0}, ValueError, "`projection_dim` must be an integer"),
+        ({"likelihood": "laplace"}, ValueError, r"`likelihood` must be one of \('gauss-newton', 'margin'\), got 'lap"),
+        ({"projection_dim": 0}, ValueError, "`projection_dim` must be an integer of at least 1, got 0"),
+        ({"projection_dim": 2.0}, ValueError, "`projection_dim` must be an integer of at least 1, got 2.0"),
+        ({"projection_dim": True}, ValueError, "`projection_dim` must be an integer of at least 1, got True"),
         ({"top_k": 0}, ValueError, "`top_k` must be an integer"),
         ({"layers": "2"}, TypeError, r"write layers=\['2'\]"),
         ({"damping": 1.0}, TypeError, "layers, likelihood, projection_dim, ridge, signed, top_k"),
@@ -186,7 +188,5 @@ def test_one_training_example_and_one_query(method):
     one, asked = (TensorDataset(*(t[:1] for t in part.tensors)) for part in (DATA, QUERIES))
     attributor, found = informed(method, data=one, queries=asked, ridge=RIDGE)
     train, query = (dense.tangents_of(mlp(), TASKS["classification"][0], part) for part in (one, asked))
-    torch.testing.assert_close(
-        found.scores.double(), dense.single(METHODS[method], query, train, RIDGE), rtol=1e-6, atol=0
-    )
+    close_scores(found.scores, dense.single(METHODS[method], query, train, RIDGE), 1e-6)
     assert attributor.diverse(found).proponents.tolist() == [[0]]

@@ -9,13 +9,21 @@ from stride_lightning.attribute import create
 from stride_lightning.information import attributor as module
 from tests.helpers.gradient_models import QUIET, TASKS, close_scores, mlp, points_for
 from tests.information import dense
-from tests.information.cases import CASES, DATA, METHODS, QUERIES, RIDGE, both_methods, diverse, informed, made
+from tests.information.cases import (
+    CASES,
+    DATA,
+    METHODS,
+    QUERIES,
+    RIDGE,
+    both_methods,
+    diverse,
+    informed,
+    made,
+    many,
+    rows_of,
+)
 
-# ---- diverse examples -------------------------------------------------------------------------------------------
-
-
-@both_methods
-@pytest.mark.parametrize(
+some_cases = pytest.mark.parametrize(
     ("name", "likelihood"),
     [
         ("classification", "gauss-newton"),
@@ -24,16 +32,34 @@ from tests.information.cases import CASES, DATA, METHODS, QUERIES, RIDGE, both_m
         ("words", "gauss-newton"),
     ],
 )
+
+# ---- diverse examples -------------------------------------------------------------------------------------------
+
+
+def check_greedy(chosen, rows, size, candidates):
+    """By trying all candidates, of each query or of all of them."""
+    train, queries = rows
+    if isinstance(candidates[0], int):
+        candidates = [candidates] * len(queries)
+    for row, (query, among) in enumerate(zip(queries, candidates, strict=True)):
+        places, gains = dense.greedy_gain(query, train, sorted(among), size, RIDGE)
+        assert chosen.proponents[row].tolist() == places
+        assert chosen.proponent_scores[row].tolist() == pytest.approx(gains, rel=1e-4)
+
+
+def dense_rows():
+    return [dense.tangents_of(mlp(), TASKS["classification"][0], part) for part in (DATA, QUERIES)]
+
+
+@both_methods
+@some_cases
 def test_diverse_is_greedy(method, name, likelihood):
     make, data, queries, task = CASES[name]
     model, options = make(), {"task": task, "likelihood": likelihood, "ridge": RIDGE}
     attributor, found = informed(method, model, data, queries, **options)
     train, asked = (dense.tangents_of(model, task, part, likelihood) for part in (data, queries))
     chosen = attributor.diverse(found, 5)
-    for row, query in enumerate(asked):
-        places, gains = dense.greedy_gain(query, train, list(range(len(train))), 5, RIDGE)
-        assert chosen.proponents[row].tolist() == places
-        assert chosen.proponent_scores[row].tolist() == pytest.approx(gains, rel=1e-4)
+    check_greedy(chosen, (train, asked), 5, range(len(train)))
     assert chosen.opponents.shape == chosen.opponent_scores.shape == (5, 0)
     assert "most told by" in repr(chosen)
     assert "harmed" not in repr(chosen)
@@ -44,7 +70,7 @@ def test_diverse_is_greedy(method, name, likelihood):
     torch.testing.assert_close(every.proponent_scores.sum(1).double(), exact, rtol=1e-5, atol=0)
 
 
-def test_diverse_of_one_query():
+def test_diverse_of_one_query_and_quietly(capsys):
     attributor, found = informed()
     expected = attributor.diverse(found, 4)
     for row in (0, 3, -1):
@@ -52,43 +78,49 @@ def test_diverse_of_one_query():
         assert torch.equal(one.proponents[0], expected.proponents[row])
         close_scores(one.proponent_scores[0], expected.proponent_scores[row], 1e-6)
     assert attributor.diverse(found).proponents.shape == (5, 10)
+    assert capsys.readouterr() == ("", "")
 
 
-def test_diverse_positions_are_those_of_the_dataset():
-    part = [7, 2, 11, 5, 0, 4]
-    chosen = diverse(train_indices=part, ridge=RIDGE, k=3).proponents
-    train, asked = (dense.tangents_of(mlp(), TASKS["classification"][0], part_) for part_ in (DATA, QUERIES))
-    for row, query in enumerate(asked):
-        assert chosen[row].tolist() == dense.greedy_gain(query, train, part, 3, RIDGE)[0]
+@pytest.mark.parametrize("options", [{}, {"top_k": 13}, {"train_indices": [7, 2, 11, 5, 0, 4]}], ids=str)
+def test_diverse_with_many_outputs(options, monkeypatch):
+    """By the features that scores are of; also for one query, where few are held, and of part of the data."""
+    many(monkeypatch)
+    attributor, found = informed("information-gain", ridge=RIDGE, **options)
+    chosen = attributor.diverse(found, 4)
+    check_greedy(chosen, rows_of(made(ridge=RIDGE), QUERIES), 4, options.get("train_indices", range(13)))
+    one = attributor.diverse(found[3], 4)
+    assert torch.equal(one.proponents[0], chosen.proponents[3])
+    close_scores(one.proponent_scores[0], chosen.proponent_scores[3], 1e-6)
 
 
 @both_methods
 def test_diverse_among_the_held(method):
     """Among the proponents that a TopAttribution holds."""
     attributor, found = informed(method, top_k=13, ridge=RIDGE)
-    train, asked = (dense.tangents_of(mlp(), TASKS["classification"][0], part) for part in (DATA, QUERIES))
-    chosen = attributor.diverse(found, 4).proponents
-    for row, query in enumerate(asked):
-        held = sorted(found.top(13).proponents[row].tolist())
-        assert chosen[row].tolist() == dense.greedy_gain(query, train, held, 4, RIDGE)[0]
-    one = attributor.diverse(found[2], 4)
-    assert torch.equal(one.proponents[0], chosen[2])
+    check_greedy(attributor.diverse(found, 4), dense_rows(), 4, found.top(13).proponents.tolist())
     with pytest.raises(ValueError, match=r"among the 13 strongest .* attribute with `top_k=13`"):
         diverse(method, top_k=6, ridge=RIDGE, k=4)
 
 
+@both_methods
+def test_diverse_of_predicted_targets(method):
+    model = mlp()
+    labelled = TensorDataset(QUERIES.tensors[0], model(QUERIES.tensors[0]).argmax(1))
+    options = {"likelihood": "margin", "k": 4}
+    expected = diverse(method, model, queries=labelled, **options)
+    chosen = diverse(method, model, queries=TensorDataset(QUERIES.tensors[0]), target="predicted", **options)
+    assert torch.equal(chosen.proponents, expected.proponents)
+    close_scores(chosen.proponent_scores, expected.proponent_scores)
+
+
 def test_diverse_among_candidates_of_each_query(monkeypatch):
     attributor, found = informed(ridge=RIDGE)
-    train, asked = (dense.tangents_of(mlp(), TASKS["classification"][0], part) for part in (DATA, QUERIES))
     # Never 0, 7 or 10: columns are not places among the candidates.
     candidates = torch.stack([torch.tensor([12, 9, 4, 6, 2]) + shift for shift in (0, -1, 0, 0, -1)])
     best = Attribution(torch.zeros(5, 13).scatter_(1, candidates, 1.0), metadata=found.metadata, queries=found.queries)
     monkeypatch.setattr(module, "NUM_CANDIDATES", 1)
     monkeypatch.setattr(module, "CANDIDATES_EACH", 1)
-    chosen = attributor.diverse(best, 5).proponents
-    for row, query in enumerate(asked):
-        held = sorted(candidates[row].tolist())
-        assert chosen[row].tolist() == dense.greedy_gain(query, train, held, 5, RIDGE)[0]
+    check_greedy(attributor.diverse(best, 5), dense_rows(), 5, candidates.tolist())
 
 
 @pytest.mark.parametrize(("k", "num_candidates"), [(3, 500), (None, 500), (60, 600), (900, 1000)])
@@ -153,16 +185,6 @@ def test_diverse_where_it_cannot_be():
         attributor.diverse(Attribution(torch.zeros(1, 2)))
 
 
-def test_diverse_needs_the_weights_of_before():
-    model = mlp()
-    attributor, found = informed(model=model)
-    attributor.diverse(found, 3)
-    with torch.no_grad():
-        model[0].weight[0, 0] += 1
-        with pytest.raises(ValueError, match="weights have changed since fit"):
-            attributor.diverse(found, 3)
-
-
 def test_diverse_after_another_fit():
     attributor, found = informed()
     expected = attributor.diverse(found, 3)
@@ -183,24 +205,18 @@ def test_diverse_after_another_fit():
 
 
 @both_methods
-@pytest.mark.parametrize(
-    ("name", "likelihood"),
-    [
-        ("classification", "gauss-newton"),
-        ("classification", "margin"),
-        ("two real outputs", "gauss-newton"),
-        ("words", "gauss-newton"),
-    ],
-)
+@some_cases
 def test_coreset_is_greedy(method, name, likelihood):
     make, data, _, task = CASES[name]
     model = make()
     attributor = made(method, model, data, task=task, likelihood=likelihood, ridge=RIDGE, batch_size=4)
-    places, gains = dense.greedy_about_weights(dense.tangents_of(model, task, data, likelihood), 6, RIDGE)
+    train = dense.tangents_of(model, task, data, likelihood)
+    places, gains = dense.greedy_about_weights(train, 6, RIDGE)
     found = attributor.coreset(6)
     assert found.places.tolist() == places
     assert found.gains.tolist() == pytest.approx(gains, abs=1e-10)
-    assert float(attributor.coreset(len(data)).gains.sum()) == pytest.approx(attributor.posterior.information)
+    whole = dense.about_weights(train, list(range(len(data))), RIDGE)
+    assert float(attributor.coreset(len(data)).gains.sum()) == pytest.approx(whole)
 
 
 def test_coreset_positions():
@@ -215,16 +231,12 @@ def test_coreset_where_it_cannot_be():
     with pytest.raises(RuntimeError, match=r"Call fit\(model, train_data\) before coreset\(\)"):
         create("information-loss", **QUIET).coreset(2)
     model = mlp()
-    attributor = made(model=model)
-    for size in (0, 14):
-        with pytest.raises(
-            ValueError, match=rf"`size` must be an integer .* and at most 13, the number of .*, got {size}"
-        ):
-            attributor.coreset(size)
-    for size in (2.0, True, "2"):
-        with pytest.raises(ValueError, match=rf"`size` must be an integer of at least 1 .*, got {size!r}"):
+    attributor, found = informed(model=model)
+    for size in (0, 14, True, "2"):
+        with pytest.raises(ValueError, match=rf"`size` must be an integer .* and at most 13, .*, got {size!r}"):
             attributor.coreset(size)
     with torch.no_grad():
         model[0].weight += 1
-    with pytest.raises(ValueError, match="weights have changed since fit"):
-        attributor.coreset(2)
+    for call in (lambda: attributor.coreset(2), lambda: attributor.diverse(found, 3)):
+        with pytest.raises(ValueError, match="weights have changed since fit"):
+            call()

@@ -6,25 +6,15 @@ import torch
 from stride_lightning.information.greedy import first_best, greedy_sets
 from stride_lightning.information.posterior import Posterior
 from tests.helpers.tiny import permutation, random_tensor
-from tests.information.dense import FORMS, RIDGE, case
+from tests.information.dense import FORMS, RIDGE, case, greedy
 
 close = {"atol": 1e-10, "rtol": 0}
 
 
 def brute_force(form, queries, train, size):
     """The same choices by trying every candidate, and the information of the sets."""
-    places, nats = [], []
-    for query in queries:
-        chosen, values = [], []
-        for _ in range(size):
-            left = [i for i in range(len(train)) if i not in chosen]
-            tried = [float(FORMS[form](query[None], train, [*chosen, i])) for i in left]
-            best = max(tried)
-            chosen.append(next(i for i, value in zip(left, tried, strict=True) if value >= best - 1e-9))
-            values.append(best)
-        places.append(chosen)
-        nats.append(values)
-    return places, torch.tensor(nats, dtype=torch.float64)
+    sets = [greedy(lambda chosen, q=q: FORMS[form](q[None], train, chosen), range(len(train)), size) for q in queries]
+    return [places for places, _ in sets], torch.tensor([gains for _, gains in sets], dtype=torch.float64).cumsum(1)
 
 
 @pytest.mark.parametrize("outputs", [(1, 1), (2, 2), (3, 1), (1, 3)])

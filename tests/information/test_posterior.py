@@ -7,7 +7,7 @@ import torch
 
 from stride_lightning.information.posterior import Posterior
 from tests.helpers.tiny import random_tensor
-from tests.information.dense import RIDGE, about_weights, case, entropies, without
+from tests.information.dense import RIDGE, case, entropies
 
 
 @pytest.mark.parametrize("num_outputs", [1, 3])
@@ -25,12 +25,10 @@ def test_variance_is_that_of_the_gaussian_process(num_outputs):
 
 
 def test_prior_knows_nothing():
-    train, queries, posterior = case(2)
+    _, queries, posterior = case(2)
     prior = posterior.prior()
     assert prior.num_examples == 0
-    assert prior.information == 0
     torch.testing.assert_close(prior.variance(queries), queries @ queries.mT / RIDGE, atol=1e-12, rtol=0)
-    torch.testing.assert_close(prior.added(train).gram, posterior.gram, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("sizes", [[1] * 14, [5, 0, 9], [14]])
@@ -41,32 +39,12 @@ def test_batches_change_nothing(sizes):
     torch.testing.assert_close(streamed.variance(queries), posterior.variance(queries), atol=1e-12, rtol=0)
 
 
-def test_adding_and_removing_is_fitting():
-    train, queries, posterior = case(2)
-    fewer = Posterior.fit(without(train, [3, 8]), ridge=RIDGE)
-    torch.testing.assert_close(
-        posterior.removed(train[[3, 8]]).variance(queries), fewer.variance(queries), atol=1e-10, rtol=0
-    )
-    torch.testing.assert_close(
-        fewer.added(train[[3, 8]]).variance(queries), posterior.variance(queries), atol=1e-10, rtol=0
-    )
-    assert posterior.removed(train[[3, 8]]).num_examples == fewer.num_examples == 12
-    assert fewer.added(train[[3, 8]]).num_examples == posterior.num_examples == 14
-    other = Posterior.fit(train, ridge=3.0)
-    torch.testing.assert_close(posterior.with_ridge(3.0).variance(queries), other.variance(queries))
-
-
 def test_leverages_add_up_to_the_weights_that_data_determine():
     train, _, posterior = case(2)
     values = torch.linalg.eigvalsh(posterior.gram)
-    assert float(posterior.leverage(train).sum()) == pytest.approx(float((values / (values + RIDGE)).sum()), abs=1e-10)
-    assert float(posterior.with_ridge(0.0).leverage(train).sum()) == pytest.approx(9, abs=1e-9)
-
-
-def test_information_about_the_weights():
-    train, _, posterior = case(3)
-    assert posterior.information == pytest.approx(about_weights(train, list(range(14))), abs=1e-10)
-    assert posterior.with_ridge(0.0).information == math.inf
+    for ridge in (RIDGE, 0.0):
+        leverages = Posterior.fit(train, ridge=ridge).variance(train).diagonal(dim1=1, dim2=2)
+        assert float(leverages.sum()) == pytest.approx(float((values / (values + ridge)).sum()), abs=1e-9)
 
 
 def test_more_features_than_the_data_span():
@@ -115,13 +93,9 @@ def test_unusable_requests_are_refused():
     train, _, posterior = case(1)
     for ridge in (-1.0, math.nan, math.inf, True, "1"):
         with pytest.raises(ValueError, match="`ridge` must be a number of at least 0"):
-            posterior.with_ridge(ridge)
-    for prior in (lambda: posterior.with_ridge(0.0).prior(), lambda: Posterior.without_data(3, ridge=0.0)):
+            Posterior.fit(train, ridge=ridge)
+    for prior in (Posterior.fit(train, ridge=0.0).prior, lambda: Posterior.without_data(3, ridge=0.0)):
         with pytest.raises(ValueError, match="Without data a `ridge` of 0"):
             prior()
     with pytest.raises(ValueError, match="Expected features of size 9"):
         posterior.whiten(torch.zeros(2, 1, 8))
-    with pytest.raises(ValueError, match="do not fit Posterior"):
-        posterior.removed(torch.cat([train, train]))
-    with pytest.raises(ValueError, match="do not fit Posterior"):
-        posterior.added(torch.zeros(2, 1, 8))

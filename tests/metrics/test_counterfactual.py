@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from stride_lightning.metrics import CounterfactualScore, counterfactual_score
+from tests.helpers.refusals import assert_refused
 from tests.helpers.tiny import random_tensor
 
 
@@ -30,34 +31,26 @@ def test_differences_are_taken_in_float64() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     removed, full = random_tensor(3, 4, seed=0), random_tensor(4, seed=1)
-    for wrong in (removed[0], removed[:, :0]):
-        with pytest.raises(ValueError, match=r"Expected `losses_removed` of shape \(num_ks, num_queries\)"):
-            counterfactual_score(wrong, full)
-    with pytest.raises(
-        ValueError, match=r"`losses_full` of shape \(4,\), one loss for each column .* got \(3,\)"
-    ) as caught:
-        counterfactual_score(removed, full[:3])
-    assert "torch.Size" not in str(caught.value)
-    with pytest.raises(TypeError, match=r"Expected `losses_removed` to be a torch.Tensor, got ndarray"):
-        counterfactual_score(removed.numpy(), full)
-    full[1] = torch.nan
-    with pytest.raises(ValueError, match="finite `losses_full`, got 1 of 4 values that are not finite, in queries 1"):
-        counterfactual_score(removed, full)
-    removed[:2, 2] = torch.nan
-    with pytest.raises(ValueError, match=r"finite `losses_removed`, got 2 of 12 .* in queries 2"):
-        counterfactual_score(removed, full)
+    shape = r"Expected `losses_removed` of shape \(num_ks, num_queries\)"
+    broken, broken_full = removed.clone(), full.clone()
+    broken[:2, 2], broken_full[1] = torch.nan, torch.nan
+    assert_refused(
+        counterfactual_score,
+        *((shape, wrong, full) for wrong in (removed[0], removed[:, :0])),
+        (r"`losses_full` of shape \(4,\), one loss for each column .* got \(3,\)", removed, full[:3]),
+        ("finite `losses_full`, got 1 of 4 values that are not finite, in queries 1", removed, broken_full),
+        (r"finite `losses_removed`, got 2 of 12 .* in queries 2", broken, full),
+    )
+    no_tensor = "Expected `losses_removed` to be a torch.Tensor, got ndarray"
+    assert_refused(counterfactual_score, (no_tensor, removed.numpy(), full), error=TypeError)
 
 
 def test_class_refuses_ks_that_do_not_fit() -> None:
-    for ks in ((), (5, 1), (1, 1)):
-        with pytest.raises(ValueError, match="each larger than the last"):
-            CounterfactualScore(ks)
-    for k in (0, 1.5, True):
-        with pytest.raises(ValueError, match=f"`ks` must be an integer of at least 1, got {k}"):
-            CounterfactualScore([k])
-    metric = CounterfactualScore([1, 2])
-    with pytest.raises(ValueError, match=r"a row for each of ks=\(1, 2\), got 3 rows"):
-        metric.update(random_tensor(3, 4, seed=0), random_tensor(4, seed=1))
+    assert_refused(CounterfactualScore, *(("each larger than the last", ks) for ks in ((), (5, 1), (1, 1))))
+    count = "`ks` must be an integer of at least 1, got"
+    assert_refused(CounterfactualScore, *((f"{count} {k}", [k]) for k in (0, 1.5, True)))
+    data = random_tensor(3, 4, seed=0), random_tensor(4, seed=1)
+    assert_refused(CounterfactualScore([1, 2]).update, (r"a row for each of ks=\(1, 2\), got 3 rows", *data))
 
 
 def test_one_k_is_a_scalar() -> None:

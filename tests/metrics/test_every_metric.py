@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import socket
 import subprocess
 import sys
 import warnings
@@ -12,35 +11,27 @@ import warnings
 import matplotlib as mpl
 import pytest
 import torch
+from torch import Tensor
 from torchmetrics import MetricCollection
 
 from stride_lightning import metrics
 from stride_lightning.metrics.base import AttributionMetric
+from tests.helpers.processes import run_two, start
 from tests.helpers.tiny import permutation
 from tests.metrics.cases import CASES, COLUMNS, LOSSES, MASKS, NUM_ITEMS, SCORES, Case
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-BATCHES = (slice(0, 1), slice(1, 4), slice(4, 7))
 
 
 @every_case
-def test_batches_are_all_at_once(case: Case) -> None:
+@pytest.mark.parametrize("order", [torch.arange(NUM_ITEMS), permutation(NUM_ITEMS)], ids=["in order", "permuted"])
+def test_batches_are_all_at_once(case: Case, order: Tensor) -> None:
     metric = case.metric()
-    for rows in BATCHES:
+    for rows in order.split([1, 3, 3]):
         metric.update(*case.part(rows))
-    value = metric.compute()
+    value, expected = metric.compute(), case.function(*case.data)
     assert value.dtype == torch.float32
-    torch.testing.assert_close(value, case.function(*case.data))
-
-
-@every_case
-def test_order_of_batches_changes_nothing(case: Case) -> None:
-    metric = case.metric()
-    order = permutation(NUM_ITEMS)
-    for rows in (order[:2], order[2:6], order[6:]):
-        metric.update(*case.part(rows))
-    expected = case.function(*case.data)
-    torch.testing.assert_close(metric.compute(), expected[..., order] if case.per_item else expected)
+    torch.testing.assert_close(value, expected[..., order] if case.per_item else expected)
 
 
 @every_case
@@ -184,8 +175,7 @@ SHARES = {
 
 def compute_all(number, port, folder):
     """What each of the two processes does; rank r leaves its results in ``rank{r}.pt``."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=2)
+    start(number, port, group=True)
     warnings.simplefilter("ignore", UserWarning)  # torchmetrics', for a rank without data
     results = {}
     for share, rows_of_ranks in SHARES.items():
@@ -201,17 +191,11 @@ def compute_all(number, port, folder):
             for rows in rows_of_ranks[number]:
                 metric.update(*case.part(rows))
     torch.save(results, folder / f"rank{number}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(compute_all, (port, folder), nprocs=2)
-    return [torch.load(folder / f"rank{number}.pt") for number in range(2)]
+    return run_two(compute_all, tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.distributed

@@ -10,6 +10,7 @@ from scipy.stats import pearsonr
 from torch import Tensor
 
 from stride_lightning.metrics import FurtherTrainingCosine, further_training_cosine
+from tests.helpers.refusals import assert_refused
 from tests.helpers.tiny import random_tensor
 
 
@@ -82,23 +83,17 @@ def test_queries_without_effects_or_scores_count_zero(kind: str) -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     scores, effects = planted()
-    with pytest.raises(ValueError, match="`kind` must be 'cosine' or 'pearson', got 'spearman'"):
-        further_training_cosine(scores, effects, "spearman")
-    with pytest.raises(ValueError, match="`kind` must be 'cosine' or 'pearson', got 'spearman'"):
-        FurtherTrainingCosine("spearman")
-    for refused in (lambda *data: further_training_cosine(*data), FurtherTrainingCosine().update):
-        with pytest.raises(ValueError, match=r"`scores` of shape \(num_queries, num_left_out\) .* got \(20,\)"):
-            refused(scores[0], effects)
-        with pytest.raises(
-            ValueError, match=r"`effects` of shape \(5, 20\), the shape of `scores`, got \(5, 19\)"
-        ) as caught:
-            refused(scores, effects[:, 1:])
-        assert "torch.Size" not in str(caught.value)
-        with pytest.raises(ValueError, match="at least 2 left-out examples, got 1: leave out more"):
-            refused(scores[:, :1], effects[:, :1])
-        broken = effects.clone()
-        broken[4, :3] = torch.nan
-        with pytest.raises(ValueError, match=r"finite `effects`, got 3 of 100 values .* in queries 4"):
-            refused(scores, broken)
-        with pytest.raises(ValueError, match=r"finite `scores`, got 3 of 100 values .* in queries 4"):
-            refused(broken, effects)
+    broken = effects.clone()
+    broken[4, :3] = torch.nan
+    for refused in (further_training_cosine, FurtherTrainingCosine().update):
+        assert_refused(
+            refused,
+            (r"`scores` of shape \(num_queries, num_left_out\) .* got \(20,\)", scores[0], effects),
+            (r"`effects` of shape \(5, 20\), the shape of `scores`, got \(5, 19\)", scores, effects[:, 1:]),
+            ("at least 2 left-out examples, got 1: leave out more", scores[:, :1], effects[:, :1]),
+            (r"finite `effects`, got 3 of 100 values .* in queries 4", scores, broken),
+            (r"finite `scores`, got 3 of 100 values .* in queries 4", broken, effects),
+        )
+    kinds = "`kind` must be 'cosine' or 'pearson', got 'spearman'"
+    assert_refused(further_training_cosine, (kinds, scores, effects, "spearman"))
+    assert_refused(FurtherTrainingCosine, (kinds, "spearman"))

@@ -9,6 +9,7 @@ from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
 from stride_lightning.metrics import LeaveOneOutCorrelation, leave_one_out_correlation
+from tests.helpers.refusals import assert_refused
 from tests.helpers.tiny import random_tensor
 
 both_kinds = pytest.mark.parametrize("kind", ["spearman", "pearson"])
@@ -57,14 +58,13 @@ def test_constant_queries_count_zero(kind: str) -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     scores, effects = planted()
-    with pytest.raises(ValueError, match="`kind` must be 'spearman' or 'pearson', got 'cosine'"):
-        leave_one_out_correlation(scores, effects, "cosine")
-    with pytest.raises(ValueError, match="`kind` must be 'spearman' or 'pearson', got 'cosine'"):
-        LeaveOneOutCorrelation("cosine")
-    for refused in (lambda *data: leave_one_out_correlation(*data), LeaveOneOutCorrelation().update):
-        with pytest.raises(ValueError, match=r"`effects` of shape \(5, 20\), the shape of `scores`, got \(20, 5\)"):
-            refused(scores, effects.T)
-        with pytest.raises(ValueError, match="at least 2 left-out examples, got 1"):
-            refused(scores[:, :1], effects[:, :1])
-        with pytest.raises(ValueError, match=r"finite `effects`, got 100 of 100 values .* in queries 0, 1, 2, 3, 4:"):
-            refused(scores, effects / 0)
+    for refused in (leave_one_out_correlation, LeaveOneOutCorrelation().update):
+        assert_refused(
+            refused,
+            (r"`effects` of shape \(5, 20\), the shape of `scores`, got \(20, 5\)", scores, effects.T),
+            ("at least 2 left-out examples, got 1", scores[:, :1], effects[:, :1]),
+            (r"finite `effects`, got 100 of 100 values .* in queries 0, 1, 2, 3, 4:", scores, effects / 0),
+        )
+    kinds = "`kind` must be 'spearman' or 'pearson', got 'cosine'"
+    assert_refused(leave_one_out_correlation, (kinds, scores, effects, "cosine"))
+    assert_refused(LeaveOneOutCorrelation, (kinds, "cosine"))

@@ -16,6 +16,7 @@ from stride_lightning.metrics.linear_datamodeling import (
     linear_datamodeling_interval,
     linear_datamodeling_score,
 )
+from tests.helpers.refusals import assert_refused
 from tests.helpers.tiny import permutation, random_tensor
 
 
@@ -81,28 +82,24 @@ def test_equal_scores_on_subsets_of_one_size_are_constant() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     scores, masks, losses = planted(False)
+    shapes = r"expected masks \(num_subsets, 30\) and losses \(num_subsets, 4\)"
     for wrong in ((masks[:, :-1], losses), (masks, losses.T), (masks[:-1], losses), (masks[0], losses)):
-        with pytest.raises(ValueError, match=r"expected masks \(num_subsets, 30\) and losses \(num_subsets, 4\)"):
-            linear_datamodeling_score(scores, *wrong)
+        assert_refused(linear_datamodeling_score, (shapes, scores, *wrong))
     for few in (0, 1):
-        with pytest.raises(ValueError, match=rf"`masks` .* at least 2 subsets, got \({few}, 30\)"):
-            linear_datamodeling_score(scores, masks[:few], losses[:few])
-        with pytest.raises(ValueError, match="at least 2 subsets"):
-            LinearDatamodelingScore(masks[:few])
-    with pytest.raises(ValueError, match=r"`scores` of shape \(num_queries, num_train\) .* got \(30,\)"):
-        linear_datamodeling_score(scores[0], masks, losses)
-    with pytest.raises(TypeError, match=r"Expected `losses` to be a torch.Tensor, got list: use torch.as_tensor"):
-        linear_datamodeling_score(scores, masks, losses.tolist())
-    holes = masks.double()
-    holes[2, 5] = torch.inf
-    with pytest.raises(ValueError, match="finite `masks`, got 1 of 750 values that are not finite, in subsets 2"):
-        linear_datamodeling_score(scores, holes, losses)
-    losses[3, 1:3] = float("nan")
-    with pytest.raises(ValueError, match="finite `losses`, got 2 of 100 values that are not finite, in queries 1, 2:"):
-        linear_datamodeling_score(scores, masks, losses)
-    scores[0] = float("inf")
-    with pytest.raises(ValueError, match="finite `scores`, got 30 of 120 values that are not finite, in queries 0:"):
-        linear_datamodeling_score(scores, masks, losses)
+        message = rf"`masks` .* at least 2 subsets, got \({few}, 30\)"
+        assert_refused(linear_datamodeling_score, (message, scores, masks[:few], losses[:few]))
+        assert_refused(LinearDatamodelingScore, ("at least 2 subsets", masks[:few]))
+    no_tensor = r"Expected `losses` to be a torch.Tensor, got list: use torch.as_tensor"
+    assert_refused(linear_datamodeling_score, (no_tensor, scores, masks, losses.tolist()), error=TypeError)
+    broken, holes, broken_losses = scores.clone(), masks.double(), losses.clone()
+    broken[0], holes[2, 5], broken_losses[3, 1:3] = torch.inf, torch.inf, torch.nan
+    assert_refused(
+        linear_datamodeling_score,
+        (r"`scores` of shape \(num_queries, num_train\) .* got \(30,\)", scores[0], masks, losses),
+        ("finite `masks`, got 1 of 750 values that are not finite, in subsets 2", scores, holes, losses),
+        ("finite `losses`, got 2 of 100 values .* not finite, in queries 1, 2:", scores, masks, broken_losses),
+        ("finite `scores`, got 30 of 120 values that are not finite, in queries 0:", broken, masks, losses),
+    )
 
 
 def test_losses_that_never_vary_are_refused() -> None:

@@ -8,6 +8,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 from stride_lightning.metrics import MislabelDetection, mislabel_detection
+from tests.helpers.refusals import assert_refused
 from tests.helpers.tiny import random_tensor
 
 REFERENCES = {"auroc": roc_auc_score, "average_precision": average_precision_score}
@@ -69,29 +70,28 @@ def test_batches_may_lack_either_kind() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     suspicion, mislabelled = planted()
+    other_values = torch.cat([mislabelled[1:].long(), torch.tensor([3])])
+    broken = suspicion.clone()
+    broken[[3, 8]] = torch.tensor([torch.nan, torch.inf], dtype=torch.float64)
+    broken_scores = torch.stack([suspicion, broken])
+    shape, flags = r"`suspicion` of shape \(num_train,\), or scores", r"`mislabelled` of shape \(200,\), one flag"
     for refused in (mislabel_detection, MislabelDetection().update):
-        for wrong in (suspicion[:0], suspicion[None, None], torch.tensor(1.0)):
-            with pytest.raises(ValueError, match=r"Expected `suspicion` of shape \(num_train,\), or scores"):
-                refused(wrong, mislabelled)
-        for form in (suspicion, suspicion[None]):
-            with pytest.raises(ValueError, match=r"`mislabelled` of shape \(200,\), one flag .* got \(199,\)"):
-                refused(form, mislabelled[1:])
-        with pytest.raises(ValueError, match=r"`mislabelled` to hold booleans .*, got 1 other values: compare first"):
-            refused(suspicion, torch.cat([mislabelled[1:].long(), torch.tensor([3])]))
-        broken = suspicion.clone()
-        broken[[3, 8]] = torch.tensor([torch.nan, torch.inf], dtype=torch.float64)
-        with pytest.raises(ValueError, match=r"finite `suspicion`, got 2 of 200 values .* in examples 3, 8:"):
-            refused(broken, mislabelled)
-        with pytest.raises(ValueError, match=r"finite `suspicion`, got 2 of 400 values .* in queries 1:"):
-            refused(torch.stack([suspicion, broken]), mislabelled)
-        with pytest.raises(TypeError, match=r"Expected `suspicion` to be a torch.Tensor, got list"):
-            refused(suspicion.tolist(), mislabelled)
+        assert_refused(
+            refused,
+            *((shape, wrong, mislabelled) for wrong in (suspicion[:0], suspicion[None, None], torch.tensor(1.0))),
+            *((rf"{flags} .* got \(199,\)", form, mislabelled[1:]) for form in (suspicion, suspicion[None])),
+            (r"`mislabelled` to hold booleans .*, got 1 other values: compare first", suspicion, other_values),
+            (r"finite `suspicion`, got 2 of 200 values .* in examples 3, 8:", broken, mislabelled),
+            (r"finite `suspicion`, got 2 of 400 values .* in queries 1:", broken_scores, mislabelled),
+        )
+        no_tensor = "Expected `suspicion` to be a torch.Tensor, got list"
+        assert_refused(refused, (no_tensor, suspicion.tolist(), mislabelled), error=TypeError)
     for refused in (mislabel_detection, MislabelDetection()):
-        with pytest.raises(ValueError, match="mislabelled and correct examples, got 200 mislabelled of 200"):
-            refused(suspicion, torch.ones(200, dtype=torch.bool))
-        with pytest.raises(ValueError, match="got 0 mislabelled of 200"):
-            refused(suspicion, torch.zeros(200))
-    with pytest.raises(ValueError, match="`metric` must be 'auroc' or 'average_precision', got 'f1'"):
-        mislabel_detection(suspicion, mislabelled, "f1")
-    with pytest.raises(ValueError, match="`metric` must be 'auroc' or 'average_precision', got 'f1'"):
-        MislabelDetection("f1")
+        assert_refused(
+            refused,
+            ("mislabelled and correct examples, got 200 mislabelled of 200", suspicion, torch.ones(200).bool()),
+            ("got 0 mislabelled of 200", suspicion, torch.zeros(200)),
+        )
+    known = "`metric` must be 'auroc' or 'average_precision', got 'f1'"
+    assert_refused(mislabel_detection, (known, suspicion, mislabelled, "f1"))
+    assert_refused(MislabelDetection, (known, "f1"))

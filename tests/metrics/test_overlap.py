@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import permutations
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stride_lightning.metrics import TopKOverlap, top_k_overlap
+from tests.helpers.refusals import assert_refused
 from tests.helpers.tiny import random_tensor
 
 
@@ -53,19 +55,14 @@ def test_what_does_not_fit_is_refused() -> None:
     one, other = planted()
     broken = other.clone()
     broken[2] = torch.inf
-    for refused in (lambda *data: top_k_overlap(*data, k=3), TopKOverlap(3).update):
-        with pytest.raises(ValueError, match=r"`other` of shape \(6, 40\), the shape of `one`, got \(5, 40\)"):
-            refused(one, other[1:])
-        with pytest.raises(ValueError, match=r"`one` of shape \(num_queries, num_train\) .* got \(0, 40\)"):
-            refused(one[:0], other[:0])
-        with pytest.raises(ValueError, match=r"finite `other`, got 40 of 240 values .* in queries 2"):
-            refused(one, broken)
-        with pytest.raises(ValueError, match=r"finite `one`, got 40 of 240 values .* in queries 2"):
-            refused(broken, other)
-        with pytest.raises(TypeError, match=r"Expected `one` to be a torch.Tensor, got NoneType"):
-            refused(None, other)
-        with pytest.raises(ValueError, match=r"`k` must be .* at most 2, the number of training examples, got 3"):
-            refused(one[:, :2], other[:, :2])
-    for k in (0, 1.0):
-        with pytest.raises(ValueError, match=f"`k` must be an integer of at least 1, got {k}"):
-            TopKOverlap(k)
+    for refused in (partial(top_k_overlap, k=3), TopKOverlap(3).update):
+        assert_refused(
+            refused,
+            (r"`other` of shape \(6, 40\), the shape of `one`, got \(5, 40\)", one, other[1:]),
+            (r"`one` of shape \(num_queries, num_train\) .* got \(0, 40\)", one[:0], other[:0]),
+            (r"finite `other`, got 40 of 240 values .* in queries 2", one, broken),
+            (r"finite `one`, got 40 of 240 values .* in queries 2", broken, other),
+            (r"`k` must be .* at most 2, the number of training examples, got 3", one[:, :2], other[:, :2]),
+        )
+        assert_refused(refused, ("Expected `one` to be a torch.Tensor, got NoneType", None, other), error=TypeError)
+    assert_refused(TopKOverlap, *((f"`k` must be an integer of at least 1, got {k}", k) for k in (0, 1.0)))

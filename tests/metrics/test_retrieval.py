@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import permutations
 
 import pytest
@@ -12,6 +13,7 @@ from torchmetrics.functional.retrieval import retrieval_recall as one_recall
 from torchmetrics.functional.retrieval import retrieval_reciprocal_rank as one_reciprocal_rank
 
 from stride_lightning.metrics import MeanReciprocalRank, RetrievalRecall, mean_reciprocal_rank, retrieval_recall
+from tests.helpers.refusals import assert_refused
 from tests.helpers.tiny import random_tensor
 
 
@@ -70,31 +72,19 @@ def test_scores_that_are_all_zero_find_nothing() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     scores, relevant = planted()
-    functions = (
-        lambda *data: retrieval_recall(*data, k=3),
-        mean_reciprocal_rank,
-        RetrievalRecall(3).update,
-        MeanReciprocalRank().update,
-    )
-    without = relevant.clone()
+    without, broken = relevant.clone(), scores.clone()
     without[[1, 4]] = False
-    broken = scores.clone()
     broken[5, 0] = torch.nan
-    for refused in functions:
-        with pytest.raises(ValueError, match="a relevant example for every query, got none in rows 1, 4 of `relevant`"):
-            refused(scores, without)
-        with pytest.raises(ValueError, match=r"`relevant` of shape \(6, 40\), the shape of `scores`, got \(6, 39\)"):
-            refused(scores, relevant[:, 1:])
-        with pytest.raises(ValueError, match=r"`scores` of shape \(num_queries, num_train\) .* got \(40,\)"):
-            refused(scores[0], relevant[0])
-        with pytest.raises(ValueError, match=r"finite `scores`, got 1 of 240 values .* in queries 5"):
-            refused(broken, relevant)
-        with pytest.raises(ValueError, match=r"`relevant` to hold booleans .* got 240 other values"):
-            refused(scores, torch.full((6, 40), 0.5))
-    for k in (0, 41, 2.0):
-        with pytest.raises(
-            ValueError, match=f"`k` must be an integer of at least 1 and at most 40, the number of .*, got {k}"
-        ):
-            retrieval_recall(scores, relevant, k)
-    with pytest.raises(ValueError, match="`k` must be an integer of at least 1, got 0"):
-        RetrievalRecall(0)
+    of_three = partial(retrieval_recall, k=3)
+    for refused in (of_three, mean_reciprocal_rank, RetrievalRecall(3).update, MeanReciprocalRank().update):
+        assert_refused(
+            refused,
+            ("a relevant example for every query, got none in rows 1, 4 of `relevant`", scores, without),
+            (r"`relevant` of shape \(6, 40\), the shape of `scores`, got \(6, 39\)", scores, relevant[:, 1:]),
+            (r"`scores` of shape \(num_queries, num_train\) .* got \(40,\)", scores[0], relevant[0]),
+            (r"finite `scores`, got 1 of 240 values .* in queries 5", broken, relevant),
+            (r"`relevant` to hold booleans .* got 240 other values", scores, torch.full((6, 40), 0.5)),
+        )
+    limits = "`k` must be an integer of at least 1 and at most 40, the number of .*, got"
+    assert_refused(retrieval_recall, *((f"{limits} {k}", scores, relevant, k) for k in (0, 41, 2.0)))
+    assert_refused(RetrievalRecall, ("`k` must be an integer of at least 1, got 0", 0))

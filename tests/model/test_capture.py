@@ -15,7 +15,6 @@ from tests.helpers.gradient_models import (
     Adapter,
     Attention,
     DictModel,
-    FlatHead,
     Recurrent,
     SameWeight,
     Scaled,
@@ -108,7 +107,7 @@ CASES = {
     "adapter": (Adapter, points()),
     "frozen in part": (frozen_in_part, points()),
     "raw parameters": (Scaled, points()),
-    "one output": (FlatHead, points()),
+    "one output": (lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1), nn.Flatten(0)), points()),
     "dictionary": (DictModel, {"words": tokens(NUM, 3), "numbers": points()}),
 }
 

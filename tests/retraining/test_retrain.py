@@ -232,7 +232,7 @@ MISTAKES = {
     "empty subset": ({"masks": torch.eye(26, 25)}, r"`masks` has subsets without any example: \[25\]"),
     "masks and a number": ({"masks": torch.ones(3, 25), "num_subsets": 3}, "`masks` says which subsets there are"),
     "a negative seed": ({"seed": -1}, "`seed` must be an integer of at least 0, got -1"),
-    "an optimizer": ({"optimizer": OPTIMIZER(mlp().parameters())}, r"`optimizer` must be a function .* got SGD"),
+    "an optimizer": ({"optimizer": OPTIMIZER(mlp().parameters())}, r"`optimizer` must be a function .* got .* of SGD"),
     "a model with arguments": ({"model": Net}, "`model_fn` must work without arguments.*Wrap it"),
     "a sampler with replacement": (
         {"train_data": DataLoader(points(), 9, sampler=RandomSampler(points(), replacement=True))},

@@ -143,7 +143,7 @@ def test_batches_are_the_loaders(trained, how):
 def test_many_steps_are_traced(trained):
     model_fn, data, masks = partial(double_net, mlp, sgd, F.cross_entropy), in_double(points()), some_masks(3)
     together = check_by_hand(trained, model_fn, data, data, masks, max_epochs=20, batch_size=BATCH, tolerance=1e-8)
-    kernels = list(together._kernels.values())
+    kernels = list(together.recipe.kernels.values())
     assert len(kernels) == 2  # batches of 9 and of 7
     assert None not in kernels
 
@@ -293,8 +293,8 @@ def test_dropout_is_on_shared_by_all_and_in_one_thread(kind):
     masks, data = some_masks(1).expand(3, -1), points()
     recipe = Recipe(KINDS[kind][0], data, train_data=data, max_epochs=3, batch_size=BATCH)
     together = Together(recipe, 0)
-    assert together.is_random
-    assert together.num_threads == 1
+    assert recipe.is_random
+    assert recipe.num_threads == 1
     losses = together.train(masks, 0)
     torch.testing.assert_close(losses[1:], losses[:1].expand(2, -1))  # one subset three times, one mask of dropout
     off = by_hand(lambda: KINDS[kind][0]().eval(), data, data, masks[:1], 0, max_epochs=3, batch_size=BATCH)
@@ -315,8 +315,8 @@ def test_several_threads_where_nothing_is_random():
     try:
         torch.set_num_threads(2)
         together = Together(Recipe(plain_net, points(), train_data=points(), max_epochs=1, batch_size=5), 0)
-        assert not together.is_random
-        assert together.num_threads == 2
+        assert not together.recipe.is_random
+        assert together.recipe.num_threads == 2
     finally:
         torch.set_num_threads(threads)
 

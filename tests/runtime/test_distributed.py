@@ -25,9 +25,13 @@ def ask(model):
 
 
 def ask_about_texts(folder):
-    texts, queries = (DataLoader(Texts(count, seed), 4, collate_fn=padded) for count, seed in ((11, 0), (3, 1)))
-    options = {"train_data": texts, "show_progress": False, "cache_dir": folder / "activations"}
-    return attribute(TinyLM().eval(), queries, **options)
+    options = {"train_data": text_loader(11), "show_progress": False, "cache_dir": folder / "activations"}
+    return attribute(TinyLM().eval(), text_loader(3, seed=1), **options)
+
+
+def ask_about_pictures(model):
+    pictures = picture_data()
+    return attribute(model, Subset(pictures, range(3)), train_data=pictures, num_subsets=6, show_progress=False)
 
 
 def test_one_process_needs_no_group():
@@ -86,8 +90,7 @@ def fit_and_ask(number, port, folder):
     conv.network[1].running_mean += number
     before = weight_hash(conv)
     assert rank_zero_state(conv) is not None
-    pictures = picture_data()
-    attribution = attribute(conv, Subset(pictures, range(3)), train_data=pictures, num_subsets=6, show_progress=False)
+    attribution = ask_about_pictures(conv)
     assert weight_hash(conv) == before
     results["conv"], results["conv weights"] = attribution.scores, attribution.metadata["weights"]
     barrier()
@@ -97,22 +100,19 @@ def fit_and_ask(number, port, folder):
 def train_with_batchnorm(number, port, folder):
     """A network whose statistics differ between ranks; in the end one rank does not see the record."""
     start(number, port)
-    pictures = picture_data()
     callback = StrideCallback(folder / "records", num_subsets=6, fit_operators=True)
     model = build(ConvNet)
     trainer = make_trainer(folder, callback, strategy="ddp", devices=2)
-    trainer.fit(model, loader(pictures, batch_size=8))
-    hashes = [weight_hash(model)]
-    asked = {"train_data": pictures, "num_subsets": 6, "show_progress": False}
-    found = attribute(model, Subset(pictures, range(3)), **asked)
-    results = {"hash": hashes[0], "found": found.scores, "from record": found.metadata["operators"]["from_record"]}
+    trainer.fit(model, loader(picture_data(), batch_size=8))
+    original_hash, found = weight_hash(model), ask_about_pictures(model)
+    results = {"hash": original_hash, "found": found.scores, "from record": found.metadata["operators"]["from_record"]}
     if number == 1:  # as on a node with a disk of its own
         callback.dirpath = folder / "nowhere"
-    alone = attribute(model, Subset(pictures, range(3)), **asked)
+    alone = ask_about_pictures(model)
     results["alone"], results["note"] = alone.scores, alone.metadata["record_note"]
     results["state"] = model.state_dict()
     with pytest.raises(ValueError, match="Query 0 has NaN in its features"):
-        attribute(model, [(torch.full((1, 6, 6), torch.nan), 0)], **asked)
+        attribute(model, [(torch.full((1, 6, 6), torch.nan), 0)], train_data=picture_data(), show_progress=False)
     barrier()
     torch.save(results, folder / f"rank{number}.pt")
 
@@ -183,10 +183,9 @@ def test_primitives_on_two_ranks(both):
 @pytest.mark.distributed
 def test_ranks_with_other_statistics_agree_on_rank_zeros(both):
     _, (first, _) = both
-    conv, pictures = build(ConvNet), picture_data()
+    conv = build(ConvNet)
     assert first["conv weights"] == weight_hash(conv)
-    settings = {"train_data": pictures, "num_subsets": 6, "show_progress": False}
-    close(first["conv"], attribute(conv, Subset(pictures, range(3)), **settings).scores, rtol=TOLERANCE)
+    close(first["conv"], ask_about_pictures(conv).scores, rtol=TOLERANCE)
 
 
 @pytest.mark.distributed
@@ -201,10 +200,9 @@ def test_batchnorm_from_training_to_attribution(tmp_path):
         assert first[key].equal(second[key])
     close(first["alone"], first["found"], rtol=TOLERANCE)
     assert "not every rank found the same record" in first["note"]
-    model, pictures = build(ConvNet), picture_data()
+    model = build(ConvNet)
     model.load_state_dict(first["state"])
-    settings = {"train_data": pictures, "num_subsets": 6, "show_progress": False}
-    close(first["found"], attribute(model, Subset(pictures, range(3)), **settings).scores, rtol=TOLERANCE)
+    close(first["found"], ask_about_pictures(model).scores, rtol=TOLERANCE)
 
 
 def fit_texts(number, port, folder):

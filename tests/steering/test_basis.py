@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from stride_lightning.data.examples import Examples
+from stride_lightning.model.layers import layer_names
 from stride_lightning.steering import basis as basis_module
-from stride_lightning.steering.basis import Basis, Observation, fit_basis, observe
+from stride_lightning.steering.basis import Basis, Observation, choose_layers, fit_basis, observe
 from stride_lightning.tasks.likelihoods import BinaryClassification, Classification, Regression
-from tests.helpers.tiny import CPU, DictData, DictTask, examples_of, perceptron, random_tensor
+from tests.helpers.models import Dicts, DictTask
+from tests.helpers.tiny import CPU, examples_of, perceptron, random_tensor
 
 LAYERS = ["0", "2"]
 TASK = Classification()
@@ -214,7 +217,8 @@ def test_select_takes_rows() -> None:
 
 
 def test_dictionary_batches_and_single_outputs() -> None:
-    _, observed = fit_basis(model(), DictTask(), Examples(DictData(INPUTS, TARGETS)), LAYERS, **SETTINGS)
+    data = Examples(Dicts(TensorDataset(INPUTS, TARGETS)))
+    _, observed = fit_basis(model(), DictTask(), data, LAYERS, **SETTINGS)
     assert_same_kernel(observed.features, fit()[1].features.numpy())
     network = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)).double()
     _, observed = fit_basis(network, Regression(), examples_of(INPUTS, INPUTS.sum(1)), ["0"], **SETTINGS)
@@ -232,6 +236,67 @@ def test_predicted_targets_stand_in_for_missing_ones() -> None:
         observe(model(), TASK, unlabelled, basis, **SETTINGS)
     signs = observe(model(), BinaryClassification(), unlabelled, basis, target="predicted", **SETTINGS)
     assert torch.equal(signs.encoded, (signs.outputs > 0).double())
+
+
+# ---- choosing layers ----------------------------------------------------------------------------------------
+
+
+class Backwards(nn.Module):
+    """Runs its layers in another order than it defines them; has lookups, norms, an unused layer and a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(4, 2)
+        self.unused = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+        self.embedding = nn.Embedding(9, 4)
+        self.bag = nn.EmbeddingBag(9, 4)
+        self.on_table = nn.Linear(4, 4)
+        self.first = nn.Linear(4, 4)
+        self.register_buffer("table", torch.ones(9, 4))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        table = self.on_table(self.table)  # not one row per example
+        hidden = self.embedding(tokens).mean(1) + self.bag(tokens) + table.mean(0)
+        return self.last(self.norm(self.first(hidden)))
+
+
+def test_layers_come_in_the_order_they_run() -> None:
+    network, tokens = Backwards(), torch.zeros(5, 3, dtype=torch.int64)
+    assert layer_names(network) == ["last", "unused", "on_table", "first"]
+    assert choose_layers(network, lambda: network(tokens), 5) == ["first", "last"]
+
+
+def test_layers_that_run_twice_are_named_once() -> None:
+    layer = nn.Linear(4, 4)
+    assert choose_layers(layer, lambda: layer(layer(torch.ones(5, 4))), 5) == [""]
+
+
+def test_beyond_the_limit_layers_are_evenly_spaced() -> None:
+    network = nn.Sequential(*(nn.Linear(2, 2) for _ in range(13)))
+
+    def choose(*limit: int) -> list[str]:
+        return choose_layers(network, lambda: network(torch.ones(3, 2)), 3, *limit)
+
+    assert choose() == ["0", "2", "3", "5", "7", "9", "10", "12"]
+    assert choose(4) == ["0", "4", "8", "12"]
+    assert choose(13) == [str(i) for i in range(13)]
+    assert choose(1) == ["0"]
+
+
+def test_choosing_keeps_neither_graph_nor_hooks() -> None:
+    network, outputs = perceptron(), []
+    choose_layers(network, lambda: outputs.append(network(torch.ones(5, 4))), 5)
+    assert not outputs[0].requires_grad
+    with pytest.raises(RuntimeError):
+        choose_layers(network, lambda: network(torch.ones(5, 3)), 5)
+    assert not any(module._forward_pre_hooks for module in network.modules())
+
+
+def test_models_without_layers_are_refused() -> None:
+    network = nn.Sequential(nn.BatchNorm1d(3), nn.ReLU())
+    with pytest.raises(ValueError, match="Found no layer of Sequential with a weight matrix"):
+        choose_layers(network, lambda: network(torch.ones(5, 3)), 5)
 
 
 # ---- failures -----------------------------------------------------------------------------------------------

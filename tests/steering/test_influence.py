@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stride_lightning.steering import influence as influence_module
 from stride_lightning.steering.basis import Observation
-from stride_lightning.steering.influence import imitation_ridge, influence, mean_curvature
+from stride_lightning.steering.influence import influence
 from stride_lightning.steering.solvers import refit
 from stride_lightning.tasks.likelihoods import BinaryClassification, Classification, Regression, Task
 from tests.helpers.tiny import every_task, observation, permutation, rows_of
@@ -115,59 +115,6 @@ def test_perfectly_predicted_queries_have_no_influence(task: Task) -> None:
     assert (scores[4] == 0).all()
     expected = brute_force(train, queries, means, asked, task, 0.05)
     torch.testing.assert_close(scores, expected, rtol=1e-7, atol=1e-10)
-
-
-@every_task
-def test_mean_curvature_is_the_mean_eigenvalue(task: Task) -> None:
-    train = observation(task)
-    eigenvalues = torch.linalg.eigvalsh(gauss_newton(train, task.mean(train.outputs), task))
-    assert mean_curvature(train, task) == pytest.approx(float(eigenvalues.mean()), rel=1e-9)
-
-
-def solve_tightly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refits solved to rounding, where the shipped tolerance trades precision for time."""
-
-    def tight(observed: Observation, task: Task, ridges: Tensor, **_: object) -> Tensor:
-        return refit(observed, task, ridges, tolerance=1e-9, max_iterations=20_000)
-
-    monkeypatch.setattr(influence_module, "refit", tight)
-
-
-@every_task
-@pytest.mark.parametrize("factor", [0.01, 0.15, 2.0])
-@pytest.mark.parametrize("steps", [1, 2], ids=["solved tightly", "as shipped"])
-def test_imitation_finds_a_planted_ridge(
-    task: Task, factor: float, steps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A model that was itself trained with a ridge: its own ridge imitates it best, up to the grid's spacing."""
-    observed = observation(task, size=150)
-    planted = factor * mean_curvature(observed, task)
-    coefficients = refit(observed, task, torch.tensor([planted]).double(), tolerance=1e-10, max_iterations=20_000)
-    outputs = observed.features @ coefficients[..., 0].T
-    losses = task.loss(outputs, observed.encoded)
-    frozen = Observation(observed.features, outputs, observed.encoded, losses, fingerprint={})
-    if steps == 1:
-        solve_tightly(monkeypatch)
-    chosen, tried = imitation_ridge(frozen, task)
-    spacing = 4 ** (steps / 6)
-    assert planted / spacing <= chosen <= planted * spacing
-    assert list(tried) == sorted(tried)
-    assert len(tried) == 19
-    best = min(tried, key=tried.__getitem__)
-    assert chosen == pytest.approx(best * mean_curvature(frozen, task))
-
-
-@every_task
-def test_imitation_losses_are_those_of_refits(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    observed = observation(task)
-    solve_tightly(monkeypatch)
-    _, tried = imitation_ridge(observed, task)
-    unit = mean_curvature(observed, task)
-    for factor, loss in tried.items():
-        ridge = torch.tensor([factor * unit], dtype=torch.float64)
-        exact = refit(observed, task, ridge, tolerance=1e-9, max_iterations=20_000)[..., 0]
-        expected = task.loss(observed.features @ exact.T, task.mean(observed.outputs)).mean()
-        assert loss == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_surprise_scales_with_the_noise() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stride_lightning.steering import module as module_module
 from stride_lightning.steering.basis import Observation
-from stride_lightning.steering.influence import imitation_ridge, influence, mean_curvature
+from stride_lightning.steering.influence import influence
 from stride_lightning.steering.module import StrideModule
 from stride_lightning.steering.operators import mean_prediction, measure
 from stride_lightning.steering.published import learned_basis
@@ -61,27 +61,6 @@ def test_operators_are_those_of_the_solver(task: Task, stability: float | None) 
     assert torch.equal(module.measure(observed), measured)
     predicted = mean_prediction(observed, module.coefficients, task, anchored=module.anchored)
     assert torch.equal(module.mean_prediction(observed), predicted)
-
-
-@every_task
-def test_ridges_follow_their_rules(task: Task) -> None:
-    observed = observation(task)
-    unit = mean_curvature(observed, task)
-    # Half of all examples are in a subset, so the penalty of its mean loss is twice as large.
-    given = statistics_module(task, ridge=0.3)[0].chosen
-    assert given["ridge_rule"] == "given"
-    assert given["mean_curvature"] == pytest.approx(unit)
-    assert given["ridge"] == pytest.approx(0.3 * unit)
-    assert given["operator_ridge"] == pytest.approx(0.6 * unit)
-    anchored = statistics_module(task, stability=3.0)[0].chosen
-    assert anchored["ridge_rule"] == "anchored"
-    assert anchored["ridge"] == anchored["operator_ridge"] == pytest.approx(0.5 * 4 * unit)
-    assert anchored["frozen_ridge"] == pytest.approx(unit)
-    chosen = statistics_module(task)[0].chosen
-    assert chosen["ridge_rule"] == "imitation"
-    assert chosen["ridge"] == pytest.approx(imitation_ridge(observed, task)[0])
-    assert chosen["ridge_relative"] == pytest.approx(chosen["ridge"] / unit)
-    assert chosen["frozen_ridge"] == pytest.approx(min(chosen["ridge"], unit))
 
 
 @every_task

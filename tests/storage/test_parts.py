@@ -1,21 +1,17 @@
 """Runs that are killed and go on: the same numbers, nothing left behind, and other work refused."""
 
-import json
-import os
-import subprocess
-import sys
+import shutil
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-import stride_lightning
 from stride_lightning.retraining.together import Together
 from stride_lightning.storage.parts import Work, differences, remove_parts
 from stride_lightning.storage.records import RecordError, find_records
+from tests.helpers.processes import needs_fork, what_helper_saw
 from tests.retraining.cases import Net, mlp, points, sgd
 from tests.retraining.test_retrain import ask as ask_to_retrain
 
@@ -25,16 +21,9 @@ from tests.retraining.test_retrain import ask as ask_to_retrain
 @pytest.fixture(scope="module")
 def after_kills(tmp_path_factory):
     """What tests/helpers/kill_retrain.py saw; one process for all kills, as importing torch is slow."""
-    folder = tmp_path_factory.mktemp("kills")
-    root = Path(stride_lightning.__file__).parents[1]
-    command = [sys.executable, str(root / "tests" / "helpers" / "kill_retrain.py"), str(folder)]
-    env = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return what_helper_saw("kill_retrain.py", tmp_path_factory.mktemp("kills"))
 
 
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
 STEPS = 6  # of a part
 NUM_MODELS, NUM_PARTS = 5, 3
 
@@ -79,41 +68,39 @@ def ask(path=None, **more):
 
 
 @pytest.fixture
-def epochs_trained(monkeypatch):
-    """A list that grows with every chunk that is trained."""
-    found, original = [], Together.train
-    monkeypatch.setattr(Together, "train", lambda self, *args: (found.append(1), original(self, *args))[1])
-    return found
+def chunks_trained(monkeypatch):
+    """Numbers of models of the chunks that were trained, as they are."""
+    sizes, original = [], Together.train
+    monkeypatch.setattr(Together, "train", lambda self, *args: (sizes.append(len(args[0])), original(self, *args))[1])
+    return sizes
 
 
 class Interrupted(Exception):
     pass
 
 
-@pytest.fixture
-def interrupt(monkeypatch):
-    """Make the training of the n-th chunk fail, until undone."""
+def interrupted(path, monkeypatch, count):
+    """What a run leaves of which the training of a chunk, of one model each, fails after so many."""
+    original, calls = Together.train, []
 
-    def after(count):
-        original, calls = Together.train, []
+    def train(self, *args):
+        calls.append(1)
+        if len(calls) > count:
+            raise Interrupted
+        return original(self, *args)
 
-        def train(self, *args):
-            calls.append(1)
-            if len(calls) > count:
-                raise Interrupted
-            return original(self, *args)
-
-        monkeypatch.setattr(Together, "train", train)
-
-    return after
+    with monkeypatch.context() as patched:
+        patched.setattr(Together, "train", train)
+        with pytest.raises(Interrupted):
+            ask(path, memory_budget=1)
 
 
-def test_a_result_is_not_computed_twice(tmp_path, epochs_trained):
+def test_a_result_is_not_computed_twice(tmp_path, chunks_trained):
     first = ask(tmp_path / "truth")
-    assert epochs_trained
-    epochs_trained.clear()
+    assert chunks_trained
+    chunks_trained.clear()
     second = ask(tmp_path / "truth")
-    assert not epochs_trained
+    assert not chunks_trained
     assert first.masks.equal(second.masks)
     assert first.losses_by_seed.equal(second.losses_by_seed)
     assert first.losses_by_seed.equal(ask().losses_by_seed)
@@ -137,14 +124,12 @@ OTHER = {
 
 
 @pytest.mark.parametrize("case", OTHER)
-def test_other_work_is_refused_by_the_result_and_by_the_parts(case, tmp_path, interrupt):
+def test_other_work_is_refused_by_the_result_and_by_the_parts(case, tmp_path, monkeypatch):
     more, named = OTHER[case]
     ask(tmp_path / "whole")
     with pytest.raises(ValueError, match=f"whole holds the result of other work, which .*{named}.*Choose another"):
         ask(tmp_path / "whole", **more)
-    interrupt(1)
-    with pytest.raises(Interrupted):
-        ask(tmp_path / "truth", memory_budget=1)
+    interrupted(tmp_path / "truth", monkeypatch, 1)
     with pytest.raises(ValueError, match=rf"truth.parts holds the finished parts of .*{named}.*delete the folder"):
         ask(tmp_path / "truth", **more)
 
@@ -160,13 +145,13 @@ def test_a_model_with_other_settings_and_the_same_weights_is_other_work(tmp_path
         ask(tmp_path / "truth", model=dropping(0.9))
 
 
-def test_a_kill_loses_few_models(tmp_path, epochs_trained):
+def test_a_kill_loses_few_models(tmp_path, chunks_trained):
     """With a path, parts are of 16 models where more would train at once."""
     ask(tmp_path / "truth", num_subsets=48)
-    assert len(epochs_trained) == 3
-    epochs_trained.clear()
+    assert chunks_trained == [16, 16, 16]
+    chunks_trained.clear()
     ask(num_subsets=48)
-    assert len(epochs_trained) <= 2
+    assert len(chunks_trained) <= 2
 
 
 def test_settings_of_an_optimizer_that_only_a_trainer_takes(tmp_path):
@@ -180,39 +165,28 @@ def test_settings_of_an_optimizer_that_only_a_trainer_takes(tmp_path):
         ask_with(0.02)
 
 
-def test_an_interrupted_run_keeps_what_it_has_done(tmp_path, interrupt, monkeypatch):
+def test_an_interrupted_run_keeps_what_it_has_done(tmp_path, chunks_trained, monkeypatch):
     """And its chunk size, if there is more memory now."""
     whole = ask(memory_budget=1)
-    interrupt(2)
-    with pytest.raises(Interrupted):
-        ask(tmp_path / "truth", memory_budget=1)
+    interrupted(tmp_path / "truth", monkeypatch, 2)
     assert {path.name for path in find_records(tmp_path / "truth.parts")} == {"plan", "part=0", "part=1"}
-    monkeypatch.undo()
-    chunks, original = [], Together.train
-    monkeypatch.setattr(Together, "train", lambda self, *a: (chunks.append(len(a[0])), original(self, *a))[1])
+    chunks_trained.clear()
     again = ask(tmp_path / "truth", memory_budget=2**30)
-    assert chunks == [1, 1]
+    assert chunks_trained == [1, 1]
     assert again.metadata["chunk_size"] == 1
     assert again.losses_by_seed.equal(whole.losses_by_seed)
     assert not (tmp_path / "truth.parts").exists()
 
 
 @pytest.mark.parametrize("name", ["plan", "part=0"])
-def test_damage_is_refused_with_what_to_do(name, tmp_path, interrupt, monkeypatch):
-    interrupt(2)
-    with pytest.raises(Interrupted):
-        ask(tmp_path / "truth", memory_budget=1)
-    monkeypatch.undo()
+def test_damage_is_refused_with_what_to_do(name, tmp_path, monkeypatch):
+    interrupted(tmp_path / "truth", monkeypatch, 2)
     file = next((tmp_path / "truth.parts" / name).glob("*.safetensors"))
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
     with pytest.raises(RecordError, match=rf"(?s){file.name}.*truth.parts/{name}.*Delete this record and write it"):
         ask(tmp_path / "truth")
     if name != "plan":  # the advice helps
-        for path in sorted((tmp_path / "truth.parts" / name).iterdir()):
-            path.unlink()
-        (tmp_path / "truth.parts" / name).rmdir()
+        shutil.rmtree(tmp_path / "truth.parts" / name)
         assert ask(tmp_path / "truth").losses_by_seed.equal(ask(memory_budget=1).losses_by_seed)
 
 

@@ -7,8 +7,6 @@ import json
 import os
 import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,6 @@ import pytest
 import safetensors.torch
 import torch
 
-import stride_lightning
 from stride_lightning.storage import records
 from stride_lightning.storage.records import (
     RecordError,
@@ -26,6 +23,7 @@ from stride_lightning.storage.records import (
     remove_record,
     write_record,
 )
+from tests.helpers.processes import needs_fork, what_helper_saw
 
 INFO = {"step": 3, "layers": ["fc1", "fc2"], "lr": 0.1, "seed": None, "nested": {"ok": True, "name": "é\n"}}
 FILES = ["MANIFEST", "basis.safetensors", "design.safetensors", "empty.safetensors", "record.json"]
@@ -97,22 +95,10 @@ def test_manifest_is_what_sha256sum_checks(record_path):
 
 
 @pytest.mark.parametrize(
-    "dtype",
-    [
-        torch.bool,
-        torch.uint8,
-        torch.int8,
-        torch.int16,
-        torch.int32,
-        torch.int64,
-        torch.float16,
-        torch.bfloat16,
-        torch.float32,
-        torch.float64,
-    ],
-    ids=str,
+    "name", ["bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"]
 )
-def test_dtype_shape_and_bits_are_kept(tmp_path, dtype):
+def test_dtype_shape_and_bits_are_kept(tmp_path, name):
+    dtype = getattr(torch, name)
     full = (torch.arange(12).reshape(3, 4) * 0.7).to(dtype)
     named = {"full": full, "transposed": full.t(), "scalar": full[1, 1].clone(), "none": full.new_empty(0, 3)}
     loaded = read_record(write_record(tmp_path, "r", {}, {"g": named})).tensors("g")
@@ -327,12 +313,8 @@ def test_manifest_must_list_each_file_once_sorted_with_the_info(record_path):
     assert "another form" in refused(record_path, "MANIFEST")
     forge_manifest(record_path)
     first, *middle, _ = (record_path / "MANIFEST").read_text().splitlines(keepends=True)
-    for other in (
-        first[:64].upper() + first[64:],
-        first.replace("  ", " *"),
-        first.replace("\n", "\r\n"),
-        "\n" + first,
-    ):
+    other_forms = first[:64].upper() + first[64:], first.replace("  ", " *"), first.replace("\n", "\r\n"), "\n" + first
+    for other in other_forms:
         body = "".join([other, *middle]).encode()
         (record_path / "MANIFEST").write_bytes(body + f"{hashlib.sha256(body).hexdigest()}  MANIFEST\n".encode())
         assert "another form" in refused(record_path, "MANIFEST")
@@ -489,17 +471,7 @@ def test_unwritable_places_are_reported(tmp_path):
 def after_kills(tmp_path_factory):
     """What tests/helpers/kill_writer.py saw, by kind of kill; one process for all kinds, as importing torch is slow."""
     folder = tmp_path_factory.mktemp("kills")
-    helper = Path(__file__).parents[1] / "helpers" / "kill_writer.py"
-    root = Path(stride_lightning.__file__).parents[1]
-    command = [sys.executable, str(helper), str(folder)]
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
+    return what_helper_saw("kill_writer.py", folder)
 
 
 @needs_fork

@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 from stride_lightning import CausalLanguageModeling, Classification, SequenceClassification, self_influence
 from stride_lightning.runtime.checks import RowError
 from stride_lightning.tasks.inference import infer_task_of
-from stride_lightning.tasks.language import is_packed, logits_of, max_length, unpack, vocabulary_size
+from stride_lightning.tasks.texts import is_packed, logits_of, max_length, unpack, vocabulary_size
 from tests.helpers.gradient_models import QUIET, attributed, close_scores
 from tests.helpers.language_models import (
     CAUSAL,
@@ -298,16 +298,8 @@ def test_inference_of_the_task():
         with pytest.raises(ValueError, match=r"has labels that are not its input_ids.*Masked language models"):
             infer_task_of({**ids, "labels": other}, gpt2())
 
-    class Probabilities(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = plain_gpt()
-
-        def forward(self, x):
-            return self.model(x).softmax(-1)
-
     with pytest.raises(ValueError, match="look like probabilities"):
-        infer_task_of((whole[:, :-1], whole[:, 1:]), Probabilities())
+        infer_task_of((whole[:, :-1], whole[:, 1:]), nn.Sequential(plain_gpt(), nn.Softmax(-1)))
 
 
 def test_classes_of_texts():

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from stride_lightning.tasks.inference import check_forward, infer_task_of
 from stride_lightning.tasks.likelihoods import BinaryClassification, Classification, Regression, Task
-from tests.helpers.tiny import DictTask, every_task, random_targets, random_tensor
+from tests.helpers.models import DictTask
+from tests.helpers.tiny import every_task, random_targets, random_tensor
 
 HINT = r"Pass `task=`: Classification\(\), BinaryClassification\(\), Regression\(\), SequenceClassification\(\)"
 
@@ -132,10 +133,11 @@ def test_batches_are_read_by_position_or_by_a_subclass() -> None:
     assert task.targets([inputs, targets, "more"]) is targets
     assert task.targets((inputs,)) is None
     assert task.targets(inputs) is None
-    batch = {"image": inputs, "label": targets}
+    batch = {"features": inputs, "answer": targets}
     assert DictTask().inputs(batch) is inputs
     assert DictTask().targets(batch) is targets
-    for unread, described in ((batch, r"dict with keys \['image', 'label'\]"), (inputs, "float32 tensor"), (3, "int")):
+    keys = r"dict with keys \['answer', 'features'\]"
+    for unread, described in ((batch, keys), (inputs, "float32 tensor"), (3, "int")):
         with pytest.raises(TypeError, match=rf"batch of \(inputs, targets\), got {described}.*{HINT}"):
             task.inputs(unread)
 

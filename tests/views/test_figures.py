@@ -201,17 +201,10 @@ def test_ranking_keeps_columns_and_positions_apart():
     assert [(e.column, e.position, e.score) for e in harmful] == [(3, 13, -1.0)]
 
 
-@pytest.mark.parametrize(
-    ("score", "text"),
-    [
-        (0.0, "+0.00"),
-        (0.0996, "+0.100"),
-        (-0.00123, "-0.0012"),
-        (123.4, "+123"),
-        (1e-5, "+1.0e-05"),
-        (-3e6, "-3.0e+06"),
-    ],
-)
+WRITTEN = {0.0: "+0.00", 0.0996: "+0.100", -0.00123: "-0.0012", 123.4: "+123", 1e-5: "+1.0e-05", -3e6: "-3.0e+06"}
+
+
+@pytest.mark.parametrize(("score", "text"), WRITTEN.items())
 def test_scores_are_written_with_a_sign(score, text):
     assert score_text(score) == text
     assert interval_text(score, 0.5) == f"{text} ± 0.50"

@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 from stride_lightning.data.examples import Examples
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.views.loggers import example_table, log_attribution, markdown_table, summarize
+from tests.helpers.loggers import WandbLike, read_events
 
 SCORES = torch.tensor([[3.0, -1.0, 0.0, 0.0], [2.0, 1.0, -1.0, 0.0]])
 HOSTILE = "a|b\nsecond line <script>alert('x')</script> [click](javascript:x) *bold* `code` \\| &lt; $5"
@@ -28,13 +29,8 @@ def attribution():
         train_indices=torch.tensor([10, 11, 12, 13]),
         train_targets=torch.tensor([0, 1, 2, 3]),
         query_targets=torch.tensor([7, 8]),
-        metadata={
-            "method": "stride",
-            "seconds": {"fit": 1.5, "total": 2.5},
-            "peak_memory": 4096,
-            "device": "cpu",
-            "peak_memory_known": True,
-        },
+        metadata={"method": "stride", "seconds": {"fit": 1.5, "total": 2.5}, "device": "cpu"}
+        | {"peak_memory": 4096, "peak_memory_known": True},
         train_info={"text": ["plain", HOSTILE, "c", "d"]},
         query_info={"id": ["q|0", "q1"]},
         queries=images.subset([0, 1]),
@@ -42,31 +38,11 @@ def attribution():
     )
 
 
-class WandbLike:
-    """The part of a Weights & Biases logger that is used."""
-
-    def __init__(self):
-        self.calls = []
-        self.experiment = object()
-
-    def log_metrics(self, metrics, step=None):
-        self.calls.append(("metrics", metrics, step))
-
-    def log_table(self, key, columns=None, data=None, dataframe=None, step=None):
-        self.calls.append((key, columns, data, step))
-
-    def log_image(self, key, images, step=None, **kwargs):
-        self.calls.append((key, images, step))
-
-
-def read_events(logger):
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    return event_accumulator.EventAccumulator(logger.log_dir).Reload()
-
-
-def hide(monkeypatch, package):
-    for name in [name for name in sys.modules if name.split(".")[0] == package] + [package]:
-        monkeypatch.setitem(sys.modules, name, None)
+def logged(attribution, step=0, **options):
+    """What a logger of the Weights & Biases kind was given."""
+    logger = WandbLike()
+    log_attribution(attribution, [logger], step=step, **options)
+    return logger.calls
 
 
 def test_summary_by_hand(attribution):
@@ -158,9 +134,7 @@ def test_names_begin_with_the_method(attribution, tmp_path):
     assert renamed < set(summarize(attribution, k=1))
     assert all(tag.startswith("further-training/") for tag in summarize(attribution, k=1))
     assert summarize(attribution, k=1)["further-training/seconds/fit"] == 1.5
-    logger = WandbLike()
-    log_attribution(attribution, [logger], step=5, k=1)
-    metrics, *others = logger.calls
+    metrics, *others = logged(attribution, step=5, k=1)
     assert metrics[1] == summarize(attribution, k=1)
     assert [call[0] for call in others][:1] == ["further-training/top_examples"]
     assert all(call[0].startswith("further-training/") for call in others)
@@ -191,9 +165,9 @@ def test_csv_logger_gets_the_scalars(attribution, tmp_path):
 
 def test_wandb_like_logger_gets_table_and_image(attribution):
     pytest.importorskip("matplotlib")
-    logger = WandbLike()
-    log_attribution(attribution, [logger], step=5, k=1, max_queries=2)
-    (_, metrics, step), (table_tag, columns, data, table_step), (image_tag, images, image_step) = logger.calls
+    (_, metrics, step), (table_tag, columns, data, table_step), (image_tag, images, image_step) = logged(
+        attribution, step=5, k=1, max_queries=2
+    )
     assert metrics == summarize(attribution, k=1)
     assert (table_tag, image_tag) == ("stride/top_examples", "stride/top_pictures")
     assert step == table_step == image_step == 5
@@ -221,12 +195,8 @@ def test_table_columns_match_rows_without_optional_parts():
 
 
 def test_max_queries_limits_what_is_shown(attribution):
-    logger = WandbLike()
-    log_attribution(attribution, [logger], step=0, k=1, max_queries=1)
-    assert {row[0] for row in logger.calls[1][2]} == {0}
-    logger = WandbLike()
-    log_attribution(attribution, [logger], step=0, k=1, max_queries=0)
-    assert [call[0] for call in logger.calls] == ["metrics"]
+    assert {row[0] for row in logged(attribution, k=1, max_queries=1)[1][2]} == {0}
+    assert [call[0] for call in logged(attribution, k=1, max_queries=0)] == ["metrics"]
 
 
 def test_flat_images_are_pictures_only_when_told(attribution):
@@ -234,16 +204,14 @@ def test_flat_images_are_pictures_only_when_told(attribution):
     flat = Examples(TensorDataset(torch.rand(4, 64)))
     attribution.train_data, attribution.queries = flat, flat.subset([0, 1])
     for image_shape, shown in ((None, False), ((8, 8), True)):
-        logger = WandbLike()
-        attribution.log(logger, image_shape=image_shape)
-        assert ("stride/top_pictures" in [call[0] for call in logger.calls]) is shown
+        calls = logged(attribution, image_shape=image_shape)
+        assert ("stride/top_pictures" in [call[0] for call in calls]) is shown
 
 
 def test_without_matplotlib_everything_but_pictures_is_logged(attribution, monkeypatch):
-    hide(monkeypatch, "matplotlib")
-    logger = WandbLike()
-    log_attribution(attribution, [logger], step=0)
-    assert [call[0] for call in logger.calls] == ["metrics", "stride/top_examples"]
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] + ["matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert [call[0] for call in logged(attribution)] == ["metrics", "stride/top_examples"]
 
 
 def test_writer_is_flushed_last_and_opens_no_runs(attribution):

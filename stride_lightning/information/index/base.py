@@ -38,17 +38,12 @@ class Hits:
     Args:
         positions: Positions in the training dataset, int64 of shape ``(q, k)``.
         dots: Inner products with the query, float64 of the same shape; ranked by magnitude.
-        columns: Metadata of the hits by column, a list of ``k`` values for each query.
+        columns: Metadata by column: ``k`` values for each query.
     """
 
     positions: Tensor
     dots: Tensor
     columns: dict[str, list[list[Any]]] = field(default_factory=dict)
-
-    @property
-    def scores(self) -> Tensor:
-        """The squared inner products, shape ``(q, k)``."""
-        return self.dots.square()
 
 
 class VectorIndex(ABC):
@@ -130,9 +125,8 @@ class VectorIndex(ABC):
     ) -> int:
         """Append a stream of batches, and skip the training examples that are there already.
 
-        So a build that was killed goes on when it is called again with the same stream: rows are committed in groups,
-        each whole or not at all. To spare the work of computing vectors that are there, stream :meth:`missing`
-        positions only.
+        Rows are committed in groups, each whole or not at all: a build that was killed goes on when it is called again
+        with the same stream. To spare vectors that are there, stream :meth:`missing` positions only.
 
         Args:
             batches: Of ``(positions, vectors)`` or ``(positions, vectors, columns)``, as for :meth:`add`; a position
@@ -252,7 +246,7 @@ class VectorIndex(ABC):
         unique, inverse = np.unique(screening.rows, return_inverse=True)
         positions, vectors = self._vectors_of(unique)
         ranked = [
-            ranking.rank_rows(query, positions[places], vectors[places], unique[places], k)
+            ranking.first_of(positions[places], ranking.dots_of(query, vectors[places]), unique[places], k)
             for query, places in zip(queries, inverse.reshape(screening.rows.shape), strict=True)
         ]
         if screening.seen > screening.rows.shape[1]:

@@ -15,7 +15,7 @@ import numpy as np
 from stride_lightning.information.index import lance
 from stride_lightning.information.index.base import BLOCK_ROWS, Block, Hits, VectorIndex
 from stride_lightning.information.index.checks import Columns, Floats, Integers, PositionSet, VectorIndexError
-from stride_lightning.information.index.ranking import Ranked, magnitude, rank_rows
+from stride_lightning.information.index.ranking import Ranked, dots_of, first_of, magnitude
 from stride_lightning.runtime.checks import check_count
 
 _MIN_TRAINING_ROWS = 256  # of a product quantiser with one byte for each sub-vector
@@ -158,9 +158,9 @@ class InformationIndex(VectorIndex):
         """The training examples with the largest squared inner product; exact: ties in order of positions.
 
         The exact search reads all vectors once for up to 1,024 queries together. The approximate one looks up
-        ``+query`` and ``-query`` in the index of :meth:`create_ann` and merges; rows appended since, and queries whose
-        lists hold fewer than `k` rows that meet `where`, are searched exactly. Inner products are exact in both.
-        The approximate search looks through `nprobes` lists of vectors, and compares `refine_factor` times `k` vectors.
+        ``+query`` and ``-query`` in `nprobes` lists of the index of :meth:`create_ann`, and compares `refine_factor`
+        times `k` vectors; rows appended since, and queries whose lists hold fewer than `k` rows that meet `where`, are
+        searched exactly. Inner products are exact in both.
 
         `where` is SQL on the metadata columns and ``position``: ``"label = 3 and length < 20"``, ``"path like
         'cats/%'"``; a quote in a text is doubled: ``"author = 'O''Brien'"``.
@@ -315,7 +315,7 @@ class InformationIndex(VectorIndex):
         for i, query in enumerate(queries):
             places = np.flatnonzero(owners == i)
             places = places[np.unique(positions[places], return_index=True)[1]]
-            ranked.append(rank_rows(query, positions[places], vectors[places], rows[places], k))
+            ranked.append(first_of(positions[places], dots_of(query, vectors[places]), rows[places], k))
         if short := [i for i, (_, dots, _) in enumerate(ranked) if len(dots) < k]:
             for i, exact in zip(short, self._screened(queries[short], k, where), strict=True):
                 ranked[i] = exact

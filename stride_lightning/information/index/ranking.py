@@ -78,12 +78,7 @@ def dots_of(query: Floats, vectors: Floats) -> Floats:
     return (vectors.astype(np.float64) * query).sum(1)
 
 
-def rank_rows(query: Floats, positions: Integers, vectors: Floats, rows: Integers, k: int) -> Ranked:
-    """The first `k` of some rows for a query, by magnitude of the inner product and then by position."""
-    return first_of(positions, dots_of(query, vectors), rows, k)
-
-
 def first_of(positions: Integers, dots: Floats, rows: Integers, k: int) -> Ranked:
-    """The first `k` of some rows whose inner products are known."""
+    """The first `k` of some rows for a query, by magnitude of the inner product and then by position."""
     order = np.lexsort((positions, -np.abs(dots)))[:k]
     return positions[order], dots[order], rows[order]

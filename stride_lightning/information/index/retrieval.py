@@ -128,10 +128,6 @@ def search_index(
 
 
 def _expected_identity(attributor: InformationAttributor, form: Form, made_with: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity that an index which was made with another one should have.
-
-    A gain knows of no other examples, so that more may be added to its index: the data must then agree in those that it
-    was made of first.
-    """
+    """The identity that an index should have; one of gains may grow: its first data must agree."""
     data = made_with.get("data")
     return attributor.identity(form, data.get("num_examples") if form == "gain" and isinstance(data, dict) else None)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stride_lightning.data.examples import Examples, first_batch
 from stride_lightning.data.reading import fingerprint_of, required, survey
 from stride_lightning.runtime.distributed import gather, shard, total
-from stride_lightning.steering.activations import choose_layers
+from stride_lightning.steering.basis import choose_layers
 from stride_lightning.steering.fit import Answers, Cost, FitOptions, FitRecord
 from stride_lightning.steering.language.curvature import FEATURE_DAMPING, TokenCurvature, TokenMoments
 from stride_lightning.steering.language.operators import TokenOperators, fit_token_operators, measure_tokens

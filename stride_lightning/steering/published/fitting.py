@@ -18,16 +18,10 @@ from stride_lightning.steering.subsets import Design
 
 
 class PublishedOperators(L.LightningModule):
-    """Operators ``a_k`` of a design in a basis of low rank, both learned by a Trainer on one device.
+    """Operators ``a_k`` of a design in a basis of low rank, both learned by Adam on one device.
 
-    Args:
-        design: Which example is in which subset.
-        rank: Rank of the basis.
-        stability: Weight of the stability term.
-        learning_rate: Of Adam.
-        max_steps: Optimizer steps.
-        batch_size: Examples per step.
-        seed: Of everything drawn.
+    ``rank`` is that of the basis, ``stability`` the weight of the stability term, ``batch_size`` the examples per step,
+    and the seed that of everything drawn.
     """
 
     def __init__(
@@ -85,13 +79,7 @@ class PublishedOperators(L.LightningModule):
 
 
 def unexplained(design: Design, generator: torch.Generator, subsets: Tensor | None = None) -> Tensor:
-    """``I - S (S'S + gamma I)^-1 S'`` for a sketch ``S = M R`` with a quarter as many columns as subsets.
-
-    Args:
-        design: The memberships ``M``.
-        generator: Draws ``R``.
-        subsets: Some of the subsets; all when None.
-    """
+    """``I - S (S'S + gamma I)^-1 S'`` of all or some subsets, ``S = M R`` a sketch with a quarter as many columns."""
     count = design.num_subsets if subsets is None else len(subsets)
     columns = max(1, count // 4)
     sketched = design.responses(torch.randn(columns, design.num_train, generator=generator)).T.double()  # (K, columns)

@@ -29,13 +29,8 @@ class HiddenStateOperators(PublishedOperators):
     random subset that it is in; *stability*, the divergence from the frozen model when steered by one that it is not
     in; and *linearity*, the part of the effects of some subsets on a sequence that no scores of examples explain.
 
-    Args:
-        model: In eval mode, frozen; not a part of this module.
-        task: Its losses.
-        design: Which sequence is in which subset.
-        layer: Module whose input is steered; by default the block 5/8 deep.
-        batch_size: Sequences per step.
-        **options: As in :class:`PublishedOperators`.
+    The model, in eval mode, is frozen and no part of this module. The input of ``layer`` is steered, by default of the
+    block 5/8 deep. Other options are those of :class:`PublishedOperators`.
 
     Reference: arXiv:2606.05165 (STRIDE), steering operators on hidden states.
     """
@@ -77,16 +72,16 @@ class HiddenStateOperators(PublishedOperators):
         del self._train
 
     def _width(self, inputs: dict[str, Any]) -> int:
-        seen: list[Tensor] = []
+        widths: list[int] = []
 
         def hook(_: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append(hidden_of(self.layer, args, kwargs))
+            widths.append(hidden_of(self.layer, args, kwargs).shape[-1])
 
         with before_layers(self._frozen[0], [self.layer], hook), torch.no_grad():
             self.task.outputs(self._frozen[0], inputs)
-        if not seen:
+        if not widths:
             raise ValueError(f"Layer {self.layer!r} did not run in the model's forward pass. Name another.")
-        return seen[0].shape[-1]
+        return widths[0]
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """Fidelity, stability and linearity on a batch of places."""
@@ -125,10 +120,7 @@ class HiddenStateOperators(PublishedOperators):
     def steered(self, inputs: dict[str, Any], subsets: Tensor, *, repeats: int) -> Tensor:
         """Logits of the frozen model under operators, float32 of shape ``(repeats B, T, V)``.
 
-        Args:
-            inputs: Of B sequences; all of them are repeated, one copy after the other.
-            subsets: Operator of every row, shape ``(repeats B,)``.
-            repeats: Copies.
+        The B sequences are repeated, one copy of all after the other; ``subsets`` are the operators of all rows.
         """
         many = {
             name: value.repeat(repeats, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) and value.ndim else value
@@ -149,26 +141,15 @@ class HiddenStateOperators(PublishedOperators):
     def measure(self, queries: Examples, device: torch.device, *, show_progress: bool = True) -> Tensor:
         """Effect of every operator on every query, shape ``(q, K)`` in nats; positive helps."""
         count, effects = self.design.num_subsets, []
-        reading = Reading(
-            queries,
-            self.task,
-            self._frozen[0],
-            batch_size=max(1, ROWS // count),
-            device=device,
-            description="Measuring",
-            show_progress=show_progress,
-        )
-        for rows in reading:
+        how = {"batch_size": max(1, ROWS // count), "description": "Measuring", "show_progress": show_progress}
+        for rows in Reading(queries, self.task, self._frozen[0], device=device, **how):
             with rows.naming():
                 frozen = self.task.outputs(self._frozen[0], rows.inputs).float()
                 encoded = self.task.encode(required(rows.targets), frozen.shape[-1])
-            losses = [
-                self.task.loss(
-                    self.steered(rows.inputs, part.repeat_interleave(len(rows)), repeats=len(part)),
-                    encoded.repeat(len(part), 1, 1),
-                ).view(len(part), len(rows))
-                for part in torch.arange(count).split(max(1, ROWS // len(rows)))
-            ]
+            losses = []
+            for part in torch.arange(count).split(max(1, ROWS // len(rows))):
+                steered = self.steered(rows.inputs, part.repeat_interleave(len(rows)), repeats=len(part))
+                losses.append(self.task.loss(steered, encoded.repeat(len(part), 1, 1)).view(len(part), len(rows)))
             effects.append(self.task.loss(frozen, encoded)[:, None] - torch.cat(losses).T)
         return torch.cat(effects)
 

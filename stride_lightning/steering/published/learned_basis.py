@@ -22,12 +22,8 @@ class LearnedBasis(PublishedOperators):
     design does not explain. The sketch has fewer columns than there are subsets: with as many, it would explain any
     responses.
 
-    Args:
-        design: Which example is in which subset.
-        task: The likelihood.
-        observed: The evaluation pass over the training set.
-        **options: As in :class:`PublishedOperators`. Small batches drown the effect of an operator in noise, since it
-            sees a share of a batch only.
+    ``observed`` is the evaluation pass over the training set, options are those of :class:`PublishedOperators`. Small
+    batches drown the effect of an operator in noise, since it sees a share of a batch only.
 
     Reference: arXiv:2606.05165 (STRIDE).
     """

@@ -38,17 +38,7 @@ def write_report(
     title: str | None = None,
     **shown: Any,
 ) -> None:
-    """Write the page to this very path; arguments as in :meth:`~stride_lightning.Attribution.report`.
-
-    Example:
-        >>> import tempfile
-        >>> import torch
-        >>> from stride_lightning.results.attribution import Attribution
-        >>> path = Path(tempfile.mkdtemp()) / "report.html"
-        >>> write_report(Attribution(torch.tensor([[0.5, -0.25]])), path)
-        >>> "<title>" in path.read_text("utf-8")
-        True
-    """
+    """Write the page to this very path; arguments as in :meth:`~stride_lightning.Attribution.report`."""
     given = range(attribution.num_queries) if queries is None else [queries] if isinstance(queries, int) else queries
     if not len(given):
         raise ValueError("`queries` is empty: nothing to report.")

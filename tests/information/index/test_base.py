@@ -20,7 +20,6 @@ def test_search_is_brute_force(make, k):
     positions, dots = brute_force(rows, queries(), k)
     assert hits.positions.tolist() == positions.tolist()
     assert np.array_equal(hits.dots.numpy(), dots)
-    assert torch.equal(hits.scores, hits.dots**2)
     where = {position: i for i, position in enumerate(rows[0].tolist())}
     for name, values in rows[2].items():
         plain = values if isinstance(values, list) else values.tolist()
@@ -95,15 +94,6 @@ def test_empty_index_and_no_queries(make):
     assert hits.columns == {name: [] for name in COLUMNS}
 
 
-def test_sign_of_the_product_is_kept(make):
-    index = make(dim=2, columns={})
-    index.add([4, 5, 6], [[1.0, 0.0], [-2.0, 0.0], [0.0, 0.0]])
-    hits = index.search([[1.5, 3.0]])
-    assert hits.positions.tolist() == [[5, 4, 6]]
-    assert hits.dots.tolist() == [[-3.0, 1.5, 0.0]]
-    assert hits.scores.tolist() == [[9.0, 2.25, 0.0]]
-
-
 # ---- bad input
 
 GOOD = {"label": [1, 2], "text": ["a", "b"], "weight": [0.5, 1], "clean": [True, False]}
@@ -122,13 +112,7 @@ BAD_ROWS = [
     ([0, 1], np.ones((2, 16)), GOOD | {"label": [1]}, ValueError, "Expected 2 values of .*'label', got 1"),
     ([0, 1], np.ones((2, 16)), GOOD | {"label": [1, 2.0]}, TypeError, "'label' holds int, got 2.0: convert it"),
     ([0, 1], np.ones((2, 16)), GOOD | {"label": [1, True]}, TypeError, "'label' holds int, got True"),
-    (
-        [0, 1],
-        np.ones((2, 16)),
-        GOOD | {"label": [1, 2**63]},
-        ValueError,
-        "integers of 64 bits, got 9223372036854775808",
-    ),
+    ([0, 1], np.ones((2, 16)), GOOD | {"label": [1, 2**63]}, ValueError, "integers of 64 bits, got 92233720368547758"),
     ([0, 1], np.ones((2, 16)), GOOD | {"text": ["a", None]}, TypeError, "'text' holds str, got None: .* such as ''"),
     ([0, 1], np.ones((2, 16)), GOOD | {"text": ["a", "\ud800"]}, ValueError, "'text' holds Unicode text"),
     ([0, 1], np.ones((2, 16)), GOOD | {"clean": [1, 0]}, TypeError, "'clean' holds bool, got 1"),
@@ -150,9 +134,7 @@ def test_bad_rows_are_refused_and_leave_nothing(make, positions, vectors, column
 def test_positions_that_are_there_are_refused_by_name(make):
     index = make(columns={})
     index.add(np.arange(10), np.ones((10, 16)))
-    with pytest.raises(
-        ValueError, match=r"Already in the index, .*: positions 2, 3, 4, 5, 6 and 3 more. Leave them out"
-    ):
+    with pytest.raises(ValueError, match=r"Already in the index, .*: positions 2, 3, 4, 5, 6 and 3 more. Leave them"):
         index.add(np.arange(2, 12), np.ones((10, 16)))
     assert len(index) == 10
     with pytest.raises(ValueError, match=r"Twice in the stream, .*: position 3"):
@@ -165,13 +147,7 @@ def test_batches_of_another_form_are_refused(make, batch):
         make(columns={}).build([batch], show_progress=False)
 
 
-@pytest.mark.parametrize("k", [0, -1, 2.0, True])
-def test_k_must_be_positive(make, k):
-    with pytest.raises(ValueError, match=f"`k` must be an integer of at least 1, got {k!r}"):
-        make().search(queries(), k)
-
-
-def test_bad_queries_are_refused(make):
+def test_bad_queries_and_sizes_are_refused(make):
     index = make()
     with pytest.raises(ValueError, match=r"`queries` of shape \(b, 16\), .* another projection"):
         index.search(np.ones((2, 8)))
@@ -179,6 +155,13 @@ def test_bad_queries_are_refused(make):
         index.search(np.ones(16))
     with pytest.raises(ValueError, match="Query 1 is not finite"):
         index.search([[1.0] * 16, [np.inf] * 16])
+    for count in (0, -1, 2.0, True):
+        with pytest.raises(ValueError, match=f"`k` must be an integer of at least 1, got {count!r}"):
+            index.search(queries(), count)
+        with pytest.raises(ValueError, match=f"`dim` must be an integer of at least 1, got {count!r}"):
+            make(dim=count)
+    with pytest.raises(ValueError, match="`rows_per_commit` must be an integer of at least 1, got 0"):
+        index.build([], rows_per_commit=0)
 
 
 @pytest.mark.parametrize(
@@ -194,14 +177,6 @@ def test_bad_queries_are_refused(make):
 def test_bad_columns_are_refused(make, columns, error, message):
     with pytest.raises(error, match=message):
         make(columns=columns)
-
-
-def test_bad_sizes_are_refused(make):
-    for dim in (0, 2.0, True):
-        with pytest.raises(ValueError, match=f"`dim` must be an integer of at least 1, got {dim!r}"):
-            make(dim=dim)
-    with pytest.raises(ValueError, match="`rows_per_commit` must be an integer of at least 1, got 0"):
-        make().build([], rows_per_commit=0)
 
 
 def test_tensors_of_lower_precision_and_with_gradients(make):

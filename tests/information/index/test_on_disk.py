@@ -67,9 +67,7 @@ def test_kinds_of_condition_are_not_mixed_up(filled):
     with pytest.raises(TypeError, match="`where` of an index on disk is SQL text"):
         filled.search(queries(), where=lambda columns: columns["label"] == 3)
     memory = MemoryIndex(16, columns={"label": int})
-    with pytest.raises(
-        TypeError, match=r"`where` of an index in memory is a function .* InformationIndex, which takes"
-    ):
+    with pytest.raises(TypeError, match=r"`where` of an index in memory is a function .* InformationIndex, which"):
         memory.search(queries(), where="label = 3")
     memory.add([0, 1], np.ones((2, 16)), {"label": [0, 1]})
     with pytest.raises(ValueError, match=r"must give a boolean for each of 2 rows, got int64 of shape \(2,\)"):
@@ -119,26 +117,15 @@ def test_interrupted_stream_keeps_what_was_committed(make):
     assert index.search(queries(), 10).positions.tolist() == brute_force(rows, queries(), 10)[0].tolist()
 
 
-@pytest.fixture(scope="module")
-def after_kills(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kills")
-    root = Path(stride_lightning.__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, str(root / "tests" / "helpers" / "kill_index.py"), str(folder)],
-        env=os.environ | {"PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder, json.loads(done.stdout)
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
-def test_killed_builds_lose_and_double_nothing(after_kills, tmp_path):
-    folder, seen = after_kills
-    assert seen == {"killed": [True] * 3, "lancedb imported": False}
+def test_killed_builds_lose_and_double_nothing(tmp_path):
+    root, folder = Path(stride_lightning.__file__).parents[1], tmp_path / "kills"
+    folder.mkdir()
+    command = [sys.executable, str(root / "tests" / "helpers" / "kill_index.py"), str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"killed": [True] * 3, "lancedb imported": False}
     whole = kill_index.create(tmp_path / "whole")
     whole.build(kill_index.stream(), show_progress=False)
     expected = contents(whole)
@@ -224,10 +211,9 @@ def test_recall_of_the_approximate_search(clustered):
     print(f"recall@10 {recall(found, exact):.3f}; one list and no spare candidates {recall(least, exact):.3f}")
     assert recall(found, exact) > 0.95
     assert recall(least, exact) < recall(found, exact)
-    assert (exact.positions >= 19_000).any()  # rows appended since are found too
-    assert set(found.positions[found.positions >= 19_000].tolist()) >= set(
-        exact.positions[exact.positions >= 19_000].tolist()
-    )
+    later, found_later = (set(hits.positions[hits.positions >= 19_000].tolist()) for hits in (exact, found))
+    assert later  # rows appended since are found too
+    assert found_later >= later
     assert (found.dots < 0).any()  # both signs
     assert (found.dots > 0).any()
     for row, exact_row in zip(range(100), exact.positions.tolist(), strict=True):  # its products are the exact ones
@@ -298,12 +284,11 @@ def test_identity_of_another_model_is_refused_by_key(tmp_path):
     InformationIndex.create(tmp_path, 2, identity=IDENTITY)
     assert InformationIndex.open(tmp_path).identity == IDENTITY
     assert InformationIndex.open(tmp_path, IDENTITY).identity == IDENTITY
-    other = {"weights": "0000", "projection": IDENTITY["projection"], "form": "gain"}
     message = (
-        r"'form': expected \"gain\", came nothing; 'weights': expected \"0000\", came \"9f3c\"\. Open the index of this"
+        r"'form': expected \"gain\", came nothing; 'weights': expected \"0000\", came \"9f3c\"\. Open the index of"
     )
     with pytest.raises(VectorIndexError, match=message):
-        InformationIndex.open(tmp_path, other)
+        InformationIndex.open(tmp_path, IDENTITY | {"weights": "0000", "form": "gain"})
     with pytest.raises(VectorIndexError, match=r"'projection': expected nothing, came \{\"dim\": 16, \"seed\": 0\}\."):
         InformationIndex.open(tmp_path, {"weights": "9f3c"})
 
@@ -342,9 +327,7 @@ def damage(path, pattern, how):
 @pytest.mark.parametrize("pattern", ["data/*", "_versions/*.manifest"])
 def test_damaged_index_is_refused_by_name(filled, pattern, how):
     damage(filled.path, pattern, how)
-    message = (
-        re.escape(f"The index '{filled.path}' cannot be used: ") + ".*Restore the folder from a copy, or delete it"
-    )
+    message = re.escape(f"The index '{filled.path}' cannot be used: ") + ".*Restore the folder from a copy, or delete"
     with pytest.raises(VectorIndexError, match=message):
         InformationIndex.open(filled.path).search(queries())
     with pytest.raises(VectorIndexError, match=message):
@@ -358,7 +341,7 @@ def test_data_without_a_version_are_not_overwritten(filled):
             InformationIndex.create(filled.path, 16, identity=IDENTITY, columns=COLUMNS, exist_ok=exist_ok)
 
 
-def test_other_folders_are_refused(tmp_path):
+def test_other_folders_and_layouts_are_refused(tmp_path, monkeypatch):
     import lancedb
 
     with pytest.raises(FileNotFoundError, match=r"No index at .*: make one with InformationIndex\.create"):
@@ -366,25 +349,19 @@ def test_other_folders_are_refused(tmp_path):
     lancedb.connect(tmp_path).create_table("vectors", [{"position": 1, "vector": [1.0, 2.0]}])
     with pytest.raises(VectorIndexError, match="holds a table that is not an InformationIndex"):
         InformationIndex.open(tmp_path)
-
-
-def test_later_layout_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(lance, "FORMAT", 2)
-    InformationIndex.create(tmp_path, 2, identity={})
+    InformationIndex.create(tmp_path / "later", 2, identity={})
     monkeypatch.undo()
-    with pytest.raises(
-        VectorIndexError, match=r"has layout 2 .*; expected layout 1 .*version of the library that wrote"
-    ):
-        InformationIndex.open(tmp_path)
+    with pytest.raises(VectorIndexError, match=r"has layout 2 .*; expected layout 1 .*version of the library that"):
+        InformationIndex.open(tmp_path / "later")
 
 
 def test_without_lancedb_the_extra_is_named_and_memory_works(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lancedb", None)
     message = r"pip install 'stride-lightning\[index\]'\. Without it, MemoryIndex searches exactly"
-    with pytest.raises(ModuleNotFoundError, match=message):
-        InformationIndex.create(tmp_path, 2, identity={})
-    with pytest.raises(ModuleNotFoundError, match=message):
-        InformationIndex.open(tmp_path)
+    for call in (lambda: InformationIndex.create(tmp_path, 2, identity={}), lambda: InformationIndex.open(tmp_path)):
+        with pytest.raises(ModuleNotFoundError, match=message):
+            call()
     memory = MemoryIndex(2)
     memory.add([3], np.ones((1, 2)))
     assert memory.search([[1.0, 1.0]], exact=False).positions.tolist() == [[3]]

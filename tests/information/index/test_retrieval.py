@@ -6,20 +6,19 @@ import torch
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
-from stride_lightning.data.sources import resolve_queries
 from stride_lightning.information.attributor import InformationGainAttributor, InformationLossAttributor
 from stride_lightning.information.index.checks import VectorIndexError
 from stride_lightning.information.index.on_disk import InformationIndex
 from stride_lightning.information.index.retrieval import build_index, search_index
 from stride_lightning.information.loss import information
-from tests.helpers.models import Classifier, classification_data
+from tests.helpers.models import Classifier, build, classification_data
+from tests.information.cases import rows_of
 
 NUM_TRAIN = 40
 
 
 def fitted(kind=InformationLossAttributor, data=None, model=None, **options):
-    torch.manual_seed(0)
-    model = Classifier() if model is None else model
+    model = build(Classifier) if model is None else model
     options = {"likelihood": "margin", "ridge": 0.3, "show_progress": False, **options}
     return kind(**options).fit(model, classification_data(NUM_TRAIN) if data is None else data)
 
@@ -44,11 +43,7 @@ def test_the_ranking_and_the_nats_of_all_pairs(kind, on_disk, tmp_path):
 def test_one_more_copy():
     attributor = fitted()
     found = search_index(attributor, build_index(attributor, form="copy"), queries(), k=5)
-    readers = [
-        attributor.read(attributor.model, resolve_queries(data), torch.device("cpu"), "label")
-        for data in (classification_data(NUM_TRAIN), queries())
-    ]
-    rows = [torch.cat([batch.rows for batch in attributor.tangents.batches(reader)]) for reader in readers]
+    rows = rows_of(attributor, queries())
     expected = information(*rows, attributor.posterior, "copy").sort(descending=True, stable=True)
     assert torch.equal(found.positions, expected.indices[:, :5])
     torch.testing.assert_close(found.nats.float(), expected.values[:, :5], rtol=1e-4, atol=1e-9)
@@ -61,13 +56,32 @@ def test_your_own_columns_and_filters():
     found = search_index(attributor, index, queries(), k=4, where=lambda columns: columns["place"] < 20)
     assert (found.positions < 20).all()
     assert found.columns["document"] == [[names[i] for i in row] for row in found.positions.tolist()]
+    index = build_index(attributor, columns={"label": torch.arange(NUM_TRAIN) % 3, "weight": np.ones(NUM_TRAIN)})
+    assert index.columns == {"label": int, "weight": float}
 
 
-def test_growing_data_are_added_to_an_index_of_gains(tmp_path):
+def test_what_cannot_be_built():
+    attributor = fitted()
+    with pytest.raises(ValueError, match=r"Expected 40 values per column.*'label': 3"):
+        build_index(attributor, columns={"label": [1, 2, 3]})
+    with pytest.raises(TypeError, match="values of one type"):
+        build_index(attributor, columns={"label": [1] * 39 + ["one"]})
+    with pytest.raises(ValueError, match=r"3 outputs.*likelihood='margin'"):
+        build_index(fitted(likelihood="gauss-newton"))
+    with pytest.raises(RuntimeError, match=r"fit\(model, train_data\) before build_index"):
+        build_index(InformationGainAttributor(likelihood="margin"))
+
+
+@pytest.fixture
+def growing():
+    """A model, its data, and an attributor of the first of them."""
     pytest.importorskip("lancedb")
-    torch.manual_seed(0)
-    model, data = Classifier(), classification_data(NUM_TRAIN)
-    first = fitted(InformationGainAttributor, Subset(data, range(25)), model)
+    model, data = build(Classifier), classification_data(NUM_TRAIN)
+    return model, data, fitted(InformationGainAttributor, Subset(data, range(25)), model)
+
+
+def test_growing_data_are_added_to_an_index_of_gains(growing, tmp_path):
+    model, data, first = growing
     assert len(build_index(first, tmp_path)) == 25
     whole = fitted(InformationGainAttributor, data, model)
     grown = build_index(whole, tmp_path)
@@ -79,24 +93,23 @@ def test_growing_data_are_added_to_an_index_of_gains(tmp_path):
     assert len(InformationIndex.open(tmp_path)) == NUM_TRAIN
 
 
-def test_an_index_of_something_else_is_refused(tmp_path):
-    attributor = fitted()
-    index = build_index(attributor)
-    with pytest.raises(VectorIndexError, match=r"'ridge': expected 0\.5, came 0\.3"):
-        search_index(fitted(ridge=0.5), index, queries())
-    with pytest.raises(VectorIndexError, match="'seed'"):
-        search_index(fitted(seed=1), index, queries())
-    with pytest.raises(VectorIndexError, match="'weights'"):
-        search_index(fitted(model=Classifier(width=9)), index, queries())
-    with pytest.raises(VectorIndexError, match="'data'"):
-        search_index(fitted(data=classification_data(NUM_TRAIN, seed=5)), index, queries())
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"ridge": 0.5}, r"'ridge': expected 0\.5, came 0\.3"),
+        ({"seed": 1}, "'seed'"),
+        ({"model": Classifier(width=9)}, "'weights'"),
+        ({"data": classification_data(NUM_TRAIN, seed=5)}, "'data'"),
+    ],
+    ids=str,
+)
+def test_an_index_of_something_else_is_refused(other, message):
+    with pytest.raises(VectorIndexError, match=message):
+        search_index(fitted(**other), build_index(fitted()), queries())
 
 
-def test_a_gain_index_of_other_data_is_refused(tmp_path):
-    pytest.importorskip("lancedb")
-    torch.manual_seed(0)
-    model, data = Classifier(), classification_data(NUM_TRAIN)
-    first = fitted(InformationGainAttributor, Subset(data, range(25)), model)
+def test_a_gain_index_of_other_data_is_refused(growing, tmp_path):
+    model, data, first = growing
     index = build_index(first, tmp_path)
     others = [Subset(data, range(10, 35)), Subset(data, range(20)), classification_data(NUM_TRAIN, seed=3)]
     for other in others:
@@ -107,32 +120,9 @@ def test_a_gain_index_of_other_data_is_refused(tmp_path):
             search_index(attributor, index, queries())
 
 
-def test_several_outputs_are_refused():
-    with pytest.raises(ValueError, match=r"3 outputs.*likelihood='margin'"):
-        build_index(fitted(likelihood="gauss-newton"))
-
-
-def test_columns_of_arrays():
-    index = build_index(fitted(), columns={"label": torch.arange(NUM_TRAIN) % 3, "weight": np.ones(NUM_TRAIN)})
-    assert index.columns == {"label": int, "weight": float}
-
-
-def test_an_attributor_that_is_not_fitted():
-    with pytest.raises(RuntimeError, match=r"fit\(model, train_data\) before build_index"):
-        build_index(InformationGainAttributor(likelihood="margin"))
-
-
-def test_wrong_columns():
-    with pytest.raises(ValueError, match=r"Expected 40 values per column.*'label': 3"):
-        build_index(fitted(), columns={"label": [1, 2, 3]})
-    with pytest.raises(TypeError, match="values of one type"):
-        build_index(fitted(), columns={"label": [1] * 39 + ["one"]})
-
-
 def test_positions_of_a_part_of_the_data():
-    torch.manual_seed(0)
-    attributor = InformationLossAttributor(likelihood="margin", ridge=0.3, show_progress=False)
-    attributor.fit(Classifier(), classification_data(NUM_TRAIN), train_indices=[30, 3, 8, 21])
+    attributor = fitted()
+    attributor.fit(build(Classifier), classification_data(NUM_TRAIN), train_indices=[30, 3, 8, 21])
     found = search_index(attributor, build_index(attributor), queries(), k=4)
     assert torch.equal(found.positions.sort().values, torch.tensor([3, 8, 21, 30]).expand(6, 4))
 
