@@ -16,13 +16,6 @@ from tests.helpers.tiny import CPU, read
 DATA = classification_data(20)
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 20, 100])
-def test_everything_is_read_once_in_order(batch_size):
-    inputs, summary = read(Examples(DATA), batch_size)
-    assert inputs.equal(DATA.tensors[0])
-    assert summary == read(Examples(DATA))[1]
-
-
 def test_positions_and_subsets():
     examples = Examples(DATA, positions=torch.tensor([5, 2, 9, 0]))
     assert len(examples) == 4

@@ -1,5 +1,7 @@
 """The one loop that reads data: batches in order, names in errors, and what one pass tells."""
 
+from unittest.mock import MagicMock, call
+
 import pytest
 import torch
 from torch import nn
@@ -31,6 +33,7 @@ def test_everything_is_read_once_in_order(batch_size):
     assert [place for part in rows for place in range(20)[part.places]] == list(range(20))
     assert sum(map(len, rows)) == 20
     assert torch.equal(torch.cat([part.targets for part in rows]), TARGETS)
+    assert torch.equal(torch.cat([part.batch[0] for part in rows]), INPUTS)
     assert reading.fingerprint == fingerprint_of(examples_of(INPUTS, TARGETS), TASK)
 
 
@@ -71,25 +74,12 @@ def test_the_model_may_say_the_targets():
     ("description", "show", "shown"), [("Reading", True, True), ("Reading", False, False), ("", True, False)]
 )
 def test_a_progress_bar_needs_a_description(monkeypatch, description, show, shown):
-    bars = []
-
-    class Bar:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            bars.append("closed")
-
-        def update(self, count):
-            bars.append(count)
-
-    def counting(total, text, show):
-        bars.append((total, text, show))
-        return Bar()
-
-    monkeypatch.setattr(reading_module, "counting", counting)
+    bar = MagicMock()
+    monkeypatch.setattr(reading_module, "counting", bar)
     list(reading_of(description=description, show_progress=show, share=slice(0, 8)))
-    assert bars == [(8, description, shown), 6, 2, "closed"]
+    inside = bar.return_value.__enter__.return_value
+    assert bar.mock_calls[0] == call(8, description, show=shown)
+    assert inside.update.mock_calls == [call(6), call(2)]
 
 
 # ---- names in errors --------------------------------------------------------------------------------------------
@@ -132,10 +122,9 @@ def test_what_is_not_finite_is_named():
     queries = resolve_queries(TensorDataset(INPUTS))
     queries.positions = torch.tensor([9, 4, 17, 3])
     message = r"^Query 4 has NaN in its outputs, which must be finite: .*did training diverge\?\)\. Likewise 17\.$"
-    with pytest.raises(ValueError, match=message), queries.naming(0):
-        check_finite(values, "outputs")
-    with pytest.raises(ValueError, match=r"^Query 17 has NaN"), queries.naming(1):
-        check_finite(values, "outputs")
+    for start, expected in ((0, message), (1, "^Query 17 has NaN")):
+        with pytest.raises(ValueError, match=expected), queries.naming(start):
+            check_finite(values, "outputs")
     with pytest.raises(ValueError, match=r"^Query 3 has NaN"), queries.naming(0):
         check_finite(values[1:2], "outputs", row=3)
     everything = examples_of(INPUTS)
@@ -153,17 +142,14 @@ def test_survey_of_numbers_and_of_vectors():
     assert surveyed.num_tokens is None
     for targets in ((), (INPUTS,)):
         surveyed = survey(examples_of(INPUTS, *targets), Regression())
-        assert surveyed.targets is None
-        assert surveyed.kinds is None
+        assert surveyed.targets is surveyed.kinds is None
 
 
 def test_survey_of_texts():
     ids = [[1, 2, 3, 4], [1, 2, -100, -100], [-100, 2, 3, 4]]
     weights = torch.tensor([[1.0, 1, 2, 1], [1, 0.5, 1, 1], [1, 1, 0, 1]])
-    texts = [
-        {"input_ids": torch.arange(1, 5), "labels": torch.tensor(labels), "loss_weights": weight}
-        for labels, weight in zip(ids, weights, strict=True)
-    ]
+    pairs = zip(torch.tensor(ids), weights, strict=True)
+    texts = [{"input_ids": torch.arange(1, 5), "labels": labels, "loss_weights": weight} for labels, weight in pairs]
     surveyed = survey(Examples(texts), CausalLanguageModeling())
     assert surveyed.targets is None
     assert surveyed.kinds.tolist() == [4.0, 0.5, 2.0]

@@ -140,18 +140,6 @@ def test_explicit_products(name):
     close_scores(attributor.attribute(queries).scores, expected / len(data))
 
 
-def test_conv_of_width_one_has_several_places():
-    """The case above that would show a Lambda made of covariances in place of whole gradients."""
-    model, data = cnn(), pictures_for()
-    attributor = fitted(model, data, "ekfac", damping=DAMPING)
-    eigenvalues, basis = (getattr(attributor._fitted[0].curvature, n)["0.weight"] for n in ("_eigenvalues", "_bases"))
-    columns = curvature_columns(model, attributor.task, data)[:, :, matrix_places(model, "0.weight").flatten()]
-    explicit = (columns @ torch.kron(basis.left, basis.right)).square().sum(1).mean(0)
-    torch.testing.assert_close(eigenvalues, explicit, rtol=1e-9, atol=1e-12)
-    for side in (basis.left, basis.right):
-        torch.testing.assert_close(side.T @ side, torch.eye(len(side), dtype=side.dtype), rtol=0, atol=1e-10)
-
-
 @pytest.mark.parametrize(("limit", "value"), [("MAX_SIDE", 3), ("MAX_VECTOR", 3)])
 @pytest.mark.parametrize("kind", ["points", "words", "tied"])
 def test_wide_sides_keep_their_own_basis(kind, limit, value, monkeypatch):
@@ -199,24 +187,6 @@ def test_a_matrix_used_twice_and_one_not_used():
         projected = grads[:, at] @ basis
         expected = expected + projected / (spectrum + curvature.absolute_damping) @ projected.T
     torch.testing.assert_close(scores, expected, rtol=1e-7, atol=1e-9)
-
-
-# ---- many outputs -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def random_directions(monkeypatch):
-    monkeypatch.setattr(features, "MAX_EXACT_OUTPUTS", 2)
-
-
-def test_random_directions_do_not_depend_on_batches(random_directions):
-    model, data = mlp(), points_for()
-    scores = [exact_scores(fitted(model, data, "ekfac", damping=1.0, batch_size=size), data) for size in (3, 14)]
-    torch.testing.assert_close(scores[0], scores[1], rtol=1e-9, atol=1e-12)
-    other = exact_scores(fitted(model, data, "ekfac", damping=1.0, seed=1), data)
-    assert (other - scores[0]).abs().max() > 1e-3 * scores[0].abs().max()
-    same = exact_scores(fitted(model, data, "ekfac", damping=1.0, seed=0), data)
-    assert same.equal(scores[1])
 
 
 def test_tokens_of_the_padding_index_have_no_gradient():

@@ -27,6 +27,10 @@ def random_tensor(*shape: int, seed: int, dtype: torch.dtype = torch.float64) ->
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+def correlation(one: Tensor, other: Tensor) -> float:
+    return float(torch.corrcoef(torch.stack([one.double().flatten(), other.double().flatten()]))[0, 1])
+
+
 def permutation(size: int) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed(size))
 

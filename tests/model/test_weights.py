@@ -109,10 +109,7 @@ def test_borrowed_model_is_given_back_after_an_exception():
     assert hooks_of(model) == []
 
 
-def test_another_device_and_back():
-    model = build(Classifier)
-    with borrowed(model, None, torch.device("cpu")) as device:
-        assert device.type == "cpu"
+def test_the_models_own_device():
     blank = nn.Linear(2, 2, device="meta")
     with borrowed(blank, None, None) as device:
         assert device.type == "meta"

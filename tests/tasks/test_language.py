@@ -298,16 +298,8 @@ def test_inference_of_the_task():
         with pytest.raises(ValueError, match=r"has labels that are not its input_ids.*Masked language models"):
             infer_task_of({**ids, "labels": other}, gpt2())
 
-    class Probabilities(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = plain_gpt()
-
-        def forward(self, x):
-            return self.model(x).softmax(-1)
-
     with pytest.raises(ValueError, match="look like probabilities"):
-        infer_task_of((whole[:, :-1], whole[:, 1:]), Probabilities())
+        infer_task_of((whole[:, :-1], whole[:, 1:]), nn.Sequential(plain_gpt(), nn.Softmax(-1)))
 
 
 def test_classes_of_texts():

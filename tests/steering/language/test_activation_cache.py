@@ -3,9 +3,8 @@ import copy
 import pytest
 import torch
 
-from stride_lightning import LanguageStrideAttributor
 from tests.helpers.texts import Texts, TinyLM
-from tests.steering.language.test_sequences import LAYERS, QUERIES, TRAIN, ask, loader
+from tests.steering.language.test_sequences import TRAIN, ask
 
 
 class Counted(TinyLM):
@@ -20,6 +19,14 @@ class Counted(TinyLM):
             raise KeyboardInterrupt
         self.rows += len(input_ids)
         return super().forward(input_ids, attention_mask)
+
+
+@pytest.fixture
+def filled(tmp_path):
+    """A model whose activations are in the folder."""
+    model = TinyLM().eval()
+    ask(model, batch_size=2, cache_dir=tmp_path)
+    return model
 
 
 def rows_of(model, **options):
@@ -60,44 +67,38 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
     assert 0 < complete - rest < len(TRAIN)
 
 
-def test_activations_of_something_else_are_refused(tmp_path):
-    model = TinyLM().eval()
-    ask(model, cache_dir=tmp_path)
-    other = copy.deepcopy(model)
+def test_activations_of_something_else_are_refused(tmp_path, filled):
+    other = copy.deepcopy(filled)
     with torch.no_grad():
         other.head.weight.add_(1)
     with pytest.raises(ValueError, match="holds activations of something else: weights differ"):
         ask(other, cache_dir=tmp_path)
     with pytest.raises(ValueError, match="data differ"):
-        ask(model, train=Texts(13, seed=5), cache_dir=tmp_path)
+        ask(filled, train=Texts(13, seed=5), cache_dir=tmp_path)
     with pytest.raises(ValueError, match="layers differ"):
-        ask(model, layers=["blocks.1"], cache_dir=tmp_path)
+        ask(filled, layers=["blocks.1"], cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["features", "downhill", "weights"])
-def test_a_damaged_file_is_refused(tmp_path, name):
-    model = TinyLM().eval()
-    ask(model, cache_dir=tmp_path)
+def test_a_damaged_file_is_refused(tmp_path, filled, name):
     (file,) = tmp_path.rglob(f"{name}.f32")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"are damaged .* Delete the folder"):
-        ask(model, cache_dir=tmp_path)
+        ask(filled, cache_dir=tmp_path)
     file.write_bytes(content[:-4])
     with pytest.raises(ValueError, match="missing or has another size"):
-        ask(model, cache_dir=tmp_path)
+        ask(filled, cache_dir=tmp_path)
 
 
-def test_a_damaged_list_of_parts_is_refused(tmp_path):
-    model = TinyLM().eval()
-    ask(model, batch_size=2, cache_dir=tmp_path)
+def test_a_damaged_list_of_parts_is_refused(tmp_path, filled):
     (file,) = tmp_path.rglob("progress.jsonl")
     whole = file.read_text().splitlines(keepends=True)
     for lines in (["{"], whole[:1] + whole[2:], [*whole[:2], "nonsense\n", *whole[3:]]):
         file.write_text("".join(lines))
         with pytest.raises(ValueError, match=r"progress.jsonl is damaged"):
-            ask(model, cache_dir=tmp_path)
+            ask(filled, cache_dir=tmp_path)
 
 
 def test_a_line_that_was_not_finished_is_a_part_that_was_not_written(tmp_path):
@@ -124,8 +125,3 @@ def test_operators_read_it_too(tmp_path):
     model = TinyLM().eval()
     options = {"recovery": "prior", "num_subsets": 8}
     assert torch.allclose(ask(model, cache_dir=tmp_path, **options).scores, ask(model, **options).scores, atol=1e-5)
-    attributor = LanguageStrideAttributor(layers=LAYERS, cache_dir=tmp_path, show_progress=False).fit(
-        model, loader(TRAIN)
-    )
-    found = attributor.attribute(loader(QUERIES)).scores
-    assert torch.allclose(found, ask(model).scores, atol=1e-6)

@@ -9,6 +9,7 @@ from stride_lightning.steering.language import operators as token_operators
 from stride_lightning.steering.language.operators import fit_token_operators, measure_tokens
 from stride_lightning.steering.subsets import Design, sample_design
 from tests.helpers.texts import Texts, TinyLM
+from tests.helpers.tiny import correlation
 from tests.steering.language.test_sequences import LAYERS, QUERIES, loader
 
 TRAIN = Texts(9)
@@ -24,8 +25,12 @@ def _double():
 
 @pytest.fixture
 def fitted():
-    model = TinyLM().double().eval()
-    return StrideAttributor(layers=LAYERS, show_progress=False).fit(model, loader(TRAIN)).fitted
+    attributor = StrideAttributor(layers=LAYERS, show_progress=False)
+    return attributor.fit(TinyLM().double().eval(), loader(TRAIN)).fitted
+
+
+def operators_of(fitted, design=DESIGN, **options):
+    return fit_token_operators(fitted.passes, design, fitted.curvature, fitted.space, **options)
 
 
 def batches(found, data=TRAIN, with_logits=True):
@@ -55,7 +60,7 @@ def objective(found, operator, members):
 
 
 def test_one_step_is_the_closed_form(fitted):
-    operators = fit_token_operators(fitted.passes, DESIGN, fitted.curvature, fitted.space)
+    operators = operators_of(fitted)
     every, members = gradients(fitted), DESIGN.dense(torch.float64)
     slopes = (members @ every.flatten(1)).view(4, *every.shape[1:]) / members.sum(1)[:, None, None] - every.mean(0)
     assert torch.allclose(operators.coefficients, -fitted.curvature.solve(slopes))
@@ -63,7 +68,7 @@ def test_one_step_is_the_closed_form(fitted):
 
 
 def test_further_steps_reach_the_optimum(fitted):
-    operators = fit_token_operators(fitted.passes, DESIGN, fitted.curvature, fitted.space, steps=60)
+    operators = operators_of(fitted, steps=60)
     assert float(operators.relative_gradient.max()) < 1e-4
     for subset, members in enumerate(DESIGN.dense(torch.bool)):
         best = operators.coefficients[subset].clone().requires_grad_()
@@ -80,7 +85,7 @@ def test_further_steps_reach_the_optimum(fitted):
 
 def test_the_operator_of_all_data_is_zero(fitted):
     design = Design.from_masks(torch.stack([torch.ones(9, dtype=torch.bool), torch.arange(9) < 4]))
-    operators = fit_token_operators(fitted.passes, design, fitted.curvature, fitted.space, steps=3)
+    operators = operators_of(fitted, design, steps=3)
     assert float(operators.coefficients[0].abs().max()) < 1e-10
     assert float(operators.coefficients[1].abs().max()) > 1e-3
 
@@ -108,15 +113,13 @@ def test_measurements_add_up_the_scores_to_first_order(fitted):
     scores = fitted.influence(asked)
     sizes = design.sizes.double()
     expected = (design.responses(scores.float()).double() / sizes - scores.mean(1, keepdim=True)) * 9
-    correlation = torch.corrcoef(torch.stack([asked.measurements.flatten(), expected.flatten()]))[0, 1]
-    assert correlation > 0.95
+    assert correlation(asked.measurements, expected) > 0.95
 
 
 def test_steps_lower_the_objective_of_every_subset(fitted):
-    values = []
+    values, members = [], DESIGN.dense(torch.bool)
     for steps in (1, 2, 5):
-        operators = fit_token_operators(fitted.passes, DESIGN, fitted.curvature, fitted.space, steps=steps)
-        members = DESIGN.dense(torch.bool)
-        values.append([float(objective(fitted, a, m)) for a, m in zip(operators.coefficients, members, strict=True)])
+        coefficients = operators_of(fitted, steps=steps).coefficients
+        values.append([float(objective(fitted, a, m)) for a, m in zip(coefficients, members, strict=True)])
     for before, after in pairwise(values):
         assert all(later <= earlier + 1e-9 for earlier, later in zip(before, after, strict=True))

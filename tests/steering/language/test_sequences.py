@@ -11,6 +11,7 @@ from stride_lightning.steering.language import curvature as token_curvature
 from stride_lightning.steering.language import output_space, sequences, tokens
 from stride_lightning.steering.subsets import sample_design
 from tests.helpers.texts import VOCABULARY, Texts, TinyLM, brute_scores, padded
+from tests.helpers.tiny import correlation
 
 TRAIN, QUERIES = Texts(13), Texts(5, seed=1)
 LAYERS = ["blocks.0", "blocks.2", "head"]
@@ -25,6 +26,14 @@ def ask(model, queries=QUERIES, train=TRAIN, **options):
     return attribute(model, loader(queries), train_data=loader(train), **options)
 
 
+def fit(model, **options):
+    return StrideAttributor(layers=LAYERS, show_progress=False, **options).fit(model, loader(TRAIN))
+
+
+def close(scores, expected, rtol=1e-5, atol=1e-9):
+    torch.testing.assert_close(scores.double(), expected.double(), rtol=rtol, atol=atol)
+
+
 @pytest.fixture
 def model():
     torch.set_default_dtype(torch.float64)
@@ -35,7 +44,7 @@ def model():
 def test_scores_are_the_closed_form(model):
     found = ask(model)
     assert found.std is None
-    assert torch.allclose(found.scores.double(), brute_scores(model, TRAIN, QUERIES, LAYERS), rtol=1e-5, atol=1e-9)
+    close(found.scores, brute_scores(model, TRAIN, QUERIES, LAYERS))
     assert found.metadata["options"]["recovery"] == "closed-form"
     assert found.metadata["sequences"]["steered"] == "logits"
 
@@ -53,34 +62,30 @@ def test_large_vocabularies_keep_the_diagonal_of_their_curvature(model, monkeypa
     assert found.metadata["sequences"]["steered"] == "logits"
     expected = brute_scores(model, TRAIN, QUERIES, LAYERS, diagonal=True)
     tolerance = 1e-4 if cached else 1e-5  # in single precision on disk
-    assert torch.allclose(found.scores.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+    close(found.scores, expected, tolerance, tolerance * float(expected.abs().max()))
     assert not torch.allclose(found.scores.double(), brute_scores(model, TRAIN, QUERIES, LAYERS), rtol=1e-3)
     if cached:  # what enters the head and the label, not what comes out
         tokens_seen = found.metadata["sequences"]["num_tokens"]
         assert found.metadata["sequences"]["cache_bytes"] == 4 * tokens_seen * (13 + 4 + 1 + 1)
-        assert torch.allclose(ask(model, **options).scores.double(), expected, rtol=1e-4, atol=1e-7)
+        close(ask(model, **options).scores, expected, 1e-4, 1e-7)
 
 
 def test_of_large_vocabularies_features_are_cut_alone(model, monkeypatch):
     monkeypatch.setattr(output_space, "MAX_DENSE", 3)
     monkeypatch.setattr(sequences, "HELD_BYTES", 1)
     monkeypatch.setattr(token_curvature, "MIN_FEATURES", 4)
-    found = StrideAttributor(layers=LAYERS, show_progress=False).fit(model, loader(TRAIN))
-    assert found.metadata["sequences"]["operator_shape"] == [13, VOCABULARY]  # 1024 numbers are always kept
-    curvature = found.fitted.curvature
-    cut = type(curvature)(found.fitted.moments, found.fitted.reader.widths, max_values=1)
+    attributor = fit(model)
+    assert attributor.metadata["sequences"]["operator_shape"] == [13, VOCABULARY]  # 1024 numbers are always kept
+    cut = token_curvature.TokenCurvature(attributor.fitted.moments, attributor.fitted.reader.widths, max_values=1)
     assert cut.shape == (4, VOCABULARY)
-    operators = ask(model, recovery="prior", num_subsets=8)
-    assert operators.std is not None
+    assert ask(model, recovery="prior", num_subsets=8).std is not None
 
 
 def test_the_last_hidden_state_is_steered_under_large_vocabularies(model, monkeypatch):
     monkeypatch.setattr(output_space, "MAX_DIRECT", 3)
     found = ask(model)
-    head = model.head.weight.detach()
     assert found.metadata["sequences"]["steered"] == "hidden"
-    expected = brute_scores(model, TRAIN, QUERIES, LAYERS, head=head)
-    assert torch.allclose(found.scores.double(), expected, rtol=1e-5, atol=1e-9)
+    close(found.scores, brute_scores(model, TRAIN, QUERIES, LAYERS, head=model.head.weight.detach()))
 
 
 def test_a_head_that_is_capped_is_sketched(model, monkeypatch):
@@ -95,22 +100,14 @@ def test_a_head_that_is_capped_is_sketched(model, monkeypatch):
     found, exact = ask(capped), brute_scores(capped, TRAIN, QUERIES, LAYERS)
     assert found.metadata["sequences"]["steered"] == "sketch"
     # Inner products of a sketch are right on average; the damping is over 4096 numbers, so only the order is compared.
-    correlation = torch.corrcoef(torch.stack([found.scores.double().flatten(), exact.flatten()]))[0, 1]
-    assert correlation > 0.9
+    assert correlation(found.scores, exact) > 0.9
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 256])
 def test_batch_size_and_padding_change_nothing(model, batch_size):
-    expected = ask(model).scores
-    other = attribute(
-        model,
-        loader(QUERIES, 2, lambda items: padded(items, extra=3)),
-        train_data=loader(TRAIN, 3),
-        layers=LAYERS,
-        batch_size=batch_size,
-        show_progress=False,
-    )
-    assert torch.allclose(other.scores, expected, rtol=1e-5, atol=1e-9)
+    wider = loader(QUERIES, 2, lambda items: padded(items, extra=3))
+    options = {"layers": LAYERS, "batch_size": batch_size, "show_progress": False}
+    close(attribute(model, wider, train_data=loader(TRAIN, 3), **options).scores, ask(model).scores)
 
 
 def test_batches_are_cut_to_what_logits_may_take(model, monkeypatch):
@@ -118,16 +115,16 @@ def test_batches_are_cut_to_what_logits_may_take(model, monkeypatch):
     monkeypatch.setattr(tokens, "BATCH_BYTES", 1)
     sizes = []
     model.register_forward_hook(lambda _, args, kwargs, out: sizes.append(len(out)), with_kwargs=True)
-    assert torch.allclose(ask(model).scores, expected, rtol=1e-5, atol=1e-9)
+    close(ask(model).scores, expected)
     assert sizes[-len(TRAIN) :] == [1] * len(TRAIN)
 
 
 def test_more_queries_than_fit_take_more_passes(model, monkeypatch):
     expected = ask(model).scores
     monkeypatch.setattr(sequences, "HELD_BYTES", 2 * 4 * 13 * VOCABULARY)
-    attributor = StrideAttributor(layers=LAYERS, show_progress=False).fit(model, loader(TRAIN))
+    attributor = fit(model)
     assert attributor.fitted.queries_per_pass() == 2
-    assert torch.allclose(attributor.attribute(loader(QUERIES)).scores, expected, rtol=1e-5, atol=1e-9)
+    close(attributor.attribute(loader(QUERIES)).scores, expected)
 
 
 def test_large_operators_are_cut_to_principal_directions(model, monkeypatch):
@@ -135,17 +132,15 @@ def test_large_operators_are_cut_to_principal_directions(model, monkeypatch):
     monkeypatch.setattr(sequences, "MAX_VALUES", 1024)  # more than there are: nothing is cut
     assert torch.equal(ask(model).scores, exact.scores)
     monkeypatch.setattr(token_curvature, "MIN_FEATURES", 4)
-    attributor = StrideAttributor(layers=LAYERS, show_progress=False).fit(model, loader(TRAIN))
-    found = attributor.fitted
-    cut = type(found.curvature)(found.moments, found.reader.widths, max_values=16, dtype=torch.float64)
+    found = fit(model).fitted
+    cut = token_curvature.TokenCurvature(found.moments, found.reader.widths, max_values=16, dtype=torch.float64)
     assert cut.shape == (4, 4)
     assert found.curvature.is_whole
     assert not cut.is_whole
     # Operators that were stored stand in directions of their own, and are fitted again.
     stored, design = torch.ones(8, 4, 4), sample_design(len(TRAIN), 8)
-    record = SimpleNamespace(
-        groups=("operators",), info={"design": design.info()}, tensors=lambda _: {"coefficients": stored}
-    )
+    info, tensors = {"design": design.info()}, lambda _: {"coefficients": stored}
+    record = SimpleNamespace(groups=("operators",), info=info, tensors=tensors)
     found.curvature, found.design = cut, design
     found.fit_operators(design, record)
     assert not torch.equal(found.operators.coefficients, stored)
@@ -177,20 +172,15 @@ def test_default_layers_are_spread_over_the_network(model):
 
 def test_recovery_with_a_prior_says_how_sure_it_is(model):
     found = ask(model, recovery="prior", num_subsets=12)
-    plain = ask(model)
-    assert found.std is not None
     assert (found.std > 0).all()
-    correlation = torch.corrcoef(torch.stack([found.scores.flatten(), plain.scores.flatten()]))[0, 1]
-    assert correlation > 0.9
+    assert correlation(found.scores, ask(model).scores) > 0.9
     assert found.metadata["design"]["num_subsets"] == 12
 
 
 @pytest.mark.parametrize("recovery", ["lasso", "ridge"])
 def test_other_recoveries_read_the_same_measurements(model, recovery):
     found = ask(model, recovery=recovery, num_subsets=40, penalty=0.01)
-    plain = ask(model)
-    correlation = torch.corrcoef(torch.stack([found.scores.double().flatten(), plain.scores.double().flatten()]))[0, 1]
-    assert correlation > 0.6
+    assert correlation(found.scores, ask(model).scores) > 0.6
 
 
 def test_what_belongs_to_other_models_is_refused(model):
