@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from stride_lightning.data.examples import HELD_BYTES, Examples
+from stride_lightning.data.examples import HELD_BYTES, Examples, num_bytes
 from stride_lightning.data.reading import Reading
 from stride_lightning.model.blocks import Gradients
 from stride_lightning.model.capture import Backward, Capture
@@ -54,12 +54,15 @@ class Reader:
         for rows in reading:
             inputs, targets = rows.encoded(num_outputs, target)
             encoded.append(targets)
-            size += _num_bytes(inputs, len(rows))
+            size += num_bytes(inputs, len(rows))
             if size <= HELD_BYTES:
                 held.append(inputs)
-        #: Encoded targets of all examples, shape ``(n, C)``.
-        self.encoded = _joined(encoded)
         self._num_outputs, self._lengths = num_outputs, [part.shape[1] for part in encoded]
+        if encoded[0].ndim == 3:  # sequences, padded with tokens of no weight
+            longest = max(self._lengths)
+            encoded = [F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in encoded]
+        #: Encoded targets of all examples, shape ``(n, C)``.
+        self.encoded = torch.cat(encoded)
         self.fingerprint = reading.fingerprint
         self._held: list[Any] | None = held if size <= HELD_BYTES else None
         #: Most tokens that count in the loss of an example; 1 unless outputs are of tokens.
@@ -204,14 +207,6 @@ def run_batches(
             yield Batch(places, reader.examples.positions[places], outputs, encoded, reader.most_tokens, task, backward)
 
 
-def _joined(encoded: list[Tensor]) -> Tensor:
-    """Encoded targets of all batches; those of sequences are padded with tokens of no weight."""
-    if encoded[0].ndim == 3:
-        longest = max(part.shape[1] for part in encoded)
-        encoded = [F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in encoded]
-    return torch.cat(encoded)
-
-
 def _counted(task: Task, encoded: Tensor) -> Tensor:
     """Which tokens count in the loss of their example, bool of shape ``(B, T)``."""
     return torch.as_tensor(task.output_weights(encoded))[..., 0] > 0
@@ -230,11 +225,3 @@ def _scrambled(keys: Tensor) -> Tensor:
     keys = (keys ^ (keys >> 30 & 0x3FFFFFFFF)) * -4658895280553007687
     keys = (keys ^ (keys >> 27 & 0x1FFFFFFFFF)) * -7723592293110705685
     return keys ^ (keys >> 31 & 0x1FFFFFFFF)
-
-
-def _num_bytes(inputs: Any, num_examples: int) -> int:
-    """Bytes of inputs that can be cut into examples; more than may be held if they cannot."""
-    leaves = pytree.tree_leaves(inputs)
-    if not all(isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == num_examples for leaf in leaves):
-        return HELD_BYTES + 1
-    return sum(leaf.numel() * leaf.element_size() for leaf in leaves)

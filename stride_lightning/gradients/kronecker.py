@@ -68,8 +68,6 @@ class EKFAC(Curvature):
     to ``MAX_VECTOR`` of them, else its diagonal.
 
     Memory: ``L^2 + R^2 + L R`` values for a block of matrices of shape ``(L, R)``.
-
-    Reference: arXiv:1806.03884 (EK-FAC); arXiv:2308.03296, section 2.2.
     """
 
     @override
