@@ -143,16 +143,17 @@ class Batch:
     @cached_property
     def _margin(self) -> tuple[Tensor, Tensor, Tensor]:
         """Derivative of the margin in the outputs, ``(B, C)``, first of minus and second of the loss in the margin."""
+        task = self._task
         try:
-            margin = self._task.margin(self.outputs, self.encoded)
+            margin = task.margin(self.outputs, self.encoded)
         except ValueError:
-            downhill = -self._derivative(self._task.loss)
+            downhill = -self._derivative(task.loss)
             size = downhill.flatten(1).norm(dim=1)
             unit = downhill / size.clamp(min=torch.finfo(size.dtype).tiny).reshape(-1, *[1] * (downhill.ndim - 1))
-            curved = self._task.curvature(self._task.mean(self.outputs), unit) * self._weights
+            curved = task.curvature(task.mean(self.outputs), unit) * task.output_weights(self.encoded)
             return unit, size, (unit * curved).flatten(1).sum(1)
         rest = torch.sigmoid(-margin)
-        return self._derivative(self._task.margin), rest, rest * torch.sigmoid(margin)
+        return self._derivative(task.margin), rest, rest * torch.sigmoid(margin)
 
     def curvature(self, seed: int, *, last: bool = True) -> Iterator[Gradients]:
         """Gradients whose outer products sum to the Gauss-Newton matrix of each example's loss.
@@ -162,6 +163,7 @@ class Batch:
         of their example that count, so that padding and the rest of a batch change nothing.
         """
         mean, width = self._task.mean(self.outputs), self.outputs.shape[-1]
+        weights = torch.as_tensor(self._task.output_weights(self.encoded))
         exact = width * self.most_tokens <= MAX_EXACT_OUTPUTS
         number = self._token_numbers()
         # What signs are made of; the tokens of an example have numbers of their own.
@@ -173,7 +175,7 @@ class Batch:
                 direction[..., column % width] = 1 if number is None else (number == column // width).to(mean)
             else:
                 direction = random_signs(keys, column, width, seed, mean) / NUM_DIRECTIONS**0.5
-            root = self._task.curvature_root(mean, direction) * torch.as_tensor(self._weights).sqrt()
+            root = self._task.curvature_root(mean, direction) * weights.sqrt()
             yield self._backward.gradients(root, last=last and column == count - 1)
 
     def _token_numbers(self) -> Tensor | None:
@@ -182,10 +184,6 @@ class Batch:
             return None
         counted = _counted(self._task, self.encoded)
         return (counted.cumsum(1) - 1).masked_fill(~counted, -1).cpu()
-
-    @property
-    def _weights(self) -> Tensor | float:
-        return self._task.output_weights(self.encoded)
 
     def _derivative(self, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         with torch.enable_grad():
