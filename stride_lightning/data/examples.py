@@ -32,8 +32,6 @@ from stride_lightning.runtime.randomness import mix, preserved_random_state, see
 HELD_BYTES = 2**28
 #: Examples that are read twice to find out whether reading is random.
 _NUM_PROBES = 16
-#: Texts that are looked at to find out what a batch means.
-_TEXTS_TO_LOOK_AT = 4
 
 
 @dataclass(eq=False)
@@ -167,10 +165,7 @@ class Examples:
         """
         if self._held is not None or self.is_random or self.collate_fn is not default_collate:
             return
-        leaves = pytree.tree_leaves(default_collate([self[0]]))
-        if not all(isinstance(leaf, Tensor) and leaf.ndim > 0 for leaf in leaves):
-            return  # texts are collated into lists
-        if sum(leaf.numel() * leaf.element_size() for leaf in leaves) * len(self) <= HELD_BYTES:
+        if num_bytes(default_collate([self[0]]), 1) * len(self) <= HELD_BYTES:
             self._held = default_collate([self[place] for place in range(len(self))])
 
     def transfer(self, batch: Any, device: torch.device) -> Any:
@@ -190,6 +185,14 @@ def own_hook(owner: object, name: str) -> Callable[..., Any] | None:
     return None if method is None or method.__qualname__.startswith("DataHooks.") else method
 
 
+def num_bytes(inputs: Any, num_examples: int) -> int:
+    """Bytes of tensors that can be cut into examples; more than may be held of what cannot, as collated texts."""
+    leaves = pytree.tree_leaves(inputs)
+    if not all(isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == num_examples for leaf in leaves):
+        return HELD_BYTES + 1
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+
+
 def first_batch(examples: Examples, batch_size: int, device: torch.device) -> Any:
     """The first batch in reading order, to find out what a batch means."""
     _ = examples.is_random  # asked of all examples, so that it is found out (and warned of) once
@@ -199,10 +202,10 @@ def first_batch(examples: Examples, batch_size: int, device: torch.device) -> An
 
 
 def first_look(examples: Examples, batch_size: int, device: torch.device) -> Any:
-    """The first batch, of up to 64 examples but only a few texts: the logits of many long ones may not fit."""
+    """The first batch, of up to 64 examples but only 4 texts: the logits of many long ones may not fit."""
     one = first_batch(examples, 1, device)
     is_text = isinstance(one, Mapping) and "input_ids" in one
-    return first_batch(examples, min(batch_size, _TEXTS_TO_LOOK_AT if is_text else 64), device)
+    return first_batch(examples, min(batch_size, 4 if is_text else 64), device)
 
 
 class _OneByOne(Dataset[Any]):

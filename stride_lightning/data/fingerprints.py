@@ -68,15 +68,11 @@ def _feed(hasher: Any, value: Any, *, content: bool) -> None:
         for item in value:
             _feed(hasher, item, content=content)
     elif isinstance(value, np.ndarray | np.generic):
-        hasher.update(f"{value.dtype}{value.shape}".encode())
-        if content:
-            hasher.update(np.ascontiguousarray(value).tobytes())
+        hasher.update(f"{value.dtype}{value.shape}".encode() + (value.tobytes() if content else b""))
     elif isinstance(value, bool | int | float | str | bytes) or value is None:
         hasher.update(repr(value).encode() if content else type(value).__name__.encode())
     elif hasattr(value, "tobytes") and hasattr(value, "size"):  # PIL images
-        hasher.update(f"{type(value).__name__}{value.size}".encode())
-        if content:
-            hasher.update(value.tobytes())
+        hasher.update(f"{type(value).__name__}{value.size}".encode() + (value.tobytes() if content else b""))
     elif hasattr(value, "__dict__"):
         hasher.update(type(value).__qualname__.encode())
         _feed(hasher, vars(value), content=content)

@@ -26,11 +26,10 @@ def loading_of(loader: DataLoader[Any]) -> Loading | None:
     sampler: Any = loader.batch_sampler
     if type(sampler) is not BatchSampler:
         return None
-    shuffles = not isinstance(sampler.sampler, SequentialSampler) and getattr(sampler.sampler, "shuffle", True)
     inner = sampler.sampler
-    is_whole = not isinstance(inner, RandomSampler) or (
-        not inner.replacement and inner.num_samples == len(inner.data_source)  # type: ignore[arg-type]
-    )
+    shuffles = not isinstance(inner, SequentialSampler) and getattr(inner, "shuffle", True)
+    is_random = isinstance(inner, RandomSampler)
+    is_whole = not is_random or (not inner.replacement and inner.num_samples == len(inner.data_source))
     return Loading(sampler.batch_size, bool(shuffles), sampler.drop_last, is_whole)
 
 

@@ -69,8 +69,6 @@ class GradientAttributor(PlannedAttributor):
         self.checkpoints = checkpoints
         self._fitted: list[Fitted] = []
 
-    # ---- what a method chooses --------------------------------------------------------------------------------
-
     @abstractmethod
     def curvature(self) -> Curvature:
         """A curvature to fit, one for each checkpoint."""
@@ -102,8 +100,6 @@ class GradientAttributor(PlannedAttributor):
     def scale(self) -> float:
         """Factor of all scores: the mean over checkpoints, of the effect of one of n examples on a mean loss."""
         return 1 / (len(self._fitted) * len(self.train_data))
-
-    # ---- fit --------------------------------------------------------------------------------------------------
 
     @override
     def fit_model(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
@@ -144,8 +140,6 @@ class GradientAttributor(PlannedAttributor):
 
     def _projected(self, gradients: Gradients) -> Gradients:
         return gradients if self._map is None else self._map(gradients)
-
-    # ---- attribute --------------------------------------------------------------------------------------------
 
     @override
     def score_queries(
@@ -197,8 +191,6 @@ class GradientAttributor(PlannedAttributor):
             return solved
         layouts = self.capture.layouts
         return Gradients({name: layouts[name].times(block, fitted.rates) for name, block in solved.items()})
-
-    # ---- self-influence ---------------------------------------------------------------------------------------
 
     @override
     def score_training_data(self, model: nn.Module, device: torch.device) -> Tensor:

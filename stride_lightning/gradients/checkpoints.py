@@ -9,16 +9,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import Tensor, nn
 
 from stride_lightning.gradients.stored_rates import stored_rates
 from stride_lightning.model.weights import check_fits, load_checkpoint, state_hash, weight_hash
 from stride_lightning.storage.lookup import attached_states, saved_states
-from stride_lightning.storage.records import RecordError, find_records, read_info, read_record
-
-PathLike: TypeAlias = str | os.PathLike[str]
+from stride_lightning.storage.records import PathLike, RecordError, find_records, read_info, read_record
 
 _SUFFIXES = (".ckpt", ".pt", ".pth")
 _KIND = "tracin"
@@ -71,8 +69,6 @@ def read_checkpoints(source: PathLike | Sequence[PathLike], model: nn.Module) ->
         ...         _ = torch.nn.init.zeros_(model.bias)
         ...     [checkpoint.step for checkpoint in read_checkpoints(folder, model)]
         [2, 10]
-
-    Reference: arXiv:2002.08484 (TracInCP, section 3.3).
     """
     sources = list(source) if isinstance(source, list | tuple) else [source]
     if not sources:
@@ -195,24 +191,17 @@ def _read(path: Path, model: nn.Module) -> Checkpoint:
     """One checkpoint, every byte verified, and fitting the model."""
     if path.is_dir():
         record = read_record(path)
-        if record.info.get("kind") != _KIND:
-            raise ValueError(f"{path} holds {record.info.get('kind')!r}, {_expected(path)}")
-        _check_fits(model, record.tensors("weights"), path)
+        if (kind := record.info.get("kind")) != _KIND:
+            raise ValueError(f"{path} holds {kind!r}, {_expected(path)}")
+        check_fits(model, record.tensors("weights"), f"{path}: ")
         return Checkpoint(path.name, path, record.info["learning_rates"], record.info["step"])
     content = load_checkpoint(path)
-    _check_fits(model, _state_of(content, path), path)
+    check_fits(model, _state_of(content, path), f"{path}: ")
     if "state_dict" not in content:
         return Checkpoint(path.name, path, None, None)
     step, rates = content.get("global_step"), stored_rates(content, model, str(path))
     is_scheduled = bool(content.get("lr_schedulers"))
     return Checkpoint(path.name, path, rates, None if step is None else int(step), is_scheduled)
-
-
-def _check_fits(model: nn.Module, state: Mapping[str, Any], path: Path) -> None:
-    try:
-        check_fits(model, state)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _state_of(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:

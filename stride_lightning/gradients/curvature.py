@@ -183,8 +183,6 @@ class DataInf(Curvature):
               = \frac{1}{\lambda} \Big( v - \frac{1}{n} \sum_j \frac{g_j' v}{\lambda + |g_j|^2} g_j \Big)
 
     Every call of :meth:`solve` passes over the training set once.
-
-    Reference: arXiv:2310.00902 (DataInf).
     """
 
     is_collective = True

@@ -9,11 +9,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-_CURE = (
-    "Give a larger `damping=` (it is relative to the mean eigenvalue: 0.1 is a tenth of it), or fewer features "
-    "(a smaller `projection_dim=`)."
-)
-
 
 def check_damping(damping: float) -> float:
     """The damping, if it is a non-negative number."""
@@ -27,7 +22,11 @@ def check_damping(damping: float) -> float:
 
 def singular(what: str, damping: float) -> str:
     """The message about a curvature that is singular with some damping."""
-    return f"The curvature of {what} is singular with a damping of {damping:g}: scores would be noise. {_CURE}"
+    return (
+        f"The curvature of {what} is singular with a damping of {damping:g}: scores would be noise. Give a larger "
+        "`damping=` (it is relative to the mean eigenvalue: 0.1 is a tenth of it), or fewer features (a smaller "
+        "`projection_dim=`)."
+    )
 
 
 class Damped(ABC):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from stride_lightning.data.examples import HELD_BYTES, Examples
+from stride_lightning.data.examples import HELD_BYTES, Examples, num_bytes
 from stride_lightning.data.reading import Reading
 from stride_lightning.model.blocks import Gradients
 from stride_lightning.model.capture import Backward, Capture
@@ -54,12 +54,15 @@ class Reader:
         for rows in reading:
             inputs, targets = rows.encoded(num_outputs, target)
             encoded.append(targets)
-            size += _num_bytes(inputs, len(rows))
+            size += num_bytes(inputs, len(rows))
             if size <= HELD_BYTES:
                 held.append(inputs)
-        #: Encoded targets of all examples, shape ``(n, C)``.
-        self.encoded = _joined(encoded)
         self._num_outputs, self._lengths = num_outputs, [part.shape[1] for part in encoded]
+        if encoded[0].ndim == 3:  # sequences, padded with tokens of no weight
+            longest = max(self._lengths)
+            encoded = [F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in encoded]
+        #: Encoded targets of all examples, shape ``(n, C)``.
+        self.encoded = torch.cat(encoded)
         self.fingerprint = reading.fingerprint
         self._held: list[Any] | None = held if size <= HELD_BYTES else None
         #: Most tokens that count in the loss of an example; 1 unless outputs are of tokens.
@@ -140,16 +143,17 @@ class Batch:
     @cached_property
     def _margin(self) -> tuple[Tensor, Tensor, Tensor]:
         """Derivative of the margin in the outputs, ``(B, C)``, first of minus and second of the loss in the margin."""
+        task = self._task
         try:
-            margin = self._task.margin(self.outputs, self.encoded)
+            margin = task.margin(self.outputs, self.encoded)
         except ValueError:
-            downhill = -self._derivative(self._task.loss)
+            downhill = -self._derivative(task.loss)
             size = downhill.flatten(1).norm(dim=1)
             unit = downhill / size.clamp(min=torch.finfo(size.dtype).tiny).reshape(-1, *[1] * (downhill.ndim - 1))
-            curved = self._task.curvature(self._task.mean(self.outputs), unit) * self._weights
+            curved = task.curvature(task.mean(self.outputs), unit) * task.output_weights(self.encoded)
             return unit, size, (unit * curved).flatten(1).sum(1)
         rest = torch.sigmoid(-margin)
-        return self._derivative(self._task.margin), rest, rest * torch.sigmoid(margin)
+        return self._derivative(task.margin), rest, rest * torch.sigmoid(margin)
 
     def curvature(self, seed: int, *, last: bool = True) -> Iterator[Gradients]:
         """Gradients whose outer products sum to the Gauss-Newton matrix of each example's loss.
@@ -159,6 +163,7 @@ class Batch:
         of their example that count, so that padding and the rest of a batch change nothing.
         """
         mean, width = self._task.mean(self.outputs), self.outputs.shape[-1]
+        weights = torch.as_tensor(self._task.output_weights(self.encoded))
         exact = width * self.most_tokens <= MAX_EXACT_OUTPUTS
         number = self._token_numbers()
         # What signs are made of; the tokens of an example have numbers of their own.
@@ -170,7 +175,7 @@ class Batch:
                 direction[..., column % width] = 1 if number is None else (number == column // width).to(mean)
             else:
                 direction = random_signs(keys, column, width, seed, mean) / NUM_DIRECTIONS**0.5
-            root = self._task.curvature_root(mean, direction) * torch.as_tensor(self._weights).sqrt()
+            root = self._task.curvature_root(mean, direction) * weights.sqrt()
             yield self._backward.gradients(root, last=last and column == count - 1)
 
     def _token_numbers(self) -> Tensor | None:
@@ -179,10 +184,6 @@ class Batch:
             return None
         counted = _counted(self._task, self.encoded)
         return (counted.cumsum(1) - 1).masked_fill(~counted, -1).cpu()
-
-    @property
-    def _weights(self) -> Tensor | float:
-        return self._task.output_weights(self.encoded)
 
     def _derivative(self, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         with torch.enable_grad():
@@ -204,14 +205,6 @@ def run_batches(
             yield Batch(places, reader.examples.positions[places], outputs, encoded, reader.most_tokens, task, backward)
 
 
-def _joined(encoded: list[Tensor]) -> Tensor:
-    """Encoded targets of all batches; those of sequences are padded with tokens of no weight."""
-    if encoded[0].ndim == 3:
-        longest = max(part.shape[1] for part in encoded)
-        encoded = [F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in encoded]
-    return torch.cat(encoded)
-
-
 def _counted(task: Task, encoded: Tensor) -> Tensor:
     """Which tokens count in the loss of their example, bool of shape ``(B, T)``."""
     return torch.as_tensor(task.output_weights(encoded))[..., 0] > 0
@@ -230,11 +223,3 @@ def _scrambled(keys: Tensor) -> Tensor:
     keys = (keys ^ (keys >> 30 & 0x3FFFFFFFF)) * -4658895280553007687
     keys = (keys ^ (keys >> 27 & 0x1FFFFFFFFF)) * -7723592293110705685
     return keys ^ (keys >> 31 & 0x1FFFFFFFF)
-
-
-def _num_bytes(inputs: Any, num_examples: int) -> int:
-    """Bytes of inputs that can be cut into examples; more than may be held if they cannot."""
-    leaves = pytree.tree_leaves(inputs)
-    if not all(isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == num_examples for leaf in leaves):
-        return HELD_BYTES + 1
-    return sum(leaf.numel() * leaf.element_size() for leaf in leaves)

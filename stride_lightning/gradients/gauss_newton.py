@@ -55,7 +55,8 @@ class GaussNewton(Curvature):
         for _, inputs, encoded in self._train.reader.batches(share):
             for name, value in self._batch_product(inputs, encoded, tangents).items():
                 summed[name] += value
-        result = self._flat(summed) / count
+        joined = torch.cat([layout.join(summed) for layout in self._train.capture.layouts.values()], 1)
+        result = (joined if joined.dtype == torch.float64 else joined.float()) / count
         return total(result) if places is None else result
 
     def _batch_product(self, inputs: Any, encoded: Tensor, tangents: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -88,10 +89,6 @@ class GaussNewton(Curvature):
         # In the order of the parameters, as tangents must have the layout of what they are tangents of.
         parameters = self._train.capture.parameters
         return {name: parts[name].contiguous().to(parameters[name].dtype) for name in parameters}
-
-    def _flat(self, parts: dict[str, Tensor]) -> Tensor:
-        joined = torch.cat([layout.join(parts) for layout in self._train.capture.layouts.values()], 1)
-        return joined if joined.dtype == torch.float64 else joined.float()
 
     def _gradients(self, vectors: Tensor) -> Gradients:
         blocks = vectors.split(list(self._sizes.values()), dim=1)
@@ -153,8 +150,6 @@ class LiSSA(GaussNewton):
     ``v <- g + (I - (H_b + damping I) / s) v`` for one batch b after another ends near ``s (H + damping I)^-1 g``. The
     scale s is above the largest eigenvalue of every batch, found by power iteration: the series cannot diverge. The
     second half of the terms is averaged, as the last alone keeps the noise of the last batches.
-
-    Reference: arXiv:1602.03943 (LiSSA); arXiv:1703.04730, section 3.
     """
 
     def __init__(self, damping: float = 0.0, *, depth: int = 200) -> None:

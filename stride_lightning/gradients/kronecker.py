@@ -68,8 +68,6 @@ class EKFAC(Curvature):
     to ``MAX_VECTOR`` of them, else its diagonal.
 
     Memory: ``L^2 + R^2 + L R`` values for a block of matrices of shape ``(L, R)``.
-
-    Reference: arXiv:1806.03884 (EK-FAC); arXiv:2308.03296, section 2.2.
     """
 
     @override
@@ -116,50 +114,41 @@ class EKFAC(Curvature):
             yield name, (left.T @ rights[name]).flatten()
 
     def _fit_bases(self, train: TrainingSide) -> dict[str, Basis]:
-        lefts: defaultdict[str, Any] = defaultdict(float)
-        rights: defaultdict[str, Any] = defaultdict(float)
+        covariances: defaultdict[tuple[str, str], Any] = defaultdict(float)
         shapes: dict[str, tuple[int, int]] = {}
         padded = train.task.has_padding
         for batch in train.batches("EK-FAC factors"):
             for column, gradients in enumerate(batch.curvature(train.seed)):
                 for name, block in gradients.items():
                     shapes[name], constant = block.shape, train.capture.layouts[name].constant_side
-                    for sums, side, factors in ((lefts, "left", _left_factors), (rights, "right", _right_factors)):
+                    for side in ("left", "right"):
                         if column == 0 or padded or side != constant:
-                            for factor in factors(block, padded=padded):
-                                sums[name] += factor.T @ factor
-        vectors = {name: (_eigenvectors(lefts.get(name)), _eigenvectors(rights.get(name))) for name in shapes}
-        return {name: Basis(shape, *vectors[name]) for name, shape in shapes.items()}
+                            for factor in _factors(block, side, padded=padded):
+                                covariances[name, side] += factor.T @ factor
+        vectors: dict[tuple[str, str], Tensor] = {}
+        for name, side in sorted(covariances):  # in the same order in all processes
+            covariance = total(covariances[name, side])
+            vectors[name, side] = torch.linalg.eigh(covariance.double())[1].to(covariance)
+        return {
+            name: Basis(shape, vectors.get((name, "left")), vectors.get((name, "right")))
+            for name, shape in shapes.items()
+        }
 
 
-def _left_factors(block: Block, *, padded: bool) -> list[Tensor]:
-    """What the basis of the rows is made of (nothing where they keep their own), without places of padding.
+def _factors(block: Block, side: str, *, padded: bool) -> list[Tensor]:
+    """What the basis of a side's rows (left) or columns (right) is made of; nothing where they keep their own.
 
-    Those have a gradient of zero and are not part of the data.
+    If padded, places with a gradient of zero are left out: padding is not part of the data.
     """
+    is_left = side == "left"
     if block.is_dense:
-        return [block.dense()] if block.size <= MAX_VECTOR else []
-    if block.shape[0] > MAX_SIDE or all(outer.is_lookup for outer in block.outers):
+        return [block.dense()] if is_left and block.size <= MAX_VECTOR else []
+    if block.shape[0 if is_left else 1] > MAX_SIDE or (is_left and all(outer.is_lookup for outer in block.outers)):
         return []
-    return [
-        (outer.left_dense() * _is_not_zero(outer.right) if padded else outer.left_dense()).flatten(0, 1)
-        for outer in block.outers
-    ]
-
-
-def _right_factors(block: Block, *, padded: bool) -> list[Tensor]:
-    if block.is_dense or block.shape[1] > MAX_SIDE:
-        return []
-    return [
-        (outer.right * _is_not_zero(outer.left) if padded and not outer.is_lookup else outer.right).flatten(0, 1)
-        for outer in block.outers
-    ]
-
-
-def _is_not_zero(factor: Tensor) -> Tensor:
-    """Of the places of outer products, shape ``(B, places, 1)``."""
-    return (factor != 0).any(-1, keepdim=True)
-
-
-def _eigenvectors(covariance: Tensor | None) -> Tensor | None:
-    return None if covariance is None else torch.linalg.eigh(total(covariance).double())[1].to(covariance)
+    factors = []
+    for outer in block.outers:
+        values, others = (outer.left_dense(), outer.right) if is_left else (outer.right, outer.left)
+        if padded and others.is_floating_point():
+            values = values * (others != 0).any(-1, keepdim=True)
+        factors.append(values.flatten(0, 1))
+    return factors

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from stride_lightning.attributor import Attributor
 from stride_lightning.data.examples import Examples, first_batch
 from stride_lightning.data.reading import count_outputs
 from stride_lightning.gradients.features import Reader
-from stride_lightning.gradients.outputs import TaskOutputs
+from stride_lightning.model.capture import Outputs
 from stride_lightning.model.layers import check_layers, cloned, in_precision_of
 from stride_lightning.model.plan import plan_capture, probe_places
 from stride_lightning.results.attribution import Attribution
@@ -21,9 +22,27 @@ from stride_lightning.results.top_examples import TopCollector, joined
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import gather, shard, world_size
 from stride_lightning.runtime.progress import announce
+from stride_lightning.tasks.inference import check_outputs
+from stride_lightning.tasks.likelihoods import Task, columns
 
 #: Bytes of a tile of scores where only the best are kept.
 TILE_BYTES = 2**26
+
+
+class TaskOutputs(Outputs):
+    """Outputs of a model as a task reads them, of shape ``(B, C)``, or ``(B, T, C)`` for tokens."""
+
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        super().__init__(model)
+        self._task = [task]  # in a list: a task may be a module, and is not part of the model
+
+    @override
+    def forward(self, inputs: Any) -> Tensor:
+        return columns(self._task[0].outputs(self.model, inputs))
+
+    @override
+    def check(self, outputs: object, num_examples: int) -> None:
+        check_outputs(outputs, num_examples, self._task[0])
 
 
 class PlannedAttributor(Attributor):
@@ -102,20 +121,20 @@ class PlannedAttributor(Attributor):
             collectors.append(TopCollector(size, k or 1))
             # As many tiles on every rank, as some curvatures solve together.
             for start in range(self.share.start, self.share.start + longest, step):
-                columns = slice(min(start, self.share.stop), min(start + step, self.share.stop))
-                part = tile(columns)
+                places = slice(min(start, self.share.stop), min(start + step, self.share.stop))
+                part = tile(places)
                 if not torch.isfinite(part).all():
                     query, column = (~torch.isfinite(part)).nonzero()[0].tolist()
                     raise ValueError(
                         f"The score of query {queries.examples.name(chunk.start + query)} for training example "
-                        f"{self.train_data.name(columns.start + column)} is not finite: its gradient is too large for "
+                        f"{self.train_data.name(places.start + column)} is not finite: its gradient is too large for "
                         "the precision, or the curvature too small. Check the weights, or give a larger `damping=` (or "
                         "`ridge=`)."
                     )
                 if k is None:
                     scores[chunk] = part.float().cpu()
                 else:
-                    collectors[-1].update(part, torch.arange(columns.start, columns.stop))
+                    collectors[-1].update(part, torch.arange(places.start, places.stop))
         about: dict[str, Any] = {
             "train_targets": self.task.shown(self.reader.encoded),
             "query_targets": self.task.shown(queries.encoded),

@@ -14,7 +14,7 @@ from stride_lightning.gradients.damping import check_damping
 from stride_lightning.gradients.features import Batch
 from stride_lightning.gradients.gauss_newton import ConjugateGradient, LiSSA
 from stride_lightning.gradients.kronecker import EKFAC
-from stride_lightning.gradients.outputs import TaskOutputs
+from stride_lightning.gradients.planned import TaskOutputs
 from stride_lightning.gradients.projection import JointProjection, LayerProjection, Projection
 from stride_lightning.model.blocks import Gradients
 from stride_lightning.model.capture import Capture
@@ -85,7 +85,7 @@ class DataInfAttributor(InfluenceAttributor):
 class EKFACAttributor(InfluenceAttributor):
     """Influence with EK-FAC: the Gauss-Newton matrix of each layer in the eigenbasis of its Kronecker factors.
 
-    Reference: arXiv:1806.03884; arXiv:2308.03296.
+    Reference: arXiv:1806.03884; arXiv:2308.03296, section 2.2.
     """
 
     method, default_damping, curvature_class = "ekfac", 1.0, EKFAC
@@ -164,7 +164,7 @@ class LoGraAttributor(InfluenceAttributor):
         projection_dim: Rows and columns that are left of each layer's gradient; narrower sides are kept.
         kwargs: Arguments of :class:`InfluenceAttributor`.
 
-    Reference: arXiv:2405.13954.
+    Reference: arXiv:2405.13954, section 3.
     """
 
     method, default_damping, curvature_class = "logra", 1.0, GaussNewtonBlocks

@@ -55,9 +55,8 @@ class JointProjection(Projection):
 
     so that no gradient is ever made: ``m (L + R)`` operations per place and layer in place of ``m L R``. Inner
     products are kept on average. Blocks without factors are added by a count sketch. The signs take ``4 m (L + R)``
-    bytes for a layer. Up to m parameters in all blocks are kept as they are.
-
-    Reference: arXiv:2303.14186 (TRAK), for the projection; the product form is that of tensor sketches.
+    bytes for a layer. Up to m parameters in all blocks are kept as they are. The product form is that of tensor
+    sketches.
     """
 
     def __init__(self, dim: int, seed: int, num_parameters: int) -> None:
@@ -88,8 +87,6 @@ class LayerProjection(Projection):
     """Each block onto ``dim x dim`` features: both sides of its matrices by random signs, ``P_S G P_A'``.
 
     A side narrower than ``dim`` is kept as it is.
-
-    Reference: arXiv:2405.13954 (LoGra), section 3.
     """
 
     def __init__(self, dim: int, seed: int) -> None:

@@ -13,10 +13,6 @@ from stride_lightning.model.layers import plain_name
 from stride_lightning.runtime.randomness import preserved_random_state
 
 
-class _UnknownError(Exception):
-    """Why it cannot be told which parameters are in which group; a clause that completes "because"."""
-
-
 def stored_rates(checkpoint: Mapping[str, Any], model: nn.Module, where: str) -> dict[str, float] | None:
     """Learning rates by plain parameter name, as they were when the checkpoint was saved.
 
@@ -47,21 +43,21 @@ def stored_rates(checkpoint: Mapping[str, Any], model: nn.Module, where: str) ->
     trainable = [plain_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if alike and sum(len(group["params"]) for group in groups) == len(trainable):
         return dict.fromkeys(trainable, rates[0])
-    try:
-        return _by_order(by_optimizer, model)
-    except _UnknownError as reason:
-        if alike:
-            warnings.warn(
-                f"{where}: its optimizers hold other parameters than {type(model).__name__} has trainable ones, and "
-                f"which cannot be told because {reason}. Its learning rate {rates[0]:g} is taken for all.",
-                stacklevel=2,
-            )
-            return dict.fromkeys(trainable, rates[0])
-        raise ValueError(
-            f"{where} has several learning rates ({', '.join(f'{rate:g}' for rate in rates)}), and which "
-            f"parameters they are of cannot be told because {reason}. Use the records of TracInCallback, which name "
-            "them, or make the optimizer with model.named_parameters(), so that the checkpoint does."
-        ) from reason
+    by_order = _by_order(by_optimizer, model)
+    if isinstance(by_order, dict):
+        return by_order
+    if alike:
+        warnings.warn(
+            f"{where}: its optimizers hold other parameters than {type(model).__name__} has trainable ones, and "
+            f"which cannot be told because {by_order}. Its learning rate {rates[0]:g} is taken for all.",
+            stacklevel=2,
+        )
+        return dict.fromkeys(trainable, rates[0])
+    raise ValueError(
+        f"{where} has several learning rates ({', '.join(f'{rate:g}' for rate in rates)}), and which parameters they "
+        f"are of cannot be told because {by_order}. Use the records of TracInCallback, which name them, or make the "
+        "optimizer with model.named_parameters(), so that the checkpoint does."
+    )
 
 
 def _by_stored_names(groups: Sequence[Mapping[str, Any]], model: nn.Module) -> dict[str, float] | None:
@@ -76,21 +72,19 @@ def _by_stored_names(groups: Sequence[Mapping[str, Any]], model: nn.Module) -> d
     return rates
 
 
-def _by_order(groups: Sequence[Sequence[Mapping[str, Any]]], model: Any) -> dict[str, float]:
-    """By the order of parameters in freshly configured optimizers."""
+def _by_order(groups: Sequence[Sequence[Mapping[str, Any]]], model: Any) -> dict[str, float] | str:
+    """By the order of parameters in freshly configured optimizers, or why that cannot be told."""
     if not hasattr(model, "configure_optimizers"):
-        raise _UnknownError(f"{type(model).__name__} has no configure_optimizers")
+        return f"{type(model).__name__} has no configure_optimizers"
     try:
         with preserved_random_state():
             optimizers = _optimizers_of(model.configure_optimizers())
     except Exception as error:
-        raise _UnknownError(f"configure_optimizers() gave {type(error).__name__}: {error}") from error
+        return f"configure_optimizers() gave {type(error).__name__}: {error}"
     stored = [[len(group["params"]) for group in of_one] for of_one in groups]
     made = [[len(group["params"]) for group in optimizer.param_groups] for optimizer in optimizers]
     if stored != made:
-        raise _UnknownError(
-            f"configure_optimizers() makes groups of {made} parameters (by optimizer), the file has {stored}"
-        )
+        return f"configure_optimizers() makes groups of {made} parameters (by optimizer), the file has {stored}"
     names = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
     return {
         names[id(parameter)]: float(group["lr"])

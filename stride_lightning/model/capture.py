@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from stride_lightning.model.blocks import Block, Gradients, Outer
-from stride_lightning.model.layer_rules import Call, LayerRule, UnusualShape, gradients_through, output_tensors
+from stride_lightning.model.layer_rules import Call, UnusualShape, gradients_through, output_tensors
 from stride_lightning.model.layers import check_layers, find_module, plain_name, uncompiled
 from stride_lightning.model.layout import Layout, Source
 
@@ -205,20 +205,22 @@ class Backward:
                         vectors = _at_least_single(self._run_again(layout, source, number))
                         total = vectors if total is None else total + vectors
                     else:
-                        outers.append(self._outer(source.rule, call, *back))
+                        assert back[0] is not None
+                        outer = source.rule.outer(call, back[0], len(self._direction))
+                        left, right = _at_least_single(outer.left), _at_least_single(outer.right)
+                        outers.append(Outer(left, right, outer.num_rows))
                 except UnusualShape as error:
-                    raise self._unusual(source) from error
+                    kind = type(self._capture.module(source.module)).__name__
+                    raise UnusualShape(
+                        f"In a batch of {len(self._direction)} examples the module {source.module!r} ({kind}) does not "
+                        "see one part per example along its first axis, as it did for the first examples. Use "
+                        "batch_size=1, or name the modules whose parameters count with `layers=[...]`."
+                    ) from error
         if outers:
             return Block(None, tuple(outers))
         if total is None:
             total = _at_least_single(self._direction.new_zeros(len(self._direction), layout.num_parameters))
         return Block(total)
-
-    def _outer(self, rule: LayerRule, call: Call, back: Tensor | None) -> Outer:
-        assert back is not None
-        outer = rule.outer(call, back, len(self._direction))
-        left = outer.left if outer.is_lookup else _at_least_single(outer.left)
-        return Outer(left, _at_least_single(outer.right), outer.num_rows)
 
     def _run_again(self, layout: Layout, source: Source, number: int) -> Tensor:
         key = (source.module, source.vectorized, number)
@@ -245,18 +247,10 @@ class Backward:
             self._again[key] = dict(zip(parameters, gradients.values(), strict=True))
         return layout.join({name: self._again[key][name] for name in layout.parameters})
 
-    def _unusual(self, source: Source) -> ValueError:
-        kind = type(self._capture.module(source.module)).__name__
-        return UnusualShape(
-            f"In a batch of {len(self._direction)} examples the module {source.module!r} ({kind}) does not see one "
-            "part per example along its first axis, as it did for the first examples. Use batch_size=1, or name the "
-            "modules whose parameters count with `layers=[...]`."
-        )
-
 
 def _at_least_single(values: Tensor) -> Tensor:
     """Gradients of a model in half precision are summed in single precision."""
-    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def chosen_parameters(model: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Parameter]:

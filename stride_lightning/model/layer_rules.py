@@ -73,22 +73,18 @@ class ConvolutionRule(LayerRule):
 
     @override
     def outer(self, call: Call, coming_back: Tensor, num_examples: int) -> Outer:
-        if len(coming_back) != num_examples or coming_back.ndim != len(self.module.kernel_size) + 2:
-            raise UnusualShape
-        patches = _with_one(self._patches(call.args[0].detach()), self.has_bias)
-        return Outer(coming_back.flatten(2).transpose(1, 2), patches, coming_back.shape[1])
-
-    def _patches(self, inputs: Tensor) -> Tensor:
-        """Shape ``(B, places, channels * kernel)``."""
         module, dims = self.module, len(self.module.kernel_size)
+        if len(coming_back) != num_examples or coming_back.ndim != dims + 2:
+            raise UnusualShape
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        inputs = F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
+        inputs = F.pad(call.args[0].detach(), module._reversed_padding_repeated_twice, mode=mode)
         for axis in range(dims):
             kernel, dilation = module.kernel_size[axis], module.dilation[axis]
             inputs = inputs.unfold(axis + 2, dilation * (kernel - 1) + 1, module.stride[axis])[..., ::dilation]
         # (B, channels, *places, *kernel) -> (B, places, channels * kernel)
         order = [0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims)]
-        return inputs.permute(order).flatten(1 + dims).flatten(1, dims)
+        patches = _with_one(inputs.permute(order).flatten(1 + dims).flatten(1, dims), self.has_bias)
+        return Outer(coming_back.flatten(2).transpose(1, 2), patches, coming_back.shape[1])
 
 
 class EmbeddingRule(LayerRule):

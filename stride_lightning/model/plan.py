@@ -52,7 +52,7 @@ def plan_capture(
     probe = _Probe(capture, examples, together)
     owners = _owners(capture)
     groups = _groups(capture, owners, probe.ran)
-    pending = {group[0]: iter(_candidates(capture, owners, group, probe.ran)) for group in groups}
+    pending = {group[0]: _candidates(capture, owners, group, probe.ran) for group in groups}
     chosen: dict[str, Layout] = {}
     while pending:
         tried = {name: next(candidates, None) for name, candidates in pending.items()}

@@ -170,11 +170,11 @@ def borrowed(
             module.training = training
 
 
-def check_fits(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+def check_fits(model: nn.Module, state: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """The weights under the model's own names, without loading them; both sides may or may not be compiled.
 
     Raises:
-        ValueError: If they are of another architecture, naming the parameters.
+        ValueError: If they are of another architecture, naming the parameters after ``where``.
 
     Example:
         >>> sorted(check_fits(nn.Linear(2, 1), nn.Linear(2, 1).state_dict()))
@@ -198,7 +198,7 @@ def check_fits(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
             f"other shape: {'; '.join(wrong[:3])}" if wrong else "",
         ]
         raise ValueError(
-            f"The checkpoint's weights do not fit {type(model).__name__} "
+            f"{where}The checkpoint's weights do not fit {type(model).__name__} "
             f"({' | '.join(filter(None, parts))}). Build the model with the settings it was trained with."
         )
     return {names[name]: value for name, value in given.items()}

@@ -21,11 +21,6 @@ from stride_lightning.tasks.likelihoods import (
 )
 from stride_lightning.tasks.texts import logits_of
 
-_PROBABILITIES = (
-    "The model's outputs look like probabilities (non-negative rows that sum to 1), not logits. Pass a task whose "
-    f"`outputs(model, inputs)` returns their logarithm or the layer before the softmax. {HOW_TO_PASS_TASK}"
-)
-
 
 def infer_task_of(batch: Any, model: nn.Module) -> Task:
     """The built-in task that fits the first batch, or an error that says how to pass one.
@@ -104,7 +99,11 @@ def _infer_language_task(batch: Mapping[str, Any], model: nn.Module) -> Task:
 def _checked(task: Task, outputs: Tensor) -> Task:
     """The task, if its outputs are not probabilities."""
     if (outputs >= 0).all() and torch.allclose(outputs.sum(-1), outputs.new_ones(()), atol=1e-3):
-        raise ValueError(_PROBABILITIES)
+        raise ValueError(
+            "The model's outputs look like probabilities (non-negative rows that sum to 1), not logits. Pass a task "
+            "whose `outputs(model, inputs)` returns their logarithm or the layer before the softmax. "
+            + HOW_TO_PASS_TASK
+        )
     return task
 
 

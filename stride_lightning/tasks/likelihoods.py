@@ -45,8 +45,6 @@ class Task(ABC):
     #: Whether examples of different lengths are padded to be a batch.
     has_padding: ClassVar[bool] = False
 
-    # ---- reading a batch ------------------------------------------------------------------------------------
-
     def inputs(self, batch: Any) -> Any:
         """What :meth:`outputs` hands to the model; by default the first item of a ``(inputs, targets)`` batch."""
         if not isinstance(batch, tuple | list) or len(batch) < 1:
@@ -63,8 +61,6 @@ class Task(ABC):
 
     def check_batch(self, model: nn.Module, batch: Any) -> None:  # noqa: B027
         """Refuse, by a RowError, a batch that a model cannot take, before it runs; nothing is refused by default."""
-
-    # ---- the likelihood -------------------------------------------------------------------------------------
 
     @abstractmethod
     def encode(self, targets: Tensor, num_outputs: int) -> Tensor:

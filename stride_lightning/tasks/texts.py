@@ -39,6 +39,7 @@ def unpack(packed: Any, positions: Tensor, fill: float) -> Any:
     ``positions`` are those of every token in its sequence; what has not their shape is returned as it is.
 
     Example:
+        >>> import torch
         >>> unpack(torch.tensor([[5, 6, 7]]), torch.tensor([[0, 0, 1]]), 0)
         tensor([[5, 0],
                 [6, 7]])

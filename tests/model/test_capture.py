@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from stride_lightning import Classification
-from stride_lightning.gradients.outputs import TaskOutputs
+from stride_lightning.gradients.planned import TaskOutputs
 from stride_lightning.model.capture import Outputs, chosen_parameters
 from stride_lightning.model.plan import plan_capture
 from tests.helpers.gradient_models import (
