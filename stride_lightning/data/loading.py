@@ -1,4 +1,4 @@
-"""How a DataLoader makes batches, so that training can be repeated."""
+"""How a DataLoader makes batches, and what its sampler draws, so that training can be repeated."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data.distributed import DistributedSampler
 
 from stride_lightning.runtime.checks import check_count
 
@@ -31,6 +32,21 @@ def loading_of(loader: DataLoader[Any]) -> Loading | None:
     is_random = isinstance(inner, RandomSampler)
     is_whole = not is_random or (not inner.replacement and inner.num_samples == len(inner.data_source))
     return Loading(sampler.batch_size, bool(shuffles), sampler.drop_last, is_whole)
+
+
+def partial_sampler(source: Any) -> str:
+    """The type of a loader's sampler that does more than shuffle, repeat or split the whole dataset; else nothing."""
+    if not isinstance(source, DataLoader):
+        return ""
+    if type(source.batch_sampler) is not BatchSampler:
+        return type(source.batch_sampler).__name__
+    # Not source.sampler: that is a stand-in where the user gave a batch sampler.
+    outer: Any = source.batch_sampler.sampler
+    # Lightning wraps a sampler of the user's own for distributed runs; look at the one inside.
+    inner = getattr(getattr(outer, "dataset", None), "_sampler", None)
+    sampler = inner if isinstance(outer, DistributedSampler) and inner is not None else outer
+    is_known = type(sampler) in (RandomSampler, SequentialSampler) or isinstance(sampler, DistributedSampler)
+    return "" if is_known else type(outer).__name__
 
 
 def check_loading(loading: Loading | None, batch_size: int | None) -> Loading:

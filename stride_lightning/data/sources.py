@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import DataLoader, IterableDataset
 
 from stride_lightning.data.examples import Examples, own_hook
-from stride_lightning.data.loading import loading_of
+from stride_lightning.data.loading import loading_of, partial_sampler
 
 
 def resolve_train_data(
@@ -43,7 +42,7 @@ def resolve_train_data(
     examples = _from_loader_or_dataset(source, "train_data", owners)
     if train_indices is not None:
         examples.positions = _checked_positions(train_indices, len(examples.dataset))
-    elif sampler := _partial_sampler(source):
+    elif sampler := partial_sampler(source):
         raise ValueError(
             f"The training DataLoader draws through a {sampler}, so which examples were trained on cannot "
             "be told. Pass `train_indices=` with their positions in the dataset."
@@ -65,7 +64,7 @@ def resolve_queries(source: Any, model: object | None = None) -> Examples:
         source.setup("test" if stage == "test" else "validate")
         source = getattr(source, f"{stage}_dataloader")()
     examples = _from_loader_or_dataset(source, "queries", owners)
-    if sampler := _partial_sampler(source):
+    if sampler := partial_sampler(source):
         raise ValueError(
             f"The query DataLoader draws through a {sampler}. Queries are named by their position: pass "
             "torch.utils.data.Subset(dataset, positions) instead."
@@ -98,21 +97,6 @@ def _from_loader_or_dataset(source: Any, what: str, owners: tuple[Any, ...]) -> 
         examples.collate_fn, examples.loading = source.collate_fn, loading_of(source)
         examples.num_workers, examples.worker_init_fn = source.num_workers, source.worker_init_fn
     return examples
-
-
-def _partial_sampler(source: Any) -> str:
-    """The type of a loader's sampler that does more than shuffle, repeat or split the whole dataset; else nothing."""
-    if not isinstance(source, DataLoader):
-        return ""
-    if type(source.batch_sampler) is not BatchSampler:
-        return type(source.batch_sampler).__name__
-    # Not source.sampler: that is a stand-in where the user gave a batch sampler.
-    outer: Any = source.batch_sampler.sampler
-    # Lightning wraps a sampler of the user's own for distributed runs; look at the one inside.
-    inner = getattr(getattr(outer, "dataset", None), "_sampler", None)
-    sampler = inner if isinstance(outer, DistributedSampler) and inner is not None else outer
-    is_known = type(sampler) in (RandomSampler, SequentialSampler) or isinstance(sampler, DistributedSampler)
-    return "" if is_known else type(outer).__name__
 
 
 def _checked_positions(indices: Sequence[int] | Tensor, size: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from stride_lightning.gradients.damping import Damped, DampedKernel, DampedMatrix, singular
+from stride_lightning.gradients.damping import Damped, DampedKernel, DampedMatrix, RelativeDamping, singular
 from stride_lightning.gradients.features import Batch, Reader, run_batches
 from stride_lightning.model.blocks import Gradients
 from stride_lightning.model.capture import Capture
@@ -51,25 +51,19 @@ class TrainingSide:
             yield batch.places, self.features(batch)
 
 
-class Curvature(ABC):
+class Curvature(RelativeDamping, ABC):
     """``(H + damping)^-1`` for a matrix H that belongs to the mean loss of the training examples.
 
-    A new one is a subclass with :meth:`fit` and :meth:`solve`. ``damping`` is relative to H's mean eigenvalue.
+    A new one is a subclass with :meth:`fit` and :meth:`solve`.
     """
 
     #: Whether all processes solve for the same gradients together, each with its share of the training examples.
     is_collective: ClassVar[bool] = False
 
     def __init__(self, damping: float = 0.0) -> None:
-        self.damping = damping
-        self.mean_eigenvalue = 0.0  # of all blocks of H together; set by fit
+        super().__init__(damping)
         #: What was found besides, for the metadata.
         self.chosen: dict[str, Any] = {}
-
-    @property
-    def absolute_damping(self) -> float:
-        """What is added to the eigenvalues."""
-        return self.damping * self.mean_eigenvalue
 
     def described(self) -> dict[str, Any]:
         """What was found, for the metadata."""
@@ -78,16 +72,6 @@ class Curvature(ABC):
     @abstractmethod
     def fit(self, train: TrainingSide) -> None:
         """Do everything that does not depend on the damping or on queries; every process fits to its share."""
-
-    def set_mean_eigenvalue(self, mean: float) -> None:
-        """Set what the damping is relative to; zero is refused, since no damping would help."""
-        if not mean > 0:
-            raise ValueError(
-                f"The curvature is {mean:g} in all directions: the outputs of the model are sure of every training "
-                "example, or do not depend on these parameters, so there is nothing to divide by. "
-                "method='grad-dot' needs no curvature."
-            )
-        self.mean_eigenvalue = mean
 
     @abstractmethod
     def solve(self, gradients: Gradients) -> Gradients:

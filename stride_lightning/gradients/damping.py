@@ -29,6 +29,31 @@ def singular(what: str, damping: float) -> str:
     )
 
 
+class RelativeDamping:
+    """The rule of all curvatures: ``damping`` is relative to the mean eigenvalue of all blocks together.
+
+    The mean is over eigenvalues that can be non-zero: ``trace / min(n, p)``; ``trace / p`` for EK-FAC and diagonals.
+    """
+
+    def __init__(self, damping: float) -> None:
+        self.damping, self.mean_eigenvalue = damping, 0.0  # until fit sets it
+
+    @property
+    def absolute_damping(self) -> float:
+        """What is added to the eigenvalues."""
+        return self.damping * self.mean_eigenvalue
+
+    def set_mean_eigenvalue(self, mean: float) -> None:
+        """Set what the damping is relative to; zero is refused, since no damping would help."""
+        if not mean > 0:
+            raise ValueError(
+                f"The curvature is {mean:g} in all directions: the outputs of the model are sure of every training "
+                "example, or do not depend on these parameters, so there is nothing to divide by. "
+                "method='grad-dot' needs no curvature."
+            )
+        self.mean_eigenvalue = mean
+
+
 class Damped(ABC):
     """A positive semi-definite matrix H and the damped systems it makes, from a factorised one, float64 ``(m, m)``."""
 
