@@ -63,7 +63,6 @@ def evaluation():
     return run(THREE, counterfactuals={"exact": counterfactual_of(WEIGHTS), "noisy": counterfactual_of(NOISY.scores)})
 
 
-# ---- numbers ----------------------------------------------------------------------------------------------------
 def test_scores_are_the_mean_of_scipys_correlations(evaluation):
     losses = make_truth().losses.numpy()
     for name, attribution in THREE.items():
@@ -128,7 +127,6 @@ def test_one_seed_has_no_ceiling_and_one_query_will_do():
     assert one["stride"].lds == pytest.approx(found.per_query["stride"][0].item())
 
 
-# ---- names and alignment ------------------------------------------------------------------------------------------
 def test_sequences_are_named_by_method_and_numbered():
     named = Attribution(WEIGHTS, metadata={"method": "stride-2"})
     found = run([EXACT, named, EXACT, NOISY])
@@ -161,7 +159,6 @@ def test_equal_fingerprints_mean_the_same_order(evaluation):
         run({"noisy": unclear}, truth)
 
 
-# ---- refusals -----------------------------------------------------------------------------------------------------
 BROKEN = WEIGHTS.index_put((torch.tensor([2, 4]), torch.tensor([5, 1])), torch.tensor([torch.nan, torch.inf]))
 REFUSED = {
     "other data": (Attribution(WEIGHTS, metadata={"data": OTHER_DATA}), "'one' is of other training data"),
@@ -231,7 +228,6 @@ def test_ties_among_the_removed_may_be_broken_either_way():
     assert set(found["ties"].counterfactual) == set(KS)
 
 
-# ---- views --------------------------------------------------------------------------------------------------------
 def test_the_table_is_aligned_and_sorted_with_the_ceiling_last(evaluation):
     caption, header, *rows, last = str(evaluation).splitlines()
     assert repr(evaluation) == str(evaluation)
@@ -349,7 +345,6 @@ def test_figure_of_hand_made_rows_and_wide_ks():
     figure.savefig(io.BytesIO())  # names are no formulas
 
 
-# ---- two processes ------------------------------------------------------------------------------------------------
 def evaluate_on(number, port, folder):
     start(number, port, group=True)
     torch.save(vars(run({"noisy": NOISY})["noisy"]), folder / f"rank{number}.pt")

@@ -135,9 +135,7 @@ def test_texts_come_from_the_data(tmp_path):
     query, shown = first_texts(attribution.report(tmp_path / "a", queries=0, k=1))
     assert query == [["question", "why 0", 5]]
     assert shown["10"] == [["", "training text 10", 16]]
-
-
-def test_long_texts_are_cut_and_long_facts_are_texts(tmp_path):
+    # Long texts are cut, and long facts are texts.
     info = {"note": ["short", "x" * 5000, *"cde"], "two": ["a", "b\nc", *"cde"], "one": list("abcde")}
     data = Page(make_attribution(train_info=info).report(tmp_path / "a", queries=0, k=1)).data
     assert [fact for fact, _ in data["examples"][1]["facts"]] == ["one"]
@@ -203,6 +201,9 @@ def test_path_is_completed_and_its_folders_are_made(tmp_path, monkeypatch):
     assert os.listdir(path.parent) == ["report.html"]
     with pytest.raises(IsADirectoryError, match="is a folder: name the file to write"):
         make_attribution().report(tmp_path)
+    monkeypatch.setattr("stride_lightning.results.scores.rank", lambda: 1)
+    assert make_attribution().report(tmp_path / "report") == tmp_path / "report.html"
+    assert not (tmp_path / "report.html").exists()  # only the first process writes
 
 
 def test_page_appears_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -219,9 +220,3 @@ def test_page_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["report.html"]
     monkeypatch.undo()
     assert b"another" in make_attribution().report(path, title="another").read_bytes()
-
-
-def test_only_the_first_process_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr("stride_lightning.results.scores.rank", lambda: 1)
-    assert make_attribution().report(tmp_path / "report") == tmp_path / "report.html"
-    assert os.listdir(tmp_path) == []
