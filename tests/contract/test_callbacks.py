@@ -22,23 +22,15 @@ from tests.helpers.models import Classifier, ConvNet, Dicts, build, hooks_of, lo
 from tests.helpers.runs import fit_in_the_other_tree
 
 DATA, QUERIES = models.classification_data(), models.classification_data(5, seed=1)
-
-
-def stride(queries=QUERIES, **options):
-    return StrideCallback(**{"num_subsets": 8, "statistics_every_n_steps": 1, "fit_operators": True} | options)
-
-
-def tracin(queries=QUERIES, **options):
-    return TracInCallback(**{"every_n_epochs": 100} | options)
-
-
-def further_training(queries=QUERIES, **options):
-    options = {"left_out": [12, 3, 30], "num_seeds": 1, "optimizer": lambda p: torch.optim.SGD(p, lr=0.1)} | options
-    return FurtherTrainingCallback(queries, **options)
-
-
-#: By the name of the method that reads its records: each makes a callback that writes one, at the end.
-CALLBACKS = {"stride": stride, "tracin": tracin, "further-training": further_training}
+#: By the name of the method that reads its records: a callback and what makes it write one, at the end.
+CALLBACKS = {
+    "stride": (StrideCallback, {"num_subsets": 8, "statistics_every_n_steps": 1, "fit_operators": True}),
+    "tracin": (TracInCallback, {"every_n_epochs": 100}),
+    "further-training": (
+        FurtherTrainingCallback,
+        {"left_out": [12, 3, 30], "num_seeds": 1, "optimizer": lambda p: torch.optim.SGD(p, lr=0.1)},
+    ),
+}
 every_callback = pytest.mark.parametrize("name", CALLBACKS)
 pytestmark = pytest.mark.filterwarnings(
     "ignore:You're resuming from a checkpoint that ended before the epoch ended",
@@ -46,8 +38,9 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def callback_of(name, **options):
-    return CALLBACKS[name](**options)
+def callback_of(name, queries=QUERIES, **options):
+    kind, needed = CALLBACKS[name]
+    return kind(*[queries] * (name == "further-training"), **needed | options)
 
 
 def found_by(name, model, **options):

@@ -326,6 +326,9 @@ def test_taken_names_get_versions_and_nothing_is_overwritten(tmp_path):
     assert [read_info(path)["i"] for path in paths] == [0, 1, 2, 3]
     assert (tmp_path / "r-v2").read_text() == "a file, not a record"
     assert find_records(tmp_path) == paths
+    with pytest.raises(FileExistsError):
+        write_record(tmp_path / "r-v2", "r", {}, {})
+    assert write_record(tmp_path / "new" / "deeper", "r", {}, {}) == tmp_path / "new" / "deeper" / "r"
 
 
 def test_name_taken_between_look_and_rename(tmp_path, monkeypatch):
@@ -415,13 +418,6 @@ def test_a_failure_at_any_step_leaves_nothing_and_is_reported(tmp_path, monkeypa
     read_record(before)
 
 
-def test_unwritable_places_are_reported(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(FileExistsError):
-        write_record(tmp_path / "file", "r", {}, {})
-    assert write_record(tmp_path / "new" / "deeper", "r", {}, {}) == tmp_path / "new" / "deeper" / "r"
-
-
 @pytest.fixture(scope="module")
 def after_kills(tmp_path_factory):
     """What tests/helpers/kill_writer.py saw, by kind of kill; one process for all kinds, as importing torch is slow."""
@@ -429,7 +425,7 @@ def after_kills(tmp_path_factory):
 
 
 @needs_fork
-def test_writer_killed_after_each_operation_leaves_all_or_nothing(after_kills):
+def test_writer_killed_after_each_operation_or_at_random_moments_leaves_all_or_nothing(after_kills):
     assert after_kills["loaded"] == []  # neither lightning nor torchmetrics
     result = after_kills["steps"]
     file = ["open", "write", "write", "fsync", "close"]
@@ -438,10 +434,6 @@ def test_writer_killed_after_each_operation_leaves_all_or_nothing(after_kills):
     named = result["trace"].index("rename")
     assert result["outcomes"] == ["absent"] * named + ["whole"] * (len(result["trace"]) + 1 - named)
     assert result["leftovers"] == named  # each early kill fell inside the write
-
-
-@needs_fork
-def test_writer_killed_at_random_moments_leaves_all_or_nothing(after_kills):
     result = after_kills["moments"]
     assert len(result["outcomes"]) == 40
     assert set(result["outcomes"]) == {"absent", "whole"}
