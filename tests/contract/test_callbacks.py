@@ -18,38 +18,19 @@ from stride_lightning import FurtherTrainingCallback, StrideCallback, TracInCall
 from stride_lightning.model.weights import weight_hash
 from stride_lightning.storage.records import find_records, read_info
 from tests.helpers import models
-from tests.helpers.models import (
-    NUM_TRAIN,
-    Classifier,
-    ConvNet,
-    Data,
-    Dicts,
-    build,
-    hooks_of,
-    loader,
-    make_trainer,
-    train,
-)
+from tests.helpers.models import Classifier, ConvNet, Dicts, build, hooks_of, loader, make_trainer, train
 from tests.helpers.runs import fit_in_the_other_tree
 
 DATA, QUERIES = models.classification_data(), models.classification_data(5, seed=1)
-
-
-def stride(queries=QUERIES, **options):
-    return StrideCallback(**{"num_subsets": 8, "statistics_every_n_steps": 1, "fit_operators": True} | options)
-
-
-def tracin(queries=QUERIES, **options):
-    return TracInCallback(**{"every_n_epochs": 100} | options)
-
-
-def further_training(queries=QUERIES, **options):
-    options = {"left_out": [12, 3, 30], "num_seeds": 1, "optimizer": lambda p: torch.optim.SGD(p, lr=0.1)} | options
-    return FurtherTrainingCallback(queries, **options)
-
-
-#: By the name of the method that reads its records: each makes a callback that writes one, at the end.
-CALLBACKS = {"stride": stride, "tracin": tracin, "further-training": further_training}
+#: By the name of the method that reads its records: a callback and what makes it write one, at the end.
+CALLBACKS = {
+    "stride": (StrideCallback, {"num_subsets": 8, "statistics_every_n_steps": 1, "fit_operators": True}),
+    "tracin": (TracInCallback, {"every_n_epochs": 100}),
+    "further-training": (
+        FurtherTrainingCallback,
+        {"left_out": [12, 3, 30], "num_seeds": 1, "optimizer": lambda p: torch.optim.SGD(p, lr=0.1)},
+    ),
+}
 every_callback = pytest.mark.parametrize("name", CALLBACKS)
 pytestmark = pytest.mark.filterwarnings(
     "ignore:You're resuming from a checkpoint that ended before the epoch ended",
@@ -57,8 +38,9 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def callback_of(name, **options):
-    return CALLBACKS[name](**options)
+def callback_of(name, queries=QUERIES, **options):
+    kind, needed = CALLBACKS[name]
+    return kind(*[queries] * (name == "further-training"), **needed | options)
 
 
 def found_by(name, model, **options):
@@ -77,7 +59,6 @@ def is_untouched(model):
     return hooks_of(model) == hooks == [] and all(module.training for module in model.modules())
 
 
-# ---- the record -----------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module", params=CALLBACKS)
 def recorded(request, tmp_path_factory):
     """A finished run with a logger: its name, model, trainer and callback."""
@@ -93,11 +74,11 @@ def test_the_record_lies_in_the_log_folder_and_names_what_it_is_of(recorded):
     assert path.name == "step=8"
     assert (info["kind"], info["step"], info["model"], info["weights"]) == (name, 8, "Classifier", weight_hash(model))
     assert info["task"] == "Classification()"
-    assert info["data"]["num_examples"] == NUM_TRAIN
+    assert info["data"]["num_examples"] == len(DATA)
 
 
-def test_state_survives_weights_only_loading(recorded, tmp_path):
-    name, _, trainer, callback = recorded
+def test_state_survives_weights_only_loading_and_attribute_finds_the_record(recorded, tmp_path):
+    name, model, trainer, callback = recorded
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     state = torch.load(tmp_path / "run.ckpt", weights_only=True)["callbacks"][callback.state_key]
     assert state == callback.state_dict()
@@ -105,11 +86,6 @@ def test_state_survives_weights_only_loading(recorded, tmp_path):
     assert other.state_key == callback.state_key
     other.load_state_dict(state)
     assert other.records == callback.records
-
-
-def test_attribute_finds_the_record(recorded, tmp_path):
-    name, model, trainer, callback = recorded
-    trainer.save_checkpoint(tmp_path / "run.ckpt")
     expected = str(callback.records[-1])
     if name != "tracin":  # whose scores are of several records
         assert found_by(name, model) == expected
@@ -180,7 +156,6 @@ def test_the_other_lightning(name, tmp_path):
     assert name == "tracin" or found_by(name, model) == str(callback.records[0])
 
 
-# ---- training goes on as if it were not there -----------------------------------------------------------------------
 @every_callback
 @pytest.mark.parametrize(
     ("kind", "data", "options"),
@@ -272,9 +247,9 @@ def test_nothing_is_left_behind_by_an_exception(name, tmp_path, evaluated):
 @every_callback
 def test_validation_a_datamodule_and_accumulated_batches(name, tmp_path):
     """Accumulated batches are one step."""
-    model, callback = build(models.Validated), callback_of(name, queries=Data())
+    model, callback = build(models.Validated), callback_of(name, queries=models.Data())
     options = {"num_sanity_val_steps": 2, "val_check_interval": 0.5, "accumulate_grad_batches": 2}
-    make_trainer(tmp_path, callback, max_epochs=3, **options).fit(model, Data())
+    make_trainer(tmp_path, callback, max_epochs=3, **options).fit(model, models.Data())
     assert [path.name for path in callback.records] == ["step=6"]
     info = read_info(callback.records[0])
     assert (info["step"], info["weights"]) == (6, weight_hash(model))
@@ -290,7 +265,6 @@ def test_fast_dev_run_writes_nothing_and_still_refuses(name, tmp_path, monkeypat
         train(build(Classifier), CombinedLoader([loader(DATA)]), tmp_path, callback_of(name), fast_dev_run=True)
 
 
-# ---- resume ---------------------------------------------------------------------------------------------------------
 @every_callback
 @pytest.mark.parametrize("steps", [4, 6], ids=["epoch's end", "mid-epoch"])
 def test_resume(name, tmp_path, steps):
@@ -311,18 +285,12 @@ def test_resume(name, tmp_path, steps):
 
 
 @every_callback
-def test_resume_at_the_end_writes_nothing_more(name, tmp_path):
-    trainer = train(build(Classifier), DATA, tmp_path, callback_of(name))
-    trainer.save_checkpoint(tmp_path / "end.ckpt")
-    callback = callback_of(name)
-    train(build(Classifier), DATA, tmp_path, callback, ckpt_path=tmp_path / "end.ckpt")
-    assert names_in(tmp_path / name) == [path.name for path in callback.records] == ["step=8"]
-
-
-@every_callback
-def test_second_fit_on_the_same_trainer(name, tmp_path):
-    model, callback = build(Classifier), callback_of(name)
+def test_resume_at_the_end_writes_nothing_more_and_a_second_fit_on_the_same_trainer_does(name, tmp_path):
+    model, callback, resumed = build(Classifier), callback_of(name), callback_of(name)
     trainer = train(model, DATA, tmp_path, callback)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    train(build(Classifier), DATA, tmp_path, resumed, ckpt_path=tmp_path / "end.ckpt")
+    assert names_in(tmp_path / name) == [path.name for path in resumed.records] == ["step=8"]
     trainer.fit_loop.max_epochs = 4
     trainer.fit(model, loader(DATA))
     assert [path.name for path in callback.records] == ["step=8", "step=16"]
@@ -331,7 +299,6 @@ def test_second_fit_on_the_same_trainer(name, tmp_path):
     assert names_in(tmp_path / name) == ["step=8", "step=16"]
 
 
-# ---- what is refused, before the first step -------------------------------------------------------------------------
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(DATA)
@@ -341,14 +308,14 @@ class Bucketed(BatchSampler):
     pass
 
 
-SAMPLER, WEIGHTED = r"`train_indices=`", torch.utils.data.WeightedRandomSampler([1.0] * NUM_TRAIN, 10)
+SAMPLER, WEIGHTED = r"`train_indices=`", torch.utils.data.WeightedRandomSampler([1.0] * len(DATA), 10)
 REFUSED = {
     "combined": (CombinedLoader([loader(DATA), loader(DATA)]), "one DataLoader over one map-style dataset"),
     "several": ([loader(DATA), loader(DATA)], "one DataLoader over one map-style dataset"),
     "batches": (list(loader(DATA)), "one DataLoader over one map-style dataset"),
     "iterable": (DataLoader(Stream(), batch_size=4), "Stream.*map-style dataset with __getitem__ and __len__"),
     "unbatched": (DataLoader(DATA, batch_size=None), "batch_size=None.*Give it a batch_size"),
-    "bucketed": (DataLoader(DATA, batch_sampler=Bucketed(range(NUM_TRAIN), 4, False)), f"Bucketed.*{SAMPLER}"),
+    "bucketed": (DataLoader(DATA, batch_sampler=Bucketed(range(len(DATA)), 4, False)), f"Bucketed.*{SAMPLER}"),
     "sampled": (DataLoader(DATA, 4, sampler=SubsetRandomSampler(range(40))), f"SubsetRandomSampler.*{SAMPLER}"),
     "weighted": (DataLoader(DATA, batch_sampler=BatchSampler(WEIGHTED, 5, False)), f"WeightedRandomSampler.*{SAMPLER}"),
     "soft labels": (loader(TensorDataset(DATA.tensors[0], torch.full((60, 3), 1 / 3))), "soft labels.*`task=`"),

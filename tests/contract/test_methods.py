@@ -13,18 +13,7 @@ from stride_lightning.attribute import class_of, create
 from stride_lightning.gradients import planned
 from stride_lightning.steering.subsets import Design, sample_design
 from tests.contract import cases
-from tests.contract.cases import (
-    CASES,
-    EXEMPT,
-    METHODS,
-    NUM_QUERIES,
-    NUM_TRAIN,
-    fitted,
-    made,
-    model_of,
-    queries_of,
-    scored,
-)
+from tests.contract.cases import CASES, EXEMPT, METHODS, NUM_QUERIES, NUM_TRAIN, fitted, made, model_of, scored
 from tests.helpers.gradient_models import check_same_condition, close_scores, condition_of
 from tests.helpers.models import Classifier, build
 from tests.helpers.processes import run_two, start
@@ -50,17 +39,12 @@ whole = cache(scored)
 TRAINING_ROWS = range(NUM_QUERIES, NUM_QUERIES + NUM_TRAIN)
 
 
-def test_no_entry_is_stale():
+def test_no_entry_is_stale_and_a_method_without_one_needs_no_options():
     assert {*cases.OPTIONS, *cases.MADE, *(method for method, _ in EXEMPT)} <= set(METHODS)
-
-
-@pytest.mark.parametrize("method", methods())
-def test_a_method_without_an_entry_needs_no_options(method):
-    if method not in cases.OPTIONS and method not in cases.MADE:
+    for method in set(methods()) - {*cases.OPTIONS, *cases.MADE}:
         assert class_of(method)().method == method
 
 
-# ---- what comes out -------------------------------------------------------------------------------------------------
 @every_method(kinds=CASES)
 def test_scores_which_come_back_when_saved(method, kind, capsys, tmp_path):
     attribution, case = scored(method, kind), CASES[kind]
@@ -100,7 +84,6 @@ def test_sign(method, kind):
         assert kind not in ("binary", "regression") or attribution.scores[0, cases.CONTRADICTION] < 0
 
 
-# ---- what must change nothing ---------------------------------------------------------------------------------------
 def close(attribution, expected, tolerance=2e-5):
     close_scores(attribution.scores, expected, tolerance)
 
@@ -130,7 +113,7 @@ def test_order_and_number_of_queries(method, kind):
 def test_a_fitted_attributor_is_asked_again(method, kind):
     attributor = fitted(method, kind)
     for rows in ([4, 0, 2], range(NUM_QUERIES)):
-        close(attributor.attribute(queries_of(kind, rows)), whole(method, kind).scores[list(rows)])
+        close(attributor.attribute(cases.queries_of(kind, rows)), whole(method, kind).scores[list(rows)])
 
 
 @every_method("batch size")
@@ -202,7 +185,6 @@ def test_the_top_alone(method, tile, monkeypatch):
     assert (len(top.queries), top.num_train, top.metadata["num_queries"]) == (NUM_QUERIES, 6, NUM_QUERIES)
 
 
-# ---- the caller's model ---------------------------------------------------------------------------------------------
 @every_method(kinds=["mixed"])
 def test_the_model_is_as_before(method, kind):
     model, expected = model_of(kind), whole(method, kind).scores
@@ -266,7 +248,6 @@ def test_calls_out_of_order(method, kind):
             call()
 
 
-# ---- bad input ------------------------------------------------------------------------------------------------------
 @every_method("not finite", kinds=["classification"])
 def test_examples_that_are_not_finite_are_named(method, kind):
     x, y = (tensor.clone() for tensor in CASES[kind].train.tensors)
@@ -293,7 +274,6 @@ def test_wrong_options(method):
             made(method, "classification", **{name: value})
 
 
-# ---- two processes --------------------------------------------------------------------------------------------------
 #: Ways of STRIDE that share work between processes each in their own manner; 13 subsets divide unevenly.
 STRIDE_OPTIONS = [
     ("classification", {"recovery": "ridge"}),
@@ -316,7 +296,7 @@ def everything():
     kind = "classification"
     for method in METHODS:
         attributor = fitted(method, kind)
-        found[method] = attributor.attribute(queries_of(kind)).scores
+        found[method] = attributor.attribute(cases.queries_of(kind)).scores
         if not {(method, "self-influence"), (method, "asked again")} & EXEMPT.keys():
             found[method, "self-influence"] = attributor.self_influence()
         if method in TOPS:

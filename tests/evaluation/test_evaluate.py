@@ -63,7 +63,6 @@ def evaluation():
     return run(THREE, counterfactuals={"exact": counterfactual_of(WEIGHTS), "noisy": counterfactual_of(NOISY.scores)})
 
 
-# ---- numbers ----------------------------------------------------------------------------------------------------
 def test_scores_are_the_mean_of_scipys_correlations(evaluation):
     losses = make_truth().losses.numpy()
     for name, attribution in THREE.items():
@@ -101,6 +100,10 @@ def test_counterfactuals_are_mean_rises_of_the_loss_and_costs_those_of_the_metad
     assert evaluation["exact"].counterfactual == pytest.approx(rises, rel=1e-5)
     assert evaluation["noisy"].counterfactual[5] < evaluation["exact"].counterfactual[5]
     assert evaluation["random"].counterfactual is None
+    # Ties among the removed may be broken either way.
+    scores = torch.zeros_like(WEIGHTS).scatter_(1, WEIGHTS.topk(3).indices, 1.0)
+    tied = run({"ties": Attribution(scores)}, counterfactuals={"ties": counterfactual_of(scores)})
+    assert set(tied["ties"].counterfactual) == set(KS)
     assert (evaluation["exact"].seconds, evaluation["exact"].memory_bytes) == (2.5, 300 * 2**20)
     assert (evaluation["noisy"].seconds, evaluation["noisy"].memory_bytes) == (None, None)
 
@@ -128,8 +131,10 @@ def test_one_seed_has_no_ceiling_and_one_query_will_do():
     assert one["stride"].lds == pytest.approx(found.per_query["stride"][0].item())
 
 
-# ---- names and alignment ------------------------------------------------------------------------------------------
-def test_sequences_are_named_by_method_and_numbered():
+def test_sequences_are_named_by_method_and_numbered_and_names_are_escaped_in_markdown():
+    text = markdown_evaluation(run({"a|b <i>": EXACT}))
+    assert "| a&#124;b &#60;i&#62; | " in text
+    assert [line.count("|") for line in text.splitlines() if line.startswith("|")] == [6, 6, 6]
     named = Attribution(WEIGHTS, metadata={"method": "stride-2"})
     found = run([EXACT, named, EXACT, NOISY])
     assert sorted(found.per_query) == ["scores", "stride", "stride-2", "stride-3"]
@@ -161,7 +166,6 @@ def test_equal_fingerprints_mean_the_same_order(evaluation):
         run({"noisy": unclear}, truth)
 
 
-# ---- refusals -----------------------------------------------------------------------------------------------------
 BROKEN = WEIGHTS.index_put((torch.tensor([2, 4]), torch.tensor([5, 1])), torch.tensor([torch.nan, torch.inf]))
 REFUSED = {
     "other data": (Attribution(WEIGHTS, metadata={"data": OTHER_DATA}), "'one' is of other training data"),
@@ -225,13 +229,6 @@ def test_counterfactuals_that_do_not_fit_are_refused():
     assert_refused(run_with, ("of 'noisy' must be what retrain_without", "noisy", make_truth()), error=TypeError)
 
 
-def test_ties_among_the_removed_may_be_broken_either_way():
-    scores = torch.zeros_like(WEIGHTS).scatter_(1, WEIGHTS.topk(3).indices, 1.0)
-    found = run({"ties": Attribution(scores)}, counterfactuals={"ties": counterfactual_of(scores)})
-    assert set(found["ties"].counterfactual) == set(KS)
-
-
-# ---- views --------------------------------------------------------------------------------------------------------
 def test_the_table_is_aligned_and_sorted_with_the_ceiling_last(evaluation):
     caption, header, *rows, last = str(evaluation).splitlines()
     assert repr(evaluation) == str(evaluation)
@@ -316,12 +313,6 @@ def test_wandb_like_logger_gets_table_and_image_on_rank_zero(evaluation, monkeyp
     assert not unused.calls
 
 
-def test_names_are_escaped_in_markdown():
-    text = markdown_evaluation(run({"a|b <i>": EXACT}))
-    assert "| a&#124;b &#60;i&#62; | " in text
-    assert [line.count("|") for line in text.splitlines() if line.startswith("|")] == [6, 6, 6]
-
-
 def test_figure_has_bars_intervals_and_ceiling_and_a_panel_for_counterfactuals(evaluation):
     pytest.importorskip("matplotlib")
     scores, curves = evaluation.plot().axes
@@ -349,7 +340,6 @@ def test_figure_of_hand_made_rows_and_wide_ks():
     figure.savefig(io.BytesIO())  # names are no formulas
 
 
-# ---- two processes ------------------------------------------------------------------------------------------------
 def evaluate_on(number, port, folder):
     start(number, port, group=True)
     torch.save(vars(run({"noisy": NOISY})["noisy"]), folder / f"rank{number}.pt")

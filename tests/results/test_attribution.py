@@ -28,12 +28,18 @@ def example(**changes):
     return Attribution(**(fields | changes))
 
 
-def test_top_names_positions_in_the_data_set():
-    top = example().top(2)
+def test_top_names_positions_in_the_data_set_with_standard_deviations():
+    top, columns = example().top(2), example().top_columns(2)
     assert top.proponents.tolist() == [[40, 10], [10, 20]]
     assert top.proponent_scores.tolist() == [[1.0, 0.5], [0.0, 0.0]]
     assert top.opponents.tolist() == [[20, 30], [30, 10]]
     assert top.opponent_scores.tolist() == [[-0.25, 0.0], [-3.0, 0.0]]
+    assert columns.proponents.tolist() == [[3, 0], [0, 1]]
+    assert columns.renamed(example().train_indices).opponents.equal(top.opponents)
+    assert top.proponent_stds.equal(example().std.gather(1, columns.proponents))
+    assert top.opponent_stds.equal(example().std.gather(1, columns.opponents))
+    assert example(std=None).top(2).proponent_stds is None
+    assert (example().has_std, example(std=None).has_std) == (True, False)
 
 
 def test_top_is_ten_by_default_and_no_more_than_there_are():
@@ -43,17 +49,12 @@ def test_top_is_ten_by_default_and_no_more_than_there_are():
         example().top(0)
 
 
-def test_top_columns_and_their_standard_deviations():
-    columns, top = example().top_columns(2), example().top(2)
-    assert columns.proponents.tolist() == [[3, 0], [0, 1]]
-    assert columns.renamed(example().train_indices).opponents.equal(top.opponents)
-    assert top.proponent_stds.equal(example().std.gather(1, columns.proponents))
-    assert top.opponent_stds.equal(example().std.gather(1, columns.opponents))
-    assert example(std=None).top(2).proponent_stds is None
-    assert (example().has_std, example(std=None).has_std) == (True, False)
-
-
-def test_top_reads_well():
+def test_scores_and_their_top_read_well():
+    text = repr(example())
+    assert "stride: 2 queries x 4 training examples" in text
+    assert "with posterior std, 1.2 s" in text
+    assert repr(Attribution(torch.ones(1, 1))) == "Attribution(scores: 1 queries x 1 training examples, sum 1)"
+    assert "0 queries" in repr(Attribution(torch.empty(0, 3)))
     assert repr(example().top(2)) == (
         "query 0: helped by 40 (+1), 10 (+0.5)\n"
         "         harmed by 20 (-0.25)\n"
@@ -173,11 +174,3 @@ def test_what_attribute_gives_can_be_saved_and_shown_again(tmp_path):
 def test_shapes_are_checked(changes, message):
     with pytest.raises(ValueError, match=message):
         example(**changes)
-
-
-def test_repr():
-    text = repr(example())
-    assert "stride: 2 queries x 4 training examples" in text
-    assert "with posterior std, 1.2 s" in text
-    assert repr(Attribution(torch.ones(1, 1))) == "Attribution(scores: 1 queries x 1 training examples, sum 1)"
-    assert "0 queries" in repr(Attribution(torch.empty(0, 3)))

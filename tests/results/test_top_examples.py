@@ -9,8 +9,6 @@ from stride_lightning import Attribution, TopExamples
 from stride_lightning.results.top_examples import TopCollector, joined
 from tests.helpers.processes import run_two, start
 
-FIELDS = ("proponents", "proponent_scores", "opponents", "opponent_scores")
-
 
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -39,7 +37,7 @@ def collect(scores, k, seed=0, **options):
 
 
 def assert_same(one, other):
-    for name in FIELDS:
+    for name in ("proponents", "proponent_scores", "opponents", "opponent_scores"):
         torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=0)
 
 
@@ -65,15 +63,13 @@ def test_against_a_plain_sort(seed):
         assert found.opponent_scores[query].tolist() == [row[i] for i in found.opponents[query].tolist()]
 
 
-def test_everything_ties():
+def test_everything_ties_and_so_does_what_is_equal_in_float32():
     zeros = torch.zeros(2, 50)
     zeros[:, ::2] *= -1  # minus zero is zero
     found = collect(zeros, 4, largest=20).compute()
     assert found.proponents.tolist() == found.opponents.tolist() == [[0, 1, 2, 3]] * 2
     assert "-0" not in str(found.opponent_scores.tolist())
-
-
-def test_other_precisions_compare_as_float32():
+    # Other precisions compare as float32.
     scores = random(2, 20).double()
     scores[:, 11] = scores[:, 4] + 1e-12  # the same in float32
     scores[:, [4, 11]] += 10

@@ -130,11 +130,20 @@ def test_other_work_is_refused_by_the_result_and_by_the_parts(case, tmp_path, mo
         ask(tmp_path / "truth", **more)
 
 
-def test_a_model_with_other_settings_and_the_same_weights_is_other_work(tmp_path):
+def test_other_settings_of_a_model_or_of_an_optimizer_that_only_a_trainer_takes_are_other_work(tmp_path):
     """Dropout rates leave initial weights alone; so does another loss."""
     ask(tmp_path / "truth", model=lambda: Net(mlp().append(nn.Dropout(0.0)), sgd))
     with pytest.raises(ValueError, match="differs in model_code"):
         ask(tmp_path / "truth", model=lambda: Net(mlp().append(nn.Dropout(0.9)), sgd))
+
+    def ask_with(lr):
+        optimizer = lambda parameters: torch.optim.RMSprop(parameters, lr=lr)  # noqa: E731
+        return ask(tmp_path / "other", optimizer=optimizer, num_subsets=2, max_epochs=1)
+
+    ask_with(0.01)
+    assert ask_with(0.01).metadata["one_by_one_because"]
+    with pytest.raises(ValueError, match="differs in optimizer"):
+        ask_with(0.02)
 
 
 def test_a_kill_loses_few_models(tmp_path, chunks_trained):
@@ -144,17 +153,6 @@ def test_a_kill_loses_few_models(tmp_path, chunks_trained):
     chunks_trained.clear()
     ask(num_subsets=48)
     assert len(chunks_trained) <= 2
-
-
-def test_settings_of_an_optimizer_that_only_a_trainer_takes(tmp_path):
-    def ask_with(lr):
-        optimizer = lambda parameters: torch.optim.RMSprop(parameters, lr=lr)  # noqa: E731
-        return ask(tmp_path / "truth", optimizer=optimizer, num_subsets=2, max_epochs=1)
-
-    ask_with(0.01)
-    assert ask_with(0.01).metadata["one_by_one_because"]
-    with pytest.raises(ValueError, match="differs in optimizer"):
-        ask_with(0.02)
 
 
 def test_an_interrupted_run_keeps_what_it_has_done(tmp_path, chunks_trained, monkeypatch):
@@ -213,9 +211,7 @@ def test_parts_come_in_order_whatever_is_there_already(tmp_path):
     assert computed == [0, 1, 10, 11]
     work._remove_parts()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_items_lie_along_the_dimension_that_the_caller_names():
+    # Items lie along the dimension that the caller names.
     table = torch.arange(24).reshape(2, 4, 3)
     how = {"seeds": [0, 1, 2], "num_items": 4, "largest": 3, "dim": 1}
     values = Work(None, {}, {}).run(lambda seed, items, tick: seed + table[:, items], **how)

@@ -60,7 +60,6 @@ class PlantsMarker:
         return open, (str(self.marker), "w")
 
 
-# ---------------------------------------------------------------------------------------------------- round trip
 def test_info_and_files_come_back(record_path):
     record = read_record(record_path)
     assert record.path == record_path
@@ -119,7 +118,6 @@ def test_tensors_that_share_memory_or_need_grad_are_stored(tmp_path):
     assert torch.equal(loaded["tied_again"], weight.detach())  # separate copies, and writable ones
 
 
-# ---------------------------------------------------------------------------------------------------- bad input
 class Colour(enum.IntEnum):
     RED = 1
 
@@ -169,7 +167,6 @@ def test_what_safetensors_cannot_hold_is_refused(tmp_path, named, error, message
     assert os.listdir(tmp_path) == []
 
 
-# ---------------------------------------------------------------------------------------------------- damage
 @pytest.mark.parametrize("file", FILES)
 def test_every_truncation_is_refused_by_name(record_path, file):
     content = (record_path / file).read_bytes()
@@ -232,7 +229,6 @@ def test_the_checked_bytes_are_the_parsed_bytes(record_path, monkeypatch):
     torch.testing.assert_close(record.tensors("basis"), example_tensors()["basis"], rtol=0, atol=0)
 
 
-# ---------------------------------------------------------------------------------------------------- strangers
 @pytest.mark.parametrize("forged", [False, True], ids=["unlisted", "listed"])
 def test_planted_pickle_is_refused_by_name_and_never_loaded(record_path, tmp_path, forged):
     marker = tmp_path / "marker"
@@ -322,7 +318,6 @@ def test_what_is_not_a_record(record_path, tmp_path):
     assert issubclass(RecordError, RuntimeError)
 
 
-# ---------------------------------------------------------------------------------------------------- finding, removing
 def test_taken_names_get_versions_and_nothing_is_overwritten(tmp_path):
     (tmp_path / "r-v2").write_text("a file, not a record")
     (tmp_path / "r-v3").mkdir()
@@ -331,6 +326,9 @@ def test_taken_names_get_versions_and_nothing_is_overwritten(tmp_path):
     assert [read_info(path)["i"] for path in paths] == [0, 1, 2, 3]
     assert (tmp_path / "r-v2").read_text() == "a file, not a record"
     assert find_records(tmp_path) == paths
+    with pytest.raises(FileExistsError):
+        write_record(tmp_path / "r-v2", "r", {}, {})
+    assert write_record(tmp_path / "new" / "deeper", "r", {}, {}) == tmp_path / "new" / "deeper" / "r"
 
 
 def test_name_taken_between_look_and_rename(tmp_path, monkeypatch):
@@ -382,7 +380,6 @@ def test_removal_takes_the_record_only(record_path, tmp_path):
         records.remove_record(record_path)
 
 
-# ---------------------------------------------------------------------------------------------------- failures
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads file names of handles from /proc")
 def test_everything_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
     """Order of the durable steps: each file, its folder, the rename, the parent."""
@@ -421,14 +418,6 @@ def test_a_failure_at_any_step_leaves_nothing_and_is_reported(tmp_path, monkeypa
     read_record(before)
 
 
-def test_unwritable_places_are_reported(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(FileExistsError):
-        write_record(tmp_path / "file", "r", {}, {})
-    assert write_record(tmp_path / "new" / "deeper", "r", {}, {}) == tmp_path / "new" / "deeper" / "r"
-
-
-# ---------------------------------------------------------------------------------------------------- kills
 @pytest.fixture(scope="module")
 def after_kills(tmp_path_factory):
     """What tests/helpers/kill_writer.py saw, by kind of kill; one process for all kinds, as importing torch is slow."""
@@ -436,7 +425,7 @@ def after_kills(tmp_path_factory):
 
 
 @needs_fork
-def test_writer_killed_after_each_operation_leaves_all_or_nothing(after_kills):
+def test_writer_killed_after_each_operation_or_at_random_moments_leaves_all_or_nothing(after_kills):
     assert after_kills["loaded"] == []  # neither lightning nor torchmetrics
     result = after_kills["steps"]
     file = ["open", "write", "write", "fsync", "close"]
@@ -445,10 +434,6 @@ def test_writer_killed_after_each_operation_leaves_all_or_nothing(after_kills):
     named = result["trace"].index("rename")
     assert result["outcomes"] == ["absent"] * named + ["whole"] * (len(result["trace"]) + 1 - named)
     assert result["leftovers"] == named  # each early kill fell inside the write
-
-
-@needs_fork
-def test_writer_killed_at_random_moments_leaves_all_or_nothing(after_kills):
     result = after_kills["moments"]
     assert len(result["outcomes"]) == 40
     assert set(result["outcomes"]) == {"absent", "whole"}

@@ -164,9 +164,7 @@ def test_as_image_reads_tensors_arrays_and_pil():
         assert torch.allclose(as_image([example]), expected)
     shapes = [tuple(as_image(image_module.new(mode, (5, 4))).shape) for mode in ("RGBA", "P")]
     assert shapes == [(4, 5, 3), (4, 5)]
-
-
-def test_as_image_stretches_what_is_not_in_zero_to_one():
+    # What is not in zero to one is stretched.
     assert torch.equal(as_image(torch.tensor([[-2.0, 0.0], [1.0, 2.0]])), torch.tensor([[0.0, 0.5], [0.75, 1.0]]))
     assert torch.equal(as_image(torch.full((2, 2), 7.0)), torch.zeros(2, 2))  # constant
     kept = torch.tensor([[0.25, 0.5], [0.5, 0.5]])

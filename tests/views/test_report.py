@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import re
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -109,15 +110,13 @@ def first_texts(path):
 
 
 def test_texts_come_from_functions_lists_and_columns(tmp_path):
-    asked = []
-
-    def decode(position):
-        asked.append(position)
-        return f"text {position}"
-
+    decode = Mock(side_effect="text {}".format)
     attribution = make_attribution(query_info={"body": ["short"] * 3})
     query, train = first_texts(attribution.report(tmp_path / "a", queries=0, k=1, train_text=decode, query_text="body"))
-    assert asked == [10, 11]  # of the examples that are shown, once each, by position in the dataset
+    assert decode.mock_calls == [
+        call(10),
+        call(11),
+    ]  # once each, by position in the dataset
     assert query == [["body", "short", 5]]
     assert train == {"10": [["", "text 10", 7]], "11": [["", "text 11", 7]]}
     _, train = first_texts(attribution.report(tmp_path / "a", queries=0, k=1, train_text=list("vwxyz")))
@@ -135,9 +134,7 @@ def test_texts_come_from_the_data(tmp_path):
     query, shown = first_texts(attribution.report(tmp_path / "a", queries=0, k=1))
     assert query == [["question", "why 0", 5]]
     assert shown["10"] == [["", "training text 10", 16]]
-
-
-def test_long_texts_are_cut_and_long_facts_are_texts(tmp_path):
+    # Long texts are cut, and long facts are texts.
     info = {"note": ["short", "x" * 5000, *"cde"], "two": ["a", "b\nc", *"cde"], "one": list("abcde")}
     data = Page(make_attribution(train_info=info).report(tmp_path / "a", queries=0, k=1)).data
     assert [fact for fact, _ in data["examples"][1]["facts"]] == ["one"]
@@ -203,25 +200,18 @@ def test_path_is_completed_and_its_folders_are_made(tmp_path, monkeypatch):
     assert os.listdir(path.parent) == ["report.html"]
     with pytest.raises(IsADirectoryError, match="is a folder: name the file to write"):
         make_attribution().report(tmp_path)
+    monkeypatch.setattr("stride_lightning.results.scores.rank", lambda: 1)
+    assert make_attribution().report(tmp_path / "report") == tmp_path / "report.html"
+    assert not (tmp_path / "report.html").exists()  # only the first process writes
 
 
 def test_page_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     path = make_attribution().report(tmp_path / "report.html")
     before = path.read_bytes()
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("os.replace", fail)
+    monkeypatch.setattr("os.replace", Mock(side_effect=OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         make_attribution().report(path, title="another")
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["report.html"]
     monkeypatch.undo()
     assert b"another" in make_attribution().report(path, title="another").read_bytes()
-
-
-def test_only_the_first_process_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr("stride_lightning.results.scores.rank", lambda: 1)
-    assert make_attribution().report(tmp_path / "report") == tmp_path / "report.html"
-    assert os.listdir(tmp_path) == []

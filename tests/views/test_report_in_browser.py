@@ -116,9 +116,7 @@ def test_keys_move_from_query_to_query(opened):
     opened.press("j")
     opened.press("ArrowRight")  # there are no more
     assert opened.texts("main h2") == ["Query 2"]
-    assert opened.texts(".side .empty") == [
-        *("No training example helps this query.", "No training example harms this query."),
-    ]
+    assert opened.texts(".side .empty") == [f"No training example {verb} this query." for verb in ("helps", "harms")]
     opened.press("k")
     opened.press("ArrowLeft")
     assert opened.evaluate("location.hash") == "#query-0"
