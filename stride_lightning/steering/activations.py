@@ -25,6 +25,12 @@ class Captured(dict[str, Tensor]):
 
     mask: Tensor | None = None
 
+    def __missing__(self, name: str) -> Tensor:
+        raise ValueError(
+            f"Layer {name!r} did not run in the model's forward pass, so it has no input to build a basis from. "
+            "Name layers that do, with `layers=[...]`."
+        )
+
     def reads(self, inputs: Any) -> None:
         """Forget the last batch, and note which tokens of the next are padding."""
         self.clear()

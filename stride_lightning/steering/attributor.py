@@ -121,8 +121,6 @@ class StrideAttributor(Attributor):
         """What was given; recovery with a prior wants what retraining gives, the others published operators."""
         return float(self.recovery != "prior") if self._given_stability is None else self._given_stability
 
-    # ---- fit ------------------------------------------------------------------------------------------------
-
     @override
     def fit_model(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
         self._check_options()
@@ -190,8 +188,6 @@ class StrideAttributor(Attributor):
             if self.num_subsets in (None, design.num_subsets) and self.degree in (None, design.degree):
                 return design
         return sample_design(len(self.train_data), self.num_subsets, self.degree, seed=self.seed)
-
-    # ---- attribute ------------------------------------------------------------------------------------------
 
     @override
     def score_queries(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:

@@ -39,10 +39,9 @@ class Basis:
 
     Args:
         layers: Names of the layers, in the order they run.
-        scales: Root mean square norm of each layer's input over the training set, shape ``(L,)``; so every layer
-            has unit energy.
-        components: For each layer None, or the leading principal components of its (uncentred) inputs,
-            shape ``(d_l, k_l)``, where not all fit.
+        scales: Root mean square norm of each layer's input, shape ``(L,)``; so every layer has unit energy.
+        components: Of each layer whose (uncentred) principal components do not all fit, the leading ones, shape
+            ``(d_l, k_l)``; of others None.
         rotation: Joint principal components, shape ``(sum of k_l + 1, r)``.
         energies: Mean square of each feature over the training set, shape ``(r,)``.
 
@@ -55,11 +54,11 @@ class Basis:
     rotation: Tensor
     energies: Tensor
 
-    def features(self, captured: dict[str, Tensor]) -> Tensor:
+    def features(self, captured: Captured) -> Tensor:
         """Features of a batch from its captured layer inputs, shape ``(B, r)``; not rotated by an empty rotation."""
         parts = []
         for name, scale, components in zip(self.layers, self.scales, self.components, strict=True):
-            inputs = _captured(captured, name) / scale.to(captured[name])
+            inputs = captured[name] / scale.to(captured[name])
             parts.append(inputs if components is None else inputs @ components.to(inputs))
         stacked = torch.cat([*parts, torch.ones_like(parts[0][:, :1])], 1)
         return stacked @ self.rotation.to(stacked) if len(self.rotation) else stacked
@@ -80,16 +79,11 @@ class Basis:
 class Observation:
     """What one evaluation pass saw: n examples, r features, C outputs."""
 
-    #: Shape ``(n, r)``.
-    features: Tensor
-    #: Natural parameters, shape ``(n, C)``.
-    outputs: Tensor
-    #: Encoded targets, shape ``(n, C)``.
-    encoded: Tensor
-    #: Loss of each example in nats, shape ``(n,)``.
-    losses: Tensor
-    #: Identity of the data set.
-    fingerprint: dict[str, Any]
+    features: Tensor  # (n, r)
+    outputs: Tensor  # natural parameters, (n, C)
+    encoded: Tensor  # targets, (n, C)
+    losses: Tensor  # in nats, (n,)
+    fingerprint: dict[str, Any]  # identity of the data set
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -176,13 +170,8 @@ def observe(
 ) -> Observation:
     """One evaluation pass: features, outputs, encoded targets and losses of every example, in order.
 
-    Args:
-        model: In eval mode, on the device.
-        task: How to read a batch.
-        examples: The data.
-        basis: The features to compute.
-        target: ``"label"``, or ``"predicted"`` to use the model's own most likely targets.
-        **how: ``batch_size``, ``device`` (which keeps the results) and ``show_progress``, as in :class:`Reading`.
+    The model is in eval mode on the device. The target ``"predicted"`` stands for its own most likely ones. Options are
+    ``batch_size``, ``device`` (which keeps the results) and ``show_progress``, as in :class:`Reading`.
 
     Raises:
         ValueError: If outputs, features or losses are not finite, naming the first such example.
@@ -226,17 +215,8 @@ def _layer_widths(model: nn.Module, head: Reading, layers: list[str]) -> list[in
         for rows in head:
             with rows.naming():
                 _run(model, rows, captured)
-            return [_captured(captured, name).shape[1] for name in layers]
+            return [captured[name].shape[1] for name in layers]
     raise ValueError("The training set is empty.")
-
-
-def _captured(captured: dict[str, Tensor], name: str) -> Tensor:
-    if name not in captured:
-        raise ValueError(
-            f"Layer {name!r} did not run in the model's forward pass, so it has no input to build a basis from. "
-            "Name layers that do, with `layers=[...]`."
-        )
-    return captured[name]
 
 
 def _second_moments(model: nn.Module, reading: Reading, layers: list[str]) -> dict[str, Tensor]:
@@ -247,8 +227,7 @@ def _second_moments(model: nn.Module, reading: Reading, layers: list[str]) -> di
             with rows.naming():
                 _run(model, rows, captured)
             for name in layers:
-                inputs = _captured(captured, name)
-                product = inputs.T @ inputs / len(reading.examples)
+                product = captured[name].T @ captured[name] / len(reading.examples)
                 moments[name] = moments[name].add_(product) if name in moments else product
     return moments
 

@@ -121,11 +121,9 @@ class DenseCost(Cost):
         return super().is_long or 100 * self.seconds_per_query > 2
 
     def __str__(self) -> str:
-        return (
-            f"about {self.seconds:.0f} s to fit and {self.seconds_per_query:.1g} s per query, "
-            f"{self.memory_bytes / 2**20:.0f} MiB of memory, "
-            f"{self.disk_bytes / 2**20:.0f} MiB if the operators are saved"
-        )
+        memory, disk = self.memory_bytes / 2**20, self.disk_bytes / 2**20
+        seconds = f"about {self.seconds:.0f} s to fit and {self.seconds_per_query:.1g} s per query"
+        return f"{seconds}, {memory:.0f} MiB of memory, {disk:.0f} MiB if the operators are saved"
 
 
 def estimate_cost(observed: Observation, num_subsets: int, recovery: str) -> DenseCost:

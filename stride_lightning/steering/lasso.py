@@ -30,14 +30,10 @@ _CPU_BATCH = (16, 64)
 class LassoSolution:
     """Solutions for q queries: their scores, and how exact they are."""
 
-    #: Attribution scores w, ``(q, n)``: exactly zero outside the support.
-    scores: Tensor
-    #: Duality gap over all n examples, relative to ``1/2 ||y_c||^2``, ``(q,)``.
-    gap: Tensor
-    #: Absolute penalty lambda, ``(q,)``.
-    penalty: Tensor
-    #: Iterations of the query that took most.
-    num_iterations: int
+    scores: Tensor  # attribution scores w, (q, n): exactly zero outside the support
+    gap: Tensor  # duality gap over all n examples, relative to 1/2 ||y_c||^2, (q,)
+    penalty: Tensor  # absolute penalty lambda, (q,)
+    num_iterations: int  # of the query that took most
 
 
 def solve_lasso(
@@ -58,13 +54,9 @@ def solve_lasso(
     ``12 b n + 16 b p d`` bytes for a sparse design, ``12 b n + 4 b p K`` for a dense one, where ``p`` is at most a
     few times K and ``b <= 64``, the queries solved together, falls so that this stays near 128 MiB while one fits.
 
-    Args:
-        measurements: Shape ``(q, K)``; float64 is solved in float64, all else in float32.
-        design: Which example is in which subset.
-        penalty: Penalty relative to the smallest that makes all scores zero: a number, or one per query ``(q,)``.
-        tolerance: Largest duality gap to accept, relative to ``1/2 ||y_c||^2``. float32 reaches about 1e-6.
-        max_iterations: Iterations a query may take in all; queries that need more are returned with a warning.
-        show_progress: Show a progress bar.
+    Measurements ``(q, K)`` in float64 are solved in float64, all else in float32. The penalty, a number or one per
+    query, is relative to the smallest that makes all scores zero; the tolerance, of the duality gap, to ``1/2
+    ||y_c||^2``: float32 reaches about 1e-6. Queries that need more iterations are returned with a warning.
 
     Raises:
         ValueError: If measurements do not fit the design or are not finite, or an option is out of range.
@@ -86,12 +78,9 @@ def solve_lasso(
     scores = measurements.new_zeros(len(measurements), design.num_train)
     for rows, fit in zip(scores.split([len(fit.gap) for fit in fits]), fits, strict=True):
         rows.scatter_(1, fit.examples, fit.weights)
-    return LassoSolution(
-        scores=scores,
-        gap=torch.cat([fit.gap for fit in fits]),
-        penalty=relative * torch.cat([batch.largest_penalty for batch in batches]),
-        num_iterations=max(fit.num_iterations for fit in fits),
-    )
+    gap = torch.cat([fit.gap for fit in fits])
+    penalties = relative * torch.cat([batch.largest_penalty for batch in batches])
+    return LassoSolution(scores, gap, penalties, max(fit.num_iterations for fit in fits))
 
 
 def cross_validate_penalty(

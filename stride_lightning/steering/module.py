@@ -77,8 +77,6 @@ class StrideModule(nn.Module):
         self.register_buffer("coefficients", torch.empty(0))
         self.register_buffer("relative_gradient", torch.empty(0))
 
-    # ---- fitting --------------------------------------------------------------------------------------------
-
     def fit_operators(self, observed: Observation, *, show_progress: bool = True) -> StrideModule:
         """Fit all operators to an evaluation pass over the training set; ranks share the work.
 
@@ -114,17 +112,13 @@ class StrideModule(nn.Module):
         self.chosen["relative_gradient_max"] = float(self.relative_gradient.max())
         return self
 
-    # ---- asking ---------------------------------------------------------------------------------------------
-
     def measure(self, queries: Observation) -> Tensor:
         """Effect of every operator on every query, shape ``(q, K)`` in nats; positive helps."""
-        self._check_fitted()
-        return measure(queries, self.coefficients, self.task, anchored=self.anchored)
+        return measure(queries, self._fitted, self.task, anchored=self.anchored)
 
     def mean_prediction(self, observed: Observation) -> Tensor:
         """Predictions averaged over operators, shape ``(n, C)``: those of a typical model trained on a subset."""
-        self._check_fitted()
-        return mean_prediction(observed, self.coefficients, self.task, anchored=self.anchored)
+        return mean_prediction(observed, self._fitted, self.task, anchored=self.anchored)
 
     def priors(
         self, train: Observation, queries: Observation, train_mean: Tensor, *, show_progress: bool = True
@@ -138,11 +132,11 @@ class StrideModule(nn.Module):
         at_frozen = task.mean(train.outputs), task.mean(queries.outputs), task, self.chosen["frozen_ridge"]
         return influence(train, queries, *at_subset, **quiet), influence(train, queries, *at_frozen, **quiet)
 
-    def _check_fitted(self) -> None:
+    @property
+    def _fitted(self) -> Tensor:
         if self.coefficients.numel() == 0:
             raise RuntimeError("The operators are not fitted yet: call fit_operators(observed) first.")
-
-    # ---- storing --------------------------------------------------------------------------------------------
+        return self.coefficients
 
     def info(self) -> dict[str, Any]:
         """Plain values to store beside :meth:`tensors`."""
@@ -150,8 +144,7 @@ class StrideModule(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Plain tensors to store."""
-        self._check_fitted()
-        return {"coefficients": self.coefficients, "relative_gradient": self.relative_gradient}
+        return {"coefficients": self._fitted, "relative_gradient": self.relative_gradient}
 
     def restore(self, info: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> StrideModule:
         """Take fitted operators from a record."""

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from stride_lightning.steering.basis import Observation
+from stride_lightning.steering.solvers import BLOCK_BYTES
 from stride_lightning.tasks.likelihoods import Task
-
-#: Bytes that one block of steered outputs, (C, examples, K), may take.
-BLOCK_BYTES = 2**23
 
 
 def steer(outputs: Tensor, features: Tensor, coefficients: Tensor, *, anchored: bool) -> Tensor:
@@ -48,8 +46,7 @@ def mean_prediction(observed: Observation, coefficients: Tensor, task: Task, *, 
 
 
 def _blocks(observed: Observation, coefficients: Tensor, *, anchored: bool) -> Iterator[tuple[slice, Tensor]]:
-    item = coefficients.element_size() * coefficients.shape[0] * coefficients.shape[2]
-    block = max(1, BLOCK_BYTES // item)
+    block = max(1, BLOCK_BYTES // (coefficients.element_size() * len(coefficients) * coefficients.shape[2]))
     for start in range(0, len(observed), block):
         rows = slice(start, start + block)
         yield rows, steer(observed.outputs[rows], observed.features[rows], coefficients, anchored=anchored)

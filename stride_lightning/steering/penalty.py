@@ -58,11 +58,8 @@ def imitation_ridge(
     """The ridge with which a refit of the readouts best imitates the frozen model.
 
     The model's readouts are trained anew on the whole training set, for a grid of ridges at once; the one whose
-    predictions are closest to the frozen model's says how strongly the real training regularises.
-
-    Returns:
-        The ridge ``rho``, and the loss against the frozen model's predictions for every ridge tried (relative to the
-        mean curvature).
+    predictions are closest to the frozen model's says how strongly the real training regularises. Beside it comes the
+    loss against the frozen model's predictions for every ridge tried (relative to the mean curvature).
     """
     unit = max(mean_curvature(observed, task), 1e-12)
     predicted = task.mean(observed.outputs)

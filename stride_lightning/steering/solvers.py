@@ -24,14 +24,9 @@ MAX_CHUNK = 64
 class OperatorFit:
     """Fitted operators and how well they were solved."""
 
-    #: Shape ``(C, r, K)``: operator k gives output c of an example as ``phi . coefficients[c, :, k]``.
-    coefficients: Tensor
-    #: Norm of each objective's gradient over its norm at zero, shape ``(K,)``.
-    relative_gradient: Tensor
-    #: Of the slowest chunk.
-    iterations: int
-    #: Whether operators move the frozen model's outputs or stand in their place.
-    anchored: bool
+    coefficients: Tensor  # (C, r, K): operator k gives output c of an example as phi . coefficients[c, :, k]
+    relative_gradient: Tensor  # norm of each objective's gradient over its norm at zero, (K,)
+    iterations: int  # of the slowest chunk
 
 
 def fit_operators(
@@ -105,7 +100,7 @@ def fit_operators(
             "`max_iterations`.",
             stacklevel=2,
         )
-    return OperatorFit(coefficients, relative, slowest, bool(stability))
+    return OperatorFit(coefficients, relative, slowest)
 
 
 def refit(observed: Observation, task: Task, ridges: Tensor, *, show_progress: bool = False, **limits: Any) -> Tensor:
@@ -127,8 +122,7 @@ class _Objective:
     def __init__(self, observed: Observation, members: Tensor, task: Task, ridges: Tensor, stability: float) -> None:
         self.features, self.task, self.ridges = observed.features, task, ridges
         self.members = members.to(self.features.device)  # (n, k)
-        scale = 1 / task.dispersion
-        inside = self.members.sum(0).to(self.features)
+        scale, inside = 1 / task.dispersion, self.members.sum(0).to(self.features)
         self.inside = scale / inside.clamp(min=1)
         # Nothing moves the operator of an empty subset from zero, so nothing need hold it there.
         self.outside = (inside > 0) * (scale * stability / (len(observed) - inside).clamp(min=1))

@@ -47,14 +47,13 @@ class StreamingStatistics:
         self.mean = self.mean + (mean - self.mean) * (count / self.count)
 
     def _start(self, features: Tensor) -> None:
-        width = features.shape[1]
+        width, rank = features.shape[1], min(features.shape[1], MAX_COVARIANCE)
         self.mean, self._squares = features.new_zeros(width), features.new_zeros(width)
-        if width > MAX_COVARIANCE:
-            generator = torch.Generator().manual_seed(width)
-            sketch = torch.randn(width, MAX_COVARIANCE, generator=generator, dtype=torch.float64)
-            self._sketch = sketch.to(features.device) / MAX_COVARIANCE**0.5
-        rank = min(width, MAX_COVARIANCE)
         self._scatter = features.new_zeros(rank, rank)
+        if width > rank:
+            generator = torch.Generator().manual_seed(width)
+            sketch = torch.randn(width, rank, generator=generator, dtype=torch.float64)
+            self._sketch = sketch.to(features.device) / rank**0.5
 
     @property
     def variance(self) -> Tensor:

@@ -51,7 +51,7 @@ def test_operators_are_those_of_the_solver(task: Task, stability: float | None) 
     module, observed = statistics_module(task, stability=stability)
     tau = stability or 0.0
     expected = fit_operators(observed, DESIGN, task, module.chosen["ridge"], stability=tau, tolerance=1e-8, **QUIET)
-    assert module.anchored == expected.anchored == (tau > 0)
+    assert module.anchored == (tau > 0)
     assert module.coefficients.shape == (3, 5, 8)
     gap = (module.coefficients - expected.coefficients).norm() / expected.coefficients.norm()
     assert gap < 0.02  # both solved, to different tolerances

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning.pytorch as L
@@ -93,15 +93,10 @@ def unexplained(design: Design, generator: torch.Generator, subsets: Tensor | No
 @contextmanager
 def _quietly() -> Iterator[None]:
     """A Trainer inside a library need not introduce itself, nor advise on workers for data that is in memory."""
-    # Both trees: where both are imported they share one way of logging, and the later one names it.
-    logs = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning")]
-    levels = [log.level for log in logs]
-    for log in logs:
-        log.setLevel(max(log.level, logging.WARNING))
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*does not have many workers")
-            yield
-    finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.setLevel(level)
+    with ExitStack() as stack, warnings.catch_warnings():
+        # Both trees: where both are imported they share one way of logging, and the later one names it.
+        for log in map(logging.getLogger, ("lightning.pytorch", "pytorch_lightning")):
+            stack.callback(log.setLevel, log.level)
+            log.setLevel(max(log.level, logging.WARNING))
+        warnings.filterwarnings("ignore", ".*does not have many workers")
+        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -49,25 +50,18 @@ class HiddenStateOperators(PublishedOperators):
         self._frozen = [model]  # in a list: no part of this module
         self.task, self.layer = task, block_at(model, DEPTH) if layer is None else layer
 
-    # ---- fitting --------------------------------------------------------------------------------------------
-
     def fit_operators(self, train: Examples, device: torch.device, *, show_progress: bool = True) -> None:
         """Fit basis and operators with a Trainer; every process of a distributed run fits alike."""
         self._train, self._where = train, device
         self._generator = torch.Generator().manual_seed(self.seed)
-        batch = next(iter(train.drawn([torch.tensor([0])], self.seed, device)))
-        width = self._width(self.task.inputs(batch))
-        where = torch.empty(0, device=device)
+        (batch,) = train.drawn([torch.tensor([0])], self.seed, device)
+        width, where = self._width(self.task.inputs(batch)), torch.empty(0, device=device)
         self.start(width, (self.design.num_subsets, self.rank, width), self._generator, where, size=width)
-        # Else training would leave gradients in the user's model.
-        trainable = [parameter for parameter in self._frozen[0].parameters() if parameter.requires_grad]
-        try:
-            for parameter in trainable:
-                parameter.requires_grad_(False)
+        with ExitStack() as stack:
+            for parameter in self._frozen[0].parameters():
+                stack.callback(parameter.requires_grad_, parameter.requires_grad)
+                parameter.requires_grad_(False)  # else training would leave gradients in the user's model
             self.run_trainer(device, show_progress=show_progress)
-        finally:
-            for parameter in trainable:
-                parameter.requires_grad_(True)
         self.requires_grad_(False)
         del self._train
 
@@ -114,8 +108,6 @@ class HiddenStateOperators(PublishedOperators):
         """One subset for each sequence, among those of weight 1; any where there is none."""
         weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, 1.0)
         return torch.multinomial(weights, 1, generator=self._generator)[:, 0]
-
-    # ---- at work --------------------------------------------------------------------------------------------
 
     def steered(self, inputs: dict[str, Any], subsets: Tensor, *, repeats: int) -> Tensor:
         """Logits of the frozen model under operators, float32 of shape ``(repeats B, T, V)``.
