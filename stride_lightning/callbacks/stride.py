@@ -118,8 +118,6 @@ class StrideCallback(RecordingCallback):
         self._sampled_step = self._recorded_step = -1
         self._recorded_weights = ""
 
-    # ---- training -------------------------------------------------------------------------------------------
-
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._written, self._sampled_step, self._recorded_step, self._recorded_weights = [], -1, -1, ""
@@ -189,8 +187,6 @@ class StrideCallback(RecordingCallback):
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._record(trainer, pl_module, final=True)
-
-    # ---- the record -----------------------------------------------------------------------------------------
 
     def _record(self, trainer: L.Trainer, pl_module: L.LightningModule, *, final: bool = False) -> None:
         """Evaluate the training set at the weights as they are and write a record; every rank takes part."""

@@ -109,8 +109,6 @@ class TracInCallback(RecordingCallback):
         self._rates.restore(state_dict["learning_rates"])
         self._resumed_dirpath = None if state_dict["dirpath"] is None else Path(state_dict["dirpath"])
 
-    # ---- training -------------------------------------------------------------------------------------------
-
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         with self.refusing():
@@ -196,8 +194,6 @@ class TracInCallback(RecordingCallback):
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._rates.unwatch()
-
-    # ---- the record -----------------------------------------------------------------------------------------
 
     def _record(self, trainer: L.Trainer, pl_module: L.LightningModule, *, final: bool = False) -> None:
         """Write a record of the weights as they are; every rank takes part."""

@@ -91,8 +91,6 @@ class InformationAttributor(PlannedAttributor):
         names = ("likelihood", "projection_dim", "signed")
         return super().options() | {name: getattr(self, name) for name in names}
 
-    # ---- fit --------------------------------------------------------------------------------------------------
-
     @override
     def fit_model(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
         if record is not None:
@@ -134,8 +132,6 @@ class InformationAttributor(PlannedAttributor):
         num_rows = len(self.train_data) * self.num_outputs
         self.evidence = fit_evidence(gram, weights, 2 * losses, num_rows, noise_variance=noise)
         return self.evidence.ridge
-
-    # ---- attribute --------------------------------------------------------------------------------------------
 
     @override
     def score_queries(
@@ -269,8 +265,6 @@ class InformationAttributor(PlannedAttributor):
             query = query_vectors(batch.rows if queries is None else queries[rows], self.posterior, self.form)
             parts.append(nats(query @ index_vectors(batch.rows, self.posterior, self.form).mT, self.form))
         return gather(torch.cat(parts).float().cpu(), len(self.train_data))
-
-    # ---- what an index of the training examples is made of -----------------------------------------------------
 
     @property
     def vector_shape(self) -> tuple[int, int]:

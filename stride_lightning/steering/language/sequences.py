@@ -103,8 +103,6 @@ class SequenceStride:
         self.options: dict[str, Any] = {}
         self.train_targets: Tensor | None = None
 
-    # ---- fit ------------------------------------------------------------------------------------------------
-
     def choose_layers(self, model: nn.Module, inputs: Any, size: int = 0) -> list[str]:
         """Five layers with a weight matrix, evenly spaced from first to last."""
         size, num_tokens = inputs["input_ids"].shape
@@ -247,8 +245,6 @@ class SequenceStride:
         if self.operators is not None:
             tensors["operators"] = {"coefficients": self.operators.coefficients}
         return FitRecord(tensors)
-
-    # ---- ask ------------------------------------------------------------------------------------------------
 
     def ask(self, queries: Examples, target: str = "label") -> Answers:
         """Measure the queries and compute their influence, as many at once as may be held."""
