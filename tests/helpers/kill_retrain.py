@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from stride_lightning.retraining import together
+from stride_lightning.retraining import batches, together
 from stride_lightning.retraining.retrain import retrain
 from stride_lightning.storage import records
 from tests.helpers.kill_writer import finish, fork, kill_after, operations_of
@@ -40,7 +40,7 @@ def run(path, *, pause=0.0, memory_budget=None):
         return step(*args, **kwargs)
 
     together.Ensemble.step = counted
-    together.chunk_size = lambda num_models, *rest: CHUNK if memory_budget is None else 1
+    batches.chunk_size = lambda num_models, *rest: CHUNK if memory_budget is None else 1
     try:
         truth = retrain(
             partial(nn.Linear, 3, 2),
