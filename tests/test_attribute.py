@@ -160,7 +160,6 @@ def test_model_is_as_before(options, tmp_path):
         ({"train_data": Subset(DATA, [0])}, ValueError, "at least 2 training examples, got 1"),
         ({"train_data": HIGH}, ValueError, r"0\.\.2 for a model with 3 outputs"),
     ],
-    ids=str,
 )
 def test_wrong_arguments(model, options, error, message):
     with pytest.raises(error, match=message):

@@ -1,5 +1,6 @@
 """Models, data and a plain training loop that the tests of retraining share."""
 
+from contextlib import contextmanager
 from functools import partial
 
 import lightning.pytorch as L
@@ -32,8 +33,46 @@ class Net(L.LightningModule):
         return self.optimize(self)
 
 
+#: What is made of a model's parameters.
+OPTIMIZERS = {
+    "sgd": partial(torch.optim.SGD, lr=0.3),
+    "momentum": partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.05),
+    "dampening": partial(torch.optim.SGD, lr=0.2, momentum=0.9, dampening=0.3),
+    "adam": partial(torch.optim.Adam, lr=0.02),
+    "adamw amsgrad": partial(torch.optim.AdamW, lr=0.03, amsgrad=True, weight_decay=0.1),
+}
+
+
+class Manual(Net):
+    """Optimizes by hand."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.optimizers().zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.optimizers().step()
+
+
 def sgd(model):
     return torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.8)
+
+
+def plain_net():
+    return Net(mlp(), sgd)
+
+
+@contextmanager
+def threads(num):
+    before = torch.get_num_threads()
+    torch.set_num_threads(num)
+    try:
+        yield
+        assert torch.get_num_threads() == num
+    finally:
+        torch.set_num_threads(before)
 
 
 def mlp(outputs=3):

@@ -1,3 +1,4 @@
+import itertools
 import logging
 import random
 import time
@@ -71,10 +72,10 @@ class InPlace(nn.Module):
 
     def forward(self, x):
         out = self.net(x)
-        kept = out * 2
+        doubled = out * 2
         out += 1
         out[:, 0] *= 3
-        return out + kept
+        return out + doubled
 
 
 def tokens():
@@ -86,38 +87,28 @@ def rows(*shape):
 
 
 NETWORKS = {
-    "mlp": (
-        lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2)),
-        rows(8),
+    "mlp": lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2)),
+    "activations": lambda: nn.Sequential(
+        *(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Sigmoid(), nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 8)),
+        *(nn.LeakyReLU(), nn.Linear(8, 8), nn.ELU(), nn.Linear(8, 2), nn.Softplus()),
     ),
-    "activations": (
-        lambda: nn.Sequential(
-            *(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Sigmoid(), nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 8)),
-            *(nn.LeakyReLU(), nn.Linear(8, 8), nn.ELU(), nn.Linear(8, 2), nn.Softplus()),
-        ),
-        rows(8),
+    "conv": lambda: nn.Sequential(
+        *(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 3, 3), nn.GroupNorm(1, 3)),
+        *(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4)),
     ),
-    "conv": (
-        lambda: nn.Sequential(
-            *(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 3, 3), nn.GroupNorm(1, 3)),
-            *(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4)),
-        ),
-        rows(2, 8, 8),
+    "norm": lambda: nn.Sequential(
+        nn.Linear(8, 16), nn.LayerNorm(16), nn.GELU("tanh"), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 3)
     ),
-    "norm": (
-        lambda: nn.Sequential(
-            nn.Linear(8, 16), nn.LayerNorm(16), nn.GELU("tanh"), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 3)
-        ),
-        rows(8),
-    ),
-    "attention": (lambda: Attention(False), rows(4, 8)),
-    "fused attention": (lambda: Attention(True), rows(4, 8)),
-    "multi-head": (MultiHead, rows(4, 8)),
-    "residual": (Residual, rows(8)),
-    "tied": (Tied, tokens),
-    "in-place": (InPlace, rows(8)),
-    "dropout": (lambda: nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.ReLU(), nn.Linear(16, 3)), rows(8)),
+    "attention": lambda: Attention(False),
+    "fused attention": lambda: Attention(True),
+    "multi-head": MultiHead,
+    "residual": Residual,
+    "tied": Tied,
+    "in-place": InPlace,
+    "dropout": lambda: nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.ReLU(), nn.Linear(16, 3)),
 }
+INPUTS = {"conv": rows(2, 8, 8), "tied": tokens}
+INPUTS |= dict.fromkeys(["attention", "fused attention", "multi-head"], rows(4, 8))
 
 
 def squared(outputs, targets):
@@ -152,13 +143,12 @@ def captured(function, *arguments):
 
 def assert_same(function, replay, arguments, seed=0):
     """The replay gives what the function gives, and its arguments stay bit for bit."""
-    kept = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, arguments)
+    copies = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, arguments)
     torch.manual_seed(seed)
-    came = replay(*arguments)
+    replayed = replay(*arguments)
     torch.manual_seed(seed)
-    expected = function(*kept)
-    torch.testing.assert_close(came, expected, rtol=1e-6, atol=1e-6)
-    for x, y in zip(tree_leaves(arguments), tree_leaves(kept), strict=True):
+    torch.testing.assert_close(replayed, function(*copies), rtol=1e-6, atol=1e-6)
+    for x, y in zip(tree_leaves(arguments), tree_leaves(copies), strict=True):
         assert x is y or torch.equal(x, y)
 
 
@@ -167,8 +157,7 @@ def assert_same(function, replay, arguments, seed=0):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_replay_is_the_training_step_of_any_numbers(name, loss):
     torch.manual_seed(0)
-    build, make = NETWORKS[name]
-    net = build()
+    net, make = NETWORKS[name](), INPUTS.get(name, rows(8))
     step = training_step(net, loss)
     replay = captured(step, *arguments_for(net, make))
     for seed in range(5):
@@ -251,10 +240,10 @@ def test_random_graphs(seed):
     replay = module._trace(function, *module.tree_flatten(tuple(arguments)))
     for _ in range(2):
         arguments = [torch.rand(4, 4) + 0.5 for _ in range(2)]
-        kept = [x.clone() for x in arguments]
-        for came, expected in zip(replay(*arguments), function(*kept), strict=True):
-            assert torch.equal(came, expected)
-        assert all(torch.equal(x, y) for x, y in zip(arguments, kept, strict=True))
+        copies = [x.clone() for x in arguments]
+        for replayed, expected in zip(replay(*arguments), function(*copies), strict=True):
+            assert torch.equal(replayed, expected)
+        assert all(torch.equal(x, y) for x, y in zip(arguments, copies, strict=True))
 
 
 def random_function(rng):
@@ -285,8 +274,7 @@ def random_function(rng):
 def test_the_random_graphs_notice_a_broken_alias_analysis(monkeypatch):
     """Views taken for tensors of their own show in some of the random graphs."""
     monkeypatch.setattr(module, "_sharing", lambda graph: {node: [node] for node in graph.nodes})
-    wrong = [seed for seed in range(60) if not _passes(seed)]
-    assert len(wrong) > 5
+    assert sum(not _passes(seed) for seed in range(60)) > 5
 
 
 def _passes(seed):
@@ -311,13 +299,12 @@ def test_results_are_tensors_of_their_own():
 def test_results_are_the_callers_own():
     """Neither a later replay nor a change to a result touches what was returned before."""
     replay = captured(lambda x: ((y := x.exp()).t(), y.sum(), x * 1, x + 0), torch.ones(3, 3))
-    first, second = replay(torch.zeros(3, 3)), None
-    kept = [value.clone() for value in first]
-    second = replay(x := torch.ones(3, 3))
-    for value in second:
+    first = replay(torch.zeros(3, 3))
+    copies = [value.clone() for value in first]
+    for value in replay(x := torch.ones(3, 3)):
         value.zero_()
     assert torch.equal(x, torch.ones(3, 3))
-    assert all(torch.equal(value, old) for value, old in zip(first, kept, strict=True))
+    assert all(torch.equal(value, old) for value, old in zip(first, copies, strict=True))
     torch.testing.assert_close(replay(x)[1], x.exp().sum())
 
 
@@ -327,11 +314,11 @@ def test_dropout_draws_afresh_from_the_default_generator():
     arguments = arguments_for(net, rows(8))
     replay = captured(step, *arguments)
     torch.manual_seed(3)
-    came = [replay(*arguments)[1] for _ in range(3)] + [torch.rand(2)]
+    replayed = [replay(*arguments)[1] for _ in range(3)] + [torch.rand(2)]
     torch.manual_seed(3)
     expected = [step(*arguments)[1] for _ in range(3)] + [torch.rand(2)]
-    torch.testing.assert_close(came, expected)
-    assert not torch.equal(came[0], came[1])
+    torch.testing.assert_close(replayed, expected)
+    assert not torch.equal(replayed[0], replayed[1])
 
 
 @pytest.mark.parametrize(
@@ -353,29 +340,19 @@ def test_torch_randomness_is_the_functions_own_or_not_captured(function):
     if replay is None:
         return
     torch.manual_seed(11)
-    came = replay(x), replay(x), torch.rand(1)
+    replayed = replay(x), replay(x), torch.rand(1)
     torch.manual_seed(11)
-    torch.testing.assert_close(came, (function(x), function(x), torch.rand(1)))
+    torch.testing.assert_close(replayed, (function(x), function(x), torch.rand(1)))
 
 
-def counting():
-    calls = []
-
-    def function(x):
-        calls.append(1)
-        return x * len(calls)
-
-    return function
+def random_states():
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
 
 
-def changing_after(calls):
-    seen = []
-
-    def function(x):
-        seen.append(1)
-        return x * 2 if len(seen) > calls else x
-
-    return function
+def counting(factor):
+    """Multiplies by what the factor is in its first call, second call, and so on."""
+    calls = itertools.count()
+    return lambda x: x * factor(next(calls))
 
 
 def sown(x):
@@ -396,9 +373,9 @@ REFUSED = {
     "numbers decide": lambda x: x if x.sum() > 0 else -x,
     "numbers as a shape": lambda x: x[x > 0],
     "numpy": lambda x: x + torch.from_numpy(np.sin(x.numpy())),
-    "counter": counting(),
-    "changes after tracing": changing_after(1),
-    "changes after one check": changing_after(2),
+    "counter": counting(lambda call: call + 1),
+    "changes after tracing": counting(lambda call: 1 + (call >= 1)),
+    "changes after one check": counting(lambda call: 1 + (call >= 2)),
     "changes an argument": lambda x: x.add_(1),
     "changes a view of an argument": lambda x: (x[:1].zero_(), x + 1)[1],
     "changes a closed-over tensor": lambda x: x + CHANGED.add_(1),
@@ -414,9 +391,9 @@ def test_what_cannot_be_replayed_is_refused(case, caplog):
     statistics = BATCH_NORM.running_mean.clone(), BATCH_NORM.running_var.clone()
     x = torch.arange(1.0, 4)
     random.seed(5), np.random.seed(5)  # noqa: NPY002
-    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+    states = random_states()
     assert capture(REFUSED[case], x) is None
-    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # noqa: NPY002
+    assert states == random_states()
     assert torch.equal(x, torch.arange(1.0, 4))
     torch.testing.assert_close((BATCH_NORM.running_mean, BATCH_NORM.running_var), statistics, rtol=0, atol=0)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
@@ -510,9 +487,9 @@ def test_random_states_and_warnings_are_left_alone():
         warnings.warn("Mind the gap.", stacklevel=2)
         return x + torch.rand(3) + (x - 1).nan_to_num()
 
-    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+    states = random_states()
     captured(warns, torch.ones(3))
-    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # noqa: NPY002
+    assert states == random_states()
     assert torch.is_grad_enabled()
 
 

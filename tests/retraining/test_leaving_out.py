@@ -1,6 +1,7 @@
 """Training on with and without examples, against a plain loop."""
 
 import copy
+import re
 from functools import partial
 
 import pytest
@@ -12,60 +13,35 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from stride_lightning import Classification, Regression
 from stride_lightning.model.weights import weight_hash
-from stride_lightning.retraining.batches import batch_order
+from stride_lightning.retraining import ensemble
 from stride_lightning.retraining.further_training import further_train
 from stride_lightning.runtime.randomness import mix, seed_all
 from tests.helpers.models import Augmented
-from tests.retraining.cases import (
-    NETWORKS,
-    NUM_QUERIES,
-    NUM_TRAIN,
-    LastState,
-    Net,
-    batchnorm,
-    cross_entropies,
-    half_squares,
-    in_double,
-    mlp,
-    numbers,
-    points,
-    sgd,
-)
-from tests.retraining.further import (
-    BATCH,
-    EPOCHS,
-    LEFT_OUT,
-    SMOOTHED,
-    ask,
-    batches_of,
-    by_hand,
-    check,
-    frozen_statistics,
-    make_net,
-)
+from tests.retraining import cases, further
+from tests.retraining.cases import NUM_QUERIES, NUM_TRAIN, Net, half_squares, in_double, mlp, numbers, points, sgd
+from tests.retraining.further import BATCH, LEFT_OUT, SMOOTHED, ask, batches_of, by_hand, check, make_net
 
 SGD = partial(torch.optim.SGD, lr=0.2, momentum=0.7)
-OPTIMIZERS = {
-    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.3),
-    "momentum": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True),
-    "adam": lambda model: torch.optim.Adam(model.parameters(), lr=0.02),
-    "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.3),
-    "dampening": lambda model: torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, dampening=0.3),
-}
+
+
+def dropout():
+    return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 3))
+
+
+NETWORKS = cases.NETWORKS | {"dropout": (dropout, points, F.cross_entropy, cases.cross_entropies)}
 
 
 @pytest.mark.parametrize(
     ("network", "optimizer"),
-    [*(("classes", name) for name in OPTIMIZERS), *((name, "momentum") for name in NETWORKS if name != "classes")],
+    [*(("classes", name) for name in cases.OPTIMIZERS), *((name, "momentum") for name in [*NETWORKS][1:])],
 )
 def test_effects_are_those_of_a_plain_loop(network, optimizer):
-    build, data, loss, measure = NETWORKS[network]
-    model, optimize = make_net(build, OPTIMIZERS[optimizer], loss), OPTIMIZERS[optimizer]
-    data, queries = in_double(data()), in_double(data(NUM_QUERIES, seed=1))
-    found = ask(model, batches_of(data), queries)
-    assert found.metadata["one_by_one_because"] is None
-    assert found.metadata["optimizer"] == repr(optimize(model))
-    check(found, by_hand(model, data, queries, measure))
+    (build, data, loss, measure), optimize = NETWORKS[network], lambda m: cases.OPTIMIZERS[optimizer](m.parameters())
+    data, queries, model = in_double(data()), in_double(data(NUM_QUERIES, seed=1)), make_net(build, optimize, loss)
+    result = ask(model, batches_of(data), queries)
+    assert result.metadata["one_by_one_because"] is None
+    assert result.metadata["optimizer"] == repr(optimize(model))
+    check(result, by_hand(model, data, queries, measure))
 
 
 @pytest.mark.parametrize("how", [{"shuffle": False}, {"drop_last": True}, {"shuffle": False, "drop_last": True}])
@@ -79,9 +55,9 @@ def test_batches_are_the_loaders(how):
 def test_a_batch_size_that_is_passed_and_a_dataset_that_has_none():
     model, data = make_net(mlp), in_double(points())
     expected = ask(model, batches_of(data), data)
-    found = ask(model, data, data, batch_size=BATCH)
-    assert (found.metadata["batch_size"], found.metadata["shuffle"], found.metadata["drop_last"]) == (9, True, False)
-    assert found.effects_by_seed.equal(expected.effects_by_seed)
+    result = ask(model, data, data, batch_size=BATCH)
+    assert (result.metadata["batch_size"], result.metadata["shuffle"], result.metadata["drop_last"]) == (9, True, False)
+    assert result.effects_by_seed.equal(expected.effects_by_seed)
     assert ask(model, DataLoader(data, 3, shuffle=True), data, batch_size=BATCH).effects().equal(expected.effects())
 
 
@@ -110,8 +86,8 @@ def test_schedules_are_left_out_and_the_learning_rate_is_the_initial_one(name):
 
 def test_an_optimizer_that_is_passed_takes_the_place_of_the_models():
     model, data, adam = make_net(mlp), in_double(points()), partial(torch.optim.Adam, lr=0.03)
-    found = ask(model, batches_of(data), data, optimizer=adam)
-    check(found, by_hand(model, data, data, optimizer=lambda m: adam(m.parameters())))
+    result = ask(model, batches_of(data), data, optimizer=adam)
+    check(result, by_hand(model, data, data, optimizer=lambda m: adam(m.parameters())))
 
 
 def test_a_plain_module_trains_on_the_tasks_loss():
@@ -119,18 +95,18 @@ def test_a_plain_module_trains_on_the_tasks_loss():
     data, optimizer = in_double(numbers()), partial(torch.optim.SGD, lr=0.1)
     torch.manual_seed(0)
     model = mlp(1).double()
-    found = ask(model, batches_of(data), data, optimizer=optimizer)
+    result = ask(model, batches_of(data), data, optimizer=optimizer)
     half = lambda m, part: half_squares(m(part[0]), part[1]).mean()  # noqa: E731
     expected = by_hand(model, data, data, half_squares, optimizer=lambda m: optimizer(m.parameters()), step=half)
-    check(found, expected)
+    check(result, expected)
     with pytest.raises(TypeError, match=r"Sequential is no LightningModule.*Pass `optimizer=`, such as"):
         ask(model, batches_of(data), data)
 
 
 def test_the_noise_of_a_regression_scales_what_is_measured_but_not_training():
     model, data = make_net(partial(mlp, 1), loss=F.mse_loss), in_double(numbers())
-    found = ask(model, batches_of(data), data, task=Regression(noise_std=0.5))
-    check(found, 4 * by_hand(model, data, data, half_squares))
+    result = ask(model, batches_of(data), data, task=Regression(noise_std=0.5))
+    check(result, 4 * by_hand(model, data, data, half_squares))
 
 
 @pytest.mark.parametrize("network", ["classes", "squares", "one logit"])
@@ -149,38 +125,31 @@ def test_one_tiny_step_on_everything_gives_the_dot_product_of_gradients(network)
 
     expected = gradients(measure) @ gradients(loss).T * lr / NUM_TRAIN
     optimizer = partial(torch.optim.SGD, lr=lr)
-    found = further_train(model, data, train_data=data, batch_size=NUM_TRAIN, optimizer=optimizer, num_seeds=1)
-    torch.testing.assert_close(found.effects_by_seed[0, 0].T, expected, rtol=1e-3, atol=1e-3 * expected.abs().max())
-    assert (found.effects().diagonal() > 0).all()  # every example helps itself
+    result = further_train(model, data, train_data=data, batch_size=NUM_TRAIN, optimizer=optimizer, num_seeds=1)
+    torch.testing.assert_close(result.effects_by_seed[0, 0].T, expected, rtol=1e-3, atol=1e-3 * expected.abs().max())
+    assert (result.effects().diagonal() > 0).all()  # every example helps itself
 
 
 def test_single_precision_is_the_same_to_rounding():
     model, data = make_net(mlp), points()
     expected = ask(model, batches_of(in_double(data)), in_double(data)).effects_by_seed
-    found = ask(model.float(), batches_of(data), data).effects_by_seed
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-5)
+    result = ask(model.float(), batches_of(data), data).effects_by_seed
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result.double(), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_many_steps_are_traced(monkeypatch):
-    traced = []
-    from stride_lightning.retraining import ensemble
-
-    original = ensemble.capture
+    traced, original = [], ensemble.capture
     monkeypatch.setattr(ensemble, "capture", lambda *args: traced.append(original(*args)) or traced[-1])
     model, data, queries = make_net(mlp), in_double(points()), in_double(points(4, seed=1))
     monkeypatch.setattr("tests.retraining.further.EPOCHS", [2, 18])
-    found = ask(model, batches_of(data), queries, epochs=[2, 18], left_out=[3, 8])
+    result = ask(model, batches_of(data), queries, epochs=[2, 18], left_out=[3, 8])
     assert len(traced) == 2  # batches of 9 and of 7
     assert None not in traced
-    check(found, by_hand(model, data, queries, left_out=[3, 8]), tolerance=1e-8)
+    check(result, by_hand(model, data, queries, left_out=[3, 8]), tolerance=1e-8)
 
 
 # ---- what does not matter ---------------------------------------------------------------------------------------
-
-
-def dropout():
-    return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 3))
 
 
 KINDS = {
@@ -202,13 +171,9 @@ def test_neither_chunks_nor_threads_nor_the_order_nor_the_random_state_matter(na
     permuted = ask(model, data, queries, left_out=[17, 24, 4, 0], memory_budget=2**13)
     everything = ask(model, data, queries, left_out=None, epochs=3)
     threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1 if threads > 1 else 2)
+    with cases.threads(1 if threads > 1 else 2):
         threaded = ask(model, data, queries)
-        assert torch.get_num_threads() == (1 if threads > 1 else 2)
-    finally:
-        torch.set_num_threads(threads)
-    sizes = [found.metadata["chunk_size"] for found in (whole, chunked)]
+    sizes = [result.metadata["chunk_size"] for result in (whole, chunked)]
     assert sizes[1] == (4 if name == "smoothed" else 1)  # one by one, every example is a chunk of its own anyway
     assert sizes[0] == 4 or threads > 1
     same = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
@@ -223,11 +188,6 @@ def test_neither_chunks_nor_threads_nor_the_order_nor_the_random_state_matter(na
     same(other.effects_by_seed[0], whole.effects_by_seed[1])
 
 
-def test_dropout_is_that_of_a_plain_loop():
-    model, data, queries = make_net(dropout), in_double(points()), in_double(points(NUM_QUERIES, seed=1))
-    check(ask(model, batches_of(data), queries), by_hand(model, data, queries))
-
-
 @pytest.mark.parametrize("loss", [F.mse_loss, nn.HuberLoss(delta=0.5)], ids=["together", "one by one"])
 def test_dropout_is_the_same_with_and_without(loss):
     """The last example's gradient is zero: nothing happens where it is left out."""
@@ -236,12 +196,10 @@ def test_dropout_is_the_same_with_and_without(loss):
     for tensor in data.tensors:
         tensor[-1] = 0
     model = make_net(bare, loss=loss)
-    found = ask(model, batches_of(data), data, left_out=[NUM_TRAIN - 1, 3])
-    assert (found.metadata["one_by_one_because"] is None) is (loss is F.mse_loss)
-    assert (found.effects_by_seed[:, :, 0] == 0).all()
-    assert found.effects_by_seed[:, :, 1].abs().mean() > 1e-4
-    off = ask(make_net(lambda: bare()[:2].append(nn.Identity()).append(bare()[3]), loss=loss), batches_of(data), data)
-    assert off.metadata["batch_size"] == BATCH
+    result = ask(model, batches_of(data), data, left_out=[NUM_TRAIN - 1, 3])
+    assert (result.metadata["one_by_one_because"] is None) is (loss is F.mse_loss)
+    assert (result.effects_by_seed[:, :, 0] == 0).all()
+    assert result.effects_by_seed[:, :, 1].abs().mean() > 1e-4
 
 
 @pytest.mark.filterwarnings("ignore:Two reads of one example")
@@ -263,13 +221,13 @@ def test_an_augmented_example_is_left_out_as_it_is_read_in_that_epoch():
 
 
 def test_batchnorm_keeps_its_statistics_and_trains_together():
-    model, data, queries = make_net(batchnorm), in_double(points()), in_double(points(NUM_QUERIES, seed=1))
+    model, data, queries = make_net(cases.batchnorm), in_double(points()), in_double(points(NUM_QUERIES, seed=1))
     model.network[1].running_mean += 0.3
     model.network[1].running_var *= 1.7
     before = weight_hash(model)
-    found = ask(model.train(), batches_of(data), queries)
-    assert found.metadata["one_by_one_because"] is None
-    check(found, by_hand(model, data, queries, mode=frozen_statistics))
+    result = ask(model.train(), batches_of(data), queries)
+    assert result.metadata["one_by_one_because"] is None
+    check(result, by_hand(model, data, queries, mode=further.frozen_statistics))
     assert weight_hash(model) == before
     assert all(module.training for module in model.modules())
 
@@ -284,9 +242,9 @@ class Batch(Net):
 
 
 ALONE = {
-    "recurrent": (LastState, F.cross_entropy, Net, r"vectorise it, likely by network\.lstm \(LSTM\)"),
+    "recurrent": (cases.LastState, F.cross_entropy, Net, r"vectorise it, likely by network\.lstm \(LSTM\)"),
     "smoothing": (mlp, SMOOTHED, Net, "its training_step returns another loss.*label smoothing"),
-    "batchnorm": (batchnorm, SMOOTHED, Net, "its training_step returns another loss.*label smoothing"),
+    "batchnorm": (cases.batchnorm, SMOOTHED, Net, "its training_step returns another loss.*label smoothing"),
     "penalty": (mlp, F.cross_entropy, Batch, "its training_step returns another loss"),
 }
 
@@ -295,17 +253,15 @@ ALONE = {
 def test_what_cannot_train_together_trains_one_by_one_by_its_training_step(name, capsys):
     network, loss, kind, reason = ALONE[name]
     model, data, queries = make_net(network, loss=loss, kind=kind), in_double(points()), in_double(points(4, seed=1))
-    found = ask(model, batches_of(data), queries, show_progress=True)
-    from re import search
-
-    assert search(reason, found.metadata["one_by_one_because"])
-    assert f"train on one by one, because {found.metadata['one_by_one_because']}." in capsys.readouterr().err
+    result = ask(model, batches_of(data), queries, show_progress=True)
+    assert re.search(reason, result.metadata["one_by_one_because"])
+    assert f"train on one by one, because {result.metadata['one_by_one_because']}." in capsys.readouterr().err
 
     def step(m, batch):
         m.log = lambda *_: None
         return m.training_step(batch)["loss"] if kind is Batch else m.training_step(batch, 0)
 
-    check(found, by_hand(model, data, queries, step=step, mode=frozen_statistics))
+    check(result, by_hand(model, data, queries, step=step, mode=further.frozen_statistics))
 
 
 def test_a_module_inside_that_logs_is_not_heard_either():
@@ -318,17 +274,16 @@ def test_a_module_inside_that_logs_is_not_heard_either():
             return self.inner.training_step(batch, batch_idx)
 
     model, data = make_net(mlp, loss=SMOOTHED), in_double(points())
-    found = ask(Outer(model), batches_of(data), data)
-    assert "training_step" in found.metadata["one_by_one_because"]
-    check(found, by_hand(model, data, data))
+    result = ask(Outer(model), batches_of(data), data)
+    assert "training_step" in result.metadata["one_by_one_because"]
+    check(result, by_hand(model, data, data))
 
 
 def test_double_weights_and_single_data_fit_one_by_one_too():
     """As a Trainer with precision="64-true" makes them fit."""
     model, data = make_net(mlp, loss=SMOOTHED), points()
-    torch.testing.assert_close(
-        ask(model, batches_of(data), data).effects(), ask(model, batches_of(in_double(data)), in_double(data)).effects()
-    )
+    expected = ask(model, batches_of(in_double(data)), in_double(data)).effects()
+    torch.testing.assert_close(ask(model, batches_of(data), data).effects(), expected)
     assert ask(make_net(mlp), batches_of(data), data).metadata["one_by_one_because"] is None
 
 
@@ -337,95 +292,22 @@ class AsksForTheEpoch(Net):
         return super().training_step(batch, batch_idx) / (1 + self.current_epoch)
 
 
-class ByHand(Net):
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        self.manual_backward(super().training_step(batch, batch_idx))
-        self.optimizers().step()
+NEEDING = {
+    AsksForTheEpoch: "AsksForTheEpoch cannot be trained on by its training_step without a Train",
+    cases.Manual: r"Manual optimizes by hand \(automatic_optimization=False\), so it has no loss to take.*Pass further",
+}
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        (AsksForTheEpoch, "AsksForTheEpoch cannot be trained on by its training_step without a Train"),
-        (ByHand, r"ByHand optimizes by hand \(automatic_optimization=False\), so it has no loss to take.*Pass further"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "message"), NEEDING.items())
 def test_a_training_step_that_needs_its_trainer_is_refused_with_a_way_out(kind, message):
     model, data = make_net(mlp, kind=kind), in_double(points())
     with pytest.raises(ValueError, match=message):
         ask(model, batches_of(data), data)
-    found = ask(model.network, batches_of(data), data, optimizer=SGD)  # the way out
-    check(found, by_hand(make_net(mlp, lambda m: SGD(m.parameters())), data, data))
+    result = ask(model.network, batches_of(data), data, optimizer=SGD)  # the way out
+    check(result, by_hand(make_net(mlp, lambda m: SGD(m.parameters())), data, data))
 
 
-# ---- single examples, and losses close to zero ----------------------------------------------------------------------
-
-
-class Sentences(torch.utils.data.Dataset):
-    """Dictionaries as a tokenizer gives them, padded; the first word tells the label."""
-
-    def __init__(self, num, seed=0):
-        draw = torch.Generator().manual_seed(seed)
-        self.words = torch.randint(3, 20, (num, 5), generator=draw)
-        self.mask = (torch.arange(5) < torch.randint(2, 6, (num, 1), generator=draw)).long()
-
-    def __len__(self):
-        return len(self.words)
-
-    def __getitem__(self, i):
-        words = self.words[i] * self.mask[i]
-        return {"input_ids": words, "attention_mask": self.mask[i], "labels": self.words[i, 0] % 2}
-
-
-class SentenceTask(Classification):
-    def inputs(self, batch):
-        return {name: batch[name] for name in ("input_ids", "attention_mask")}
-
-    def targets(self, batch):
-        return batch["labels"]
-
-    def outputs(self, model, inputs):
-        return model(**inputs).logits
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_transformer_that_looks_at_the_values_of_its_mask_trains_one_by_one():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.BertConfig(
-        **sizes, intermediate_size=16, max_position_embeddings=8, hidden_dropout_prob=0, attention_probs_dropout_prob=0
-    )
-    model, data, queries = transformers.BertForSequenceClassification(config).double(), Sentences(12), Sentences(3, 1)
-    how = {"left_out": [4, 0], "optimizer": partial(torch.optim.SGD, lr=0.1), "task": SentenceTask(), "num_seeds": 1}
-    found = ask(model, DataLoader(data, 5, shuffle=True), queries, **how)
-    assert found.metadata["one_by_one_because"].startswith("torch.func cannot vectorise single examples: ")
-    assert len(found.metadata["one_by_one_because"]) < 210
-
-    def losses(trained, places, read=data):
-        batch = torch.utils.data.default_collate([read[int(i)] for i in places])
-        return F.cross_entropy(trained(**SentenceTask().inputs(batch)).logits, batch["labels"], reduction="none")
-
-    values = []
-    for place in (None, 4, 0):
-        trained, rows = copy.deepcopy(model), []
-        optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
-        for epoch in range(EPOCHS[-1]):
-            for batch in batch_order(12, 5, True, False, 0, epoch):
-                loss = losses(trained, batch).mean()
-                if place is not None:
-                    loss = loss - losses(trained, [place]).mean() / 12
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            if epoch + 1 in EPOCHS:
-                rows.append(losses(trained.eval(), range(3), queries).detach())
-        values.append(torch.stack(rows))
-    check(found, (torch.stack(values[1:], 1) - values[0][:, None])[None])
+# ---- losses close to zero ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2], ids=["together", "one by one"])
@@ -439,13 +321,13 @@ def test_effects_on_confidently_classified_queries_are_not_quantised(smoothing):
     with torch.no_grad():
         single.network.weight.copy_(torch.tensor([[-0.5, 0, 0, 0], [0.5, 0, 0, 0]]))
         single.network.bias.zero_()
-        assert 0 < cross_entropies(single.double().network(x.double()), queries.tensors[1]).max() < 3e-9
+        assert 0 < cases.cross_entropies(single.double().network(x.double()), queries.tensors[1]).max() < 3e-9
     expected = ask(copy.deepcopy(single), batches_of(in_double(data)), in_double(queries), epochs=1).effects_by_seed
-    found = ask(single.float(), batches_of(data), queries, epochs=1).effects_by_seed
-    assert found.dtype == torch.float32
-    assert (found.diff(dim=-1) != 0).all()
+    result = ask(single.float(), batches_of(data), queries, epochs=1).effects_by_seed
+    assert result.dtype == torch.float32
+    assert (result.diff(dim=-1) != 0).all()
     assert expected.abs().max() < 1e-8
-    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=0)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-3, atol=0)
 
 
 def test_a_tasks_loss_that_holds_single_precision_weights_is_measured_in_that():
@@ -454,5 +336,5 @@ def test_a_tasks_loss_that_holds_single_precision_weights_is_measured_in_that():
             return F.cross_entropy(outputs, encoded.argmax(-1), torch.tensor([1.0, 2, 5]), reduction="none")
 
     data = points()
-    found = ask(make_net(mlp).float(), batches_of(data), data, task=Weighted(), optimizer=SGD)
-    assert found.effects().abs().max() > 1e-4
+    result = ask(make_net(mlp).float(), batches_of(data), data, task=Weighted(), optimizer=SGD)
+    assert result.effects().abs().max() > 1e-4

@@ -1,25 +1,20 @@
 """A fresh Trainer for every subset: its batches, its hooks, its epochs."""
 
-import lightning.pytorch as L
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from stride_lightning.retraining.batches import batch_order
 from stride_lightning.retraining.one_by_one import train_alone
 from stride_lightning.retraining.recipe import Recipe
 from stride_lightning.retraining.together import Together
 from tests.helpers.models import make_trainer
-from tests.retraining.cases import NUM_QUERIES, Net, by_hand, mlp, points, sgd, some_masks
+from tests.retraining.cases import NUM_QUERIES, Net, by_hand, mlp, plain_net, points, sgd, some_masks
 
 QUERIES = points(NUM_QUERIES, seed=1)
 
 
-def model_fn():
-    return Net(mlp(), sgd)
-
-
-def recipe_of(model_fn=model_fn, **more):
+def recipe_of(model_fn=plain_net, **more):
     how = {"train_data": points(), "max_epochs": 3, "batch_size": 9} | more
     return Recipe(model_fn, QUERIES, **how)
 
@@ -59,9 +54,9 @@ def test_batches_are_those_of_the_whole_order_without_the_others(size, drop_last
 def test_losses_are_those_of_a_plain_loop(size, own, tmp_path):
     trainer = (lambda: make_trainer(tmp_path, max_epochs=3)) if own else None
     recipe, masks = recipe_of(batch_size=size, trainer_fn=trainer), some_masks(2, fraction=0.3)
-    found = torch.stack([train_alone(recipe, mask, 1) for mask in masks])
-    expected = by_hand(model_fn, points(), QUERIES, masks, 1, max_epochs=3, batch_size=size)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    losses = torch.stack([train_alone(recipe, mask, 1) for mask in masks])
+    expected = by_hand(plain_net, points(), QUERIES, masks, 1, max_epochs=3, batch_size=size)
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_plain_module_and_an_optimizer_of_its_own():
@@ -69,10 +64,10 @@ def test_a_plain_module_and_an_optimizer_of_its_own():
     expected_fn = lambda: Net(mlp(), lambda model: optimizer(model.parameters()))  # noqa: E731
     masks, how = some_masks(2), {"max_epochs": 3, "batch_size": 9}
     expected = by_hand(expected_fn, points(), QUERIES, masks, 0, **how)
-    for kind in (mlp, model_fn):  # in place of its configure_optimizers
+    for kind in (mlp, plain_net):  # in place of its configure_optimizers
         recipe = recipe_of(kind, optimizer=optimizer)
-        found = torch.stack([train_alone(recipe, mask, 0) for mask in masks])
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        losses = torch.stack([train_alone(recipe, mask, 0) for mask in masks])
+        torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_trainer_that_has_trained_is_refused(tmp_path):
@@ -98,36 +93,17 @@ def test_random_states_are_left_alone_and_do_not_matter():
     assert first.equal(train_alone(recipe, mask, 0))
 
 
-class Doubling(L.LightningDataModule):
-    """Doubles the inputs on the device; twice would be four times."""
-
-    def train_dataloader(self):
-        return DataLoader(points(), 9, shuffle=True)
-
-    def test_dataloader(self):
-        return DataLoader(QUERIES, 4)
-
-    def on_after_batch_transfer(self, batch, dataloader_idx):
-        return 2 * batch[0], batch[1]
-
-
 class DoublingModel(Net):
-    """The same as a hook of the model."""
+    """Doubles the inputs on the device; twice would be four times. Data modules are in test_retrain.py."""
 
     def on_after_batch_transfer(self, batch, dataloader_idx):
         return 2 * batch[0], batch[1]
 
 
-@pytest.mark.parametrize("owner", ["data module", "model"])
-def test_hooks_of_the_data_are_applied_once(owner):
-    kind = DoublingModel if owner == "model" else Net
-    data = Doubling() if owner == "data module" else points()
-    queries = Doubling() if owner == "data module" else QUERIES
-    recipe = Recipe(lambda: kind(mlp(), sgd), queries, train_data=data, max_epochs=2, batch_size=9)
-    twice = torch.utils.data.TensorDataset(2 * points().tensors[0], points().tensors[1])
-    asked = torch.utils.data.TensorDataset(2 * QUERIES.tensors[0], QUERIES.tensors[1])
-    masks = some_masks(2)
-    expected = by_hand(model_fn, twice, asked, masks, 0, max_epochs=2, batch_size=9)
+def test_hooks_of_the_model_are_applied_to_data_once():
+    recipe, masks = recipe_of(lambda: DoublingModel(mlp(), sgd)), some_masks(2)
+    data, queries = (TensorDataset(2 * data.tensors[0], data.tensors[1]) for data in (points(), QUERIES))
+    expected = by_hand(plain_net, data, queries, masks, 0, max_epochs=3, batch_size=9)
     alone = torch.stack([train_alone(recipe, mask, 0) for mask in masks])
     torch.testing.assert_close(alone, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(Together(recipe, 0).train(masks, 0), expected, rtol=1e-4, atol=1e-5)
@@ -137,7 +113,7 @@ def test_evaluation_is_in_eval_mode():
     """With dropout after the last layer, where most losses of training are log 3."""
 
     def with_dropout():
-        model = model_fn()
+        model = plain_net()
         model.network.append(torch.nn.Dropout(0.99))
         return model
 

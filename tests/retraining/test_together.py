@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader
 
 from stride_lightning.retraining import together as module
 from stride_lightning.retraining.batches import batch_order
-from stride_lightning.retraining.ensemble import Ensemble
 from stride_lightning.retraining.one_by_one import train_alone
 from stride_lightning.retraining.optimizers import CannotBatch
 from stride_lightning.retraining.recipe import Recipe
@@ -19,24 +18,8 @@ from stride_lightning.retraining.retrain import retrain
 from stride_lightning.retraining.together import Together
 from stride_lightning.tasks import likelihoods as tasks
 from tests.helpers.models import Augmented
-from tests.retraining.cases import (
-    NETWORKS,
-    NUM_QUERIES,
-    NUM_TRAIN,
-    Net,
-    by_hand,
-    cross_entropies,
-    half_squares,
-    in_double,
-    mean_logistic_loss,
-    mlp,
-    numbers,
-    points,
-    sgd,
-    some_masks,
-    train_by_hand,
-    yes_or_no,
-)
+from tests.retraining import cases
+from tests.retraining.cases import NUM_QUERIES, NUM_TRAIN, Net, by_hand, in_double, mlp, plain_net, points, sgd
 
 
 def scheduled(make, kind, model, **more):
@@ -45,22 +28,15 @@ def scheduled(make, kind, model, **more):
 
 
 def grouped(model):
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    biases = [p for p in model.parameters() if p.ndim == 1]
+    weights, biases = ([p for p in model.parameters() if (p.ndim > 1) is large] for large in (True, False))
     return torch.optim.AdamW([{"params": weights, "weight_decay": 0.2}, {"params": biases, "lr": 0.03}], lr=0.01)
 
 
-SGD, ADAM = partial(torch.optim.SGD, lr=0.2, momentum=0.7), partial(torch.optim.Adam, lr=0.02)
+SGD, ADAM = partial(torch.optim.SGD, lr=0.2, momentum=0.7), cases.OPTIMIZERS["adam"]
 STEP_LR = partial(lr_scheduler.StepLR, step_size=1, gamma=0.4)
 ONE_CYCLE = partial(lr_scheduler.OneCycleLR, max_lr=0.3, total_steps=20)
 OPTIMIZERS = {
-    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.3),
-    "momentum": lambda model: torch.optim.SGD(
-        model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.05
-    ),
-    "dampening": lambda model: torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, dampening=0.3),
-    "adam": lambda model: ADAM(model.parameters()),
-    "adamw amsgrad": lambda model: torch.optim.AdamW(model.parameters(), lr=0.03, amsgrad=True, weight_decay=0.1),
+    **{name: lambda model, make=make: make(model.parameters()) for name, make in cases.OPTIMIZERS.items()},
     "groups": grouped,
     "every epoch": lambda model: scheduled(SGD, STEP_LR, model),
     "every other epoch": lambda model: scheduled(ADAM, STEP_LR, model, frequency=2),
@@ -74,22 +50,21 @@ EPOCHS, BATCH = 4, 9  # three batches of 9, 9 and 7
 @pytest.fixture
 def trained(monkeypatch):
     """The ensembles that were trained, whose weights are not rounded to 32 bits as losses are."""
-    found = []
+    ensembles, original = [], module.Ensemble
 
-    class Spied(Ensemble):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            found.append(self)
+    def make(*args, **kwargs):
+        ensembles.append(original(*args, **kwargs))
+        return ensembles[-1]
 
-    monkeypatch.setattr(module, "Ensemble", Spied)
-    return found
+    monkeypatch.setattr(module, "Ensemble", make)
+    return ensembles
 
 
 def double_net(network, optimize, loss):
     return Net(network(), optimize, loss).double()
 
 
-def check_by_hand(trained, model_fn, data, queries, masks, measure=cross_entropies, tolerance=1e-10, **how):
+def check_by_hand(trained, model_fn, data, queries, masks, measure=cases.cross_entropies, tolerance=1e-10, **how):
     """Weights and losses of every model, for two seeds."""
     recipe = Recipe(model_fn, queries, train_data=data, **how)
     together = Together(recipe, 0)
@@ -98,7 +73,7 @@ def check_by_hand(trained, model_fn, data, queries, masks, measure=cross_entropi
     for number, seed in enumerate([0, 1]):
         losses = together.train(masks, seed)
         for k, mask in enumerate(masks):
-            model = train_by_hand(model_fn, data, mask, seed, **expected_keys)
+            model = cases.train_by_hand(model_fn, data, mask, seed, **expected_keys)
             for name, value in trained[number].parameters.items():
                 own = dict(model.named_parameters())[name].detach()
                 torch.testing.assert_close(value[k], own, rtol=tolerance, atol=tolerance)
@@ -111,28 +86,20 @@ def check_by_hand(trained, model_fn, data, queries, masks, measure=cross_entropi
 
 @pytest.mark.parametrize(
     ("network", "optimizer"),
-    [*(("classes", name) for name in OPTIMIZERS), *((name, "momentum") for name in NETWORKS if name != "classes")],
+    [*(("classes", name) for name in OPTIMIZERS), *((name, "momentum") for name in [*cases.NETWORKS][1:])],
 )
 def test_weights_and_losses_are_those_of_each_alone(trained, network, optimizer):
-    build, data, loss, measure = NETWORKS[network]
+    build, data, loss, measure = cases.NETWORKS[network]
     model_fn = partial(double_net, build, OPTIMIZERS[optimizer], loss)
-    queries, masks = in_double(data(NUM_QUERIES, seed=1)), some_masks(3)
+    queries, masks = in_double(data(NUM_QUERIES, seed=1)), cases.some_masks(3)
     check_by_hand(trained, model_fn, in_double(data()), queries, masks, measure, max_epochs=EPOCHS, batch_size=BATCH)
-
-
-@pytest.mark.parametrize("network", ["classes", "squares", "conv"])
-def test_single_precision(trained, network):
-    build, data, loss, measure = NETWORKS[network]
-    model_fn = lambda: Net(build(), OPTIMIZERS["momentum"], loss)  # noqa: E731
-    queries, masks = data(NUM_QUERIES, seed=1), some_masks(3)
-    check_by_hand(trained, model_fn, data(), queries, masks, measure, 1e-4, max_epochs=EPOCHS, batch_size=BATCH)
 
 
 @pytest.mark.parametrize("how", [{"shuffle": False}, {"drop_last": True}, {"shuffle": False, "drop_last": True}])
 def test_batches_are_the_loaders(trained, how):
     model_fn, data = partial(double_net, mlp, sgd, F.cross_entropy), in_double(points())
     recipe = Recipe(model_fn, data, train_data=DataLoader(data, BATCH, **({"shuffle": True} | how)), max_epochs=EPOCHS)
-    losses, masks = [], some_masks(3)
+    masks = cases.some_masks(3)
     losses = Together(recipe, 0).train(masks, 0)
     own = by_hand(model_fn, data, data, masks, 0, max_epochs=EPOCHS, batch_size=BATCH, **how)
     torch.testing.assert_close(losses, own.float(), rtol=1e-6, atol=1e-6)
@@ -141,7 +108,7 @@ def test_batches_are_the_loaders(trained, how):
 
 
 def test_many_steps_are_traced(trained):
-    model_fn, data, masks = partial(double_net, mlp, sgd, F.cross_entropy), in_double(points()), some_masks(3)
+    model_fn, data, masks = partial(double_net, mlp, sgd, F.cross_entropy), in_double(points()), cases.some_masks(3)
     together = check_by_hand(trained, model_fn, data, data, masks, max_epochs=20, batch_size=BATCH, tolerance=1e-8)
     kernels = list(together.recipe.kernels.values())
     assert len(kernels) == 2  # batches of 9 and of 7
@@ -152,7 +119,7 @@ def test_many_steps_are_traced(trained):
 def test_batches_without_any_example_are_skipped(trained, optimizer):
     """Batches of two, of which every subset misses some, from the first step on."""
     model_fn = partial(double_net, mlp, OPTIMIZERS[optimizer], F.cross_entropy)
-    data, masks = in_double(points()), some_masks(4, fraction=0.4)
+    data, masks = in_double(points()), cases.some_masks(4, fraction=0.4)
     missed = [~masks[:, batch].any(1) for batch in batch_order(NUM_TRAIN, 2, True, False, 0, 0)]
     assert missed[0].any()
     assert not missed[0].all()
@@ -165,7 +132,7 @@ def test_batches_without_any_example_are_skipped(trained, optimizer):
 )
 def test_where_steps_are_counted_none_may_be_skipped(optimizer, named, capsys):
     model_fn = partial(double_net, mlp, OPTIMIZERS[optimizer], F.cross_entropy)
-    data, masks = in_double(points()), some_masks(3, fraction=0.2)
+    data, masks = in_double(points()), cases.some_masks(3, fraction=0.2)
     how = {"max_epochs": 1, "batch_size": 2}
     truth = retrain(model_fn, data, train_data=data, masks=masks, num_seeds=1, **how)
     reason = f"some batches hold no example of some subsets, and {named} counts its steps"
@@ -181,7 +148,7 @@ def test_dampening_of_one_group_counts_too():
 
     recipe = Recipe(lambda: Net(mlp(), optimize), points(), train_data=points(), max_epochs=1, batch_size=2, task=None)
     with pytest.raises(CannotBatch, match="SGD counts its steps"):
-        Together(recipe, 0).check_steps(some_masks(3, 0.2), [0])
+        Together(recipe, 0).check_steps(cases.some_masks(3, 0.2), [0])
 
 
 def odds(outputs, targets):
@@ -193,18 +160,22 @@ def signed(outputs, targets):
     return (outputs * (1 - 2 * targets))[:, 0]
 
 
+def one_logit():
+    return Net(mlp(1), sgd, cases.mean_logistic_loss)
+
+
 OPTIMIZER = partial(torch.optim.SGD, lr=0.1)
 MEASURED = {
     "margins": (lambda: Net(mlp(), sgd), points, {"measure": "margin"}, odds),
-    "margins of one logit": (lambda: Net(mlp(1), sgd, mean_logistic_loss), yes_or_no, {"measure": "margin"}, signed),
+    "margins of one logit": (one_logit, cases.yes_or_no, {"measure": "margin"}, signed),
     # Half the squared error, where a LightningModule with mse_loss trains on all of it.
-    "a plain module": (partial(mlp, 1), numbers, {"optimizer": OPTIMIZER}, half_squares),
+    "a plain module": (partial(mlp, 1), cases.numbers, {"optimizer": OPTIMIZER}, cases.half_squares),
     # The noise scales what is measured, but not training.
     "noise": (
         lambda: Net(mlp(1), sgd, F.mse_loss),
-        numbers,
+        cases.numbers,
         {"task": tasks.Regression(noise_std=0.5)},
-        lambda outputs, targets: 4 * half_squares(outputs, targets),
+        lambda outputs, targets: 4 * cases.half_squares(outputs, targets),
     ),
 }
 
@@ -212,11 +183,11 @@ MEASURED = {
 @pytest.mark.parametrize("name", MEASURED)
 def test_what_is_trained_on_and_what_is_measured(name):
     model_fn, data, more, measure = MEASURED[name]
-    queries, masks, how = data(NUM_QUERIES, seed=1), some_masks(3), {"max_epochs": 2, "batch_size": BATCH}
+    queries, masks, how = data(NUM_QUERIES, seed=1), cases.some_masks(3), {"max_epochs": 2, "batch_size": BATCH}
     truth = retrain(model_fn, queries, train_data=data(), masks=masks, num_seeds=1, **more, **how)
     assert truth.metadata["one_by_one_because"] is None
     if name == "a plain module":
-        mean = lambda outputs, targets: half_squares(outputs, targets).mean()  # noqa: E731
+        mean = lambda outputs, targets: cases.half_squares(outputs, targets).mean()  # noqa: E731
         model_fn = lambda: Net(mlp(1), lambda m: OPTIMIZER(m.parameters()), mean)  # noqa: E731
     own = by_hand(model_fn, data(), queries, masks, 0, measure=measure, **how)
     torch.testing.assert_close(truth.losses, own, rtol=1e-4, atol=1e-4)
@@ -240,20 +211,12 @@ class Functional(nn.Module):
         return self.second(F.dropout(torch.tanh(self.first(x)), 0.5, self.training))
 
 
-def functional_net():
-    return Net(Functional(), sgd)
-
-
-def augmented():
-    return Augmented(points())
-
-
-def plain_net():
-    return Net(mlp(), sgd)
-
-
-KINDS = {"plain": (plain_net, points), "dropout": (dropout_net, points), "functional": (functional_net, points)}
-KINDS |= {"augmented": (plain_net, augmented)}
+KINDS = {
+    "plain": (plain_net, points),
+    "dropout": (dropout_net, points),
+    "functional": (lambda: Net(Functional(), sgd), points),
+    "augmented": (plain_net, lambda: Augmented(points())),
+}
 
 
 def ask(kind, masks, **more):
@@ -265,7 +228,7 @@ def ask(kind, masks, **more):
 @pytest.mark.filterwarnings("ignore:Two reads of one example")
 @pytest.mark.parametrize("kind", KINDS)
 def test_neither_chunks_nor_threads_nor_the_order_of_subsets_matter(kind):
-    masks, threads = some_masks(7), torch.get_num_threads()
+    masks, threads = cases.some_masks(7), torch.get_num_threads()
     whole = ask(kind, masks, memory_budget=2**40)
     assert whole.metadata["one_by_one_because"] is None
     torch.testing.assert_close(whole.losses_by_seed[0, 0], ask(kind, masks[:1]).losses_by_seed[0, 0])
@@ -275,22 +238,18 @@ def test_neither_chunks_nor_threads_nor_the_order_of_subsets_matter(kind):
     order = torch.randperm(7, generator=torch.Generator().manual_seed(1))
     permuted = ask(kind, masks[order], memory_budget=3 * 2**12)
     assert 1 < permuted.metadata["chunk_size"] < 7
-    found = [chunked.losses_by_seed, permuted.losses_by_seed[:, order.argsort()]]
+    others = [chunked.losses_by_seed, permuted.losses_by_seed[:, order.argsort()]]
     if kind == "plain":  # the others train in one thread
-        try:
-            torch.set_num_threads(1 if threads > 1 else 2)
-            found.append(ask(kind, masks).losses_by_seed)
-            assert torch.get_num_threads() == (1 if threads > 1 else 2)
-        finally:
-            torch.set_num_threads(threads)
-    for other in found:
+        with cases.threads(1 if threads > 1 else 2):
+            others.append(ask(kind, masks).losses_by_seed)
+    for other in others:
         torch.testing.assert_close(other, whole.losses_by_seed, rtol=1e-4, atol=1e-5)
     assert not whole.losses_by_seed[0].allclose(whole.losses_by_seed[1], atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", ["dropout", "functional"])
 def test_dropout_is_on_shared_by_all_and_in_one_thread(kind):
-    masks, data = some_masks(1).expand(3, -1), points()
+    masks, data = cases.some_masks(1).expand(3, -1), points()
     recipe = Recipe(KINDS[kind][0], data, train_data=data, max_epochs=3, batch_size=BATCH)
     together = Together(recipe, 0)
     assert recipe.is_random
@@ -302,7 +261,7 @@ def test_dropout_is_on_shared_by_all_and_in_one_thread(kind):
 
 
 def test_global_random_numbers_do_not_matter_and_are_left_alone():
-    masks = some_masks(3)
+    masks = cases.some_masks(3)
     torch.manual_seed(1)
     first, after = ask("dropout", masks), torch.rand(3)
     torch.manual_seed(1)
@@ -311,14 +270,10 @@ def test_global_random_numbers_do_not_matter_and_are_left_alone():
 
 
 def test_several_threads_where_nothing_is_random():
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        together = Together(Recipe(plain_net, points(), train_data=points(), max_epochs=1, batch_size=5), 0)
-        assert not together.recipe.is_random
-        assert together.recipe.num_threads == 2
-    finally:
-        torch.set_num_threads(threads)
+    with cases.threads(2):
+        recipe = Together(Recipe(plain_net, points(), train_data=points(), max_epochs=1, batch_size=5), 0).recipe
+        assert not recipe.is_random
+        assert recipe.num_threads == 2
 
 
 # ---- against a Trainer ------------------------------------------------------------------------------------------
@@ -334,10 +289,10 @@ def eval_dropout():
 @pytest.mark.filterwarnings("ignore:Found . module.s. in eval mode")
 @pytest.mark.parametrize("name", ["classes", "squares", "frozen", "every other step", "adamw amsgrad", "empty", "eval"])
 def test_a_trainer_gives_the_same(name):
-    network, data, loss, _ = NETWORKS.get(name, NETWORKS["classes"])
+    network, data, loss, _ = cases.NETWORKS.get(name, cases.NETWORKS["classes"])
     model_fn = lambda: Net(network(), OPTIMIZERS.get(name, sgd), loss)  # noqa: E731
     model_fn = eval_dropout if name == "eval" else model_fn
-    masks, size = (some_masks(3), BATCH) if name != "empty" else (some_masks(3, fraction=0.2), 2)
+    masks, size = (cases.some_masks(3), BATCH) if name != "empty" else (cases.some_masks(3, fraction=0.2), 2)
     recipe = Recipe(model_fn, data(NUM_QUERIES, seed=1), train_data=data(), max_epochs=3, batch_size=size)
     together = Together(recipe, 0).train(masks, 1)
     alone = torch.stack([train_alone(recipe, mask, 1) for mask in masks])

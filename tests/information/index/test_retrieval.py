@@ -101,7 +101,6 @@ def test_growing_data_are_added_to_an_index_of_gains(growing, tmp_path):
         ({"model": Classifier(width=9)}, "'weights'"),
         ({"data": classification_data(NUM_TRAIN, seed=5)}, "'data'"),
     ],
-    ids=str,
 )
 def test_an_index_of_something_else_is_refused(other, message):
     with pytest.raises(VectorIndexError, match=message):
