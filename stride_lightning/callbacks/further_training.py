@@ -16,12 +16,7 @@ from stride_lightning.data.examples import Examples, first_look
 from stride_lightning.data.reading import Reading
 from stride_lightning.data.sources import resolve_queries
 from stride_lightning.model.weights import borrowed, rank_zero_state, weight_hash
-from stride_lightning.retraining.further_training import (
-    FurtherTraining,
-    find_left_out,
-    measure_effects,
-    read_amounts,
-)
+from stride_lightning.retraining.further_training import FurtherTraining, find_left_out, measure_effects, read_amounts
 from stride_lightning.retraining.leaving_out import LeavingOut
 from stride_lightning.retraining.optimizers import MakeOptimizer
 from stride_lightning.runtime.checks import check_count

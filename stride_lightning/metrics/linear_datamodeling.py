@@ -51,13 +51,7 @@ def linear_datamodeling_score(scores: Tensor, masks: Tensor, losses: Tensor, red
 
 
 def linear_datamodeling_interval(
-    scores: Tensor,
-    masks: Tensor,
-    losses: Tensor,
-    *,
-    confidence: float = 0.95,
-    num_resamples: int = 1000,
-    seed: int = 0,
+    scores: Tensor, masks: Tensor, losses: Tensor, *, confidence: float = 0.95, num_resamples: int = 1000, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Bootstrap interval of the mean linear datamodeling score, for other queries and other subsets like these.
 
