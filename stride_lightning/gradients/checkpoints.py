@@ -42,15 +42,12 @@ class Checkpoint:
 def read_checkpoints(source: PathLike | Sequence[PathLike], model: nn.Module) -> list[Checkpoint]:
     """Find and verify checkpoints, and refuse those that do not fit the model, before long work starts.
 
-    One is in memory at a time. A folder of records stands for one run's: the newest record with those before it, or,
-    if a record has the model's weights, the newest of the records that come after it in its run. A record by itself
-    stands for itself. Of a folder of files all are read; a ``.ckpt`` holds the learning rates at saving, which a
-    scheduler may already have moved on since the last step. Where two have the same step and identical weights, as
-    ``last.ckpt`` and the file it repeats have, the first by name counts.
-
-    Args:
-        source: A folder of records or of ``.ckpt``, ``.pt`` or ``.pth`` files, one of those, or a list of any.
-        model: Its own weights stay as they are.
+    A source is a folder of records or of ``.ckpt``, ``.pt`` or ``.pth`` files, one of those, or a list of any. A folder
+    of records stands for one run's: the newest record with those before it, or, if a record has the model's weights,
+    the newest of the records that come after it in its run. A record by itself stands for itself. Of a folder of files
+    all are read, one at a time; a ``.ckpt`` holds the learning rates at saving, which a scheduler may already have
+    moved on since the last step. Where two have the same step and identical weights, as ``last.ckpt`` and the file it
+    repeats have, the first by name counts.
 
     Returns:
         The checkpoints by step, those without one last, then by name.

@@ -33,14 +33,11 @@ def _quiet() -> Iterator[None]:
 
 @_quiet()
 def train_alone(recipe: Recipe, mask: Tensor, seed: int) -> Tensor:
-    """Train one model on a subset with a Trainer of its own and measure the queries.
+    """Train one model on a subset with a Trainer of its own and measure the queries, shape ``(q,)``, on the CPU.
 
     Weights and batches are those of :class:`~stride_lightning.retraining.together.Together`: the batches of the whole
     training set, without the examples that are not in the subset, whose ``mask`` is bool of shape ``(n,)``. Batches
     that hold none of it are left out, and under BatchNorm those that hold only one.
-
-    Returns:
-        What is measured of every query, shape ``(q,)``, on the CPU.
     """
     model = recipe.fresh_model(seed)
     module = model if isinstance(model, L.LightningModule) else _Plain(model, recipe)

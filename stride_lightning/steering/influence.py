@@ -41,8 +41,7 @@ def influence(
     The predictions at which to linearise have shapes ``(n, C)`` and ``(q, C)``; ``ridge`` is ``rho``. A query counts as
     solved at a relative residual of ``tolerance``.
 
-    Returns:
-        Shape ``(q, n)``: to first order, how much the query's loss would rise if the example were left out.
+    The result, shape ``(q, n)``, is to first order how much a query's loss would rise without an example.
 
     Reference: arXiv:1703.04730 (influence functions), on the readouts of the basis.
     """

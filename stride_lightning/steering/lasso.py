@@ -114,8 +114,6 @@ def cross_validate_penalty(
         >>> design = sample_design(num_train=50, num_subsets=40, degree=8, seed=0)
         >>> cross_validate_penalty(design.responses(torch.eye(50)[:2]), design, penalties=[0.9, 0.01])
         tensor([0.0100, 0.0100])
-
-    Reference: arXiv:2606.05165 (STRIDE), sparse recovery.
     """
     measurements = _checked(measurements, design, tolerance, max_iterations)
     num_queries, num_subsets = measurements.shape

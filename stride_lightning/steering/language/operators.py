@@ -101,8 +101,6 @@ def measure_tokens(batch: TokenBatch, coefficients: Tensor, curvature: TokenCurv
 
     Positive: the subset helps. The batch has logits; operators, shape ``(K, r, c)``, are taken in blocks of
     ``STEERED_BYTES``, so that logits of ``K`` times all tokens are never held.
-
-    Reference: arXiv:2606.05165 (STRIDE), measurement of subset effects.
     """
     parts = [losses for _, losses, _ in _steered(batch, coefficients, curvature, space, with_slopes=False)]
     return batch.losses[:, None] - torch.cat(parts, 1)
