@@ -10,9 +10,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import (
-    TensorDataset,
-)
+from torch.utils.data import TensorDataset
 
 from stride_lightning import Classification, StrideCallback, attribute
 from stride_lightning.attribute import create
@@ -78,21 +76,13 @@ def test_record_holds_losses_and_design(recorded):
 
 
 def test_record_names_what_it_is_of(recorded):
-    model, trainer, callback = recorded
+    _, trainer, callback = recorded
     record = read_record(callback.records[0])
     info = record.info
     assert record.groups == ("basis", "design", "losses", "statistics")
-    assert info["weights"] == weight_hash(model)
     assert info["layers"] == ["network.0", "network.2"]
-    assert (info["step"], info["epoch"], info["model"], info["mode"]) == (
-        8,
-        trainer.current_epoch,
-        "Classifier",
-        "eval",
-    )
-    assert info["data"]["num_examples"] == NUM_TRAIN
+    assert (info["epoch"], info["mode"]) == (trainer.current_epoch, "eval")
     assert re.fullmatch("[0-9a-f]{64}", info["data"]["content"])
-    assert info["task"] == "Classification()"
     assert {"torch", "lightning", "stride-lightning"} <= info["versions"].keys()
     basis = record.tensors("basis")
     assert basis["rotation"].shape[0] == 4 + 8 + 1
@@ -174,25 +164,28 @@ def test_every_n_train_steps_counts_optimizer_steps(tmp_path):
 
 
 def test_save_last_k_removes_only_its_own(tmp_path):
-    folder = tmp_path / "stride"
+    """Neither records of another callback nor those of its fits before."""
+    folder, model = tmp_path / "stride", build(Classifier)
     train(build(Classifier), DATA, tmp_path, StrideCallback(num_subsets=8), max_epochs=1)
     callback = StrideCallback(num_subsets=10, every_n_train_steps=1, save_last_k=2)
-    train(build(Classifier), DATA, tmp_path, callback)
+    trainer = train(model, DATA, tmp_path, callback)
     assert [path.name for path in find_records(folder)] == ["step=4", "step=7", "step=8"]
     assert [path.name for path in callback.records] == ["step=7", "step=8"]
     assert [p.name for p in folder.iterdir() if p.name.startswith(".")] == []
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(model, loader(DATA))
+    assert [path.name for path in callback.records] == ["step=7", "step=8", "step=15", "step=16"]
 
 
 def test_one_record_per_step_also_with_operators(tmp_path):
     """The epoch's end has written the step already; the record with operators takes its place."""
     callback = StrideCallback(num_subsets=8, every_n_epochs=1, fit_operators=True)
     train(build(Classifier), DATA, tmp_path, callback)
-    first, last = find_records(tmp_path / "stride")
-    assert callback.records == [first, last]
-    assert "operators" not in read_record(first).groups
-    assert read_record(last).info["step"] == 8
-    assert read_record(last).tensors("operators")["coefficients"].shape[0] == 3
-    assert read_record(last).tensors("operators")["coefficients"].shape[2] == 8
+    first, last = map(read_record, find_records(tmp_path / "stride"))
+    assert callback.records == [first.path, last.path]
+    assert "operators" not in first.groups
+    assert last.info["step"] == 8
+    assert last.tensors("operators")["coefficients"].shape[::2] == (3, 8)
 
 
 def test_relative_log_folder_is_stored_absolute(tmp_path, monkeypatch):
@@ -224,17 +217,6 @@ def test_several_instances(tmp_path):
         assert attribution.metadata["record"] == str(callback.records[0])
 
 
-def test_second_fit_on_the_same_trainer(tmp_path):
-    model, callback = build(Classifier), StrideCallback(num_subsets=8, save_last_k=1)
-    trainer = train(model, DATA, tmp_path, callback)
-    trainer.fit_loop.max_epochs = 4
-    trainer.fit(model, loader(DATA))
-    assert [path.name for path in callback.records] == ["step=8", "step=16"]
-    assert read_record(callback.records[1]).info["weights"] == weight_hash(model)
-    trainer.fit(model, loader(DATA))  # nothing left to train
-    assert [path.name for path in find_records(tmp_path / "stride")] == ["step=8", "step=16"]
-
-
 # ---- operators and what attribute() makes of the record ---------------------------------------------------------
 
 
@@ -252,19 +234,14 @@ def test_operators_of_the_record_are_used_and_give_equal_scores(tmp_path, kind, 
     train(model, data, tmp_path, StrideCallback(num_subsets=12, fit_operators=True))
     reused = attribute(model, queries, train_data=data, **QUIET)
     assert reused.metadata["operators"]["from_record"]
-    assert reused.metadata["record"].endswith("step=8") or reused.metadata["record"].endswith("step=6")
+    assert reused.metadata["record"].endswith(("step=8", "step=6"))
+    metadata = attribute(model, queries, train_data=data, ridge=0.1, **QUIET).metadata
+    assert metadata["record"] is not None
+    assert not metadata["operators"]["from_record"]  # which other options refuse
     model.trainer = None
     fresh = attribute(model, queries, train_data=data, num_subsets=12, **QUIET)
     assert fresh.metadata["record"] is None
     torch.testing.assert_close(reused.scores, fresh.scores, rtol=1e-3, atol=1e-3 * fresh.scores.abs().max().item())
-
-
-def test_operators_of_the_record_are_not_used_for_other_options(tmp_path):
-    model = build(Classifier)
-    train(model, DATA, tmp_path, StrideCallback(num_subsets=12, fit_operators=True))
-    metadata = attribute(model, QUERIES, train_data=DATA, ridge=0.1, **QUIET).metadata
-    assert metadata["record"] is not None
-    assert not metadata["operators"]["from_record"]
 
 
 def test_a_subclass_is_found_too(tmp_path):
