@@ -14,7 +14,7 @@ from stride_lightning.model.layers import layer_names
 from stride_lightning.steering import basis as basis_module
 from stride_lightning.steering.basis import Basis, Observation, choose_layers, fit_basis, observe
 from stride_lightning.tasks.likelihoods import BinaryClassification, Classification, Regression
-from tests.helpers.tiny import CPU, DictData, DictTask, examples_of, perceptron, permutation, random_tensor
+from tests.helpers.tiny import CPU, DictData, DictTask, examples_of, perceptron, random_tensor
 
 LAYERS = ["0", "2"]
 TASK = Classification()
@@ -114,12 +114,6 @@ def test_batch_size_changes_only_rounding(batch_size: int, monkeypatch: pytest.M
         torch.testing.assert_close(other.outputs, one.outputs)
         torch.testing.assert_close(other.losses, one.losses)
         assert other.fingerprint == one.fingerprint
-
-
-def test_order_of_examples_changes_nothing_else() -> None:
-    order, (_, observed) = permutation(50), fit()
-    _, moved = fit_basis(model(), TASK, examples_of(INPUTS[order], TARGETS[order]), LAYERS, **SETTINGS)
-    assert_same_kernel(moved.features, observed.features[order].numpy())
 
 
 @pytest.mark.parametrize(("budget", "ranks"), [(8, (3, 4)), (10, (4, 5))])

@@ -18,7 +18,7 @@ from stride_lightning.steering.operators import measure
 from stride_lightning.steering.solvers import OperatorFit, fit_operators, refit
 from stride_lightning.steering.subsets import Design, sample_design
 from stride_lightning.tasks.likelihoods import Classification, Regression, Task
-from tests.helpers.tiny import TASKS, every_task, observation, permutation, random_tensor, rows_of
+from tests.helpers.tiny import TASKS, every_task, observation, random_tensor, rows_of
 
 DESIGN = sample_design(40, 6, 2, seed=1)
 QUIET = {"show_progress": False}
@@ -135,15 +135,6 @@ def test_blocks_chunks_and_shards_change_only_rounding(
     torch.testing.assert_close(fit().coefficients, whole, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(fit(subsets=slice(5, 6)).coefficients, whole[..., 5:6], rtol=1e-6, atol=1e-8)
     assert fit(subsets=slice(7, 7)).coefficients.shape == (3, 5, 0)
-
-
-@every_task
-@pytest.mark.parametrize("stability", [0.0, 1.0])
-def test_order_of_examples_changes_nothing(task: Task, stability: float) -> None:
-    order, plain = permutation(40), fitted(task, stability)
-    design = Design(6, 40, 2, 1, bits=DESIGN.bits[order])
-    moved = fitted(task, stability, rows_of(observation(task), order), design=design)
-    torch.testing.assert_close(moved.coefficients, plain.coefficients, rtol=1e-6, atol=1e-8)
 
 
 @every_task
