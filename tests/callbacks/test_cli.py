@@ -2,9 +2,7 @@
 
 from functools import partial
 
-import lightning.pytorch as L
 import pytest
-from lightning.pytorch.loggers import CSVLogger
 
 from stride_lightning import Classification, StrideCallback
 from stride_lightning.storage.records import find_records, read_record
@@ -50,6 +48,8 @@ def test_yaml(run, tmp_path):
     (callback,) = callbacks_of(run("fit", "--config", write_config(tmp_path, CALLBACK)), StrideCallback)
     assert isinstance(callback.task, Tempered)
     assert callback.task.temperature == 2.5
+    in_code = StrideCallback(tmp_path / "records", num_subsets=8, layers=["network.2"], every_n_train_steps=2)
+    assert callback.state_key == in_code.state_key
     first, last = find_records(tmp_path / "records")
     assert (first.name, last.name) == ("step=2", "step=4")
     info = read_record(last).info
@@ -94,12 +94,3 @@ def test_printed_config_can_be_run_again(run, tmp_path, capsys):
     assert callback.layers == ["network.2"]
     assert callback.task.temperature == 2.5
     assert len(callback.records) == 2
-
-
-def test_trainer_from_the_bare_library_reads_the_same_arguments(tmp_path):
-    """The callback list and the YAML make the same callback."""
-    one = StrideCallback(tmp_path, layers=["network.2"])
-    two = StrideCallback(str(tmp_path), layers=["network.2"])
-    assert one.state_key == two.state_key
-    trainer = L.Trainer(callbacks=[one], logger=CSVLogger(tmp_path), accelerator="cpu", enable_checkpointing=False)
-    assert [callback for callback in trainer.callbacks if isinstance(callback, StrideCallback)] == [one]

@@ -8,7 +8,6 @@ import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
@@ -25,7 +24,6 @@ from stride_lightning import (
 from stride_lightning.model.weights import weight_hash
 from stride_lightning.storage.records import find_records, read_record
 from tests.helpers.models import (
-    NUM_TRAIN,
     Classifier,
     ConvNet,
     Data,
@@ -77,26 +75,15 @@ def test_record_holds_the_effects_at_the_final_weights(recorded):
     (path,) = find_records(f"{trainer.log_dir}/further-training")
     assert path.name == f"step={trainer.global_step}" == "step=8"
     assert further.records == [path]
-    found = FurtherTraining.load(path)
-    own = expected(model, epochs=[1, 2], seed=5)
-    assert found.effects_by_seed.equal(own.effects_by_seed)
-    assert found.effects_by_seed.equal(further.result.effects_by_seed)
-    assert found.effects().abs().max() > 1e-4
-    assert (found.left_out.tolist(), found.epochs, found.seeds) == (LEFT_OUT, [1, 2], [5, 6])
+    assert read_record(path).info["epoch"] == trainer.current_epoch
+    saved, own = FurtherTraining.load(path), expected(model, epochs=[1, 2], seed=5)
+    assert saved.effects_by_seed.equal(own.effects_by_seed)
+    assert saved.effects_by_seed.equal(further.result.effects_by_seed)
+    assert saved.effects().abs().max() > 1e-4
+    assert (saved.left_out.tolist(), saved.epochs, saved.seeds) == (LEFT_OUT, [1, 2], [5, 6])
+    assert (saved.metadata["step"], saved.metadata["batch_size"]) == (8, 16)
     for name in ("data", "query_data", "weights", "optimizer", "batch_size", "shuffle"):
-        assert found.metadata[name] == own.metadata[name], name
-
-
-def test_record_names_what_it_is_of(recorded):
-    model, trainer, further = recorded
-    info = read_record(further.records[0]).info
-    assert info["kind"] == "further-training"
-    assert info["weights"] == weight_hash(model)
-    assert (info["step"], info["epoch"], info["model"]) == (8, trainer.current_epoch, "Classifier")
-    assert info["task"] == "Classification()"
-    assert info["data"]["num_examples"] == NUM_TRAIN
-    assert info["metadata"]["step"] == 8
-    assert info["metadata"]["batch_size"] == 16
+        assert saved.metadata[name] == own.metadata[name], name
 
 
 def test_csv_logger_gets_sizes_of_effects_and_scalars_of_the_scores(recorded):
@@ -197,8 +184,6 @@ def test_order_and_size_are_those_of_the_loader_or_as_passed(tmp_path):
 def test_train_indices(tmp_path):
     chosen = [30, 4, 22, 9, 1, 16, 8, 3]
     sampled = DataLoader(DATA, 4, sampler=SubsetRandomSampler(chosen))
-    with pytest.raises(MisconfigurationException, match=r"SubsetRandomSampler.*`train_indices=`"):
-        train(build(Classifier), sampled, tmp_path, callback())
     model, further = build(Classifier), callback(left_out=[9, 30], train_indices=chosen)
     train(model, sampled, tmp_path, further)
     own = TensorDataset(*(tensor[chosen] for tensor in DATA.tensors))
@@ -239,35 +224,44 @@ def test_a_task_of_ones_own(tmp_path):
 # ---- state, resume, several ---------------------------------------------------------------------------------------
 
 
-def test_a_fit_without_a_result_does_not_show_that_of_the_last(tmp_path):
+def test_further_training_that_diverges_only_warns(tmp_path):
+    """And does not show the result of the last fit."""
+    later = []
+
+    class Later(L.Callback):
+        def on_train_end(self, trainer, pl_module):
+            later.append(weight_hash(pl_module))
+
     model, further = build(Classifier), callback(epochs=3)
-    trainer = train(model, DATA, tmp_path, further)
+    trainer = train(model, DATA, tmp_path, further, Later())
     assert further.result is not None
     further.optimizer, trainer.fit_loop.max_epochs = partial(torch.optim.SGD, lr=1e30), 4
-    with pytest.warns(UserWarning, match="FurtherTrainingCallback wrote no record"):
+    message = "FurtherTrainingCallback wrote no record.*example 12 gave.*Lower the learning"
+    with pytest.warns(UserWarning, match=message):
         trainer.fit(model, loader(DATA))
     assert further.result is None
+    assert further.records == find_records(tmp_path / "further-training")
     assert len(further.records) == 1
+    assert later[1] == weight_hash(model)
 
 
 # ---- what is refused, before the first step -------------------------------------------------------------------------
 
 
-ARGUMENTS = {
-    "num_seeds": ({"num_seeds": 0}, "`num_seeds` must be an integer of at least 1, got 0"),
-    "half a seed": ({"num_seeds": 2.5}, r"`num_seeds` must be an integer of at least 1, got 2\.5"),
-    "true": ({"epochs": True}, "`epochs` must be an integer of at least 1, got True"),
-    "batch_size": ({"batch_size": 0}, "`batch_size` must be an integer of at least 1, got 0"),
-    "epochs": ({"epochs": [1, 0]}, r"`epochs` must be an integer of at least 1, got 0"),
-    "no epochs": ({"epochs": []}, r"`epochs` must be one or several integers.*got \[\]"),
-    "half an epoch": ({"epochs": 0.5}, r"`epochs` must be an integer of at least 1, got 0\.5"),
-    "task": ({"task": Classification}, "`task` must be an instance of Task, got the class Classification"),
-}
-
-
-@pytest.mark.parametrize("name", ARGUMENTS)
-def test_arguments(name):
-    options, message = ARGUMENTS[name]
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_seeds": 0}, "`num_seeds` must be an integer of at least 1, got 0"),
+        ({"num_seeds": 2.5}, r"`num_seeds` must be an integer of at least 1, got 2\.5"),
+        ({"epochs": True}, "`epochs` must be an integer of at least 1, got True"),
+        ({"batch_size": 0}, "`batch_size` must be an integer of at least 1, got 0"),
+        ({"epochs": [1, 0]}, r"`epochs` must be an integer of at least 1, got 0"),
+        ({"epochs": []}, r"`epochs` must be one or several integers.*got \[\]"),
+        ({"epochs": 0.5}, r"`epochs` must be an integer of at least 1, got 0\.5"),
+        ({"task": Classification}, "`task` must be an instance of Task, got the class Classification"),
+    ],
+)
+def test_arguments(options, message):
     with pytest.raises(MisconfigurationException, match=message):
         callback(**options)
 
@@ -301,28 +295,19 @@ WITH_NAN.tensors[0][70] = torch.nan
 
 
 REFUSED = {
-    "combined": (CombinedLoader([loader(DATA), loader(DATA)]), {}, Classifier, "one DataLoader over one map-style"),
-    "iterable": (DataLoader(Stream(), batch_size=4), {}, Classifier, "Stream.*map-style dataset"),
-    "no position": (loader(DATA), {"left_out": [3, 60]}, Classifier, r"\[60\] are not among the 60 training examples"),
-    "no labels": (loader(DATA), {"queries": TensorDataset(QUERIES.tensors[0])}, Classifier, "has no targets"),
-    "queries": (loader(DATA), {"queries": Stream()}, Classifier, "`queries` is an IterableDataset"),
-    "no queries": (loader(DATA), {"queries": None}, Classifier, "`queries` must be a Dataset, a DataLoader"),
-    "other task": (
-        loader(DATA),
-        {"task": BinaryClassification()},
-        Classifier,
-        r"Expected 3 target\(s\) per example",
-    ),
-    "optimizer": (loader(DATA), {}, NeedsSteps, r"configure_optimizers needs a Trainer.*Pass `optimizer=`"),
-    "by hand": (loader(DATA), {}, ByHand, "ByHand optimizes by hand.*no loss to take an example's share from"),
-    "class weights": (loader(DATA), {}, Weighted, r"not the mean of the losses of its examples \(class weights\?\)"),
-    "NaN": (loader(DATA), {"queries": WITH_NAN}, Classifier, "Query 70 has NaN in its loss before any further"),
-    "made": (loader(DATA), {"optimizer": SGD(nn.Linear(1, 1).parameters())}, Classifier, "got an instance of SGD"),
-    "text": (loader(DATA), {"left_out": "abc"}, Classifier, "`left_out` must be integer positions.*got 'abc'"),
+    "no position": ({"left_out": [3, 60]}, r"\[60\] are not among the 60 training examples"),
+    "no labels": ({"queries": TensorDataset(QUERIES.tensors[0])}, "has no targets"),
+    "queries": ({"queries": Stream()}, "`queries` is an IterableDataset"),
+    "no queries": ({"queries": None}, "`queries` must be a Dataset, a DataLoader"),
+    "other task": ({"task": BinaryClassification()}, r"Expected 3 target\(s\) per example"),
+    "optimizer": ({"kind": NeedsSteps}, r"configure_optimizers needs a Trainer.*Pass `optimizer=`"),
+    "by hand": ({"kind": ByHand}, "ByHand optimizes by hand.*no loss to take an example's share from"),
+    "class weights": ({"kind": Weighted}, r"not the mean of the losses of its examples \(class weights\?\)"),
+    "NaN": ({"queries": WITH_NAN}, "Query 70 has NaN in its loss before any further"),
+    "made": ({"optimizer": SGD(nn.Linear(1, 1).parameters())}, "got an instance of SGD"),
+    "text": ({"left_out": "abc"}, "`left_out` must be integer positions.*got 'abc'"),
     "batches": (
-        DataLoader(DATA, batch_sampler=[[0, 1], [2, 3]]),
-        {"train_indices": [0, 1, 2, 3], "left_out": [2]},
-        Classifier,
+        {"data": DataLoader(DATA, batch_sampler=[[0, 1], [2, 3]]), "train_indices": [0, 1, 2, 3], "left_out": [2]},
         "batch size cannot be told.*or `batch_size=`",
     ),
 }
@@ -330,7 +315,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_work_is_refused_before_training(tmp_path, name):
-    data, options, kind, message = REFUSED[name]
+    options, message = REFUSED[name]
+    options = {"data": loader(DATA), "kind": Classifier} | options
+    data, kind = options.pop("data"), options.pop("kind")
     model, trainer = build(kind), make_trainer(tmp_path, callback(**options))
     with pytest.raises(
         MisconfigurationException, match=f"FurtherTrainingCallback cannot work with this model and data.*{message}"
@@ -340,44 +327,21 @@ def test_what_cannot_work_is_refused_before_training(tmp_path, name):
     assert hooks_of(model) == []
 
 
-def test_further_training_that_diverges_only_warns(tmp_path):
-    model, later = build(Classifier), []
-
-    class Later(L.Callback):
-        def on_train_end(self, trainer, pl_module):
-            later.append(weight_hash(pl_module))
-
-    further = callback(optimizer=partial(torch.optim.SGD, lr=1e30), epochs=3)
-    with pytest.warns(
-        UserWarning, match="FurtherTrainingCallback wrote no record.*example 12 gave.*Lower the learning"
-    ):
-        train(model, DATA, tmp_path, further, Later())
-    assert further.result is None
-    assert further.records == []
-    assert find_records(tmp_path / "further-training") == []
-    assert later == [weight_hash(model)]
+class Keeping(Classifier):
+    def training_step(self, batch, batch_idx):
+        self.kept = super().training_step(batch, batch_idx)
+        return self.kept
 
 
-def test_a_model_that_cannot_be_copied_in_the_end_only_warns(tmp_path):
-    class Keeping(Classifier):
-        def training_step(self, batch, batch_idx):
-            self.kept = super().training_step(batch, batch_idx)
-            return self.kept
-
-    further = callback()
-    with pytest.warns(UserWarning, match="wrote no record. Keeping cannot be copied"):
-        train(build(Keeping), DATA, tmp_path, further)
-    assert further.result is None
-
-
-def test_an_error_of_torch_in_the_end_only_warns(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("kind", "message"), [(Keeping, "Keeping cannot be copied"), (Classifier, "out of memory")])
+def test_an_error_in_the_end_only_warns(tmp_path, monkeypatch, kind, message):
     def fails(*_, **__):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr("stride_lightning.callbacks.further_training.measure_effects", fails)
     further = callback()
-    with pytest.warns(UserWarning, match="FurtherTrainingCallback wrote no record. out of memory"):
-        trainer = train(build(Classifier), DATA, tmp_path, further)
+    with pytest.warns(UserWarning, match=f"FurtherTrainingCallback wrote no record. {message}"):
+        trainer = train(build(kind), DATA, tmp_path, further)
     assert trainer.state.finished
     assert (further.result, further.records) == (None, [])
 

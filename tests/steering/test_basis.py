@@ -29,8 +29,15 @@ def model() -> nn.Sequential:
     return perceptron().double()
 
 
-def fit(inputs: Tensor = INPUTS, network: nn.Module | None = None, **options: Any) -> tuple[Basis, Observation]:
-    return fit_basis(network or model(), TASK, examples_of(inputs, TARGETS), LAYERS, **(SETTINGS | options))
+def fit(
+    inputs: Tensor = INPUTS, network: nn.Module | None = None, layers: list[str] = LAYERS, **options: Any
+) -> tuple[Basis, Observation]:
+    return fit_basis(network or model(), TASK, examples_of(inputs, TARGETS), layers, **(SETTINGS | options))
+
+
+def look(basis: Basis, inputs: Tensor = INPUTS, targets: Tensor = TARGETS, **options: Any) -> Observation:
+    """A pass in a basis that is there."""
+    return observe(model(), TASK, examples_of(inputs, targets), basis, **(SETTINGS | options))
 
 
 def layer_inputs(inputs: Tensor = INPUTS) -> list[np.ndarray]:
@@ -77,13 +84,17 @@ def test_features_are_uncorrelated_and_sorted() -> None:
 
 def test_observe_reproduces_the_pass_exactly() -> None:
     basis, observed = fit()
-    again = observe(model(), TASK, examples_of(INPUTS, TARGETS), basis, **SETTINGS)
+    again = look(basis)
     torch.testing.assert_close(again.features, observed.features, rtol=1e-12, atol=1e-12)
     for name in ("outputs", "encoded", "losses"):
         assert torch.equal(getattr(again, name), getattr(observed, name))
     assert again.fingerprint == observed.fingerprint
-    queries = observe(model(), TASK, examples_of(INPUTS[7:9], TARGETS[7:9]), basis, **SETTINGS)
+    queries = look(basis, INPUTS[7:9], TARGETS[7:9])
     torch.testing.assert_close(queries.features, observed.features[7:9], rtol=1e-12, atol=1e-12)
+    some = observed.select(slice(10, 13))
+    assert len(some) == 3
+    for name in ("features", "outputs", "encoded", "losses"):
+        assert torch.equal(getattr(some, name), getattr(observed, name)[10:13])
 
 
 def test_pass_holds_outputs_targets_and_losses() -> None:
@@ -107,50 +118,34 @@ def test_batch_size_changes_only_rounding(batch_size: int, monkeypatch: pytest.M
         assert other.fingerprint == one.fingerprint
 
 
-def test_order_of_examples_changes_nothing_else() -> None:
-    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
-    _, observed = fit()
-    examples = examples_of(INPUTS[order], TARGETS[order])
-    _, moved = fit_basis(model(), TASK, examples, LAYERS, **SETTINGS)
-    assert_same_kernel(moved.features, observed.features[order].numpy())
-
-
-def test_over_budget_keeps_leading_components_of_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(basis_module, "MAX_FEATURES", 8)
+@pytest.mark.parametrize(("budget", "ranks"), [(8, (3, 4)), (10, (4, 5))])
+def test_over_budget_wide_layers_keep_their_leading_components(
+    budget: int, ranks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(basis_module, "MAX_FEATURES", budget)
     basis, observed = fit()
     reduced = []
-    for block, rank in zip(map(unit_energy, layer_inputs()), (3, 4), strict=True):
+    for block, rank in zip(map(unit_energy, layer_inputs()), ranks, strict=True):
         _, _, directions = np.linalg.svd(block, full_matrices=False)  # uncentred principal components
         reduced.append(block @ directions[:rank].T)
-    assert [tuple(part.shape) for part in basis.components if part is not None] == [(4, 3), (6, 4)]
+    shapes = [None if part is None else tuple(part.shape) for part in basis.components]
+    assert shapes == [(4, 3) if ranks[0] == 3 else None, (6, ranks[1])]
     assert_same_kernel(observed.features, stacked(*reduced))
     moment = observed.features.T @ observed.features / 50
     torch.testing.assert_close(moment, torch.diag(basis.energies), rtol=1e-9, atol=1e-12)
-    again = observe(model(), TASK, examples_of(INPUTS, TARGETS), basis, **SETTINGS)
-    torch.testing.assert_close(again.features, observed.features, rtol=1e-12, atol=1e-12)
-
-
-def test_narrow_layers_are_kept_whole_over_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(basis_module, "MAX_FEATURES", 10)
-    basis, observed = fit()
-    assert basis.components[0] is None
-    assert basis.components[1] is not None
-    assert basis.components[1].shape == (6, 5)
-    first, second = map(unit_energy, layer_inputs())
-    directions = np.linalg.svd(second, full_matrices=False)[2]
-    assert_same_kernel(observed.features, stacked(first, second @ directions[:5].T))
+    stored = [f"components.{index}" for index, shape in enumerate(shapes) if shape]
+    assert sorted(basis.tensors()) == [*stored, "energies", "rotation", "scales"]
+    restored = Basis.from_tensors(LAYERS, basis.tensors())
+    assert restored.layers == basis.layers
+    torch.testing.assert_close(look(restored).features, observed.features, rtol=1e-12, atol=1e-12)
 
 
 def test_many_examples_leave_room_for_fewer_features(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, network = random_tensor(50, 90, seed=0), nn.Sequential(nn.Linear(90, 3)).double().eval()
-    wide = fit_basis(network, TASK, examples_of(inputs, TARGETS), ["0"], **SETTINGS)[0]
-    assert wide.components == (None,)
-    monkeypatch.setattr(basis_module, "MAX_FEATURE_BYTES", 4 * 50 * 70)
-    basis = fit_basis(network, TASK, examples_of(inputs, TARGETS), ["0"], **SETTINGS)[0]
-    assert [part.shape for part in basis.components] == [(90, 69)]
-    monkeypatch.setattr(basis_module, "MAX_FEATURE_BYTES", 1)
-    basis = fit_basis(network, TASK, examples_of(inputs, TARGETS), ["0"], **SETTINGS)[0]
-    assert [part.shape for part in basis.components] == [(90, 63)]
+    for limit, shape in ((2**31, None), (4 * 50 * 70, (90, 69)), (1, (90, 63))):
+        monkeypatch.setattr(basis_module, "MAX_FEATURE_BYTES", limit)
+        (part,) = fit(inputs, network, ["0"])[0].components
+        assert getattr(part, "shape", None) == shape
 
 
 @pytest.mark.parametrize("budget", [4096, 8])
@@ -168,17 +163,12 @@ def test_dead_layers_add_nothing(budget: int, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_constant_features_share_one_direction_with_the_constant() -> None:
-    inputs = INPUTS.clone()
+    network, inputs = nn.Sequential(nn.Linear(4, 3)).double(), INPUTS.clone()
     inputs[:, 1] = 5.0
-    basis, observed = fit_basis(
-        nn.Sequential(nn.Linear(4, 3)).double(), TASK, examples_of(inputs, TARGETS), ["0"], **SETTINGS
-    )
+    basis, observed = fit(inputs, network, ["0"])
     assert observed.features.shape[1] == 4
     assert_same_kernel(observed.features, stacked(unit_energy(inputs.numpy())))
-    everything_constant = torch.full((50, 4), 2.0).double()
-    basis, observed = fit_basis(
-        nn.Sequential(nn.Linear(4, 3)).double(), TASK, examples_of(everything_constant, TARGETS), ["0"], **SETTINGS
-    )
+    basis, observed = fit(torch.full((50, 4), 2.0).double(), network, ["0"])
     assert observed.features.shape[1] == 1
     torch.testing.assert_close(basis.energies, torch.tensor([2.0]).double())
 
@@ -193,27 +183,6 @@ def test_models_of_any_precision(dtype: torch.dtype) -> None:
     assert_same_kernel(observed.features, fit()[1].features.numpy(), tolerance)
     again = observe(perceptron().to(dtype), TASK, examples_of(INPUTS.float(), TARGETS), basis, **SETTINGS)
     torch.testing.assert_close(again.features, observed.features, rtol=1e-4, atol=1e-5)
-
-
-def test_basis_comes_back_from_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(basis_module, "MAX_FEATURES", 10)  # one layer whole, one reduced
-    basis, observed = fit()
-    tensors = basis.tensors()
-    assert sorted(tensors) == ["components.1", "energies", "rotation", "scales"]
-    restored = Basis.from_tensors(LAYERS, tensors)
-    assert restored.layers == basis.layers
-    again = observe(model(), TASK, examples_of(INPUTS, TARGETS), restored, **SETTINGS)
-    torch.testing.assert_close(again.features, observed.features, rtol=1e-12, atol=1e-12)
-
-
-def test_select_takes_rows() -> None:
-    _, observed = fit()
-    some = observed.select(slice(10, 13))
-    assert len(some) == 3
-    assert torch.equal(some.features, observed.features[10:13])
-    assert torch.equal(some.outputs, observed.outputs[10:13])
-    assert torch.equal(some.encoded, observed.encoded[10:13])
-    assert torch.equal(some.losses, observed.losses[10:13])
 
 
 def test_dictionary_batches_and_single_outputs() -> None:
@@ -310,15 +279,15 @@ def poisoned(position: int) -> Tensor:
 
 @pytest.mark.parametrize("position", [0, 15, 16, 37, 49])
 def test_inputs_that_are_not_finite_are_named_by_position(position: int) -> None:
-    with pytest.raises(ValueError, match=f"Example {position} has NaN in its features"):
-        fit(poisoned(position))
-    basis, _ = fit()
-    with pytest.raises(ValueError, match=f"Example {position} has NaN in its features"):
-        observe(model(), TASK, examples_of(poisoned(position), TARGETS), basis, **SETTINGS)
-    examples = examples_of(poisoned(position), TARGETS)
-    examples.positions = torch.tensor([3, 8, 11, position])
-    with pytest.raises(ValueError, match=f"Example {position} has NaN in its features"):
-        fit_basis(model(), TASK, examples, LAYERS, **SETTINGS)
+    basis, inputs, some = fit()[0], poisoned(position), examples_of(poisoned(position), TARGETS)
+    some.positions = torch.tensor([3, 8, 11, position])
+    for failing in (
+        lambda: fit(inputs),
+        lambda: look(basis, inputs),
+        lambda: fit_basis(model(), TASK, some, LAYERS, **SETTINGS),
+    ):
+        with pytest.raises(ValueError, match=f"Example {position} has NaN in its features"):
+            failing()
 
 
 def test_inputs_that_are_not_finite_are_refused_over_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,7 +316,7 @@ def test_layers_that_do_not_run_are_refused() -> None:
     network.unused = nn.Linear(2, 2)
     network.forward = lambda inputs: network[2](network[1](network[0](inputs)))
     with pytest.raises(ValueError, match="Layer 'unused' did not run in the model's forward pass"):
-        fit_basis(network, TASK, examples_of(INPUTS, TARGETS), ["0", "unused"], **SETTINGS)
+        fit(network=network, layers=["0", "unused"])
 
 
 def test_empty_training_sets_are_refused() -> None:
@@ -370,7 +339,7 @@ class TokensFirst(nn.Module):
 @pytest.mark.parametrize("layers", [["mix"], ["embed", "mix"]])
 def test_layers_whose_rows_are_not_examples_are_refused(layers: list[str]) -> None:
     with pytest.raises(TypeError, match=r"Layer 'mix' .* one row per example"):
-        fit_basis(TokensFirst().double(), TASK, examples_of(INPUTS, TARGETS), layers, **SETTINGS)
+        fit(network=TokensFirst().double(), layers=layers)
 
 
 def test_nothing_is_left_behind_after_an_error() -> None:

@@ -11,7 +11,7 @@ from stride_lightning.steering.basis import Observation
 from stride_lightning.steering.influence import influence
 from stride_lightning.steering.solvers import refit
 from stride_lightning.tasks.likelihoods import BinaryClassification, Classification, Regression, Task
-from tests.helpers.tiny import every_task, observation, permutation, rows_of
+from tests.helpers.tiny import every_task, observation, rows_of
 
 EXACT = {"tolerance": 1e-11, "max_iterations": 2000, "show_progress": False}
 
@@ -96,15 +96,6 @@ def test_chunks_and_blocks_change_only_rounding(task: Task, monkeypatch: pytest.
     monkeypatch.setattr(influence_module, "QUERY_CHUNK", 2)
     monkeypatch.setattr(influence_module, "BLOCK_BYTES", 1)  # blocks of 64 examples, the smallest
     torch.testing.assert_close(influence(train, queries, means, asked, task, 0.05, **EXACT), whole)
-
-
-@every_task
-def test_order_of_examples_and_queries_permutes_the_scores(task: Task) -> None:
-    train, queries, means, asked = setting(task)
-    rows, columns = permutation(9), permutation(40)
-    whole = influence(train, queries, means, asked, task, 0.05, **EXACT)
-    moved = influence(rows_of(train, columns), rows_of(queries, rows), means[columns], asked[rows], task, 0.05, **EXACT)
-    torch.testing.assert_close(moved, whole[rows][:, columns], rtol=1e-6, atol=1e-9)
 
 
 @every_task

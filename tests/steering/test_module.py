@@ -67,14 +67,12 @@ def test_operators_are_those_of_the_solver(task: Task, stability: float | None) 
 def test_priors_are_influences_at_both_predictions(task: Task) -> None:
     module, train = statistics_module(task)
     queries = observation(task, size=6, seed=1)
-    at_subset, at_frozen = module.priors(train, queries, module.mean_prediction(train), **QUIET)
-    means = module.mean_prediction(train), module.mean_prediction(queries)
-    expected = influence(train, queries, *means, task, module.chosen["operator_ridge"], **QUIET)
-    torch.testing.assert_close(at_subset, expected)
-    means = task.mean(train.outputs), task.mean(queries.outputs)
-    torch.testing.assert_close(
-        at_frozen, influence(train, queries, *means, task, module.chosen["frozen_ridge"], **QUIET)
-    )
+    priors = module.priors(train, queries, module.mean_prediction(train), **QUIET)
+    at_subset = module.mean_prediction(train), module.mean_prediction(queries)
+    at_frozen = task.mean(train.outputs), task.mean(queries.outputs)
+    for prior, means, ridge in zip(priors, (at_subset, at_frozen), ("operator_ridge", "frozen_ridge"), strict=True):
+        expected = influence(train, queries, *means, task, module.chosen[ridge], **QUIET)
+        torch.testing.assert_close(prior, expected)
 
 
 @pytest.mark.parametrize("shards", [2, 3, 12])
@@ -210,10 +208,7 @@ def test_learning_is_quiet(
         warnings.simplefilter("always")
         learned_module(max_steps=5)
     assert [str(one.message) for one in raised if "LeafSpec" not in str(one.message)] == []
-    loud = [
-        record.message for record in caplog.records if record.levelno >= logging.INFO and "lightning" in record.name
-    ]
-    assert loud == []
+    assert not [one for one in caplog.records if one.levelno >= logging.INFO and "lightning" in one.name]
     assert capfd.readouterr() == ("", "")
     assert logging.getLogger("lightning.pytorch").level == level
 

@@ -11,7 +11,7 @@ from stride_lightning.steering import operators
 from stride_lightning.steering.basis import Observation
 from stride_lightning.steering.operators import mean_prediction, measure, steer
 from stride_lightning.tasks.likelihoods import BinaryClassification, Classification, Task
-from tests.helpers.tiny import every_task, observation, permutation, random_tensor, rows_of
+from tests.helpers.tiny import every_task, observation, random_tensor
 
 COEFFICIENTS = 0.5 * random_tensor(3, 5, 7, seed=4)  # (C, r, K)
 every_anchor = pytest.mark.parametrize("anchored", [False, True])
@@ -63,13 +63,6 @@ def test_blocks_change_nothing(task: Task, anchored: bool, monkeypatch: pytest.M
         monkeypatch.setattr(operators, "BLOCK_BYTES", size)
         again = [fn(queries, COEFFICIENTS, task, anchored=anchored) for fn in (measure, mean_prediction)]
         torch.testing.assert_close(again, whole)
-
-
-def test_order_of_queries_and_operators_permutes_the_measurements() -> None:
-    task, queries = Classification(), observation(Classification(), size=11, seed=3)
-    rows, columns = permutation(11), permutation(7)
-    moved = measure(rows_of(queries, rows), COEFFICIENTS[..., columns], task, anchored=True)
-    torch.testing.assert_close(moved, measure(queries, COEFFICIENTS, task, anchored=True)[rows][:, columns])
 
 
 @every_task

@@ -11,9 +11,9 @@ from scipy.stats import multivariate_normal
 from torch import Tensor
 
 from stride_lightning.steering import recovery
-from stride_lightning.steering.recovery import NOISES, posterior, recover_ridge, recover_with_prior
+from stride_lightning.steering.recovery import NOISES, Recovery, posterior, recover_ridge, recover_with_prior
 from stride_lightning.steering.subsets import Design, sample_design
-from tests.helpers.tiny import permutation, random_tensor
+from tests.helpers.tiny import random_tensor
 
 DESIGNS = {
     "dense": sample_design(30, 12, 6, seed=0),
@@ -39,12 +39,18 @@ def centred(design: Design, measurements: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dense_posterior(matrix: Tensor, residual: Tensor, variances: Tensor, noise: float) -> tuple[Tensor, Tensor]:
-    """Mean and covariance for one query, with ``t^2`` by maximum likelihood, from the textbook."""
-    system = matrix @ torch.diag(variances) @ matrix.T
+    """Mean and standard deviations for one query, with ``t^2`` by maximum likelihood, from the textbook."""
+    system = (matrix * variances) @ matrix.T
     system = system + noise * system.diagonal().mean() * torch.eye(len(system), dtype=torch.float64)
-    gain = torch.diag(variances) @ matrix.T @ torch.linalg.inv(system)
+    gain = (matrix * variances).T @ torch.linalg.inv(system)  # (n, K)
     scale = residual @ torch.linalg.inv(system) @ residual / max(1, len(residual) - 1)
-    return gain @ residual, scale * (torch.diag(variances) - gain @ matrix @ torch.diag(variances))
+    explained = torch.einsum("nk,kn->n", gain, matrix * variances)
+    return gain @ residual, (scale * (variances - explained)).clamp(min=0).sqrt()
+
+
+def assert_same(obtained: Recovery, scores: Tensor, std: Tensor | None) -> None:
+    torch.testing.assert_close(obtained.scores, scores, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(obtained.std, std, rtol=1e-6, atol=1e-8)
 
 
 def log_evidence(matrix: Tensor, residual: Tensor, variances: Tensor, noise: float) -> float:
@@ -70,9 +76,9 @@ def prior_reference(
         variances = w0.abs() / w0.abs().mean()
         residual = y - agreement * response
         chosen = noise or max(NOISES, key=lambda one: log_evidence(matrix, residual, variances, one))
-        mean, covariance = dense_posterior(matrix, residual, variances, chosen)
+        mean, deviations = dense_posterior(matrix, residual, variances, chosen)
         scores.append(agreement * w0 + mean)
-        std.append(covariance.diagonal().clamp(min=0).sqrt())
+        std.append(deviations)
         noises.append(chosen)
     return torch.stack(scores), torch.stack(std), torch.tensor(noises)
 
@@ -113,10 +119,6 @@ def test_noise_maximises_the_marginal_likelihood(noise: float) -> None:
     for i in range(12):
         evidences = {one: log_evidence(matrix, target[i], variances[i], one) for one in NOISES}
         assert float(chosen[i]) == pytest.approx(max(evidences, key=evidences.__getitem__))
-    if noise == 0.0:
-        assert chosen.median() < 1
-    if noise == 30.0:
-        assert chosen.median() > 3
 
 
 def test_more_noise_is_chosen_for_noisier_measurements() -> None:
@@ -156,33 +158,9 @@ def test_scale_of_the_prior_and_shift_of_the_measurements_do_not_matter(design: 
     measurements, prior = planted(design)
     first = recover_with_prior(measurements, design, prior, prior.flip(1), **QUIET)
     other = recover_with_prior(measurements + 100, design, 50 * prior, 7 * prior.flip(1), **QUIET)
-    torch.testing.assert_close(other.scores, first.scores, rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(other.std, first.std, rtol=1e-6, atol=1e-9)
+    assert_same(other, first.scores, first.std)
     tripled = recover_with_prior(3 * measurements, design, prior, prior.flip(1), **QUIET)
-    torch.testing.assert_close(tripled.scores, 3 * first.scores)
-    torch.testing.assert_close(tripled.std, 3 * first.std)
-
-
-def moved(design: Design, order: Tensor) -> Design:
-    stored = {name: value[order] for name, value in design.tensors().items()}
-    return Design.restore(design.info(), stored)
-
-
-@every_design
-def test_order_of_examples_and_queries_permutes_the_scores(design: Design) -> None:
-    measurements, prior = planted(design)
-    columns, rows = permutation(design.num_train), permutation(4)
-    other = moved(design, columns)
-    first = recover_with_prior(measurements, design, prior, prior.flip(1), **QUIET)
-    second = recover_with_prior(
-        measurements[rows], other, prior[rows][:, columns], prior.flip(1)[rows][:, columns], **QUIET
-    )
-    torch.testing.assert_close(second.scores, first.scores[rows][:, columns])
-    torch.testing.assert_close(second.std, first.std[rows][:, columns], rtol=1e-6, atol=1e-8)
-    # Two subsets say nothing about the penalty: whatever it is, either one predicts the other the same.
-    given = {"penalty": 0.3 if design.num_subsets == 2 else None, **QUIET}
-    ridge, again = recover_ridge(measurements, design, **given), recover_ridge(measurements[rows], other, **given)
-    torch.testing.assert_close(again.scores, ridge.scores[rows][:, columns])
+    assert_same(tripled, 3 * first.scores, 3 * first.std)
 
 
 @every_design
@@ -193,8 +171,7 @@ def test_blocks_of_queries_change_nothing(design: Design, monkeypatch: pytest.Mo
         monkeypatch.setattr(recovery, "SYSTEM_BYTES", at_once * 4 * 8 * design.num_subsets**2)
         parts = recover_with_prior(measurements, design, prior, **QUIET), recover_ridge(measurements, design, **QUIET)
         for part, one in zip(parts, whole, strict=True):
-            torch.testing.assert_close(part.scores, one.scores)
-            torch.testing.assert_close(part.std, one.std, rtol=1e-6, atol=1e-8)
+            assert_same(part, one.scores, one.std)
             assert part.chosen == pytest.approx(one.chosen)
 
 
@@ -203,21 +180,7 @@ def test_many_examples_go_through_blocks() -> None:
     design = sample_design(8200, 6, 3, seed=0)
     measurements, prior = planted(design, num_queries=2)
     obtained = recover_with_prior(measurements, design, prior, noise=0.3, **QUIET)
-    matrix, target = centred(design, measurements)
-    for i in range(2):
-        response = matrix @ prior[i]
-        agreement = ((target[i] @ response) / (response @ response)).clamp(min=0)
-        variances = prior[i].abs() / prior[i].abs().mean()
-        system = (matrix * variances) @ matrix.T
-        system = system + 0.3 * system.diagonal().mean() * torch.eye(6, dtype=torch.float64)
-        residual = target[i] - agreement * response
-        inverse = torch.linalg.inv(system)
-        expected = agreement * prior[i] + variances * (matrix.T @ inverse @ residual)
-        scale = residual @ inverse @ residual / 5
-        explained = torch.einsum("kn,kl,ln->n", matrix, inverse, matrix)
-        torch.testing.assert_close(obtained.scores[i], expected, rtol=1e-7, atol=1e-9)
-        expected_std = (scale * (variances - variances.square() * explained)).sqrt()
-        torch.testing.assert_close(obtained.std[i], expected_std, rtol=1e-6, atol=1e-8)
+    assert_same(obtained, *prior_reference(design, measurements, prior, 0.3)[:2])
 
 
 @every_design
@@ -233,8 +196,7 @@ def test_second_opinion_is_an_equal_mixture_at_the_same_norm(design: Design) -> 
         # The variance of an equal mixture of two normal distributions of the same variance.
         spread = alone.std[i].square() + ((alone.scores[i] - other) / 2).square()
         torch.testing.assert_close(both.std[i], spread.sqrt())
-    torch.testing.assert_close(both.scores[2], alone.scores[2])
-    torch.testing.assert_close(both.std[2], alone.std[2])
+    assert_same(both.select(slice(2, 3)), alone.scores[2:3], alone.std[2:3])
     assert both.chosen == alone.chosen
 
 
@@ -244,8 +206,7 @@ def test_queries_without_a_prior_have_no_preference(design: Design) -> None:
     prior[1] = 0
     obtained = recover_with_prior(measurements, design, prior, noise=0.3, **QUIET)
     flat = recover_ridge(measurements, design, penalty=0.3, **QUIET)
-    torch.testing.assert_close(obtained.scores[1], flat.scores[1])
-    torch.testing.assert_close(obtained.std[1], flat.std[1])
+    assert_same(obtained.select(slice(1, 2)), flat.scores[1:2], flat.std[1:2])
     assert (obtained.scores[0] - flat.scores[0]).abs().max() > 1e-3
 
 
@@ -274,8 +235,8 @@ def test_ridge_equals_its_closed_form(design: Design, penalty: float) -> None:
     torch.testing.assert_close(obtained.scores, torch.linalg.solve(system, matrix.T @ target.T).T)
     assert obtained.chosen == {"penalty": penalty}
     for i in range(4):
-        _, covariance = dense_posterior(matrix, target[i], torch.ones(design.num_train).double(), penalty)
-        torch.testing.assert_close(obtained.std[i], covariance.diagonal().sqrt(), rtol=1e-6, atol=1e-8)
+        _, std = dense_posterior(matrix, target[i], torch.ones(design.num_train).double(), penalty)
+        torch.testing.assert_close(obtained.std[i], std, rtol=1e-6, atol=1e-8)
 
 
 def leave_one_out(matrix: Tensor, measurements: Tensor, ridge: float) -> float:
@@ -316,10 +277,9 @@ def test_single_precision_is_close_to_double() -> None:
 def test_what_cannot_be_recovered_is_refused() -> None:
     design = DESIGNS["dense"]
     measurements, prior = planted(design)
-    with pytest.raises(ValueError, match=r"shape \(q, 12\), one per subset; got \(4, 11\)"):
-        recover_ridge(measurements[:, 1:], design)
-    with pytest.raises(ValueError, match=r"shape \(q, 12\), one per subset; got \(12,\)"):
-        recover_with_prior(measurements[0], design, prior)
+    for bad, shape in ((measurements[:, 1:], r"\(4, 11\)"), (measurements[0], r"\(12,\)")):
+        with pytest.raises(ValueError, match=rf"shape \(q, 12\), one per subset; got {shape}"):
+            recover_ridge(bad, design)
     for noise in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="`noise` must be a positive number, got"):
             recover_with_prior(measurements, design, prior, noise=noise)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chi2
+from torch import Tensor
 
 from stride_lightning.steering import subsets
 from stride_lightning.steering.subsets import Design, default_num_subsets, sample_design
@@ -35,7 +37,20 @@ STORAGES = {"bits": (45, 37, 18), "indices": (45, 70, 2)}
 every_storage = pytest.mark.parametrize("shape", STORAGES.values(), ids=STORAGES.keys())
 
 
-def dense_of(num_train: int, num_subsets: int, degree: int, seed: int = 0) -> torch.Tensor:
+def irregular_masks(num_subsets: int = 21, num_train: int = 45) -> Tensor:
+    """Examples in none, some and all of the subsets, and a subset without any."""
+    generator = torch.Generator().manual_seed(4)
+    masks = torch.rand(num_subsets, num_train, generator=generator) < torch.linspace(0, 1, num_train)
+    masks[:, 0], masks[:, -1], masks[5] = False, True, False
+    return masks
+
+
+DESIGNS = {name: sample_design(*shape, seed=3) for name, shape in STORAGES.items()}
+DESIGNS["drawn elsewhere"] = Design.from_masks(irregular_masks())
+every_design = pytest.mark.parametrize("design", DESIGNS.values(), ids=DESIGNS.keys())
+
+
+def dense_of(num_train: int, num_subsets: int, degree: int, seed: int = 0) -> Tensor:
     return sample_design(num_train, num_subsets, degree, seed=seed).dense(torch.int64)
 
 
@@ -84,21 +99,15 @@ def test_drawing_leaves_the_random_state_alone() -> None:
 
 def test_smaller_storage_is_chosen() -> None:
     dense, sparse = sample_design(10, 63, 2), sample_design(10, 64, 2)
-    assert dense.indices is None
-    assert dense.bits is not None
-    assert dense.bits.shape == (10, 8)
-    assert dense.bits.dtype == torch.uint8
-    assert sparse.bits is None
-    assert sparse.indices is not None
-    assert sparse.indices.shape == (10, 2)
-    assert sparse.indices.dtype == torch.int32
+    assert dense.indices is sparse.bits is None
+    assert (dense.bits.shape, dense.bits.dtype) == ((10, 8), torch.uint8)
+    assert (sparse.indices.shape, sparse.indices.dtype) == ((10, 2), torch.int32)
 
 
-@every_storage
+@every_design
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("block_size", [1, 7, 8192])
-def test_products_equal_the_dense_matrix(shape: tuple[int, int, int], dtype: torch.dtype, block_size: int) -> None:
-    design = sample_design(*shape, seed=3)
+def test_products_equal_the_dense_matrix(design: Design, dtype: torch.dtype, block_size: int) -> None:
     matrix = design.dense(dtype)
     scores = random_tensor(3, design.num_train, seed=1, dtype=dtype)
     measurements = random_tensor(3, design.num_subsets, seed=2, dtype=dtype)
@@ -109,9 +118,8 @@ def test_products_equal_the_dense_matrix(shape: tuple[int, int, int], dtype: tor
     torch.testing.assert_close(design.gram(weights, block_size), expected)
 
 
-@every_storage
-def test_rows_and_blocks_read_the_matrix(shape: tuple[int, int, int]) -> None:
-    design = sample_design(*shape, seed=3)
+@every_design
+def test_rows_and_blocks_read_the_matrix(design: Design) -> None:
     matrix = design.dense()
     chosen = torch.tensor([44, 0, 7, 7])
     assert torch.equal(design.rows(chosen), matrix.T[chosen])
@@ -132,11 +140,11 @@ def test_both_storages_are_the_same_design(shape: tuple[int, int, int]) -> None:
         assert torch.equal(other.sizes, design.sizes)
 
 
-@every_storage
-def test_stored_design_comes_back(shape: tuple[int, int, int]) -> None:
-    design = sample_design(*shape, seed=3)
+@every_design
+def test_stored_design_comes_back(design: Design) -> None:
     restored = Design.restore(design.info(), design.tensors())
-    assert restored.info() == {"num_subsets": shape[1], "num_train": 45, "degree": shape[2], "seed": 3}
+    assert restored.info() == design.info()
+    assert design.info().keys() == {"num_subsets", "num_train", "degree", "seed"}
     assert torch.equal(restored.dense(), design.dense())
 
 
@@ -234,43 +242,20 @@ def test_malformed_memberships_are_refused() -> None:
 # ---- subsets drawn elsewhere ------------------------------------------------------------------------------------
 
 
-def irregular_masks(num_subsets: int = 21, num_train: int = 45) -> torch.Tensor:
-    """Examples in none, some and all of the subsets, and a subset without any."""
-    generator = torch.Generator().manual_seed(4)
-    masks = torch.rand(num_subsets, num_train, generator=generator) < torch.linspace(0, 1, num_train)
-    masks[:, 0], masks[:, -1], masks[5] = False, True, False
-    return masks
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("block_size", [1, 7, 8192])
-def test_masks_are_a_design(dtype: torch.dtype, block_size: int) -> None:
+@pytest.mark.parametrize("layout", [Tensor.bool, Tensor.int, lambda masks: masks.T.contiguous().T])
+def test_masks_are_a_design(layout: Callable[[Tensor], Tensor]) -> None:
     masks = irregular_masks()
-    design, matrix = Design.from_masks(masks), masks.to(dtype)
-    assert torch.equal(design.dense(dtype), matrix)
+    design = Design.from_masks(layout(masks))
+    assert torch.equal(design.dense(torch.int64), masks.long())
     assert torch.equal(design.sizes, masks.sum(1))
-    assert torch.equal(design.rows(torch.tensor([44, 3, 3])), masks.T[[44, 3, 3]].float())
     assert (design.num_subsets, design.num_train, design.seed) == (21, 45, -1)
     assert design.degree == round(masks.sum(0).double().mean().item())
     assert masks.sum(0).unique().numel() > 5  # or this would show nothing
-    scores = random_tensor(3, 45, seed=1, dtype=dtype)
-    measurements = random_tensor(3, 21, seed=2, dtype=dtype)
-    torch.testing.assert_close(design.responses(scores, block_size), scores @ matrix.T)
-    torch.testing.assert_close(design.backproject(measurements, block_size), measurements @ matrix)
-    expected = torch.einsum("kn,qn,ln->qkl", matrix, scores.square(), matrix)
-    torch.testing.assert_close(design.gram(scores.square(), block_size), expected)
 
 
-def test_masks_of_a_sampled_design_give_it_again() -> None:
-    for shape in STORAGES.values():
-        sampled = sample_design(*shape, seed=3)
-        design = Design.from_masks(sampled.dense().bool())
-        assert torch.equal(design.dense(), sampled.dense())
-        assert design.degree == sampled.degree
-        assert torch.equal(Design.restore(design.info(), design.tensors()).dense(), sampled.dense())
-
-
-def test_masks_of_other_layouts_and_types() -> None:
-    masks = irregular_masks()
-    for same in (masks.T.contiguous().T, masks.to(torch.uint8), masks.int()):
-        assert torch.equal(Design.from_masks(same).dense(torch.int64), masks.long())
+@every_storage
+def test_masks_of_a_sampled_design_give_it_again(shape: tuple[int, int, int]) -> None:
+    sampled = sample_design(*shape, seed=3)
+    design = Design.from_masks(sampled.dense().bool())
+    assert torch.equal(design.dense(), sampled.dense())
+    assert design.degree == sampled.degree
