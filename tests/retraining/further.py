@@ -38,7 +38,7 @@ def train_on(model, data, queries, place, seed, *, measure, step=None, mode=nn.M
     ``read(seed, epoch)`` gives the inputs and targets of an epoch where they are not those of the data.
     """
     model, n = copy.deepcopy(model), len(data)
-    optimizer, found, steps = how.get("optimizer", lambda m: m.optimize(m))(model), [], 0
+    optimizer, result, steps = how.get("optimizer", lambda m: m.optimize(m))(model), [], 0
     for epoch in range(EPOCHS[-1]):
         x, y = data.tensors if read is None else read(seed, epoch)
         mode(model)
@@ -54,8 +54,8 @@ def train_on(model, data, queries, place, seed, *, measure, step=None, mode=nn.M
             steps += 1
         if epoch + 1 in EPOCHS:
             with torch.no_grad():
-                found.append(measure(model.eval()(queries.tensors[0]), queries.tensors[1]))
-    return torch.stack(found)
+                result.append(measure(model.eval()(queries.tensors[0]), queries.tensors[1]))
+    return torch.stack(result)
 
 
 def by_hand(model, data, queries, measure=cross_entropies, left_out=LEFT_OUT, **how):
@@ -68,10 +68,10 @@ def by_hand(model, data, queries, measure=cross_entropies, left_out=LEFT_OUT, **
     return torch.stack(effects)
 
 
-def check(found, expected, tolerance=1e-10):
+def check(result, expected, tolerance=1e-10):
     assert expected.abs().amax((0, 2, 3)).min() > 1e-4  # or this would show nothing
-    assert found.effects_by_seed.dtype == torch.float64
-    torch.testing.assert_close(found.effects_by_seed, expected, rtol=tolerance, atol=tolerance)
+    assert result.effects_by_seed.dtype == torch.float64
+    torch.testing.assert_close(result.effects_by_seed, expected, rtol=tolerance, atol=tolerance)
 
 
 def frozen_statistics(model):

@@ -36,8 +36,8 @@ def losses(model, batch):
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
-def weighted(call, shared, own):
-    return (call(shared) * own).sum() / own.sum().clamp(min=1)
+def weighted(call, shared, single):
+    return (call(shared) * single).sum() / single.sum().clamp(min=1)
 
 
 def build(network, data, dtype):
@@ -55,8 +55,8 @@ def shares():
 def stacked(model, optimizer, batches, weights, skips=None, **options):
     together = Ensemble(model, optimizer, NUM_MODELS, losses, weighted, **options)
     objectives = [
-        together.step(batch, own.to(next(model.parameters()).dtype), skip=None if skips is None else skips[i])
-        for i, (batch, own) in enumerate(zip(batches, weights, strict=True))
+        together.step(batch, single.to(next(model.parameters()).dtype), skip=None if skips is None else skips[i])
+        for i, (batch, single) in enumerate(zip(batches, weights, strict=True))
     ]
     return together, torch.stack(objectives)
 
@@ -71,8 +71,8 @@ def each_alone(model, make_optimizer, batches, weights, skips=None):
             if skips is not None and skips[i, k]:
                 continue
             optimizer.zero_grad()
-            own = weights[i, k].to(next(model.parameters()).dtype)
-            loss = (losses(one, batch) * own).sum() / own.sum()
+            share = weights[i, k].to(next(model.parameters()).dtype)
+            loss = (losses(one, batch) * share).sum() / share.sum()
             loss.backward()
             optimizer.step()
             objectives[i, k] = loss.detach()
@@ -130,8 +130,8 @@ def test_a_schedule_goes_on_working():
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step < 2))
     together = Ensemble(model, optimizer, NUM_MODELS, losses, weighted)
     seen = []
-    for batch, own in zip(batches[:4], shares(), strict=False):
-        together.step(batch, own)
+    for batch, single in zip(batches[:4], shares(), strict=False):
+        together.step(batch, single)
         schedule.step()
         seen.append(together.parameters["0.weight"].clone())
     assert not seen[0].equal(seen[1])

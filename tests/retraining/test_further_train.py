@@ -66,9 +66,9 @@ def test_checkpoints(tmp_path):
             parameter.mul_(0.5)
     halved = copy.deepcopy(model.state_dict())
     for ckpt_path in ("best", "last", tmp_path / "epoch=1.ckpt"):
-        found = ask(model, batches_of(data), data, ckpt_path=ckpt_path)
-        assert found.effects_by_seed.equal(expected.effects_by_seed)
-        assert found.metadata["weights"] == expected.metadata["weights"]
+        result = ask(model, batches_of(data), data, ckpt_path=ckpt_path)
+        assert result.effects_by_seed.equal(expected.effects_by_seed)
+        assert result.metadata["weights"] == expected.metadata["weights"]
     first = ask(model, batches_of(data), data, ckpt_path=tmp_path / "epoch=0.ckpt")
     assert first.metadata["weights"] != expected.metadata["weights"]
     assert not first.effects_by_seed.allclose(expected.effects_by_seed, atol=1e-5)
@@ -82,29 +82,30 @@ def test_checkpoints(tmp_path):
 def test_positions_are_those_in_the_dataset():
     data, queries, chosen = in_double(points()), in_double(points(4, seed=1)), [20, 3, 11, 7, 0, 15, 22, 9, 2, 13, 5]
     model = make_net(mlp)
-    own = TensorDataset(*(tensor[chosen] for tensor in data.tensors))
-    expected = ask(model, own, queries, left_out=[2, 0, 10], batch_size=4)
+    part = TensorDataset(*(tensor[chosen] for tensor in data.tensors))
+    expected = ask(model, part, queries, left_out=[2, 0, 10], batch_size=4)
     left_out = [chosen[2], chosen[0], chosen[10]]
     sampled = DataLoader(data, 4, sampler=SubsetRandomSampler(chosen))
     with pytest.raises(ValueError, match=r"SubsetRandomSampler.*`train_indices=`"):
         ask(model, sampled, queries)
-    found = ask(model, sampled, queries, left_out=left_out, train_indices=chosen)
-    assert found.left_out.tolist() == left_out
-    assert found.effects_by_seed.equal(expected.effects_by_seed)
-    assert ask(model, Subset(data, chosen), queries, left_out=[2, 0, 10], batch_size=4).effects().equal(found.effects())
+    result = ask(model, sampled, queries, left_out=left_out, train_indices=chosen)
+    assert result.left_out.tolist() == left_out
+    assert result.effects_by_seed.equal(expected.effects_by_seed)
+    of_subset = ask(model, Subset(data, chosen), queries, left_out=[2, 0, 10], batch_size=4)
+    assert of_subset.effects().equal(result.effects())
     everything = ask(model, sampled, queries, left_out=None, train_indices=chosen)
     assert everything.left_out.tolist() == chosen
-    assert everything.effects()[:, [2, 0, 10]].allclose(found.effects(), atol=1e-12)
+    assert everything.effects()[:, [2, 0, 10]].allclose(result.effects(), atol=1e-12)
     with pytest.raises(ValueError, match=r"\[1\] are not among the 11 training examples"):
         ask(model, sampled, queries, left_out=[3, 1], train_indices=chosen)
 
 
 def test_by_default_a_hundred_are_left_out():
     model, data = make_net(partial(mlp, 2)), TensorDataset(random(250, 4).double(), torch.arange(250) % 2)
-    found = ask(model, DataLoader(data, 50), Subset(data, range(2)), left_out=None, epochs=1, num_seeds=1)
-    assert len(found.left_out.unique()) == 100
-    assert (found.left_out[0], found.left_out[-1]) == (0, 249)
-    assert set(found.left_out.diff().tolist()) == {2, 3}
+    result = ask(model, DataLoader(data, 50), Subset(data, range(2)), left_out=None, epochs=1, num_seeds=1)
+    assert len(result.left_out.unique()) == 100
+    assert (result.left_out[0], result.left_out[-1]) == (0, 249)
+    assert set(result.left_out.diff().tolist()) == {2, 3}
 
 
 ARGUMENTS = {
@@ -151,7 +152,7 @@ def test_arguments_that_cannot_work_are_refused(name):
 def test_queries_without_a_finite_loss_are_named_before_training(loss):
     data, queries = in_double(points()), in_double(points())
     queries.tensors[0][3, 1] = queries.tensors[0][7, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"^Query 3 has NaN in its loss before .*check its input .* Likewise 7\.$"):
+    with pytest.raises(ValueError, match=r"Query 3 has NaN in its loss before any .* Likewise 7\."):
         ask(make_net(mlp, loss=loss), batches_of(data), queries)
 
 

@@ -20,7 +20,7 @@ SETTINGS = {"epochs": EPOCHS, "left_out": LEFT_OUT, "num_seeds": 3, "seed": 3, "
 
 
 @pytest.fixture
-def found():
+def result():
     values = torch.randn(3, 2, 4, QUERIES, generator=torch.Generator().manual_seed(0))
     return FurtherTraining(values, torch.tensor(LEFT_OUT), EPOCHS, SEEDS, {"weights": "w", "optimizer": "SGD"})
 
@@ -39,65 +39,64 @@ def run(model=None, data=None, queries=None, **more):
 # ---- what is read from it ---------------------------------------------------------------------------------------
 
 
-def test_effects_are_means_over_seeds_with_their_standard_error(found):
-    values = found.effects_by_seed.double().numpy()  # (S, T, m, q)
+def test_effects_are_means_over_seeds_with_their_standard_error(result):
+    values = result.effects_by_seed.double().numpy()  # (S, T, m, q)
     for number, epoch in enumerate(EPOCHS):
         at = values[:, number].transpose(0, 2, 1)
-        np.testing.assert_allclose(found.effects(epoch), at.mean(0), rtol=1e-6)
-        np.testing.assert_allclose(found.std_error(epoch), at.std(0, ddof=1) / 3**0.5, rtol=1e-6)
-    assert found.effects().shape == (QUERIES, 4)
-    assert found.effects().dtype == found.std_error().dtype == torch.float32
-    assert found.effects().equal(found.effects(2))
-    assert found.std_error().equal(found.std_error(2))
-    assert not found.effects(1).equal(found.effects(2))
+        np.testing.assert_allclose(result.effects(epoch), at.mean(0), rtol=1e-6)
+        np.testing.assert_allclose(result.std_error(epoch), at.std(0, ddof=1) / 3**0.5, rtol=1e-6)
+    assert result.effects().shape == (QUERIES, 4)
+    assert result.effects().dtype == result.std_error().dtype == torch.float32
+    assert result.effects().equal(result.effects(2))
+    assert result.std_error().equal(result.std_error(2))
+    assert not result.effects(1).equal(result.effects(2))
     with pytest.raises(ValueError, match=r"measured after \[1, 2\] epochs, not after 3"):
-        found.effects(3)
-    assert repr(found) == "FurtherTraining(4 examples left out, 5 queries, 3 seeds, after 1, 2 epochs)"
+        result.effects(3)
+    assert repr(result) == "FurtherTraining(4 examples left out, 5 queries, 3 seeds, after 1, 2 epochs)"
 
 
-def test_one_seed_has_no_standard_error(found):
-    one = FurtherTraining(found.effects_by_seed[:1], found.left_out, EPOCHS, [3])
+def test_one_seed_has_no_standard_error(result):
+    one = FurtherTraining(result.effects_by_seed[:1], result.left_out, EPOCHS, [3])
     assert one.std_error() is None
     assert one.attribution().std is None
 
 
-def test_attribution(found):
-    attribution = found.attribution(1)
-    assert attribution.scores.equal(found.effects(1))
-    assert attribution.std.equal(found.std_error(1))
+def test_attribution(result):
+    attribution = result.attribution(1)
+    assert attribution.scores.equal(result.effects(1))
+    assert attribution.std.equal(result.std_error(1))
     assert attribution.train_indices.tolist() == LEFT_OUT
     assert attribution.metadata["method"] == "further-training"
     assert attribution.metadata["weights"] == "w"
-    best = found.effects()[0].argmax().item()
-    assert found.attribution().top(1).proponents[0].item() == LEFT_OUT[best]
+    best = result.effects()[0].argmax().item()
+    assert result.attribution().top(1).proponents[0].item() == LEFT_OUT[best]
 
 
-def test_shapes_that_do_not_fit_and_values_that_are_not_finite(found):
-    values = found.effects_by_seed
+def test_shapes_that_do_not_fit_and_values_that_are_not_finite(result):
+    values = result.effects_by_seed
     for wrong in (values[0], values[:2], values[:, :1], values[:, :, :3]):
         with pytest.raises(ValueError, match=r"Effects must have shape \(3, 2, 4, 'q'\)"):
-            FurtherTraining(wrong, found.left_out, EPOCHS, SEEDS)
+            FurtherTraining(wrong, result.left_out, EPOCHS, SEEDS)
     values[1, 1, 2, 4] = torch.inf
     with pytest.raises(
         ValueError, match=r"example 20 gave .* query 4, after 2 epoch\(s\) with seed 4\. Lower the lear"
     ):
-        FurtherTraining(values, found.left_out, EPOCHS, SEEDS)
+        FurtherTraining(values, result.left_out, EPOCHS, SEEDS)
 
 
 # ---- a folder on disk -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_save_and_load(found, tmp_path, dtype):
-    found.effects_by_seed = found.effects_by_seed.to(dtype) + 1e-12
-    path = found.save(tmp_path / "effects")
+def test_save_and_load(result, tmp_path, dtype):
+    result.effects_by_seed = result.effects_by_seed.to(dtype) + 1e-12
+    path = result.save(tmp_path / "effects")
     loaded = FurtherTraining.load(path)
     assert path == tmp_path / "effects"
-    assert loaded.effects_by_seed.equal(found.effects_by_seed)
-    assert loaded.effects_by_seed.dtype == dtype
-    assert loaded.left_out.equal(found.left_out)
-    assert (loaded.epochs, loaded.seeds, loaded.metadata) == (EPOCHS, SEEDS, found.metadata)
-    assert found.save(tmp_path / "effects") == tmp_path / "effects-v1"
+    assert loaded.effects_by_seed.equal(result.effects_by_seed)
+    assert loaded.left_out.equal(result.left_out)
+    assert (loaded.epochs, loaded.seeds, loaded.metadata) == (EPOCHS, SEEDS, result.metadata)
+    assert result.save(tmp_path / "effects") == tmp_path / "effects-v1"
 
 
 # ---- path= ------------------------------------------------------------------------------------------------------
@@ -171,12 +170,12 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch, budget):
     assert [path.name for path in tmp_path.iterdir()] == ["effects.parts"]
     monkeypatch.undo()
     calls = count_work(monkeypatch)
-    found = run(path=tmp_path / "effects", memory_budget=budget)
+    result = run(path=tmp_path / "effects", memory_budget=budget)
     assert len(calls) == 12 - 5
     assert [path.name for path in tmp_path.iterdir()] == ["effects"]
     monkeypatch.undo()
-    torch.testing.assert_close(found.effects_by_seed, run().effects_by_seed, rtol=1e-4, atol=1e-6)
-    assert FurtherTraining.load(tmp_path / "effects").effects_by_seed.equal(found.effects_by_seed)
+    torch.testing.assert_close(result.effects_by_seed, run().effects_by_seed, rtol=1e-4, atol=1e-6)
+    assert FurtherTraining.load(tmp_path / "effects").effects_by_seed.equal(result.effects_by_seed)
 
 
 @pytest.mark.parametrize(("num", "parts"), [(60, 3 * 4), (600, 3 * 6)])
@@ -186,13 +185,13 @@ def test_a_run_that_is_stored_is_cut_finer(tmp_path, monkeypatch, num, parts):
     with threads(1):
         how = {"data": points(num), "left_out": None, "memory_budget": 2**40, "epochs": 1}
         calls = count_work(monkeypatch)
-        found = run(path=tmp_path / "effects", **how)
+        result = run(path=tmp_path / "effects", **how)
         assert len(calls) == parts
         assert max(len(args[0]) for args in calls) == max(16, -(-3 * num // 16))
         calls.clear()
         whole = run(**how)
         assert len(calls) == 3
-    torch.testing.assert_close(found.effects_by_seed, whole.effects_by_seed, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(result.effects_by_seed, whole.effects_by_seed, rtol=1e-3, atol=1e-6)
 
 
 def test_metadata_say_how():

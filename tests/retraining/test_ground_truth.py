@@ -20,11 +20,11 @@ def test_the_ceiling_is_what_a_perfect_predictor_gets(num_seeds, noise):
     """Against planted effects: the correlation of the mean over seeds with the truth, which only a simulation knows."""
     truth = random(1500, 12, seed=1)
     losses = truth + noise * random(num_seeds, 1500, 12, seed=2)
-    found = GroundTruth(torch.ones(1500, 3), losses, list(range(num_seeds)))
-    reached = np.mean([spearmanr(found.losses[:, q], truth[:, q]).statistic for q in range(12)])
+    result = GroundTruth(torch.ones(1500, 3), losses, list(range(num_seeds)))
+    reached = np.mean([spearmanr(result.losses[:, q], truth[:, q]).statistic for q in range(12)])
     # Spearman and Brown's formula is for Pearson correlations; ranks of normal variables are a percent off.
-    assert found.ceiling == pytest.approx(reached, abs=0.02)
-    assert found.ceiling == pytest.approx((1 + noise**2 / num_seeds) ** -0.5, abs=0.025)
+    assert result.ceiling == pytest.approx(reached, abs=0.02)
+    assert result.ceiling == pytest.approx((1 + noise**2 / num_seeds) ** -0.5, abs=0.025)
 
 
 @pytest.mark.parametrize(("num_seeds", "splits"), [(2, [(0, 1)]), (3, [(0, 1), (0, 2), (1, 2)])])
@@ -47,10 +47,9 @@ def test_split_halves_of_four():
 
 def test_many_seeds_are_split_at_random_reproducibly():
     losses = random(9, 30, 3) + 3 * random(1, 30, 3, seed=1)
-    assert split_half_correlation(losses) == split_half_correlation(losses)
-    one = split_half_correlation(losses, num_splits=1)
-    assert one != split_half_correlation(losses)
-    assert one == pytest.approx(split_half_correlation(losses), abs=0.05)
+    one, many = split_half_correlation(losses, num_splits=1), split_half_correlation(losses)
+    assert one != many == split_half_correlation(losses)
+    assert one == pytest.approx(many, abs=0.05)
 
 
 def test_ties_and_constant_losses():
@@ -70,8 +69,7 @@ def test_one_seed_and_noise_alone():
     opposite = GroundTruth(torch.ones(5, 3), losses, [0, 1])
     assert opposite.split_half == pytest.approx(-1)
     assert opposite.ceiling == 0
-    text = "GroundTruth(5 subsets of 3 examples x 2 seeds, 1 queries, noise ceiling 0.00)"
-    assert repr(opposite) == text
+    assert repr(opposite) == "GroundTruth(5 subsets of 3 examples x 2 seeds, 1 queries, noise ceiling 0.00)"
 
 
 # ---- on disk ----------------------------------------------------------------------------------------------------
@@ -167,22 +165,22 @@ def without(attribution=None, ks=(5, 2, 2), **more):
 
 def test_losses_without_the_top_are_those_of_retraining(tmp_path):
     data, scores = points(), some_scores().scores
-    found = without(path=tmp_path / "found")
-    assert found.ks == [2, 5]
-    assert found.masks.shape == (1 + 2 * 3, NUM_TRAIN)
+    result = without(path=tmp_path / "result")
+    assert result.ks == [2, 5]
+    assert result.masks.shape == (1 + 2 * 3, NUM_TRAIN)
     everything = torch.ones(1, NUM_TRAIN, dtype=torch.bool)
     full = torch.stack([by_hand(plain_net, data, QUERIES, everything, seed, **HOW)[0] for seed in (0, 1)]).mean(0)
-    torch.testing.assert_close(found.losses_full, full, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result.losses_full, full, rtol=1e-4, atol=1e-5)
     for row, k in enumerate([2, 5]):
         for query in range(3):
             order = sorted(range(NUM_TRAIN), key=lambda i: (-float(scores[query, i]), i))
             mask = everything.clone()
             mask[0, order[:k]] = False
-            own = torch.stack([by_hand(plain_net, data, QUERIES, mask, seed, **HOW)[0, query] for seed in (0, 1)])
-            torch.testing.assert_close(found.losses_removed[row, query], own.mean(), rtol=1e-4, atol=1e-5)
-    again = Counterfactual.load(tmp_path / "found")
-    assert again.losses_removed.equal(found.losses_removed)
-    rises = (found.losses_removed - found.losses_full).mean(1).tolist()
+            losses = torch.stack([by_hand(plain_net, data, QUERIES, mask, seed, **HOW)[0, query] for seed in (0, 1)])
+            torch.testing.assert_close(result.losses_removed[row, query], losses.mean(), rtol=1e-4, atol=1e-5)
+    again = Counterfactual.load(tmp_path / "result")
+    assert again.losses_removed.equal(result.losses_removed)
+    rises = (result.losses_removed - result.losses_full).mean(1).tolist()
     assert repr(again) == (
         f"Counterfactual(3 queries; mean rise of the loss without top 2: {rises[0]:+.3g}, top 5: {rises[1]:+.3g})"
     )

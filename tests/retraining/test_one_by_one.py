@@ -50,9 +50,9 @@ def test_batches_are_those_of_the_whole_order_without_the_others(size, drop_last
 
 
 @pytest.mark.parametrize("size", [9, 2])
-@pytest.mark.parametrize("own", [False, True], ids=["default", "own trainer"])
-def test_losses_are_those_of_a_plain_loop(size, own, tmp_path):
-    trainer = (lambda: make_trainer(tmp_path, max_epochs=3)) if own else None
+@pytest.mark.parametrize("is_given", [False, True], ids=["default", "own trainer"])
+def test_losses_are_those_of_a_plain_loop(size, is_given, tmp_path):
+    trainer = (lambda: make_trainer(tmp_path, max_epochs=3)) if is_given else None
     recipe, masks = recipe_of(batch_size=size, trainer_fn=trainer), some_masks(2, fraction=0.3)
     losses = torch.stack([train_alone(recipe, mask, 1) for mask in masks])
     expected = by_hand(plain_net, points(), QUERIES, masks, 1, max_epochs=3, batch_size=size)
@@ -79,9 +79,8 @@ def test_a_trainer_that_has_trained_is_refused(tmp_path):
 
 
 def test_a_trainer_for_other_epochs_is_refused(tmp_path):
-    recipe = recipe_of(trainer_fn=lambda: make_trainer(tmp_path, max_epochs=5))
     with pytest.raises(ValueError, match="makes a Trainer for 5 epochs, but `max_epochs` is 3"):
-        train_alone(recipe, some_masks(1)[0], 0)
+        train_alone(recipe_of(trainer_fn=lambda: make_trainer(tmp_path, max_epochs=5)), some_masks(1)[0], 0)
 
 
 def test_random_states_are_left_alone_and_do_not_matter():

@@ -41,8 +41,8 @@ def task_of(kind):
     return CausalLanguageModeling() if kind == "plain" else None
 
 
-def close(found, expected, tolerance=1e-6):
-    torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=tolerance)
+def close(result, expected, tolerance=1e-6):
+    torch.testing.assert_close(result.double(), expected.double(), rtol=0, atol=tolerance)
 
 
 def mean_over_texts(model, batch):
@@ -134,34 +134,34 @@ def test_one_text_of_another_length_is_enough():
 
 
 def test_kinds_of_texts():
-    found = survey(Examples(DATA, padded), CausalLanguageModeling())
+    result = survey(Examples(DATA, padded), CausalLanguageModeling())
     counts = [sum(label != IGNORED for label in one["labels"][1:]) for one in DATA]
-    assert found.targets is None
-    assert found.kinds.tolist() == counts
+    assert result.targets is None
+    assert result.kinds.tolist() == counts
     kinds = torch.tensor([4.0] * 50 + [3.0])
     assert 50 in mixed_places(kinds, 51, size=4)
 
 
 def test_the_fingerprint_does_not_depend_on_padding():
     task = CausalLanguageModeling()
-    found = [survey(Examples(DATA, collate_fn), task).fingerprint for collate_fn in PADDINGS]
+    result = [survey(Examples(DATA, collate_fn), task).fingerprint for collate_fn in PADDINGS]
     for batch_size in (1, 3, 8):
         options = {"method": "grad-dot", "batch_size": batch_size, **QUIET}
-        found.append(attribute(gpt2(), loader(QUERIES), train_data=loader(DATA), **options).metadata["data"])
-    assert all(one == found[0] for one in found)
+        result.append(attribute(gpt2(), loader(QUERIES), train_data=loader(DATA), **options).metadata["data"])
+    assert all(one == result[0] for one in result)
     other = Texts([{**DATA[0], "labels": [IGNORED, IGNORED, *DATA[0]["labels"][2:]]}, *DATA.examples[1:]])
-    assert survey(Examples(other, padded), task).fingerprint["targets"] != found[0]["targets"]
+    assert survey(Examples(other, padded), task).fingerprint["targets"] != result[0]["targets"]
 
 
 def test_texts_without_what_an_attribution_calls_helpful():
     options = {"method": "grad-dot", "batch_size": 3, **QUIET}
     attribution = attribute(gpt2(), loader(QUERIES), train_data=loader(DATA), **options)
     how = {"train_data": loader(DATA, padded, BATCH_SIZE), "optimizer": SGD, **HOW}
-    found = retrain_without(attribution, fresh_gpt2, loader(QUERIES), ks=[2], **how)
+    result = retrain_without(attribution, fresh_gpt2, loader(QUERIES), ks=[2], **how)
     for query, best in enumerate(attribution.top(2).proponents):
         mask = torch.ones(len(DATA), dtype=torch.bool).index_fill(0, best, False)
         model = trained(fresh_gpt2, DATA, mask, mean_over_texts)
-        close(found.losses_removed[0, query], losses_by_hand(model, QUERIES)[query])
+        close(result.losses_removed[0, query], losses_by_hand(model, QUERIES)[query])
 
 
 def test_there_is_no_margin():
@@ -171,8 +171,8 @@ def test_there_is_no_margin():
 
 def test_tuning_the_damping():
     truth = retrained(fresh_gpt2, DATA, QUERIES)
-    found = tune_damping(gpt2(), loader(QUERIES), train_data=loader(DATA), truth=truth, method="diagonal", **QUIET)
-    assert found.best in found.dampings
+    result = tune_damping(gpt2(), loader(QUERIES), train_data=loader(DATA), truth=truth, method="diagonal", **QUIET)
+    assert result.best in result.dampings
 
 
 def test_classes_of_texts_train_together():
@@ -197,7 +197,7 @@ def test_classes_of_texts_train_together():
 
 def effects_by_hand(model, data, queries, left_out, seeds):
     """Loss without an example minus loss with it, its share of the loss taken from every batch."""
-    found = []
+    result = []
     for seed in seeds:
         after = []
         for place in (None, *left_out):
@@ -211,8 +211,8 @@ def effects_by_hand(model, data, queries, left_out, seeds):
                 loss.backward()
                 optimizer.step()
             after.append(losses_by_hand(copy, queries))
-        found.append(torch.stack([one - after[0] for one in after[1:]]))
-    return torch.stack(found).mean(0).T
+        result.append(torch.stack([one - after[0] for one in after[1:]]))
+    return torch.stack(result).mean(0).T
 
 
 def unmasked(examples):
@@ -226,15 +226,15 @@ def test_further_training(kind):
     collate_fn = unmasked if kind == "no mask" else padded
     make = language_models.plain_gpt if kind == "plain" else gpt2
     how = {"left_out": [1, 6], "num_seeds": 2, "optimizer": SGD, "task": task_of(kind), **QUIET}
-    found = further_train(make(), loader(QUERIES), train_data=loader(DATA, collate_fn, BATCH_SIZE), **how)
-    reason = found.metadata["one_by_one_because"]
+    result = further_train(make(), loader(QUERIES), train_data=loader(DATA, collate_fn, BATCH_SIZE), **how)
+    reason = result.metadata["one_by_one_because"]
     if kind == "masked":  # transformers decides by the numbers in the mask how to attend
         assert reason.startswith("torch.func cannot vectorise single examples: ")
         assert "Batches without attention_mask" in reason
         assert len(reason) < 300
     else:
         assert reason is None
-    close(found.effects(), effects_by_hand(make, DATA, QUERIES, [1, 6], [0, 1]), 1e-7)
+    close(result.effects(), effects_by_hand(make, DATA, QUERIES, [1, 6], [0, 1]), 1e-7)
 
 
 def test_further_training_on_a_mean_over_all_tokens():
@@ -255,10 +255,10 @@ def test_attributors(method):
     else:
         options |= {"num_seeds": 1}
     model = gpt2(dtype=torch.float32)
-    found = attribute(model, loader(DATA), train_data=loader(DATA), method=method, **options)
-    assert (found.train_targets, found.query_targets) == (None, None)
-    own = self_influence(model, train_data=loader(DATA), method=method, **options)
-    close_scores(own, found.scores.diag(), 1e-4)
+    result = attribute(model, loader(DATA), train_data=loader(DATA), method=method, **options)
+    assert (result.train_targets, result.query_targets) == (None, None)
+    diagonal = self_influence(model, train_data=loader(DATA), method=method, **options)
+    close_scores(diagonal, result.scores.diag(), 1e-4)
     if method == "further-training":
         with pytest.raises(ValueError, match="Let it generate"):
             attribute(gpt2(), loader(DATA), train_data=loader(DATA), method=method, target="predicted", **options)

@@ -62,8 +62,8 @@ def test_a_loss_that_is_not_a_mean_over_examples_is_refused(kind, loss, data):
 @pytest.mark.parametrize("kind", [Net, NoisyStep, NoisierStep])
 def test_a_loss_that_is_a_mean_over_examples_passes_whatever_is_drawn(kind):
     data = by_class()
-    found = ask(make_net(mlp, loss=SMOOTHED, kind=kind), batches_of(data), data)
-    assert "training_step" in found.metadata["one_by_one_because"]
+    result = ask(make_net(mlp, loss=SMOOTHED, kind=kind), batches_of(data), data)
+    assert "training_step" in result.metadata["one_by_one_because"]
 
 
 def test_a_training_step_that_takes_no_single_example_is_refused():
@@ -87,8 +87,8 @@ def test_hooks_that_change_gradients_are_warned_of(name):
     data, kind = in_double(points()), type("Hooked", (Net,), {name: lambda self, *_, **__: None})
     inherited = type("Inherits", (kind,), {"on_train_start": lambda self: None})
     with pytest.warns(UserWarning, match=f"Inherits overrides {name}. Further training does not call them; effects"):
-        found = ask(make_net(mlp, kind=inherited), batches_of(data), data)
-    assert found.effects_by_seed.equal(ask(make_net(mlp), batches_of(data), data).effects_by_seed)
+        result = ask(make_net(mlp, kind=inherited), batches_of(data), data)
+    assert result.effects_by_seed.equal(ask(make_net(mlp), batches_of(data), data).effects_by_seed)
 
 
 def test_what_cannot_be_copied_is_refused_with_a_hint():

@@ -69,18 +69,19 @@ def check_by_hand(trained, model_fn, data, queries, masks, measure=cases.cross_e
     recipe = Recipe(model_fn, queries, train_data=data, **how)
     together = Together(recipe, 0)
     together.check_steps(masks, [0, 1])
-    expected_keys = {"max_epochs": EPOCHS, "batch_size": BATCH} | how
     for number, seed in enumerate([0, 1]):
         losses = together.train(masks, seed)
         for k, mask in enumerate(masks):
-            model = cases.train_by_hand(model_fn, data, mask, seed, **expected_keys)
+            model = cases.train_by_hand(model_fn, data, mask, seed, **how)
             for name, value in trained[number].parameters.items():
-                own = dict(model.named_parameters())[name].detach()
-                torch.testing.assert_close(value[k], own, rtol=tolerance, atol=tolerance)
-                assert not own.allclose(dict(recipe.initial_model(seed).named_parameters())[name])
+                expected = dict(model.named_parameters())[name].detach()
+                torch.testing.assert_close(value[k], expected, rtol=tolerance, atol=tolerance)
+                assert not expected.allclose(dict(recipe.initial_model(seed).named_parameters())[name])
             with torch.no_grad():
-                own = measure(model.eval()(queries.tensors[0]), queries.tensors[1])
-            torch.testing.assert_close(losses[k], own.float(), rtol=max(tolerance, 1e-6), atol=max(tolerance, 1e-6))
+                expected = measure(model.eval()(queries.tensors[0]), queries.tensors[1])
+            torch.testing.assert_close(
+                losses[k], expected.float(), rtol=max(tolerance, 1e-6), atol=max(tolerance, 1e-6)
+            )
     return together
 
 
@@ -101,8 +102,8 @@ def test_batches_are_the_loaders(trained, how):
     recipe = Recipe(model_fn, data, train_data=DataLoader(data, BATCH, **({"shuffle": True} | how)), max_epochs=EPOCHS)
     masks = cases.some_masks(3)
     losses = Together(recipe, 0).train(masks, 0)
-    own = by_hand(model_fn, data, data, masks, 0, max_epochs=EPOCHS, batch_size=BATCH, **how)
-    torch.testing.assert_close(losses, own.float(), rtol=1e-6, atol=1e-6)
+    expected = by_hand(model_fn, data, data, masks, 0, max_epochs=EPOCHS, batch_size=BATCH, **how)
+    torch.testing.assert_close(losses, expected.float(), rtol=1e-6, atol=1e-6)
     other = by_hand(model_fn, data, data, masks, 0, max_epochs=EPOCHS, batch_size=BATCH)
     assert not losses.allclose(other.float(), rtol=1e-3, atol=1e-3)  # or this would show nothing
 
@@ -138,8 +139,8 @@ def test_where_steps_are_counted_none_may_be_skipped(optimizer, named, capsys):
     reason = f"some batches hold no example of some subsets, and {named} counts its steps"
     assert truth.metadata["one_by_one_because"] == reason
     assert f"one by one, each with its own Trainer, because {reason}." in capsys.readouterr().err
-    own = by_hand(model_fn, data, data, masks, 0, **how)
-    torch.testing.assert_close(truth.losses, own.float(), rtol=1e-6, atol=1e-6)
+    expected = by_hand(model_fn, data, data, masks, 0, **how)
+    torch.testing.assert_close(truth.losses, expected.float(), rtol=1e-6, atol=1e-6)
 
 
 def test_dampening_of_one_group_counts_too():
@@ -189,8 +190,8 @@ def test_what_is_trained_on_and_what_is_measured(name):
     if name == "a plain module":
         mean = lambda outputs, targets: cases.half_squares(outputs, targets).mean()  # noqa: E731
         model_fn = lambda: Net(mlp(1), lambda m: OPTIMIZER(m.parameters()), mean)  # noqa: E731
-    own = by_hand(model_fn, data(), queries, masks, 0, measure=measure, **how)
-    torch.testing.assert_close(truth.losses, own, rtol=1e-4, atol=1e-4)
+    expected = by_hand(model_fn, data(), queries, masks, 0, measure=measure, **how)
+    torch.testing.assert_close(truth.losses, expected, rtol=1e-4, atol=1e-4)
 
 
 # ---- chunks, threads, order, dropout ----------------------------------------------------------------------------
