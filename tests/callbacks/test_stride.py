@@ -98,14 +98,17 @@ def test_streamed_statistics_are_those_of_the_sampled_batches(tmp_path):
 
 
 def test_scalars_reach_the_csv_logger_at_sampled_steps(recorded):
-    _, trainer, _ = recorded
-    with open(f"{trainer.log_dir}/metrics.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(recorded[1])
     for key in ("norm", "effective_rank", "dead_fraction"):
         for layer in ("network.0", "network.2"):
             assert [int(row["step"]) for row in rows if row[f"stride/{layer}/{key}"]] == [0, 3, 6]
     assert 1 < logged_value(rows, "stride/network.0/effective_rank") <= 4
     assert all(row["loss"] for row in rows if int(row["step"]) in (1, 2))  # the user's own metrics are all there
+
+
+def rows_of(trainer):
+    with open(f"{trainer.log_dir}/metrics.csv") as file:
+        return list(csv.DictReader(file))
 
 
 def logged_value(rows, key):
@@ -125,12 +128,9 @@ def test_scalars_reach_tensorboard_and_every_logger(tmp_path):
 
 def test_dead_units_are_counted(tmp_path):
     model = build(Classifier)
-    with torch.no_grad():
-        model.network[0].weight[:2] = 0
-        model.network[0].bias[:2] = -1
-    train(model, DATA, tmp_path, StrideCallback(num_subsets=8), logger=CSVLogger(tmp_path, name="t", version=0))
-    with open(tmp_path / "t/version_0/metrics.csv") as file:
-        assert logged_value(list(csv.DictReader(file)), "stride/network.2/dead_fraction") == pytest.approx(2 / 8)
+    model.network[0].weight.data[:2], model.network[0].bias.data[:2] = 0, -1
+    trainer = train(model, DATA, tmp_path, StrideCallback(num_subsets=8), logger=CSVLogger(tmp_path))
+    assert logged_value(rows_of(trainer), "stride/network.2/dead_fraction") == pytest.approx(2 / 8)
 
 
 # ---- when records are written ---------------------------------------------------------------------------------------
@@ -188,8 +188,7 @@ def test_relative_log_folder_is_stored_absolute(tmp_path, monkeypatch):
 
 def test_fast_dev_run_writes_nothing_but_runs_everything(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    fitted = []
-    original = StrideCallback._record
+    fitted, original = [], StrideCallback._record
     monkeypatch.setattr(StrideCallback, "_record", lambda self, *a, **k: fitted.append(k) or original(self, *a, **k))
     train(build(Classifier), DATA, tmp_path, StrideCallback(fit_operators=True), fast_dev_run=True)
     assert fitted == [{"final": True}]
@@ -286,8 +285,7 @@ def test_compiled_submodule(tmp_path):
     """The record is that of the plain model; the compiled graph still runs in training steps."""
     plain = build(Classifier)
     train(plain, DATA, tmp_path / "plain")
-    model = build(Classifier)
-    calls = []
+    model, calls = build(Classifier), []
 
     def backend(graph, inputs):
         calls.append(len(inputs))

@@ -232,16 +232,13 @@ def test_nothing_of_the_training_set_stays_in_the_module() -> None:
 def test_training_step_adds_up_its_three_losses(task: Task, num_seen: int) -> None:
     observed = observation(task)
     module = learned_basis.LearnedBasis(DESIGN, task, observed, rank=2, stability=0.7)
-    with torch.no_grad():
-        module.operators.copy_(0.3 * random_tensor(3, 2, 8, seed=5))
+    module.operators.data.copy_(0.3 * random_tensor(3, 2, 8, seed=5))
     positions = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:num_seen]
     members, sizes = DESIGN.dense(torch.float64), DESIGN.sizes
     fidelity, stability, responses = 0.0, 0.0, []
     for k in range(8):
-        change = observed.features @ module.basis @ module.operators[..., k].T
-        steered = observed.outputs + change
-        losses = task.loss(steered, observed.encoded)
-        predicted = task.mean(observed.outputs)
+        steered = observed.outputs + observed.features @ module.basis @ module.operators[..., k].T
+        losses, predicted = task.loss(steered, observed.encoded), task.mean(observed.outputs)
         drift = task.loss(steered, predicted) - task.loss(observed.outputs, predicted)
         for i in positions.tolist():
             fidelity += members[k, i] * losses[i] / sizes[k] / 8 * (40 / num_seen)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from stride_lightning.steering import operators
 from stride_lightning.steering.basis import Observation
-from stride_lightning.steering.operators import mean_prediction, measure, steer
+from stride_lightning.steering.operators import mean_prediction, measure
 from stride_lightning.tasks.likelihoods import BinaryClassification, Classification, Task
 from tests.helpers.tiny import every_task, observation, random_tensor
 
@@ -86,10 +86,3 @@ def test_zero_operators_leave_an_anchored_model_alone(task: Task) -> None:
     unanchored = task.loss(torch.zeros(6, 3).double(), queries.encoded)
     expected = (queries.losses - unanchored)[:, None].expand(-1, 2)
     torch.testing.assert_close(measure(queries, nothing, task, anchored=False), expected)
-
-
-def test_steer_puts_classes_first() -> None:
-    outputs, features = random_tensor(4, 3, seed=0), random_tensor(4, 5, seed=1)
-    expected = torch.einsum("br,crk->cbk", features, COEFFICIENTS)
-    torch.testing.assert_close(steer(outputs, features, COEFFICIENTS, anchored=False), expected)
-    torch.testing.assert_close(steer(outputs, features, COEFFICIENTS, anchored=True), expected + outputs.T[:, :, None])
