@@ -146,8 +146,7 @@ def methods() -> list[str]:
 
 def class_of(method: str) -> type[Attributor]:
     """The class of a method; wrong names are refused with the right ones."""
-    known = methods()
-    if method not in known:
+    if method not in (known := methods()):
         raise ValueError(f"Unknown method {method!r}. Known: {', '.join(known)}.")
     return Attributor.registry[method]
 

@@ -59,11 +59,14 @@ class Attributor(ABC):
         if "method" in vars(cls):
             Attributor.registry[cls.method] = cls
 
-    def __init__(self, *, seed: int = 0, batch_size: int = 256, show_progress: bool = True) -> None:
+    def __init__(self, *, seed: int = 0, batch_size: int = 256, show_progress: bool = True, **unknown: Any) -> None:
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(unknown))}.")
         self.seed, self.batch_size = check_count("seed", seed, 0), check_count("batch_size", batch_size)
         self.show_progress = show_progress
         self.metadata: dict[str, Any] = {}
         self.model: nn.Module | None = None
+        self._is_fitted = False
 
     def fit(
         self,
@@ -83,7 +86,7 @@ class Attributor(ABC):
         meter = Meter()
         checkpoint = None if ckpt_path is None else load_checkpoint(resolve_ckpt_path(ckpt_path, model))
         self.model, self._device = model, None if device is None else torch.device(device)
-        self.metadata = {}  # if fitting fails, nothing is of what was fitted before
+        self._is_fitted = False  # if fitting fails, nothing is of what was fitted before
         self._checkpoint_state = None if checkpoint is None else checkpoint.get("state_dict", checkpoint)
         self.train_data = resolve_train_data(train_data, train_indices, model)
         with torch.inference_mode(False), borrowed(model, self._state(), self._device) as where, torch.no_grad():
@@ -105,8 +108,8 @@ class Attributor(ABC):
                 "versions": versions(),
             }
             self.fit_model(model, where, record, checkpoint)
-        self.metadata["seconds"] = {"fit": meter.seconds}
-        self.metadata["peak_memory_bytes"] = meter.peak_memory
+        self.metadata |= {"seconds": {"fit": meter.seconds}, "peak_memory_bytes": meter.peak_memory}
+        self._is_fitted = True
         return self
 
     def attribute(self, queries: Any, *, target: str = "label") -> Attribution | TopAttribution:
@@ -118,16 +121,25 @@ class Attributor(ABC):
         examples = resolve_queries(queries, self.model)
         with self.borrowed_model() as (model, where):
             attribution = self.score_queries(model, examples, where, target)
+        scored = self.scored_examples()
+        shape = getattr(attribution, "num_queries", None), getattr(attribution, "num_train", None)
+        if shape != (len(examples), len(scored)):
+            raise TypeError(
+                f"{type(self).__name__}.score_queries() must return an Attribution of {len(examples)} queries and "
+                f"{len(scored)} training examples, got {attribution!r}."
+            )
         fitting = self.metadata["seconds"]["fit"]
-        attribution.metadata = self.metadata | attribution.metadata
-        attribution.metadata |= {
-            "target": target,
-            "num_queries": len(examples),
-            "seconds": {"fit": fitting, "attribute": meter.seconds, "total": fitting + meter.seconds},
-            "peak_memory_bytes": max(self.metadata["peak_memory_bytes"], meter.peak_memory),
-        }
-        attribution.queries, attribution.train_data = examples, self.scored_examples()
-        attribution.train_indices = attribution.train_data.positions
+        attribution.metadata = (
+            self.metadata
+            | attribution.metadata
+            | {
+                "target": target,
+                "num_queries": len(examples),
+                "seconds": {"fit": fitting, "attribute": meter.seconds, "total": fitting + meter.seconds},
+                "peak_memory_bytes": max(self.metadata["peak_memory_bytes"], meter.peak_memory),
+            }
+        )
+        attribution.queries, attribution.train_data, attribution.train_indices = examples, scored, scored.positions
         return attribution
 
     def self_influence(self) -> Tensor:
@@ -138,7 +150,7 @@ class Attributor(ABC):
 
     def check_fitted(self, call: str) -> None:
         """Refuse a call that comes before :meth:`fit`."""
-        if self.model is None:
+        if not self._is_fitted:
             raise RuntimeError(f"Call fit(model, train_data) before {call}.")
 
     @contextmanager

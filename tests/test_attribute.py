@@ -220,6 +220,14 @@ def test_a_new_method_is_a_subclass(model):
         assert (attribution.scores == 2).all()
         assert attribution.metadata["value"] == 2
         assert Constant.method in methods()
+        with pytest.raises(TypeError, match=r"^Constant has no option valeu\.$"):
+            Constant(valeu=1.0)
+        for wrong in (None, torch.zeros(4, 4), Attribution(torch.zeros(2, 3))):
+            Constant.score_queries = lambda *_, wrong=wrong: wrong
+            with pytest.raises(
+                TypeError, match=r"Constant\.score_queries\(\) must return an Attribution of \d+ queries"
+            ):
+                attribute(model, QUERIES, train_data=DATA, method=Constant.method)
     finally:
         del Attributor.registry[Constant.method]
 

@@ -41,8 +41,15 @@ class RecordingCallback(L.Callback):
     told_apart_by: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
-        self, dirpath: str | Path | None = None, *, train_indices: list[int] | None = None, task: Task | None = None
+        self,
+        dirpath: str | Path | None = None,
+        *,
+        train_indices: list[int] | None = None,
+        task: Task | None = None,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no argument {', '.join(sorted(unknown))}.")
         super().__init__()
         with misconfigured():
             check_task(task)

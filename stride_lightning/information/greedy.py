@@ -43,16 +43,11 @@ def greedy_sets(
         size: How many to choose, at most n.
         form: ``"loss"`` to remove them, ``"gain"`` when nothing else is known, ``"copy"`` for one more of each.
 
-    Raises:
-        ValueError: If there are fewer candidates, or for a loss they cannot be among the data.
-
     Example:
         >>> train = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 0.8]]])
         >>> posterior, query = Posterior.fit(train, ridge=0.1), torch.tensor([[[1.0, 0.7]]])
         >>> greedy_sets(train, query, posterior, 2, form="gain").places  # a copy would tell little that is new
         tensor([[0, 2]])
-        >>> greedy_sets(train, query, posterior, 2).places
-        tensor([[2, 0]])
     """
     before = forms.known(posterior, form)
     parts = [before.whitened(batch) for batch in feature_batches(train)]

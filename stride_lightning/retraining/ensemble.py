@@ -44,9 +44,7 @@ class Ensemble:
         model: The template. Its training mode is the caller's affair.
         optimizer: Built for the template's parameters, without state; it is taken over for the stacked ones, and
             schedulers that hold it go on working.
-        num_models: Number of copies.
-        function: What is computed of a model and a batch.
-        objective: A copy's objective.
+        objective: That of a copy, a function of what ``function`` computes of a model and a batch.
         kernels: Traced steps, shared between ensembles that train models of one kind.
         num_steps: About how many steps will be made, to decide whether tracing pays.
 
@@ -54,8 +52,6 @@ class Ensemble:
     optimizer's values per parameter and the activations that the backward pass of one copy needs.
 
     Example:
-        Two linear models, each with an example of its own left out:
-
         >>> model = nn.Linear(2, 1)
         >>> def losses(model, batch):
         ...     return (model(batch[0]) - batch[1]).square().sum(1)

@@ -10,13 +10,7 @@ from torch import Tensor
 
 
 class Solution(NamedTuple):
-    """What :func:`conjugate_gradients` gives.
-
-    Args:
-        values: The shape of the right sides.
-        num_iterations: Products with the matrix.
-        is_solved: Whether every system reached the tolerance before the last iteration allowed.
-    """
+    """The solutions, how many products with the matrix they took, and whether every system reached the tolerance."""
 
     values: Tensor
     num_iterations: int

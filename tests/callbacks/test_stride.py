@@ -349,6 +349,11 @@ def test_arguments(argument, value):
         StrideCallback(**{argument: value})
 
 
+def test_an_unknown_argument_is_named():
+    with pytest.raises(TypeError, match=r"^StrideCallback has no argument num_subset\.$"):
+        StrideCallback(num_subset=3)
+
+
 class Idle(Classifier):
     def __init__(self):
         super().__init__()

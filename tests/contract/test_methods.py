@@ -246,6 +246,11 @@ def test_calls_out_of_order(method, kind):
     for call in (lambda: attributor.attribute(queries), attributor.self_influence):
         with pytest.raises(ValueError, match=r"weights have changed since fit\(\)"):
             call()
+    with pytest.raises((ValueError, OSError)):  # nothing of the former fit is left
+        attributor.fit(model_of(kind), CASES[kind].train, record="nowhere")
+    for call in (lambda: attributor.attribute(queries), attributor.self_influence):
+        with pytest.raises(RuntimeError, match=r"Call fit\(model, train_data\) before"):
+            call()
 
 
 @every_method("not finite", kinds=["classification"])
