@@ -63,10 +63,9 @@ class Attributor(ABC):
         if unknown:
             raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(unknown))}.")
         self.seed, self.batch_size = check_count("seed", seed, 0), check_count("batch_size", batch_size)
-        self.show_progress = show_progress
+        self.show_progress, self._is_fitted = show_progress, False
         self.metadata: dict[str, Any] = {}
         self.model: nn.Module | None = None
-        self._is_fitted = False
 
     def fit(
         self,
@@ -204,8 +203,6 @@ class Attributor(ABC):
 
 
 def _step(checkpoint: Any, model: nn.Module) -> int | None:
-    if checkpoint is None:
-        step = getattr(attached_trainer(model), "global_step", None)
-    else:
-        step = checkpoint.get("global_step")
+    live = getattr(attached_trainer(model), "global_step", None)
+    step = live if checkpoint is None else checkpoint.get("global_step")
     return None if step is None else int(step)
