@@ -73,12 +73,12 @@ class Damped(ABC):
 
     def _solved(self, right: Tensor, damping: float, precision: float) -> Tensor:
         if self._factor is None or self._factor[0] != damping:
-            damped = self._matrix.clone()
-            damped.diagonal().add_(damping)
+            damped = self._matrix.diagonal_scatter(self._matrix.diagonal() + damping)
             factor, failed = torch.linalg.cholesky_ex(damped)
+            rounding = len(damped) * precision * float(damped.diagonal().max())
+            del damped  # as large as the factor, so not to be held beside it
             # The smallest pivot bounds the smallest eigenvalue from above; below the features' rounding it is noise.
-            pivots = factor.diagonal().square()
-            if int(failed) or float(pivots.min()) <= len(damped) * precision * float(damped.diagonal().max()):
+            if int(failed) or float(factor.diagonal().square().min()) <= rounding:
                 raise ValueError(singular(f"{self._name} ({self.size} features)", damping))
             self._factor = damping, factor
         return torch.cholesky_solve(right, self._factor[1])
