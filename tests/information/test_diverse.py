@@ -195,7 +195,7 @@ def test_diverse_after_another_fit():
     other.tensors[1][3] = 7
     with pytest.raises(ValueError, match="Class targets must lie in"):
         attributor.fit(mlp(), other)
-    with pytest.raises(ValueError, match="other method, weights, data"):
+    with pytest.raises(RuntimeError, match=r"Call fit\(model, train_data\) before diverse"):
         attributor.diverse(found, 3)
     attributor.fit(mlp(), DATA)
     assert torch.equal(attributor.diverse(found, 3).proponents, expected.proponents)
