@@ -354,6 +354,28 @@ def test_an_unknown_argument_is_named():
         StrideCallback(num_subset=3)
 
 
+class Noisy(Classifier):
+    """Draws random numbers in eval mode too."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x, 0.5))
+
+
+class Watch(L.Callback):
+    def __init__(self):
+        self.states = []
+
+    def on_train_batch_start(self, *_):
+        self.states.append(torch.get_rng_state())
+
+
+def test_statistics_draw_no_random_numbers_of_the_fit(tmp_path):
+    before, after = Watch(), Watch()
+    train(build(Noisy), DATA, tmp_path, before, StrideCallback(num_subsets=8, statistics_every_n_steps=1), after)
+    assert len(before.states) > 2
+    assert all(map(torch.equal, before.states, after.states))
+
+
 class Idle(Classifier):
     def __init__(self):
         super().__init__()
