@@ -26,7 +26,7 @@ from stride_lightning.results.attribution import Attribution
 from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.metering import Meter
-from stride_lightning.runtime.progress import track
+from stride_lightning.runtime.progress import call, track
 from stride_lightning.runtime.versions import versions
 from stride_lightning.tasks.inference import check_task, infer_task_of
 from stride_lightning.tasks.likelihoods import Task
@@ -82,31 +82,31 @@ class Attributor(ABC):
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a module, got {model!r}.")
         check_task(task)
-        meter = Meter()
-        checkpoint = None if ckpt_path is None else load_checkpoint(resolve_ckpt_path(ckpt_path, model))
-        self.model, self._device = model, None if device is None else torch.device(device)
-        self._is_fitted = False  # if fitting fails, nothing is of what was fitted before
-        self._checkpoint_state = None if checkpoint is None else checkpoint.get("state_dict", checkpoint)
-        self.train_data = resolve_train_data(train_data, train_indices, model)
-        with torch.inference_mode(False), borrowed(model, self._state(), self._device) as where, torch.no_grad():
-            self.weights = weight_hash(model)
-            head = None if task is not None else first_look(self.train_data, self.batch_size, where)
-            with self.train_data.naming(0):
-                self.task = infer_task_of(head, model) if task is None else task
-            self.metadata = {
-                "method": self.method,
-                "unit": self.unit,
-                "task": repr(self.task),
-                "weights": self.weights,
-                "ckpt_path": None if ckpt_path is None else str(ckpt_path),
-                "seed": self.seed,
-                "num_train": len(self.train_data),
-                "step": _step(checkpoint, model),
-                "device": str(where),
-                "mode": "eval (dropout off, normalisation statistics fixed)",
-                "versions": versions(),
-            }
-            self.fit_model(model, where, record, checkpoint)
+        with Meter() as meter, call(show=self.show_progress):
+            checkpoint = None if ckpt_path is None else load_checkpoint(resolve_ckpt_path(ckpt_path, model))
+            self.model, self._device = model, None if device is None else torch.device(device)
+            self._is_fitted = False  # if fitting fails, nothing is of what was fitted before
+            self._checkpoint_state = None if checkpoint is None else checkpoint.get("state_dict", checkpoint)
+            self.train_data = resolve_train_data(train_data, train_indices, model)
+            with torch.inference_mode(False), borrowed(model, self._state(), self._device) as where, torch.no_grad():
+                self.weights = weight_hash(model)
+                head = None if task is not None else first_look(self.train_data, self.batch_size, where)
+                with self.train_data.naming(0):
+                    self.task = infer_task_of(head, model) if task is None else task
+                self.metadata = {
+                    "method": self.method,
+                    "unit": self.unit,
+                    "task": repr(self.task),
+                    "weights": self.weights,
+                    "ckpt_path": None if ckpt_path is None else str(ckpt_path),
+                    "seed": self.seed,
+                    "num_train": len(self.train_data),
+                    "step": _step(checkpoint, model),
+                    "device": str(where),
+                    "mode": "eval (dropout off, normalisation statistics fixed)",
+                    "versions": versions(),
+                }
+                self.fit_model(model, where, record, checkpoint)
         self.metadata |= {"seconds": {"fit": meter.seconds}, "peak_memory_bytes": meter.peak_memory}
         self._is_fitted = True
         return self
@@ -116,10 +116,10 @@ class Attributor(ABC):
         self.check_fitted("attribute(queries)")
         if target not in ("label", "predicted"):
             raise ValueError(f"`target` must be 'label' or 'predicted', got {target!r}.")
-        meter = Meter()
-        examples = resolve_queries(queries, self.model)
-        with self.borrowed_model() as (model, where):
-            attribution = self.score_queries(model, examples, where, target)
+        with Meter() as meter, call(show=self.show_progress):
+            examples = resolve_queries(queries, self.model)
+            with self.borrowed_model() as (model, where):
+                attribution = self.score_queries(model, examples, where, target)
         scored = self.scored_examples()
         shape = getattr(attribution, "num_queries", None), getattr(attribution, "num_train", None)
         if shape != (len(examples), len(scored)):
@@ -128,6 +128,7 @@ class Attributor(ABC):
                 f"{len(scored)} training examples, got {attribution!r}."
             )
         fitting = self.metadata["seconds"]["fit"]
+        peaks = [peak for peak in (self.metadata["peak_memory_bytes"], meter.peak_memory) if peak is not None]
         attribution.metadata = (
             self.metadata
             | attribution.metadata
@@ -135,7 +136,7 @@ class Attributor(ABC):
                 "target": target,
                 "num_queries": len(examples),
                 "seconds": {"fit": fitting, "attribute": meter.seconds, "total": fitting + meter.seconds},
-                "peak_memory_bytes": max(self.metadata["peak_memory_bytes"], meter.peak_memory),
+                "peak_memory_bytes": max(peaks) if peaks else None,
             }
         )
         attribution.queries, attribution.train_data, attribution.train_indices = examples, scored, scored.positions
@@ -144,7 +145,7 @@ class Attributor(ABC):
     def self_influence(self) -> Tensor:
         """Score of every training example for its own loss, as of :func:`self_influence`; needs :meth:`fit` before."""
         self.check_fitted("self_influence()")
-        with self.borrowed_model() as (model, where):
+        with call(show=self.show_progress), self.borrowed_model() as (model, where):
             return self.score_training_data(model, where).float()
 
     def check_fitted(self, call: str) -> None:

@@ -26,9 +26,6 @@ from stride_lightning.results.attribution import Attribution
 from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.runtime.distributed import gather
 
-#: Bytes of the queries' gradients that are held at once.
-QUERY_BYTES = 2**29
-
 
 @dataclass
 class Fitted:
@@ -53,8 +50,9 @@ class GradientAttributor(PlannedAttributor):
     Gradients of training examples are used batch by batch; those of queries are held, as factors of each layer where
     those are cheaper to multiply (``T T' (L + R) < L R`` for matrices of shape ``(L, R)`` and T and T' places), else as
     vectors. Memory beyond the model, for p parameters, q queries of n training examples: ``4 q n`` bytes for the
-    scores, ``min(4 c q p, 2^29)`` for the queries (c is 2, or 8 with conjugate gradients; more are done in turn), the
-    activations of a batch and 64 MiB. Projected to k features, ``4 (n + q) k`` in place of the queries'.
+    scores, ``min(4 c q p, b / 2)`` for the queries with a ``memory_budget`` of b (c is 2, or 8 with conjugate
+    gradients; more are done in turn), at most ``b / 2`` for the batch that is run, and 64 MiB. Projected to k
+    features, ``4 (n + q) k`` in place of the queries'.
 
     Args:
         checkpoints: A folder or list of files of weights that scores are averaged over, in place of the attributed.
@@ -158,7 +156,7 @@ class GradientAttributor(PlannedAttributor):
     def _query_chunks(self, num_queries: int) -> list[slice]:
         """Queries whose gradients are held at once."""
         bytes_per_query = 4 * self.copies * self.capture.num_parameters
-        step = num_queries if self._map is not None else max(1, QUERY_BYTES // bytes_per_query)
+        step = num_queries if self._map is not None else max(1, self.query_bytes // bytes_per_query)
         return [slice(start, min(start + step, num_queries)) for start in range(0, num_queries, step)]
 
     def _tile(

@@ -23,6 +23,8 @@ from stride_lightning.runtime.randomness import mix
 
 #: Values of the tangents that are held at once while a batch is multiplied.
 CHUNK_VALUES = 2**24
+#: Examples of a random batch of LiSSA, however many are run together.
+SERIES_BATCH = 256
 
 
 class GaussNewton(Curvature):
@@ -159,8 +161,8 @@ class LiSSA(GaussNewton):
     @override
     def fit(self, train: TrainingSide) -> None:
         super().fit(train)
-        size = train.reader.batch_size
-        self._batches = [slice(i, min(i + size, len(train))) for i in range(0, len(train), size)]
+        starts = range(0, len(train), SERIES_BATCH)
+        self._batches = [slice(start, min(start + SERIES_BATCH, len(train))) for start in starts]
         every = track(self._batches, "LiSSA: largest eigenvalues", show=train.reader.show_progress)
         largest = max(self._largest_eigenvalue(places) for places in every)
         self._scale = 1.1 * largest  # power iteration comes from below

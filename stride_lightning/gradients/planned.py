@@ -21,6 +21,7 @@ from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.results.top_examples import TopCollector, joined
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import gather, shard, world_size
+from stride_lightning.runtime.memory import memory_budget
 from stride_lightning.runtime.progress import announce
 from stride_lightning.tasks.inference import check_outputs
 from stride_lightning.tasks.likelihoods import Task, columns
@@ -51,12 +52,22 @@ class PlannedAttributor(Attributor):
     Args:
         layers: Names of the modules whose parameters count; all trainable ones by default.
         top_k: Keep only so many proponents and opponents of each query, for data where all scores are too many.
+        memory_budget: Bytes that a batch of examples may take together with the gradients of queries that are held;
+            by default 512 MiB, on a GPU half of what is free. Batches are smaller than ``batch_size`` where they must.
         kwargs: Arguments of :class:`Attributor`.
     """
 
-    def __init__(self, *, layers: Sequence[str] | None = None, top_k: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        layers: Sequence[str] | None = None,
+        top_k: int | None = None,
+        memory_budget: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         check_layers(layers)
+        self.memory_budget = None if memory_budget is None else check_count("memory_budget", memory_budget)
         self.layers, self.top_k = layers, None if top_k is None else check_count("top_k", top_k)
 
     def chosen_layers(self, model: nn.Module, inputs: Any) -> Sequence[str] | None:
@@ -87,6 +98,11 @@ class PlannedAttributor(Attributor):
         with probes.naming(0):
             self.capture = plan_capture(outputs, single, together, layers)
         announce(self.capture.warning, show=self.show_progress and bool(self.capture.warning))
+        #: Bytes that a batch may take, and those that gradients of queries may.
+        self.batch_bytes = self.query_bytes = memory_budget(self.memory_budget, device) // 2
+        bytes_per_example = max(1, self.capture.bytes_per_example(together, len(places)))
+        #: Examples that are run together.
+        self.chunk_size = min(self.batch_size, max(1, self.batch_bytes // bytes_per_example))
         self.reader = self.read(model, self.train_data, device, "label")
         self.check_data(self.reader.fingerprint)
         if len(self.train_data) < world_size():
@@ -97,7 +113,7 @@ class PlannedAttributor(Attributor):
 
     def read(self, model: nn.Module, examples: Examples, device: torch.device, target: str) -> Reader:
         """Examples as batches of inputs and encoded targets, read once."""
-        options: dict[str, Any] = {"batch_size": self.batch_size, "show_progress": self.show_progress}
+        options: dict[str, Any] = {"batch_size": self.chunk_size, "show_progress": self.show_progress}
         return Reader(examples, model, self.task, self.num_outputs, device=device, target=target, **options)
 
     def _inputs(self, model: nn.Module, batch: Any) -> Any:

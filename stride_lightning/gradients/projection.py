@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from stride_lightning.model.blocks import Block, Gradients, Outer
+from stride_lightning.model.blocks import CHUNK_BYTES, Block, Gradients, Outer
 from stride_lightning.runtime.randomness import mix
 
 #: Name of the one block of a projection of all blocks together.
@@ -54,9 +54,11 @@ class JointProjection(Projection):
     .. math:: \phi_r = \frac{1}{\sqrt{m}} \sum_l \sum_t (s_{lr}' \delta_{lt}) (u_{lr}' a_{lt})
 
     so that no gradient is ever made: ``m (L + R)`` operations per place and layer in place of ``m L R``. Inner
-    products are kept on average. Blocks without factors are added by a count sketch. The signs take ``4 m (L + R)``
-    bytes for a layer. Up to m parameters in all blocks are kept as they are. The product form is that of tensor
-    sketches.
+    products are kept on average. Blocks without factors are added by a count sketch. Up to m parameters in all blocks
+    are kept as they are. The product form is that of tensor sketches.
+
+    The signs take ``4 m (L + R)`` bytes for a layer, and the products 64 MiB, or ``8 m T`` bytes of an example with T
+    places if that is more.
     """
 
     def __init__(self, dim: int, seed: int, num_parameters: int) -> None:
@@ -76,11 +78,15 @@ class JointProjection(Projection):
             return self._count_sketch(name, block, self.dim)
         left = self._signs(f"{name}/left", block.shape[0], self.dim, block.like)
         right = self._signs(f"{name}/right", block.shape[1], self.dim, block.like)
-        parts = []
+        sums = block.like.new_zeros(len(block), self.dim)
         for outer in block.outers:
-            places = left[outer.left] if outer.is_lookup else outer.left @ left
-            parts.append(places.mul_(outer.right @ right).sum(1))
-        return torch.stack(parts).sum(0) / self.dim**0.5
+            # Both factors of every place are made, of as many examples at once as the chunk holds.
+            step = max(1, CHUNK_BYTES // (2 * outer.right[0, :, 0].numel() * self.dim * block.like.element_size()))
+            for start in range(0, len(block), step):
+                chunk = slice(start, start + step)
+                places = left[outer.left[chunk]] if outer.is_lookup else outer.left[chunk] @ left
+                sums[chunk] += places.mul_(outer.right[chunk] @ right).sum(1)
+        return sums / self.dim**0.5
 
 
 class LayerProjection(Projection):

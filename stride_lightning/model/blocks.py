@@ -81,6 +81,13 @@ class Block:
         """Outer products that make up one matrix."""
         return sum(outer.right.shape[1] for outer in self.outers)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the vectors, or of the factors."""
+        if self.values is not None:
+            return self.values.nbytes
+        return sum(outer.left.nbytes + outer.right.nbytes for outer in self.outers)
+
     def dense(self) -> Tensor:
         """Vectors of shape ``(B, size)``, matrices row by row."""
         if self.values is not None:
@@ -154,6 +161,11 @@ class Gradients(dict[str, Block]):
     def num_examples(self) -> int:
         """``B``."""
         return len(next(iter(self.values())))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all blocks."""
+        return sum(block.num_bytes for block in self.values())
 
     def vectors(self, function: Callable[[str, Block], Tensor]) -> Gradients:
         """What a function makes of each block: vectors of shape ``(B, size)``."""

@@ -14,7 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from stride_lightning.model.blocks import Block, Gradients, Outer
 from stride_lightning.model.layer_rules import Call, UnusualShape, gradients_through, output_tensors
-from stride_lightning.model.layers import check_layers, find_module, plain_name, uncompiled
+from stride_lightning.model.layers import check_layers, cloned, find_module, plain_name, uncompiled
 from stride_lightning.model.layout import Layout, Source
 
 #: Module through which parameters go that no module of their own accounts for: the whole model.
@@ -83,6 +83,28 @@ class Capture:
         """Number of parameters, and how many blocks are read in which way, for the metadata."""
         ways = Counter(layout.way for layout in self.layouts.values())
         return {"num_parameters": self.num_parameters, "blocks": dict(ways)}
+
+    def bytes_per_example(self, inputs: Any, num_examples: int) -> int:
+        """Bytes that each example of a batch takes while its gradients are read: twice its activations and blocks.
+
+        Twice, since gradients of activations come back and what is made of a block is as large.
+        """
+        weights = {tensor.untyped_storage().data_ptr() for tensor in self.model.state_dict().values()}
+        saved: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = 0 if storage.data_ptr() in weights else storage.nbytes()
+            return tensor
+
+        with self.watch() as backward:
+            try:
+                with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                    outputs = backward.run(cloned(inputs), num_examples)
+            except RuntimeError:  # a model that uses torch.func allows no hooks: its blocks have to do
+                outputs = backward.run(cloned(inputs), num_examples)
+            blocks = backward.gradients(torch.ones_like(outputs))
+        return 2 * (sum(saved.values()) + blocks.num_bytes) // num_examples
 
     @contextmanager
     def watch(self) -> Iterator[Backward]:

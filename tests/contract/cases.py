@@ -149,7 +149,6 @@ NO_SEQUENCES = "information-gain", "information-gain, margin", "information-loss
 #: What a method cannot do, and why.
 EXEMPT = {
     ("grad-cos", "self-influence"): "the cosine of an example with itself is 1, and refused",
-    ("influence-lissa", "batch size"): "its series is one of random batches of that size",
     **dict.fromkeys(((method, "language") for method in NO_SEQUENCES), "it refuses sequences"),
     ("information-gain, margin", "regression"): "a regression has no margin",
     ("further-training", "not finite"): "it names the query whose loss is not finite",

@@ -11,7 +11,6 @@ from torch.utils.data import TensorDataset
 
 from stride_lightning import Classification
 from stride_lightning.attribute import self_influence
-from stride_lightning.gradients import attributor as module
 from stride_lightning.gradients import features, planned
 from tests.helpers.gradient_models import (
     EXACT,
@@ -40,17 +39,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:LiSSA ended with residuals"),
 ]
 DATA, QUERIES = points_for(num=13), points_for(num=5, seed=1)
-#: Random batches are part of this method: with batches of everything it is like the others.
-WHOLE = {"influence-lissa": {"batch_size": 13}}
 every_method = pytest.mark.parametrize("method", EXACT)
 
 
 def options_of(method, **more):
-    return QUIET | EXACT[method] | WHOLE.get(method, {}) | more
+    return QUIET | EXACT[method] | more
 
 
 def ask(method, model=None, data=DATA, queries=QUERIES, **more):
-    return attributed(mlp() if model is None else model, data, method, queries, **WHOLE.get(method, {}) | more)
+    return attributed(mlp() if model is None else model, data, method, queries, **more)
 
 
 # ---- invariance -------------------------------------------------------------------------------------------------
@@ -68,19 +65,36 @@ def test_batch_size_of_tokens(method, many, monkeypatch):
 
 
 @every_method
-def test_queries_in_chunks(method, monkeypatch):
+def test_queries_in_chunks(method):
     """Two at a time: also those of conjugate gradients, which are solved to a tolerance together."""
     full = ask(method).scores
     has_own = method != "grad-cos"  # which has no self-influence
     own = self_influence(mlp(), train_data=DATA, method=method, **options_of(method)) if has_own else None
-    size = 4 * 2 * (8 if "influence" in method or method == "last-layer" else 2) * 43
-    monkeypatch.setattr(module, "QUERY_BYTES", size if method != "last-layer" else size * 18 // 43)
-    attributor = fitted(mlp(), DATA, method, **options_of(method))
+    size = (
+        4 * 2 * (8 if "influence" in method or method == "last-layer" else 2) * (18 if method == "last-layer" else 43)
+    )
+    attributor = fitted(mlp(), DATA, method, memory_budget=2 * size, **options_of(method))
     projected = method in ("logra", "trak", "trak-newton")
     assert [c.stop - c.start for c in attributor._query_chunks(5)] == ([5] if projected else [2, 2, 1])
     close_scores(attributor.attribute(QUERIES).scores, full)
     if own is not None:
         close_scores(attributor.self_influence(), own)
+
+
+@every_method
+def test_batches_fit_a_memory_budget(method):
+    """Fewer examples at once where they must be, and the same scores; one at least."""
+    attributor = fitted(mlp(), DATA, method, memory_budget=1, **options_of(method))
+    assert attributor.chunk_size == 1
+    close_scores(attributor.attribute(QUERIES).scores, ask(method).scores)
+
+
+def test_budgets_are_halved_between_batches_and_queries():
+    free = fitted(mlp(), DATA, "grad-dot")
+    assert free.batch_bytes == free.query_bytes == 2**28
+    each = free.capture.bytes_per_example(DATA[:5][0], 5)
+    attributor = fitted(mlp(), DATA, "grad-dot", memory_budget=2 * 3 * each)
+    assert (attributor.chunk_size, free.chunk_size) == (3, 256)
 
 
 @every_method
@@ -128,8 +142,7 @@ def test_chosen_layers(method):
 def test_top_k_over_checkpoints_in_tiles_and_chunks(method, monkeypatch, tmp_path):
     full = ask(method, checkpoints=save_weights(tmp_path)).top(13)
     monkeypatch.setattr(planned, "TILE_BYTES", 4 * 2 * 3)
-    monkeypatch.setattr(module, "QUERY_BYTES", 4 * 2 * 2 * 43)
-    top = ask(method, checkpoints=tmp_path, top_k=20).top(13)
+    top = ask(method, checkpoints=tmp_path, top_k=20, memory_budget=2 * 4 * 2 * 2 * 43).top(13)
     assert torch.equal(top.proponents, full.proponents)
     close_scores(top.opponent_scores, full.opponent_scores)
 

@@ -125,35 +125,37 @@ def test_iterations_are_told():
 @pytest.mark.filterwarnings("ignore:LiSSA ended with residuals")  # random batches leave some
 @pytest.mark.parametrize("batch_size", [14, 5])
 @pytest.mark.parametrize("name", ["classification", "regression"])
-def test_lissa(name, batch_size):
+def test_lissa(name, batch_size, monkeypatch):
     """A long series; random batches leave some noise, the whole training set none."""
+    monkeypatch.setattr(gauss_newton, "SERIES_BATCH", batch_size)
     make, data, task = CASES[name]
     model = make()
-    attributor = fitted(model, data, "influence-lissa", damping=10.0, depth=300, task=task, batch_size=batch_size)
+    attributor = fitted(model, data, "influence-lissa", damping=10.0, depth=300, task=task)
     found, expected = exact_scores(attributor, data), expected_scores(attributor, model, task, data)
     tolerance = 1e-6 if batch_size == 14 else 0.2
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
 @pytest.mark.filterwarnings("ignore:LiSSA ended with residuals")
-def test_lissa_cannot_diverge():
+def test_lissa_cannot_diverge(monkeypatch):
     """Also where a batch has a far larger eigenvalue than the mean of the training set."""
+    monkeypatch.setattr(gauss_newton, "SERIES_BATCH", 2)
     x, y = points_for(num=12).tensors
     data = TensorDataset(torch.cat([x[:2] * 30, x[2:] * 0.1]), y)
     scores, short = (
-        attributed(mlp(), data, "influence-lissa", points_for(), damping=0.1, depth=depth, batch_size=2).scores
-        for depth in (200, 20)
+        attributed(mlp(), data, "influence-lissa", points_for(), damping=0.1, depth=depth).scores for depth in (200, 20)
     )
     assert scores.isfinite().all()
     assert scores.abs().max() < 20 * short.abs().max()
 
 
 @pytest.mark.filterwarnings("ignore:LiSSA ended with residuals")
-def test_lissa_with_a_batch_that_the_model_is_sure_of():
+def test_lissa_with_a_batch_that_the_model_is_sure_of(monkeypatch):
     """Its curvature is exactly zero, and says nothing on the scale of the series."""
+    monkeypatch.setattr(gauss_newton, "SERIES_BATCH", 4)
     x, y = points_for(num=12).tensors
     x[:4] *= 1e6
-    model, options = seeded(lambda: nn.Linear(4, 3)), {"method": "influence-lissa", "batch_size": 4, **QUIET}
+    model, options = seeded(lambda: nn.Linear(4, 3)), {"method": "influence-lissa", **QUIET}
     assert attribute(model, points_for(), train_data=TensorDataset(x, y), **options).scores.isfinite().all()
 
 

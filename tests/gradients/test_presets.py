@@ -106,7 +106,7 @@ def test_scores_by_hand(method, kind):
     task, model, data, queries = case(kind)
     grads = [gradients_of(model, task, part) for part in (queries, data)]
     is_lissa, scale = method == "influence-lissa", 1 if method.startswith("grad-") else len(data)
-    for batch_size in [len(data)] if is_lissa else [len(data), 3]:
+    for batch_size in (len(data), 3):
         attributor = fitted(model, data, method, task=task, batch_size=batch_size, **EXACT[method])
         described = attributor._fitted[0].curvature.described()
         expected = REFERENCES[method](model, task, data, grads, EXACT[method].get("damping"), described)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from stride_lightning.gradients.projection import EVERYTHING, JointProjection, LayerProjection
-from stride_lightning.model.blocks import Block, Gradients, Outer
+from stride_lightning.model.blocks import CHUNK_BYTES, Block, Gradients, Outer
+from stride_lightning.runtime.metering import Meter
 from tests.helpers.gradient_models import tokens
 from tests.helpers.tiny import random_tensor
 
@@ -149,3 +150,15 @@ def test_layers_have_maps_of_their_own():
     block = gradients()["matrix"]
     found = MAPS["by layer"]()(Gradients({"a": block, "b": block}))
     assert (found["a"].dense() - found["b"].dense()).abs().max() > 1e-3
+
+
+def test_products_of_many_places_are_made_in_chunks():
+    """All at once they would take 1.6 GB; a budget of bytes changes nothing but rounding."""
+    left, right = random_tensor(40, 784, 3, seed=0), random_tensor(40, 784, 5, seed=1)
+    gradients = Gradients({"conv": Block(None, (Outer(left, right, 3),))})
+    project = JointProjection(4096, seed=0, num_parameters=10**6)
+    alone = torch.cat([project(gradients.rows(slice(i, i + 1)))[EVERYTHING].dense() for i in range(40)])
+    with Meter() as meter:
+        together = project(gradients)[EVERYTHING].dense()
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-3)
+    assert meter.peak_memory is None or meter.peak_memory < 4 * CHUNK_BYTES
