@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.attributor import Attributor
+from stride_lightning.data.sources import resolve_queries
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.results.top_attribution import TopAttribution
+from stride_lightning.runtime.metering import Meter
+from stride_lightning.runtime.progress import call
 from stride_lightning.tasks.likelihoods import Task
 
 #: The files whose classes enter themselves among the methods when they are imported.
@@ -65,7 +68,7 @@ def attribute(
         batch_size: Examples per forward pass; changes nothing but rounding.
         device: Where to compute; the model's device by default.
         seed: Seed of everything random that is not read from a record.
-        show_progress: Show progress bars, and a cost estimate before long work.
+        show_progress: Show how far the call is, in which phase, and how much time is left.
         **options: Options of the method, such as ``num_subsets``, ``layers``, ``basis``, ``recovery``.
 
     Returns:
@@ -88,10 +91,15 @@ def attribute(
     Reference: arXiv:2606.05165 (STRIDE).
     """
     attributor = create(method, seed=seed, batch_size=batch_size, show_progress=show_progress, **options)
-    attributor.fit(
-        model, train_data, task, ckpt_path=ckpt_path, record=record, train_indices=train_indices, device=device
-    )
-    return attributor.attribute(queries, target=target)
+    with Meter() as meter, call(show=show_progress):
+        examples = resolve_queries(queries, model)  # before the fit, whose work it may take hours to do again
+        attributor.expected_queries = len(examples)
+        attributor.fit(
+            model, train_data, task, ckpt_path=ckpt_path, record=record, train_indices=train_indices, device=device
+        )
+        attribution = attributor.attribute(examples, target=target)
+    attribution.metadata["peak_memory_bytes"] = meter.peak_memory  # of both: what the first holds counts in the second
+    return attribution
 
 
 def self_influence(
@@ -131,10 +139,11 @@ def self_influence(
     Reference: arXiv:2002.08484 (TracIn), section 4.1.
     """
     attributor = create(method, seed=seed, batch_size=batch_size, show_progress=show_progress, **options)
-    attributor.fit(
-        model, train_data, task, ckpt_path=ckpt_path, record=record, train_indices=train_indices, device=device
-    )
-    return attributor.self_influence()
+    with call(show=show_progress):
+        attributor.fit(
+            model, train_data, task, ckpt_path=ckpt_path, record=record, train_indices=train_indices, device=device
+        )
+        return attributor.self_influence()
 
 
 def methods() -> list[str]:

@@ -42,7 +42,7 @@ class Attributor(ABC):
     Args:
         seed: Seed of everything random.
         batch_size: Examples per forward pass.
-        show_progress: Show progress bars and cost estimates.
+        show_progress: Show how far a call is and how much time is left.
     """
 
     #: Name by which :func:`attribute` finds the method.
@@ -51,6 +51,8 @@ class Attributor(ABC):
     unit: ClassVar[str] = "nats of query loss, to first order"
     #: Whether all queries of a call share work too long to do again, such as training: then they are asked at once.
     asks_at_once: ClassVar[bool] = False
+    #: How many queries will be asked after the fit, as far as is known; for the estimate of the time left.
+    expected_queries: int = 0
     #: All methods by name: a subclass with a name enters itself.
     registry: ClassVar[dict[str, type[Attributor]]] = {}
 

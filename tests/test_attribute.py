@@ -251,15 +251,6 @@ def test_metadata_states_every_choice(expected):
     assert metadata["peak_memory_bytes"] >= 0  # 0 where the process has held more before
 
 
-def test_a_cost_estimate_comes_before_long_work(model, capsys, monkeypatch):
-    slow = dense.DenseCost(100.0, 3 * 2**20, 2**20, 0.05)
-    monkeypatch.setattr(dense, "estimate_cost", lambda *_: slow)
-    attribute(model, QUERIES, train_data=DATA, num_subsets=8)
-    assert "STRIDE: about 100 s to fit and 0.05 s per query, 3 MiB of memory, 1 MiB" in capsys.readouterr().err
-    attribute(model, QUERIES, train_data=DATA, num_subsets=8, show_progress=False)
-    assert capsys.readouterr().err == ""
-
-
 # ---- tasks, models, recoveries ----------------------------------------------------------------------------------
 
 

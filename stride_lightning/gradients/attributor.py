@@ -25,6 +25,7 @@ from stride_lightning.model.weights import borrowed
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.runtime.distributed import gather
+from stride_lightning.runtime.progress import expect
 
 
 @dataclass
@@ -104,6 +105,7 @@ class GradientAttributor(PlannedAttributor):
         starts = self.starting_points(model, record, checkpoint)
         self.plan(model, device)
         self._map = self.projection(self.capture)
+        self._num_checkpoints = len(starts)
         self._fitted = [self._fit_one(model, start, rates) for start, rates in starts]
         weights = [fitted.example_weights for fitted in self._fitted if fitted.example_weights is not None]
         self._column_weights = torch.stack(weights).mean(0) if weights else None
@@ -117,10 +119,23 @@ class GradientAttributor(PlannedAttributor):
         curvature = self.curvature()
         with self._at(model, checkpoint):
             of_share = self.capture, self.task, self.reader, self.share
-            side = TrainingSide(*of_share, self._compared, self.seed, self._projected)
+            side = TrainingSide(*of_share, self._compared, self.seed, self._projected, self.effort)
+            self._expect(side, curvature)
             weights = None if self._map is None else self._keep(side)
             curvature.fit(side)
         return Fitted(checkpoint, rates, curvature, side, weights)
+
+    def _expect(self, side: TrainingSide, curvature: Curvature) -> None:
+        """Tell the call in progress what is to come; with several checkpoints, everything as often."""
+        count, num_queries = self._num_checkpoints, self.expected_queries
+        curvature.expect(side, num_queries)
+        if self._map is None:
+            chunks = len(self._query_chunks(num_queries)) * count
+            products = num_queries * self.capture.num_parameters
+            expect("Scores", side.num_shared * chunks, side.loss_work + products)
+        else:
+            expect("Features", side.num_shared * count, side.loss_work + self._map.work(self.effort.shapes))
+        expect("Queries", num_queries * count, side.loss_work)
 
     def _keep(self, side: TrainingSide) -> Tensor | None:
         """Keep the features of the training examples, from one pass; returns the factors of the examples."""

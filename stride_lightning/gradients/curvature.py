@@ -13,10 +13,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from stride_lightning.gradients.damping import Damped, DampedKernel, DampedMatrix, RelativeDamping, singular
-from stride_lightning.gradients.features import Batch, Reader, run_batches
+from stride_lightning.gradients.features import NUM_DIRECTIONS, Batch, Reader, has_exact_curvature, run_batches
 from stride_lightning.model.blocks import Gradients
-from stride_lightning.model.capture import Capture
+from stride_lightning.model.capture import Capture, Effort
 from stride_lightning.runtime.distributed import gather, total
+from stride_lightning.runtime.progress import expect
 from stride_lightning.tasks.likelihoods import Task
 
 
@@ -31,11 +32,29 @@ class TrainingSide:
     features: Callable[[Batch], Gradients]  # the gradients that are compared
     seed: int
     project: Callable[[Gradients], Gradients]  # the projection that is part of the features
+    effort: Effort  # of an example
     kept: Gradients | None = None  # features of this process's examples, where they are kept
     kept_weights: Tensor | None = None  # factors of their outer products in a Fisher matrix, where they are not 1
 
     def __len__(self) -> int:
         return len(self.reader)
+
+    @property
+    def num_shared(self) -> int:
+        """Training examples of this process."""
+        return self.share.stop - self.share.start
+
+    @property
+    def loss_work(self) -> int:
+        """Multiplications for the gradient of an example's loss: one pass forward, one backward."""
+        return 3 * self.effort.forward
+
+    @property
+    def curvature_work(self) -> int:
+        """The same for gradients along all directions of an example's curvature."""
+        num_outputs, most_tokens = self.reader.num_outputs, self.reader.most_tokens
+        is_exact = has_exact_curvature(num_outputs, most_tokens)
+        return (1 + 2 * (num_outputs * most_tokens if is_exact else NUM_DIRECTIONS)) * self.effort.forward
 
     def batches(self, description: str = "", share: slice | None = None) -> Iterator[Batch]:
         """This process's batches, or those of a part of them, run forward."""
@@ -69,6 +88,9 @@ class Curvature(RelativeDamping, ABC):
         """What was found, for the metadata."""
         return {"mean_eigenvalue": self.mean_eigenvalue, "damping": self.absolute_damping, **self.chosen}
 
+    def expect(self, train: TrainingSide, num_queries: int) -> None:
+        """Tell the call in progress what phases will come, and the work of their items."""
+
     @abstractmethod
     def fit(self, train: TrainingSide) -> None:
         """Do everything that does not depend on the damping or on queries; every process fits to its share."""
@@ -94,6 +116,10 @@ class Diagonal(Curvature):
     """The diagonal of the empirical Fisher matrix."""
 
     @override
+    def expect(self, train: TrainingSide, num_queries: int) -> None:
+        expect("Diagonal of the Fisher matrix", train.num_shared, train.loss_work)
+
+    @override
     def fit(self, train: TrainingSide) -> None:
         sums: defaultdict[str, Any] = defaultdict(float)
         for _, gradients in train.gradients("Diagonal of the Fisher matrix"):
@@ -116,6 +142,10 @@ class GaussNewtonBlocks(Curvature):
 
     The mean eigenvalue is over the ``min(k, n)`` that can be non-zero. ``k^2`` values for a block of k features.
     """
+
+    @override
+    def expect(self, train: TrainingSide, num_queries: int) -> None:
+        expect("Gauss-Newton blocks", train.num_shared, 2 * train.curvature_work)
 
     @override
     def fit(self, train: TrainingSide) -> None:
@@ -145,6 +175,10 @@ class Fisher(GaussNewtonBlocks):
     """
 
     @override
+    def expect(self, train: TrainingSide, num_queries: int) -> None:
+        pass  # its features are there
+
+    @override
     def fit(self, train: TrainingSide) -> None:
         assert train.kept is not None
         kept = train.kept if train.kept_weights is None else train.kept.scaled(train.kept_weights.sqrt())
@@ -170,6 +204,12 @@ class DataInf(Curvature):
     """
 
     is_collective = True
+
+    @override
+    def expect(self, train: TrainingSide, num_queries: int) -> None:
+        expect("Norms of gradients", train.num_shared, train.loss_work)
+        products = 2 * num_queries * train.capture.num_parameters
+        expect("Inverse for every example", train.num_shared, train.loss_work + products)
 
     @override
     def fit(self, train: TrainingSide) -> None:

@@ -57,7 +57,7 @@ class Reader:
             size += num_bytes(inputs, len(rows))
             if size <= HELD_BYTES:
                 held.append(inputs)
-        self._num_outputs, self._lengths = num_outputs, [part.shape[1] for part in encoded]
+        self.num_outputs, self._lengths = num_outputs, [part.shape[1] for part in encoded]
         if encoded[0].ndim == 3:  # sequences, padded with tokens of no weight
             longest = max(self._lengths)
             encoded = [F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in encoded]
@@ -95,7 +95,7 @@ class Reader:
     def _read(self, start: int, stop: int) -> Iterator[tuple[slice, Any, Tensor]]:
         for rows in self._reading(share=slice(start, stop)):
             if self._task.has_tokens:  # among others they may be padded otherwise than when they were read first
-                yield rows.places, *rows.encoded(self._num_outputs)
+                yield rows.places, *rows.encoded(self.num_outputs)
             else:
                 yield rows.places, rows.inputs, self.encoded[rows.places]
 
@@ -164,7 +164,7 @@ class Batch:
         """
         mean, width = self._task.mean(self.outputs), self.outputs.shape[-1]
         weights = torch.as_tensor(self._task.output_weights(self.encoded))
-        exact = width * self.most_tokens <= MAX_EXACT_OUTPUTS
+        exact = has_exact_curvature(width, self.most_tokens)
         number = self._token_numbers()
         # What signs are made of; the tokens of an example have numbers of their own.
         keys = self.positions if number is None else _scrambled(self.positions)[:, None] + number
@@ -203,6 +203,11 @@ def run_batches(
                 check_finite(outputs, "outputs")
                 check_finite(task.loss(outputs, encoded), "loss")
             yield Batch(places, reader.examples.positions[places], outputs, encoded, reader.most_tokens, task, backward)
+
+
+def has_exact_curvature(num_outputs: int, most_tokens: int) -> bool:
+    """Whether curvature is summed over all outputs of an example."""
+    return num_outputs * most_tokens <= MAX_EXACT_OUTPUTS
 
 
 def _counted(task: Task, encoded: Tensor) -> Tensor:

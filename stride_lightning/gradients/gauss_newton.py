@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -18,11 +19,13 @@ from stride_lightning.model.layers import uncompiled
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.conjugate_gradients import conjugate_gradients
 from stride_lightning.runtime.distributed import total
-from stride_lightning.runtime.progress import counting, track
+from stride_lightning.runtime.progress import counting, expect, track
 from stride_lightning.runtime.randomness import mix
 
 #: Values of the tangents that are held at once while a batch is multiplied.
 CHUNK_VALUES = 2**24
+#: Into how many parts progress is cut where the number of iterations is not known.
+PERCENT = 100
 #: Examples of a random batch of LiSSA, however many are run together.
 SERIES_BATCH = 256
 
@@ -36,6 +39,10 @@ class GaussNewton(Curvature):
     """
 
     is_collective = True
+
+    @override
+    def expect(self, train: TrainingSide, num_queries: int) -> None:
+        expect("Trace of the Gauss-Newton matrix", train.num_shared, train.curvature_work)
 
     @override
     def fit(self, train: TrainingSide) -> None:
@@ -114,6 +121,14 @@ class ConjugateGradient(GaussNewton):
         self.tolerance, self.max_iterations = tolerance, max_iterations
 
     @override
+    def expect(self, train: TrainingSide, num_queries: int) -> None:
+        super().expect(train, num_queries)
+        EKFAC().expect(train, num_queries)
+        # Some eight products, each with one pass forward and two backward for every query, and their EK-FAC.
+        work = 8 * num_queries * train.num_shared * 2 * train.loss_work
+        expect("Conjugate gradients", PERCENT, work / PERCENT)
+
+    @override
     def fit(self, train: TrainingSide) -> None:
         super().fit(train)
         self._preconditioner = EKFAC()
@@ -126,15 +141,18 @@ class ConjugateGradient(GaussNewton):
         damping = self.absolute_damping
 
         def product(vectors: Tensor) -> Tensor:
-            bar.update(1)
             return self.product(vectors) + damping * vectors
 
         def precondition(vectors: Tensor) -> Tensor:
+            # Residuals fall from 1 to the tolerance, about evenly in their logarithm.
+            reached = math.log(max(float(vectors.norm(dim=1).max()), self.tolerance)) / math.log(self.tolerance)
+            bar.update(max(0, int(PERCENT * reached) - bar.done))
             return self._preconditioner.solve_damped(self._gradients(vectors), damping).dense()
 
-        with counting(self.max_iterations, "Conjugate gradients", self._train.reader.show_progress) as bar:
+        with counting(PERCENT, "Conjugate gradients", self._train.reader.show_progress) as bar:
             limits = {"tolerance": self.tolerance, "max_iterations": self.max_iterations}
             solution = conjugate_gradients(product, dense / norms, precondition, **limits)
+            bar.update(PERCENT - bar.done)
         self.chosen["iterations"] = max(solution.num_iterations, self.chosen.get("iterations", 0))
         if not solution.is_solved:
             warnings.warn(
@@ -157,6 +175,13 @@ class LiSSA(GaussNewton):
     def __init__(self, damping: float = 0.0, *, depth: int = 200) -> None:
         super().__init__(damping)
         self.depth = check_count("depth", depth)
+
+    @override
+    def expect(self, train: TrainingSide, num_queries: int) -> None:
+        super().expect(train, num_queries)
+        size = min(len(train), SERIES_BATCH)
+        expect("LiSSA: largest eigenvalues", -(-len(train) // SERIES_BATCH), 20 * size * 2 * train.loss_work)
+        expect("LiSSA", self.depth, num_queries * size * 2 * train.loss_work)
 
     @override
     def fit(self, train: TrainingSide) -> None:

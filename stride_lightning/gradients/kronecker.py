@@ -16,6 +16,7 @@ from stride_lightning.gradients.damping import singular
 from stride_lightning.gradients.features import Batch
 from stride_lightning.model.blocks import Block, Gradients, Outer
 from stride_lightning.runtime.distributed import total
+from stride_lightning.runtime.progress import expect
 
 #: A side of a matrix wider than this is left in its own basis: its covariance would not fit.
 MAX_SIDE = 4096
@@ -69,6 +70,11 @@ class EKFAC(Curvature):
 
     Memory: ``L^2 + R^2 + L R`` values for a block of matrices of shape ``(L, R)``.
     """
+
+    @override
+    def expect(self, train: TrainingSide, num_queries: int) -> None:
+        expect("EK-FAC factors", train.num_shared, 2 * train.curvature_work)
+        expect("EK-FAC eigenvalues", train.num_shared, 2 * train.curvature_work)
 
     @override
     def fit(self, train: TrainingSide) -> None:

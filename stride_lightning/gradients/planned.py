@@ -100,9 +100,10 @@ class PlannedAttributor(Attributor):
         announce(self.capture.warning, show=self.show_progress and bool(self.capture.warning))
         #: Bytes that a batch may take, and those that gradients of queries may.
         self.batch_bytes = self.query_bytes = memory_budget(self.memory_budget, device) // 2
-        bytes_per_example = max(1, self.capture.bytes_per_example(together, len(places)))
+        #: What gradients take.
+        self.effort = self.capture.effort(together, len(places))
         #: Examples that are run together.
-        self.chunk_size = min(self.batch_size, max(1, self.batch_bytes // bytes_per_example))
+        self.chunk_size = min(self.batch_size, max(1, self.batch_bytes // self.effort.num_bytes))
         self.reader = self.read(model, self.train_data, device, "label")
         self.check_data(self.reader.fingerprint)
         if len(self.train_data) < world_size():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from functools import reduce
 from operator import add
 
@@ -28,6 +29,10 @@ class Projection(ABC):
     @abstractmethod
     def __call__(self, gradients: Gradients) -> Gradients:
         """The projected gradients, as vectors."""
+
+    @abstractmethod
+    def work(self, shapes: Mapping[str, tuple[int, int, int]]) -> float:
+        """Multiplications for one example, whose blocks have so many places and matrices of such a shape."""
 
     def _signs(self, name: str, rows: int, columns: int, like: Tensor) -> Tensor:
         """Random signs, shape ``(rows, columns)``, made of the seed and a name."""
@@ -72,6 +77,10 @@ class JointProjection(Projection):
             return Gradients({EVERYTHING: Block(gradients.dense())})
         return Gradients({EVERYTHING: Block(reduce(add, (self._sketch(*item) for item in gradients.items())))})
 
+    @override
+    def work(self, shapes: Mapping[str, tuple[int, int, int]]) -> float:
+        return sum(places * (rows + columns + 2) * self.dim for places, rows, columns in shapes.values())
+
     def _sketch(self, name: str, block: Block) -> Tensor:
         """Features of one block, shape ``(B, dim)``."""
         if block.is_dense:
@@ -102,6 +111,10 @@ class LayerProjection(Projection):
     @override
     def __call__(self, gradients: Gradients) -> Gradients:
         return Gradients({name: self._projected(name, block) for name, block in gradients.items()})
+
+    @override
+    def work(self, shapes: Mapping[str, tuple[int, int, int]]) -> float:
+        return sum(places * (rows + columns) * self.dim for places, rows, columns in shapes.values())
 
     def _projected(self, name: str, block: Block) -> Block:
         if block.is_dense:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -84,11 +85,8 @@ class Capture:
         ways = Counter(layout.way for layout in self.layouts.values())
         return {"num_parameters": self.num_parameters, "blocks": dict(ways)}
 
-    def bytes_per_example(self, inputs: Any, num_examples: int) -> int:
-        """Bytes that each example of a batch takes while its gradients are read: twice its activations and blocks.
-
-        Twice, since gradients of activations come back and what is made of a block is as large.
-        """
+    def effort(self, inputs: Any, num_examples: int) -> Effort:
+        """What each example of a batch takes while its gradients are read."""
         weights = {tensor.untyped_storage().data_ptr() for tensor in self.model.state_dict().values()}
         saved: dict[int, int] = {}
 
@@ -104,7 +102,9 @@ class Capture:
             except RuntimeError:  # a model that uses torch.func allows no hooks: its blocks have to do
                 outputs = backward.run(cloned(inputs), num_examples)
             blocks = backward.gradients(torch.ones_like(outputs))
-        return 2 * (sum(saved.values()) + blocks.num_bytes) // num_examples
+        shapes = {name: (max(1, block.num_places), *block.shape) for name, block in blocks.items()}
+        # Twice: gradients of activations come back, and what is made of a block is as large.
+        return Effort(max(1, 2 * (sum(saved.values()) + blocks.num_bytes) // num_examples), shapes)
 
     @contextmanager
     def watch(self) -> Iterator[Backward]:
@@ -123,6 +123,21 @@ class Capture:
         names = {source.module for layout in self.layouts.values() for source in layout.sources}
         with watching({name: self.module(name) for name in names}, repeats=self.repeats) as watch:
             yield Backward(self, watch)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What one example takes while its gradients are read."""
+
+    #: Bytes of its activations and blocks, and of as much again that is made of them.
+    num_bytes: int
+    #: Outer products that make up the matrix of each block, and its shape.
+    shapes: Mapping[str, tuple[int, int, int]]
+
+    @property
+    def forward(self) -> int:
+        """Multiplications of a forward pass, as far as layers with matrices do them; a backward pass takes twice."""
+        return sum(places * rows * columns for places, rows, columns in self.shapes.values())
 
 
 class Watch:

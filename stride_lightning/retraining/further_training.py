@@ -21,7 +21,7 @@ from stride_lightning.retraining.effects import FurtherTraining
 from stride_lightning.retraining.leaving_out import LeavingOut
 from stride_lightning.retraining.optimizers import MakeOptimizer
 from stride_lightning.runtime.checks import check_count
-from stride_lightning.runtime.progress import announce
+from stride_lightning.runtime.progress import announce, on_one_bar
 from stride_lightning.runtime.versions import versions
 from stride_lightning.storage.parts import Work
 from stride_lightning.tasks.inference import check_task, infer_task_of
@@ -31,6 +31,7 @@ from stride_lightning.tasks.likelihoods import Task
 NUM_LEFT_OUT = 100
 
 
+@on_one_bar
 def further_train(
     model: nn.Module,
     queries: Any,

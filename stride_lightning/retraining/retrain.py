@@ -23,7 +23,7 @@ from stride_lightning.retraining.optimizers import CannotBatch
 from stride_lightning.retraining.recipe import Recipe, Training
 from stride_lightning.retraining.together import Together
 from stride_lightning.runtime.checks import check_count
-from stride_lightning.runtime.progress import announce
+from stride_lightning.runtime.progress import announce, on_one_bar
 from stride_lightning.runtime.randomness import mix
 from stride_lightning.runtime.versions import versions
 from stride_lightning.storage.parts import Work
@@ -31,6 +31,7 @@ from stride_lightning.storage.parts import Work
 Truth = TypeVar("Truth", bound=Retrained)
 
 
+@on_one_bar
 def retrain(
     model_fn: Callable[[], nn.Module],
     queries: Any,
@@ -99,6 +100,7 @@ def retrain(
     return _measured(GroundTruth, recipe, _checked_masks(masks, len(recipe.train)), seeds, path, show_progress)
 
 
+@on_one_bar
 def retrain_without(
     attribution: Attribution | TopAttribution,
     model_fn: Callable[[], nn.Module],

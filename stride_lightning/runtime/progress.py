@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
+from functools import wraps
 from threading import Event, Lock, Thread
-from typing import Any, TypeVar
+from typing import ParamSpec, TypeVar
 
 from tqdm.auto import tqdm
 
 from stride_lightning.runtime.distributed import rank
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 #: Seconds from one beat of a bar to the next. It appears with the first, so that quick calls show none.
@@ -26,18 +28,32 @@ BEAT = 0.5
 
 
 @contextmanager
-def call(*, show: bool = True) -> Iterator[None]:
-    """All phases in the block on one bar, on rank 0 only, which leaves no line behind; inside a call, part of that."""
+def call(*, show: bool = True, is_planned: bool = True) -> Iterator[None]:
+    """All phases in the block on one bar, on rank 0 only, which leaves no line behind; inside a call, part of that.
+
+    Of a call that is planned no time is told before :func:`expect` has been.
+    """
     if not show or rank() != 0 or _current.get() is not None:
         yield
         return
-    bar = _Bar()
+    bar = _Bar(is_planned=is_planned)
     _current.set(bar)
     try:
         yield
     finally:
         _current.set(None)
         bar.close()
+
+
+def on_one_bar(function: Callable[P, T]) -> Callable[P, T]:
+    """Show all phases of a function on one bar, unless it is called with ``show_progress=False``."""
+
+    @wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        with call(show=bool(kwargs.get("show_progress", True)), is_planned=False):
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 def expect(phase: str, items: int, work: float = 1.0) -> None:
@@ -58,7 +74,7 @@ def counting(total: int, description: str, show: bool = True) -> Iterator[Counte
 
     Inside another phase it belongs to that.
     """
-    with call(show=show and bool(description)):
+    with call(show=show and bool(description), is_planned=False):
         bar = _current.get() if show and description else None
         counter = Counter(None if bar is None or bar.is_counting else bar)
         counter.begin(description, total)
@@ -88,6 +104,8 @@ class Counter:
 
     def __init__(self, bar: _Bar | None) -> None:
         self._bar = bar
+        #: How many items are done.
+        self.done = 0
 
     def begin(self, description: str, total: int) -> None:
         """Show the phase."""
@@ -96,8 +114,14 @@ class Counter:
 
     def update(self, count: int) -> None:
         """So many more items are done."""
+        self.done += count
         if self._bar is not None:
             self._bar.update(count)
+
+    def skip(self, count: int) -> None:
+        """So many items need not be done, as they were before."""
+        if self._bar is not None:
+            self._bar.skip(count)
 
     def end(self) -> None:
         """The next phase may begin."""
@@ -116,19 +140,21 @@ class _Phase:
 class _Bar:
     """One bar for the phases of a call."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_planned: bool) -> None:
+        self._is_unknown = is_planned
         self._phases: dict[str, _Phase] = {}
         self._phase = _Phase(0)
         self.is_counting = False
         self._since = self._started = time.perf_counter()
-        layout = "{desc}{percentage:3.0f}%|{bar}| {elapsed} passed{postfix}"
-        self._tqdm: Any = tqdm(total=1.0, bar_format=layout, leave=False, delay=BEAT)
+        self._name = "Preparing"
         self._stop, self._lock = Event(), Lock()  # threads share the work of a phase
-        self._thread = Thread(target=self._beat, daemon=True)
+        # In the context of the call: notebooks send what a thread shows to the cell that it belongs to.
+        self._thread = Thread(target=copy_context().run, args=(self._beat,), daemon=True)
         self._thread.start()
 
     def expect(self, phase: str, items: int, work: float) -> None:
         """Work to come; of a phase that has begun, what is known now."""
+        self._is_unknown = False
         before = self._phases.get(phase, _Phase(0))
         self._phases[phase] = _Phase(max(items, before.done), work, before.done, before.seconds)
 
@@ -137,7 +163,7 @@ class _Bar:
         phase = self._phases.setdefault(name, _Phase(0))
         phase.items = max(phase.items, phase.done + total)
         self._phase, self.is_counting, self._since = phase, True, time.perf_counter()
-        self._tqdm.set_description(name, refresh=False)
+        self._name = name
 
     def update(self, count: int) -> None:
         """Items of the phase are done."""
@@ -147,8 +173,15 @@ class _Bar:
             self._phase.seconds += now - self._since
             self._since = now
 
+    def skip(self, count: int) -> None:
+        """Items of the phase need not be done."""
+        with self._lock:
+            self._phase.items -= count
+
     def left(self) -> float | None:
-        """Seconds that are left by what items have taken so far; None before one is done, or if none were counted."""
+        """Seconds that are left by what items have taken so far; None where nothing is known."""
+        if self._is_unknown:
+            return None
         phases = list(self._phases.values())
         spent = sum(phase.seconds for phase in phases if phase.done and phase.work)
         work = sum(phase.done * phase.work for phase in phases)
@@ -162,21 +195,26 @@ class _Bar:
                 left += spent / work * phase.work * phase.items
             elif phase.items:
                 return None
-        return max(0.0, left - (time.perf_counter() - self._since)) if phases else None
+        return max(0.0, left - (time.perf_counter() - self._since))
 
     def close(self) -> None:
         """Leave no line behind."""
         self._stop.set()
         self._thread.join()
-        self._tqdm.close()
 
     def _beat(self) -> None:
-        while not self._stop.wait(BEAT):
-            left, passed = self.left(), time.perf_counter() - self._started
-            if left is not None:
-                self._tqdm.n = max(self._tqdm.n, passed / (passed + left))
-                self._tqdm.set_postfix_str(f"about {tqdm.format_interval(left)} left", refresh=False)
-            self._tqdm.refresh()
+        if self._stop.wait(BEAT):
+            return
+        layout = "{desc}{percentage:3.0f}%|{bar}| {elapsed} passed{postfix}"
+        with tqdm(desc=self._name, total=1.0, bar_format=layout, leave=False) as bar:
+            bar.start_t -= time.perf_counter() - self._started
+            while not self._stop.wait(BEAT):
+                left, passed = self.left(), time.perf_counter() - self._started
+                bar.set_description(self._name, refresh=False)
+                if left is not None:
+                    bar.n = max(bar.n, passed / (passed + left))
+                    bar.set_postfix_str(f"about {tqdm.format_interval(left)} left", refresh=False)
+                bar.refresh()
 
 
 _current: ContextVar[_Bar | None] = ContextVar("_current", default=None)

@@ -17,7 +17,6 @@ from stride_lightning.model.layers import check_layers
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import all_equal, broadcast_object, gather
-from stride_lightning.runtime.progress import announce
 from stride_lightning.steering.dense import DenseFit
 from stride_lightning.steering.fit import Answers, BasisName, Fit, FitOptions
 from stride_lightning.steering.language.sequences import SequenceStride
@@ -54,7 +53,7 @@ class StrideAttributor(Attributor):
             by cross-validation over subsets by default.
         seed: Seed of the design, where it is not read from a record, and of a learned basis.
         batch_size: Examples per forward pass; of language models at most, where logits would take too much memory.
-        show_progress: Show progress bars, and a cost estimate before long work.
+        show_progress: Show how far the work is and how much time is left.
 
     Memory beyond the model, for n training examples, r features, C outputs, K subsets and q queries asked at once, is
     ``4 (2 n r + n (3 C + 1) + C r K + 8 q n) + t (2304 C r + 64 n)`` bytes and 200 MB of blocks for each of t threads.
@@ -136,8 +135,7 @@ class StrideAttributor(Attributor):
             start, note = None, mismatch
             fit = self._prepared(model, device, None)
         design = None if self.recovery == "closed-form" else self._choose_design(start)
-        cost = fit.estimate(design)
-        announce(f"STRIDE: {cost}", show=self.show_progress and cost.is_long)
+        fit.expect(design, self.expected_queries)
         fit.fit(design, start)
         #: The fit to the training data.
         self.fitted, self.design = fit, design

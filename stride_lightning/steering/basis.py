@@ -13,6 +13,7 @@ from stride_lightning.data.examples import Examples
 from stride_lightning.data.reading import Reading, Rows, required
 from stride_lightning.model.layers import before_layers, layer_names
 from stride_lightning.runtime.checks import check_finite
+from stride_lightning.runtime.progress import counting, track
 from stride_lightning.steering.activations import Captured, capture_inputs, first_tensor, rows_first
 from stride_lightning.tasks.inference import check_outputs
 from stride_lightning.tasks.likelihoods import Task
@@ -147,10 +148,11 @@ def fit_basis(
     if sum(widths) > limit:
         moments = _second_moments(model, Reading(examples, task, model, description="Covariances", **how), layers)
         scales = torch.stack([_scale(name, moments[name].trace()) for name in layers]).cpu()
-        for i, (name, rank) in enumerate(zip(layers, _allot(widths, limit), strict=True)):
-            if rank < widths[i]:
-                components[i] = torch.linalg.eigh(moments[name].double())[1][:, -rank:].float().cpu()
-                widths[i] = rank
+        ranks = _allot(widths, limit)
+        wide = [i for i, rank in enumerate(ranks) if rank < widths[i]]
+        for i in track(wide, "Principal components", show=how.get("show_progress", True)):
+            components[i] = torch.linalg.eigh(moments[layers[i]].double())[1][:, -ranks[i] :].float().cpu()
+            widths[i] = ranks[i]
     stacked = Basis(tuple(layers), scales, tuple(components), torch.empty(0), torch.empty(0))
     observed = observe(model, task, examples, stacked, **how)
     if all(part is None for part in components):
@@ -160,7 +162,9 @@ def fit_basis(
         scales = torch.stack([_scale(*of_layer) for of_layer in zip(layers, energies, strict=True)])
         for block, scale in zip(blocks, scales, strict=True):
             block.div_(scale)
-    rotation, energies = _principal_components(observed.features)
+    with counting(1, "Principal components", how.get("show_progress", True)) as bar:
+        rotation, energies = _principal_components(observed.features)
+        bar.update(1)
     basis = Basis(tuple(layers), scales.cpu(), tuple(components), rotation.cpu(), energies.cpu())
     return basis, replace(observed, features=observed.features @ rotation)
 

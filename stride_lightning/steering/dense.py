@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,11 +11,15 @@ from torch import Tensor, nn
 from stride_lightning.data.examples import Examples, first_batch
 from stride_lightning.model.layers import in_precision_of
 from stride_lightning.runtime.distributed import gather, shard
-from stride_lightning.runtime.parallel import num_workers
-from stride_lightning.steering.basis import Basis, Observation, choose_layers, fit_basis, observe
-from stride_lightning.steering.fit import Answers, Cost, FitOptions, FitRecord
+from stride_lightning.runtime.parallel import even_slices
+from stride_lightning.runtime.progress import expect
+from stride_lightning.steering.basis import Basis, choose_layers, fit_basis, observe
+from stride_lightning.steering.fit import Answers, FitOptions, FitRecord
+from stride_lightning.steering.influence import QUERY_CHUNK
 from stride_lightning.steering.module import StrideModule
-from stride_lightning.steering.recovery import check_measurements
+from stride_lightning.steering.penalty import NUM_RIDGES
+from stride_lightning.steering.recovery import check_measurements, queries_per_system
+from stride_lightning.steering.solvers import MAX_CHUNK
 from stride_lightning.steering.subsets import Design
 from stride_lightning.storage.records import Record
 from stride_lightning.tasks.likelihoods import Task
@@ -57,12 +60,21 @@ class DenseFit:
         self.train_targets = self.task.shown(self.train_pass.encoded)
         self._pass_seconds = time.perf_counter() - started
 
-    def estimate(self, design: Design | None) -> DenseCost:
-        """What the operators of a design will take, and queries after them."""
-        assert design is not None
-        cost = estimate_cost(self.train_pass, design.num_subsets, self._given.recovery)
-        self.metadata["estimate"] = vars(cost)
-        return cost
+    def expect(self, design: Design | None, num_queries: int) -> None:
+        """Tell the call in progress what phases will come, by typical numbers of iterations."""
+        if design is None:
+            return
+        (n, r), c, k = self.train_pass.features.shape, self.train_pass.outputs.shape[1], design.num_subsets
+        gradient, device = 4 * n * r * c, self.train_pass.features.device  # of one operator
+        ridges = sum(len(even_slices(number, MAX_CHUNK, device)) for number in NUM_RIDGES)
+        expect("Choosing the ridge", ridges, 40 * gradient * sum(NUM_RIDGES) / ridges)
+        chunks = len(even_slices(k, MAX_CHUNK, device))
+        expect("Fitting operators", chunks, 12 * gradient * k / chunks)
+        if self._given.recovery == "prior":
+            chunks = len(even_slices(num_queries, QUERY_CHUNK, device))
+            expect("Influence", 2 * chunks, 25 * gradient * num_queries / max(1, chunks))
+            chunks = len(even_slices(num_queries, queries_per_system(k), device))
+            expect("Recovering scores", chunks, 4 * n * k**2 * num_queries / max(1, chunks))
 
     def fit(self, design: Design | None, record: Record | None = None) -> None:
         """Fit the operators of a design, or take those of a record if they are what the options ask for."""
@@ -107,41 +119,3 @@ class DenseFit:
         if module is None:
             return FitRecord(basis)
         return FitRecord(basis | {"operators": module.tensors()}, {"operators": module.info()})
-
-
-@dataclass(frozen=True)
-class DenseCost(Cost):
-    """The same with the seconds of a query; the disk is for operators, if they are recorded."""
-
-    seconds_per_query: float
-
-    @property
-    def is_long(self) -> bool:
-        """Whether someone will wait: seconds for the fit, or for a hundred queries."""
-        return super().is_long or 100 * self.seconds_per_query > 2
-
-    def __str__(self) -> str:
-        memory, disk = self.memory_bytes / 2**20, self.disk_bytes / 2**20
-        seconds = f"about {self.seconds:.0f} s to fit and {self.seconds_per_query:.1g} s per query"
-        return f"{seconds}, {memory:.0f} MiB of memory, {disk:.0f} MiB if the operators are saved"
-
-
-def estimate_cost(observed: Observation, num_subsets: int, recovery: str) -> DenseCost:
-    """Estimate the cost of a fit from its arithmetic and this machine's measured speed of a matrix product.
-
-    Memory: ``4 (2 n r + n (3 C + 1) + C r K) + t (2304 C r + 64 n)`` bytes and 200 MB of blocks for each of t threads;
-    queries come on top.
-    """
-    (n, r), c, k = observed.features.shape, observed.outputs.shape[1], num_subsets
-    probe, started = observed.features[:512, :512], time.perf_counter()
-    for _ in range(4):
-        float((probe @ probe.T)[0, 0])
-    rate = 8 * len(probe) * probe.numel() / max(time.perf_counter() - started, 1e-9)
-    products = 25 * k + 300 + (k if recovery == "prior" else 0)  # gradients, the search for a ridge, the mean
-    threads = num_workers(observed.features.device)
-    memory = 4 * (2 * n * r + n * (3 * c + 1) + c * r * k) + threads * (2304 * c * r + 64 * n + 200 * 2**20)
-    # Two conjugate gradient solves of some fifteen products each, and a system with its variances; or, with the lasso,
-    # five folds and eleven penalties of a hundred iterations, which wait for memory more than they compute.
-    prior, lasso = 30.0 * 4 * n * r * c + 4.0 * n * k**2, 5 * 5 * 11 * 100.0 * 4 * k * min(n, 2 * k)
-    per_query = {"prior": prior, "lasso": lasso, "ridge": 4.0 * n * k}[recovery] / rate
-    return DenseCost(4.0 * n * r * c * products / rate, memory, 4 * c * r * k + 4 * r * r + n * k // 8, per_query)

@@ -69,20 +69,6 @@ class FitRecord:
     info: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a fit is expected to take: seconds, peak bytes of memory beyond the model, bytes on disk."""
-
-    seconds: float
-    memory_bytes: int
-    disk_bytes: int
-
-    @property
-    def is_long(self) -> bool:
-        """Whether someone will wait."""
-        return self.seconds > 2
-
-
 class Fit(Protocol):
     """STRIDE of one kind of data: call :meth:`prepare`, then :meth:`fit`, then any of the others."""
 
@@ -106,9 +92,8 @@ class Fit(Protocol):
     def prepare(self, model: nn.Module, train: Examples, device: torch.device, record: Record | None = None) -> None:
         """Read the training data, in the basis of a record if there is one; the model is in eval mode on ``device``."""
 
-    def estimate(self, design: Design | None) -> Cost:
-        """What :meth:`fit` will take."""
-        ...
+    def expect(self, design: Design | None, num_queries: int) -> None:
+        """Tell the call in progress what :meth:`fit` and :meth:`ask` will take."""
 
     def fit(self, design: Design | None, record: Record | None = None) -> None:
         """Fit the operators of a design, if any, or take from the record what it knows."""

@@ -11,6 +11,10 @@ from stride_lightning.steering.solvers import refit
 from stride_lightning.steering.subsets import Design
 from stride_lightning.tasks.likelihoods import Task
 
+#: Powers of four that are tried first, and sixths of powers around the best.
+GRID, AROUND = range(-5, 4), (-5, -4, -3, -2, -1, 1, 2, 3, 4, 5)
+NUM_RIDGES = len(GRID), len(AROUND)
+
 
 def choose_penalties(
     observed: Observation,
@@ -73,6 +77,6 @@ def imitation_ridge(
             tried[factor] = float(task.loss(outputs, predicted).mean())
         return min(tried, key=tried.__getitem__)
 
-    best = try_out([4.0**power for power in range(-5, 4)])
-    best = try_out([best * 4.0 ** (step / 6) for step in (-5, -4, -3, -2, -1, 1, 2, 3, 4, 5)])
+    best = try_out([4.0**power for power in GRID])
+    best = try_out([best * 4.0 ** (step / 6) for step in AROUND])
     return best * unit, dict(sorted(tried.items()))

@@ -152,6 +152,11 @@ def recover_ridge(
     return Recovery(scores, std, {"penalty": penalty})
 
 
+def queries_per_system(num_subsets: int, element_size: int = 4) -> int:
+    """Queries whose systems are solved together."""
+    return max(1, SYSTEM_BYTES // (6 * element_size * num_subsets**2))
+
+
 def posterior(
     residual: Tensor, design: Design, variances: Tensor, noise: float | None, *, show_progress: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,7 +167,7 @@ def posterior(
     last, shape ``(q,)``.
     """
     num_subsets, device = residual.shape[1], residual.device
-    largest = max(1, SYSTEM_BYTES // (6 * residual.element_size() * num_subsets**2))
+    largest = queries_per_system(num_subsets, residual.element_size())
 
     def solve(queries: slice) -> tuple[Tensor, Tensor, Tensor]:
         shared = variances if len(variances) == 1 else variances[queries]

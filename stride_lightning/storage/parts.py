@@ -124,7 +124,7 @@ class Work:
             def store(number: int) -> None:
                 part = self._part(number)
                 if os.path.lexists(part):
-                    bar.update(lengths[number])
+                    bar.skip(lengths[number])
                 else:
                     info = {"kind": "part", "number": number}
                     write_record(part.parent, part.name, info, {"values": {"values": values_of(number)}})

@@ -92,7 +92,7 @@ def test_batches_fit_a_memory_budget(method):
 def test_budgets_are_halved_between_batches_and_queries():
     free = fitted(mlp(), DATA, "grad-dot")
     assert free.batch_bytes == free.query_bytes == 2**28
-    each = free.capture.bytes_per_example(DATA[:5][0], 5)
+    each = free.effort.num_bytes
     attributor = fitted(mlp(), DATA, "grad-dot", memory_budget=2 * 3 * each)
     assert (attributor.chunk_size, free.chunk_size) == (3, 256)
 

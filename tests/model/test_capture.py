@@ -318,10 +318,10 @@ def test_chosen_layers(layers, expected):
 def test_bytes_of_an_example():
     """Twice its activations that the backward pass needs, and its factors; weights are not among them."""
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
-    x = random_tensor(4, 5, seed=0)
+    x = random_tensor(4, 5, seed=0).float()
     capture = plan_capture(Outputs(model), [x[i : i + 1] for i in range(4)])
     saved, factors = 5 + 7, (5 + 1 + 7) + (7 + 1 + 3)
-    assert capture.bytes_per_example(x, 4) == 2 * 4 * (saved + factors)
+    assert capture.effort(x, 4).num_bytes == 2 * 4 * (saved + factors)
 
 
 def test_bytes_of_an_example_of_a_model_that_allows_no_hooks():
@@ -331,9 +331,9 @@ def test_bytes_of_an_example_of_a_model_that_allows_no_hooks():
         def forward(self, x):
             return torch.vmap(super().forward)(x)
 
-    x = random_tensor(4, 5, seed=0)
+    x = random_tensor(4, 5, seed=0).float()
     capture = plan_capture(Outputs(Inner(5, 3)), [x[i : i + 1] for i in range(4)])
-    assert capture.bytes_per_example(x, 4) >= 2 * 4 * 3
+    assert capture.effort(x, 4).num_bytes >= 2 * 4 * 3
 
 
 def test_what_is_slow_is_said():

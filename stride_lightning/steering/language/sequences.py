@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from stride_lightning.data.examples import Examples, first_batch
 from stride_lightning.data.reading import fingerprint_of, required, survey
 from stride_lightning.runtime.distributed import gather, shard, total
+from stride_lightning.runtime.progress import announce, expect
 from stride_lightning.steering.basis import choose_layers
-from stride_lightning.steering.fit import Answers, Cost, FitOptions, FitRecord
+from stride_lightning.steering.fit import Answers, FitOptions, FitRecord
 from stride_lightning.steering.language.curvature import FEATURE_DAMPING, TokenCurvature, TokenMoments
 from stride_lightning.steering.language.operators import TokenOperators, fit_token_operators, measure_tokens
 from stride_lightning.steering.language.output_space import choose_output_space
 from stride_lightning.steering.language.passes import TrainingPasses
-from stride_lightning.steering.language.tokens import BATCH_BYTES, TokenReader
+from stride_lightning.steering.language.tokens import TokenReader
 from stride_lightning.steering.published.hidden_states import HiddenStateOperators
 from stride_lightning.steering.recovery import check_measurements
 from stride_lightning.steering.subsets import Design
@@ -45,23 +46,6 @@ class Queries:
     measurements: Tensor
     #: Shape ``(q,)``.
     losses: Tensor
-
-
-@dataclass(frozen=True)
-class SequenceCost(Cost):
-    """The cost of language models; the disk is for activations."""
-
-    @property
-    def is_long(self) -> bool:
-        """Whether someone will wait."""
-        return super().is_long or self.disk_bytes > 2**30
-
-    def __str__(self) -> str:
-        disk = f", {self.disk_bytes / 2**20:.0f} MiB of activations on disk" if self.disk_bytes else ""
-        return (
-            f"about {self.seconds:.0f} s to fit, as long for every pass that scores, "
-            f"{self.memory_bytes / 2**20:.0f} MiB of memory whatever the number of sequences{disk}"
-        )
 
 
 class SequenceStride:
@@ -142,19 +126,20 @@ class SequenceStride:
         }
         self.passes = TrainingPasses(self.reader, train, required(texts.num_tokens), self._given.cache_dir, identity)
         if self.passes.cache is not None:
-            self.info["cache_bytes"] = self.passes.cache.num_bytes
+            self.info["cache_bytes"] = size = self.passes.cache.num_bytes
+            announce(
+                f"STRIDE stores {size / 2**20:.0f} MiB of activations in {self._given.cache_dir}.", show=size > 2**30
+            )
 
-    def estimate(self, design: Design | None) -> SequenceCost:
-        """What a fit will take, from the pass over a few sequences."""
-        num_subsets = 0 if design is None else design.num_subsets
-        features, width = sum(self.reader.widths), self.space.width
-        moments = features**2 + (width if self.space.is_diagonal else width**2)
-        num_passes = (not self._is_recorded) + (design is not None)
-        return SequenceCost(
-            seconds=self.passes.seconds_per_sequence * len(self.passes) * num_passes,
-            memory_bytes=24 * moments + 4 * num_subsets * min(features * width, MAX_VALUES) + BATCH_BYTES,
-            disk_bytes=0 if self.passes.cache is None else self.passes.cache.num_bytes,
-        )
+    def expect(self, design: Design | None, num_queries: int) -> None:
+        """Tell the call in progress how many passes will come."""
+        if not self._is_recorded:
+            expect("Statistics", len(self.passes))
+        if design is not None and not self._is_learned:
+            expect("Operators", len(self.passes) * self._given.steps)
+        if num_queries and self._given.recovery in ("closed-form", "prior"):
+            expect("Scores", len(self.passes))
+        expect("Queries", num_queries)
 
     def fit(self, design: Design | None = None, record: Record | None = None) -> None:
         """Sum up all training tokens, or take the sums from a record; then fit the operators of a design, if any."""

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from stride_lightning import CausalLanguageModeling, LanguageStrideAttributor, StrideAttributor, attribute
 from stride_lightning.steering.language import curvature as token_curvature
 from stride_lightning.steering.language import output_space, sequences, tokens
+from stride_lightning.steering.language.activation_cache import ActivationCache
 from stride_lightning.steering.subsets import sample_design
 from tests.helpers.texts import VOCABULARY, Texts, TinyLM, brute_scores, padded
 from tests.helpers.tiny import correlation
@@ -207,16 +208,12 @@ def test_the_model_is_as_it_was(model):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_what_it_takes_is_said_before_long_work(model, monkeypatch, capsys):
-    assert "MiB of memory" not in capsys.readouterr().err
-    ask(model, show_progress=True)
-    assert "MiB of memory" not in capsys.readouterr().err  # nobody waits
-    monkeypatch.setattr(sequences.SequenceCost, "is_long", True)
-    ask(model, show_progress=True)
-    assert "MiB of memory whatever the number of sequences" in capsys.readouterr().err
-    cost = sequences.SequenceCost(seconds=61.2, memory_bytes=3 * 2**20, disk_bytes=2**30)
-    assert str(cost).startswith("about 61 s to fit")
-    assert "1024 MiB of activations on disk" in str(cost)
+def test_the_size_of_a_large_cache_is_printed_first(model, monkeypatch, capsys, tmp_path):
+    ask(model, show_progress=True, cache_dir=tmp_path / "small")
+    assert "MiB of activations" not in capsys.readouterr().err
+    monkeypatch.setattr(ActivationCache, "num_bytes", property(lambda cache: 2**31))
+    ask(model, show_progress=True, cache_dir=tmp_path / "large")
+    assert f"STRIDE stores 2048 MiB of activations in {tmp_path / 'large'}." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cached", [False, True])
