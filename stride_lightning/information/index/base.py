@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -175,7 +176,16 @@ class VectorIndex(ABC):
 
     def check_identity(self, identity: Mapping[str, Any]) -> None:
         """Raise a :class:`VectorIndexError` that names the keys and values that differ from those expected."""
-        differences = checks.differences(checks.as_identity(identity), self.identity)
+        expected = checks.as_identity(identity)
+
+        def value(of: Mapping[str, Any], key: str) -> str:
+            return json.dumps(of[key], sort_keys=True) if key in of else "nothing"
+
+        differences = "; ".join(
+            f"{key!r}: expected {value(expected, key)}, got {value(self.identity, key)}"
+            for key in sorted(expected.keys() | self.identity.keys())
+            if value(expected, key) != value(self.identity, key)
+        )
         if differences:
             raise VectorIndexError(
                 f"{self.name} has another identity; {differences}. Open the index of this model and projection, or "

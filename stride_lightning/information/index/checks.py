@@ -60,19 +60,6 @@ def as_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
         raise TypeError(f"`identity` must be plain JSON values, which {identity!r} is not ({error}).") from error
 
 
-def differences(expected: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
-    """The keys whose values differ between two identities, for a message; empty if none do."""
-
-    def value(of: Mapping[str, Any], key: str) -> str:
-        return json.dumps(of[key], sort_keys=True) if key in of else "nothing"
-
-    return "; ".join(
-        f"{key!r}: expected {value(expected, key)}, got {value(identity, key)}"
-        for key in sorted(expected.keys() | identity.keys())
-        if value(expected, key) != value(identity, key)
-    )
-
-
 def as_column_types(columns: Mapping[str, type]) -> dict[str, type]:
     """Names that LanceDB takes without quotes, and types that both kinds of index hold as they are."""
     for name, kind in columns.items():
@@ -122,7 +109,9 @@ def as_queries(queries: Any, dim: int) -> Floats:
     """A finite float64 matrix with `dim` columns."""
     matrix = _as_matrix(queries, dim, "queries", torch.float64)
     if not (finite := np.isfinite(matrix).all(1)).all():
-        raise ValueError(f"Query {int(np.flatnonzero(~finite)[0])} is not finite: no ranking follows from it.")
+        raise ValueError(
+            f"Query {int(np.flatnonzero(~finite)[0])} is not finite, so it ranks nothing. Mend it or leave it out."
+        )
     return matrix
 
 
@@ -149,19 +138,12 @@ def _as_column(name: str, values: list[Any], kind: type, rows: int) -> NDArray[A
     if len(values) != rows:
         raise ValueError(f"Expected {rows} values of the metadata column {name!r}, got {len(values)}.")
     for value in values:
-        if type(value) is not kind and not (kind is float and type(value) is int):
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if not fits or (kind is int and not -(2**63) <= value < 2**63):
             raise TypeError(
-                f"The metadata column {name!r} holds {kind.__name__}, got {value!r}: convert it, and give a value such "
-                "as '' or -1 where there is none."
+                f"The metadata column {name!r} holds {'int of 64 bits' if kind is int else kind.__name__}, got "
+                f"{value!r}: convert it, and give a value such as '' or -1 where there is none."
             )
-        if kind is int and not -(2**63) <= value < 2**63:
-            raise ValueError(f"The metadata column {name!r} holds integers of 64 bits, got {value}.")
-        if isinstance(value, str) and not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                reason = f"The metadata column {name!r} holds Unicode text, got {value!r} ({error})."
-                raise ValueError(reason) from error
     return np.array(values, object if kind is str else kind)
 
 
@@ -218,7 +200,7 @@ def as_batch(batch: Any) -> tuple[Any, Any, Any]:
 
 
 def listed(positions: Integers) -> str:
-    """A few positions, for a message."""
+    """The first of some positions, for a message."""
     shown = ", ".join(map(str, positions[:5].tolist()))
     more = f" and {len(positions) - 5} more" if len(positions) > 5 else ""
     return f"position{'s' if len(positions) > 1 else ''} {shown}{more}"

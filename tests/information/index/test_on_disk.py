@@ -229,3 +229,13 @@ def test_a_moved_index_opens(filled, tmp_path):
     before = contents(filled)
     shutil.move(filled.path, tmp_path / "moved")
     assert contents(InformationIndex.open(tmp_path / "moved", IDENTITY)) == before
+
+
+def test_text_that_cannot_be_stored_leaves_nothing(tmp_path):
+    index = InformationIndex.create(tmp_path, 2, identity={}, columns={"text": str})
+    with pytest.raises(UnicodeEncodeError):
+        index.add([0, 1], np.ones((2, 2)), {"text": ["a", "\ud800"]})
+    assert len(index) == 0
+    assert index.missing(2).tolist() == [0, 1]
+    index.add([0, 1], np.ones((2, 2)), {"text": ["a", "b"]})
+    assert len(InformationIndex.open(tmp_path)) == 2
