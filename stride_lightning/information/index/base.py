@@ -1,4 +1,4 @@
-"""What all indexes share: they are built from a stream of vectors, and searched exactly by squared inner product."""
+"""The base of all indexes: built from a stream of vectors, searched exactly by squared inner product."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class VectorIndex(ABC):
         """The same of the rows with these handles, sorted, unique and at least one; in any order."""
 
     def add(self, positions: Any, vectors: Any, columns: Mapping[str, Any] | None = None) -> None:
-        """Append some training examples: all of them, or none if anything is wrong.
+        """Append training examples: all of them, or none if anything is wrong.
 
         Args:
             positions: Positions in the training dataset, integers of shape ``(b,)``; each may come once, ever.
@@ -83,15 +83,15 @@ class VectorIndex(ABC):
             columns: ``b`` values for every metadata column.
 
         Raises:
-            ValueError: If shapes do not fit, a value is not finite, a position is negative, twice or there already, or
-                columns are missing or unknown.
+            ValueError: If shapes do not fit, a value is not finite, a position is negative, repeated or in the index
+                already, or columns are missing or unknown.
             TypeError: If a metadata value is of another type than its column.
         """
         rows = checks.as_rows(positions, vectors, columns, self.dim, self.columns)
         if (taken := self._known().holds(rows["position"])).any():
             raise ValueError(
-                "The index already holds, and takes every training example once: "
-                f"{checks.listed(rows['position'][taken])}. Leave them out, or use `build`, which skips them."
+                f"The index already holds {checks.listed(rows['position'][taken])}, and takes every training example "
+                "once. Leave them out, or use `build`, which skips them."
             )
         self._commit([rows])
 
@@ -103,10 +103,10 @@ class VectorIndex(ABC):
         rows_per_commit: int | None = None,
         show_progress: bool = True,
     ) -> int:
-        """Append a stream of batches, and skip the training examples that are there already.
+        """Append a stream of batches, and skip training examples that are in the index already.
 
         Rows are committed in groups, each whole or not at all: a build that was killed continues when it is called
-        again with the same stream. To avoid computing vectors that are there, stream :meth:`missing` positions only.
+        again with the same stream. Stream :meth:`missing` positions only, to compute no vector twice.
 
         Memory: ``4 dim (2 g + 2 b)`` bytes for groups of g rows and batches of b, their metadata, and about two bytes
         for each training example. The default group takes 64 MiB, so 128 MiB are enough for small batches.
@@ -132,8 +132,8 @@ class VectorIndex(ABC):
                 positions = rows["position"]
                 if (repeated := streamed.holds(positions)).any():
                     raise ValueError(
-                        "Every training example may come once in the stream, and these came twice: "
-                        f"{checks.listed(positions[repeated])}."
+                        f"The stream holds {checks.listed(positions[repeated])} twice, and every training example may "
+                        "come once. Does each batch give its positions in the whole dataset?"
                     )
                 streamed.add(positions)
                 new = np.flatnonzero(~known.holds(positions))
@@ -146,7 +146,7 @@ class VectorIndex(ABC):
             return appended + self._commit(pending)
 
     def _commit(self, batches: list[Columns]) -> int:
-        """Append batches as one group, and let go of them; returns the number of rows."""
+        """Append batches as one group, and release them; returns the number of rows."""
         num_rows = sum(len(rows["position"]) for rows in batches)
         if num_rows:
             group = {name: np.concatenate([rows[name] for rows in batches]) for name in batches[0]}
@@ -189,7 +189,7 @@ class VectorIndex(ABC):
         if differences:
             raise VectorIndexError(
                 f"{self.name} has another identity; {differences}. Open the index of this model and projection, or "
-                "build one in a folder of its own."
+                "build one in another folder."
             )
 
     def search(self, queries: Any, k: int = 10, where: Where | None = None) -> Hits:
@@ -209,7 +209,7 @@ class VectorIndex(ABC):
                 is in arrays of objects. It is called for a block of rows at a time.
 
         Raises:
-            ValueError: If a query does not fit, or `where` returns no booleans or looks up a column there is not.
+            ValueError: If a query does not fit, or `where` returns no booleans or looks up an unknown column.
             TypeError: If `where` is not a function.
         """
         check_count("k", k)

@@ -1,4 +1,4 @@
-"""The input of a vector index, checked: rows, queries, conditions, and the identity of what it was made with."""
+"""The input of a vector index, checked: rows, queries, conditions, and the identity of its origin."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _as_positions(positions: Any) -> Integers:
     unique, counts = np.unique(array, return_counts=True)
     if (counts > 1).any():
         raise ValueError(
-            f"Every training example may come once in a batch, and these came twice: {listed(unique[counts > 1])}."
+            f"The batch holds {listed(unique[counts > 1])} twice, and every training example may come once."
         )
     return array
 
@@ -123,8 +123,8 @@ def as_rows(positions: Any, vectors: Any, columns: Any, dim: int, types: Mapping
         raise ValueError(f"Expected a vector for each of {len(positions)} positions, got {len(vectors)}.")
     if not (finite := np.isfinite(vectors).all(1)).all():
         raise ValueError(
-            f"The vectors of {listed(positions[~finite])} are not finite as float32. Find what made them so (a "
-            "leverage at 1? a loss that diverged?) and mend those examples or leave them out."
+            f"The vectors of {listed(positions[~finite])} are not finite as float32. Find the cause (a leverage "
+            "at 1? a loss that diverged?), and mend those examples or leave them out."
         )
     columns = columns or {}
     if set(columns) != set(types):

@@ -1,4 +1,4 @@
-"""LanceDB, as an index uses it: the table's schema, errors that say what to do, columns as arrays."""
+"""LanceDB, as an index uses it: the table's schema, errors with a remedy, columns as arrays."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REPAIR = "Restore the folder from a copy, or delete it and build the index again
 
 
 def table_schema(dim: int, identity: Mapping[str, Any], columns: Mapping[str, type]) -> Any:
-    """The schema of the table, which says in its metadata what the index was made with: one file, one commit."""
+    """The schema of the table, with the arguments of the index in its metadata: one file, one commit."""
     import pyarrow as pa
 
     types = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
@@ -39,7 +39,7 @@ def table_schema(dim: int, identity: Mapping[str, Any], columns: Mapping[str, ty
 
 
 def read_schema(schema: Any) -> dict[str, Any]:
-    """What the index of a table was made with; errors of any kind where the table is not that of an index."""
+    """The arguments of the index of a table; errors of any kind if the table is not that of an index."""
     made = json.loads((schema.metadata or {})[KEY])
     return made | {"columns": {name: COLUMN_TYPES[kind] for name, kind in made["columns"].items()}}
 
@@ -57,7 +57,7 @@ def import_lancedb() -> ModuleType:
 
 
 def is_index(path: str | os.PathLike[str]) -> bool:
-    """Whether there is an index in a folder: a table that was ever committed."""
+    """Whether a folder holds an index: a table that was ever committed."""
     folder = Path(path) / f"{TABLE}.lance" / "_versions"
     return folder.is_dir() and any(folder.glob("*.manifest"))
 

@@ -21,11 +21,10 @@ class InformationIndex(VectorIndex):
     """An index on disk, one row for each training example; memory does not grow with their number.
 
     Rows are appended in groups, each committed whole or not at all: after a kill, call :meth:`build` again. One process
-    may write at a time; any number may read, and see the index as it was when they opened it. Nothing is ever
-    unpickled. Files that are missing or cut are noticed; LanceDB keeps no checksums, so that a bit that flips within a
-    vector is not. LanceDB warns in processes that are forked once it is imported, as the workers of a data loader may
-    be on Linux: they do not touch the index, so the warning is harmless, and ``multiprocessing_context="forkserver"``
-    avoids it.
+    may write at a time; any number may read, and see the index as it was when they opened it. Nothing is unpickled. The
+    index notices files that are missing or cut; LanceDB stores no checksums, so a flipped bit within a vector goes
+    unnoticed. LanceDB warns in processes that are forked after its import, such as the workers of a data loader on
+    Linux. They do not touch the index, so the warning is harmless; ``multiprocessing_context="forkserver"`` avoids it.
 
     Use :meth:`create` and :meth:`open`; needs ``pip install 'stride-lightning[index]'``.
 
@@ -62,14 +61,14 @@ class InformationIndex(VectorIndex):
         columns: Mapping[str, type] | None = None,
         exist_ok: bool = False,
     ) -> InformationIndex:
-        """Make an empty index in a folder, which is made if missing; the other arguments as for :class:`VectorIndex`.
+        """Make an empty index in a folder, and the folder too; the other arguments are those of :class:`VectorIndex`.
 
-        With `exist_ok` an index that is there is opened if it was made with the same arguments.
+        With `exist_ok` an existing index is opened if it was made with the same arguments.
 
         Raises:
             ModuleNotFoundError: If LanceDB is not installed.
             FileExistsError: If there is an index and `exist_ok` is false.
-            VectorIndexError: If the index that is there is another one, or damaged.
+            VectorIndexError: If the existing index has other arguments, or is damaged.
         """
         lancedb = lance.import_lancedb()
         path = Path(path)
@@ -83,12 +82,12 @@ class InformationIndex(VectorIndex):
             if (there.dim, there.columns) != (index.dim, index.columns):
                 raise VectorIndexError(
                     f"{there.name} has dim={there.dim} and columns {lance.named(there.columns)}; expected "
-                    f"dim={dim} and {lance.named(index.columns)}. Build another one in a folder of its own."
+                    f"dim={dim} and {lance.named(index.columns)}. Build another one in another folder."
                 )
             return there
         folder = path / f"{lance.TABLE}.lance"
         if any(folder.glob("data/*")):
-            raise VectorIndexError(f"{index.name} has data and no version that says what they are. {lance.REPAIR}")
+            raise VectorIndexError(f"{index.name} has data but no version that describes them. {lance.REPAIR}")
         path.mkdir(parents=True, exist_ok=True)
         # A creation that was killed leaves a folder without a version and without data, which is overwritten.
         mode = "overwrite" if folder.exists() else "create"
@@ -98,11 +97,11 @@ class InformationIndex(VectorIndex):
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], identity: Mapping[str, Any] | None = None) -> InformationIndex:
-        """Open the index in a folder; one of another identity, if that is given, is refused.
+        """Open the index in a folder; if an identity is given, refuse an index of another one.
 
         Raises:
             ModuleNotFoundError: If LanceDB is not installed.
-            FileNotFoundError: If there is no index.
+            FileNotFoundError: If the folder holds no index.
             VectorIndexError: If the index is damaged, of a later layout, or of another identity.
         """
         lancedb = lance.import_lancedb()
@@ -139,18 +138,18 @@ class InformationIndex(VectorIndex):
         """
         self._refresh()
         with self._writing(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what the docstring says
+            warnings.simplefilter("ignore")  # LanceDB warns of readers, as the docstring does
             self._table.optimize(cleanup_older_than=timedelta(0), delete_unverified=True)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Errors explained, and the version that is written known as this process's."""
+        """Explain errors, and remember the version that this process writes."""
         with lance.explained(self.path):
             yield
             self._version = self._table.version
 
     def _refresh(self) -> None:
-        """Look at the newest version, which another process may have written."""
+        """Check out the newest version, which another process may have written."""
         with lance.explained(self.path):
             self._table.checkout_latest()
             if self._table.version != self._version:
@@ -171,7 +170,7 @@ class InformationIndex(VectorIndex):
                 self._positions = None
                 raise VectorIndexError(
                     f"Another process has written to the index '{self.path}', and one may write at a time. Build again "
-                    "when it is done: that skips the rows that are there."
+                    "when it is done, which skips the rows that are there."
                 )
             self._table.add(data)
 

@@ -42,8 +42,8 @@ def build_index(
 ) -> InformationIndex | MemoryIndex:
     """One vector for each training example, the variance correction folded in, made batch by batch.
 
-    A build on disk that was killed continues, and an index of fewer examples is added to: vectors that are there are
-    not computed again. The index must be of the same weights, features and prior; a loss must also be of the same data.
+    Call it again to continue a build on disk that was killed, or to add examples: vectors in the index are not computed
+    again. The index must be of the same weights, features and prior, and for a loss of the same data.
 
     Memory beyond the attributor and its batch of b gradients: on disk at most ``4 k (2 g + 3 b)`` bytes for vectors of
     length k, where a group of g vectors takes 64 MiB, so about 128 MiB; in memory ``4 n k`` bytes for the n vectors
@@ -52,14 +52,14 @@ def build_index(
     Args:
         attributor: Fitted, with one output per example: ``likelihood="margin"``, or a model with a single output.
         path: Folder of the index, which needs ``stride-lightning[index]``; None for one in memory.
-        form: Which information its vectors give; by default that of the attributor. ``"copy"`` is what one more copy of
-            an example would tell, given all data.
+        form: Which information its vectors give; by default that of the attributor. ``"copy"`` is the
+            information of one more copy of an example, given all data.
         columns: Your own columns, one value per training example in reading order: str, int, float or bool.
 
     Raises:
         TypeError: If the first argument is not an information attributor, or columns are not a mapping.
         ValueError: If examples have several outputs, or columns are of another length.
-        VectorIndexError: If there is an index of something else at the path.
+        VectorIndexError: If the path holds an index of other weights, features, prior or data.
 
     Example:
         >>> import torch
@@ -146,7 +146,7 @@ def search_index(
 
 
 def _check_attributor(attributor: Any, call: str) -> None:
-    """Refuse what is not a fitted information attributor."""
+    """Refuse anything but a fitted information attributor."""
     if not isinstance(attributor, InformationAttributor):
         raise TypeError(
             f"{call}() expects a fitted information attributor as its first argument, got {_kind(attributor)}. Make "
@@ -160,6 +160,6 @@ def _kind(value: Any) -> str:
 
 
 def _expected_identity(attributor: InformationAttributor, form: Form, made_with: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity that an index should have; one of gains may grow: its first data must agree."""
+    """The identity that an index should have. An index of gains may grow, so only its first data must agree."""
     data = made_with.get("data")
     return attributor.identity(form, data.get("num_examples") if form == "gain" and isinstance(data, dict) else None)

@@ -107,7 +107,7 @@ def test_two_writers_are_noticed(tmp_path):
     first.add([0], np.ones((1, 2)))
     second = InformationIndex.open(tmp_path)
     second.add([1], np.ones((1, 2)))
-    with pytest.raises(ValueError, match=r"already holds, .*: position 1. Leave"):
+    with pytest.raises(ValueError, match=r"already holds position 1, .* Leave"):
         first.add([1], np.ones((1, 2)))
 
     def interrupted():
@@ -195,7 +195,7 @@ def test_damaged_index_is_refused_by_name(filled, pattern, how):
 def test_data_without_a_version_are_not_overwritten(filled):
     damage(filled.path, "_versions/*.manifest", "removed")
     for exist_ok in (False, True):
-        with pytest.raises(VectorIndexError, match="has data and no version that says what they are"):
+        with pytest.raises(VectorIndexError, match="has data but no version that describes them"):
             InformationIndex.create(filled.path, 16, identity=IDENTITY, columns=COLUMNS, exist_ok=exist_ok)
 
 
