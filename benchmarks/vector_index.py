@@ -3,10 +3,10 @@
 Protocol. Vectors come from a stream that never holds them all: clusters with noise, random signs and spread-out norms,
 drawn block by block from a seed. The index is built in a process of its own, which prints its resident memory every
 100,000 rows; with ``--kill-at 0.5`` that process is killed when half of the rows have been streamed, and started again.
-What is in the index is then compared with the stream: every position once, and the ten best of 50 queries against a
-search through the stream itself. Then, in a fresh process: the exact search, for all queries together and one at a
-time; the approximate index; and the approximate search one query at a time, with its recall@10 against the exact one.
-Times are of the wall clock, with the files in the page cache after the first pass, which is not counted.
+The index is then compared with the stream: every position once, and the ten best of 50 queries against a search through
+the stream itself. Then, in a fresh process for an index on disk and one in memory each: the search for all queries
+together, one query at a time, and with a filter that 1 % and 50 % of the rows pass. Times are of the wall clock, with
+the files in the page cache after the first pass, which is not counted.
 """
 
 import argparse
@@ -20,10 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
+from stride_lightning.information.index.in_memory import MemoryIndex
 from stride_lightning.information.index.on_disk import InformationIndex
 
 BLOCK, PRINTED = 10_000, 100_000
 IDENTITY = {"weights": "benchmark", "projection": "none"}
+COLUMNS = {"cluster": int, "path": str}
 
 
 def memory():
@@ -60,9 +62,7 @@ def make_queries(count, rows, dim):
 
 
 def build(args):
-    index = InformationIndex.create(
-        args.path, args.dim, identity=IDENTITY, columns={"cluster": int, "path": str}, exist_ok=True
-    )
+    index = InformationIndex.create(args.path, args.dim, identity=IDENTITY, columns=COLUMNS, exist_ok=True)
     print(f"  {len(index):>9,} rows in the index at the start, {memory():6.0f} MB resident", flush=True)
     started = time.perf_counter()
 
@@ -116,40 +116,37 @@ def one_at_a_time(search, queries):
     return hits, f"p50 {p50:7.1f} ms, p99 {p99:7.1f} ms"
 
 
+def together(search, queries):
+    started = time.perf_counter()
+    hits = search(queries).positions.tolist()
+    seconds = time.perf_counter() - started
+    return hits, f"{seconds:.1f} s, {seconds / len(queries) * 1e3:.1f} ms each"
+
+
 def query(args):
-    index = InformationIndex.open(args.path, IDENTITY)
+    if args.stage == "memory":
+        index = MemoryIndex(args.dim, IDENTITY, COLUMNS)
+        index.build(stream(args.rows, args.dim), args.rows, show_progress=False)
+    else:
+        index = InformationIndex.open(args.path, IDENTITY)
     queries = make_queries(args.queries, args.rows, args.dim)
     index.search(queries[:1])
-    print(f"resident before searching: {memory():.0f} MB", flush=True)
-    started = time.perf_counter()
-    exact = index.search(queries).positions.tolist()
-    seconds = time.perf_counter() - started
-    print(
-        f"exact, {len(queries)} queries together: {seconds:.1f} s, {seconds / len(queries) * 1e3:.1f} ms each",
-        flush=True,
-    )
-    some = queries[: args.exact_queries]
+    print(f"{type(index).__name__}: resident {memory():.0f} MB", flush=True)
+    hits, text = together(index.search, queries)
+    print(f"  {len(queries)} queries together: {text}; resident {memory():.0f} MB", flush=True)
+    some = queries[: args.single_queries]
     again, text = one_at_a_time(index.search, some)
-    print(f"exact, {len(some)} queries one at a time: {text}; same hits: {again == exact[: len(some)]}", flush=True)
+    print(f"  {len(some)} queries one at a time: {text}; same hits: {again == hits[: len(some)]}", flush=True)
+    num_clusters = len(centres(args.rows, args.dim))
+    for share in (0.01, 0.5):
 
-    started = time.perf_counter()
-    index.create_ann()
-    print(f"approximate index made in {time.perf_counter() - started:.1f} s; resident {memory():.0f} MB", flush=True)
-    index.search(queries[:1], exact=False)
-    for nprobes, refine in ((5, 20), (20, 10), (20, 20), (60, 20)):
-        options = {"exact": False, "nprobes": nprobes, "refine_factor": refine}
-        found, text = one_at_a_time(lambda query, options=options: index.search(query, **options), queries)
-        started = time.perf_counter()
-        index.search(queries, **options)
-        together = (time.perf_counter() - started) / len(queries) * 1e3
-        recall = np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found, exact, strict=True)])
-        print(
-            f"approximate, nprobes {nprobes:>2}, refine_factor {refine}: recall@10 {recall:.3f}, {text}; "
-            f"together {together:.1f} ms each",
-            flush=True,
-        )
-    _, text = one_at_a_time(lambda query: index.search(query, where="cluster < 10", exact=False), queries[:100])
-    print(f"approximate, with a filter that 1 % of rows pass, 100 queries: {text}; resident {memory():.0f} MB")
+        def filtered(queries, limit=int(share * num_clusters)):
+            return index.search(queries, where=lambda columns: columns["cluster"] < limit)
+
+        _, text = one_at_a_time(filtered, some)
+        print(f"  with a filter that {share:.0%} of the rows pass, one at a time: {text}", flush=True)
+        _, text = together(filtered, queries)
+        print(f"    together: {text}; resident {memory():.0f} MB", flush=True)
 
 
 def size(path):
@@ -162,13 +159,13 @@ def main():
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--queries", type=int, default=1000)
-    parser.add_argument("--exact-queries", type=int, default=100, help="of these, searched exactly one at a time")
+    parser.add_argument("--single-queries", type=int, default=100, help="of these, searched one at a time")
     parser.add_argument("--kill-at", type=float, help="share of the rows after which the build is killed once")
     parser.add_argument("--path", help="folder of the index; a temporary one by default")
-    parser.add_argument("--stage", choices=["build", "check", "query", "all"], default="all")
+    parser.add_argument("--stage", choices=["build", "check", "query", "memory", "all"], default="all")
     args = parser.parse_args()
     if args.stage != "all":
-        {"build": build, "check": check, "query": query}[args.stage](args)
+        {"build": build, "check": check, "query": query, "memory": query}[args.stage](args)
         return
     with tempfile.TemporaryDirectory() as folder:
         args.path = args.path or str(Path(folder) / "index")
@@ -177,8 +174,8 @@ def main():
             run_build(args, args.kill_at * args.rows)
         run_build(args)
         print(f"on disk: {size(args.path)}", flush=True)
-        for stage in ("check", "query"):
-            options = ["--queries", args.queries, "--exact-queries", args.exact_queries]
+        for stage in ("check", "query", "memory"):
+            options = ["--queries", args.queries, "--single-queries", args.single_queries]
             command = [
                 __file__,
                 "--stage",
@@ -192,7 +189,6 @@ def main():
                 *options,
             ]
             subprocess.run([sys.executable, *map(str, command)], check=True)
-        print(f"on disk with the approximate index: {size(args.path)}")
 
 
 if __name__ == "__main__":

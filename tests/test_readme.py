@@ -70,7 +70,7 @@ def test_every_block_runs(tmp_path, monkeypatch):
     assert (names["loss"].scores >= 0).all()
     assert names["different"].proponents.shape == (5, 5)
     assert len(names["subset"].unique()) == 10
-    assert (names["found"].positions % 3 != 0).all()
+    assert (names["retrieved"].positions % 3 != 0).all()
     assert names["sure"].std.shape == names["summed"].scores.shape == (3, 12)
     assert "noise ceiling" in str(names["evaluation"])
 

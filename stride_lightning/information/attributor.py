@@ -1,4 +1,4 @@
-"""method="information-loss" and "information-gain": what an example contributes to knowing a query, in nats."""
+"""method="information-loss" and "information-gain": how much an example tells of a query, in nats."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import gather, total
 from stride_lightning.tasks.likelihoods import Regression
 
-#: Bytes of the features of training examples that are kept between calls.
+#: Bytes of the features of training examples that are held between calls.
 KEPT_BYTES = 2**29
 #: Diverse examples are chosen among this many, or among this many for each of them.
 NUM_CANDIDATES, CANDIDATES_EACH = 500, 10
@@ -40,14 +40,14 @@ _SIGNAL_TO_NOISE = 1e6
 
 
 class InformationAttributor(PlannedAttributor):
-    r"""What both share: a Gaussian process on tangent features, whose posterior says what is known of a query.
+    r"""The base of both methods: a Gaussian process on tangent features, whose posterior describes each query.
 
     The model is linearised at its weights, which have a Gaussian prior and a posterior given the training data. Scores
     are **unsigned**, in nats of the entropy of the predicted output of a query: they say how much an example tells of
-    it, not whether it helps. No labels enter, but through the weights.
+    it, not whether it helps. Labels enter through the weights only.
 
     Memory beyond the model: ``24 k^2`` bytes for k features, ``4 C k`` for each query, the features of the training
-    examples (``4 n C k`` bytes, if that is at most 512 MiB, else they are made again in every pass), and ``4 q n`` for
+    examples (``4 n C k`` bytes, up to 512 MiB; beyond that every pass computes them again), and ``4 q n`` for
     the scores.
 
     Args:
@@ -58,7 +58,7 @@ class InformationAttributor(PlannedAttributor):
         signed: Give scores the sign of the first-order influence: positive where the example lowers the query's loss.
         kwargs: Arguments of :class:`~stride_lightning.gradients.planned.PlannedAttributor`.
 
-    Reference: arXiv:2604.03858, with derivations of our own.
+    Reference: arXiv:2604.03858. The derivations are this library's.
     """
 
     #: Which information.
@@ -82,8 +82,8 @@ class InformationAttributor(PlannedAttributor):
         self.projection_dim, self.signed = check_count("projection_dim", projection_dim), signed
         self.ridge = None if ridge is None else check_ridge(ridge)
         if self.ridge == 0 and self.form == "gain":
-            raise ValueError("A gain is relative to a prior, and `ridge=0` is none: give a positive number.")
-        #: How probable each prior precision is, where it was not given.
+            raise ValueError("A gain is relative to a prior, and `ridge=0` means no prior: give a positive number.")
+        #: How probable each prior precision is; None where the caller gave the ridge.
         self.evidence: Evidence | None = None
 
     @override
@@ -127,7 +127,7 @@ class InformationAttributor(PlannedAttributor):
 
     def _choose_ridge(self, gram: Tensor, losses: float) -> float:
         weights = sum(float(weight.detach().double().square().sum()) for weight in self.capture.parameters.values())
-        # The noise of labels is that of their distribution; that of a regression is unknown.
+        # The distribution of labels gives their noise; the noise of a regression is unknown.
         noise = None if isinstance(self.task, Regression) else 1.0
         num_rows = len(self.train_data) * self.num_outputs
         self.evidence = fit_evidence(gram, weights, 2 * losses, num_rows, noise_variance=noise)
@@ -173,18 +173,18 @@ class InformationAttributor(PlannedAttributor):
         return (batch.between(columns) for batch in self.tangents.batches(self.reader, share, "Information"))
 
     def diverse(self, attribution: AttributionResult, k: int | None = None) -> TopExamples:
-        """Training examples chosen one after the other, each for what it tells beyond those before it: no near-copies.
+        """Training examples chosen one after the other, each for the information it adds: no near-copies.
 
-        They are chosen from the 500 (or ``10 k``) with the highest scores, as if their labels had no noise. Every
-        process must call it.
+        The candidates are the 500 (or ``10 k``) with the highest scores. The choice treats labels as if they had no
+        noise. Every process must call it.
 
         Args:
-            attribution: What :meth:`attribute` returned, of this attributor or of one that was fitted alike; a loaded
-                one needs its queries: ``Attribution.load(path, queries=queries)``.
+            attribution: The result of :meth:`attribute`, of this attributor or of one that was fitted alike. A loaded
+                attribution needs its queries: ``Attribution.load(path, queries=queries)``.
             k: How many for each query, by default 10; all examples if there are fewer.
 
         Returns:
-            Positions in the training dataset and what each adds, in nats, each of shape ``(num_queries, k)``; there are
+            Positions in the training dataset and the nats that each adds, both of shape ``(num_queries, k)``; there are
             no opponents.
 
         Raises:
@@ -195,20 +195,22 @@ class InformationAttributor(PlannedAttributor):
         wanted = min(attribution.num_train, max(NUM_CANDIDATES, CANDIDATES_EACH * size))
         if attribution.num_ranked < wanted:
             raise ValueError(
-                f"diverse() chooses among the {wanted} strongest of each query, and {attribution.num_ranked} are held: "
-                f"attribute with `top_k={wanted}`, or without."
+                f"diverse() chooses among the {wanted} strongest of each query, and the attribution holds "
+                f"{attribution.num_ranked}: attribute with `top_k={wanted}`, or without `top_k`."
             )
         candidates = attribution.top_columns(wanted).proponents
         with self.borrowed_model() as (model, device):
             reader = self.read(model, queries, device, attribution.metadata["target"])
             is_whole = len(queries) == attribution.metadata["num_queries"]
             if is_whole and reader.fingerprint != attribution.metadata["query_data"]:
-                raise ValueError("The attribution was loaded with other queries than it is of: give it those.")
+                raise ValueError(
+                    "The attribution was loaded with other queries: load it with the queries that it was computed for."
+                )
             query_rows = torch.cat([batch.rows for batch in self.tangents.batches(reader, as_queries=True)])
             every, places = candidates.unique(return_inverse=True)
             chosen = self.read(model, self.train_data.subset(every.tolist()), device, "label")
             features = torch.cat([batch.rows for batch in self.tangents.batches(chosen)])
-        # As if seen without the noise of their labels: a copy would halve it, and so seem to tell something new.
+        # As if labels had no noise: a copy would halve that noise, and so seem to tell something new.
         mean = self.metadata["posterior"]["mean_squared_feature"]
         features = features * (_SIGNAL_TO_NOISE * self.posterior.ridge / mean if mean > 0 else 1.0) ** 0.5
         columns, gains = [], []
@@ -221,29 +223,31 @@ class InformationAttributor(PlannedAttributor):
         return top.renamed(attribution.train_indices)
 
     def _checked_queries(self, attribution: AttributionResult) -> Examples:
-        """The queries of an attribution, if it is one of what this attributor was fitted to."""
+        """The queries of an attribution, which must be of the model and data that this attributor was fitted to."""
         self.check_fitted("diverse(attribution)")
         if self.signed:
             raise ValueError(
-                "diverse() needs scores that say how much an example tells, and signed ones say whether it helps: "
-                "attribute without `signed`."
+                "diverse() needs unsigned scores: how much an example tells. Signed scores say whether it helps. "
+                "Make the attributor without `signed=True`."
             )
         names = ("method", "weights", "data", "task", "seed", "options")
         others = [name for name in names if attribution.metadata.get(name) != self.metadata.get(name)]
         if others:
             raise ValueError(
-                f"The attribution is not of what this attributor was fitted to: other {', '.join(others)}. Give "
-                "diverse() what attribute(queries) of this attributor returns."
+                f"The attribution is not of the model, data and options of this attributor. These differ: "
+                f"{', '.join(others)}. Give diverse() the result of attribute(queries) of this attributor."
             )
         if attribution.queries is None:
-            raise ValueError("The attribution holds no queries: load it with `queries=`.")
+            raise ValueError(
+                "The attribution holds no queries: load it with `Attribution.load(path, queries=queries)`."
+            )
         return attribution.queries
 
     def coreset(self, size: int) -> Coreset:
         """Training examples chosen one after the other for most information about all weights; needs :meth:`fit`.
 
         A greedy set has at least 63 % of the information of the best set of its size. Every process must call it, and
-        does all of it; memory: ``8 n C k`` bytes. Places of the coreset are positions in the training dataset.
+        computes all of it. Memory: ``8 n C k`` bytes. Places of the coreset are positions in the training dataset.
         """
         self.check_fitted("coreset()")
         check_count("size", size, maximum=len(self.train_data))
@@ -256,7 +260,7 @@ class InformationAttributor(PlannedAttributor):
 
     @override
     def score_training_data(self, model: nn.Module, device: torch.device) -> Tensor:
-        # As queries, examples of many outputs are looked at along other directions than as training examples.
+        # Queries combine many outputs along other directions than training examples do.
         batches = self.tangents.batches(self.reader, self.share, "Self-influence", as_queries=True)
         queries = None if self.tangents.is_exact else torch.cat([batch.rows for batch in batches])
         parts = []
@@ -272,7 +276,7 @@ class InformationAttributor(PlannedAttributor):
         return self.tangents.num_rows, self.tangents.dim
 
     def vectors(self, places: Tensor, form: Form | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Vectors of the training examples at some places, by the method's form or another one.
+        """Vectors of the training examples at some places, in the method's form or another.
 
         Yields:
             Some of the places, ``(b,)``, and the vectors of :func:`index_vectors`, ``(b, C, k)`` on the CPU.
@@ -292,9 +296,9 @@ class InformationAttributor(PlannedAttributor):
             return torch.cat([query_vectors(batch.rows, self.posterior, form or self.form).cpu() for batch in batches])
 
     def identity(self, form: Form | None = None, num_train: int | None = None) -> dict[str, Any]:
-        """Plain values that decide the vectors: the weights, the features, the prior and the data.
+        """Plain values that determine the vectors: the weights, the features, the prior and the data.
 
-        The data are all training examples, or the first `num_train`: all that an index of gains need know of.
+        The data are all training examples, or the first `num_train`, which are enough for an index of gains.
         """
         form, data = form or self.form, self.metadata["data"]
         if num_train is not None and num_train < len(self.train_data):
@@ -312,12 +316,12 @@ class InformationAttributor(PlannedAttributor):
         }
         if form == "gain" or data["content"] is not None:
             return identity
-        # Under random augmentation the data are known by shapes and targets only: their features tell more.
+        # Random augmentation leaves only shapes and targets to identify the data by: their features tell more.
         return identity | {"mean_squared_feature": f"{self.metadata['posterior']['mean_squared_feature']:.3g}"}
 
 
 class InformationLossAttributor(InformationAttributor):
-    """Information loss: how much less would be known of a query without the example, in nats.
+    """Information loss: how much less the model would know of a query without the example, in nats.
 
     ``1/2 log(1 + c^2 / ((1 - s) (1 + v)))`` for one output, with the posterior covariance c of example and query and
     their variances s and v. One of several copies of an example scores low, since the others tell the same.
@@ -327,7 +331,7 @@ class InformationLossAttributor(InformationAttributor):
 
 
 class InformationGainAttributor(InformationAttributor):
-    """Information gain: how much the example alone tells of a query, before any other is known, in nats.
+    """Information gain: how much the example alone tells of a query, before any other is seen, in nats.
 
     ``-1/2 log(1 - c^2 / ((1 + s) (1 + v)))`` for one output, with covariances of the prior: the squared cosine of the
     two gradients, damped by the ridge.

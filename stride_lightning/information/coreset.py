@@ -12,7 +12,7 @@ from stride_lightning.information.greedy import TIE, first_best
 from stride_lightning.information.posterior import Posterior, check_features
 from stride_lightning.runtime.checks import check_count
 
-_BATCH = 64  # examples whose gains are brought up to date together
+_BATCH = 64  # examples whose gains are updated together
 
 
 class Coreset(NamedTuple):
@@ -20,9 +20,9 @@ class Coreset(NamedTuple):
 
     #: Rows of the features, shape ``(size,)``.
     places: Tensor
-    #: What each adds to those before, in nats, float64 of the same shape; never increasing.
+    #: The nats that each adds to those before, float64 of the same shape; never increasing.
     gains: Tensor
-    #: How many gains were computed, of the ``n * size`` that plain greedy choice takes.
+    #: How many gains were computed; plain greedy choice computes ``n * size``.
     num_updates: int
 
 
@@ -31,9 +31,9 @@ def choose_coreset(features: Tensor, size: int, posterior: Posterior) -> Coreset
 
     The information of a set, ``1/2 logdet(I + B_S A^-1 B_S')``, is monotone and submodular: a greedy set of any size
     has at least ``1 - 1/e`` (63 %) of that of the best one. Choice is lazy: gains only shrink, so an example is looked
-    at again only when its last gain is above all that are known. Ties go to the first. No labels enter.
+    at again only when its last gain exceeds all current ones. Ties go to the first. Labels are not used.
 
-    Features are noise-whitened, shape ``(n, C, k)``; the posterior is what is known already. Memory:
+    Features are noise-whitened, shape ``(n, C, k)``; the posterior holds the data seen so far. Memory:
     ``O(n (k + C^2) + size C k)``. Gains add up to the information of the whole set.
 
     Example:
@@ -51,7 +51,7 @@ def choose_coreset(features: Tensor, size: int, posterior: Posterior) -> Coreset
     bounds = _gains(variance)
     fresh = torch.ones(num_train, dtype=torch.bool, device=bounds.device)
     left = fresh.clone()
-    # How many rows of the basis each variance has been brought up to.
+    # How many rows of the basis each variance accounts for.
     seen = torch.zeros(num_train, dtype=torch.int64, device=bounds.device)
     # The posterior covariance in whitened space is I - basis' basis, one block of rows per choice.
     basis = variance.new_zeros(size * num_outputs, whitened.shape[2])

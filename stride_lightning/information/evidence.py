@@ -1,4 +1,4 @@
-"""Noise and prior by the evidence: how probable the targets are under a ridge, all weights averaged over."""
+"""Noise and prior by the evidence: how probable the targets are under a ridge, averaged over all weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from stride_lightning.runtime.checks import check_positive
 
 _GRID = 97  # ridges of the whole profile, eight a decade
-_FINE = 61  # further ones about the best, where many data decide within a step of the others
+_FINE = 61  # further ones around the best: with many data the peak lies between two steps of the grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,11 +28,11 @@ class Evidence:
     Args:
         ridge: Prior precision of a weight in units where the noise is 1: the ridge of a :class:`Posterior` of the
             same features.
-        noise_variance: That of the targets.
-        log_evidence: In nats, at this ridge and noise; of a classification, up to a constant.
+        noise_variance: Noise variance of the targets.
+        log_evidence: In nats, at this ridge and noise; for a classification, up to a constant.
         ridges: The grid of the profile, float64 ``(g,)``.
-        log_evidences: Its nats, the noise variance that suits each ridge best unless it was given.
-        num_rows: How many numbers the targets are.
+        log_evidences: Nats of the profile, each at the best noise variance for its ridge unless the noise was given.
+        num_rows: Number of target values.
         num_effective: Number of weights that the data determine rather than the prior, ``sum S / (S + ridge)``.
         at_edge: ``"lower"`` or ``"upper"`` where the evidence is largest at an end of the grid.
     """
@@ -56,7 +56,7 @@ class Evidence:
         return {name: getattr(self, name) for name in ("noise_variance", "log_evidence", "num_effective", "at_edge")}
 
     def plot(self) -> Figure:
-        """The profile: nats below the best over the ridge; needs matplotlib, not pyplot: ``savefig`` writes it."""
+        """The profile: nats below the best, over the ridge. Needs matplotlib, without pyplot; ``savefig`` writes it."""
         from stride_lightning.views.drawing import GREEN, INK, blank_figure, style_axes
 
         figure = blank_figure(4.8, 3.0)
@@ -95,15 +95,15 @@ def fit_evidence(
     .. math:: -\frac{1}{2} \Big( N \log 2 \pi s^2 + \frac{|r|^2 + \mathrm{ridge} \, |w|^2}{s^2}
               + \log \det (I + X'X / \mathrm{ridge}) \Big)
 
-    The best s2 of each ridge is known in closed form. Ridges from 1e-8 to 1e4 times the largest eigenvalue are tried,
-    then refined; a ``UserWarning`` says what it means if the best is at an end.
+    The best s2 of each ridge has a closed form. The grid holds ridges from 1e-8 to 1e4 times the largest eigenvalue,
+    and is then refined around the best. If the best is at an end, a ``UserWarning`` explains its meaning.
 
     Args:
         gram: ``X'X`` over all data, shape ``(k, k)``.
         squared_norm: ``|w|^2``, of all weights that the features stand for.
         squared_residuals: ``|r|^2``, twice the sum of losses in units where the noise is 1.
-        num_rows: N, how many numbers the targets are.
-        noise_variance: Fix it: 1 for classifications, whose noise is that of their labels. By default it is estimated.
+        num_rows: N, the number of target values.
+        noise_variance: A fixed value: 1 for classifications, where the labels give the noise. Estimated by default.
 
     Raises:
         ValueError: If all features or all weights are zero, or not finite.
@@ -121,7 +121,7 @@ def fit_evidence(
         raise ValueError("Features, weights or losses hold NaN or infinite values: did training diverge?")
     if squared_norm <= 0 or float(gram.trace()) <= 0:
         raise ValueError(
-            f"All {'features' if squared_norm > 0 else 'weights'} are zero, so no ridge is more probable than another: "
+            f"All {'features' if squared_norm > 0 else 'weights'} are zero, so every ridge is equally probable: "
             "give `ridge=`."
         )
     values = np.linalg.eigvalsh(gram.double().cpu().numpy())
@@ -146,9 +146,9 @@ def fit_evidence(
         profile = np.array([evaluated(ridge)[0] for ridge in ridges])
     else:
         at_edge = "lower" if best == 0 else "upper"
-        meaning = "so small beside what the data tell of them that no prior is needed."
+        meaning = "so well determined by the data that they need no prior."
         if at_edge == "upper":
-            meaning = "so large that nothing the data tell of them counts: are the features those of this model?"
+            meaning = "so large that the data hardly count. Are the features those of this model?"
         warnings.warn(
             f"The evidence is largest at the {at_edge} end of the ridges, {ridge:.3g}: the weights are {meaning} "
             "Give `ridge=`.",

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from stride_lightning.information.posterior import Posterior
 
-#: ``"loss"``: lost about a query when the example is removed from the data. ``"gain"``: told by the example when
-#: nothing else is known. ``"copy"``: told by one more copy of it, given the data.
+#: ``"loss"``: information about a query lost when the example is removed from the data. ``"gain"``: told by the example
+#: when nothing else is known. ``"copy"``: told by one more copy of the example, given the data.
 Form: TypeAlias = Literal["loss", "gain", "copy"]
 
 #: A share of at least this of an example's outputs is left to noise, however alone the example stands.
@@ -18,7 +18,7 @@ MARGIN = 1e-6
 
 
 def index_vectors(features: Tensor, posterior: Posterior, form: Form = "loss") -> Tensor:
-    """Training examples as vectors to be stored: ``(I - S)^(-1/2) B L``, or with ``I + S`` for the gains.
+    """Training examples as vectors to store: ``(I - S)^(-1/2) B L``, or with ``I + S`` for the gains.
 
     ``A^-1 = L L'`` is the posterior (the prior for a gain), ``S = B A^-1 B'`` the variance of the example's outputs.
     With the vectors ``x`` of :func:`query_vectors`, one output each, information is a function of ``(x . y)^2``: an
@@ -27,11 +27,11 @@ def index_vectors(features: Tensor, posterior: Posterior, form: Form = "loss") -
     loss is at least ``1/2 log(1 + t)`` and at most ``r/2 log(1 + t / r)``, r the smaller number of outputs.
 
     Features are noise-whitened, of shape ``(b, C, k)``, for a loss among the data of the posterior; so are the vectors,
-    of the features' precision (float32 at least). In a loss, eigenvalues of ``S`` are taken as ``1 - 1e-6`` at most:
-    what an example alone determines is worth 6.6 nats, not infinitely many.
+    of the features' precision (float32 at least). In a loss, eigenvalues of ``S`` are at most ``1 - 1e-6``:
+    an output that one example alone determines is worth 6.6 nats, not infinitely many.
 
     Raises:
-        ValueError: If an example cannot be among the data of the posterior, or there is no such form.
+        ValueError: If an example cannot be among the data of the posterior, or the form is unknown.
 
     Example:
         >>> train = torch.tensor([[[1.0, 0.0]], [[0.0, 2.0]]])
@@ -64,8 +64,8 @@ def _scaled(noise: Tensor, whitened: Tensor, features: Tensor) -> Tensor:
 def nats(products: Tensor, form: Form = "loss") -> Tensor:
     """Information from inner products X of query and index vectors: ``+-1/2 logdet(I +- X X')``, plus for a loss.
 
-    Of products ``(..., C', C)``, outputs of a query by outputs of a training example, to nats ``(...)``. Precise
-    however small it is; a gain of one output is resolved up to 8 nats in float32 and 18 in float64.
+    Of products ``(..., C', C)``, outputs of a query by outputs of a training example, to nats ``(...)``. The
+    smallest values are precise; a gain of one output is resolved up to 8 nats in float32 and 18 in float64.
 
     Example:
         >>> nats(torch.tensor([[1.0]])), nats(torch.tensor([[0.5]]), "gain")
@@ -78,7 +78,7 @@ def nats(products: Tensor, form: Form = "loss") -> Tensor:
     squares = [[(row * other).sum(0) for other in outputs[: place + 1]] for place, row in enumerate(outputs)]
     sign, least = (1.0, 0.0) if form == "loss" else (-1.0, torch.finfo(products.dtype).eps - 1)
     total = outputs.new_zeros(outputs.shape[2:])
-    # Pivots of I +- X X' less one, by elimination: of the size of X X', they are never lost beside the one.
+    # Pivots of I +- X X' minus one, by elimination: the one would absorb small entries of X X'.
     for place in range(len(squares)):
         pivot = (sign * squares[place][place]).clamp(min=least)
         total += sign * pivot.log1p()
@@ -91,26 +91,26 @@ def nats(products: Tensor, form: Form = "loss") -> Tensor:
 
 
 def known(posterior: Posterior, form: Form) -> Posterior:
-    """What is known before the example comes or goes: the data, or for a gain nothing."""
+    """The posterior before the example is added or removed: that of the data, or for a gain the prior."""
     if form not in get_args(Form):
         raise ValueError(f"`form` must be one of {', '.join(get_args(Form))}; got {form!r}.")
     return posterior.prior() if form == "gain" else posterior
 
 
 def check_members(variance: Tensor) -> None:
-    """Refuse variances ``(b, C, C)`` of outputs that cannot be among the data: larger than the noise alone allows."""
+    """Refuse variances ``(b, C, C)`` of outputs that cannot be among the data: their noise bounds them by 1."""
     # The largest eigenvalue of a positive semi-definite matrix is at most its trace; most examples end here.
     suspects = variance[variance.diagonal(dim1=1, dim2=2).sum(1) > 1.01]
     largest = torch.linalg.eigvalsh(suspects)[:, -1]
     if bool((largest > 1.01).any()):
         raise ValueError(
-            f"The leverage of an example is {float(largest.max()):.3g}, and cannot exceed 1 for one of the data: fit "
-            "the posterior on the same features as are scored, each example as often as it is removed."
+            f"The leverage of an example is {float(largest.max()):.3g}, and at most 1 for one of the data. Fit the "
+            "posterior on the features that are scored, with each example as often as it is removed."
         )
 
 
 def noise_given(variance: Tensor, form: Form) -> Tensor:
-    """What scales an example of variance S: ``I + S``; for a loss ``I - S``, its eigenvalues at least ``1e-6``."""
+    """The scale of an example of variance S: ``I + S``; for a loss ``I - S``, its eigenvalues at least ``1e-6``."""
     if form != "loss":
         return noise_with(variance)
     remaining = noise_with(-variance)
@@ -142,5 +142,5 @@ def inverse_root(matrices: Tensor) -> Tensor:
 
 
 def small_product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right``, without a call per pair where what is summed over is one number."""
+    """``left @ right``, without a call per pair where the inner dimension is 1."""
     return left * right if left.shape[-1] == 1 else left @ right

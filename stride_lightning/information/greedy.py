@@ -12,8 +12,8 @@ from stride_lightning.information.forms import Form, inverse_root, nats, noise_g
 from stride_lightning.information.posterior import Features, Posterior, feature_batches
 from stride_lightning.runtime.checks import check_count
 
-TIE = 1e-9  # relative difference of scores that are taken as equal
-_ELEMENTS = 1 << 22  # of the state of the queries that are worked on together
+TIE = 1e-9  # relative difference below which scores count as equal
+_ELEMENTS = 1 << 22  # of the state of one group of queries
 
 
 class GreedySets(NamedTuple):
@@ -30,15 +30,15 @@ def greedy_sets(
 ) -> GreedySets:
     """For each query the training examples that change its entropy most, one after the other, given those before.
 
-    A ``"gain"`` explains a query by examples that differ, for a copy tells little that is new; a ``"loss"`` gathers
-    copies, for only without all of them something is lost. Neither is submodular for single queries: greedy sets need
+    A ``"gain"`` explains a query by examples that differ, since a copy tells little that is new. A ``"loss"`` gathers
+    copies, since something is lost only without all of them. Neither is submodular for single queries: greedy sets need
     not be near the best ones. Nothing is fitted again: a choice is a rank-C update of all covariances,
-    ``O(n C^2 (k + C))`` per query. Memory: the whitened features in double precision, and ``O(n C (C + C'))`` for the
-    queries worked on together.
+    ``O(n C^2 (k + C))`` per query. Memory: the whitened features in double precision, and ``O(n C (C + C'))`` for a
+    group of queries.
 
     Args:
         train: Noise-whitened features of the candidates, ``(n, C, k)`` or batches of them.
-        queries: Those of the queries, ``(q, C', k)``.
+        queries: Features of the queries, ``(q, C', k)``.
         posterior: Of all training data; a ``"gain"`` uses no more of it than the prior.
         size: How many to choose, at most n.
         form: ``"loss"`` to remove them, ``"gain"`` when nothing else is known, ``"copy"`` for one more of each.
@@ -68,7 +68,7 @@ def _choose(whitened: Tensor, variance: Tensor, queries: Tensor, size: int, form
     """Places and marginal nats, ``(q, t)``, for whitened features ``(n, C, k)`` and queries ``(q, C', k)``."""
     sign = -1.0 if form == "loss" else 1.0
     every = torch.arange(len(queries), device=queries.device)
-    # Covariances of the outputs given what has been chosen: with the query, of their own, of the query.
+    # Covariances given the examples chosen so far: outputs with the query, outputs with each other, query with itself.
     covariance = torch.einsum("ncf,qdf->qncd", whitened, queries)
     variance = variance.expand(len(queries), *variance.shape).clone()
     query_variance = queries @ queries.mT
@@ -98,7 +98,7 @@ def _choose(whitened: Tensor, variance: Tensor, queries: Tensor, size: int, form
 
 
 def first_best(scores: Tensor) -> Tensor:
-    """Place of the largest score of each row ``(..., n)``, the first of those that rounding alone may set apart."""
+    """Place of the largest score of each row ``(..., n)``; the first of those that differ by rounding alone."""
     largest = scores.max(-1, keepdim=True).values
-    # Copies of an example need not have the same score to the last digit: that depends on how a product is cut.
+    # Copies of an example may differ in the last digit, depending on how a product is split.
     return (scores >= largest - TIE * largest.abs()).to(torch.uint8).argmax(-1)

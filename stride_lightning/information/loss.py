@@ -1,4 +1,4 @@
-"""Information about queries: lost when training examples are removed, gained when they are seen."""
+"""Information about queries: lost without training examples, gained with them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def information(train: Features, queries: Tensor, posterior: Posterior, form: Fo
     distribution, which is the mutual information of the two outputs given all other examples: for one output
     ``1/2 log(1 + c^2 / ((1 - s) (1 + v)))`` with the posterior covariance c and variances s and v. A ``"gain"`` is
     ``-1/2 log(1 - c^2 / ((1 + s) (1 + v)))`` of the prior, a cosine of the two gradients, damped by the ridge. Both are
-    nats of shape ``(q, n)``, never negative, and do not say whether the example helps: labels do not enter.
+    nats of shape ``(q, n)``, never negative, and do not say whether the example helps: labels are not used.
 
     Args:
         train: Noise-whitened features, ``(n, C, k)`` or batches of them; for a loss, those of the posterior, or a
             ``ValueError`` is raised.
-        queries: Those of the queries, ``(q, C', k)``.
+        queries: Features of the queries, ``(q, C', k)``.
         posterior: Of all training data; a ``"gain"`` uses no more of it than the prior.
         form: ``"loss"``; ``"gain"`` when nothing else is known; ``"copy"`` for one more copy, given all data.
 

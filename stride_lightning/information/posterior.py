@@ -1,4 +1,4 @@
-"""The Gaussian posterior of linear weights: what the features of the data leave unknown."""
+"""The Gaussian posterior of linear weights: the uncertainty that the features of the data leave."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-#: Noise-whitened features, shape ``(n, C, k)``, or batches of them. What can be iterated twice can be passed twice.
+#: Noise-whitened features, shape ``(n, C, k)``, or batches of them.
 Features: TypeAlias = "Tensor | Iterable[Tensor]"
 
 _ROWS = 4096  # of features in double precision at a time
@@ -21,12 +21,12 @@ class Posterior:
 
     ``A = ridge I + sum_i B_i' B_i``, where ``B_i`` of shape ``(C, k)`` holds the features of example i divided by the
     root of its noise: gradients over ``sigma`` for a regression, times ``sqrt(p (1 - p))`` for a margin (both C = 1),
-    or ``Lambda^(1/2) J`` for the linearised Laplace form of a softmax. No labels enter. Everything about A is computed
-    in double precision; :meth:`fit` is the usual way to make one.
+    or ``Lambda^(1/2) J`` for the linearised Laplace form of a softmax. Labels are not used. A is computed in
+    double precision; :meth:`fit` is the usual way to make a posterior.
 
     Args:
         gram: ``sum_i B_i' B_i``, float64 of shape ``(k, k)``.
-        ridge: Prior precision of every weight, in the unit of ``gram``; 0 where the data determine all weights.
+        ridge: Prior precision of every weight, in the units of ``gram``; 0 where the data determine all weights.
         num_examples: How many examples are in ``gram``.
         precision: Relative rounding of the features, which decides when ``A`` counts as singular.
 
@@ -57,13 +57,13 @@ class Posterior:
         matrix = gram.clone()
         matrix.diagonal().add_(self.ridge)
         factor, failed = torch.linalg.cholesky_ex(matrix)
-        # Rounded features span directions of their own, squared in A: below that a pivot is noise.
+        # Rounding of the features adds spurious directions, squared in A: below that size a pivot is noise.
         noise = max(self.num_features * _EPS, precision**2) * float(matrix.diagonal().max())
         if int(failed) or float(factor.diagonal().square().min()) <= noise:
             mean = float(gram.trace()) / self.num_features
             raise ValueError(
                 f"The posterior precision of {num_examples} examples and {self.num_features} features is singular "
-                f"with a ridge of {self.ridge:g}: some direction of the weights is determined by nothing. Give a "
+                f"with a ridge of {self.ridge:g}: nothing determines some direction of the weights. Give a "
                 f"larger `ridge=` (the mean eigenvalue of the data is {mean:.3g}), or fewer features (a smaller "
                 "`projection_dim=`)."
             )
@@ -84,7 +84,9 @@ class Posterior:
             num_examples += len(batch)
             precision = max(precision, torch.finfo(batch.dtype).eps)
         if gram is None:
-            raise ValueError("There are no features: give at least one example, or use `Posterior.without_data`.")
+            raise ValueError(
+                "Expected the features of at least one example, got none: use `Posterior.without_data` for the prior."
+            )
         return cls(gram, ridge, num_examples=num_examples, precision=precision)
 
     @classmethod
@@ -125,19 +127,19 @@ class Posterior:
 
 
 def check_ridge(ridge: float) -> float:
-    """Refuse what is not a non-negative number."""
+    """Refuse a ridge that is not a non-negative number."""
     if isinstance(ridge, bool) or not isinstance(ridge, int | float) or not 0 <= ridge < math.inf:
         raise ValueError(f"`ridge` must be a number of at least 0, the prior precision of a weight; got {ridge!r}.")
     return float(ridge)
 
 
 def check_features(features: object) -> None:
-    """Refuse what is not one matrix of real features per example."""
+    """Refuse features that are not one real matrix per example."""
     if not isinstance(features, Tensor) or features.ndim != 3 or not features.is_floating_point():
-        what = f"{features.dtype} of shape {tuple(features.shape)}" if isinstance(features, Tensor) else repr(features)
+        kind = f"{features.dtype} of shape {tuple(features.shape)}" if isinstance(features, Tensor) else repr(features)
         raise ValueError(
             "Expected features of shape (examples, outputs, features), floating point (one output: "
-            f"`features[:, None]`); got {what}."
+            f"`features[:, None]`); got {kind}."
         )
 
 

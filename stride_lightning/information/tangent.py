@@ -1,4 +1,4 @@
-"""Tangent features: how the outputs for an example move with the weights, projected and whitened by the noise."""
+"""Tangent features: the gradients of an example's outputs, projected and whitened by the noise."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from stride_lightning.model.capture import Capture
 from stride_lightning.runtime.randomness import mix
 from stride_lightning.tasks.likelihoods import Task
 
-#: Whose noise counts: that of all outputs, or of the target's log-odds alone.
+#: The noise that counts: that of all outputs, or of the target's log-odds alone.
 Likelihood = Literal["gauss-newton", "margin"]
 
 
 @dataclass
 class Tangents:
-    """The features of some examples, which are at `places` in the reading order."""
+    """The features of the examples at `places` in the reading order."""
 
     places: slice
     rows: Tensor  # whitened features (B, C, k)
     losses: Tensor  # (B,)
-    downhill: Tensor | None  # projected gradients of minus the loss (B, k), where a sign is wanted
+    downhill: Tensor | None  # projected gradients of minus the loss (B, k), if scores are signed
 
     @property
     def num_bytes(self) -> int:
@@ -36,7 +36,7 @@ class Tangents:
         return self.rows.nbytes + (0 if self.downhill is None else self.downhill.nbytes)
 
     def between(self, places: slice) -> Tangents:
-        """Those of the examples at some places."""
+        """The features of the examples at some places."""
         start = max(places.start, self.places.start)
         stop = max(start, min(places.stop, self.places.stop))
         part = slice(start - self.places.start, stop - self.places.start)
@@ -52,10 +52,10 @@ class TangentFeatures:
     With ``"margin"`` there is one row, ``\sqrt{p_i (1 - p_i)}`` times the gradient of the margin: C times less work.
     Rows of a regression are divided by the standard deviation of the noise of its task.
 
-    Rows are projected to `projection_dim` numbers, or kept as they are if the model has no more parameters; with
-    `signed` also the gradients of losses.
+    Rows are projected to `projection_dim` numbers, unless the model has no more parameters than that; with `signed`
+    the gradients of losses too.
 
-    Reference: arXiv:2604.03858, with derivations of our own; arXiv:2303.14186 for the margin.
+    Reference: arXiv:2604.03858, with this library's derivations; arXiv:2303.14186 for the margin.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class TangentFeatures:
     ) -> Iterator[Tangents]:
         """The features of some examples, batch by batch; every pass runs the model again.
 
-        Those of queries (`as_queries`) combine many outputs otherwise than those of training examples, as a query and
-        an example with the same combinations would seem to have more in common.
+        Features of queries (`as_queries`) combine many outputs by other random weights than those of training examples:
+        with the same weights a query and an example would seem to have more in common.
         """
         for batch in run_batches(self.capture, self.task, reader, share, description):
             rows = self._rows(batch, mix(self.seed, int(as_queries)))
@@ -92,8 +92,8 @@ class TangentFeatures:
             self.task.margin(batch.outputs, batch.encoded)
         except ValueError as error:
             raise ValueError(
-                f"likelihood='margin' is the noise of a margin: {error} With a single output "
-                "likelihood='gauss-newton' takes no more work."
+                f"likelihood='margin' needs a margin: {error} With a single output likelihood='gauss-newton' takes no "
+                "more work."
             ) from error
         return (self._vectors(batch.margin(last=last)) * batch.margin_curvature.sqrt()[:, None])[:, None]
 

@@ -52,7 +52,7 @@ def test_no_prior_where_the_data_determine_all_weights():
     left = [train[[j for j in range(14) if j != i]] for i in range(14)]
     expected = torch.stack([0.5 * ((1 + variance(rows)) / (1 + variance(train))).log() for rows in left], 1)
     exactly(exact_of(made(model=model, data=data, task=task, ridge=0), queries), expected)
-    with pytest.raises(ValueError, match="A gain is relative to a prior, and `ridge=0` is none"):
+    with pytest.raises(ValueError, match="A gain is relative to a prior, and `ridge=0` means no prior"):
         create("information-gain", ridge=0)
 
 
@@ -155,7 +155,7 @@ def test_certain_model():
         ({"ridge": float("nan")}, ValueError, "`ridge` must be a number of at least 0"),
         ({"ridge": "1"}, ValueError, "`ridge` must be a number of at least 0"),
         ({"ridge": True}, ValueError, "`ridge` must be a number of at least 0"),
-        ({"method": "information-gain", "ridge": 0}, ValueError, "`ridge=0` is none: give a positive number"),
+        ({"method": "information-gain", "ridge": 0}, ValueError, "`ridge=0` means no prior: give a positive number"),
         ({"signed": "no"}, ValueError, "`signed` must be True or False, got 'no'"),
         ({"signed": 1}, ValueError, "`signed` must be True or False, got 1"),
         ({"likelihood": "laplace"}, ValueError, r"`likelihood` must be one of \('gauss-newton', 'margin'\), got 'lap"),
@@ -179,7 +179,7 @@ def test_wrong_options(options, error, message):
 @pytest.mark.parametrize("name", ["regression", "two real outputs"])
 def test_margin_of_a_task_without_one(method, name):
     make, data, _, task = CASES[name]
-    with pytest.raises(ValueError, match=r"likelihood='margin' is the noise of a margin: A regression has no margin"):
+    with pytest.raises(ValueError, match=r"likelihood='margin' needs a margin: A regression has no margin"):
         made(method, make(), data, task=task, likelihood="margin")
 
 

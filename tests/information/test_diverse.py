@@ -155,9 +155,9 @@ def test_diverse_of_a_loaded_attribution(tmp_path):
     expected = attributor.diverse(found, 3)
     again = made().diverse(Attribution.load(path, queries=QUERIES), 3)
     assert torch.equal(again.proponents, expected.proponents)
-    with pytest.raises(ValueError, match="holds no queries: load it with `queries=`"):
+    with pytest.raises(ValueError, match=r"holds no queries: load it with `Attribution\.load"):
         attributor.diverse(Attribution.load(path), 3)
-    with pytest.raises(ValueError, match="loaded with other queries than it is of"):
+    with pytest.raises(ValueError, match="loaded with other queries: load it with the queries that"):
         attributor.diverse(Attribution.load(path, queries=points_for(num=5, seed=9)), 3)
 
 
@@ -168,7 +168,7 @@ def test_diverse_where_it_cannot_be():
     with pytest.raises(RuntimeError, match=r"Call fit\(model, train_data\) before diverse"):
         create("information-gain").diverse(found)
     for method in METHODS:  # those of signed scores might harm
-        with pytest.raises(ValueError, match="attribute without `signed`"):
+        with pytest.raises(ValueError, match="Make the attributor without `signed=True`"):
             diverse(method, signed=True)
     others = {
         "weights": informed(model=mlp(seed=5)),
@@ -179,9 +179,11 @@ def test_diverse_where_it_cannot_be():
         "options": informed(likelihood="margin"),
     }
     for names, (_, other) in others.items():
-        with pytest.raises(ValueError, match=rf"not of what this attributor was fitted to: other {names}\. Give"):
+        with pytest.raises(
+            ValueError, match=rf"not of the model, data and options of this attributor\. These differ: {names}\. Give"
+        ):
             attributor.diverse(other)
-    with pytest.raises(ValueError, match="other method, weights, data, task, seed, options"):
+    with pytest.raises(ValueError, match="These differ: method, weights, data, task, seed, options"):
         attributor.diverse(Attribution(torch.zeros(1, 2)))
 
 
@@ -189,7 +191,7 @@ def test_diverse_after_another_fit():
     attributor, found = informed()
     expected = attributor.diverse(found, 3)
     attributor.fit(mlp(seed=5), points_for(num=13, seed=7))
-    with pytest.raises(ValueError, match="other weights, data"):
+    with pytest.raises(ValueError, match="These differ: weights, data"):
         attributor.diverse(found, 3)
     other = TensorDataset(-DATA.tensors[0], DATA.tensors[1].clone())
     other.tensors[1][3] = 7

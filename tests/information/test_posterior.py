@@ -77,8 +77,8 @@ def test_directions_without_data_need_a_ridge(dtype):
     [
         (torch.zeros(3, 4), r"Expected features of shape \(examples, outputs, features\).*got torch.float32 of shape"),
         (torch.zeros(3, 1, 4, dtype=torch.int64), "floating point"),
-        ([], "There are no features"),
-        (torch.zeros(0, 1, 4), "There are no features"),
+        ([], "Expected the features of at least one example, got none"),
+        (torch.zeros(0, 1, 4), "Expected the features of at least one example, got none"),
         ([torch.zeros(2, 1, 4), torch.zeros(2, 1, 5)], "the same number of features, got 4 and 5"),
         (torch.full((3, 1, 4), torch.nan), "NaN or infinite"),
         (["no tensor"], "got 'no tensor'"),

@@ -220,5 +220,5 @@ def test_precision_of_the_model(dtype):
 
 def test_two_outputs_of_a_binary_task_have_no_margin():
     x, y = points_for("two real outputs").tensors
-    with pytest.raises(ValueError, match=r"likelihood='margin' is the noise of a margin: .*gauss-newton"):
+    with pytest.raises(ValueError, match=r"likelihood='margin' needs a margin: .*gauss-newton"):
         read(mlp(num_outputs=2), BinaryClassification(), TensorDataset(x, (y > 0).long()), "margin")

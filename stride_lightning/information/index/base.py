@@ -1,4 +1,4 @@
-"""Vectors of training examples, ranked by the squared inner product with a query: what all indexes share."""
+"""The base of all indexes: built from a stream of vectors, searched exactly by squared inner product."""
 
 from __future__ import annotations
 
@@ -14,26 +14,18 @@ import torch
 from torch import Tensor
 
 from stride_lightning.information.index import checks, ranking
-from stride_lightning.information.index.checks import Batch, Columns, Floats, Integers, PositionSet, VectorIndexError
-from stride_lightning.information.index.ranking import NOTHING, Ranked
+from stride_lightning.information.index.checks import Batch, Columns, Integers, PositionSet, VectorIndexError
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.progress import counting
 
-#: Positions of some rows, their handles, and their vectors.
-Block: TypeAlias = tuple[Integers, Integers, Floats]
-#: Positions, vectors and metadata that were checked.
-Rows: TypeAlias = tuple[Integers, Floats, Columns]
-
-BLOCK_ROWS = 8192  # rows multiplied at once
-_QUERIES = 1024  # queries multiplied at once
-_SPARE = 32  # candidates beyond k that the float32 screening keeps
-_CANDIDATE_BYTES = 2**28
+#: A condition: from columns, a dict of arrays with a value for each row, to a boolean for each row.
+Where: TypeAlias = Callable[[dict[str, Any]], Any]
 _COMMIT_BYTES, _COMMIT_SECONDS = 2**26, 60.0
 
 
 @dataclass(frozen=True, eq=False)
 class Hits:
-    """What a search found, best first; a row for each query.
+    """The result of a search, best first; a row for each query.
 
     Args:
         positions: Positions in the training dataset, int64 of shape ``(q, k)``.
@@ -47,7 +39,7 @@ class Hits:
 
 
 class VectorIndex(ABC):
-    """One vector for each training example, found by its squared inner product with a query's vector.
+    """One vector for each training example, ranked by its squared inner product with a query's vector.
 
     Args:
         dim: Length of the vectors.
@@ -64,56 +56,44 @@ class VectorIndex(ABC):
         self.dim = check_count("dim", dim)
         self.identity = checks.as_identity(identity or {})
         self.columns = checks.as_column_types(columns or {})
+        self._positions: PositionSet | None = None
 
     @abstractmethod
     def __len__(self) -> int:
         """Number of rows."""
 
     @abstractmethod
-    def _known(self) -> PositionSet:
-        """The positions that are there; `add` and `build` extend it."""
-
-    @abstractmethod
-    def _append(self, positions: Integers, vectors: Floats, columns: Columns) -> None:
+    def _append(self, rows: Columns) -> None:
         """Store checked rows, all or none."""
 
     @abstractmethod
-    def _check_where(self, where: Any) -> None:
-        """Refuse a condition of another kind, or one that is not understood."""
+    def _scan(self, names: list[str]) -> Iterator[tuple[Integers, Columns]]:
+        """Handles of all rows, and some of their columns, block by block."""
 
     @abstractmethod
-    def _scan(self, where: Any) -> Iterator[Block]:
-        """All rows that meet a condition, if there is one; once each, in blocks of at most `BLOCK_ROWS`."""
-
-    @abstractmethod
-    def _vectors_of(self, rows: Integers) -> tuple[Integers, Floats]:
-        """Positions and vectors of some rows, whose handles are sorted and unique."""
-
-    @abstractmethod
-    def _columns_of(self, rows: Integers) -> Columns:
-        """Metadata of such rows."""
+    def _read(self, handles: Integers, names: list[str]) -> tuple[Integers, Columns]:
+        """The same of the rows with these handles, sorted, unique and at least one; in any order."""
 
     def add(self, positions: Any, vectors: Any, columns: Mapping[str, Any] | None = None) -> None:
-        """Append some training examples: all of them, or none if anything is wrong.
+        """Append training examples: all of them, or none if anything is wrong.
 
         Args:
             positions: Positions in the training dataset, integers of shape ``(b,)``; each may come once, ever.
-            vectors: Shape ``(b, dim)``, finite; kept as float32. Zero vectors are fine: their score is 0.
+            vectors: Shape ``(b, dim)``, finite; stored as float32. Zero vectors are fine: their score is 0.
             columns: ``b`` values for every metadata column.
 
         Raises:
-            ValueError: If shapes do not fit, a value is not finite, a position is negative, twice or there already, or
-                columns are missing or unknown.
+            ValueError: If shapes do not fit, a value is not finite, a position is negative, repeated or in the index
+                already, or columns are missing or unknown.
             TypeError: If a metadata value is of another type than its column.
         """
-        rows = self._checked(positions, vectors, columns)
-        known = self._known()
-        if (taken := known.holds(rows[0])).any():
+        rows = checks.as_rows(positions, vectors, columns, self.dim, self.columns)
+        if (taken := self._known().holds(rows["position"])).any():
             raise ValueError(
-                f"Already in the index, which holds every training example once: {checks.listed(rows[0][taken])}. "
-                "Leave them out, or use `build`, which skips what is there."
+                f"The index already holds {checks.listed(rows['position'][taken])}, and takes every training example "
+                "once. Leave them out, or use `build`, which skips them."
             )
-        self._commit([rows], known)
+        self._commit([rows])
 
     def build(
         self,
@@ -123,16 +103,19 @@ class VectorIndex(ABC):
         rows_per_commit: int | None = None,
         show_progress: bool = True,
     ) -> int:
-        """Append a stream of batches, and skip the training examples that are there already.
+        """Append a stream of batches, and skip training examples that are in the index already.
 
-        Rows are committed in groups, each whole or not at all: a build that was killed goes on when it is called again
-        with the same stream. To spare vectors that are there, stream :meth:`missing` positions only.
+        Rows are committed in groups, each whole or not at all: a build that was killed continues when it is called
+        again with the same stream. Stream :meth:`missing` positions only, to compute no vector twice.
+
+        Memory: ``4 dim (2 g + 2 b)`` bytes for groups of g rows and batches of b, their metadata, and about two bytes
+        for each training example. The default group takes 64 MiB, so 128 MiB are enough for small batches.
 
         Args:
             batches: Of ``(positions, vectors)`` or ``(positions, vectors, columns)``, as for :meth:`add`; a position
                 may come only once.
             total: Number of training examples in the stream, for the progress bar.
-            rows_per_commit: Size of a group. By default 64 MiB of vectors, or what came within a minute.
+            rows_per_commit: Size g of a group. By default 64 MiB of vectors, or the rows of a minute.
             show_progress: Whether to show a progress bar.
 
         Returns:
@@ -141,41 +124,55 @@ class VectorIndex(ABC):
         default = max(1, _COMMIT_BYTES // (4 * self.dim))
         size = default if rows_per_commit is None else check_count("rows_per_commit", rows_per_commit)
         known, streamed = self._known(), PositionSet()
-        pending: list[Rows] = []
+        pending: list[Columns] = []
         appended, waiting, since = 0, 0, time.monotonic()
         with counting(total or 0, "Building the index", show_progress) as bar:
             for batch in batches:
-                positions, vectors, values = self._checked(*checks.as_batch(batch))
-                if (twice := streamed.holds(positions)).any():
+                rows = checks.as_rows(*checks.as_batch(batch), self.dim, self.columns)
+                positions = rows["position"]
+                if (repeated := streamed.holds(positions)).any():
                     raise ValueError(
-                        "Twice in the stream, where every training example may come once: "
-                        f"{checks.listed(positions[twice])}."
+                        f"The stream holds {checks.listed(positions[repeated])} twice, and every training example may "
+                        "come once. Does each batch give its positions in the whole dataset?"
                     )
                 streamed.add(positions)
                 new = np.flatnonzero(~known.holds(positions))
-                pending.append((positions[new], vectors[new], {n: [v[i] for i in new] for n, v in values.items()}))
+                pending.append({name: column[new] for name, column in rows.items()})
                 waiting += len(new)
                 if waiting >= size or time.monotonic() - since > _COMMIT_SECONDS:
-                    appended += self._commit(pending, known)
+                    appended += self._commit(pending)
                     waiting, since = 0, time.monotonic()
                 bar.update(len(positions))
-            return appended + self._commit(pending, known)
+            return appended + self._commit(pending)
 
-    def _commit(self, batches: list[Rows], known: PositionSet) -> int:
-        """Append batches as one group, and let go of them; returns the number of rows."""
-        num_rows = sum(len(positions) for positions, _, _ in batches)
+    def _commit(self, batches: list[Columns]) -> int:
+        """Append batches as one group, and release them; returns the number of rows."""
+        num_rows = sum(len(rows["position"]) for rows in batches)
         if num_rows:
-            positions = np.concatenate([positions for positions, _, _ in batches])
-            vectors = np.concatenate([vectors for _, vectors, _ in batches])
-            columns = {name: [value for _, _, values in batches for value in values[name]] for name in self.columns}
+            group = {name: np.concatenate([rows[name] for rows in batches]) for name in batches[0]}
             batches.clear()
-            self._append(positions, vectors, columns)
-            known.add(positions)
+            self._append(group)
+            if self._positions is not None:
+                self._positions.add(group["position"])
         return num_rows
+
+    def _known(self) -> PositionSet:
+        """The positions in the index."""
+        if self._positions is None:
+            known = PositionSet()
+            for _, columns in self._scan(["position"]):
+                known.add(columns["position"])
+            self._positions = known
+        return self._positions
 
     def holds(self, positions: Tensor) -> Tensor:
         """Which of some positions are in the index."""
         return torch.from_numpy(self._known().holds(positions.numpy()))
+
+    def missing(self, num_train: int) -> Tensor:
+        """The positions in ``range(num_train)`` that are not in the index, sorted."""
+        positions = torch.arange(num_train)
+        return positions[~self.holds(positions)]
 
     def check_identity(self, identity: Mapping[str, Any]) -> None:
         """Raise a :class:`VectorIndexError` that names the keys and values that differ from those expected."""
@@ -184,112 +181,63 @@ class VectorIndex(ABC):
         def value(of: Mapping[str, Any], key: str) -> str:
             return json.dumps(of[key], sort_keys=True) if key in of else "nothing"
 
-        differences = [
-            f"{key!r}: expected {value(expected, key)}, came {value(self.identity, key)}"
+        differences = "; ".join(
+            f"{key!r}: expected {value(expected, key)}, got {value(self.identity, key)}"
             for key in sorted(expected.keys() | self.identity.keys())
             if value(expected, key) != value(self.identity, key)
-        ]
+        )
         if differences:
             raise VectorIndexError(
-                f"{self.name} is another one; {'; '.join(differences)}. Open the index of this model and projection, "
-                "or build one in a folder of its own."
+                f"{self.name} has another identity; {differences}. Open the index of this model and projection, or "
+                "build one in another folder."
             )
 
-    def missing(self, num_train: int) -> Tensor:
-        """The positions in ``range(num_train)`` that are not in the index, sorted."""
-        positions = torch.arange(num_train)
-        return positions[~self.holds(positions)]
+    def search(self, queries: Any, k: int = 10, where: Where | None = None) -> Hits:
+        """The training examples with the largest squared inner product, exactly; ties in order of positions.
 
-    def search(self, queries: Any, k: int = 10, where: Any = None, *, exact: bool = True) -> Hits:
-        """The training examples with the largest squared inner product; ties in order of positions.
+        Products in float32 with blocks of rows tell which rows could be among the best k; products in float64 of the
+        float32 vectors rank those. How wrong a float32 product may be is bounded, so the result is always that of a
+        float64 search of all rows.
 
-        Ranked by inner products in float64 of the vectors, which are float32. This search is always exact.
+        Memory: 256 KiB for each query, at most 1024 of them at a time, a block of 8192 rows, and 8 bytes for each row.
 
         Args:
             queries: Shape ``(q, dim)``.
-            k: How many to find; all rows if there are fewer.
-            where: Which rows to look at.
-            exact: Ignored; an index on disk may be asked for less.
+            k: How many to return for each query; all rows if there are fewer.
+            where: Which rows to look at: a function of a dict of arrays, ``"position"`` and the metadata columns with
+                one value per row, that returns a boolean for each row: ``lambda columns: columns["label"] == 3``. Text
+                is in arrays of objects. It is called for a block of rows at a time.
 
         Raises:
-            ValueError: If a query does not fit, or `where` is not understood.
-            TypeError: If `where` is a condition for the other kind of index.
+            ValueError: If a query does not fit, or `where` returns no booleans or looks up an unknown column.
+            TypeError: If `where` is not a function.
         """
-        queries = self._checked_queries(queries, k)
-        self._check_where(where)
-        # Candidates are fetched together: fewer queries at a time where there are many for each.
-        step = max(1, min(_QUERIES, _CANDIDATE_BYTES // (4 * self.dim * (k + _SPARE))))
-        return self._in_groups(queries, step, lambda some: self._screened(some, k, where))
-
-    def _in_groups(self, queries: Floats, step: int, rank: Callable[[Floats], list[Ranked]]) -> Hits:
-        """Rank some queries after the others, and look up the metadata of their hits."""
-        if len(queries) == 0:
-            nothing = torch.empty(0, 0, dtype=torch.int64)
-            return Hits(nothing, nothing.double(), {name: [] for name in self.columns})
-        ranked = [hits for at in range(0, len(queries), step) for hits in rank(queries[at : at + step])]
+        check_count("k", k)
+        queries = checks.as_queries(queries, self.dim)
+        handles = self._matching(where)
+        shape = len(queries), min(k, len(handles))
+        if 0 in shape:
+            no_columns = {name: [[] for _ in queries] for name in self.columns}
+            return Hits(torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=torch.float64), no_columns)
+        ranked = []
+        for at in range(0, len(queries), ranking.QUERIES):
+            some = queries[at : at + ranking.QUERIES]
+            ranked += ranking.rank(some, k, handles, lambda rows: self._read(rows, ["position", "vector"]))
         positions, dots, rows = (np.stack(arrays) for arrays in zip(*ranked, strict=True))
-        columns: dict[str, list[list[Any]]] = {}
+        unique, places = np.unique(rows, return_inverse=True)
+        columns = {}
         if self.columns:
-            unique, inverse = np.unique(rows, return_inverse=True)
-            values = self._columns_of(unique) if len(unique) else {}
-            places = np.reshape(inverse, rows.shape)
-            columns = {name: [[values[name][i] for i in row] for row in places] for name in self.columns}
+            read, values = self._read(unique, list(self.columns))
+            places = np.argsort(read)[places].reshape(shape)
+            columns = {name: column[places].tolist() for name, column in values.items()}
         return Hits(torch.from_numpy(positions), torch.from_numpy(dots), columns)
 
-    def _screened(self, queries: Floats, k: int, where: Any) -> list[Ranked]:
-        """Candidates by float32 products, ranked in float64; queries where float32 cannot tell are done in float64."""
-        screening = ranking.Screening(queries, k + _SPARE)
-        for _, rows, vectors in self._scan(where):
-            screening.update(rows, vectors)
-        if screening.seen == 0:
-            return [NOTHING] * len(queries)
-        unique, inverse = np.unique(screening.rows, return_inverse=True)
-        positions, vectors = self._vectors_of(unique)
-        ranked = [
-            ranking.first_of(positions[places], ranking.dots_of(query, vectors[places]), unique[places], k)
-            for query, places in zip(queries, inverse.reshape(screening.rows.shape), strict=True)
-        ]
-        if screening.seen > screening.rows.shape[1]:
-            # The last candidate bounds the k-th from below, and what float32 left out from above.
-            least, error = np.array([abs(dots[-1]) for _, dots, _ in ranked]), screening.error()
-            doubtful = np.flatnonzero(~(screening.floor() + error < least))  # so written that NaN is in doubt too
-            if len(doubtful):
-                again = self._in_float64(queries[doubtful], (least - error)[doubtful], k, where)
-                for query, exact in zip(doubtful, again, strict=True):
-                    ranked[query] = exact
-        return ranked
-
-    def _in_float64(self, queries: Floats, bounds: Floats, k: int, where: Any) -> list[Ranked]:
-        """A second pass, for ties and near ties: all rows whose float32 products reach a bound are compared."""
-        best = [NOTHING] * len(queries)
-        scale = ranking.magnitude(queries)
-        for positions, rows, vectors in self._scan(where):
-            below = ranking.magnitudes(queries / scale, vectors) * scale < bounds[:, None]
-            for i in np.flatnonzero(~below.all(1)):
-                near, (best_positions, dots, handles) = np.flatnonzero(~below[i]), best[i]
-                best[i] = ranking.first_of(
-                    np.concatenate([best_positions, positions[near]]),
-                    np.concatenate([dots, ranking.dots_of(queries[i], vectors[near])]),
-                    np.concatenate([handles, rows[near]]),
-                    k,
-                )
-        return best
-
-    def _checked(self, positions: Any, vectors: Any, columns: Any = None) -> Rows:
-        positions = checks.as_positions(positions)
-        vectors = checks.as_vectors(vectors, self.dim, "vectors")
-        if len(vectors) != len(positions):
-            raise ValueError(f"Expected a vector for each of {len(positions)} positions, got {len(vectors)}.")
-        if not (fine := np.isfinite(vectors).all(1)).all():
-            raise ValueError(
-                f"Vectors that are not finite as float32: those of {checks.listed(positions[~fine])}. Find what "
-                "made them so (a leverage at 1? a loss that diverged?) and mend those examples or leave them out."
-            )
-        return positions, vectors, checks.as_columns(columns or {}, self.columns, len(positions))
-
-    def _checked_queries(self, queries: Any, k: int) -> Floats:
-        check_count("k", k)
-        queries = checks.as_vectors(queries, self.dim, "queries", np.float64)
-        if not (fine := np.isfinite(queries).all(1)).all():
-            raise ValueError(f"Query {int(np.flatnonzero(~fine)[0])} is not finite: no ranking follows from it.")
-        return queries
+    def _matching(self, where: Where | None) -> Integers:
+        """Handles of the rows that meet a condition, sorted."""
+        if where is not None:
+            checks.check_where(where)
+        names = ["position"] if where is None else ["position", *self.columns]
+        parts = [np.empty(0, np.int64)]
+        for handles, columns in self._scan(names):
+            parts.append(handles if where is None else handles[checks.as_mask(where, columns)])
+        return np.sort(np.concatenate(parts))

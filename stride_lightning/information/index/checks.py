@@ -1,4 +1,4 @@
-"""What comes into an index of vectors, and says whose vectors they are: checked, as plain arrays and values."""
+"""The input of a vector index, checked: rows, queries, conditions, and the identity of its origin."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 Floats: TypeAlias = NDArray[np.floating]
 Integers: TypeAlias = NDArray[np.int64]
-Columns: TypeAlias = dict[str, list[Any]]
+#: Arrays by column: ``"position"``, ``"vector"`` and the metadata, with a value for each row.
+Columns: TypeAlias = dict[str, NDArray[Any]]
 Batch: TypeAlias = tuple[Any, Any] | tuple[Any, Any, Mapping[str, Any]]
 
 COLUMN_TYPES = {"str": str, "int": int, "float": float, "bool": bool}
@@ -24,7 +25,7 @@ class VectorIndexError(RuntimeError):
 
 
 class PositionSet:
-    """A set of positions: a byte for each where they lie densely; blocks of `size` where they do not."""
+    """A set of positions, in blocks of `size`: a byte for each position where they lie densely."""
 
     size = 2**14
 
@@ -32,7 +33,7 @@ class PositionSet:
         self._blocks: dict[int, NDArray[np.bool_]] = {}
 
     def add(self, positions: Integers) -> None:
-        """Take positions in."""
+        """Add positions to the set."""
         for block, here in self._by_block(positions):
             self._blocks.setdefault(block, np.zeros(self.size, bool))[positions[here] % self.size] = True
 
@@ -60,13 +61,13 @@ def as_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_column_types(columns: Mapping[str, type]) -> dict[str, type]:
-    """Names that SQL takes without quotes, and types that both kinds of index keep as they are."""
+    """Names that LanceDB takes without quotes, and types that both kinds of index hold as they are."""
     for name, kind in columns.items():
         if not isinstance(name, str) or not name.isidentifier() or not name.isascii() or name.startswith("_"):
             raise ValueError(
                 f"The metadata column {name!r} must be named by ASCII letters, digits and '_', with a letter in front."
             )
-        if name.lower() in ("position", "vector", "query_index"):
+        if name.lower() in ("position", "vector"):
             raise ValueError(f"The metadata column {name!r} has the name of one that every index has: rename it.")
         if kind not in COLUMN_TYPES.values():
             raise TypeError(f"The metadata column {name!r} must be one of {list(COLUMN_TYPES)}, got {kind!r}.")
@@ -75,7 +76,7 @@ def as_column_types(columns: Mapping[str, type]) -> dict[str, type]:
     return dict(columns)
 
 
-def as_positions(positions: Any) -> Integers:
+def _as_positions(positions: Any) -> Integers:
     """Integers, none negative, none twice."""
     array = positions.detach().cpu().numpy() if isinstance(positions, Tensor) else np.asarray(positions)
     if array.size == 0:
@@ -87,47 +88,85 @@ def as_positions(positions: Any) -> Integers:
         raise ValueError(f"Positions in a dataset are not negative, got {int(array.min())}.")
     unique, counts = np.unique(array, return_counts=True)
     if (counts > 1).any():
-        raise ValueError(f"Twice in a batch, where every training example may come once: {listed(unique[counts > 1])}.")
+        raise ValueError(
+            f"The batch holds {listed(unique[counts > 1])} twice, and every training example may come once."
+        )
     return array
 
 
-def as_vectors(vectors: Any, dim: int, name: str, dtype: type[np.floating] = np.float32) -> Floats:
-    """A matrix with `dim` columns; values beyond float32 become infinite, and the caller refuses those."""
-    tensor = vectors if isinstance(vectors, Tensor) else torch.as_tensor(np.asarray(vectors))
+def _as_matrix(values: Any, dim: int, name: str, dtype: torch.dtype) -> Floats:
+    """A matrix with `dim` columns; values beyond float32 become infinite."""
+    tensor = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
     if tensor.ndim != 2 or tensor.shape[1] != dim or tensor.is_complex():
         raise ValueError(
             f"Expected `{name}` of shape (b, {dim}), as the index has dim={dim}, got {tensor.dtype} of shape "
             f"{tuple(tensor.shape)}: are they of another projection?"
         )
-    kind = torch.float32 if dtype is np.float32 else torch.float64
-    return np.ascontiguousarray(tensor.detach().to("cpu", kind).numpy())
+    return np.ascontiguousarray(tensor.detach().to("cpu", dtype).numpy())
 
 
-def as_columns(columns: Mapping[str, Any], types: Mapping[str, type], rows: int) -> Columns:
-    """`rows` plain Python values for every column."""
+def as_queries(queries: Any, dim: int) -> Floats:
+    """A finite float64 matrix with `dim` columns."""
+    matrix = _as_matrix(queries, dim, "queries", torch.float64)
+    if not (finite := np.isfinite(matrix).all(1)).all():
+        raise ValueError(
+            f"Query {int(np.flatnonzero(~finite)[0])} is not finite, so it ranks nothing. Mend it or leave it out."
+        )
+    return matrix
+
+
+def as_rows(positions: Any, vectors: Any, columns: Any, dim: int, types: Mapping[str, type]) -> Columns:
+    """Positions, float32 vectors and metadata of some training examples, as arrays of one length."""
+    positions = _as_positions(positions)
+    vectors = _as_matrix(vectors, dim, "vectors", torch.float32)
+    if len(vectors) != len(positions):
+        raise ValueError(f"Expected a vector for each of {len(positions)} positions, got {len(vectors)}.")
+    if not (finite := np.isfinite(vectors).all(1)).all():
+        raise ValueError(
+            f"The vectors of {listed(positions[~finite])} are not finite as float32. Find the cause (a leverage "
+            "at 1? a loss that diverged?), and mend those examples or leave them out."
+        )
+    columns = columns or {}
     if set(columns) != set(types):
         raise ValueError(f"Expected the metadata columns {sorted(types)}, got {sorted(columns)}.")
-    return {name: _as_column(name, as_list(columns[name]), kind, rows) for name, kind in types.items()}
+    metadata = {name: _as_column(name, as_list(columns[name]), kind, len(positions)) for name, kind in types.items()}
+    return {"position": positions, "vector": vectors, **metadata}
 
 
-def _as_column(name: str, values: list[Any], kind: type, rows: int) -> list[Any]:
+def _as_column(name: str, values: list[Any], kind: type, rows: int) -> NDArray[Any]:
+    """Values of a metadata column as an array; text as objects."""
     if len(values) != rows:
         raise ValueError(f"Expected {rows} values of the metadata column {name!r}, got {len(values)}.")
     for value in values:
-        if type(value) is not kind and not (kind is float and type(value) is int):
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if not fits or (kind is int and not -(2**63) <= value < 2**63):
             raise TypeError(
-                f"The metadata column {name!r} holds {kind.__name__}, got {value!r}: convert it, and give a value such "
-                "as '' or -1 where there is none."
+                f"The metadata column {name!r} holds {'int of 64 bits' if kind is int else kind.__name__}, got "
+                f"{value!r}: convert it, and give a value such as '' or -1 where there is none."
             )
-        if kind is int and not -(2**63) <= value < 2**63:
-            raise ValueError(f"The metadata column {name!r} holds integers of 64 bits, got {value}.")
-        if isinstance(value, str):
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                reason = f"The metadata column {name!r} holds Unicode text, got {value!r} ({error})."
-                raise ValueError(reason) from error
-    return [float(value) for value in values] if kind is float else values
+    return np.array(values, object if kind is str else kind)
+
+
+def check_where(where: Any) -> None:
+    """Refuse a condition that is not a function."""
+    if not callable(where):
+        raise TypeError(
+            "`where` must be a function of the columns that returns a boolean for each row, got "
+            f'{where!r}. Pass for example lambda columns: columns["label"] == 3.'
+        )
+
+
+def as_mask(where: Any, columns: Columns) -> NDArray[np.bool_]:
+    """Which rows meet a condition."""
+    try:
+        mask = np.asarray(where(columns))
+    except KeyError as error:
+        raise ValueError(f"`where` looks up the column {error}; there are {list(columns)}.") from error
+    if mask.shape != (rows := columns["position"].shape) or mask.dtype != np.bool_:
+        raise ValueError(
+            f"`where` must return a boolean for each of {rows[0]} rows, got {mask.dtype} of shape {mask.shape}."
+        )
+    return mask
 
 
 def as_list(values: Any) -> list[Any]:
@@ -149,10 +188,10 @@ def type_of(name: str, values: list[Any]) -> type:
     return kinds.pop()
 
 
-def as_batch(batch: Any) -> Batch:
-    """Positions and vectors, and columns if there are any."""
+def as_batch(batch: Any) -> tuple[Any, Any, Any]:
+    """Positions and vectors, and columns or None."""
     if isinstance(batch, tuple | list) and len(batch) in (2, 3):
-        return tuple(batch)  # type: ignore[return-value]
+        return batch[0], batch[1], batch[2] if len(batch) == 3 else None
     length = f" of length {len(batch)}" if isinstance(batch, tuple | list) else ""
     raise ValueError(
         "Expected batches of (positions, vectors) or (positions, vectors, columns), got "
@@ -161,7 +200,7 @@ def as_batch(batch: Any) -> Batch:
 
 
 def listed(positions: Integers) -> str:
-    """A few positions, for a message."""
+    """The first of some positions, for a message."""
     shown = ", ".join(map(str, positions[:5].tolist()))
     more = f" and {len(positions) - 5} more" if len(positions) > 5 else ""
     return f"position{'s' if len(positions) > 1 else ''} {shown}{more}"

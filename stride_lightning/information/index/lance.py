@@ -1,4 +1,4 @@
-"""LanceDB, as an index uses it: the table's schema, its errors in our words, its columns as arrays."""
+"""LanceDB, as an index uses it: the table's schema, errors with a remedy, columns as arrays."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from stride_lightning.information.index.checks import COLUMN_TYPES, Floats, VectorIndexError
+import numpy as np
+
+from stride_lightning.information.index.checks import COLUMN_TYPES, Columns, Integers, VectorIndexError
 
 TABLE, KEY, FORMAT = "vectors", b"stride_lightning", 1
 REPAIR = "Restore the folder from a copy, or delete it and build the index again."
 
 
 def table_schema(dim: int, identity: Mapping[str, Any], columns: Mapping[str, type]) -> Any:
-    """The schema of the table, which says in its metadata what the index was made with: one file, one commit."""
+    """The schema of the table, with the arguments of the index in its metadata: one file, one commit."""
     import pyarrow as pa
 
     types = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
@@ -37,7 +39,7 @@ def table_schema(dim: int, identity: Mapping[str, Any], columns: Mapping[str, ty
 
 
 def read_schema(schema: Any) -> dict[str, Any]:
-    """What the index of a table was made with; errors of any kind where the table is not that of an index."""
+    """The arguments of the index of a table; errors of any kind if the table is not that of an index."""
     made = json.loads((schema.metadata or {})[KEY])
     return made | {"columns": {name: COLUMN_TYPES[kind] for name, kind in made["columns"].items()}}
 
@@ -55,29 +57,22 @@ def import_lancedb() -> ModuleType:
 
 
 def is_index(path: str | os.PathLike[str]) -> bool:
-    """Whether there is an index in a folder: a table that was ever committed."""
+    """Whether a folder holds an index: a table that was ever committed."""
     folder = Path(path) / f"{TABLE}.lance" / "_versions"
     return folder.is_dir() and any(folder.glob("*.manifest"))
 
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """LanceDB's errors, as what they mean for an index; errors of this library pass."""
+    """Raise errors of LanceDB as a :class:`VectorIndexError` that names the index and the repair."""
     try:
         yield
     except VectorIndexError:
         raise
     except (ValueError, RuntimeError, OSError) as error:
-        if "filter expression" in str(error):  # a division by zero, a text that is no number
-            raise ValueError(f"`where` cannot be computed for some row: {first_line(error)}") from error
-        raise VectorIndexError(f"The index '{path}' cannot be used: {first_line(error)} {REPAIR}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """What LanceDB says, without the line of its source."""
-    text = (str(error).splitlines() or [""])[0]
-    text = re.sub(r",? /\S*\.rs:\d+.*", "", text).strip()[:300] or type(error).__name__  # a line in LanceDB's source
-    return text if text.endswith(".") else f"{text}."
+        text = re.sub(r",? /\S*\.rs:\d+.*", "", str(error).split("\n")[0])  # a line in LanceDB's source
+        text = text.strip()[:300].rstrip(".") or type(error).__name__
+        raise VectorIndexError(f"The index '{path}' cannot be used: {text}. {REPAIR}") from error
 
 
 def named(columns: Mapping[str, type]) -> str:
@@ -85,6 +80,12 @@ def named(columns: Mapping[str, type]) -> str:
     return "{" + ", ".join(f"{name}: {kind.__name__}" for name, kind in columns.items()) + "}"
 
 
-def matrix_of(column: Any, dim: int) -> Floats:
-    """The vectors of an Arrow column, not copied."""
-    return column.flatten().to_numpy(zero_copy_only=True).reshape(-1, dim)
+def as_arrays(batch: Any, dim: int) -> tuple[Integers, Columns]:
+    """The row ids of an Arrow batch, and its columns: vectors as a matrix, text as objects."""
+    arrays = {
+        name: batch[name].flatten().to_numpy().reshape(-1, dim)
+        if name == "vector"
+        else batch[name].to_numpy(zero_copy_only=False)
+        for name in batch.schema.names
+    }
+    return arrays.pop("_rowid").astype(np.int64), arrays

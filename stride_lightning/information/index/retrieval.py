@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stride_lightning.information.attributor import InformationAttributor
 from stride_lightning.information.forms import Form, nats
+from stride_lightning.information.index.base import VectorIndex, Where
 from stride_lightning.information.index.checks import as_list, type_of
 from stride_lightning.information.index.in_memory import MemoryIndex
 from stride_lightning.information.index.lance import is_index
@@ -41,19 +42,24 @@ def build_index(
 ) -> InformationIndex | MemoryIndex:
     """One vector for each training example, the variance correction folded in, made batch by batch.
 
-    A build on disk that was killed goes on, and an index of fewer examples is added to: what is there is not computed
-    again. It must be of the same weights, features and prior; a loss must also be of the same data.
+    Call it again to continue a build on disk that was killed, or to add examples: vectors in the index are not computed
+    again. The index must be of the same weights, features and prior, and for a loss of the same data.
+
+    Memory beyond the attributor and its batch of b gradients: on disk at most ``4 k (2 g + 3 b)`` bytes for vectors of
+    length k, where a group of g vectors takes 64 MiB, so about 128 MiB; in memory ``4 n k`` bytes for the n vectors
+    besides. Metadata and two bytes per example are added to either.
 
     Args:
         attributor: Fitted, with one output per example: ``likelihood="margin"``, or a model with a single output.
-        form: Which information its vectors give; by default that of the attributor. ``"copy"`` is what one more copy of
-            an example would tell, given all data.
         path: Folder of the index, which needs ``stride-lightning[index]``; None for one in memory.
+        form: Which information its vectors give; by default that of the attributor. ``"copy"`` is the
+            information of one more copy of an example, given all data.
         columns: Your own columns, one value per training example in reading order: str, int, float or bool.
 
     Raises:
+        TypeError: If the first argument is not an information attributor, or columns are not a mapping.
         ValueError: If examples have several outputs, or columns are of another length.
-        VectorIndexError: If there is an index of something else at the path.
+        VectorIndexError: If the path holds an index of other weights, features, prior or data.
 
     Example:
         >>> import torch
@@ -68,17 +74,22 @@ def build_index(
 
     Reference: arXiv:2604.03858.
     """
-    attributor.check_fitted("build_index()")
-    columns = {name: as_list(values) for name, values in (columns or {}).items()}
+    _check_attributor(attributor, "build_index")
+    if columns is not None and not hasattr(columns, "items"):
+        raise TypeError(
+            "`columns` must be a dict from names to one value per training example, got "
+            f'{type(columns).__name__}. Pass for example columns={{"source": sources}}.'
+        )
+    values = {name: as_list(column) for name, column in (columns or {}).items()}
     num_outputs, dim = attributor.vector_shape
     if num_outputs != 1:
         outputs = f"these have {num_outputs} outputs"
         raise ValueError(f"An index holds one vector per example, and {outputs}. Fit with likelihood='margin'.")
     positions = attributor.train_data.positions
-    wrong = {name: len(values) for name, values in columns.items() if len(values) != len(positions)}
+    wrong = {name: len(column) for name, column in values.items() if len(column) != len(positions)}
     if wrong:
         raise ValueError(f"Expected {len(positions)} values per column, one per training example; got {wrong}.")
-    types = {name: type_of(name, values) for name, values in columns.items()}
+    types = {name: type_of(name, column) for name, column in values.items()}
     form = attributor.form if form is None else form
     index: InformationIndex | MemoryIndex
     if path is None:
@@ -91,8 +102,8 @@ def build_index(
 
     def batches() -> Iterator[tuple[Tensor, Tensor, dict[str, list[Any]]]]:
         for places, vectors in attributor.vectors(missing, form):
-            values = {name: [column[place] for place in places.tolist()] for name, column in columns.items()}
-            yield positions[places], vectors[:, 0], values
+            metadata = {name: [column[place] for place in places.tolist()] for name, column in values.items()}
+            yield positions[places], vectors[:, 0], metadata
 
     index.build(batches(), show_progress=attributor.show_progress)
     return index
@@ -105,29 +116,50 @@ def search_index(
     k: int = 10,
     *,
     target: str = "label",
-    **options: Any,
+    where: Where | None = None,
 ) -> Retrieved:
     """The training examples of an index that tell most about queries.
 
     Args:
         attributor: Fitted to the model and data that the index is of.
-        index: What :func:`build_index` made, or an opened :class:`InformationIndex`.
+        index: The result of :func:`build_index`, or an opened :class:`InformationIndex`.
         queries: A Dataset, DataLoader or LightningDataModule.
         k: How many for each.
         target: ``"label"`` or ``"predicted"``.
-        **options: Of the index's ``search``: ``where``, and on disk ``exact``, ``nprobes``, ...
+        where: Which training examples to look at: a function of the columns and ``"position"``, a dict of arrays, that
+            returns a boolean for each row: ``lambda columns: columns["source"] == "web"``.
 
     Raises:
+        TypeError: If the first arguments are not an information attributor and an index, or `where` is no function.
         VectorIndexError: If the index is of another model, projection or prior.
     """
-    attributor.check_fitted("search_index()")
+    _check_attributor(attributor, "search_index")
+    if not isinstance(index, VectorIndex):
+        raise TypeError(
+            f"search_index() expects an index as its second argument, got {_kind(index)}. Make one with "
+            "build_index(attributor), or open one with InformationIndex.open(path)."
+        )
     form = index.identity.get("form", attributor.form)
     index.check_identity(_expected_identity(attributor, form, index.identity))
-    hits = index.search(attributor.query_vectors(queries, target, form)[:, 0], k, **options)
+    hits = index.search(attributor.query_vectors(queries, target, form)[:, 0], k, where)
     return Retrieved(hits.positions, nats(hits.dots[..., None, None], form), hits.columns)
 
 
+def _check_attributor(attributor: Any, call: str) -> None:
+    """Refuse anything but a fitted information attributor."""
+    if not isinstance(attributor, InformationAttributor):
+        raise TypeError(
+            f"{call}() expects a fitted information attributor as its first argument, got {_kind(attributor)}. Make "
+            'one with InformationGainAttributor(likelihood="margin").fit(model, train_data).'
+        )
+    attributor.check_fitted(f"{call}()")
+
+
+def _kind(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"an object of type {type(value).__name__}"
+
+
 def _expected_identity(attributor: InformationAttributor, form: Form, made_with: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity that an index should have; one of gains may grow: its first data must agree."""
+    """The identity that an index should have. An index of gains may grow, so only its first data must agree."""
     data = made_with.get("data")
     return attributor.identity(form, data.get("num_examples") if form == "gain" and isinstance(data, dict) else None)

@@ -1,4 +1,4 @@
-"""Rows of an index, and what a search of them must find."""
+"""Rows of an index, and the result that a search of them must have."""
 
 import numpy as np
 import torch
@@ -35,12 +35,20 @@ def queries(count=12, dim=16, seed=1):
     return np.random.default_rng(seed).standard_normal((count, dim))
 
 
-def brute_force(rows, queries, k, keep=None):
+def brute_force(rows, queries, k, mask=None):
     positions, vectors, _ = rows
-    keep = np.arange(len(positions)) if keep is None else np.flatnonzero(keep)
-    dots = np.stack([(vectors[keep].astype(np.float64) * query).sum(1) for query in queries])
-    order = [np.lexsort((positions[keep], -np.abs(row)))[:k] for row in dots]
-    return np.stack([positions[keep][o] for o in order]), np.stack([d[o] for d, o in zip(dots, order, strict=True)])
+    passing = np.arange(len(positions)) if mask is None else np.flatnonzero(mask)
+    dots = np.stack([(vectors[passing].astype(np.float64) * query).sum(1) for query in queries])
+    order = [np.lexsort((positions[passing], -np.abs(row)))[:k] for row in dots]
+    return np.stack([positions[passing][o] for o in order]), np.stack([d[o] for d, o in zip(dots, order, strict=True)])
+
+
+def as_columns(rows):
+    """The columns of rows as a condition sees them."""
+    arrays = {
+        name: np.array(values, object) if name == "text" else np.asarray(values) for name, values in rows[2].items()
+    }
+    return {"position": rows[0], **arrays}
 
 
 def contents(index):

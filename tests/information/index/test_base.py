@@ -1,15 +1,15 @@
-"""What indexes in memory and on disk share: a search finds what brute force does, and what does not fit is refused."""
+"""What indexes in memory and on disk share: a search is brute force, filters are functions, bad input is refused."""
+
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 
-from stride_lightning.information.index import base as vectors_module
-from stride_lightning.information.index import in_memory as memory_index
-from stride_lightning.information.index import on_disk as index_module
+from stride_lightning.information.index import on_disk, ranking
 from stride_lightning.information.index.checks import PositionSet
 from stride_lightning.information.index.in_memory import MemoryIndex
-from tests.information.index.cases import COLUMNS, batches, brute_force, example_rows, queries
+from tests.information.index.cases import COLUMNS, as_columns, batches, brute_force, example_rows, queries
 
 
 @pytest.mark.parametrize("k", [1, 10, 60, 299, 300, 1000])
@@ -30,9 +30,9 @@ def test_blocks_and_groups_of_queries_change_nothing(make, monkeypatch):
     index, rows = make(), example_rows()
     index.build(batches(rows, 64), show_progress=False)
     once = index.search(queries(), 5)
-    monkeypatch.setattr(memory_index, "BLOCK_ROWS", 7)
-    monkeypatch.setattr(index_module, "BLOCK_ROWS", 7)
-    monkeypatch.setattr(vectors_module, "_QUERIES", 5)
+    monkeypatch.setattr(ranking, "BLOCK_ROWS", 7)
+    monkeypatch.setattr(on_disk, "_SCAN_ROWS", 7)
+    monkeypatch.setattr(ranking, "QUERIES", 5)
     for hits in (index.search(queries(), 5), index.search(torch.from_numpy(queries()), 5)):
         assert torch.equal(hits.positions, once.positions)
         assert torch.equal(hits.dots, once.dots)
@@ -42,25 +42,39 @@ def test_blocks_and_groups_of_queries_change_nothing(make, monkeypatch):
     assert torch.equal(torch.cat([hits.dots for hits in alone]), once.dots)
 
 
-@pytest.mark.parametrize("kind", ["equal", "zero", "near"])
-def test_more_ties_than_candidates_come_in_order_of_positions(make, kind, monkeypatch):
+@pytest.mark.parametrize("k", [1, 10, 40])
+@pytest.mark.parametrize("kind", ["equal", "opposite", "zero", "near", "one long"])
+def test_ties_and_near_ties_come_in_order_of_positions(make, kind, k, monkeypatch):
+    monkeypatch.setattr(ranking, "BLOCK_ROWS", 64)
     rng = np.random.default_rng(0)
     vectors = np.repeat(rng.standard_normal((1, 16)), 500, axis=0).astype(np.float32)
+    if kind == "opposite":
+        vectors *= rng.choice(np.array([-1, 1], np.float32), (500, 1))
     if kind == "zero":
         vectors[3:] = 0
-    if kind == "near":  # float32 products of these cannot be told apart
+    if kind in ("near", "one long"):  # float32 products do not tell these apart
         vectors[:, 0] += np.float32(2e-7) * rng.integers(0, 5, 500)
+    if kind == "one long":
+        vectors[250] = 1e12 * rng.standard_normal(16)
     rows = rng.permutation(500), vectors, {}
     index = make(columns={})
     index.build(batches(rows, 100), show_progress=False)
-    calls = []
-    in_float64 = type(index)._in_float64
-    monkeypatch.setattr(type(index), "_in_float64", lambda *args: calls.append(len(args[1])) or in_float64(*args))
-    hits = index.search(queries(3), 10)
-    positions, dots = brute_force(rows, queries(3), 10)
+    hits = index.search(queries(3), k)
+    positions, dots = brute_force(rows, queries(3), k)
     assert hits.positions.tolist() == positions.tolist()
     assert np.array_equal(hits.dots.numpy(), dots)
-    assert calls == [3]  # the float32 screening noticed for each that it could not tell
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_both_signs_rank_alike(make, sign):
+    index, rows = make(), example_rows()
+    index.build(batches(rows, 64), show_progress=False)
+    positions, dots = brute_force(rows, queries(), 10)
+    hits = index.search(sign * queries(), 10)
+    assert hits.positions.tolist() == positions.tolist()
+    assert np.array_equal(hits.dots.numpy(), sign * dots)
+    assert (dots < 0).any()
+    assert (dots > 0).any()
 
 
 def test_products_beyond_float32_are_ranked(make):
@@ -74,12 +88,15 @@ def test_products_beyond_float32_are_ranked(make):
     assert hits.dots[0, 0] == 1e200 * float(vectors[1, 0])
 
 
-def test_float64_is_rarely_needed(make, monkeypatch):
+def test_few_rows_are_ranked_in_float64(make, monkeypatch):
     index = make(columns={})
     rng = np.random.default_rng(0)
     index.add(np.arange(2000), rng.standard_normal((2000, 16)))
-    monkeypatch.setattr(type(index), "_in_float64", None)
+    counts, dots_of = [], ranking._dots
+    monkeypatch.setattr(ranking, "_dots", lambda query, vectors: counts.append(len(vectors)) or dots_of(query, vectors))
     assert index.search(queries(100), 10).positions.shape == (100, 10)
+    assert len(counts) == 100  # once for each query
+    assert max(counts) <= 12
 
 
 def test_empty_index_and_no_queries(make):
@@ -94,6 +111,70 @@ def test_empty_index_and_no_queries(make):
     assert hits.columns == {name: [] for name in COLUMNS}
 
 
+# ---- filters
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        lambda columns: columns["label"] == 3,
+        lambda columns: np.isin(columns["label"], [1, 2]) & (columns["weight"] > 0.5),
+        lambda columns: columns["text"] == "it's",
+        lambda columns: np.array([text.startswith("ü") for text in columns["text"]], bool),
+        lambda columns: ~columns["clean"],
+        lambda columns: columns["position"] >= 100,
+        lambda columns: columns["label"] == 99,
+        lambda columns: torch.tensor(columns["label"]) < 4,
+    ],
+    ids=["equal", "and", "text", "prefix", "not", "position", "none", "tensor"],
+)
+def test_filters(make, where):
+    index, rows = make(), example_rows()
+    index.build(batches(rows, 64), show_progress=False)
+    positions, dots = brute_force(rows, queries(), 20, np.asarray(where(as_columns(rows))))
+    hits = index.search(queries(), 20, where)
+    assert hits.positions.tolist() == positions.tolist()
+    assert np.array_equal(hits.dots.numpy(), dots)
+    assert [len(labels) for labels in hits.columns["label"]] == [positions.shape[1]] * 12
+
+
+def test_conditions_that_are_no_functions_or_return_no_booleans_are_refused(make):
+    index = make(columns={"label": int})
+    with pytest.raises(TypeError, match=r"`where` must be a function of the columns .*, got 'label = 3'\. Pass for"):
+        index.search(queries(), where="label = 3")
+    index.add([0, 1], np.ones((2, 16)), {"label": [0, 1]})
+    with pytest.raises(ValueError, match=r"must return a boolean for each of 2 rows, got int64 of shape \(2,\)"):
+        index.search(queries(), where=lambda columns: columns["label"])
+    with pytest.raises(ValueError, match=r"must return a boolean for each of 2 rows, got bool of shape \(\)"):
+        index.search(queries(), where=lambda columns: True)
+    with pytest.raises(ValueError, match=r"looks up the column 'lable'; there are \['position', 'label'\]"):
+        index.search(queries(), where=lambda columns: columns["lable"] == 3)
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("num_batches", [20, 80])
+def test_memory_of_building_is_what_the_docstring_says(tmp_path, num_batches):
+    dim, batch, group = 512, 250, 1000
+    index = on_disk.InformationIndex.create(tmp_path, dim, identity={})
+    index.add([10**6], np.ones((1, dim)))  # once before measuring: imports
+
+    def stream():
+        for at in range(0, num_batches * batch, batch):
+            yield np.arange(at, at + batch), np.ones((batch, dim), np.float32)
+
+    tracemalloc.start()
+    try:
+        index.build(stream(), rows_per_commit=group, show_progress=False)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    formula = 4 * dim * (2 * group + 3 * batch)
+    assert peak <= formula + 2**20
+    assert peak >= formula / 2
+
+
 # ---- bad input
 
 GOOD = {"label": [1, 2], "text": ["a", "b"], "weight": [0.5, 1], "clean": [True, False]}
@@ -101,20 +182,25 @@ BAD_ROWS = [
     ([0, 1], np.ones((2, 15)), GOOD, ValueError, r"`vectors` of shape \(b, 16\), as the index has dim=16, got .*2, 15"),
     ([0, 1], np.ones(16), GOOD, ValueError, r"`vectors` of shape \(b, 16\)"),
     ([0, 1], np.ones((3, 16)), GOOD, ValueError, "a vector for each of 2 positions, got 3"),
-    ([0, 1], [[1.0] * 16, [np.nan] * 16], GOOD, ValueError, "not finite as float32: those of position 1. Find"),
-    ([0, 9], np.full((2, 16), 1e39), GOOD, ValueError, "not finite as float32: those of positions 0, 9. Find"),
-    ([0, 0], np.ones((2, 16)), GOOD, ValueError, "Twice in a batch, .*: position 0"),
+    ([0, 1], [[1.0] * 16, [np.nan] * 16], GOOD, ValueError, "vectors of position 1 are not finite as float32. Find"),
+    ([0, 9], np.full((2, 16), 1e39), GOOD, ValueError, "vectors of positions 0, 9 are not finite as float32. Find"),
+    ([0, 0], np.ones((2, 16)), GOOD, ValueError, "The batch holds position 0 twice, and every"),
     ([0, -1], np.ones((2, 16)), GOOD, ValueError, "Positions in a dataset are not negative, got -1"),
     ([0.0, 1.0], np.ones((2, 16)), GOOD, ValueError, r"must be integers of shape \(b,\), got float64"),
     ([[0, 1]], np.ones((2, 16)), GOOD, ValueError, r"must be integers of shape \(b,\), got int64 of shape \(1, 2\)"),
     ([0, 1], np.ones((2, 16)), None, ValueError, r"Expected the metadata columns \['clean', 'label', .*, got \[\]"),
     ([0, 1], np.ones((2, 16)), GOOD | {"more": [1, 2]}, ValueError, "Expected the metadata columns .*'more'"),
     ([0, 1], np.ones((2, 16)), GOOD | {"label": [1]}, ValueError, "Expected 2 values of .*'label', got 1"),
-    ([0, 1], np.ones((2, 16)), GOOD | {"label": [1, 2.0]}, TypeError, "'label' holds int, got 2.0: convert it"),
-    ([0, 1], np.ones((2, 16)), GOOD | {"label": [1, True]}, TypeError, "'label' holds int, got True"),
-    ([0, 1], np.ones((2, 16)), GOOD | {"label": [1, 2**63]}, ValueError, "integers of 64 bits, got 92233720368547758"),
+    (
+        [0, 1],
+        np.ones((2, 16)),
+        GOOD | {"label": [1, 2.0]},
+        TypeError,
+        "'label' holds int of 64 bits, got 2.0: convert it",
+    ),
+    ([0, 1], np.ones((2, 16)), GOOD | {"label": [1, True]}, TypeError, "'label' holds int of 64 bits, got True"),
+    ([0, 1], np.ones((2, 16)), GOOD | {"label": [1, 2**63]}, TypeError, "int of 64 bits, got 92233720368547758"),
     ([0, 1], np.ones((2, 16)), GOOD | {"text": ["a", None]}, TypeError, "'text' holds str, got None: .* such as ''"),
-    ([0, 1], np.ones((2, 16)), GOOD | {"text": ["a", "\ud800"]}, ValueError, "'text' holds Unicode text"),
     ([0, 1], np.ones((2, 16)), GOOD | {"clean": [1, 0]}, TypeError, "'clean' holds bool, got 1"),
 ]
 
@@ -134,10 +220,12 @@ def test_bad_rows_are_refused_and_leave_nothing(make, positions, vectors, column
 def test_positions_that_are_there_are_refused_by_name(make):
     index = make(columns={})
     index.add(np.arange(10), np.ones((10, 16)))
-    with pytest.raises(ValueError, match=r"Already in the index, .*: positions 2, 3, 4, 5, 6 and 3 more. Leave them"):
+    with pytest.raises(ValueError, match=r"already holds positions 2, 3, 4, 5, 6 and 3 more, .* Leave them"):
         index.add(np.arange(2, 12), np.ones((10, 16)))
     assert len(index) == 10
-    with pytest.raises(ValueError, match=r"Twice in the stream, .*: position 3"):
+    with pytest.raises(
+        ValueError, match=r"The stream holds position 3 twice, and every .* positions in the whole dataset"
+    ):
         index.build([([3, 11], np.ones((2, 16))), ([3], np.ones((1, 16)))], show_progress=False)
 
 
@@ -194,11 +282,11 @@ def test_what_was_passed_may_change_afterwards():
 
 
 def test_position_set():
-    held = PositionSet()
+    positions = PositionSet()
     rng = np.random.default_rng(0)
-    drawn = rng.integers(0, 10**6, 500)
-    held.add(drawn)
-    held.add(np.empty(0, np.int64))
-    asked = np.concatenate([drawn, rng.integers(0, 10**6, 500), [2**62]])
-    assert held.holds(asked).tolist() == np.isin(asked, drawn).tolist()
-    assert held.holds(np.empty(0, np.int64)).tolist() == []
+    members = rng.integers(0, 10**6, 500)
+    positions.add(members)
+    positions.add(np.empty(0, np.int64))
+    candidates = np.concatenate([members, rng.integers(0, 10**6, 500), [2**62]])
+    assert positions.holds(candidates).tolist() == np.isin(candidates, members).tolist()
+    assert positions.holds(np.empty(0, np.int64)).tolist() == []

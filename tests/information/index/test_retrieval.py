@@ -34,28 +34,36 @@ def test_the_ranking_and_the_nats_of_all_pairs(kind, on_disk, tmp_path):
         pytest.importorskip("lancedb")
     attributor = fitted(kind)
     index = build_index(attributor, tmp_path if on_disk else None)
-    found = search_index(attributor, index, queries(), k=7)
+    retrieved = search_index(attributor, index, queries(), k=7)
     best = attributor.attribute(queries()).top(7)
-    assert torch.equal(found.positions, best.proponents)
-    torch.testing.assert_close(found.nats.float(), best.proponent_scores, rtol=1e-4, atol=1e-9)
+    assert torch.equal(retrieved.positions, best.proponents)
+    torch.testing.assert_close(retrieved.nats.float(), best.proponent_scores, rtol=1e-4, atol=1e-9)
 
 
-def test_one_more_copy():
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_one_more_copy(on_disk, tmp_path):
+    if on_disk:
+        pytest.importorskip("lancedb")
     attributor = fitted()
-    found = search_index(attributor, build_index(attributor, form="copy"), queries(), k=5)
+    index = build_index(attributor, tmp_path if on_disk else None, form="copy")
+    retrieved = search_index(attributor, index, queries(), k=5)
     rows = rows_of(attributor, queries())
     expected = information(*rows, attributor.posterior, "copy").sort(descending=True, stable=True)
-    assert torch.equal(found.positions, expected.indices[:, :5])
-    torch.testing.assert_close(found.nats.float(), expected.values[:, :5], rtol=1e-4, atol=1e-9)
+    assert torch.equal(retrieved.positions, expected.indices[:, :5])
+    torch.testing.assert_close(retrieved.nats.float(), expected.values[:, :5], rtol=1e-4, atol=1e-9)
 
 
-def test_your_own_columns_and_filters():
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_your_own_columns_and_filters(on_disk, tmp_path):
+    if on_disk:
+        pytest.importorskip("lancedb")
     attributor = fitted()
     names = [f"document {i % 3}" for i in range(NUM_TRAIN)]
-    index = build_index(attributor, columns={"document": names, "place": list(range(NUM_TRAIN))})
-    found = search_index(attributor, index, queries(), k=4, where=lambda columns: columns["place"] < 20)
-    assert (found.positions < 20).all()
-    assert found.columns["document"] == [[names[i] for i in row] for row in found.positions.tolist()]
+    columns = {"document": names, "place": list(range(NUM_TRAIN))}
+    index = build_index(attributor, tmp_path if on_disk else None, columns=columns)
+    retrieved = search_index(attributor, index, queries(), k=4, where=lambda columns: columns["place"] < 20)
+    assert (retrieved.positions < 20).all()
+    assert retrieved.columns["document"] == [[names[i] for i in row] for row in retrieved.positions.tolist()]
     index = build_index(attributor, columns={"label": torch.arange(NUM_TRAIN) % 3, "weight": np.ones(NUM_TRAIN)})
     assert index.columns == {"label": int, "weight": float}
 
@@ -70,6 +78,37 @@ def test_what_cannot_be_built():
         build_index(fitted(likelihood="gauss-newton"))
     with pytest.raises(RuntimeError, match=r"fit\(model, train_data\) before build_index"):
         build_index(InformationGainAttributor(likelihood="margin"))
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (nn.Linear(3, 3), "an object of type Linear"),
+        (InformationGainAttributor, "the class InformationGainAttributor"),
+        (None, "an object of type NoneType"),
+    ],
+    ids=["model", "class", "none"],
+)
+def test_other_objects_are_refused_by_type(value, kind):
+    message = f"expects a fitted information attributor as its first argument, got {kind}. Make one with Information"
+    with pytest.raises(TypeError, match=rf"build_index\(\) {message}"):
+        build_index(value)
+    with pytest.raises(TypeError, match=rf"search_index\(\) {message}"):
+        search_index(value, None, queries())
+
+
+def test_arguments_of_other_types_are_refused_by_name():
+    attributor = fitted()
+    with pytest.raises(
+        TypeError, match=r"search_index\(\) expects an index as its second .* type TensorDataset\. Make one"
+    ):
+        search_index(attributor, queries(), queries())
+    with pytest.raises(
+        TypeError, match=r"`columns` must be a dict from names to one value .*, got list\. Pass for example"
+    ):
+        build_index(attributor, columns=["web"] * NUM_TRAIN)
+    with pytest.raises(TypeError, match="`where` must be a function of the columns"):
+        search_index(attributor, build_index(attributor), queries(), where="place < 20")
 
 
 @pytest.fixture
@@ -96,7 +135,7 @@ def test_growing_data_are_added_to_an_index_of_gains(growing, tmp_path):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"ridge": 0.5}, r"'ridge': expected 0\.5, came 0\.3"),
+        ({"ridge": 0.5}, r"'ridge': expected 0\.5, got 0\.3"),
         ({"seed": 1}, "'seed'"),
         ({"model": Classifier(width=9)}, "'weights'"),
         ({"data": classification_data(NUM_TRAIN, seed=5)}, "'data'"),
@@ -122,8 +161,8 @@ def test_a_gain_index_of_other_data_is_refused(growing, tmp_path):
 def test_positions_of_a_part_of_the_data():
     attributor = fitted()
     attributor.fit(build(Classifier), classification_data(NUM_TRAIN), train_indices=[30, 3, 8, 21])
-    found = search_index(attributor, build_index(attributor), queries(), k=4)
-    assert torch.equal(found.positions.sort().values, torch.tensor([3, 8, 21, 30]).expand(6, 4))
+    retrieved = search_index(attributor, build_index(attributor), queries(), k=4)
+    assert torch.equal(retrieved.positions.sort().values, torch.tensor([3, 8, 21, 30]).expand(6, 4))
 
 
 def test_a_regression_has_one_output():
