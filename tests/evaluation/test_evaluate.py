@@ -110,25 +110,25 @@ def test_counterfactuals_are_mean_rises_of_the_loss_and_costs_those_of_the_metad
 
 def test_constant_queries_are_counted_without_a_warning(recwarn):
     scores = WEIGHTS.index_fill(0, torch.tensor([3, 7]), 0.0)
-    found = run({"gaps": Attribution(scores), "whole": EXACT, "none": Attribution(torch.zeros_like(WEIGHTS))})
-    assert [(row.name, row.num_constant) for row in found.rows] == [("whole", 0), ("gaps", 2), ("none", NUM_QUERIES)]
-    assert found.per_query["gaps"][[3, 7]].tolist() == [0.0, 0.0]
-    assert found["none"].lds == 0
+    judged = run({"gaps": Attribution(scores), "whole": EXACT, "none": Attribution(torch.zeros_like(WEIGHTS))})
+    assert [(row.name, row.num_constant) for row in judged.rows] == [("whole", 0), ("gaps", 2), ("none", NUM_QUERIES)]
+    assert judged.per_query["gaps"][[3, 7]].tolist() == [0.0, 0.0]
+    assert judged["none"].lds == 0
     assert not len(recwarn)
-    header, row = str(found).splitlines()[1:4:2]
+    header, row = str(judged).splitlines()[1:4:2]
     assert "constant queries" in header
     assert row[header.index("constant queries") :].split()[0] == "2"
 
 
 def test_one_seed_has_no_ceiling_and_one_query_will_do():
     truth = make_truth(num_seeds=1)
-    found = run(EXACT, truth)
-    assert (found.ceiling, found.share_of_ceiling("stride")) == (None, None)
-    assert "of ceiling" not in str(found)
-    assert str(found).splitlines()[-1].startswith("noise ceiling unknown")
+    judged = run(EXACT, truth)
+    assert (judged.ceiling, judged.share_of_ceiling("stride")) == (None, None)
+    assert "of ceiling" not in str(judged)
+    assert str(judged).splitlines()[-1].startswith("noise ceiling unknown")
     one = run(EXACT[0], GroundTruth(MASKS, truth.losses_by_seed[:, :, :1], [0]))
     assert one.per_query["stride"].shape == (1,)
-    assert one["stride"].lds == pytest.approx(found.per_query["stride"][0].item())
+    assert one["stride"].lds == pytest.approx(judged.per_query["stride"][0].item())
 
 
 def test_sequences_are_named_by_method_and_numbered_and_names_are_escaped_in_markdown():
@@ -136,11 +136,11 @@ def test_sequences_are_named_by_method_and_numbered_and_names_are_escaped_in_mar
     assert "| a&#124;b &#60;i&#62; | " in text
     assert [line.count("|") for line in text.splitlines() if line.startswith("|")] == [6, 6, 6]
     named = Attribution(WEIGHTS, metadata={"method": "stride-2"})
-    found = run([EXACT, named, EXACT, NOISY])
-    assert sorted(found.per_query) == ["scores", "stride", "stride-2", "stride-3"]
+    judged = run([EXACT, named, EXACT, NOISY])
+    assert sorted(judged.per_query) == ["scores", "stride", "stride-2", "stride-3"]
     assert [row.name for row in run(EXACT).rows] == ["stride"]
     with pytest.raises(KeyError, match=r"'other' was evaluated: there are \['stride'"):
-        found["other"]
+        judged["other"]
 
 
 def test_permuted_columns_are_aligned(evaluation):

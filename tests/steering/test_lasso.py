@@ -202,12 +202,12 @@ def test_cross_validation_equals_a_loop_over_sklearn(name: str) -> None:
     matrix, errors = design.dense().double().numpy(), np.zeros((len(grid), 4))
     for query, row in enumerate(measurements.numpy()):
         for fold in range(num_folds):
-            kept = (folds != fold).numpy()
-            centred_columns = matrix[kept] - matrix[kept].mean(0)
-            largest = np.abs(centred_columns.T @ (row[kept] - row[kept].mean())).max()
+            others = (folds != fold).numpy()
+            centred_columns = matrix[others] - matrix[others].mean(0)
+            largest = np.abs(centred_columns.T @ (row[others] - row[others].mean())).max()
             for index, penalty in enumerate(grid):
-                model = sklearn_scores(matrix[kept], row[kept], penalty * largest / kept.sum())
-                errors[index, query] += np.square(row[~kept] - model.predict(matrix[~kept])).sum()
+                model = sklearn_scores(matrix[others], row[others], penalty * largest / others.sum())
+                errors[index, query] += np.square(row[~others] - model.predict(matrix[~others])).sum()
     expected = np.array(grid)[errors.argmin(0)]
     how = {"penalties": grid, "num_folds": num_folds, "seed": seed, "tolerance": 1e-10}
     chosen = cross_validate_penalty(measurements, design, **how)

@@ -47,10 +47,10 @@ def test_the_model_runs_over_cached_sequences_once(tmp_path):
 
 
 def test_its_size_is_known_beforehand(tmp_path):
-    found = ask(TinyLM().eval(), cache_dir=tmp_path)
+    attribution = ask(TinyLM().eval(), cache_dir=tmp_path)
     files = [file.stat().st_size for file in tmp_path.rglob("*.f32")]
-    tokens = found.metadata["sequences"]["num_tokens"]
-    assert sum(files) == found.metadata["sequences"]["cache_bytes"] == 4 * tokens * (13 + 7 + 1)
+    tokens = attribution.metadata["sequences"]["num_tokens"]
+    assert sum(files) == attribution.metadata["sequences"]["cache_bytes"] == 4 * tokens * (13 + 7 + 1)
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
