@@ -118,9 +118,9 @@ def cross_validate_penalty(
     measurements = _checked(measurements, design, tolerance, max_iterations)
     num_queries, num_subsets = measurements.shape
     if not 2 <= num_folds <= num_subsets:
-        raise ValueError(f"num_folds must be from 2 to the number of subsets ({num_subsets}), got {num_folds}.")
+        raise ValueError(f"`num_folds` must be from 2 to the number of subsets ({num_subsets}), got {num_folds}.")
     if not penalties:
-        raise ValueError("penalties is empty: give at least one relative penalty to choose from.")
+        raise ValueError("`penalties` is empty: give at least one relative penalty to choose from.")
     folds = torch.randperm(num_subsets, generator=torch.Generator().manual_seed(seed)) % num_folds
     held_out = nn.functional.one_hot(folds, num_folds).T.to(measurements)  # (folds, K)
     in_fit = (1 - held_out).repeat_interleave(num_queries, 0)  # (folds * q, K)
@@ -185,9 +185,10 @@ def _checked(measurements: Tensor, design: Design, tolerance: float, max_iterati
         )
     finite = measurements.isfinite().all(1)
     if not finite.all():
-        raise ValueError(f"Measurements of queries {(~finite).nonzero().flatten().tolist()} are not finite: drop them.")
+        bad = (~finite).nonzero().flatten().tolist()
+        raise ValueError(f"The measurements of queries {bad} are not finite. Leave these queries out.")
     if not (tolerance > 0 and max_iterations > 0):
-        raise ValueError(f"tolerance and max_iterations must be positive, got {tolerance} and {max_iterations}.")
+        raise ValueError(f"`tolerance` and `max_iterations` must be positive, got {tolerance} and {max_iterations}.")
     return measurements.detach().to(torch.promote_types(measurements.dtype, torch.float32))
 
 
@@ -195,7 +196,7 @@ def _per_query(penalty: float | Tensor, measurements: Tensor) -> Tensor:
     """One relative penalty for each query, ``(q,)``."""
     values = torch.as_tensor(penalty).detach().to(measurements)
     if values.ndim > 0 and values.shape != measurements.shape[:1]:
-        raise ValueError(f"penalty has shape {tuple(values.shape)}; expected a number or ({len(measurements)},).")
+        raise ValueError(f"`penalty` has shape {tuple(values.shape)}; expected a number or ({len(measurements)},).")
     if not ((values > 0) & values.isfinite()).all():
-        raise ValueError(f"penalty must be positive and finite, relative to the largest useful one; got {penalty}.")
+        raise ValueError(f"`penalty` must be positive and finite, relative to the largest useful one; got {penalty}.")
     return values.expand(len(measurements))

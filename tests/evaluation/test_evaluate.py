@@ -162,7 +162,7 @@ def test_equal_fingerprints_mean_the_same_order(evaluation):
     assert run({"noisy": part}, truth)["noisy"].lds == evaluation["noisy"].lds
     # Were the columns permuted, or was the data read in this order by both?
     unclear = Attribution(NOISY.scores, train_indices=permutation(NUM_TRAIN), metadata=metadata)
-    with pytest.raises(ValueError, match="'noisy' has its training examples in an order of its own"):
+    with pytest.raises(ValueError, match="'noisy' has its training examples in another order than the dataset"):
         run({"noisy": unclear}, truth)
 
 
@@ -172,19 +172,19 @@ REFUSED = {
     "other queries": (Attribution(WEIGHTS, metadata={"query_data": DATA}), "'one' is of other queries than the ground"),
     "fewer columns": (
         Attribution(WEIGHTS[:, :5], train_indices=IN_ORDER[:5]),
-        "'one' has scores of 5 training examples, the ground truth is of 30.* a score for every training example",
+        "'one' has scores of 5 training examples, the ground truth has 30.* one score for each of them",
     ),
-    "more columns": (Attribution(WEIGHTS.repeat(1, 2)), "'one' has scores of 60 training examples, .* of 30"),
-    "fewer queries": (Attribution(WEIGHTS[:5]), "'one' is of 5 queries, the ground truth of 12"),
+    "more columns": (Attribution(WEIGHTS.repeat(1, 2)), "'one' has scores of 60 training examples, .* has 30"),
+    "fewer queries": (Attribution(WEIGHTS[:5]), "'one' has 5 queries, the ground truth has 12"),
     "not finite": (
         Attribution(BROKEN, train_indices=IN_ORDER),
         "'one' has 2 scores that are not finite, the first that of query 2 .* example 5",
     ),
     "other positions": (
         Attribution(WEIGHTS, train_indices=IN_ORDER + 1),
-        r"'one' is of other training examples .* begin with \[1, 2, 3, 4, 5\], .* with \[0, 1, 2, 3, 4\]",
+        r"'one' has other training examples .* begin with \[1, 2, 3, 4, 5\], .* with \[0, 1, 2, 3, 4\]",
     ),
-    "positions twice": (Attribution(WEIGHTS, train_indices=IN_ORDER // 2), "'one' is of other training examples"),
+    "positions twice": (Attribution(WEIGHTS, train_indices=IN_ORDER // 2), "'one' has other training examples"),
 }
 
 
@@ -220,11 +220,11 @@ def test_counterfactuals_that_do_not_fit_are_refused():
     elsewhere = "was measured with other scores: the"
     assert_refused(
         run_with,
-        (r"holds \['strid'\], .* there are \['random', 'exact', 'noisy'\]", "strid", right),
-        (f"of 'noisy' {elsewhere} 1 examples removed", "noisy", right),
-        (f"of 'exact' {elsewhere} 2 examples removed", "exact", replace(right, ks=(2, 5))),
+        (r"holds \['strid'\], .* are named \['random', 'exact', 'noisy'\]", "strid", right),
+        (f"of 'noisy' {elsewhere} 1 removed examples", "noisy", right),
+        (f"of 'exact' {elsewhere} 2 removed examples", "exact", replace(right, ks=(2, 5))),
         ("of 'exact' is of other training data", "exact", other, make_truth(data=DATA)),
-        ("of 'exact' is of 2 queries and 30 training examples", "exact", small),
+        ("of 'exact' has 2 queries and 30 training examples", "exact", small),
     )
     assert_refused(run_with, ("of 'noisy' must be what retrain_without", "noisy", make_truth()), error=TypeError)
 

@@ -174,11 +174,11 @@ def test_a_tolerance_below_rounding_ends_with_a_warning() -> None:
         ({"measurements": torch.zeros(2, 5)}, r"shape \(2, 5\); expected \(q, 30\)"),
         ({"measurements": torch.zeros(30)}, r"shape \(30,\); expected \(q, 30\)"),
         ({"measurements": torch.zeros(0, 30)}, "at least one query"),
-        ({"penalty": 0.0}, "penalty must be positive and finite"),
-        ({"penalty": float("nan")}, "penalty must be positive and finite"),
-        ({"penalty": torch.ones(4)}, r"penalty has shape \(4,\); expected a number or \(3,\)"),
-        ({"tolerance": 0.0}, "tolerance and max_iterations must be positive, got 0.0"),
-        ({"max_iterations": 0}, "tolerance and max_iterations must be positive, got 0.0001 and 0"),
+        ({"penalty": 0.0}, "`penalty` must be positive and finite"),
+        ({"penalty": float("nan")}, "`penalty` must be positive and finite"),
+        ({"penalty": torch.ones(4)}, r"`penalty` has shape \(4,\); expected a number or \(3,\)"),
+        ({"tolerance": 0.0}, "`tolerance` and `max_iterations` must be positive, got 0.0"),
+        ({"max_iterations": 0}, "`tolerance` and `max_iterations` must be positive, got 0.0001 and 0"),
     ],
 )
 def test_unusable_arguments(change: dict, message: str) -> None:
@@ -225,10 +225,10 @@ def test_cross_validation_follows_the_noise() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_folds": 1}, r"num_folds must be from 2 to the number of subsets \(30\), got 1"),
-        ({"num_folds": 31}, "num_folds must be from 2"),
-        ({"penalties": []}, "penalties is empty"),
-        ({"penalties": [-1.0]}, "penalty must be positive and finite"),
+        ({"num_folds": 1}, r"`num_folds` must be from 2 to the number of subsets \(30\), got 1"),
+        ({"num_folds": 31}, "`num_folds` must be from 2"),
+        ({"penalties": []}, "`penalties` is empty"),
+        ({"penalties": [-1.0]}, "`penalty` must be positive and finite"),
     ],
 )
 def test_unusable_folds_and_grids(change: dict, message: str) -> None:

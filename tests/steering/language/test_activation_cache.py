@@ -71,7 +71,7 @@ def test_activations_of_something_else_are_refused(tmp_path, filled):
     other = copy.deepcopy(filled)
     with torch.no_grad():
         other.head.weight.add_(1)
-    with pytest.raises(ValueError, match="holds activations of something else: weights differ"):
+    with pytest.raises(ValueError, match="holds activations of another model or data set: weights differ"):
         ask(other, cache_dir=tmp_path)
     with pytest.raises(ValueError, match="data differ"):
         ask(filled, train=Texts(13, seed=5), cache_dir=tmp_path)
@@ -116,7 +116,7 @@ def test_a_folder_of_something_else_is_kept(tmp_path):
     mine = tmp_path / f"sequences-0-{len(TRAIN)}" / "thesis.txt"
     mine.parent.mkdir()
     mine.write_text("do not touch")
-    with pytest.raises(ValueError, match="is not empty and holds no activations"):
+    with pytest.raises(ValueError, match="holds other files"):
         ask(TinyLM().eval(), cache_dir=tmp_path)
     assert mine.read_text() == "do not touch"
 
