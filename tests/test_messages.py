@@ -76,7 +76,12 @@ def test_a_call_is_shown_with_its_values():
 
 
 def test_the_file_comes_back_as_it_was_written(tmp_path):
-    entries = {"a.py": [("f(1)", "ValueError: " + "a long message " * 20 + "end"), ("g()", "UserWarning: short")]}
+    long = "ValueError: " + "a long message " * 20 + "end"
+    entries = {"a.py": [("f(1)", long), ("g()", "UserWarning: two\nlines")]}
     unprovoked = {"b.py": ["one {value}", "two"]}
-    snapshot.write(entries, unprovoked, tmp_path / "messages.txt")
-    assert snapshot.read(tmp_path / "messages.txt") == (entries, unprovoked)
+    first, second = tmp_path / "first", tmp_path / "second"
+    snapshot.write(entries, unprovoked, first)
+    ((_, wrapped), short), unseen = snapshot.read(first)[0]["a.py"], snapshot.read(first)[1]
+    assert (wrapped.replace("\n", " "), short, unseen) == (long, ("g()", "UserWarning: two\nlines"), unprovoked)
+    snapshot.write(*snapshot.read(first), second)
+    assert second.read_text() == first.read_text()

@@ -20,12 +20,13 @@ _LONGEST = 60
 
 @dataclass(frozen=True)
 class Frame:
-    """A place in running code: its line, its instruction and the values of its names."""
+    """A place in running code: its line, its instruction, and the values of local and of global names."""
 
     code: types.CodeType
     line: int
     instruction: int
     values: dict[str, Any]
+    names: dict[str, Any]
 
     @classmethod
     def all_of(cls, traceback):
@@ -33,7 +34,8 @@ class Frame:
         frames = []
         while traceback is not None:
             frame = traceback.tb_frame
-            frames.append(cls(frame.f_code, traceback.tb_lineno, traceback.tb_lasti, frame.f_locals))
+            place = (traceback.tb_lineno, traceback.tb_lasti)
+            frames.append(cls(frame.f_code, *place, frame.f_locals, frame.f_globals))
             traceback = traceback.tb_next
         return frames
 
@@ -42,7 +44,7 @@ class Frame:
         """Those that lead to a running one, outermost first."""
         frames = []
         while frame is not None:
-            frames.append(cls(frame.f_code, frame.f_lineno, frame.f_lasti, frame.f_locals))
+            frames.append(cls(frame.f_code, frame.f_lineno, frame.f_lasti, frame.f_locals, frame.f_globals))
             frame = frame.f_back
         return frames[::-1]
 
@@ -56,7 +58,7 @@ def call_of(frames):
         elif deepest is not None:
             break
     node = None if deepest is None else _running(deepest)
-    return None if node is None else ast.unparse(_Values(deepest.values).visit(copy.deepcopy(node)))
+    return None if node is None else ast.unparse(_Values(deepest).visit(copy.deepcopy(node)))
 
 
 @functools.cache
@@ -92,8 +94,8 @@ def _holds(node, place):
 class _Values(ast.NodeTransformer):
     """Puts the source of plain values in the place of the names that hold them."""
 
-    def __init__(self, values):
-        self.values = values
+    def __init__(self, frame):
+        self.values, self.names = frame.values, frame.names
 
     def visit_Name(self, node):
         shown = _shown(self.values[node.id]) if node.id in self.values and isinstance(node.ctx, ast.Load) else None
@@ -108,15 +110,35 @@ class _Values(ast.NodeTransformer):
             else:
                 arguments.append(self.visit(argument))
         for keyword in node.keywords:
-            values = self._held_by(keyword.value) if keyword.arg is None else None
-            if isinstance(values, dict):
-                keywords += [ast.keyword(name, _shown(value) or ast.Constant(...)) for name, value in values.items()]
-            else:
+            options = self._options(keyword.value) if keyword.arg is None else None
+            if options is None:
                 keywords.append(self.visit(keyword))
+            else:
+                keywords += [ast.keyword(name, value) for name, value in options.items()]
         return ast.copy_location(ast.Call(self.visit(node.func), arguments, keywords), node)
+
+    def visit_IfExp(self, node):
+        """The branch that was taken."""
+        try:
+            is_first = eval(compile(ast.Expression(node.test), "", "eval"), self.names, self.values)
+        except Exception:
+            return node
+        return self.visit(node.body if is_first else node.orelse)
 
     def _held_by(self, node):
         return self.values.get(node.id) if isinstance(node, ast.Name) else None
+
+    def _options(self, node):
+        """Sources by name of a dictionary of options, or None."""
+        if isinstance(node, ast.Dict) and all(isinstance(key, ast.Constant) for key in node.keys):
+            return {key.value: self.visit(value) for key, value in zip(node.keys, node.values, strict=True)}
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+            left, right = self._options(node.left), self._options(node.right)
+            return None if left is None or right is None else left | right
+        values = self._held_by(node)
+        if not isinstance(values, dict):
+            return None
+        return {name: _shown(value) or ast.Constant(...) for name, value in values.items()}
 
 
 def _shown(value):
@@ -126,11 +148,11 @@ def _shown(value):
 
 
 def _written(value):
-    if value is None or isinstance(value, bool | int | str):
+    if value is None or type(value) in (bool, int, str):
         return repr(value)
-    if isinstance(value, float):
+    if type(value) is float:
         return repr(value) if abs(value) < float("inf") else f"float('{value}')"
-    if isinstance(value, torch.Tensor):
+    if type(value) in (torch.Tensor, torch.nn.Parameter):
         is_plain = value.layout is torch.strided and value.device.type == "cpu"
         return f"torch.tensor({value.tolist()})" if is_plain and value.numel() <= 6 else None
     if inspect.isroutine(value) or inspect.isclass(value):

@@ -35,13 +35,13 @@ class Provoked:
         call: Its source.
         kind: Name of the exception or warning.
         message: The message, without what differs from run to run.
-        places: ``(file, line)`` of the statements of the package that raised it and its causes, or that showed it.
+        place: ``(file, line)`` of the statement of the package that raised or showed it.
     """
 
     call: str
     kind: str
     message: str
-    places: tuple[tuple[str, int], ...]
+    place: tuple[str, int] | None = None
 
     @property
     def text(self):
@@ -49,8 +49,10 @@ class Provoked:
 
     def is_from(self, template):
         """Whether the statement of a wording raised or showed the message."""
-        first, last = template.lines
-        return any(file == template.file and first <= line <= last for file, line in self.places)
+        if self.place is None:
+            return False
+        file, line = self.place
+        return file == template.file and template.lines[0] <= line <= template.lines[1]
 
     def order(self, template):
         """Smaller for a clearer example of a wording."""
@@ -73,19 +75,16 @@ class Harvest:
     def __init__(self):
         self.provoked = set()
 
-    def hear(self, kind, message, frames, places):
-        """Note a message that is on its way to a user."""
-        call = call_of(frames)
-        if call is not None and places:
-            self.provoked.add(Provoked(call, kind, _same_in_every_run(message), tuple(places)))
+    def hear(self, kind, message, frames, place):
+        """Note a message that is on its way to a user from a place of the package."""
+        call = None if place is None else call_of(frames)
+        if call is not None:
+            self.provoked.add(Provoked(call, kind, _same_in_every_run(message), place))
 
     def hear_error(self, error, traceback):
-        places, cause = [], error
-        while cause is not None:
-            places += _places(Frame.all_of(cause.__traceback__))[-1:]
-            cause = cause.__cause__ or cause.__context__
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        self.hear(type(error).__name__, str(message), Frame.all_of(traceback), places)
+        frames = Frame.all_of(traceback)
+        self.hear(type(error).__name__, str(message), frames, _place(frames))
 
     def hear_speech(self, kind, message):
         """Note a warning or an announcement that the package is making now."""
@@ -93,17 +92,16 @@ class Harvest:
         while frame is not None and frame.f_code.co_filename.endswith(_RELAYS):
             frame = frame.f_back
         frames = Frame.all_above(frame)
-        if frames and _places(frames[-1:]):
-            self.hear(kind, str(message), frames, _places(frames[-1:]))
+        self.hear(kind, str(message), frames, _place(frames[-1:]))
 
 
-def _places(frames):
-    """Those of the frames that are in the package, as ``(file, line)``."""
-    return [
-        (Path(frame.code.co_filename).relative_to(PACKAGE).as_posix(), frame.line)
-        for frame in frames
-        if Path(frame.code.co_filename).is_relative_to(PACKAGE)
-    ]
+def _place(frames):
+    """The innermost of the frames that is in the package, as ``(file, line)``, or None."""
+    for frame in reversed(frames):
+        path = Path(frame.code.co_filename)
+        if path.is_relative_to(PACKAGE):
+            return path.relative_to(PACKAGE).as_posix(), frame.line
+    return None
 
 
 def _same_in_every_run(message):
@@ -116,8 +114,11 @@ def _same_in_every_run(message):
     message = re.sub(folder + r"/\w+", "folder", message)
     message = message.replace(str(PACKAGE.parent), "repository")
     message = re.sub(r"0x[0-9a-f]{6,}", "0x...", message)
-    message = re.sub(r"\b(?=[0-9a-f]*\d)[0-9a-f]{12,64}\b", "hash", message)
-    return squeezed(re.sub(r"\d+\.\d{3,}(?:e[-+]?\d+)?", lambda match: f"{float(match[0]):.3g}", message))
+    message = re.sub(r"\b(?=[0-9a-f]*\d)(?=[0-9a-f]*[a-f])[0-9a-f]{12,64}\b", "hash", message)
+    message = re.sub(r"\x1b\[[0-9;]*m", "", message)
+    message = re.sub(r"\d+ bytes", "100 bytes", message)
+    message = re.sub(r"\d[\d.]* s\b", "1 s", message)
+    return re.sub(r"\d+\.\d{3,}(?:e[-+]?\d+)?", lambda match: f"{float(match[0]):.3g}", message)
 
 
 class _Raises:
@@ -176,7 +177,7 @@ def _in_docstrings():
         for example in doctest.DocTestParser().get_examples(text or ""):
             if example.exc_msg:
                 kind, _, message = example.exc_msg.partition(": ")
-                yield Provoked(squeezed(example.source), kind, squeezed(message), ())
+                yield Provoked(squeezed(example.source), kind, message.strip())
 
 
 def choose(provoked, former=()):
@@ -230,8 +231,8 @@ class _Plugin:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node):
-        for call, kind, message, places in getattr(node, "workeroutput", {}).get("messages", ()):
-            self.harvest.provoked.add(Provoked(call, kind, message, tuple(map(tuple, places))))
+        for call, kind, message, place in getattr(node, "workeroutput", {}).get("messages", ()):
+            self.harvest.provoked.add(Provoked(call, kind, message, tuple(place)))
 
     def _write(self):
         option = self.config.option
@@ -240,7 +241,7 @@ class _Plugin:
         )
         former = []
         if not is_whole and snapshot.FILE.exists():
-            former = [Provoked(call, "", text, ()) for pairs in snapshot.read()[0].values() for call, text in pairs]
+            former = [Provoked(call, "", text) for pairs in snapshot.read()[0].values() for call, text in pairs]
         provoked = sorted({*self.harvest.provoked, *_in_docstrings()}, key=repr)
         entries, unprovoked = choose(provoked, former)
         snapshot.write(entries, unprovoked)

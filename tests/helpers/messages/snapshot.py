@@ -31,28 +31,22 @@ def write(entries, unprovoked, file=FILE):
 
 
 def read(file=FILE):
-    """What :func:`write` was given, each call and message in one line."""
+    """What :func:`write` was given, each call in one line, and each message in lines as wide as the file."""
     entries, unprovoked, path = {}, {}, None
     for block in file.read_text(encoding="utf-8").removeprefix(_TITLE).strip().split("\n\n"):
         if block.startswith("# "):
             path = block.removeprefix("# ")
             continue
         lines = block.splitlines()
-        message = squeezed(" ".join(line for line in lines if line.startswith(_INDENT)))
+        message = "\n".join(line.removeprefix(_INDENT) for line in lines if line.startswith(_INDENT))
         call = squeezed(" ".join(line for line in lines if not line.startswith(_INDENT)))
         if path == _UNPROVOKED:
-            unprovoked.setdefault(call, []).append(message)
+            unprovoked.setdefault(call, []).append(squeezed(message))
         else:
             entries.setdefault(path, []).append((call, message))
     return entries, unprovoked
 
 
 def _paragraph(text, indent=""):
-    return textwrap.fill(
-        squeezed(text),
-        _WIDTH,
-        initial_indent=indent,
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    how = {"initial_indent": indent, "subsequent_indent": indent, "break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(textwrap.fill(squeezed(line), _WIDTH, **how) for line in text.splitlines() if line.strip())
