@@ -126,7 +126,7 @@ class _Values(ast.NodeTransformer):
         return self.visit(node.body if is_first else node.orelse)
 
     def _held_by(self, node):
-        return self.values.get(node.id) if isinstance(node, ast.Name) else None
+        return self.values.get(node.id, self.names.get(node.id)) if isinstance(node, ast.Name) else None
 
     def _options(self, node):
         """Sources by name of a dictionary of options, or None."""
