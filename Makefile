@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean .venv
+.PHONY: help demo test messages lint bench clean .venv
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[.a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ demo: $(STAMP)  ## Attribute handwritten digits to their training examples
 # Two processes of one thread each: for the tiny models of the tests a second thread only waits.
 test: $(STAMP)  ## Run the tests and the examples in the docstrings
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope $(ARGS)
+
+messages: $(STAMP)  ## Run the tests and write tests/messages.txt, the errors and warnings that they provoke
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.helpers.messages.harvest --numprocesses 2 --dist loadscope $(ARGS)
 
 lint: $(STAMP)  ## Check style, formatting, types and the order of the rooms
 	$(BIN)/ruff check .

@@ -36,12 +36,13 @@ def evaluate(
     In a distributed run every process computes the same.
 
     Args:
-        attributions: Name to attribution; or a sequence, or one, named by method ("stride", "stride-2").
-        truth: What :func:`~stride_lightning.retrain` measured with the same training data and queries.
-        counterfactuals: What :func:`~stride_lightning.retrain_without` measured, for some or all of the names.
-        confidence: Of the bootstrap intervals of the linear datamodeling score.
-        num_resamples: Of the bootstrap.
-        seed: Of the bootstrap.
+        attributions: A dictionary of names and attributions. Or a sequence of attributions, or one; their methods name
+            them ("stride", "stride-2").
+        truth: The result of :func:`~stride_lightning.retrain` for the same training data and queries.
+        counterfactuals: Results of :func:`~stride_lightning.retrain_without`, for some or all of the names.
+        confidence: Confidence of the bootstrap intervals of the linear datamodeling score.
+        num_resamples: Number of resamples of the bootstrap.
+        seed: Seed of the bootstrap.
         show_progress: Show a progress bar.
 
     Returns:
@@ -71,16 +72,18 @@ def evaluate(
     named = _named(attributions)
     counterfactuals = counterfactuals or {}
     if unknown := [name for name in counterfactuals if name not in named]:
-        raise ValueError(f"`counterfactuals` holds {unknown}, which were not attributed: there are {list(named)}.")
+        raise ValueError(
+            f"`counterfactuals` holds {unknown}, but the attributions are named {list(named)}. Use the same names."
+        )
     # All checks come first: a bootstrap takes a while.
     scores = {name: _checked(name, attribution, truth) for name, attribution in named.items()}
     rises = {name: _rises(name, removal, scores[name], truth) for name, removal in counterfactuals.items()}
     losses, per_query, rows = truth.losses, {}, []
     for name in track(named, "Evaluating attributions", show=show_progress):
-        # Not synchronised: the ranks hold the same queries, not parts of them.
+        # Not synchronised: all ranks hold the same queries.
         metric = LinearDatamodelingScore(truth.masks, reduction="none", sync_on_compute=False)
         metric.update(scores[name], losses)
-        with warnings.catch_warnings():  # that queries are constant: a column of the table says so
+        with warnings.catch_warnings():  # a column of the table counts the constant queries
             warnings.filterwarnings("ignore", message=r"\d+ of \d+ queries have constant")
             per_query[name] = metric.compute().reshape(-1)
             lower, upper = metric.interval(confidence, num_resamples, seed)
@@ -102,11 +105,13 @@ def _named(attributions: Mapping[str, _Result] | Sequence[_Result] | _Result) ->
             names = itertools.chain([method], (f"{method}-{number}" for number in itertools.count(2)))
             named[next(name for name in names if name not in named)] = attribution
     if not named:
-        raise ValueError("`attributions` is empty: nothing to evaluate.")
+        raise ValueError("`attributions` is empty: give at least one attribution.")
     for name, attribution in named.items():
         if not isinstance(attribution, _Result):
             kind = type(attribution).__name__
-            raise TypeError(f"Expected {name!r} to be an Attribution, got {kind}: wrap scores in Attribution(scores).")
+            raise TypeError(
+                f"Expected {name!r} to be an Attribution, got {kind}: wrap the scores in Attribution(scores)."
+            )
     return named
 
 
@@ -116,13 +121,14 @@ def _checked(name: str, attribution: _Result, truth: GroundTruth) -> Tensor:
     truth.check_data(attribution.metadata, what)
     if attribution.num_queries != truth.num_queries:
         raise ValueError(
-            f"{what} is of {attribution.num_queries} queries, the ground truth of {truth.num_queries}: both must be "
-            "made with the same queries in the same order."
+            f"{what} has {attribution.num_queries} queries, the ground truth has {truth.num_queries}. Make both with "
+            "the same queries in the same order."
         )
     if attribution.num_train != truth.num_train:
         raise ValueError(
-            f"{what} has scores of {attribution.num_train} training examples, the ground truth is of "
-            f"{truth.num_train}: the linear datamodeling score needs a score for every training example, and no others."
+            f"{what} has scores of {attribution.num_train} training examples, the ground truth has "
+            f"{truth.num_train}. The linear datamodeling score needs one score for each of them: attribute with the "
+            "same training data."
         )
     if isinstance(attribution, TopAttribution):
         raise ValueError(f"{what} cannot be evaluated. {attribution.why_no_scores}")
@@ -131,7 +137,8 @@ def _checked(name: str, attribution: _Result, truth: GroundTruth) -> Tensor:
         query, column = bad[0]
         raise ValueError(
             f"{what} has {len(bad)} scores that are not finite, the first that of query {query} for training example "
-            f"{int(attribution.train_indices[column])}: it cannot be evaluated."
+            f"{int(attribution.train_indices[column])}. Leave out such queries, or find the cause (did training "
+            "diverge?)."
         )
     return _aligned(what, scores, attribution, truth)
 
@@ -139,23 +146,25 @@ def _checked(name: str, attribution: _Result, truth: GroundTruth) -> Tensor:
 def _aligned(what: str, scores: Tensor, attribution: Attribution, truth: GroundTruth) -> Tensor:
     columns, recorded = attribution.train_indices.cpu(), truth.metadata.get("train_indices")
     positions = torch.arange(truth.num_train) if recorded is None else torch.as_tensor(recorded)
-    # Equal fingerprints (they have been compared): both read the same examples in the same order, whatever positions
-    # these have in a larger dataset.
+    # Fingerprints were compared before. Where both have one, both read the same examples in the same order, whatever
+    # positions these have in a larger dataset.
     read_alike = recorded is None and None not in (truth.metadata.get("data"), attribution.metadata.get("data"))
     if torch.equal(columns, positions):
         return scores
     if torch.equal(columns.sort().values, positions.sort().values):
         if read_alike:  # are the columns permuted, or was the data read in this order by both?
             raise ValueError(
-                f"{what} has its training examples in an order of its own, and the ground truth does not say in which "
-                f"it read them. Put the columns in that order and set train_indices = torch.arange({len(columns)})."
+                f"{what} has its training examples in another order than the dataset, and the ground truth holds no "
+                "`train_indices`. Put the columns of the scores in the order of the ground truth's masks, and set "
+                f"train_indices = torch.arange({len(columns)})."
             )
         return scores[:, columns.argsort()[positions.argsort().argsort()]]
     if read_alike:
         return scores
     raise ValueError(
-        f"{what} is of other training examples than the ground truth: its train_indices begin with "
-        f"{columns[:5].tolist()}, those of the ground truth with {positions[:5].tolist()}."
+        f"{what} has other training examples than the ground truth: its train_indices begin with "
+        f"{columns[:5].tolist()}, those of the ground truth with {positions[:5].tolist()}. Make both with the same "
+        "data."
     )
 
 
@@ -166,16 +175,17 @@ def _rises(name: str, removal: Counterfactual, scores: Tensor, truth: GroundTrut
     truth.check_data(removal.metadata, what)
     if (removal.num_queries, removal.num_train) != (truth.num_queries, truth.num_train):
         raise ValueError(
-            f"{what} is of {removal.num_queries} queries and {removal.num_train} training examples, the ground truth "
-            f"of {truth.num_queries} and {truth.num_train}."
+            f"{what} has {removal.num_queries} queries and {removal.num_train} training examples, the ground truth has "
+            f"{truth.num_queries} and {truth.num_train}. Make both with the same data and queries."
         )
     masks = removal.masks[1:].reshape(len(removal.ks), *scores.shape)
     for k, mask in zip(removal.ks, masks, strict=True):  # one k at a time, for memory
-        # Whatever ties were broken by, no example that was kept scores above one that was removed.
+        # Ties may have been broken in any way, but no remaining example scores above a removed one.
         removed, rest = scores.masked_fill(mask, torch.inf).amin(1), scores.masked_fill(~mask, -torch.inf).amax(1)
         if ((~mask).sum(1) != k).any() or (removed < rest).any():
             raise ValueError(
-                f"{what} was measured with other scores: the {k} examples removed are not those that score highest."
+                f"{what} was measured with other scores: the {k} removed examples are not those that score highest. "
+                "Pass the attribution that retrain_without() was given, or measure again."
             )
     means = counterfactual_score(removal.losses_removed, removal.losses_full)
     return dict(zip(removal.ks, means.tolist(), strict=True))

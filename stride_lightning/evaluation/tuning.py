@@ -1,4 +1,4 @@
-"""Choosing a damping where retrained models say which is best."""
+"""The choice of a damping by agreement with retrained models."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from stride_lightning.gradients.presets import InfluenceAttributor
 from stride_lightning.retraining.ground_truth import GroundTruth
 from stride_lightning.runtime.progress import track
 
-#: Dampings that are tried by default, relative to the mean eigenvalue of the curvature.
+#: The default dampings, relative to the mean eigenvalue of the curvature.
 DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
 @dataclass(frozen=True, eq=False)
 class DampingSearch:
-    """How well scores predict retraining, by damping.
+    """The agreement of scores with retraining, by damping.
 
     Args:
         method: The method.
-        dampings: What was tried, ascending.
+        dampings: All dampings tried, ascending.
         per_query: Linear datamodeling score of each query, shape ``(num_dampings, num_queries)``.
     """
 
@@ -46,7 +46,7 @@ class DampingSearch:
 
     @property
     def lds_on_others(self) -> float:
-        """What choosing gives on queries it was not chosen by: the mean over two halves, each judged by the other."""
+        """The score on queries that took no part in the choice: the mean over two halves, each by the other's."""
         halves = self.per_query[:, ::2], self.per_query[:, 1::2]
         if halves[1].shape[1] == 0:
             return float("nan")
@@ -73,16 +73,16 @@ def tune_damping(
 ) -> DampingSearch:
     """Try dampings of an influence method against models retrained on random subsets, with a single fit.
 
-    The best damping is chosen on the very truth it is judged by: ``lds_on_others`` says what it is worth on other
-    queries. For queries without a truth, use the default or what was best for similar ones.
+    The best damping is chosen and judged on the same truth, so its score is too high; ``lds_on_others`` is the score on
+    other queries. For queries without a truth, use the default or the best damping of similar queries.
 
     Args:
         model: As in :func:`~stride_lightning.attribute`.
-        queries: Those of the truth.
-        train_data: That of the truth.
-        truth: What :func:`~stride_lightning.retrain` measured.
+        queries: The queries of the truth.
+        train_data: The training data of the truth.
+        truth: The result of :func:`~stride_lightning.retrain`.
         method: A method with a damping.
-        dampings: What to try, relative to the mean eigenvalue of the curvature.
+        dampings: The dampings to try, relative to the mean eigenvalue of the curvature.
         show_progress: Show progress bars.
         **arguments: ``ckpt_path``, ``record``, ``task``, ``train_indices`` and ``device`` as in
             :func:`~stride_lightning.attribute`, and options of the method.
@@ -91,7 +91,7 @@ def tune_damping(
         The scores by damping, and the best.
 
     Raises:
-        ValueError: If the method has no damping, or the truth is of other data.
+        ValueError: If the method has no damping, or the truth has other data.
 
     Example:
         >>> from torch.utils.data import TensorDataset

@@ -1,4 +1,4 @@
-"""What the metric classes share: how they add up over batches and processes, and how they are drawn."""
+"""The base of the metric classes: sums over batches and processes, and figures."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ Reduction: TypeAlias = Literal["mean", "none"]
 
 
 def reduce_over_queries(values: Tensor, reduction: Reduction, undefined: str, stacklevel: int = 3) -> Tensor:
-    """The mean over queries or all of their values; queries without a value count 0, and a warning says how many.
+    """The mean over queries, or the value of each; a query without a value counts 0, and a warning gives their number.
 
     Args:
         values: Shape ``(num_queries,)``, NaN where a query has no value.
         reduction: ``"mean"`` or ``"none"``.
-        undefined: What such queries have, for the warning: ``"constant scores"``.
-        stacklevel: Whose line the warning names, as in ``warnings.warn``; 3 is the caller's caller.
+        undefined: The reason why a query has no value, for the warning: ``"constant scores"``.
+        stacklevel: The frame that the warning names, as in ``warnings.warn``; 3 is the caller's caller.
 
     Returns:
         A scalar, or shape ``(num_queries,)``.
 
     Raises:
-        ValueError: If the reduction is another.
+        ValueError: If there is no such reduction.
 
     Example:
         >>> reduce_over_queries(torch.tensor([0.5, 1.0]), "mean", undefined="constant scores")
@@ -50,9 +50,9 @@ def reduce_over_queries(values: Tensor, reduction: Reduction, undefined: str, st
 class AttributionMetric(Metric):
     """Base of the metrics of attribution scores.
 
-    States are lists of one-dimensional tensors of the metric's dtype, rows of known width one after the other. So a
-    process without data takes part: torchmetrics gathers an empty vector of that dtype from it (and warns if that is
-    rank 0), whereas it could not know the width of a matrix.
+    States are lists of one-dimensional tensors of the metric's dtype: rows of known width, one after the other.
+    torchmetrics gathers an empty vector of that dtype from a process without data (and warns if that is rank 0). It
+    could not know the width of a matrix.
     """
 
     higher_is_better: bool | None = True
@@ -62,15 +62,15 @@ class AttributionMetric(Metric):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the states, whatever the module that holds the metric is cast to: bfloat16 would merge ranks."""
+        """The dtype of the states. It stays when the module around the metric is cast: bfloat16 would merge ranks."""
         return self.state_dtype
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
         """Draw a value, a series of values, or the histogram of one value per query.
 
         Args:
-            val: What ``compute`` or ``forward`` returned, or a list of these; by default the result of ``compute``.
-            ax: Where to draw; by default a new figure.
+            val: A result of ``compute`` or ``forward``, or a list of these; by default the result of ``compute``.
+            ax: The axes to draw in; by default those of a new figure.
 
         Returns:
             The figure and its axes.
@@ -91,7 +91,7 @@ class AttributionMetric(Metric):
         return figure, axes
 
     def gathered(self, state: list[Tensor] | Tensor) -> Tensor:
-        """All of a state, shape ``(num_entries,)``; after synchronisation that of all processes, in order of ranks.
+        """A whole state, shape ``(num_entries,)``; after synchronisation that of all processes, in order of ranks.
 
         Raises:
             ValueError: If there has been no update.
@@ -102,13 +102,13 @@ class AttributionMetric(Metric):
 
 
 class PerQueryMetric(AttributionMetric):
-    """Base of the metrics that keep one number per query; all refuse options and batches that do not fit.
+    """Base of the metrics that hold one number per query; all refuse options and batches that do not fit.
 
     Args:
         state: Name of the state. It must differ between any two metrics whose numbers can differ, for a
             ``MetricCollection`` takes metrics with the same states after one batch for the same metric.
         reduction: ``"mean"`` over queries, or ``"none"`` for one value per query.
-        undefined: What queries without a value have, for the warning.
+        undefined: The reason why a query has no value, for the warning.
         kwargs: Passed to ``torchmetrics.Metric``.
     """
 
@@ -123,14 +123,14 @@ class PerQueryMetric(AttributionMetric):
         self.add_state(state, [], dist_reduce_fx="cat")
 
     def append(self, values: Tensor) -> None:
-        """Keep the numbers of a batch of queries, shape ``(num_queries,)``, NaN where a query has no value."""
+        """Store the numbers of a batch of queries, shape ``(num_queries,)``, NaN where a query has no value."""
         getattr(self, self._state).append(values.to(self.device, self.dtype))
 
     def compute(self) -> Tensor:
-        """The value over all queries so far, or theirs in the order of updates (and ranks).
+        """The mean over all queries so far, or the value of each in the order of updates (and ranks).
 
         Returns:
-            A scalar, or shape ``(num_queries,)``, of which torchmetrics makes a scalar if there is one query.
+            A scalar, or shape ``(num_queries,)``; torchmetrics makes a scalar of the value of a single query.
 
         Raises:
             ValueError: If there has been no update.
@@ -140,7 +140,7 @@ class PerQueryMetric(AttributionMetric):
 
 
 def new_axes(ax: Axes | None) -> tuple[Figure, Axes]:
-    """The axes with their figure; new ones if there are none.
+    """The figure of the axes, and the axes; new ones for None.
 
     Raises:
         ModuleNotFoundError: If matplotlib is missing.

@@ -1,6 +1,6 @@
-"""What every metric asks of its arguments; each refusal says what was expected, what came and what to do.
+"""Checks of the metrics' arguments; each refusal names the expected value, the given one and what to do.
 
-Everywhere ``name`` is the argument as the caller calls it, and ``value`` what came.
+In every function ``name`` is the caller's name of the argument, and ``value`` is the given value.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 
 def check_matrix(name: str, value: Any, columns: str = "num_train") -> None:
-    """Refuse what is not a finite tensor of shape ``(num_queries, columns)``.
+    """Refuse everything but a finite tensor of shape ``(num_queries, columns)``.
 
     Raises:
         TypeError: If it is no tensor.
-        ValueError: If the shape is wrong or empty, or something is not finite.
+        ValueError: If the shape is wrong, there is no entry, or an entry is not finite.
     """
     check_tensor(name, value)
     if value.ndim != 2 or not value.numel():
@@ -34,11 +34,11 @@ def check_matrix(name: str, value: Any, columns: str = "num_train") -> None:
 
 
 def check_shape(name: str, value: Any, expected: tuple[int, ...], like: str) -> None:
-    """Refuse a tensor of another shape than expected; ``like`` says whose: ``"the shape of `scores`"``.
+    """Refuse a tensor of another shape than expected; ``like`` names its model: ``"the shape of `scores`"``.
 
     Raises:
         TypeError: If it is no tensor.
-        ValueError: If the shape is another.
+        ValueError: If the shape differs.
     """
     check_tensor(name, value)
     if value.shape != expected:
@@ -46,13 +46,13 @@ def check_shape(name: str, value: Any, expected: tuple[int, ...], like: str) -> 
 
 
 def check_tensor(name: str, value: Any) -> None:
-    """Refuse what is not a tensor, such as a NumPy array or a whole ``Attribution``, with a ``TypeError``."""
+    """Refuse everything but a tensor with a ``TypeError``: a NumPy array, for instance, or a whole ``Attribution``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"Expected `{name}` to be a torch.Tensor, got {type(value).__name__}: use torch.as_tensor.")
 
 
 def check_finite(name: str, values: Tensor, dim: int = 0, what: str = "queries") -> None:
-    """Refuse NaN and infinity, saying how many there are and where: along ``dim`` lie ``what``."""
+    """Refuse NaN and infinity, with their number and their places along ``dim``, which runs over ``what``."""
     bad = ~torch.isfinite(values)
     if bad.any():
         places = listed(bad.movedim(dim, 0).reshape(bad.shape[dim], -1).any(1).nonzero().flatten().tolist())

@@ -7,8 +7,8 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-# A row whose deviations from its mean are smaller than this, relative to its largest entry, is constant: what is left
-# is the rounding of the mean. The same bound as in scipy.stats.pearsonr.
+# Deviations from the mean of a row below this share of its largest entry are rounding of the mean: the row is constant.
+# scipy.stats.pearsonr has the same bound.
 _ROUNDING = 1e-13
 _BLOCK = 2**20  # entries of an array in the bootstrap, 8 MiB
 
@@ -80,7 +80,7 @@ def resampled_rank_correlations(one: Tensor, other: Tensor, counts: np.ndarray) 
     """Spearman's correlation of each pair of rows, in many resamples of the columns.
 
     A resample is the number of times each column was drawn. Mid-ranks within it follow from cumulated counts, so
-    that each row is sorted once and not once per resample.
+    each row is sorted once and not once per resample.
 
     Args:
         one: Shape ``(num_queries, m)``.

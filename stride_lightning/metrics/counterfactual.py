@@ -1,4 +1,4 @@
-"""The counterfactual score: what happens to a query's loss when the examples that helped it most are left out?"""
+"""The counterfactual score: the rise of a query's loss without the examples that helped it most."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def counterfactual_score(losses_removed: Tensor, losses_full: Tensor, reduction:
     Args:
         losses_removed: Loss of each query under the model retrained without *its* top k examples, a row per k, shape
             ``(num_ks, num_queries)``.
-        losses_full: Loss of each query under the model trained on everything, shape ``(num_queries,)``. Train it as
-            the others (same seeds and steps); with several seeds, average both losses over them.
+        losses_full: Loss of each query under the model trained on everything, shape ``(num_queries,)``. Train it like
+            the others (same seeds and steps). With several seeds, average both losses over them.
         reduction: ``"mean"`` over queries, or ``"none"``.
 
     Returns:
@@ -100,8 +100,8 @@ class CounterfactualScore(AttributionMetric):
         """The rise in loss over all queries so far.
 
         Returns:
-            Shape ``(num_ks,)``, of which torchmetrics makes a scalar if there is one k, or ``(num_ks, num_queries)``
-            in the order of updates (and ranks).
+            Shape ``(num_ks,)``, or ``(num_ks, num_queries)`` in the order of updates (and ranks). torchmetrics makes
+            a scalar of the value of a single k.
 
         Raises:
             ValueError: If there has been no update.

@@ -1,4 +1,4 @@
-"""Agreement with further training: what does leaving an example out of some more training do to a query's loss?"""
+"""Agreement with further training: the change of a query's loss when further training leaves an example out."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def further_training_cosine(
 ) -> Tensor:
     """Cosine between scores and the effects of leaving examples out of further training, for each query.
 
-    Effects are centred over the examples: a common part, such as all further training lowering the loss, tells no
-    examples apart. Scores are not, so that a method whose scores have a common offset pays for it: the cosine is
+    Effects are centred over the examples, because a common part tells no examples apart: all further training lowers
+    the loss, for instance. Scores are not centred, so a method pays for a common offset of its scores: the cosine is
     Pearson's correlation times (standard deviation / root mean square) of the scores. Report both.
 
     Args:

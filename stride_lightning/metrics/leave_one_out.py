@@ -18,13 +18,13 @@ _UNDEFINED = "constant scores or effects"
 def leave_one_out_correlation(
     scores: Tensor, effects: Tensor, kind: Literal["spearman", "pearson"] = "spearman", reduction: Reduction = "mean"
 ) -> Tensor:
-    """Correlation between scores and what retraining without one example does to a query's loss, for each query.
+    """Correlation between scores and the effect of retraining without one example on the loss, for each query.
 
     Args:
         scores: Scores of the ``m`` examples that were left out, one at a time, shape ``(num_queries, m)``, positive
             is helpful.
         effects: Loss without the example minus loss with it, shape ``(num_queries, m)``, positive is helpful. One
-            example moves losses less than another seed does: average over seeds.
+            example changes losses less than another seed does: average over seeds.
         kind: ``"spearman"`` compares ranks (equal values share the mean of theirs), ``"pearson"`` the values.
         reduction: ``"mean"`` over queries, or ``"none"`` for one value per query.
 

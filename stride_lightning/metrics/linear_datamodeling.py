@@ -1,4 +1,4 @@
-"""The linear datamodeling score (LDS): do scores predict what models retrained on random subsets do?"""
+"""The linear datamodeling score (LDS): do scores predict the losses of models retrained on random subsets?"""
 
 from __future__ import annotations
 
@@ -55,17 +55,17 @@ def linear_datamodeling_interval(
 ) -> tuple[Tensor, Tensor]:
     """Bootstrap interval of the mean linear datamodeling score, for other queries and other subsets like these.
 
-    Each resample draws queries and subsets with replacement, the same subsets for all its queries, as all queries
-    share the retrained models. The interval lies between percentiles of the resampled scores. With fewer than some
-    20 subsets it is too narrow to be relied on.
+    Each resample draws queries and subsets with replacement: the same subsets for all its queries, as all queries
+    share the retrained models. The interval lies between percentiles of the resampled scores. With fewer than about
+    20 subsets it is too narrow.
 
     Args:
         scores: As in :func:`linear_datamodeling_score`, shape ``(num_queries, num_train)``.
         masks: Shape ``(num_subsets, num_train)``.
         losses: Shape ``(num_subsets, num_queries)``.
         confidence: Probability that the interval holds the score, between 0 and 1.
-        num_resamples: How many resamples.
-        seed: Of the resamples.
+        num_resamples: Number of resamples.
+        seed: Seed of the resamples.
 
     Returns:
         Lower and upper end, scalars. Queries with constant scores or losses count 0, and a warning says how many.
@@ -90,9 +90,9 @@ def linear_datamodeling_interval(
 class LinearDatamodelingScore(AttributionMetric):
     """The linear datamodeling score over batches of queries, and over processes.
 
-    Keeps two ranks per query and subset, never scores. ``num_constant`` says how many queries of this process so far
-    have constant predictions or losses; they count 0. Calling the metric itself (``forward``) computes the score of
-    the batch as well, which needs a query whose loss varies in each; ``update`` does not.
+    The metric stores two ranks per query and subset, never scores. ``num_constant`` is the number of queries of this
+    process so far that have constant predictions or losses; they count 0. Calling the metric itself (``forward``)
+    computes the score of the batch as well, so the loss of some query must vary in each batch; ``update`` does not.
 
     Args:
         masks: Which examples each retrained model saw, 0/1 of shape ``(num_subsets, num_train)``.
@@ -121,7 +121,7 @@ class LinearDatamodelingScore(AttributionMetric):
         super().__init__(**kwargs)
         check_choice("reduction", reduction, ("mean", "none"))
         _check_masks(masks)
-        # No buffer: predictions are computed on the CPU, and DDP would broadcast it before every forward pass.
+        # Not a buffer: predictions are computed on the CPU, and DDP would broadcast a buffer before every forward pass.
         self.masks = masks.cpu()
         self.reduction: Reduction = reduction
         # Centred ranks: multiples of a half, so that float32 holds exactly what the functions compute in float64.
@@ -149,19 +149,19 @@ class LinearDatamodelingScore(AttributionMetric):
     def interval(self, confidence: float = 0.95, num_resamples: int = 1000, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Lower and upper end of a bootstrap interval; with several processes, call it in all of them.
 
-        It is that of :func:`linear_datamodeling_interval` for queries in the order of updates (and ranks).
+        The interval is that of :func:`linear_datamodeling_interval` for queries in the order of updates (and ranks).
 
         Raises:
             ValueError: If there has been no update, no query's loss varies, or an option is out of range.
         """
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute):
             states = self.predicted, self.losses
-        # Outside, for an error within would leave the metric synchronised.
+        # Outside the block: an error inside it would leave the metric synchronised.
         return _interval(*self._rows(*states), confidence, num_resamples, seed, self.device)
 
     @property
     def num_constant(self) -> int:
-        """How many queries of this process so far have constant predictions or losses and so count 0."""
+        """Number of queries of this process so far that have constant predictions or losses and so count 0."""
         if not len(self.predicted):
             return 0
         return int(row_cosines(*self._rows(self.predicted, self.losses)).isnan().sum())
@@ -188,7 +188,7 @@ def _ranks(scores: Tensor, masks: Tensor, losses: Tensor) -> tuple[Tensor, Tenso
     for start in range(0, num_train, _COLUMNS):
         columns = slice(start, start + _COLUMNS)
         predicted -= scores[:, columns].cpu().double() @ masks[:, columns].cpu().double().T
-    # Subsets whose sums are equal but for the order in which they were added up must tie, in any batch.
+    # Equal sums of two subsets must tie in any batch, though the order of the summands differs.
     rounding = _ROUNDING * scores.cpu().double().abs().sum(1, keepdim=True)
     return centred_ranks(tied(predicted, rounding)), centred_ranks(losses.T)
 

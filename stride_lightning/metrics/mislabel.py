@@ -20,9 +20,9 @@ def mislabel_detection(
     """How well scores tell mislabelled training examples from the others.
 
     Args:
-        suspicion: Higher is more suspicious, shape ``(num_train,)``, such as minus each example's score for itself.
-            Or scores of shape ``(num_queries, num_train)``: then suspicion is minus the mean over queries, as
-            examples that harm many queries are suspicious.
+        suspicion: Shape ``(num_train,)``, higher is more suspicious: minus each example's score for itself, for
+            instance. Or scores of shape ``(num_queries, num_train)``: suspicion is then minus the mean over queries,
+            as examples that harm many queries are suspicious.
         mislabelled: Which examples are mislabelled, booleans of shape ``(num_train,)``.
         metric: ``"auroc"``, the probability that a mislabelled example is more suspicious than another (.5 by
             chance, and equal suspicion counts a half), or ``"average_precision"`` (the share of mislabelled examples
@@ -47,15 +47,15 @@ def mislabel_detection(
 class MislabelDetection(AttributionMetric):
     """Detection of mislabelled examples over batches of training examples, and over processes.
 
-    Batches may lack either kind of example, as long as there are both in the end; but calling the metric itself
-    (``forward``), which also computes the value of the batch, needs both in each.
+    A batch may lack either kind of example, as long as all batches together have both. Calling the metric itself
+    (``forward``) also computes the value of the batch, so each batch must have both.
 
     Args:
         metric: ``"auroc"`` or ``"average_precision"``.
         kwargs: Passed to ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: If an option or a batch does not fit, or in the end all or no examples are mislabelled.
+        ValueError: If an option or a batch does not fit, or if at ``compute`` all or no examples are mislabelled.
 
     Example:
         >>> detection = MislabelDetection()
@@ -69,7 +69,7 @@ class MislabelDetection(AttributionMetric):
 
     plot_lower_bound: float | None = 0.0
     plot_upper_bound: float | None = 1.0
-    state_dtype = torch.float64  # ranks are taken at the end only, and float32 would tie close values
+    state_dtype = torch.float64  # ranks are computed at the end only, and float32 would tie close values
     suspicion: list[Tensor]
     mislabelled: list[Tensor]
 

@@ -1,4 +1,4 @@
-"""Overlap of what two sets of scores put on top: two methods, two seeds, two checkpoints."""
+"""Overlap of the highest scores of two methods, two seeds or two checkpoints."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from stride_lightning.runtime.checks import check_count
 def top_k_overlap(one: Tensor, other: Tensor, k: int, reduction: Reduction = "mean") -> Tensor:
     """Share of training examples that two sets of scores have in common among their k highest, for each query.
 
-    Where examples tie for the last places, the value is the expected one if each side drew them by lot: scores that
-    are all equal overlap with anything by k / num_train, which is chance, and so do the zeros of sparse scores.
+    Examples that tie for the last places count with the probability that each side would draw them by lot. Scores that
+    are all equal therefore overlap with any others by k / num_train, which is chance, and so do the zeros of sparse
+    scores.
 
     Args:
         one: Scores of shape ``(num_queries, num_train)``, positive is helpful.
         other: Scores of the same queries and examples.
-        k: How many examples of each.
+        k: Number of examples of each.
         reduction: ``"mean"`` over queries, or ``"none"`` for one value per query.
 
     Returns:
@@ -44,7 +45,7 @@ class TopKOverlap(PerQueryMetric):
     """Overlap among the k highest scores over batches of queries, and over processes.
 
     Args:
-        k: How many examples of each set of scores.
+        k: Number of examples of each set of scores.
         reduction: ``"mean"`` over queries, or ``"none"`` for one value per query.
         kwargs: Passed to ``torchmetrics.Metric``.
 
@@ -78,7 +79,7 @@ def _overlap(one: Tensor, other: Tensor, k: int) -> Tensor:
 
 
 def _chance_in_top(scores: Tensor, k: int) -> Tensor:
-    """Probability of each example to be among the top k when ties are drawn by lot, (num_queries, num_train)."""
+    """Probability that an example is among the top k when ties are drawn by lot, (num_queries, num_train)."""
     last = scores.topk(k, dim=1).values[:, -1:]  # (num_queries, 1)
     above, tied = scores > last, scores == last
     places = (k - above.sum(1, keepdim=True)).double() / tied.sum(1, keepdim=True)

@@ -15,13 +15,13 @@ from stride_lightning.runtime.checks import check_count
 def retrieval_recall(scores: Tensor, relevant: Tensor, k: int, reduction: Reduction = "mean") -> Tensor:
     """Share of a query's relevant training examples that are among its k highest scores, for each query.
 
-    Among examples of equal score the relevant ones come last: ties, such as the zeros of sparse scores, find nothing
-    by luck.
+    Among examples of equal score the relevant ones come last. So ties, such as the zeros of sparse scores, retrieve
+    nothing by luck.
 
     Args:
         scores: Shape ``(num_queries, num_train)``, positive is helpful.
-        relevant: Which examples should be found, booleans of the same shape, at least one in each row.
-        k: How many examples are looked at. Below the number of relevant ones a recall of 1 is out of reach.
+        relevant: Which examples matter, booleans of the same shape, at least one in each row.
+        k: Number of highest scores that count. A recall of 1 needs at least as many as there are relevant examples.
         reduction: ``"mean"`` over queries, or ``"none"`` for one value per query.
 
     Returns:
@@ -49,7 +49,7 @@ def mean_reciprocal_rank(scores: Tensor, relevant: Tensor, reduction: Reduction 
 
     Args:
         scores: Shape ``(num_queries, num_train)``, positive is helpful.
-        relevant: Which examples should be found, booleans of the same shape, at least one in each row.
+        relevant: Which examples matter, booleans of the same shape, at least one in each row.
         reduction: ``"mean"`` over queries, or ``"none"`` for one value per query.
 
     Returns:
@@ -73,7 +73,7 @@ class RetrievalRecall(PerQueryMetric):
     """Recall among the k highest scores over batches of queries, and over processes.
 
     Args:
-        k: How many examples are looked at.
+        k: Number of highest scores that count.
         reduction: ``"mean"`` over queries, or ``"none"`` for one value per query.
         kwargs: Passed to ``torchmetrics.Metric``.
 
@@ -134,7 +134,7 @@ def _reciprocal_rank(scores: Tensor, relevant: Tensor) -> Tensor:
 
 
 def _ranked(scores: Tensor, relevant: Tensor) -> Tensor:
-    """What is relevant, in order of falling scores and last among equals; booleans (num_queries, num_train)."""
+    """The relevance flags by falling score, relevant ones last among equals; booleans (num_queries, num_train)."""
     check_matrix("scores", scores)
     check_shape("relevant", relevant, tuple(scores.shape), "the shape of `scores`")
     check_flags("relevant", relevant)

@@ -1,1 +1,1 @@
-"""What every room runs on: processes, threads, random numbers, progress, cost."""
+"""The ground of every room: processes, threads, random numbers, progress, cost."""

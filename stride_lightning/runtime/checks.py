@@ -1,4 +1,4 @@
-"""Numbers that users pass: each refusal says what was expected and what came."""
+"""Checks of numbers; each refusal names the expected value and the given one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 def check_count(
     name: str, value: Any, minimum: int = 1, maximum: int | None = None, *, unit: str = "training examples"
 ) -> int:
-    """Refuse what is not an integer from ``minimum`` to ``maximum``, the number of what ``unit`` says.
+    """Refuse everything but an integer from ``minimum`` to ``maximum``, the number of ``unit``.
 
-    NumPy's integers are integers, booleans are not. Returns the number as Python's ``int``, which JSON can hold.
+    NumPy's integers count, booleans do not. Returns the number as Python's ``int``, which JSON can hold.
 
     Raises:
-        ValueError: If it is no integer, too small, or too large; the message calls the argument ``name``.
+        ValueError: If it is no integer, too small, or too large; the message names the argument ``name``.
 
     Example:
         >>> check_count("batch_size", 0)
@@ -37,7 +37,7 @@ def check_count(
 
 
 def check_positive(name: str, value: float) -> float:
-    """Refuse what is not a positive finite number.
+    """Refuse everything but a positive finite number.
 
     Raises:
         ValueError: If it is zero, negative, infinite or NaN.
@@ -53,7 +53,7 @@ def check_positive(name: str, value: float) -> float:
 
 
 class RowError(ValueError):
-    """An example that cannot be read: its row in a batch, what is wrong with it, and other rows of which it is true."""
+    """An example that cannot be read: its row in a batch, the problem, and other rows with the same problem."""
 
     def __init__(self, row: int, problem: str, others: Sequence[int] = ()) -> None:
         super().__init__(f"Row {row} of the batch {problem}.")
@@ -65,8 +65,8 @@ def check_finite(values: Tensor, what: str, row: int = 0) -> None:
 
     Args:
         values: Shape ``(B, ...)``.
-        what: What they are of an example.
-        row: Row of the first of them.
+        what: Their name, as a part of an example.
+        row: Row of the first value.
 
     Raises:
         RowError: For the first such row; :meth:`Examples.naming` makes it the name of an example.

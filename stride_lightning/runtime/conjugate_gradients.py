@@ -1,4 +1,4 @@
-"""Preconditioned conjugate gradients for many systems at once, on the device where they are."""
+"""Preconditioned conjugate gradients for many systems at once, on the device of their right sides."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Solution(NamedTuple):
-    """The solutions, how many products with the matrix they took, and whether every system reached the tolerance."""
+    """The solutions, the number of products with the matrix, and whether every system reached the tolerance."""
 
     values: Tensor
     num_iterations: int
@@ -25,16 +25,16 @@ def conjugate_gradients(
     tolerance: float,
     max_iterations: int,
 ) -> Solution:
-    """Solve positive definite systems whose unknowns lie along the first two axes, one for each place of the others.
+    """Solve positive definite systems; unknowns lie along the first two axes, systems along the others.
 
-    A system that is solved rests, so that its answer does not depend on which others are solved beside it.
+    A solved system rests, so its solution does not depend on the systems beside it.
 
     Args:
         product: The matrix times vectors of the shape of ``right``.
         right: Right sides, shape ``(a, b, ...)``; with two axes they are one system.
-        precondition: About the inverse of the matrix, times such vectors.
+        precondition: An approximate inverse of the matrix, times such vectors.
         tolerance: Norm of the residual, relative to that of the right side, at which a system counts as solved.
-        max_iterations: Stop here at the latest.
+        max_iterations: Largest number of iterations.
 
     Example:
         >>> right = torch.tensor([[[1.0, 6.0]]])  # two systems of one unknown
@@ -62,7 +62,7 @@ def conjugate_gradients(
 
 
 def _or_one(divisors: Tensor) -> Tensor:
-    """Divisors that are zero, as of a system whose right side is, divide zero only: by one in place of it."""
+    """Divisors with ones in place of zeros, which divide zeros only: a system with a zero right side has them."""
     return torch.where(divisors == 0, 1.0, divisors)
 
 

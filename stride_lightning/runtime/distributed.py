@@ -1,4 +1,4 @@
-"""Sharing work between processes: each rank does a slice, all get the whole."""
+"""Work shared between processes: each rank does a slice, and every rank gets the whole."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def shard(length: int) -> slice:
 
 
 def gather(part: Tensor, length: int, dim: int = 0) -> Tensor:
-    """Concatenate the ranks' shards of a tensor whose whole length along ``dim`` is ``length``, on every rank."""
+    """Concatenate the ranks' shards along ``dim``, to the whole ``length``, on every rank."""
     if world_size() == 1:
         return part
     moved = part.movedim(dim, 0).contiguous()
@@ -73,7 +73,7 @@ def all_equal(value: object) -> bool:
 
 
 def _summed(whole: Tensor) -> Tensor:
-    """The sum over the ranks, which may be written into the tensor."""
+    """The sum over the ranks; it may overwrite the tensor."""
     shared = whole.cuda() if dist.get_backend() == "nccl" else whole  # NCCL moves device memory only
     dist.all_reduce(shared)
     return shared.to(whole.device)

@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 
 def num_workers(device: torch.device) -> int:
-    """Threads that chunks are spread over: torch's own number on a CPU, one elsewhere."""
+    """Number of threads for chunks: torch's number on a CPU, one elsewhere."""
     return torch.get_num_threads() if device.type == "cpu" else 1
 
 
@@ -45,9 +45,9 @@ def map_chunks(
 ) -> Iterator[Result]:
     """Apply a function to independent chunks and yield the results in order, with a progress bar.
 
-    On a CPU each thread works on its own chunk: an iteration is many products too small to share, and wherever
-    another process is running, waiting for a second thread in each takes many times as long as the work. The function
-    runs without gradients and must not draw random numbers.
+    On a CPU each thread works on one chunk at a time. An iteration is many products too small to share: beside another
+    process, the wait for a second thread in each takes many times as long as the work. The function runs without
+    gradients and must not draw random numbers.
     """
     workers = min(num_workers(device), len(chunks))
     function = torch.no_grad()(function)  # gradient mode belongs to a thread: switched off in each
@@ -61,9 +61,8 @@ def map_chunks(
 def each_in_a_thread(function: Callable[[Item], Result], items: Sequence[Item], num_threads: int) -> list[Result]:
     """Apply a function to every item, several at once, each on one core; results in order.
 
-    When one fails, or Ctrl-C is pressed, what has not begun is not begun.
-
-    Several threads must not draw from the global random generators; with one the calling thread does all.
+    After an error or Ctrl-C no further item begins. Several threads must not draw from the global random generators;
+    with one thread the calling thread does all.
 
     Example:
         >>> each_in_a_thread(lambda x: x + 1, [1, 2, 3], num_threads=2)
@@ -77,7 +76,7 @@ def each_in_a_thread(function: Callable[[Item], Result], items: Sequence[Item], 
 
 @contextmanager
 def _pool(num_threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads of one core each; at the end what has not begun is not begun."""
+    """Threads of one core each; at the end no further item begins."""
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,))
     try:

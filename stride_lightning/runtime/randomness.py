@@ -1,4 +1,4 @@
-"""The global random generators: seeded for a block, and put back."""
+"""The global random generators: seeded for a block, and restored after it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Put the random states of Python, NumPy and torch (every device) back after the block."""
+    """Restore the random states of Python, NumPy and torch (every device) after the block."""
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         with torch.random.fork_rng():
@@ -25,7 +25,7 @@ def preserved_random_state() -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed Python, NumPy and torch for the block; afterwards all go on as if nothing had been drawn.
+    """Seed Python, NumPy and torch for the block; after it they go on as if nothing had been drawn.
 
     Example:
         >>> with seeded(3):
@@ -47,9 +47,9 @@ def seed_all(seed: int) -> None:
 
 
 def seed_torch(seed: int) -> None:
-    """Seed torch on every device that is there.
+    """Seed torch on every device of this machine.
 
-    ``torch.manual_seed`` keeps a stack trace for every kind of device that is not, for milliseconds each.
+    ``torch.manual_seed`` stores a stack trace for every kind of device that is missing, milliseconds each.
     """
     if _has_accelerator():
         torch.manual_seed(seed)
@@ -64,7 +64,7 @@ def mix(*numbers: int) -> int:
         >>> len({mix(0, 1), mix(1, 0), mix(0), mix(0, 0)})
         4
     """
-    # With their count, because SeedSequence takes (0,) and (0, 0) for the same.
+    # The count comes first, because SeedSequence takes (0,) and (0, 0) for the same.
     return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

@@ -1,4 +1,4 @@
-"""Versions of what numbers may depend on."""
+"""Versions of the packages that numbers depend on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ _version = cache(version)  # a look-up reads files
 
 
 def versions() -> dict[str, str]:
-    """Versions of what numbers may depend on."""
+    """Versions of Python and of the packages that numbers depend on, by name."""
     packages = ("stride-lightning", "torch", "lightning", "numpy", "scipy")
     return {name: _version(name) for name in packages} | {"python": platform.python_version()}

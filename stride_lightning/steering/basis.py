@@ -220,7 +220,7 @@ def _layer_widths(model: nn.Module, head: Reading, layers: list[str]) -> list[in
             with rows.naming():
                 _run(model, rows, captured)
             return [captured[name].shape[1] for name in layers]
-    raise ValueError("The training set is empty.")
+    raise ValueError("The training set is empty: give at least one example.")
 
 
 def _second_moments(model: nn.Module, reading: Reading, layers: list[str]) -> dict[str, Tensor]:
@@ -252,7 +252,10 @@ def _principal_components(stacked: Tensor) -> tuple[Tensor, Tensor]:
 
 def _scale(name: str, mean_square: Tensor) -> Tensor:
     if not torch.isfinite(mean_square):
-        raise ValueError(f"The input of layer {name!r} is not finite on the training set.")
+        raise ValueError(
+            f"The input of layer {name!r} is not finite on the training set. Check the inputs, and the model's weights "
+            "(did training diverge?)."
+        )
     # A layer that is zero everywhere (all units dead) adds nothing, and must not divide by zero.
     return mean_square.sqrt().float() if mean_square > 0 else torch.ones((), device=mean_square.device)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stride_lightning.runtime.parallel import map_chunks
 from stride_lightning.runtime.progress import track
 from stride_lightning.steering.subsets import Design
-from stride_lightning.steering.working_sets import Batch, Fit, kept_mean
+from stride_lightning.steering.working_sets import Batch, Fit, fit_mean
 
 #: Relative penalties tried by cross-validation.
 PENALTY_GRID = (0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03, 0.02, 0.01)
@@ -118,14 +118,14 @@ def cross_validate_penalty(
     measurements = _checked(measurements, design, tolerance, max_iterations)
     num_queries, num_subsets = measurements.shape
     if not 2 <= num_folds <= num_subsets:
-        raise ValueError(f"num_folds must be from 2 to the number of subsets ({num_subsets}), got {num_folds}.")
+        raise ValueError(f"`num_folds` must be from 2 to the number of subsets ({num_subsets}), got {num_folds}.")
     if not penalties:
-        raise ValueError("penalties is empty: give at least one relative penalty to choose from.")
+        raise ValueError("`penalties` is empty: give at least one relative penalty to choose from.")
     folds = torch.randperm(num_subsets, generator=torch.Generator().manual_seed(seed)) % num_folds
     held_out = nn.functional.one_hot(folds, num_folds).T.to(measurements)  # (folds, K)
-    kept = (1 - held_out).repeat_interleave(num_queries, 0)  # (folds * q, K)
+    in_fit = (1 - held_out).repeat_interleave(num_queries, 0)  # (folds * q, K)
     repeated = measurements.repeat(num_folds, 1)  # (folds * q, K)
-    batches = _split(repeated, kept, design)
+    batches = _split(repeated, in_fit, design)
     fits: Iterable[Fit | None] = repeat(None)
     best = measurements.new_full((num_queries,), torch.inf)
     chosen, since_best = torch.zeros_like(best), 0
@@ -133,7 +133,7 @@ def cross_validate_penalty(
         relative = _per_query(penalty, repeated)
         fits = fitted = _fit_all(batches, relative, fits, (tolerance, max_iterations), show=False)
         residual = repeated - torch.cat([fit.responses for fit in fitted])
-        residual = (residual - kept_mean(residual, kept)) * (1 - kept)  # the intercept carries over to the fold
+        residual = (residual - fit_mean(residual, in_fit)) * (1 - in_fit)  # the intercept carries over to the fold
         error = residual.square().sum(1).view(num_folds, num_queries).sum(0)  # (q,)
         better = error < best
         best, chosen = torch.where(better, error, best), chosen.masked_fill(better, penalty)
@@ -143,14 +143,14 @@ def cross_validate_penalty(
     return chosen
 
 
-def _split(measurements: Tensor, kept: Tensor, design: Design) -> list[Batch]:
+def _split(measurements: Tensor, in_fit: Tensor, design: Design) -> list[Batch]:
     """Batches within the memory bound; on a CPU, enough for all threads where queries are many."""
     width = design.num_subsets if design.indices is None else 4 * design.degree
     size = _WORKER_NUMBERS // (3 * design.num_train + min(design.num_train, 2 * design.num_subsets) * width)
     if measurements.device.type == "cpu":
         share = math.ceil(len(measurements) / torch.get_num_threads())
         size = min(size, max(_CPU_BATCH[0], min(share, _CPU_BATCH[1])))
-    rows = zip(measurements.split(max(size, 1)), kept.split(max(size, 1)), strict=True)
+    rows = zip(measurements.split(max(size, 1)), in_fit.split(max(size, 1)), strict=True)
     return [Batch(*part, design) for part in rows]
 
 
@@ -185,9 +185,10 @@ def _checked(measurements: Tensor, design: Design, tolerance: float, max_iterati
         )
     finite = measurements.isfinite().all(1)
     if not finite.all():
-        raise ValueError(f"Measurements of queries {(~finite).nonzero().flatten().tolist()} are not finite: drop them.")
+        bad = (~finite).nonzero().flatten().tolist()
+        raise ValueError(f"The measurements of queries {bad} are not finite. Leave these queries out.")
     if not (tolerance > 0 and max_iterations > 0):
-        raise ValueError(f"tolerance and max_iterations must be positive, got {tolerance} and {max_iterations}.")
+        raise ValueError(f"`tolerance` and `max_iterations` must be positive, got {tolerance} and {max_iterations}.")
     return measurements.detach().to(torch.promote_types(measurements.dtype, torch.float32))
 
 
@@ -195,7 +196,7 @@ def _per_query(penalty: float | Tensor, measurements: Tensor) -> Tensor:
     """One relative penalty for each query, ``(q,)``."""
     values = torch.as_tensor(penalty).detach().to(measurements)
     if values.ndim > 0 and values.shape != measurements.shape[:1]:
-        raise ValueError(f"penalty has shape {tuple(values.shape)}; expected a number or ({len(measurements)},).")
+        raise ValueError(f"`penalty` has shape {tuple(values.shape)}; expected a number or ({len(measurements)},).")
     if not ((values > 0) & values.isfinite()).all():
-        raise ValueError(f"penalty must be positive and finite, relative to the largest useful one; got {penalty}.")
+        raise ValueError(f"`penalty` must be positive and finite, relative to the largest useful one; got {penalty}.")
     return values.expand(len(measurements))

@@ -65,7 +65,7 @@ class StrideModule(nn.Module):
             raise ValueError(f"`basis` must be one of {get_args(BasisName)}, got {basis!r}.")
         check_count("rank", rank)
         if stability is not None and not stability >= 0:
-            raise ValueError(f"`stability` must not be negative, got {stability}.")
+            raise ValueError(f"`stability` must be a number of at least 0, got {stability}.")
         if ridge is not None:
             check_positive("ridge", ridge)
         self.design, self.task, self.basis, self.rank = design, task, basis, rank
@@ -84,7 +84,10 @@ class StrideModule(nn.Module):
             This module, with ``coefficients`` of shape ``(C, r, K)`` for r features, C outputs and K subsets.
         """
         if len(observed) != self.design.num_train:
-            raise ValueError(f"The design is for {self.design.num_train} examples, the pass saw {len(observed)}.")
+            raise ValueError(
+                f"The design is for {self.design.num_train} examples, but the pass read {len(observed)}. Make the "
+                f"design for {len(observed)} examples."
+            )
         rule = {"ridge": self.ridge, "stability": self.stability, "anchored": self.anchored}
         self.chosen = choose_penalties(observed, self.design, self.task, **rule, show_progress=show_progress)
         if self.basis == "learned":

@@ -224,7 +224,10 @@ def check_measurements(measurements: Tensor, design: Design) -> None:
         )
     bad = (~torch.isfinite(measurements)).any(1).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"The measurements of queries {bad[:10]} are not finite ({len(bad)} of {len(measurements)}).")
+        raise ValueError(
+            f"The measurements of queries {bad[:10]} are not finite ({len(bad)} of {len(measurements)}). Leave these "
+            "queries out."
+        )
 
 
 def _centre(gram: Tensor) -> Tensor:

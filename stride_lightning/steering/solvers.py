@@ -164,7 +164,9 @@ def _minimise(
     gradient = objective.gradient(point)
     zero_norm = _norm(gradient)
     if not torch.isfinite(zero_norm).all():
-        raise ValueError("The gradient of the operators' objective is not finite: check outputs and features.")
+        raise ValueError(
+            "The gradient of the operators' objective is not finite. Check the model's outputs and its weights."
+        )
     if start is not None:
         point = torch.where(zero_norm > 0, start[:, :, None], point)  # zero is the answer where the gradient is zero
         gradient = objective.gradient(point)

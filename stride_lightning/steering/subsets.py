@@ -53,7 +53,7 @@ class Design:
 
     def __post_init__(self) -> None:
         if (self.bits is None) == (self.indices is None):
-            raise ValueError("A design stores its memberships either as `bits` or as `indices`, not both or neither.")
+            raise ValueError("A design stores its memberships either as `bits` or as `indices`: give one of them.")
         width = (self.num_subsets + 7) // 8 if self.indices is None else self.degree
         ((name, stored),) = self.tensors().items()
         if tuple(stored.shape) != (self.num_train, width):
@@ -179,7 +179,7 @@ def sample_design(
         raise ValueError(f"A design needs at least 2 training examples, got {num_train}.")
     if not 1 <= degree < num_subsets:
         raise ValueError(
-            f"Each example must be in at least 1 and fewer than all subsets: got degree={degree} with "
+            f"Each example must be in at least 1 subset and in fewer than all: got degree={degree} with "
             f"num_subsets={num_subsets}. Raise `num_subsets` (at least 2) or lower `degree`."
         )
     raw = np.random.PCG64(seed).random_raw

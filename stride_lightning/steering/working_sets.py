@@ -57,11 +57,11 @@ class WorkingSet:
 
 
 class Batch:
-    """Queries that are solved together, each on the subsets kept for it."""
+    """Queries that are solved together, each on the subsets that its fit may use."""
 
-    def __init__(self, measurements: Tensor, kept: Tensor, design: Design) -> None:
-        self.design, self.kept = design, kept
-        target = _centred(measurements, kept)
+    def __init__(self, measurements: Tensor, in_fit: Tensor, design: Design) -> None:
+        self.design, self.in_fit = design, in_fit
+        target = _centred(measurements, in_fit)
         # What centring leaves of a constant is rounding, and must not be explained.
         rounding = 4 * torch.finfo(target.dtype).eps * measurements.abs().amax(1, keepdim=True)
         self.target = target.masked_fill(target.abs().amax(1, keepdim=True) <= rounding, 0)  # (q, K)
@@ -78,7 +78,7 @@ class Batch:
         examples, weights, responses = start.examples, start.weights, start.responses
         num_iterations, stalled = 0, False
         while True:
-            residual = self.target - _centred(responses, self.kept)
+            residual = self.target - _centred(responses, self.in_fit)
             correlations = self.design.backproject(residual).abs_()  # (q, n)
             gap = _duality_gap(self.target, residual, weights, penalty, correlations.amax(1))
             unsolved = gap > tolerance * self.scale
@@ -96,11 +96,11 @@ class Batch:
         self, examples: Tensor, weights: Tensor, penalty: Tensor, goal: Tensor, max_iterations: int
     ) -> tuple[Tensor, int]:
         """Accelerated proximal gradient until the gaps on the working sets are below ``goal`` ``(q,)``."""
-        target, kept = self.target, self.kept
+        target, in_fit = self.target, self.in_fit
         columns = WorkingSet(self.design, examples, weights.dtype)
-        curvature = _largest_curvature(columns, kept)  # (q, 1)
+        curvature = _largest_curvature(columns, in_fit)  # (q, 1)
         solved, rows = weights, torch.arange(len(weights), device=weights.device)
-        residual = target - _centred(columns.responses(weights), kept)
+        residual = target - _centred(columns.responses(weights), in_fit)
         correlations = columns.correlations(residual)  # (q, p)
         last_weights, last_correlations, momentum = weights, correlations, torch.ones_like(curvature)
         iteration = 0
@@ -111,7 +111,7 @@ class Batch:
                 if iteration == max_iterations or not going.any():
                     return solved, iteration
                 if going.sum() < 0.8 * len(going):  # solved queries leave; each time the columns are laid out anew
-                    rows, target, kept, penalty, goal = (x[going] for x in (rows, target, kept, penalty, goal))
+                    rows, target, in_fit, penalty, goal = (x[going] for x in (rows, target, in_fit, penalty, goal))
                     examples, curvature, momentum = examples[going], curvature[going], momentum[going]
                     weights, last_weights = weights[going], last_weights[going]
                     correlations, last_correlations = correlations[going], last_correlations[going]
@@ -124,7 +124,7 @@ class Batch:
             last_weights, last_correlations = weights, correlations
             threshold = penalty[:, None] / curvature
             weights = climbed - climbed.clamp(-threshold, threshold)  # the proximal operator of the L1 norm
-            residual = target - _centred(columns.responses(weights), kept)
+            residual = target - _centred(columns.responses(weights), in_fit)
             correlations = columns.correlations(residual)
             # Momentum against the step just taken has overshot: start it afresh.
             overshot = ((ahead - weights) * (weights - last_weights)).sum(1, keepdim=True) > 0
@@ -152,25 +152,25 @@ def _duality_gap(target: Tensor, residual: Tensor, weights: Tensor, penalty: Ten
     return (primal - feasible * (target * residual).sum(1) + feasible.square() * energy / 2).clamp_min(0)
 
 
-def _largest_curvature(columns: WorkingSet, kept: Tensor) -> Tensor:
+def _largest_curvature(columns: WorkingSet, in_fit: Tensor) -> Tensor:
     """Largest eigenvalue of M_c' M_c on each working set, ``(q, 1)``, by power iteration.
 
     The estimate comes from below, but accelerated steps stay stable down to 3/4 of the true value.
     """
     start = torch.rand(columns.shape[1], generator=torch.Generator().manual_seed(0))
-    vector, size = start.to(kept).expand(columns.shape), torch.ones_like(kept[:, :1])
+    vector, size = start.to(in_fit).expand(columns.shape), torch.ones_like(in_fit[:, :1])
     for _ in range(20):
-        vector = columns.correlations(_centred(columns.responses(vector), kept))
+        vector = columns.correlations(_centred(columns.responses(vector), in_fit))
         size = vector.norm(dim=1, keepdim=True).clamp_min(1e-30)
         vector = vector / size
     return 1.05 * size
 
 
-def kept_mean(values: Tensor, kept: Tensor) -> Tensor:
-    """Mean over the kept subsets, ``(q, K) -> (q, 1)``."""
-    return (values * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True)
+def fit_mean(values: Tensor, in_fit: Tensor) -> Tensor:
+    """Mean over the subsets of the fit, ``(q, K) -> (q, 1)``."""
+    return (values * in_fit).sum(1, keepdim=True) / in_fit.sum(1, keepdim=True)
 
 
-def _centred(values: Tensor, kept: Tensor) -> Tensor:
-    """Values less their mean over the kept subsets, and zero in the others, ``(q, K)``."""
-    return (values - kept_mean(values, kept)) * kept
+def _centred(values: Tensor, in_fit: Tensor) -> Tensor:
+    """Values less their mean over the subsets of the fit, and zero in the others, ``(q, K)``."""
+    return (values - fit_mean(values, in_fit)) * in_fit

@@ -110,25 +110,25 @@ def test_counterfactuals_are_mean_rises_of_the_loss_and_costs_those_of_the_metad
 
 def test_constant_queries_are_counted_without_a_warning(recwarn):
     scores = WEIGHTS.index_fill(0, torch.tensor([3, 7]), 0.0)
-    found = run({"gaps": Attribution(scores), "whole": EXACT, "none": Attribution(torch.zeros_like(WEIGHTS))})
-    assert [(row.name, row.num_constant) for row in found.rows] == [("whole", 0), ("gaps", 2), ("none", NUM_QUERIES)]
-    assert found.per_query["gaps"][[3, 7]].tolist() == [0.0, 0.0]
-    assert found["none"].lds == 0
+    judged = run({"gaps": Attribution(scores), "whole": EXACT, "none": Attribution(torch.zeros_like(WEIGHTS))})
+    assert [(row.name, row.num_constant) for row in judged.rows] == [("whole", 0), ("gaps", 2), ("none", NUM_QUERIES)]
+    assert judged.per_query["gaps"][[3, 7]].tolist() == [0.0, 0.0]
+    assert judged["none"].lds == 0
     assert not len(recwarn)
-    header, row = str(found).splitlines()[1:4:2]
+    header, row = str(judged).splitlines()[1:4:2]
     assert "constant queries" in header
     assert row[header.index("constant queries") :].split()[0] == "2"
 
 
 def test_one_seed_has_no_ceiling_and_one_query_will_do():
     truth = make_truth(num_seeds=1)
-    found = run(EXACT, truth)
-    assert (found.ceiling, found.share_of_ceiling("stride")) == (None, None)
-    assert "of ceiling" not in str(found)
-    assert str(found).splitlines()[-1].startswith("noise ceiling unknown")
+    judged = run(EXACT, truth)
+    assert (judged.ceiling, judged.share_of_ceiling("stride")) == (None, None)
+    assert "of ceiling" not in str(judged)
+    assert str(judged).splitlines()[-1].startswith("noise ceiling unknown")
     one = run(EXACT[0], GroundTruth(MASKS, truth.losses_by_seed[:, :, :1], [0]))
     assert one.per_query["stride"].shape == (1,)
-    assert one["stride"].lds == pytest.approx(found.per_query["stride"][0].item())
+    assert one["stride"].lds == pytest.approx(judged.per_query["stride"][0].item())
 
 
 def test_sequences_are_named_by_method_and_numbered_and_names_are_escaped_in_markdown():
@@ -136,11 +136,11 @@ def test_sequences_are_named_by_method_and_numbered_and_names_are_escaped_in_mar
     assert "| a&#124;b &#60;i&#62; | " in text
     assert [line.count("|") for line in text.splitlines() if line.startswith("|")] == [6, 6, 6]
     named = Attribution(WEIGHTS, metadata={"method": "stride-2"})
-    found = run([EXACT, named, EXACT, NOISY])
-    assert sorted(found.per_query) == ["scores", "stride", "stride-2", "stride-3"]
+    judged = run([EXACT, named, EXACT, NOISY])
+    assert sorted(judged.per_query) == ["scores", "stride", "stride-2", "stride-3"]
     assert [row.name for row in run(EXACT).rows] == ["stride"]
     with pytest.raises(KeyError, match=r"'other' was evaluated: there are \['stride'"):
-        found["other"]
+        judged["other"]
 
 
 def test_permuted_columns_are_aligned(evaluation):
@@ -162,7 +162,7 @@ def test_equal_fingerprints_mean_the_same_order(evaluation):
     assert run({"noisy": part}, truth)["noisy"].lds == evaluation["noisy"].lds
     # Were the columns permuted, or was the data read in this order by both?
     unclear = Attribution(NOISY.scores, train_indices=permutation(NUM_TRAIN), metadata=metadata)
-    with pytest.raises(ValueError, match="'noisy' has its training examples in an order of its own"):
+    with pytest.raises(ValueError, match="'noisy' has its training examples in another order than the dataset"):
         run({"noisy": unclear}, truth)
 
 
@@ -172,19 +172,19 @@ REFUSED = {
     "other queries": (Attribution(WEIGHTS, metadata={"query_data": DATA}), "'one' is of other queries than the ground"),
     "fewer columns": (
         Attribution(WEIGHTS[:, :5], train_indices=IN_ORDER[:5]),
-        "'one' has scores of 5 training examples, the ground truth is of 30.* a score for every training example",
+        "'one' has scores of 5 training examples, the ground truth has 30.* one score for each of them",
     ),
-    "more columns": (Attribution(WEIGHTS.repeat(1, 2)), "'one' has scores of 60 training examples, .* of 30"),
-    "fewer queries": (Attribution(WEIGHTS[:5]), "'one' is of 5 queries, the ground truth of 12"),
+    "more columns": (Attribution(WEIGHTS.repeat(1, 2)), "'one' has scores of 60 training examples, .* has 30"),
+    "fewer queries": (Attribution(WEIGHTS[:5]), "'one' has 5 queries, the ground truth has 12"),
     "not finite": (
         Attribution(BROKEN, train_indices=IN_ORDER),
         "'one' has 2 scores that are not finite, the first that of query 2 .* example 5",
     ),
     "other positions": (
         Attribution(WEIGHTS, train_indices=IN_ORDER + 1),
-        r"'one' is of other training examples .* begin with \[1, 2, 3, 4, 5\], .* with \[0, 1, 2, 3, 4\]",
+        r"'one' has other training examples .* begin with \[1, 2, 3, 4, 5\], .* with \[0, 1, 2, 3, 4\]",
     ),
-    "positions twice": (Attribution(WEIGHTS, train_indices=IN_ORDER // 2), "'one' is of other training examples"),
+    "positions twice": (Attribution(WEIGHTS, train_indices=IN_ORDER // 2), "'one' has other training examples"),
 }
 
 
@@ -220,11 +220,11 @@ def test_counterfactuals_that_do_not_fit_are_refused():
     elsewhere = "was measured with other scores: the"
     assert_refused(
         run_with,
-        (r"holds \['strid'\], .* there are \['random', 'exact', 'noisy'\]", "strid", right),
-        (f"of 'noisy' {elsewhere} 1 examples removed", "noisy", right),
-        (f"of 'exact' {elsewhere} 2 examples removed", "exact", replace(right, ks=(2, 5))),
+        (r"holds \['strid'\], .* are named \['random', 'exact', 'noisy'\]", "strid", right),
+        (f"of 'noisy' {elsewhere} 1 removed examples", "noisy", right),
+        (f"of 'exact' {elsewhere} 2 removed examples", "exact", replace(right, ks=(2, 5))),
         ("of 'exact' is of other training data", "exact", other, make_truth(data=DATA)),
-        ("of 'exact' is of 2 queries and 30 training examples", "exact", small),
+        ("of 'exact' has 2 queries and 30 training examples", "exact", small),
     )
     assert_refused(run_with, ("of 'noisy' must be what retrain_without", "noisy", make_truth()), error=TypeError)
 

@@ -108,22 +108,22 @@ class Browser:
 
     def texts(self, selector: str) -> list[str]:
         """Visible text of every element that can be seen."""
-        found = f"[...document.querySelectorAll({json.dumps(selector)})].filter((e) => e.offsetParent)"
-        return self.evaluate(f"{found}.map((e) => e.innerText)")
+        shown = f"[...document.querySelectorAll({json.dumps(selector)})].filter((e) => e.offsetParent)"
+        return self.evaluate(f"{shown}.map((e) => e.innerText)")
 
     def wait_for(self, selector: str, texts: list[str]) -> None:
         """Wait until these are the visible texts, as after a link, which browsers follow when they see fit."""
         deadline = time.monotonic() + _SECONDS
-        while (found := self.texts(selector)) != texts:
-            assert time.monotonic() < deadline, f"{selector}: {found}, not {texts}, after {_SECONDS} s."
+        while (current := self.texts(selector)) != texts:
+            assert time.monotonic() < deadline, f"{selector}: {current}, not {texts}, after {_SECONDS} s."
             time.sleep(0.02)
 
     def click(self, selector: str) -> None:
         """Press the mouse in the middle of the first element that can be seen."""
-        found = f"[...document.querySelectorAll({json.dumps(selector)})].find((e) => e.offsetParent)"
+        element = f"[...document.querySelectorAll({json.dumps(selector)})].find((e) => e.offsetParent)"
         middle = "[box.x + box.width / 2, box.y + box.height / 2]"
         x, y = self.evaluate(
-            f"(() => {{ const e = {found}; e.scrollIntoView({{ block: 'center' }});"
+            f"(() => {{ const e = {element}; e.scrollIntoView({{ block: 'center' }});"
             f" const box = e.getBoundingClientRect(); return {middle}; }})()"
         )
         for kind in ("mousePressed", "mouseReleased"):
@@ -131,8 +131,8 @@ class Browser:
 
     def choose(self, selector: str, option: str) -> None:
         """Choose an option of a list."""
-        found = f"document.querySelector({json.dumps(selector)})"
-        self.evaluate(f"{found}.value = {json.dumps(option)}; {found}.dispatchEvent(new Event('change'))")
+        field = f"document.querySelector({json.dumps(selector)})"
+        self.evaluate(f"{field}.value = {json.dumps(option)}; {field}.dispatchEvent(new Event('change'))")
 
     def write(self, text: str) -> None:
         """Put text where the cursor is."""

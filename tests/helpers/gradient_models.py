@@ -259,8 +259,8 @@ def gradients_of(model, task, data, function=loss_of, layers=None):
     rows = []
     for x, y in zip(*data.tensors, strict=True):
         with torch.enable_grad():
-            found = torch.autograd.grad(function(task, model(x[None]), y[None]), parameters, allow_unused=True)
-        rows.append(flat(found, parameters))
+            gradients = torch.autograd.grad(function(task, model(x[None]), y[None]), parameters, allow_unused=True)
+        rows.append(flat(gradients, parameters))
     return torch.stack(rows)
 
 
@@ -271,20 +271,20 @@ def jacobians_of(model, data, layers=None):
     for x in data.tensors[0]:
         with torch.enable_grad():
             outputs = model(x[None]).flatten()
-            found = [torch.autograd.grad(o, parameters, retain_graph=True, allow_unused=True) for o in outputs]
-        rows.append(torch.stack([flat(one, parameters) for one in found]))
+            gradients = [torch.autograd.grad(o, parameters, retain_graph=True, allow_unused=True) for o in outputs]
+        rows.append(torch.stack([flat(one, parameters) for one in gradients]))
     return torch.stack(rows)
 
 
 def second_derivatives(model, task, data):
     """Those of every loss in the outputs, shape ``(n, C, C)``, by torch's own Hessian of torch's own losses."""
-    found = []
+    hessians = []
     for x, y in zip(*data.tensors, strict=True):
         with torch.enable_grad():
             outputs = model(x[None]).detach()
             hessian = torch.autograd.functional.hessian(lambda o, y=y: loss_of(task, o, y[None]), outputs)
-        found.append(hessian.reshape(outputs.numel(), outputs.numel()))
-    return torch.stack(found)
+        hessians.append(hessian.reshape(outputs.numel(), outputs.numel()))
+    return torch.stack(hessians)
 
 
 def gauss_newton_of(model, task, data, layers=None):
@@ -313,9 +313,9 @@ def blocks_of(model, layers=None, *, joined=True):
     return places
 
 
-def flat(found, parameters):
+def flat(gradients, parameters):
     """One vector of the gradients of all parameters; zero for one that does not enter."""
-    pairs = zip(found, parameters, strict=True)
+    pairs = zip(gradients, parameters, strict=True)
     return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs]).detach()
 
 
@@ -387,12 +387,12 @@ def save_weights(folder, num=2):
 @torch.no_grad()
 def exact_scores(attributor, queries):
     """Scores of an attributor of one checkpoint before they are scaled and rounded to float32."""
-    asked = attributor.read(attributor.model, examples_of(*queries.tensors), torch.device("cpu"), "label")
+    query_reading = attributor.read(attributor.model, examples_of(*queries.tensors), torch.device("cpu"), "label")
     (one,) = attributor._fitted
-    side = attributor._query_side(one, asked, slice(0, len(asked)))
+    side = attributor._query_side(one, query_reading, slice(0, len(query_reading)))
     return torch.cat([side.inner(gradients) for _, gradients in one.side.gradients()], 1)
 
 
-def close_scores(found, expected, tolerance=1e-5):
+def close_scores(scores, expected, tolerance=1e-5):
     """Relative to the largest score; the default is the rounding of float32 scores."""
-    torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=tolerance * float(expected.abs().max()))
+    torch.testing.assert_close(scores.double(), expected.double(), rtol=0, atol=tolerance * float(expected.abs().max()))

@@ -88,10 +88,16 @@ def state_of(folder):
 
 def resume(folder, *, again=True, **how):
     left = state_of(folder)
-    found = in_fork(lambda: run(folder / "truth", **how))
+    resumed = in_fork(lambda: run(folder / "truth", **how))
     visible = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    second = in_fork(lambda: run(folder / "truth")) if again else {**found, "steps": 0}
-    return {**left, **found, "visible": visible, "again": second["steps"], "kept": second["digest"] == found["digest"]}
+    second = in_fork(lambda: run(folder / "truth")) if again else {**resumed, "steps": 0}
+    return {
+        **left,
+        **resumed,
+        "visible": visible,
+        "again": second["steps"],
+        "kept": second["digest"] == resumed["digest"],
+    }
 
 
 def operations(root):

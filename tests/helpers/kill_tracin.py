@@ -73,12 +73,12 @@ def state_of(folder, callback_path):
 def resume(folder, *, killed):
     """Fit to the end after a kill; also what of the records before is no longer as it was."""
     before, saved = digests(folder), newest(folder)
-    found = in_fork(lambda: run(folder))
+    fit = in_fork(lambda: run(folder))
     after = digests(folder)
-    outcome = state_of(folder, found["path"])
+    outcome = state_of(folder, fit["path"])
     lost = [name for name, sums in before.items() if after.get(name) != sums]
-    taken = [name for name in before if name in found["path"] and saved is not None and step_of(name) > step_of(saved)]
-    seen = {"killed": killed, "resumed": found["resumed"], "lost": lost, "left": len(before)}
+    taken = [name for name in before if name in fit["path"] and saved is not None and step_of(name) > step_of(saved)]
+    seen = {"killed": killed, "resumed": fit["resumed"], "lost": lost, "left": len(before)}
     return {**outcome, **seen, "taken over": len(taken)}
 
 

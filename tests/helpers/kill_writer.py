@@ -128,18 +128,18 @@ def operations_of(action, every):
 
 def look(folder, expected):
     """'whole' or 'absent'; anything else raises."""
-    found = records.find_records(folder)
+    paths = records.find_records(folder)
     visible = [name for name in os.listdir(folder) if not name.startswith(".")]
-    if visible != [path.name for path in found]:
-        raise RuntimeError(f"visible {visible}, but records {found}")
-    if not found:
+    if visible != [path.name for path in paths]:
+        raise RuntimeError(f"visible {visible}, but records {paths}")
+    if not paths:
         return "absent"
-    record = records.read_record(found[0])
+    record = records.read_record(paths[0])
     for group, named in expected.items():
         for name, tensor in record.tensors(group).items():
             torch.testing.assert_close(tensor, named[name], rtol=0, atol=0)
-    if [path.name for path in found] != [NAME] or record.groups != tuple(sorted(expected)):
-        raise RuntimeError(f"unexpected {found} with {record.groups}")
+    if [path.name for path in paths] != [NAME] or record.groups != tuple(sorted(expected)):
+        raise RuntimeError(f"unexpected {paths} with {record.groups}")
     return "whole"
 
 
@@ -189,11 +189,11 @@ def race(root):
 
     for child in [fork(lambda writer=writer: write(writer)) for writer in range(4)]:
         finish(*child)
-    found = [records.read_record(path) for path in records.find_records(root)]
-    for record in found:
+    written = [records.read_record(path) for path in records.find_records(root)]
+    for record in written:
         torch.testing.assert_close(record.tensors("basis")["fc"], torch.full((50,), record.info["by"][0]))
-    by = [record.info["by"] for record in found]
-    return {"names": [record.path.name for record in found], "by": by, "left": os.listdir(root)}
+    by = [record.info["by"] for record in written]
+    return {"names": [record.path.name for record in written], "by": by, "left": os.listdir(root)}
 
 
 if __name__ == "__main__":

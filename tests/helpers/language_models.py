@@ -194,8 +194,8 @@ def gradients_by_hand(model, data, layers=None, reduction="mean"):
     parameters, rows = list(trainable(model, layers).values()), []
     for example in data:
         with torch.enable_grad():
-            found = torch.autograd.grad(loss_by_hand(model, example, reduction), parameters, allow_unused=True)
-        rows.append(flat(found, parameters))
+            gradients = torch.autograd.grad(loss_by_hand(model, example, reduction), parameters, allow_unused=True)
+        rows.append(flat(gradients, parameters))
     return torch.stack(rows)
 
 

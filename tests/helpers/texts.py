@@ -100,7 +100,9 @@ def brute_scores(model, train, queries, layers, damping=(0.1, 1.0), head=None, d
     """The closed form with explicit loops and dense matrices, shape ``(q, n)``."""
     space = torch.eye(VOCABULARY, dtype=torch.float64) if head is None else head
     tokens = [[(p, space.T @ e, w) for p, e, w in brute_tokens(model, train[i], layers)] for i in range(len(train))]
-    asked = [[(p, space.T @ e, w) for p, e, w in brute_tokens(model, queries[i], layers)] for i in range(len(queries))]
+    query_tokens = [
+        [(p, space.T @ e, w) for p, e, w in brute_tokens(model, queries[i], layers)] for i in range(len(queries))
+    ]
     every = [token for sequence in tokens for token in sequence]
     total = sum(w for _, _, w in every)
     width = (len(every[0][0]) - 1) // len(layers)
@@ -117,5 +119,5 @@ def brute_scores(model, train, queries, layers, damping=(0.1, 1.0), head=None, d
     def gradient(sequence):
         return sum(w * torch.outer(scale * p, e) for p, e, w in sequence).flatten()
 
-    solved = torch.linalg.solve(curvature, torch.stack([gradient(sequence) for sequence in asked]).T)
+    solved = torch.linalg.solve(curvature, torch.stack([gradient(sequence) for sequence in query_tokens]).T)
     return (torch.stack([gradient(sequence) for sequence in tokens]) @ solved).T / total

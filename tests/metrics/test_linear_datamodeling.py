@@ -141,8 +141,8 @@ def test_class_keeps_no_scores() -> None:
     scores, masks, losses = planted(False)
     metric = LinearDatamodelingScore(masks)
     metric.update(scores, losses)
-    kept = [value for state in metric.metric_state.values() for value in state]
-    assert [value.numel() for value in kept] == [4 * 25, 4 * 25]
+    stored = [value for state in metric.metric_state.values() for value in state]
+    assert [value.numel() for value in stored] == [4 * 25, 4 * 25]
     with pytest.raises(ValueError, match=r"expected masks \(num_subsets, 29\) and losses"):
         metric.update(scores[:, 1:], losses)
     with pytest.raises(ValueError, match="has seen no data"):

@@ -100,8 +100,12 @@ def train_with_batchnorm(number, port, folder):
     model = build(ConvNet)
     trainer = make_trainer(folder, callback, strategy="ddp", devices=2)
     trainer.fit(model, loader(picture_data(), batch_size=8))
-    original_hash, found = weight_hash(model), ask_about_pictures(model)
-    results = {"hash": original_hash, "found": found.scores, "from record": found.metadata["operators"]["from_record"]}
+    original_hash, recorded = weight_hash(model), ask_about_pictures(model)
+    results = {
+        "hash": original_hash,
+        "recorded": recorded.scores,
+        "from record": recorded.metadata["operators"]["from_record"],
+    }
     if number == 1:  # as on a node with a disk of its own
         callback.dirpath = folder / "nowhere"
     alone = ask_about_pictures(model)
@@ -180,13 +184,13 @@ def test_batchnorm_from_training_to_attribution(tmp_path):
     (path,) = find_records(tmp_path / "records")
     assert read_record(path).info["weights"] == first["hash"]
     assert first["from record"] is second["from record"] is True
-    for key in ("found", "alone"):
+    for key in ("recorded", "alone"):
         assert first[key].equal(second[key])
-    close(first["alone"], first["found"], rtol=TOLERANCE)
+    close(first["alone"], first["recorded"], rtol=TOLERANCE)
     assert "not every rank found the same record" in first["note"]
     model = build(ConvNet)
     model.load_state_dict(first["state"])
-    close(first["found"], ask_about_pictures(model).scores, rtol=TOLERANCE)
+    close(first["recorded"], ask_about_pictures(model).scores, rtol=TOLERANCE)
 
 
 def fit_texts(number, port, folder):
@@ -197,8 +201,15 @@ def fit_texts(number, port, folder):
     model = LanguageModule()
     trainer = make_trainer(folder, callback, strategy="ddp", devices=2, max_epochs=1)
     trainer.fit(model, DataLoader(Texts(11), 4, collate_fn=padded, shuffle=True))
-    found = attribute(model, text_loader(3, seed=1), train_data=text_loader(11), recovery="prior", show_progress=False)
-    results = {"state": model.state_dict(), "scores": found.scores, "std": found.std, "note": found.metadata["record"]}
+    attribution = attribute(
+        model, text_loader(3, seed=1), train_data=text_loader(11), recovery="prior", show_progress=False
+    )
+    results = {
+        "state": model.state_dict(),
+        "scores": attribution.scores,
+        "std": attribution.std,
+        "note": attribution.metadata["record"],
+    }
     torch.save(results, folder / f"rank{number}.pt")
 
 

@@ -79,8 +79,8 @@ def test_wide_inputs_are_folded_and_keep_inner_products() -> None:
     folded = pool(nn.Linear(5 * width, 1), inputs)
     assert folded.shape == (6, width)
     torch.testing.assert_close(folded, pool(nn.Linear(5 * width, 1), inputs), rtol=0, atol=0)
-    exact, kept = inputs @ inputs.T / (5 * width), folded @ folded.T / (5 * width)
-    assert (kept - exact).abs().max() < 5 / width**0.5
+    exact, sketched = inputs @ inputs.T / (5 * width), folded @ folded.T / (5 * width)
+    assert (sketched - exact).abs().max() < 5 / width**0.5
     assert pool(nn.Linear(width, 1), inputs[:, :width]).equal(inputs[:, :width])
 
 
@@ -227,18 +227,18 @@ def test_unknown_names_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("inputs", "came"),
+    ("inputs", "given"),
     [
         (torch.zeros(3, 2, dtype=torch.int64), r"torch.int64 of shape \(3, 2\)"),
         (torch.zeros(2), r".*shape \(2,\)"),
         ("text", "no tensor"),
     ],
 )
-def test_inputs_without_rows_of_numbers_are_refused(inputs: Tensor | str, came: str) -> None:
+def test_inputs_without_rows_of_numbers_are_refused(inputs: Tensor | str, given: str) -> None:
     model = nn.Sequential(nn.Identity())
     with (
         capture_inputs(model, ["0"]),
-        pytest.raises(TypeError, match=rf"Layer '0' must take a floating-point tensor .* first input is {came}"),
+        pytest.raises(TypeError, match=rf"Layer '0' must take a floating-point tensor .* first input is {given}"),
     ):
         model(inputs)
     assert hooks_of(model) == 0

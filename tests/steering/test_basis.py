@@ -78,8 +78,8 @@ def test_features_are_uncorrelated_and_sorted() -> None:
     # Eleven features: four inputs, six hidden units and the constant, less those the training set does not span.
     reference = stacked(*map(unit_energy, layer_inputs()))
     second = np.linalg.eigvalsh(reference.T @ reference / 50)[::-1]
-    kept = second[second > 1e-6 * second.mean()]
-    np.testing.assert_allclose(basis.energies, kept, rtol=1e-5, atol=1e-9)
+    spanned = second[second > 1e-6 * second.mean()]
+    np.testing.assert_allclose(basis.energies, spanned, rtol=1e-5, atol=1e-9)
 
 
 def test_observe_reproduces_the_pass_exactly() -> None:
@@ -176,9 +176,9 @@ def test_constant_features_share_one_direction_with_the_constant() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_models_of_any_precision(dtype: torch.dtype) -> None:
     basis, observed = fit(INPUTS.float(), perceptron().to(dtype))
-    kept = torch.float64 if dtype == torch.float64 else torch.float32
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
     for value in (observed.features, observed.outputs, observed.encoded, observed.losses):
-        assert value.dtype == kept
+        assert value.dtype == precision
     tolerance = {torch.float16: 3e-3, torch.bfloat16: 3e-2}.get(dtype, 1e-5)
     assert_same_kernel(observed.features, fit()[1].features.numpy(), tolerance)
     again = observe(perceptron().to(dtype), TASK, examples_of(INPUTS.float(), TARGETS), basis, **SETTINGS)
@@ -357,7 +357,7 @@ def test_nothing_is_left_behind_after_an_error() -> None:
         lambda: observe(network, TASK, examples_of(poisoned(3), TARGETS), basis, **SETTINGS),
         lambda: observe(network, TASK, examples_of(INPUTS), basis, **SETTINGS),
     ):
-        with pytest.raises(ValueError, match=r".") as kept:
+        with pytest.raises(ValueError, match=r".") as caught:
             failing()
         assert sum(len(module._forward_pre_hooks) for module in network.modules()) == 0
         assert torch.is_grad_enabled()
@@ -366,4 +366,4 @@ def test_nothing_is_left_behind_after_an_error() -> None:
         assert len(graphs) == 1
         graphs.clear()
         torch.compiler.reset()
-        assert kept.value.__traceback__ is not None
+        assert caught.value.__traceback__ is not None

@@ -37,11 +37,11 @@ def gradients(observed: Observation, means: Tensor, task: Task) -> Tensor:
 
 
 def brute_force(
-    train: Observation, queries: Observation, means: Tensor, asked: Tensor, task: Task, ridge: float
+    train: Observation, queries: Observation, means: Tensor, query_means: Tensor, task: Task, ridge: float
 ) -> Tensor:
     matrix = gauss_newton(train, means, task)
     inverse = torch.linalg.inv(matrix + ridge * torch.eye(len(matrix), dtype=matrix.dtype))
-    return gradients(queries, asked, task) @ inverse @ gradients(train, means, task).T / len(train)
+    return gradients(queries, query_means, task) @ inverse @ gradients(train, means, task).T / len(train)
 
 
 def setting(task: Task, size: int = 40) -> tuple[Observation, Observation, Tensor, Tensor]:
@@ -53,10 +53,10 @@ def setting(task: Task, size: int = 40) -> tuple[Observation, Observation, Tenso
 @every_task
 @pytest.mark.parametrize("ridge", [1e-3, 1.0])
 def test_equals_the_dense_inverse(task: Task, ridge: float) -> None:
-    train, queries, means, asked = setting(task)
-    asked[4] = queries.encoded[4]  # predicted perfectly
-    obtained = influence(train, queries, means, asked, task, ridge, **EXACT)
-    expected = brute_force(train, queries, means, asked, task, ridge)
+    train, queries, means, query_means = setting(task)
+    query_means[4] = queries.encoded[4]  # predicted perfectly
+    obtained = influence(train, queries, means, query_means, task, ridge, **EXACT)
+    expected = brute_force(train, queries, means, query_means, task, ridge)
     assert obtained.shape == (9, 40)
     assert (obtained[4] == 0).all()
     torch.testing.assert_close(obtained, expected, rtol=1e-7, atol=1e-10)
@@ -64,10 +64,10 @@ def test_equals_the_dense_inverse(task: Task, ridge: float) -> None:
 
 @every_task
 def test_default_tolerance_is_close_and_in_single_precision(task: Task) -> None:
-    train, queries, means, asked = setting(task)
-    expected = brute_force(train, queries, means, asked, task, 0.05)
+    train, queries, means, query_means = setting(task)
+    expected = brute_force(train, queries, means, query_means, task, 0.05)
     single = (observation(task, dtype=torch.float32), observation(task, size=9, seed=1, dtype=torch.float32))
-    obtained = influence(*single, means.float(), asked.float(), task, 0.05, show_progress=False)
+    obtained = influence(*single, means.float(), query_means.float(), task, 0.05, show_progress=False)
     assert obtained.dtype == torch.float32
     assert (obtained - expected).norm() < 0.05 * expected.norm()
 
@@ -93,8 +93,8 @@ def test_predicts_leaving_examples_out(task: Task) -> None:
 
 @every_task
 def test_chunks_and_blocks_change_only_rounding(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    train, queries, means, asked = setting(task, size=200)
-    whole = influence(train, queries, means, asked, task, 0.05, **EXACT)
+    train, queries, means, query_means = setting(task, size=200)
+    whole = influence(train, queries, means, query_means, task, 0.05, **EXACT)
     monkeypatch.setattr(influence_module, "QUERY_CHUNK", 2)
     monkeypatch.setattr(influence_module, "BLOCK_BYTES", 1)  # blocks of 64 examples, the smallest
-    torch.testing.assert_close(influence(train, queries, means, asked, task, 0.05, **EXACT), whole)
+    torch.testing.assert_close(influence(train, queries, means, query_means, task, 0.05, **EXACT), whole)

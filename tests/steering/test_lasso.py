@@ -174,11 +174,11 @@ def test_a_tolerance_below_rounding_ends_with_a_warning() -> None:
         ({"measurements": torch.zeros(2, 5)}, r"shape \(2, 5\); expected \(q, 30\)"),
         ({"measurements": torch.zeros(30)}, r"shape \(30,\); expected \(q, 30\)"),
         ({"measurements": torch.zeros(0, 30)}, "at least one query"),
-        ({"penalty": 0.0}, "penalty must be positive and finite"),
-        ({"penalty": float("nan")}, "penalty must be positive and finite"),
-        ({"penalty": torch.ones(4)}, r"penalty has shape \(4,\); expected a number or \(3,\)"),
-        ({"tolerance": 0.0}, "tolerance and max_iterations must be positive, got 0.0"),
-        ({"max_iterations": 0}, "tolerance and max_iterations must be positive, got 0.0001 and 0"),
+        ({"penalty": 0.0}, "`penalty` must be positive and finite"),
+        ({"penalty": float("nan")}, "`penalty` must be positive and finite"),
+        ({"penalty": torch.ones(4)}, r"`penalty` has shape \(4,\); expected a number or \(3,\)"),
+        ({"tolerance": 0.0}, "`tolerance` and `max_iterations` must be positive, got 0.0"),
+        ({"max_iterations": 0}, "`tolerance` and `max_iterations` must be positive, got 0.0001 and 0"),
     ],
 )
 def test_unusable_arguments(change: dict, message: str) -> None:
@@ -202,12 +202,12 @@ def test_cross_validation_equals_a_loop_over_sklearn(name: str) -> None:
     matrix, errors = design.dense().double().numpy(), np.zeros((len(grid), 4))
     for query, row in enumerate(measurements.numpy()):
         for fold in range(num_folds):
-            kept = (folds != fold).numpy()
-            centred_columns = matrix[kept] - matrix[kept].mean(0)
-            largest = np.abs(centred_columns.T @ (row[kept] - row[kept].mean())).max()
+            others = (folds != fold).numpy()
+            centred_columns = matrix[others] - matrix[others].mean(0)
+            largest = np.abs(centred_columns.T @ (row[others] - row[others].mean())).max()
             for index, penalty in enumerate(grid):
-                model = sklearn_scores(matrix[kept], row[kept], penalty * largest / kept.sum())
-                errors[index, query] += np.square(row[~kept] - model.predict(matrix[~kept])).sum()
+                model = sklearn_scores(matrix[others], row[others], penalty * largest / others.sum())
+                errors[index, query] += np.square(row[~others] - model.predict(matrix[~others])).sum()
     expected = np.array(grid)[errors.argmin(0)]
     how = {"penalties": grid, "num_folds": num_folds, "seed": seed, "tolerance": 1e-10}
     chosen = cross_validate_penalty(measurements, design, **how)
@@ -225,10 +225,10 @@ def test_cross_validation_follows_the_noise() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_folds": 1}, r"num_folds must be from 2 to the number of subsets \(30\), got 1"),
-        ({"num_folds": 31}, "num_folds must be from 2"),
-        ({"penalties": []}, "penalties is empty"),
-        ({"penalties": [-1.0]}, "penalty must be positive and finite"),
+        ({"num_folds": 1}, r"`num_folds` must be from 2 to the number of subsets \(30\), got 1"),
+        ({"num_folds": 31}, "`num_folds` must be from 2"),
+        ({"penalties": []}, "`penalties` is empty"),
+        ({"penalties": [-1.0]}, "`penalty` must be positive and finite"),
     ],
 )
 def test_unusable_folds_and_grids(change: dict, message: str) -> None:

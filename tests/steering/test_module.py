@@ -124,13 +124,13 @@ def test_wrong_options_are_refused() -> None:
     for options, message in (
         ({"basis": "fourier"}, r"`basis` must be one of \('statistics', 'learned'\), got 'fourier'"),
         ({"rank": 0}, "`rank` must be an integer of at least 1, got 0"),
-        ({"stability": -0.1}, "`stability` must not be negative, got -0.1"),
-        ({"stability": float("nan")}, "`stability` must not be negative, got nan"),
+        ({"stability": -0.1}, "`stability` must be a number of at least 0, got -0.1"),
+        ({"stability": float("nan")}, "`stability` must be a number of at least 0, got nan"),
         ({"ridge": 0.0}, "`ridge` must be a positive number, got 0.0"),
     ):
         with pytest.raises(ValueError, match=message):
             StrideModule(DESIGN, Classification(), **options)
-    with pytest.raises(ValueError, match="The design is for 40 examples, the pass saw 39"):
+    with pytest.raises(ValueError, match="The design is for 40 examples, but the pass read 39"):
         StrideModule(DESIGN, Classification()).fit_operators(observation(Classification(), size=39), **QUIET)
 
 

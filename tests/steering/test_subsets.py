@@ -217,7 +217,7 @@ def test_large_designs_are_sparse_by_default(monkeypatch: pytest.MonkeyPatch) ->
     ("arguments", "message"),
     [
         ((1, 4, 2), "at least 2 training examples, got 1"),
-        ((5, 4, 4), "at least 1 and fewer than all subsets: got degree=4 with num_subsets=4"),
+        ((5, 4, 4), "at least 1 subset and in fewer than all: got degree=4 with num_subsets=4"),
         ((5, 4, 0), "got degree=0 with num_subsets=4"),
         ((5, 1), "`num_subsets` must be an integer of at least 2, got 1"),
         ((5, 10.5), "`num_subsets` must be an integer of at least 2, got 10.5"),
@@ -231,7 +231,7 @@ def test_impossible_designs_are_refused(arguments: tuple[int, ...], message: str
 def test_malformed_memberships_are_refused() -> None:
     bits, indices = torch.zeros(3, 1, dtype=torch.uint8), torch.zeros(3, 2, dtype=torch.int32)
     for stored in ({}, {"bits": bits, "indices": indices}):
-        with pytest.raises(ValueError, match="either as `bits` or as `indices`, not both or neither"):
+        with pytest.raises(ValueError, match="either as `bits` or as `indices`: give one"):
             Design(4, 3, 2, 0, **stored)
     with pytest.raises(ValueError, match=r"bits have shape \(3, 1\); expected \(3, 2\) for 3 examples, 9 subsets"):
         Design(9, 3, 2, 0, bits=bits)

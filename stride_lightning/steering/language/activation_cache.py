@@ -57,7 +57,10 @@ class ActivationCache:
         The batch is on disk when this returns.
         """
         if places.start != self.done:
-            raise ValueError(f"The cache holds {self.done} sequences; the next batch begins at {places.start}.")
+            raise ValueError(
+                f"The cache holds the first {self.done} sequences, and the batch begins at {places.start}. Write "
+                "batches in order."
+            )
         counted = (values["weights"][..., 0] > 0).cpu()
         checksum = 0
         for name, file in self._files.items():
@@ -92,10 +95,14 @@ class ActivationCache:
             if checksum != part["crc32"]:
                 raise ValueError(
                     f"The activations of sequences {places.start} to {places.stop - 1} in {self.folder} are damaged "
-                    "(their checksum is another). Delete the folder; they are computed again."
+                    "(their checksum differs). Delete the folder, and the next call computes them again."
                 )
             self._checked.add(number)
             yield places, padded, torch.tensor(part["losses"], dtype=torch.float64)
+
+    @property
+    def _repair(self) -> str:
+        return f"Delete the folder {self.folder}, and the next call computes its activations again."
 
     def _rows(self, places: slice) -> slice:
         return slice(self._starts[places.start], self._starts[places.stop])
@@ -103,14 +110,14 @@ class ActivationCache:
     def _open(self, name: str, width: int) -> np.memmap:
         path, shape = self.folder / f"{name}.f32", (int(self._starts[-1]), width)
         if self._parts and (not path.exists() or path.stat().st_size != 4 * shape[0] * width):
-            raise ValueError(f"{path} is missing or has another size. Delete {self.folder}; it is computed again.")
+            raise ValueError(f"{path} is missing or has another size. {self._repair}")
         return np.memmap(path, np.float32, "r+" if self._parts else "w+", shape=shape)
 
     def _load_progress(self) -> None:
         path = self.folder / _PROGRESS
         if not path.exists():
             if any(self.folder.iterdir()) and not (self.folder / "features.f32").exists():
-                raise ValueError(f"{self.folder} is not empty and holds no activations. Name another folder.")
+                raise ValueError(f"{self.folder} holds other files. Name an empty folder with `cache_dir=`.")
             self._replace(json.dumps(self._identity) + "\n")
             return
         # A line that a kill left unfinished is a part that was not written.
@@ -121,13 +128,13 @@ class ActivationCache:
             stops = [0, *(part["stop"] for part in self._parts)]
             sound = all(part["start"] == stop for part, stop in zip(self._parts, stops, strict=False))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{path} is damaged. Delete {self.folder}; it is computed again.") from error
+            raise ValueError(f"{path} is damaged. {self._repair}") from error
         if not sound:
-            raise ValueError(f"{path} is damaged. Delete {self.folder}; it is computed again.")
+            raise ValueError(f"{path} is damaged. {self._repair}")
         if other:
             raise ValueError(
-                f"{self.folder} holds activations of something else: {', '.join(other)} differ. Name another folder "
-                "with `cache_dir=`, or delete this one."
+                f"{self.folder} holds activations of another model or data set: {', '.join(other)} differ. Name "
+                "another folder with `cache_dir=`, or delete this one."
             )
         if unfinished:
             self._replace("".join(f"{line}\n" for line in lines))

@@ -96,7 +96,7 @@ class TokenCurvature:
         a, damped_a, energy_a = _damped(features, left, damping)
         b, damped_b, energy_b = _damped(outputs, right, OUTPUT_DAMPING)
         #: Share of the mean square of features and of gradients that is kept; 1 where nothing is cut.
-        self.kept_energy = energy_a, energy_b
+        self.energy_shares = energy_a, energy_b
         inverse_b = 1 / damped_b if damped_b.ndim == 1 else torch.linalg.inv(damped_b)
         self._left = (scale if left is None else scale[:, None] * left).to(device, dtype)
         self._right = None if right is None else right.to(device, dtype)

@@ -186,7 +186,7 @@ class SequenceStride:
             "steered": self.space.kind,
             "num_features": sum(self.reader.widths),
             "operator_shape": list(self.curvature.shape),
-            "kept_energy": list(self.curvature.kept_energy),
+            "kept_energy": list(self.curvature.energy_shares),
             "num_tokens": int(self.moments.sums[2]),
             "mean_train_loss": self.moments.mean_loss,
         }

@@ -151,7 +151,7 @@ def hidden_of(layer: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tens
     hidden = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(hidden, Tensor) or hidden.ndim != 3:
         raise ValueError(
-            f"What enters layer {layer!r} is not a hidden state of shape (B, T, d). Name a block of the network with "
+            f"The input of layer {layer!r} is not a hidden state of shape (B, T, d). Name a block of the network with "
             "`layers=[...]`."
         )
     return hidden

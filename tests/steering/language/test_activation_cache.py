@@ -47,10 +47,10 @@ def test_the_model_runs_over_cached_sequences_once(tmp_path):
 
 
 def test_its_size_is_known_beforehand(tmp_path):
-    found = ask(TinyLM().eval(), cache_dir=tmp_path)
+    attribution = ask(TinyLM().eval(), cache_dir=tmp_path)
     files = [file.stat().st_size for file in tmp_path.rglob("*.f32")]
-    tokens = found.metadata["sequences"]["num_tokens"]
-    assert sum(files) == found.metadata["sequences"]["cache_bytes"] == 4 * tokens * (13 + 7 + 1)
+    tokens = attribution.metadata["sequences"]["num_tokens"]
+    assert sum(files) == attribution.metadata["sequences"]["cache_bytes"] == 4 * tokens * (13 + 7 + 1)
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
@@ -71,7 +71,7 @@ def test_activations_of_something_else_are_refused(tmp_path, filled):
     other = copy.deepcopy(filled)
     with torch.no_grad():
         other.head.weight.add_(1)
-    with pytest.raises(ValueError, match="holds activations of something else: weights differ"):
+    with pytest.raises(ValueError, match="holds activations of another model or data set: weights differ"):
         ask(other, cache_dir=tmp_path)
     with pytest.raises(ValueError, match="data differ"):
         ask(filled, train=Texts(13, seed=5), cache_dir=tmp_path)
@@ -116,7 +116,7 @@ def test_a_folder_of_something_else_is_kept(tmp_path):
     mine = tmp_path / f"sequences-0-{len(TRAIN)}" / "thesis.txt"
     mine.parent.mkdir()
     mine.write_text("do not touch")
-    with pytest.raises(ValueError, match="is not empty and holds no activations"):
+    with pytest.raises(ValueError, match="holds other files"):
         ask(TinyLM().eval(), cache_dir=tmp_path)
     assert mine.read_text() == "do not touch"
 

@@ -33,29 +33,29 @@ def operators_of(fitted, design=DESIGN, **options):
     return fit_token_operators(fitted.passes, design, fitted.curvature, fitted.space, **options)
 
 
-def batches(found, data=TRAIN, with_logits=True):
+def batches(fitted, data=TRAIN, with_logits=True):
     with torch.no_grad():
-        return list(found.reader.batches(found.passes.train if data is TRAIN else data, "", with_logits=with_logits))
+        return list(fitted.reader.batches(fitted.passes.train if data is TRAIN else data, "", with_logits=with_logits))
 
 
-def gradients(found):
-    return torch.cat([found.curvature.gradients(batch) for batch in batches(found)])
+def gradients(fitted):
+    return torch.cat([fitted.curvature.gradients(batch) for batch in batches(fitted)])
 
 
-def objective(found, operator, members):
+def objective(fitted, operator, members):
     """``F_k`` of one operator, sequence by sequence."""
     total = 0.0
-    for batch in batches(found):
+    for batch in batches(fitted):
         for row in range(len(batch.losses)):
             member = members[batch.places.start + row]
             if not member:
                 continue
-            moved = found.curvature.features(batch.features[row]) @ operator
-            logits = batch.logits[row] + found.space.push(found.curvature.steering(moved))
+            moved = fitted.curvature.features(batch.features[row]) @ operator
+            logits = batch.logits[row] + fitted.space.push(fitted.curvature.steering(moved))
             losses = logits.logsumexp(1) - logits.gather(1, batch.labels[row][:, None])[:, 0]
             total = total + (losses * batch.weights[row]).sum() - batch.losses[row]
-    mean = gradients(found).mean(0)
-    penalty = (operator * found.curvature.penalty(operator)).sum() / 2
+    mean = gradients(fitted).mean(0)
+    penalty = (operator * fitted.curvature.penalty(operator)).sum() / 2
     return total / members.sum() - (mean * operator).sum() + penalty
 
 
@@ -109,11 +109,11 @@ def test_measurements_add_up_the_scores_to_first_order(fitted):
     """A subset helps a query by the sum of its members' scores, but for what is not linear."""
     design = sample_design(9, 6, 3, seed=0)
     fitted.fit(design)
-    asked = fitted.measure(resolve_queries(loader(QUERIES)))
-    scores = fitted.influence(asked)
+    observed = fitted.measure(resolve_queries(loader(QUERIES)))
+    scores = fitted.influence(observed)
     sizes = design.sizes.double()
     expected = (design.responses(scores.float()).double() / sizes - scores.mean(1, keepdim=True)) * 9
-    assert correlation(asked.measurements, expected) > 0.95
+    assert correlation(observed.measurements, expected) > 0.95
 
 
 def test_steps_lower_the_objective_of_every_subset(fitted):

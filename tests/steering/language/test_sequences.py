@@ -43,11 +43,11 @@ def model():
 
 
 def test_scores_are_the_closed_form(model):
-    found = ask(model)
-    assert found.std is None
-    close(found.scores, brute_scores(model, TRAIN, QUERIES, LAYERS))
-    assert found.metadata["options"]["recovery"] == "closed-form"
-    assert found.metadata["sequences"]["steered"] == "logits"
+    attribution = ask(model)
+    assert attribution.std is None
+    close(attribution.scores, brute_scores(model, TRAIN, QUERIES, LAYERS))
+    assert attribution.metadata["options"]["recovery"] == "closed-form"
+    assert attribution.metadata["sequences"]["steered"] == "logits"
 
 
 def test_a_sum_over_tokens_weighs_long_sequences_more(model):
@@ -59,15 +59,15 @@ def test_a_sum_over_tokens_weighs_long_sequences_more(model):
 def test_large_vocabularies_keep_the_diagonal_of_their_curvature(model, monkeypatch, tmp_path, cached):
     monkeypatch.setattr(output_space, "MAX_DENSE", 3)
     options = {"cache_dir": tmp_path} if cached else {}
-    found = ask(model, **options)
-    assert found.metadata["sequences"]["steered"] == "logits"
+    attribution = ask(model, **options)
+    assert attribution.metadata["sequences"]["steered"] == "logits"
     expected = brute_scores(model, TRAIN, QUERIES, LAYERS, diagonal=True)
     tolerance = 1e-4 if cached else 1e-5  # in single precision on disk
-    close(found.scores, expected, tolerance, tolerance * float(expected.abs().max()))
-    assert not torch.allclose(found.scores.double(), brute_scores(model, TRAIN, QUERIES, LAYERS), rtol=1e-3)
+    close(attribution.scores, expected, tolerance, tolerance * float(expected.abs().max()))
+    assert not torch.allclose(attribution.scores.double(), brute_scores(model, TRAIN, QUERIES, LAYERS), rtol=1e-3)
     if cached:  # what enters the head and the label, not what comes out
-        tokens_seen = found.metadata["sequences"]["num_tokens"]
-        assert found.metadata["sequences"]["cache_bytes"] == 4 * tokens_seen * (13 + 4 + 1 + 1)
+        tokens_seen = attribution.metadata["sequences"]["num_tokens"]
+        assert attribution.metadata["sequences"]["cache_bytes"] == 4 * tokens_seen * (13 + 4 + 1 + 1)
         close(ask(model, **options).scores, expected, 1e-4, 1e-7)
 
 
@@ -84,9 +84,9 @@ def test_of_large_vocabularies_features_are_cut_alone(model, monkeypatch):
 
 def test_the_last_hidden_state_is_steered_under_large_vocabularies(model, monkeypatch):
     monkeypatch.setattr(output_space, "MAX_DIRECT", 3)
-    found = ask(model)
-    assert found.metadata["sequences"]["steered"] == "hidden"
-    close(found.scores, brute_scores(model, TRAIN, QUERIES, LAYERS, head=model.head.weight.detach()))
+    attribution = ask(model)
+    assert attribution.metadata["sequences"]["steered"] == "hidden"
+    close(attribution.scores, brute_scores(model, TRAIN, QUERIES, LAYERS, head=model.head.weight.detach()))
 
 
 def test_a_head_that_is_capped_is_sketched(model, monkeypatch):
@@ -98,10 +98,10 @@ def test_a_head_that_is_capped_is_sketched(model, monkeypatch):
             return 5 * torch.tanh(super().forward(input_ids) / 5)
 
     capped = Capped().double().eval()
-    found, exact = ask(capped), brute_scores(capped, TRAIN, QUERIES, LAYERS)
-    assert found.metadata["sequences"]["steered"] == "sketch"
+    attribution, exact = ask(capped), brute_scores(capped, TRAIN, QUERIES, LAYERS)
+    assert attribution.metadata["sequences"]["steered"] == "sketch"
     # Inner products of a sketch are right on average; the damping is over 4096 numbers, so only the order is compared.
-    assert correlation(found.scores, exact) > 0.9
+    assert correlation(attribution.scores, exact) > 0.9
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 256])
@@ -133,22 +133,22 @@ def test_large_operators_are_cut_to_principal_directions(model, monkeypatch):
     monkeypatch.setattr(sequences, "MAX_VALUES", 1024)  # more than there are: nothing is cut
     assert torch.equal(ask(model).scores, exact.scores)
     monkeypatch.setattr(token_curvature, "MIN_FEATURES", 4)
-    found = fit(model).fitted
-    cut = token_curvature.TokenCurvature(found.moments, found.reader.widths, max_values=16, dtype=torch.float64)
+    fitted = fit(model).fitted
+    cut = token_curvature.TokenCurvature(fitted.moments, fitted.reader.widths, max_values=16, dtype=torch.float64)
     assert cut.shape == (4, 4)
-    assert found.curvature.is_whole
+    assert fitted.curvature.is_whole
     assert not cut.is_whole
     # Operators that were stored stand in directions of their own, and are fitted again.
     stored, design = torch.ones(8, 4, 4), sample_design(len(TRAIN), 8)
     info, tensors = {"design": design.info()}, lambda _: {"coefficients": stored}
     record = SimpleNamespace(groups=("operators",), info=info, tensors=tensors)
-    found.curvature, found.design = cut, design
-    found.fit_operators(design, record)
-    assert not torch.equal(found.operators.coefficients, stored)
-    found.curve()
-    assert all(0.3 < share < 1 for share in cut.kept_energy)
-    whole = found.curvature
-    batch = next(iter(found.passes("")))
+    fitted.curvature, fitted.design = cut, design
+    fitted.fit_operators(design, record)
+    assert not torch.equal(fitted.operators.coefficients, stored)
+    fitted.curve()
+    assert all(0.3 < share < 1 for share in cut.energy_shares)
+    whole = fitted.curvature
+    batch = next(iter(fitted.passes("")))
     # The basis is orthonormal in scaled features: what it keeps is what projecting by hand keeps.
     scaled = whole.features(batch.features)
     left, right = cut.features(batch.features), cut.outputs(batch.downhill)
@@ -167,21 +167,21 @@ def test_half_precision_is_near_and_autocast_reaches_the_model_alone():
 
 
 def test_default_layers_are_spread_over_the_network(model):
-    found = ask(model, layers=None)
-    assert found.metadata["options"]["layers"] == ["blocks.0", "blocks.1", "blocks.2", "head"]
+    attribution = ask(model, layers=None)
+    assert attribution.metadata["options"]["layers"] == ["blocks.0", "blocks.1", "blocks.2", "head"]
 
 
 def test_recovery_with_a_prior_says_how_sure_it_is(model):
-    found = ask(model, recovery="prior", num_subsets=12)
-    assert (found.std > 0).all()
-    assert correlation(found.scores, ask(model).scores) > 0.9
-    assert found.metadata["design"]["num_subsets"] == 12
+    attribution = ask(model, recovery="prior", num_subsets=12)
+    assert (attribution.std > 0).all()
+    assert correlation(attribution.scores, ask(model).scores) > 0.9
+    assert attribution.metadata["design"]["num_subsets"] == 12
 
 
 @pytest.mark.parametrize("recovery", ["lasso", "ridge"])
 def test_other_recoveries_read_the_same_measurements(model, recovery):
-    found = ask(model, recovery=recovery, num_subsets=40, penalty=0.01)
-    assert correlation(found.scores, ask(model).scores) > 0.6
+    attribution = ask(model, recovery=recovery, num_subsets=40, penalty=0.01)
+    assert correlation(attribution.scores, ask(model).scores) > 0.6
 
 
 def test_what_belongs_to_other_models_is_refused(model):
@@ -232,8 +232,8 @@ def test_texts_that_cannot_be_read_are_named_first(model, tmp_path, cached, ids)
 def test_recoveries_have_the_scale_of_the_closed_form(model):
     plain = ask(model).scores
     for degree in (4, 12):
-        found = ask(model, recovery="prior", num_subsets=24, degree=degree).scores
-        ratio = float((found * plain).sum() / plain.square().sum())
+        scores = ask(model, recovery="prior", num_subsets=24, degree=degree).scores
+        ratio = float((scores * plain).sum() / plain.square().sum())
         assert 0.6 < ratio < 1.4, degree
 
 

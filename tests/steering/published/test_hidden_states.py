@@ -98,9 +98,9 @@ def test_the_block_is_five_eighths_deep():
 
 def test_it_attributes():
     model = Residual().eval()
-    found = ask(model, basis="learned", layers=["blocks.1"], rank=2, num_subsets=6)
-    assert found.scores.shape == (len(QUERIES), len(TRAIN))
-    assert found.metadata["sequences"]["steered"] == "blocks.1"
+    attribution = ask(model, basis="learned", layers=["blocks.1"], rank=2, num_subsets=6)
+    assert attribution.scores.shape == (len(QUERIES), len(TRAIN))
+    assert attribution.metadata["sequences"]["steered"] == "blocks.1"
     with pytest.raises(ValueError, match="steers one hidden state: name one layer"):
         ask(model, basis="learned", layers=LAYERS)
     attributor = StrideAttributor(basis="learned", layers=["embedding"], num_subsets=6, show_progress=False)
