@@ -31,7 +31,7 @@ def draw_pictures(
 ) -> Figure:
     """One row per query: its picture, then its proponents framed in green and its opponents framed in red.
 
-    The attribution has ``queries`` and ``train_data``, of which ``to_image`` gives pictures as ``as_image`` does.
+    The attribution has ``queries`` and ``train_data``; ``to_image`` makes a picture of an example.
     """
     assert attribution.queries is not None
     assert attribution.train_data is not None
@@ -66,7 +66,7 @@ def draw_pictures(
 
 
 def _panels(figure: Figure, counts: list[int], num_rows: int) -> dict[int, tuple[SubFigure, GridSpec]]:
-    """A panel with a heading and a grid for the query, the proponents and the opponents, where there are any."""
+    """A panel with a heading and a grid for the query, the proponents and the opponents, unless they are none."""
     sides = [side for side, count in enumerate(counts) if count]
     ratios = [counts[side] for side in sides]
     panels = figure.subfigures(1, len(sides), squeeze=False, width_ratios=ratios, wspace=0.02)[0]

@@ -30,7 +30,7 @@ def markdown_evaluation(evaluation: Evaluation) -> str:
 
 
 def scalars_of(evaluation: Evaluation) -> dict[str, float]:
-    """Every number there is, as ``evaluation/<name>/<column>``, and ``evaluation/ceiling``."""
+    """Every number of the table as ``evaluation/<name>/<column>``, and ``evaluation/ceiling``."""
     columns, rows = value_table(evaluation)
     scalars = {} if evaluation.ceiling is None else {"evaluation/ceiling": evaluation.ceiling}
     for name, *values in rows:
@@ -40,7 +40,7 @@ def scalars_of(evaluation: Evaluation) -> dict[str, float]:
 
 
 def log_evaluation(evaluation: Evaluation, loggers: Any, *, step: int) -> None:
-    """Log scalars to every logger, and the table and the figure (without matplotlib none) to those that can show them.
+    """Log scalars to every logger, and the table and the figure to loggers that show them. The figure needs matplotlib.
 
     Arguments as in :meth:`~stride_lightning.Evaluation.log`.
     """

@@ -27,8 +27,8 @@ def make_attribution(shape=(1, 8, 8), **options):
     """Two queries and five training examples; every pixel of train example i is i / 10, of query j is 0.9 - j / 10."""
     train = Examples(TensorDataset(torch.stack([torch.full(shape, i / 10) for i in range(20)]), torch.arange(20)))
     queries = Examples(TensorDataset(torch.stack([torch.full(shape, 0.9 - j / 10) for j in range(2)]), torch.arange(2)))
-    given = {"train_indices": POSITIONS, "train_targets": LABELS, "query_targets": torch.tensor([7, 8])}
-    return Attribution(SCORES, queries=queries, train_data=train.subset(range(5)), **(given | options))
+    described = {"train_indices": POSITIONS, "train_targets": LABELS, "query_targets": torch.tensor([7, 8])}
+    return Attribution(SCORES, queries=queries, train_data=train.subset(range(5)), **(described | options))
 
 
 def headings(figure):
@@ -207,8 +207,8 @@ def test_as_image_reads_tensors_arrays_and_pil():
     # What is not in zero to one is stretched.
     assert torch.equal(as_image(torch.tensor([[-2.0, 0.0], [1.0, 2.0]])), torch.tensor([[0.0, 0.5], [0.75, 1.0]]))
     assert torch.equal(as_image(torch.full((2, 2), 7.0)), torch.zeros(2, 2))  # constant
-    kept = torch.tensor([[0.25, 0.5], [0.5, 0.5]])
-    assert torch.equal(as_image(kept), kept)
+    unchanged = torch.tensor([[0.25, 0.5], [0.5, 0.5]])
+    assert torch.equal(as_image(unchanged), unchanged)
     assert as_image(torch.tensor([[math.nan, 0.5], [0.5, 1.0]]))[0, 0] == 0
 
 

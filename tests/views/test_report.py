@@ -40,8 +40,8 @@ def test_page_holds_each_query_with_its_proponents_and_opponents(tmp_path):
     }
     assert page.held["title"] == "Training-data attribution · stride · 3 queries, 5 training examples"
     facts = "<dd>12.3 s</dd>", "<dd>2 strongest of each side</dd>"
-    for said in (*facts, "nats of query loss", "Positive scores are", "Whiskers"):
-        assert said in page.text
+    for phrase in (*facts, "nats of query loss", "Positive scores are", "Whiskers"):
+        assert phrase in page.text
     assert "Whiskers" not in Page(make_attribution().report(tmp_path / "plain")).text
 
 
@@ -70,8 +70,8 @@ def test_unsigned_scores_have_one_side_and_no_direction(tmp_path):
 
 def test_what_keeps_only_the_strongest_or_was_saved_gives_the_same_page(tmp_path):
     whole = make_attribution(train_info={"text": list("abcde")})
-    kept = {"train_indices": POSITIONS, "train_info": whole.train_info, **TARGETS}
-    top = TopAttribution(whole.top_columns(2), 5, **kept)
+    described = {"train_indices": POSITIONS, "train_info": whole.train_info, **TARGETS}
+    top = TopAttribution(whole.top_columns(2), 5, **described)
     saved = Attribution.load(top.save(tmp_path / "saved"))
     pages = [attribution.report(tmp_path / "page", k=2).read_text("utf-8") for attribution in (whole, top, saved)]
     assert pages[0] == pages[1] == pages[2]

@@ -1,4 +1,4 @@
-"""The page as one file: template, style, script and data put together, and written in one step."""
+"""The page as one file: a template filled with style, script and data, written in one step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stride_lightning.views.report.content import report_content
 
 #: Files beside this one that run as one script, in this order.
 _SCRIPTS = ("elements.js", "query.js", "page.js")
-#: What each side of a query is called, what that means, and what stands where there is none.
+#: Heading, meaning and placeholder of each side of a query.
 _SIGNED = (
     ("Proponents", "Training on them lowers the query's loss.", "No training example helps this query."),
     ("Opponents", "Training on them raises the query's loss.", "No training example harms this query."),
@@ -37,21 +37,24 @@ def write_report(
     title: str | None = None,
     **shown: Any,
 ) -> None:
-    """Write the page to this very path; arguments as in :meth:`~stride_lightning.Attribution.report`."""
-    given = range(attribution.num_queries) if queries is None else [queries] if isinstance(queries, int) else queries
-    if not len(given):
+    """Write the page to ``path``; other arguments are those of :meth:`~stride_lightning.Attribution.report`."""
+    if queries is None:
+        queries = range(attribution.num_queries)
+    elif isinstance(queries, int):
+        queries = [queries]
+    if len(queries) == 0:
         raise ValueError("`queries` is empty: nothing to report.")
     # Rows are counted from the start, as the page names them.
-    rows = list(dict.fromkeys(int(row) + attribution.num_queries if row < 0 else int(row) for row in given))
+    rows = list(dict.fromkeys(int(row) + attribution.num_queries if row < 0 else int(row) for row in queries))
     content = report_content(attribution, rows, k, **shown)
     _write_at_once(path, page(attribution, content, k=k, title=title).encode(errors="replace"))
 
 
 def html_path(path: str | os.PathLike[str]) -> Path:
-    """The file to write: home folder expanded, ``.html`` added where it is missing.
+    """The file to write, with the home folder for ``~`` and with ``.html`` at its end.
 
     Raises:
-        IsADirectoryError: If there is a folder of this name.
+        IsADirectoryError: If the path is a folder.
 
     Example:
         >>> html_path("runs/report.html").name, html_path("runs/v1.2").name
@@ -64,7 +67,7 @@ def html_path(path: str | os.PathLike[str]) -> Path:
 
 
 def page(attribution: AttributionResult, content: dict[str, Any], *, k: int, title: str | None = None) -> str:
-    """The whole page as text, of what :func:`~stride_lightning.views.report.content.report_content` gives.
+    """The whole page as text; ``content`` comes from :func:`~stride_lightning.views.report.content.report_content`.
 
     Example:
         >>> import torch
@@ -80,10 +83,11 @@ def page(attribution: AttributionResult, content: dict[str, Any], *, k: int, tit
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     sides = _SIGNED if attribution.is_signed else _UNSIGNED
     named = [dict(zip(("name", "meaning", "none"), side, strict=True)) for side in sides]
-    count, of = len(content["queries"]), attribution.num_train
+    count, num_train = len(content["queries"]), attribution.num_train
+    sizes = f"{count:,} {'query' if count == 1 else 'queries'}, {num_train:,} training example{'s' * (num_train != 1)}"
     return environment.from_string(_file("page.html")).render(
         heading="Training-data attribution" if title is None else title,
-        sizes=f"{count:,} {'query' if count == 1 else 'queries'}, {of:,} training example{'s' * (of != 1)}",
+        sizes=sizes,
         facts=header_facts(attribution, count, k),
         meaning=meaning(attribution),
         style=_file("page.css"),
@@ -93,7 +97,7 @@ def page(attribution: AttributionResult, content: dict[str, Any], *, k: int, tit
 
 
 def header_facts(attribution: AttributionResult, num_shown: int, k: int) -> dict[str, str]:
-    """What was computed, how and at what cost, by name.
+    """Facts above the queries, by name: method, sizes, seconds, unit.
 
     Example:
         >>> import torch
