@@ -1,7 +1,6 @@
 """The README's Python runs as it stands."""
 
 import re
-from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
@@ -9,9 +8,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.helpers.readme import README, readme_code, readme_module
 from tests.helpers.texts import TinyLM
-
-README = Path(__file__).parents[1] / "README.md"
 
 
 class Model(L.LightningModule):
@@ -53,10 +51,7 @@ def test_every_block_runs(tmp_path, monkeypatch):
     names = {"model": Model(), "MyModel": Model, "datamodule": Data(examples), "queries": TensorDataset(*examples[:5])}
     texts = [{"input_ids": torch.randint(7, (6,))} for _ in range(12)]
     names |= {"language_model": TinyLM().eval(), "texts": texts, "text_queries": texts[:3], "tokenizer": Tokenizer}
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 9
-    for block in blocks:
-        exec(compile(block, str(README), "exec"), names)
+    exec(compile(readme_code(README.read_text("utf-8")), str(README), "exec"), names)
     assert (tmp_path / "scores" / "MANIFEST").is_file()
     assert (tmp_path / "query.png").stat().st_size > 1000
     assert names["attribution"].metadata["record"] is not None
@@ -73,6 +68,20 @@ def test_every_block_runs(tmp_path, monkeypatch):
     assert (names["retrieved"].positions % 3 != 0).all()
     assert names["sure"].std.shape == names["summed"].scores.shape == (3, 12)
     assert "noise ceiling" in str(names["evaluation"])
+
+
+def test_code_has_the_lines_of_the_readme():
+    text = "# Title\n```\npip install\n```\n\n```python\nx = 1\n\ny = 2\n```\ntext\n```python\nz = 3\n```\n"
+    code = readme_code(text)
+    assert len(code.splitlines()) == len(text.splitlines())
+    assert [(i, line) for i, line in enumerate(code.splitlines()) if line] == [
+        (6, "x = 1"),
+        (8, "y = 2"),
+        (12, "z = 3"),
+    ]
+    checked, readme = readme_module().splitlines(), README.read_text("utf-8").splitlines()
+    assert len(checked) == len(readme)
+    assert [line for line, text in zip(checked[2:], readme[2:], strict=True) if line not in ("", text)] == []
 
 
 def test_every_file_named_exists():

@@ -60,7 +60,7 @@ class Evidence:
         from stride_lightning.views.drawing import GREEN, INK, blank_figure, style_axes
 
         figure = blank_figure(4.8, 3.0)
-        axes = figure.add_axes((0.14, 0.19, 0.82, 0.7))
+        axes = figure.add_subplot()
         low, high = self.plausible()
         axes.axvspan(low, high, color=GREEN, alpha=0.12, linewidth=0)
         axes.plot(self.ridges.tolist(), (self.log_evidences - self.log_evidence).tolist(), color=INK, linewidth=1.3)

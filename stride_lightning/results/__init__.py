@@ -1,4 +1,4 @@
-"""What comes out: scores and what can be done with them."""
+"""Results: scores, and everything a user does with them."""
 
 # Both, so that either can load what the other saved.
 from stride_lightning.results.attribution import Attribution as Attribution

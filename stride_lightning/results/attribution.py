@@ -21,10 +21,11 @@ class Attribution(AttributionResult):
     Args:
         scores: float32, shape ``(num_queries, num_train)``, in nats of query loss to first order; positive is
             helpful: training on the example lowers the query's loss. A ranking, not calibrated to retraining.
-        std: Posterior standard deviation of each score, same shape, where the recovery gives one.
-        train_indices: Position in the training dataset of every column, int64, shape ``(num_train,)``; by keyword, as
-            all that follow: ``train_targets``, ``query_targets``, ``metadata``, ``train_info``, ``query_info``,
-            ``queries`` and ``train_data`` of :class:`~stride_lightning.results.scores.AttributionResult`.
+        std: Posterior standard deviation of each score, same shape; None if the method gives none.
+        train_indices: Position in the training dataset of every column, int64, shape ``(num_train,)``. Give it by
+            keyword, like the other arguments: ``train_targets``, ``query_targets``, ``metadata``, ``train_info``,
+            ``query_info``, ``queries`` and ``train_data``. See
+            :class:`~stride_lightning.results.scores.AttributionResult`.
 
     Example:
         >>> attribution = Attribution(torch.tensor([[0.5, -0.25, 0.0]]))

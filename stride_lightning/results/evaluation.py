@@ -23,12 +23,12 @@ class EvaluationRow:
     """How well one attribution did.
 
     Args:
-        name: What it is called.
+        name: Name of the attribution.
         lds: Linear datamodeling score, mean over queries; its interval goes from ``lds_lower`` to ``lds_upper``.
         num_constant: Queries whose predicted or measured losses are all equal; they count 0 in ``lds``.
-        counterfactual: Number of examples removed to mean rise of a query's loss; None if that was not measured.
-        seconds: What the attribution took, if it says.
-        memory_bytes: Its peak memory, if it says.
+        counterfactual: Mean rise of a query's loss by number of examples removed; None if nobody measured it.
+        seconds: Time of the attribution; None if its metadata do not hold it.
+        memory_bytes: Its peak memory; None if its metadata do not hold it.
     """
 
     name: str
@@ -41,7 +41,7 @@ class EvaluationRow:
     memory_bytes: int | None = None
 
     def rises(self, ks: list[int]) -> list[float | None]:
-        """Mean rise of a query's loss without its top k, None where it was not measured."""
+        """Mean rise of a query's loss without its top k, None if nobody measured it."""
         return [(self.counterfactual or {}).get(k) for k in ks]
 
     @property
@@ -56,10 +56,10 @@ class Evaluation:
 
     Args:
         rows: One per attribution, the best linear datamodeling score first.
-        ceiling: The score that a perfect predictor would get; None where the truth has a single seed.
+        ceiling: The score that a perfect predictor would get; None if the truth has a single seed.
         num_subsets: Subsets of the ground truth, with ``num_seeds`` models each and losses of ``num_queries`` queries.
-        confidence: Of the intervals.
-        per_query: Name to the score of every query, shape ``(num_queries,)``.
+        confidence: Coverage of the intervals, between 0 and 1.
+        per_query: The score of every query, shape ``(num_queries,)``, by name.
     """
 
     rows: tuple[EvaluationRow, ...]
@@ -74,7 +74,7 @@ class Evaluation:
         """The row of one attribution."""
         rows = {row.name: row for row in self.rows}
         if name not in rows:
-            raise KeyError(f"No attribution {name!r} was evaluated: there are {list(rows)}.")
+            raise KeyError(f"No attribution {name!r} was evaluated: choose one of {list(rows)}.")
         return rows[name]
 
     @property
@@ -83,18 +83,18 @@ class Evaluation:
         return sorted({k for row in self.rows for k in row.counterfactual or {}})
 
     def share_of_ceiling(self, name: str) -> float | None:
-        """Linear datamodeling score of one attribution, divided by the noise ceiling; None where that is unknown."""
+        """Linear datamodeling score of one attribution, divided by the noise ceiling; None if that is unknown."""
         return self[name].lds / self.ceiling if self.ceiling else None
 
     def to_dataframe(self) -> DataFrame:
-        """A table with one row per attribution; values that are missing are NaN."""
+        """A table with one row per attribution; missing values are NaN."""
         try:
             import pandas as pd
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("to_dataframe() needs pandas: pip install 'stride-lightning[pandas]'.") from error
         columns, rows = value_table(self)
         frame = pd.DataFrame(rows, columns=columns)
-        # A column of nothing but None would be of objects.
+        # Pandas makes a column of objects of nothing but None.
         return frame.astype({name: float for name in columns[1:] if frame[name].dtype == object})
 
     def log(self, loggers: Any, *, step: int = 0) -> None:
@@ -110,7 +110,7 @@ class Evaluation:
             log_evaluation(self, loggers, step=step)
 
     def plot(self) -> Figure:
-        """A figure: scores with intervals, single queries and ceiling; beside it what removing examples does, if known.
+        """A figure of scores with intervals, single queries and ceiling, and of counterfactual effects if known.
 
         Returns:
             A figure without pyplot: ``figure.savefig("evaluation.png")`` writes it, nothing needs closing.
@@ -130,7 +130,7 @@ class Evaluation:
 
 
 def value_table(evaluation: Evaluation) -> tuple[list[str], list[list[Any]]]:
-    """The table as columns and rows of numbers, None where there is none."""
+    """The table as columns and rows of numbers; a missing number is None."""
     ks = evaluation.ks
     columns = ["method", "lds", "lds_lower", "lds_upper", "lds_of_ceiling", "num_constant"]
     columns += [f"rise_without_top_{k}" for k in ks] + ["seconds", "memory_bytes"]
@@ -142,7 +142,7 @@ def value_table(evaluation: Evaluation) -> tuple[list[str], list[list[Any]]]:
 
 
 def text_rows(evaluation: Evaluation) -> list[list[str]]:
-    """Header and rows as text; a column that would be empty is left out, but for seconds and memory."""
+    """Header and rows as texts, without empty columns other than seconds and memory."""
     ks, ceiling = evaluation.ks, evaluation.ceiling
     constant = any(row.num_constant for row in evaluation.rows)
     header = ["method", "LDS"] + ["of ceiling"] * bool(ceiling) + ["constant queries"] * constant
@@ -157,7 +157,7 @@ def text_rows(evaluation: Evaluation) -> list[list[str]]:
 
 
 def caption(evaluation: Evaluation) -> str:
-    """What was measured, in a line."""
+    """The sizes of the evaluation, in a line."""
     queries = f"{evaluation.num_queries} quer{'ies' if evaluation.num_queries > 1 else 'y'}"
     models = f"{evaluation.num_subsets} subsets x {evaluation.num_seeds} seed{'s' if evaluation.num_seeds > 1 else ''}"
     removal = "; without top k: mean rise of the loss" if evaluation.ks else ""
@@ -167,7 +167,7 @@ def caption(evaluation: Evaluation) -> str:
 def ceiling_line(evaluation: Evaluation) -> str:
     """The noise ceiling, in a line."""
     if evaluation.ceiling is None:
-        return "noise ceiling unknown: it takes a ground truth of at least two seeds"
+        return "noise ceiling unknown: it needs a ground truth of at least two seeds"
     return f"noise ceiling {evaluation.ceiling:.2f}: what a perfect predictor would get"
 
 

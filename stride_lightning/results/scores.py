@@ -1,4 +1,4 @@
-"""What every result has: rows and columns, what is known of them, and every way to rank, save and show them."""
+"""The base of every result: its rows and columns, and all ways to rank, save and show them."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-#: Where texts come from: a function of the position in the dataset, one text per row or column, or a column's name.
+#: A source of texts: a function of the position in the dataset, one text per row or column, or a column's name.
 TextSource: TypeAlias = Callable[[int], str] | Sequence[str] | str | None
-#: Shape that makes a picture of flattened inputs, such as ``(28, 28)``; inputs are as they are without.
+#: Shape that makes a picture of flattened inputs, such as ``(28, 28)``; None leaves inputs as they are.
 ImageShape: TypeAlias = tuple[int, ...] | None
-#: What is saved as JSON.
+#: Fields that are saved as JSON.
 _PLAIN = ("metadata", "train_info", "query_info")
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class AttributionResult(ABC):
-    """What :class:`~stride_lightning.Attribution` and :class:`~stride_lightning.TopAttribution` share.
+    """The base of :class:`~stride_lightning.Attribution` and :class:`~stride_lightning.TopAttribution`.
 
     Args:
         train_indices: Position in the training dataset of every column, int64, shape ``(num_train,)``.
-        train_targets: Target of every column, where it has one.
-        query_targets: Target each query was asked about.
+        train_targets: Target of every column; None if examples have none.
+        query_targets: The target that each query's scores are about; None if queries have none.
         metadata: Method, options, every automatic choice, versions, fingerprints, seconds and peak memory.
-        train_info: Your own columns beside the positions (ids, sources, texts): name to one value per column.
+        train_info: Your columns beside the positions (ids, sources, texts), by name: one value per training example.
         query_info: The same for queries.
         queries: The data behind the rows, for pictures; not saved.
         train_data: The data behind the columns, for pictures; not saved.
     """
 
-    #: Kind of record that :meth:`save` writes, by which :meth:`load` knows it again.
+    #: Kind of record that :meth:`save` writes; :meth:`load` finds the class by it.
     kind: ClassVar[str] = "attribution"
-    #: The class of each kind: the first that has it enters itself.
+    #: The class of each kind; the first subclass of a kind registers itself.
     registry: ClassVar[dict[str, type[AttributionResult]]] = {}
 
     train_indices: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
@@ -91,7 +91,7 @@ class AttributionResult(ABC):
 
     @property
     def num_ranked(self) -> int:
-        """How many proponents, and how many opponents, of each query are known."""
+        """Number of proponents, and of opponents, that the result holds of each query."""
         return self.num_train
 
     @property
@@ -101,20 +101,20 @@ class AttributionResult(ABC):
 
     @property
     def distributions(self) -> dict[str, Tensor]:
-        """What there is a value of for every query and training example, by name."""
+        """Tensors with a value for every query and training example, shape ``(num_queries, num_train)``, by name."""
         return {}
 
     @abstractmethod
     def pairs(self, k: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Queries and training examples with their scores, each pair once; arguments as in :meth:`to_dataframe`.
+        """Queries and training examples with their scores, each pair once; ``k`` is that of :meth:`to_dataframe`.
 
         Returns:
-            Rows, columns, scores and standard deviations if there are any, each of shape ``(num_pairs,)``.
+            Rows, columns, scores and standard deviations (or None), each of shape ``(num_pairs,)``.
         """
 
     @abstractmethod
     def _ranked(self, k: int) -> TopExamples:
-        """The top as columns of the scores, ``k`` from 1 to ``num_train``."""
+        """The ``k`` strongest of each side as columns of the scores; ``k`` is from 1 to ``num_train``."""
 
     def _tensors(self) -> dict[str, Tensor]:
         """The scores, as they are saved."""
@@ -122,12 +122,12 @@ class AttributionResult(ABC):
 
     @classmethod
     def _from_tensors(cls, tensors: dict[str, Any], **described: Any) -> Self:
-        """The result of these scores, and of what is known of rows and columns."""
+        """The result made of what :meth:`_tensors` returned and of the other fields."""
         return cls(**tensors, **described)
 
     @abstractmethod
     def _summary(self) -> str:
-        """What was scored, in a few words."""
+        """The sizes of the result, in a few words."""
 
     def __len__(self) -> int:
         return self.num_queries
@@ -147,12 +147,12 @@ class AttributionResult(ABC):
 
     @property
     def is_signed(self) -> bool:
-        """Whether positive scores mean helpful; those of unsigned information do not."""
+        """Whether the sign of a score tells helpful from harmful, which it does not for unsigned information."""
         return "unsigned" not in self.metadata.get("unit", "")
 
     @property
     def seconds(self) -> float | None:
-        """What everything took, if the metadata say."""
+        """Seconds of the whole attribution; None if the metadata do not hold them."""
         seconds = self.metadata.get("seconds")
         return seconds.get("total") if isinstance(seconds, dict) else seconds
 
@@ -160,18 +160,18 @@ class AttributionResult(ABC):
         """Proponents and opponents of every query; ties come in order of columns.
 
         Args:
-            k: How many of each, by default 10; all examples if there are fewer.
+            k: Number of proponents and of opponents, 10 by default; never more than there are examples.
 
         Returns:
             Positions in the training dataset and scores, each of shape ``(num_queries, k)``.
 
         Raises:
-            ValueError: If ``k`` is below 1, or more than are held.
+            ValueError: If ``k`` is below 1, or more than the result holds.
         """
         return replace(self.top_columns(k).renamed(self.train_indices), is_signed=self.is_signed)
 
     def top_columns(self, k: int | None = None) -> TopExamples:
-        """As :meth:`top`, with columns of the scores in place of positions in the training dataset."""
+        """The same as :meth:`top`, with columns of the scores in place of positions in the training dataset."""
         k = max(1, min(10, self.num_ranked)) if k is None else check_count("k", k)
         return self._ranked(min(k, self.num_train))
 
@@ -185,7 +185,7 @@ class AttributionResult(ABC):
         tensors = self._tensors() | {name: value for name, value in known.items() if value is not None}
         info = {"kind": self.kind} | {name: getattr(self, name) for name in _PLAIN}
         written = write_once(path, info, {"attribution": tensors})
-        announce(f"{Path(path)} exists and was kept: the scores were saved as {written}.", show=written != Path(path))
+        announce(f"{Path(path)} already exists: the scores were saved as {written}.", show=written != Path(path))
         return written
 
     @classmethod
@@ -194,16 +194,16 @@ class AttributionResult(ABC):
 
         Args:
             path: The folder.
-            train_data: The training data again, if pictures are wanted.
-            queries: The same for queries.
+            train_data: The training data, for pictures and texts.
+            queries: The queries, likewise.
 
         Raises:
             RecordError: If the folder is damaged or not an attribution.
-            ValueError: If the data given again are not as many as there are columns or rows.
+            ValueError: If ``train_data`` or ``queries`` have another number of examples than the attribution.
         """
         record = read_record(path)
         kind = record.info.get("kind")
-        # Attribution.load reads every kind: nobody needs to remember which one was saved.
+        # Attribution.load reads every kind, so that nobody has to remember which one they saved.
         if kind not in cls.registry or cls.kind not in (AttributionResult.kind, kind):
             expected = "attribution" if cls.kind == AttributionResult.kind else cls.__name__
             raise RecordError(f"{path} holds a {kind!r} record, not a saved {expected}.")
@@ -214,17 +214,20 @@ class AttributionResult(ABC):
             loaded.train_data = resolve_train_data(train_data, loaded.train_indices)
         loaded.queries = None if queries is None else resolve_queries(queries)
         if loaded.queries is not None and len(loaded.queries) != loaded.num_queries:
-            raise ValueError(f"The attribution is of {loaded.num_queries} queries, got {len(loaded.queries)}.")
+            raise ValueError(
+                f"`queries` has {len(loaded.queries)} examples, but the attribution has {loaded.num_queries} queries: "
+                "give the queries that it was made for."
+            )
         return loaded
 
     def __repr__(self) -> str:
         method = self.metadata.get("method", "scores")
         certain = ", with posterior std" if self.has_std else ""
-        took = f", {self.seconds:.1f} s" if self.seconds is not None else ""
-        return f"{type(self).__name__}({method}: {self._summary()}{certain}{took})"
+        duration = f", {self.seconds:.1f} s" if self.seconds is not None else ""
+        return f"{type(self).__name__}({method}: {self._summary()}{certain}{duration})"
 
     def to_dataframe(self, k: int | None = None) -> DataFrame:
-        """A table with one row per query and training example (the top ``k`` proponents and opponents if given).
+        """A table with one row per query and training example, or only with the top ``k`` proponents and opponents.
 
         Raises:
             ModuleNotFoundError: If pandas is not installed.
@@ -243,13 +246,13 @@ class AttributionResult(ABC):
         max_queries: int = 20,
         image_shape: ImageShape = None,
     ) -> None:
-        """Log scalars to any Lightning logger, and histograms, tables and pictures where it can show them.
+        """Log scalars to any Lightning logger, and histograms, tables and pictures to a logger that can show them.
 
         Args:
             loggers: A logger or a list of them, such as ``trainer.loggers``, or the trainer.
-            step: Global step to log at; the step the attributed record or trainer stands at by default.
+            step: Global step to log at; by default the step of the attributed record or trainer.
             k: Proponents and opponents shown per query.
-            max_queries: Queries shown; all are in the scalars.
+            max_queries: Queries shown; the scalars are of all queries.
             image_shape: Shape that makes a picture of flattened inputs, such as ``(28, 28)``.
         """
         from stride_lightning.views.loggers import log_attribution
@@ -263,7 +266,7 @@ class AttributionResult(ABC):
 
         Args:
             query: Row of the scores, or several.
-            k: At most how many proponents, and how many opponents.
+            k: Number of proponents and of opponents, at most.
             image_shape: Shape that makes a picture of flattened inputs, such as ``(28, 28)``.
         """
         from stride_lightning.views.figures import plot_grid
@@ -283,21 +286,26 @@ class AttributionResult(ABC):
     ) -> Path:
         """Write one HTML page of queries with their proponents and opponents, to look through in a browser.
 
-        The page holds everything it shows and loads nothing. Pictures and texts come from the data where it is at
-        hand, other facts from ``query_info`` and ``train_info``. In a distributed run rank 0 writes.
+        The page holds everything it shows and loads nothing. Pictures and texts come from ``queries`` and
+        ``train_data``, facts from ``query_info`` and ``train_info``. In a distributed run rank 0 writes.
 
         Args:
-            path: The file; ``.html`` is added where it is missing, folders are made, an existing file is replaced.
+            path: The file. ``.html`` is added if it is missing, folders are made, an existing file is replaced.
             queries: Row of the scores, or several; all by default.
-            k: At most how many proponents, and how many opponents, of each query.
+            k: Number of proponents and of opponents of each query, at most.
             image_shape: Shape that makes a picture of flattened inputs, such as ``(28, 28)``.
             query_text: Texts of the queries: a function of their position in the dataset (such as one that decodes
                 tokens), one text per query, or the name of a column of ``query_info``.
-            train_text: The same for training examples. Only texts of examples that are shown are asked for.
+            train_text: The same for training examples. The function is called for examples on the page only.
             title: Heading of the page.
 
         Returns:
             The file that was written.
+
+        Raises:
+            ModuleNotFoundError: If the page has pictures and Pillow is not installed.
+            IsADirectoryError: If ``path`` is a folder.
+            ValueError: If ``queries`` is empty, ``k`` is below 1, or texts or ``image_shape`` do not fit.
         """
         from stride_lightning.views.report.page import html_path, write_report
 

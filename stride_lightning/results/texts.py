@@ -1,10 +1,10 @@
-"""How scores and names are written, in tables, figures and pages alike."""
+"""Scores and names as texts, the same in tables, figures and pages."""
 
 import math
 
 
 def score_text(score: float) -> str:
-    """A score with its sign and at least two significant digits, without an exponent where it reads well.
+    """A score with its sign and at least two significant digits, with an exponent only if it is tiny or huge.
 
     Example:
         >>> score_text(0.0123), score_text(-0.5), score_text(12.34), score_text(4.2e-7)
@@ -17,7 +17,7 @@ def score_text(score: float) -> str:
 
 
 def interval_text(score: float, std: float | None) -> str:
-    """A score and, where there is one, its standard deviation.
+    """A score, and its standard deviation unless that is None.
 
     Example:
         >>> interval_text(0.0123, 0.00456), interval_text(0.0123, None)

@@ -1,4 +1,4 @@
-"""Attribution of data too large for all scores: only the best and the worst of each query are kept."""
+"""Attribution of data too large for all scores: the result holds the best and the worst of each query."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from stride_lightning.results.top_examples import TopExamples
 
 
 class TopAttribution(AttributionResult):
-    """The top proponents and opponents of every query, where there are too many scores to keep all.
+    """The top proponents and opponents of every query, for data with too many scores to hold.
 
-    Everything that needs no more works as in :class:`~stride_lightning.Attribution`: ``top``, tables, figures, loggers,
-    saving. There are no ``scores`` and no ``std``, and nothing that needs them, such as ``sum_by`` and most metrics.
+    ``top``, tables, figures, loggers and saving work as in :class:`~stride_lightning.Attribution`. It has no ``scores``
+    and no ``std``, so ``sum_by`` and most metrics do not work.
 
     Args:
-        examples: What a :class:`~stride_lightning.results.top_examples.TopCollector` computed: columns, not positions
-            in the training dataset.
-        num_train: How many training examples were scored.
-        described: ``train_indices`` and all else that is known of rows and columns, as in
+        examples: The result of a :class:`~stride_lightning.results.top_examples.TopCollector`. It names columns, not
+            positions in the training dataset.
+        num_train: Number of training examples that were scored.
+        described: ``train_indices`` and the other fields of
             :class:`~stride_lightning.results.scores.AttributionResult`.
 
     Example:
@@ -55,7 +55,7 @@ class TopAttribution(AttributionResult):
 
     @property
     def why_no_scores(self) -> str:
-        """What to tell somebody who needs all scores."""
+        """The error message for somebody who needs all scores."""
         return (
             f"A TopAttribution holds only the {self.num_ranked} strongest proponents and opponents of each query: see "
             f"top(). For the scores of all {self.num_train} training examples, attribute without `top_k=`."
@@ -78,7 +78,7 @@ class TopAttribution(AttributionResult):
     @override
     def pairs(self, k: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         top = self.top_columns(self.num_ranked if k is None else k)
-        # The worst last; and among few examples, or many that tie, some are both.
+        # The worst comes last. Among few examples, or many that tie, some are both proponent and opponent.
         new = ~(top.opponents[:, :, None] == top.proponents[:, None]).any(2).flip(1)
         once = torch.cat([torch.ones_like(new), new], 1)
         rows = torch.arange(self.num_queries)[:, None].expand_as(once)[once]
@@ -94,8 +94,8 @@ class TopAttribution(AttributionResult):
     def _ranked(self, k: int) -> TopExamples:
         if k > self.num_ranked:
             raise ValueError(
-                f"`k` is {k}, but only the {self.num_ranked} strongest proponents and opponents of each query are "
-                f"held: attribute with `top_k={k}` or more."
+                f"`k` is {k}, but the attribution holds only the {self.num_ranked} strongest proponents and opponents "
+                f"of each query: attribute with `top_k={k}` or more."
             )
         return self.examples.first(k)
 

@@ -1,4 +1,4 @@
-"""The best and the worst of many scores: what they are, and how they are found, at once or tile by tile."""
+"""The best and the worst of many scores, from a whole tensor or from one tile after the other."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class TopExamples:
         proponent_scores: Their scores, same shape.
         opponents: Positions in the training dataset, most harmful first, shape ``(q, k)``.
         opponent_scores: Their scores, same shape.
-        proponent_stds: Posterior standard deviations of the scores, where there are any; likewise ``opponent_stds``.
-        is_signed: Whether scores say who helps and who harms, not only how much an example tells.
+        proponent_stds: Posterior standard deviations of the scores, or None; likewise ``opponent_stds``.
+        is_signed: Whether the sign of a score tells who helps and who harms; if not, its size tells how much.
     """
 
     proponents: Tensor
@@ -35,7 +35,7 @@ class TopExamples:
     is_signed: bool = True
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything there is, by name."""
+        """The fields that are tensors, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def first(self, k: int) -> TopExamples:
@@ -43,7 +43,7 @@ class TopExamples:
         return replace(self, **{name: tensor[:, :k] for name, tensor in self.tensors().items()})
 
     def renamed(self, names: Tensor) -> TopExamples:
-        """Columns of the scores turned into what ``names``, shape ``(num_train,)``, calls them."""
+        """The same with ``names[column]`` in place of each column; ``names`` has shape ``(num_train,)``."""
         return replace(self, proponents=names[self.proponents], opponents=names[self.opponents])
 
     def __repr__(self) -> str:
@@ -91,14 +91,14 @@ def joined(parts: Sequence[TopExamples]) -> TopExamples:
 
 
 class TopCollector:
-    """Keeps the best and the worst of scores that are computed tile by tile, and are never together in memory.
+    """Collects the best and the worst of scores that are computed tile by tile and never lie in memory together.
 
-    Ties go to the lower column, whatever the tiles and their order, as in :meth:`Attribution.top`. Memory beyond the
-    tile: ``24 q k`` bytes, and for the time of an update some four times that of the tile.
+    Ties go to the lower column, whatever the tiles and their order, as in :meth:`Attribution.top`. Beyond the tile
+    it takes ``24 q k`` bytes, and during an update about four times the tile's memory.
 
     Args:
         num_queries: Rows of every tile, q.
-        k: How many proponents, and how many opponents, to keep of each query.
+        k: Number of proponents, and of opponents, of each query.
 
     Example:
         >>> collector = TopCollector(num_queries=1, k=2)
@@ -112,7 +112,7 @@ class TopCollector:
     def __init__(self, num_queries: int, k: int) -> None:
         self.num_queries, self.k = check_count("num_queries", num_queries, 0), check_count("k", k)
         self.num_columns = 0
-        # Of proponents, and of opponents with minus their scores: the largest values of each row and their columns.
+        # The largest values of each row and their columns: of proponents, and of opponents with negated scores.
         nothing = torch.empty(num_queries, 0), torch.empty(num_queries, 0, dtype=torch.int64)
         self._sides = [nothing, nothing]
 
@@ -121,8 +121,8 @@ class TopCollector:
 
         Args:
             scores: Shape ``(num_queries, tile)``, on any device; compared as float32.
-            columns: Places of the examples in the reading order, integers of shape ``(tile,)``, in any order. Over
-                all updates (and processes) each may come once.
+            columns: Places of the examples in the reading order, integers of shape ``(tile,)``, in any order. Give
+                each once over all updates and processes.
 
         Raises:
             ValueError: If shapes do not fit, or a score is NaN.
@@ -138,7 +138,7 @@ class TopCollector:
             query, place = scores.isnan().nonzero()[0].tolist()
             raise ValueError(
                 f"The score of query {query} for training example {int(columns[place])} (in reading order) is NaN, "
-                "which is neither better nor worse than another: find what made it so (did training diverge?)."
+                "so it has no rank. Look for the cause in the model and its loss (did training diverge?)."
             )
         self.num_columns += len(columns)
         for side, signed in enumerate((scores, -scores)):
@@ -149,7 +149,7 @@ class TopCollector:
             self._sides[side] = _first(values, places, self.k)
 
     def gather(self) -> None:
-        """Take over what the collectors of all other processes have seen; a collective call, all then hold the same."""
+        """Merge the collectors of all processes; a collective call, after which all hold the same."""
         if world_size() == 1:
             return
         mine = self.num_columns, [(values.cpu(), columns.cpu()) for values, columns in self._sides]
@@ -160,19 +160,19 @@ class TopCollector:
             self._sides[side] = _first(values, columns, self.k)
 
     def compute(self) -> TopExamples:
-        """The ``k`` best and worst so far, or all if there are fewer, on the CPU; columns in place of positions.
+        """The ``k`` best and worst so far, at most, on the CPU; columns in place of positions.
 
         Raises:
-            ValueError: If there has been no update, or a column came twice.
+            ValueError: If nothing was added, or a column was added twice.
         """
         if self.num_columns == 0:
             raise ValueError("The collector has seen no scores: call `update` first.")
         (best, proponents), (worst, opponents) = ((values.cpu(), columns.cpu()) for values, columns in self._sides)
-        in_order = proponents.sort(1).values
-        if bool((twice := in_order[:, 1:] == in_order[:, :-1]).any()):
+        by_column = proponents.sort(1).values
+        if bool((twice := by_column[:, 1:] == by_column[:, :-1]).any()):
             raise ValueError(
-                f"The scores for training example {int(in_order[:, 1:][twice][0])} (in reading order) came twice: over "
-                "all updates and processes each column may come once."
+                f"Training example {int(by_column[:, 1:][twice][0])} (in reading order) was added twice: give each "
+                "column once over all updates and processes."
             )
         return TopExamples(proponents, best, opponents, 0 - worst)  # minus zero would be -0.0
 
@@ -180,7 +180,7 @@ class TopCollector:
 def _largest(values: Tensor, columns: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The ``k`` largest values of each row, in no order, and their columns; ties go to the first. ``(q, t) -> (q, k)``.
 
-    ``topk`` breaks ties at will and a stable sort of everything takes four times as long.
+    ``topk`` breaks ties at will, and a stable sort of everything takes four times as long.
     """
     k = min(k, len(columns))
     if k == 0 or len(values) == 0:

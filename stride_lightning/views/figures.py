@@ -1,4 +1,4 @@
-"""Figures of proponents and opponents: a grid of pictures where inputs are images, bars where they are not."""
+"""Figures of proponents and opponents: a grid of pictures if inputs are images, bars otherwise."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def plot_grid(
 ) -> Figure:
     """A figure with one row per query: its proponents and opponents as pictures, or as bars if inputs are no images.
 
-    Arguments as in :meth:`~stride_lightning.Attribution.plot`; ``queries`` are rows of the scores.
+    ``queries`` are rows of the scores; other arguments are those of :meth:`~stride_lightning.Attribution.plot`.
 
     Returns:
         A figure without pyplot: ``figure.savefig("queries.png")`` writes it, nothing needs closing.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
-        ValueError: If there are no queries, or ``image_shape`` does not fit the inputs.
+        ValueError: If ``queries`` is empty, or ``image_shape`` does not fit the inputs.
 
     Example:
         >>> from stride_lightning.results.attribution import Attribution
@@ -51,13 +51,13 @@ def plot_grid(
 
 
 def shows_images(attribution: AttributionResult, *, image_shape: ImageShape = None) -> bool:
-    """Whether queries and training examples are at hand and are images, so that figures show pictures."""
+    """Whether the attribution holds queries and training examples that are images, so that figures show pictures."""
     sources = (attribution.queries, attribution.train_data)
     return all(data is not None and as_image(data[0], image_shape=image_shape) is not None for data in sources)
 
 
 def as_image(example: Any, *, image_shape: ImageShape = None) -> Tensor | None:
-    """The picture in an example, if it holds one.
+    """The picture in an example, or None.
 
     Pictures are floats or uint8 of shape ``(H, W)``, ``(1, H, W)``, ``(3, H, W)`` or ``(H, W, 3)``, or PIL images.
     Floats outside 0..1, as after standardisation, are stretched from the picture's minimum to its maximum.

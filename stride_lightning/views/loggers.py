@@ -1,4 +1,4 @@
-"""Attributions in the dashboards of Lightning's loggers, each shown what it can show."""
+"""Attributions in the dashboards of Lightning's loggers."""
 
 from __future__ import annotations
 
@@ -32,17 +32,25 @@ def log_views(
     figures: Mapping[str, Figure],
     histograms: Mapping[str, Tensor],
 ) -> None:
-    """Log scalars to every logger of a trainer, of a list, or the one, and all else to those that can show it.
+    """Log scalars to every logger, and tables, figures and histograms to the loggers that can show them.
 
-    Loggers are asked for what they can do, not for their class. Of a table come two functions that make it when it is
-    wanted: as columns and rows, and as Markdown.
+    A logger's methods decide what it gets, not its class. A table is two functions, which run only if a logger shows
+    tables: one returns columns and rows, the other Markdown.
+
+    Args:
+        loggers: A trainer, a list of loggers, or one logger.
+        step: Global step to log at.
+        scalars: Numbers by name.
+        tables: The two functions of each table, by name.
+        figures: Matplotlib's figures, by name.
+        histograms: Values by name, of any shape.
     """
     loggers = getattr(loggers, "loggers", loggers)
     for logger in loggers if isinstance(loggers, list | tuple) else [loggers]:
         if logger is None:
             continue
         logger.log_metrics(scalars, step)
-        # A TensorBoard writer. Never `add_scalars` or `add_hparams`: they open runs of their own.
+        # A TensorBoard writer. Never `add_scalars` or `add_hparams`: they open further runs.
         experiment: Any = getattr(logger, "experiment", None)
         for name, (columns_and_rows, markdown) in tables.items():
             if hasattr(logger, "log_table"):
@@ -71,12 +79,12 @@ def log_attribution(
     max_queries: int = 20,
     image_shape: ImageShape = None,
 ) -> None:
-    """Log scalars to every logger, and histograms, tables and pictures to those that can show them.
+    """Log scalars to every logger, and histograms, tables and pictures to the loggers that can show them.
 
     Names begin with the attribution's method, here ``stride``. TensorBoard gets the histograms ``stride/scores`` and
-    ``stride/std``, the text ``stride/top_examples`` and the figure ``stride/top_pictures``; Weights & Biases gets the
-    last two as a table and an image. Pictures need image inputs and matplotlib, and are left out otherwise. Arguments
-    as in :meth:`~stride_lightning.Attribution.log`; ``k`` is also that of ``stride/top_share``.
+    ``stride/std``, the text ``stride/top_examples`` and the figure ``stride/top_pictures``. Weights & Biases gets the
+    last two as a table and an image. The figure needs inputs that are images, and matplotlib. Arguments are those of
+    :meth:`~stride_lightning.Attribution.log`; ``stride/top_share`` takes the same ``k``.
     """
     tag, queries, tables, figures = tag_of(attribution), range(min(max_queries, attribution.num_queries)), {}, {}
     if queries:
@@ -89,18 +97,18 @@ def log_attribution(
 
 
 def tag_of(attribution: AttributionResult) -> str:
-    """What names in dashboards begin with: the method, so that several can be logged side by side."""
+    """The first part of names in dashboards: the method, so that several methods stand side by side."""
     return str(attribution.metadata.get("method", "stride"))
 
 
 def summarize(attribution: AttributionResult, k: int) -> dict[str, float]:
-    """Scalars that describe all scores, where the attribution holds all, and what they cost.
+    """Scalars that describe the scores, if the attribution holds all of them, and their cost.
 
     Returns:
         ``stride/score_std`` (over all scores), ``stride/top_share`` (share of a query's total absolute score that its
-        ``k`` largest hold, mean over queries), ``stride/positive_fraction`` and ``stride/nonzero_fraction``; with a
-        posterior, ``stride/posterior_std`` (mean) and ``stride/significant_fraction`` (beyond two of them); and what
-        the metadata holds of seconds and peak memory.
+        ``k`` largest hold, mean over queries), ``stride/positive_fraction`` and ``stride/nonzero_fraction``. With a
+        posterior also ``stride/posterior_std`` (mean) and ``stride/significant_fraction`` (beyond two of them).
+        Seconds and peak memory come from the metadata.
 
     Example:
         >>> import torch
@@ -163,7 +171,7 @@ def markdown_table(attribution: AttributionResult, queries: Iterable[int], k: in
 
 
 def example_table(attribution: AttributionResult, queries: Iterable[int], k: int) -> tuple[list[str], list[list[Any]]]:
-    """Proponents and opponents of some queries as columns and rows; text as it is.
+    """Proponents and opponents of some queries as columns and rows; texts are not escaped.
 
     Example:
         >>> import torch
@@ -208,7 +216,7 @@ def _numbers(tag: str, value: Any) -> Iterator[tuple[str, float]]:
 
 
 def pixels_of(figure: Figure) -> np.ndarray:
-    """The drawn figure, uint8 of shape ``(H, W, 3)``."""
+    """The figure as it is drawn, uint8 of shape ``(H, W, 3)``."""
     canvas: Any = figure.canvas
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

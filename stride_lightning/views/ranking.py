@@ -1,4 +1,4 @@
-"""The rows that every view shows: the ranked training examples of one query, and what is known of them."""
+"""The rows of every view: the ranked training examples of one query, with targets and facts as texts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RankedExample:
 def rank_examples(
     attribution: AttributionResult, query: int, k: int
 ) -> tuple[list[RankedExample], list[RankedExample]]:
-    """At most ``k`` proponents and opponents of one query, strongest first; zeros and those of other sign are neither.
+    """At most ``k`` proponents and opponents of one query, strongest first. A score of zero is neither.
 
     Example:
         >>> import torch
@@ -56,7 +56,7 @@ def rank_examples(
 
 
 def query_facts(attribution: AttributionResult, query: int) -> dict[str, str]:
-    """What is known of a query beside its scores: its target, then the columns of ``query_info``, as text.
+    """A query's target, then its columns of ``query_info``, as texts by name.
 
     Example:
         >>> import torch

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def dataframe(attribution: AttributionResult, k: int | None = None) -> DataFrame:
-    """One row per query and training example, as :meth:`Attribution.to_dataframe` describes them."""
+    """One row per query and training example; see :meth:`Attribution.to_dataframe`."""
     try:
         import pandas as pd
     except ModuleNotFoundError as error:

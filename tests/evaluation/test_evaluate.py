@@ -139,7 +139,7 @@ def test_sequences_are_named_by_method_and_numbered_and_names_are_escaped_in_mar
     judged = run([EXACT, named, EXACT, NOISY])
     assert sorted(judged.per_query) == ["scores", "stride", "stride-2", "stride-3"]
     assert [row.name for row in run(EXACT).rows] == ["stride"]
-    with pytest.raises(KeyError, match=r"'other' was evaluated: there are \['stride'"):
+    with pytest.raises(KeyError, match=r"'other' was evaluated: choose one of \['stride'"):
         judged["other"]
 
 

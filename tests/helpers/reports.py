@@ -15,7 +15,7 @@ HOSTILE = [
     "</script><img src=x onerror=alert(2)>",
     "\"'`><svg onload=alert(3)>",
     "<!--<script>",
-    "{{data}} &lt; \u2028 \u2029 \x00 \ud800 日本語 🎈",
+    "{{ data }} {% raw %} {# no comment #} &lt; \u2028 \u2029 \x00 \ud800 日本語 🎈",
 ]
 
 

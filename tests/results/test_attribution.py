@@ -144,16 +144,16 @@ def test_damage_other_records_and_values_that_cannot_be_saved_are_refused(tmp_pa
 def test_what_attribute_gives_can_be_saved_and_shown_again(tmp_path):
     data, queries, model = classification_data(), classification_data(4, seed=1), build(Classifier)
     options = {"train_indices": range(0, 60, 3), "num_subsets": 8, "show_progress": False}
-    given = attribute(model, queries, train_data=data, **options)
-    given.train_info["id"] = [f"example {i}" for i in given.train_indices.tolist()]
-    path = given.save(tmp_path / "scores")
+    attribution = attribute(model, queries, train_data=data, **options)
+    attribution.train_info["id"] = [f"example {i}" for i in attribution.train_indices.tolist()]
+    path = attribution.save(tmp_path / "scores")
     loaded = Attribution.load(path, train_data=data, queries=queries)
-    assert loaded.scores.equal(given.scores)
-    assert loaded.metadata == json.loads(json.dumps(given.metadata))
+    assert loaded.scores.equal(attribution.scores)
+    assert loaded.metadata == json.loads(json.dumps(attribution.metadata))
     assert loaded.train_data[1][0].equal(data[3][0])
     assert loaded[2].queries[0][0].equal(queries[2][0])
-    assert set(loaded.to_dataframe(k=2)["id"]) <= set(given.train_info["id"])
-    with pytest.raises(ValueError, match="of 4 queries, got 3"):
+    assert set(loaded.to_dataframe(k=2)["id"]) <= set(attribution.train_info["id"])
+    with pytest.raises(ValueError, match="3 examples, but the attribution has 4 queries"):
         Attribution.load(path, queries=Subset(queries, range(3)))
     with pytest.raises(ValueError, match=r"positions in 0\.\.9"):
         Attribution.load(path, train_data=Subset(data, range(10)))

@@ -38,7 +38,7 @@ def test_top():
         assert_same(top.top_columns(k), whole.top_columns(k))
     assert_same(top.top(), whole.top(4))  # by default what is held
     assert (len(top), top.num_queries, top.num_train, top.num_ranked) == (3, 3, 12, 4)
-    with pytest.raises(ValueError, match=r"`k` is 5, but only the 4 strongest.*`top_k=5`"):
+    with pytest.raises(ValueError, match=r"`k` is 5, but the attribution holds only the 4 strongest.*`top_k=5`"):
         top.top(5)
     with pytest.raises(ValueError, match="`k` must be an integer of at least 1, got 0"):
         top.top(0)
@@ -92,7 +92,9 @@ def test_figures():
     assert len(texts(top.plot())) > 3
     images = Examples(TensorDataset(torch.rand(12, 1, 8, 8)))
     whole, top = both(queries=images.subset([0, 1, 2]), train_data=images)
-    shown = [[axes.images[0].get_array().tolist() for axes in given.plot(1, k=2).axes] for given in (whole, top)]
+    shown = [
+        [axes.images[0].get_array().tolist() for axes in attribution.plot(1, k=2).axes] for attribution in (whole, top)
+    ]
     assert shown[0] == shown[1]
 
 
@@ -111,11 +113,11 @@ def test_standard_deviations_are_kept_where_there_are_any(tmp_path):
     whole = Attribution(SCORES, std=SCORES.abs() + 1, **DESCRIBED)
     top = TopAttribution(whole.top_columns(4), 12, **DESCRIBED)
     assert whole.top(4).proponent_stds.equal(whole.std.gather(1, whole.top_columns(4).proponents))
-    for given in (top, Attribution.load(top.save(tmp_path / "top"))):
-        assert given.has_std
-        assert rank_examples(given, 2, 3) == rank_examples(whole, 2, 3)
-        assert given.to_dataframe(3).equals(whole.to_dataframe(3))
-        assert example_table(given, range(3), 2) == example_table(whole, range(3), 2)
+    for attribution in (top, Attribution.load(top.save(tmp_path / "top"))):
+        assert attribution.has_std
+        assert rank_examples(attribution, 2, 3) == rank_examples(whole, 2, 3)
+        assert attribution.to_dataframe(3).equals(whole.to_dataframe(3))
+        assert example_table(attribution, range(3), 2) == example_table(whole, range(3), 2)
     assert not both()[1].has_std
 
 
@@ -136,7 +138,7 @@ def test_save_and_load(tmp_path):
         TopAttribution.load(tmp_path / "whole")
     data = TensorDataset(torch.arange(200))
     assert Attribution.load(path, train_data=data).train_data[3][0] == 103
-    with pytest.raises(ValueError, match="of 3 queries, got 2"):
+    with pytest.raises(ValueError, match="2 examples, but the attribution has 3 queries"):
         Attribution.load(path, queries=TensorDataset(torch.arange(2)))
 
 

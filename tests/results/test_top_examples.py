@@ -55,20 +55,20 @@ def test_against_a_plain_sort(seed):
     scores[0, 7], scores[0, 21], scores[1, 3] = math.inf, math.inf, -math.inf
     collector = collect(scores, 6, seed)
     collector.gather()  # in one process, where it changes nothing
-    found = collector.compute()
+    top = collector.compute()
     for query, row in enumerate(scores.tolist()):
-        assert found.proponents[query].tolist() == sorted(range(40), key=lambda i: (-row[i], i))[:6]
-        assert found.opponents[query].tolist() == sorted(range(40), key=lambda i: (row[i], i))[:6]
-        assert found.proponent_scores[query].tolist() == [row[i] for i in found.proponents[query].tolist()]
-        assert found.opponent_scores[query].tolist() == [row[i] for i in found.opponents[query].tolist()]
+        assert top.proponents[query].tolist() == sorted(range(40), key=lambda i: (-row[i], i))[:6]
+        assert top.opponents[query].tolist() == sorted(range(40), key=lambda i: (row[i], i))[:6]
+        assert top.proponent_scores[query].tolist() == [row[i] for i in top.proponents[query].tolist()]
+        assert top.opponent_scores[query].tolist() == [row[i] for i in top.opponents[query].tolist()]
 
 
 def test_everything_ties_and_so_does_what_is_equal_in_float32():
     zeros = torch.zeros(2, 50)
     zeros[:, ::2] *= -1  # minus zero is zero
-    found = collect(zeros, 4, largest=20).compute()
-    assert found.proponents.tolist() == found.opponents.tolist() == [[0, 1, 2, 3]] * 2
-    assert "-0" not in str(found.opponent_scores.tolist())
+    top = collect(zeros, 4, largest=20).compute()
+    assert top.proponents.tolist() == top.opponents.tolist() == [[0, 1, 2, 3]] * 2
+    assert "-0" not in str(top.opponent_scores.tolist())
     # Other precisions compare as float32.
     scores = random(2, 20).double()
     scores[:, 11] = scores[:, 4] + 1e-12  # the same in float32
@@ -104,9 +104,9 @@ def gather_parts(number, port, folder):
 @pytest.mark.distributed
 def test_two_processes_gather_what_one_collects(tmp_path):
     for results in run_two(gather_parts, tmp_path):
-        for share, found in results.items():
-            assert found.pop("count") == 20
-            assert_same(TopExamples(**found), Attribution(whole_numbers(3, 20, seed=share)).top(5))
+        for share, top in results.items():
+            assert top.pop("count") == 20
+            assert_same(TopExamples(**top), Attribution(whole_numbers(3, 20, seed=share)).top(5))
 
 
 def test_scores_and_collectors_that_do_not_fit():
@@ -120,7 +120,7 @@ def test_scores_and_collectors_that_do_not_fit():
         TopCollector(2, 1).update(scores, torch.arange(5))
     collector = collect(scores.nan_to_num(), 3)
     collector.update(scores.nan_to_num(), torch.arange(6))
-    with pytest.raises(ValueError, match=r"example \d .* came twice"):
+    with pytest.raises(ValueError, match=r"example \d .* was added twice"):
         collector.compute()
     with pytest.raises(ValueError, match="seen no scores: call `update` first"):
         TopCollector(2, 1).compute()

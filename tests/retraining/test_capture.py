@@ -173,116 +173,34 @@ def test_float64():
     torch.testing.assert_close(replay(*arguments), step(*arguments), rtol=1e-14, atol=1e-14)
 
 
-def test_memory_is_reused_in_the_forward_and_the_backward_pass():
-    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2))
-    replay = captured(training_step(net, squared), *arguments_for(net, rows(8)))
-    names = [node.target._schema.name + "." + node.target._overloadname for node in operations(replay)]
-    assert {"aten::add_.Tensor", "aten::relu_.default", "aten::tanh_.default"} <= set(names)
-    assert {"aten::threshold_backward.grad_input", "aten::tanh_backward.grad_input"} <= set(names)
-    assert not {"aten::relu.default", "aten::tanh.default", "aten::_unsafe_view.default"} & set(names)
-
-
-def operations(replay):
-    run = next(cell.cell_contents for cell in replay.__closure__ if hasattr(cell.cell_contents, "__func__"))
-    return [node for node in run.__self__.graph.nodes if node.op == "call_function"]
-
-
-# What must not be overwritten: every function here would come out wrong if its comment were not heeded.
-KEPT = {
-    "argument": lambda x: (x.relu() + 1) * x,
-    "view of an argument": lambda x: x.t().neg() + x,
-    "whole view of an argument": lambda x: x.view(-1).exp().view(3, 3) + x,
-    "used later": lambda x: (y := x * 2, z := y.relu(), z - y)[-1],
-    "used later through a view made before": lambda x: (y := x * 2, v := y.t(), z := y.neg(), z + v)[-1],
-    "used later through a view made after": lambda x: (y := x * 2, z := y.neg(), z + y.t())[-1],
-    "used later through a view of a view": lambda x: (y := x * 2, v := y.t()[1:], z := y.neg(), z[1:] + v)[-1],
-    "used later through a chunk": lambda x: (y := x * 2, v := y.split(1)[1], z := y.neg(), z + v)[-1],
-    "used beside its own view": lambda x: (y := x * 2, y + y.t())[-1],
+FUNCTIONS = {
     "expanded": lambda x: (x[:, :1] * 2).expand(3, 3).add(x),
-    "returned": lambda x: (y := x * 2, y.relu()),
-    "returned as a view": lambda x: (y := (x * 2), (y[0], y.neg()))[1],
     "returned twice": lambda x: (y := x * 2, z := y.relu(), z.sigmoid(), y),
-    "result overwritten again": lambda x: (y := x * 2, z := y.relu(), w := z.exp(), z + w)[-1],
-    "both operands": lambda x: (y := x * 2, y * y)[-1],
-    "one view, twice": lambda x: (y := x * 2, y.t() * y.t())[-1],
-    "subtrahend": lambda x: (y := x * 2, x - y)[-1],
-    "divisor": lambda x: (y := x * 2 + 9, 1 / y, x / (y + 1))[1:],
     "addend with a factor": lambda x: torch.add(x, x * 2, alpha=3),
     "broadcast": lambda x: (x.sum(0) * 2).relu() + x,
     "other dtype": lambda x: ((x * 2).long() + 1) * 0.5,
-    "part of the memory": lambda x: (y := x * 2, y[0].relu(), y[0].exp() + y[1])[1:],
     "complex parts": lambda x: (y := torch.complex(x, x + 1), y.conj() * y, torch.view_as_real(y).neg())[1:],
     "input itself": lambda x: (x, x.t(), x.detach()),
     "intermediate and a view of it": lambda x: (y := x.exp(), y.t(), y + 1),
+    "changed in place": lambda x: (y := x * 2, v := y.t(), y.relu_(), v.add_(1), y * v)[-1],
     "constant": lambda x: (torch.tensor([1.0, 2, 3]).neg() + x, torch.tensor([5.0])),
     "closed-over tensor": lambda x: (CONSTANT.neg() + x, CONSTANT.view(-1).exp()),
     "numbers": lambda x: x * x.sum().item(),
+    "numbers as a shape": lambda x: x[x > 0],
+    "a shape as a number": lambda x: x * x[x > 0].numel(),
     "all kinds of results": lambda x: {"loss": (x * 2).sum(), "none": None, "number": 3.5, "empty": []},
 }
 CONSTANT = torch.arange(9.0).view(3, 3)
 
 
-@pytest.mark.parametrize("case", KEPT)
-def test_what_is_needed_is_not_overwritten(case):
+@pytest.mark.parametrize("case", FUNCTIONS)
+def test_replay_is_the_function_of_any_numbers(case):
     torch.manual_seed(0)
     constant = CONSTANT.clone()
-    replay = captured(KEPT[case], torch.randn(3, 3))
+    replay = captured(FUNCTIONS[case], torch.randn(3, 3))
     for _ in range(3):
-        assert_same(KEPT[case], replay, (torch.randn(3, 3),))
+        assert_same(FUNCTIONS[case], replay, (torch.randn(3, 3),))
     assert torch.equal(CONSTANT, constant)
-
-
-@pytest.mark.parametrize("seed", range(60))
-def test_random_graphs(seed):
-    """Chains of pointwise operations and views with reuse; ``trace`` alone, as the check would hide what is wrong."""
-    arguments = [torch.rand(4, 4) + 0.5 for _ in range(2)]
-    function = random_function(random.Random(seed))
-    replay = module._trace(function, *module.tree_flatten(tuple(arguments)))
-    for _ in range(2):
-        arguments = [torch.rand(4, 4) + 0.5 for _ in range(2)]
-        copies = [x.clone() for x in arguments]
-        for replayed, expected in zip(replay(*arguments), function(*copies), strict=True):
-            assert torch.equal(replayed, expected)
-        assert all(torch.equal(x, y) for x, y in zip(arguments, copies, strict=True))
-
-
-def random_function(rng):
-    unary = [torch.neg, torch.relu, torch.tanh, torch.sigmoid, torch.sin, F.gelu, lambda x: x + 1, lambda x: 0.5 * x]
-    views = [
-        *(lambda x: x.t(), lambda x: x.view(4, 4), lambda x: x[:, :1].expand(4, 4), lambda x: x.t().t()),
-        *(lambda x: x.unflatten(0, (2, 2)).transpose(0, 1).flatten(0, 1), lambda x: x.unbind(0)[1].expand(4, 4)),
-        *(lambda x: torch.ops.aten._unsafe_view(x.contiguous(), [4, 4]), lambda x: x.detach().flip(0)),
-        lambda x: x.diagonal().unsqueeze(1).expand(4, 4),
-    ]
-    binary = [torch.add, torch.mul, torch.sub, lambda x, y: torch.add(x, y, alpha=2), lambda x, y: x / (y.abs() + 1)]
-    program = []
-    for made in range(2, rng.randint(8, 24)):
-        operation = rng.choice([*unary, *views, *binary])
-        recent = [rng.randrange(max(0, made - 4), made) for _ in range(1 + (operation in binary))]
-        program.append((operation, recent))
-    returned = rng.sample(range(2, made + 1), k=2)
-
-    def function(*arguments):
-        values = list(arguments)
-        for operation, operands in program:
-            values.append(operation(*(values[i] for i in operands)))
-        return [values[i] for i in returned] + values[-1:]
-
-    return function
-
-
-def test_the_random_graphs_notice_a_broken_alias_analysis(monkeypatch):
-    """Views taken for tensors of their own show in some of the random graphs."""
-    monkeypatch.setattr(module, "_sharing", lambda graph: {node: [node] for node in graph.nodes})
-    assert sum(not _passes(seed) for seed in range(60)) > 5
-
-
-def _passes(seed):
-    try:
-        test_random_graphs(seed)
-    except (AssertionError, RuntimeError):
-        return False
-    return True
 
 
 def test_results_keep_no_memory_but_their_own():
@@ -371,7 +289,6 @@ REFUSED = {
     "seeding": sown,
     "time": lambda x: x * (time.perf_counter_ns() % 997),
     "numbers decide": lambda x: x if x.sum() > 0 else -x,
-    "numbers as a shape": lambda x: x[x > 0],
     "numpy": lambda x: x + torch.from_numpy(np.sin(x.numpy())),
     "counter": counting(lambda call: call + 1),
     "changes after tracing": counting(lambda call: 1 + (call >= 1)),
@@ -421,11 +338,10 @@ def test_leaves_that_are_no_tensors_or_numbers_are_refused():
 
 
 @pytest.mark.parametrize("scale", [1, 1e-9])
-def test_a_wrong_rewriting_is_noticed(scale, monkeypatch, caplog):
-    monkeypatch.setattr(module, "_sharing", lambda graph: {node: [node] for node in graph.nodes})
+def test_a_wrong_trace_is_noticed(scale, monkeypatch, caplog):
+    monkeypatch.setattr(module, "_trace", lambda *_: lambda x: 1.001 * x)
     with caplog.at_level(logging.DEBUG, module.__name__):
-        function = lambda x: (y := x * 2, v := y.t(), z := y.neg(), torch.maximum(z, v))[-1]  # noqa: E731
-        assert capture(function, scale * torch.ones(3, 3)) is None
+        assert capture(lambda x: x + 0, scale * torch.ones(3, 3)) is None
     assert "Tensor-likes are not close" in caplog.text
 
 

@@ -1,15 +1,19 @@
 """Figures show the right examples, with the right numbers under them, and leave nothing open."""
 
 import math
+import re
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 from torch.utils.data import TensorDataset
 
 from stride_lightning.data.examples import Examples
 from stride_lightning.results.attribution import Attribution
+from stride_lightning.results.evaluation import Evaluation, EvaluationRow
 from stride_lightning.results.texts import interval_text, score_text
 from stride_lightning.views.figures import as_image, plot_grid
 from stride_lightning.views.ranking import rank_examples
@@ -23,12 +27,16 @@ def make_attribution(shape=(1, 8, 8), **options):
     """Two queries and five training examples; every pixel of train example i is i / 10, of query j is 0.9 - j / 10."""
     train = Examples(TensorDataset(torch.stack([torch.full(shape, i / 10) for i in range(20)]), torch.arange(20)))
     queries = Examples(TensorDataset(torch.stack([torch.full(shape, 0.9 - j / 10) for j in range(2)]), torch.arange(2)))
-    given = {"train_indices": POSITIONS, "train_targets": LABELS, "query_targets": torch.tensor([7, 8])}
-    return Attribution(SCORES, queries=queries, train_data=train.subset(range(5)), **(given | options))
+    described = {"train_indices": POSITIONS, "train_targets": LABELS, "query_targets": torch.tensor([7, 8])}
+    return Attribution(SCORES, queries=queries, train_data=train.subset(range(5)), **(described | options))
 
 
-def texts(figure):
-    return [text.get_text() for text in figure.texts if text.get_text()]
+def headings(figure):
+    return [panel.get_suptitle() for panel in figure.subfigs]
+
+
+def captions(figure):
+    return [[axes.get_title(), *axes.get_xlabel().split("\n")] for axes in figure.axes]
 
 
 def pixel(axes):
@@ -39,39 +47,77 @@ def test_pictures_stand_in_order_with_their_scores():
     figure = make_attribution().plot(0, k=2)
     # The query, proponents 0 and 3, opponents 1 and 4: every picture has its own brightness.
     assert [round(pixel(axes), 4) for axes in figure.axes] == [0.9, 0.0, 0.3, 0.1, 0.4]
-    assert texts(figure) == [
-        *("Query", "Proponents", "lower its loss", "Opponents", "raise its loss"),
-        *("query 0", "label 7", "+0.50", "#10 · label 0", "+0.012", "#13 · label 3"),
-        *("-0.25", "#11 · label 1", "-0.13", "#14 · label 4"),
+    assert headings(figure) == ["Query", "Proponents (lower its loss)", "Opponents (raise its loss)"]
+    assert captions(figure) == [
+        ["query 0", "label 7"],
+        *(["+0.50", "#10 · label 0"], ["+0.012", "#13 · label 3"]),
+        *(["-0.25", "#11 · label 1"], ["-0.13", "#14 · label 4"]),
     ]
     colors = [axes.spines["left"].get_edgecolor()[:3] for axes in figure.axes]
     assert colors[1] == colors[2] != colors[3] == colors[4]
     assert colors[1][1] > colors[1][0]  # green
     assert colors[3][0] > colors[3][1]  # red
     assert all(len(axes.get_xticks()) == len(axes.get_yticks()) == 0 for axes in figure.axes)
-    assert texts(make_attribution().plot(-1, k=1))[3:5] == ["query 1", "label 8"]  # counted from the end
+    assert captions(make_attribution().plot(-1, k=1))[0] == ["query 1", "label 8"]  # counted from the end
 
 
-def test_grid_has_one_row_per_query_in_the_order_asked_for():
+def test_grid_has_one_row_per_query_in_the_given_order():
     figure = plot_grid(make_attribution(), [1, 0], k=3)
     # Zeros are shown on neither side: query 1 has two proponents and one opponent, query 0 two and two.
     assert [round(pixel(axes), 4) for axes in figure.axes] == [0.8, 0.2, 0.4, 0.3, 0.9, 0.0, 0.3, 0.1, 0.4]
-    tops = [axes.get_position().y1 for axes in figure.axes]
-    assert len({round(top, 6) for top in tops[:4]}) == 1
-    assert tops[0] > tops[4]
+    figure.canvas.draw()
+    boxes = [axes.get_window_extent() for axes in figure.axes]
+    assert [box.y1 for box in boxes[:4]] == pytest.approx([boxes[0].y1] * 4)
+    assert boxes[0].y0 > boxes[4].y1
     # The opponents of both rows begin at the same place.
-    assert figure.axes[3].get_position().x0 == pytest.approx(figure.axes[7].get_position().x0)
+    assert boxes[3].x0 == pytest.approx(boxes[7].x0)
 
 
-def test_nothing_overlaps_or_leaves_the_figure():
-    figure = plot_grid(make_attribution(train_info={"text": ["WWW a longer text than fits"] * 5}), [0, 1], k=2)
-    renderer = figure.canvas.get_renderer()
-    width, height = figure.canvas.get_width_height()
-    boxes = [text.get_window_extent(renderer) for text in figure.texts if text.get_text()]
-    boxes += [axes.get_window_extent(renderer) for axes in figure.axes]
-    assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height for box in boxes)
-    overlaps = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
-    assert overlaps == []
+LONG = ["WWWW MMMM " * 9, "a text that is longer than a picture is wide", "short", "$\\frac$", "W" * 99]
+
+
+def boxes_of(figure):
+    """Where every text of a drawn figure lies, in pixels. Numbers of an axis are left out: some are never drawn."""
+    figure.canvas.draw()
+    number = re.compile("[\N{MINUS SIGN}\\d.\\s]*")
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and not number.fullmatch(text.get_text())]
+    return {(i, text.get_text()): text.get_window_extent() for i, text in enumerate(texts)}
+
+
+def assert_readable(figure):
+    """Nothing leaves the figure, texts overlap neither each other nor a picture."""
+    texts, (width, height) = boxes_of(figure), figure.canvas.get_width_height()
+    outside = [name for name, box in texts.items() if min(box.min) < 0 or box.x1 > width or box.y1 > height]
+    assert outside == []
+    areas = {f"axes {i}": axes.get_window_extent() for i, axes in enumerate(figure.axes)}
+    boxes = list((texts | areas).items())
+    assert [(a, b) for i, (a, one) in enumerate(boxes) for b, other in boxes[:i] if one.overlaps(other)] == []
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 6, 12), (3,)], ids=["squares", "wide", "bars"])
+@pytest.mark.parametrize("queries", [1, 6])
+def test_nothing_overlaps_or_leaves_the_figure(shape, queries):
+    info = {"train_info": {"text": LONG}, "query_info": {"text": LONG[:2]}, "std": SCORES.abs() / 3}
+    attribution = make_attribution(shape, **info)
+    for k in (1, 2, 4):
+        assert_readable(plot_grid(attribution, [0, 1] * (queries // 2) or [0], k))
+
+
+@pytest.mark.parametrize("ceiling", [0.02, 0.97])
+def test_evaluations_with_long_names_are_readable(ceiling):
+    names = [f"{number} {text}" for number, text in enumerate(LONG)]
+    rows = tuple(EvaluationRow(name, 0.5, 0.4, 0.6, counterfactual={1: 0.1, 1000: 2.0}) for name in names)
+    for shown in (rows, rows[:1], tuple(replace(row, counterfactual=None) for row in rows)):
+        queries = {row.name: torch.linspace(-0.5, 1, 9) for row in shown}
+        assert_readable(Evaluation(shown, ceiling, 10, 2, 9, 0.9, queries).plot())
+
+
+def test_pictures_have_one_size_whatever_their_captions():
+    figure = plot_grid(make_attribution(train_info={"text": LONG}), [0, 1], k=5)
+    figure.canvas.draw()
+    sizes = [axes.get_window_extent().size for axes in figure.axes]
+    assert np.allclose(sizes, sizes[0], atol=1)
+    assert sizes[0].min() > 110
 
 
 @pytest.mark.parametrize("shape", [(64,), (8, 8), (3, 8, 8), (8, 8, 3)])
@@ -99,14 +145,10 @@ def test_bars_are_scores_with_error_bars_of_one_std():
     segments = axes.containers[1][2][0].get_segments()
     expected = [(0.4, 0.6), (0.008, 0.016), (-0.15, -0.11), (-0.3, -0.2)]
     assert np.allclose([(start[0], end[0]) for start, end in segments], expected)
-    assert [text.get_text() for text in axes.texts] == [
+    (right,) = axes.child_axes
+    assert [label.get_text() for label in right.get_yticklabels()] == [
         *("+0.50 ± 0.10", "+0.012 ± 0.0040", "-0.13 ± 0.020", "-0.25 ± 0.050"),
     ]
-    figure.canvas.draw()
-    renderer = figure.canvas.get_renderer()
-    chart = axes.get_window_extent(renderer)
-    assert all(chart.x0 <= text.get_window_extent(renderer).x0 for text in axes.texts)
-    assert all(chart.x1 >= text.get_window_extent(renderer).x1 for text in axes.texts)
     # The chart's top bar is the strongest proponent.
     assert axes.get_ylim()[0] > axes.get_ylim()[1]
 
@@ -122,9 +164,7 @@ def test_without_data_there_are_bars_right_of_their_labels_and_an_empty_chart_fo
     info = {"text": ["WWWW MMMM " * 9, "short"]}
     figure = plot_grid(Attribution(torch.tensor([[1.0, -1.0], [0.0, 0.0]]), train_info=info), [0, 1])
     assert [len(axes.patches) for axes in figure.axes] == [2, 0]
-    renderer = figure.canvas.get_renderer()
-    figure.canvas.draw()
-    assert all(label.get_window_extent(renderer).x0 >= 0 for label in figure.axes[0].get_yticklabels())
+    assert_readable(figure)
 
 
 def test_no_pyplot_figure_is_left_open(tmp_path):
@@ -167,8 +207,8 @@ def test_as_image_reads_tensors_arrays_and_pil():
     # What is not in zero to one is stretched.
     assert torch.equal(as_image(torch.tensor([[-2.0, 0.0], [1.0, 2.0]])), torch.tensor([[0.0, 0.5], [0.75, 1.0]]))
     assert torch.equal(as_image(torch.full((2, 2), 7.0)), torch.zeros(2, 2))  # constant
-    kept = torch.tensor([[0.25, 0.5], [0.5, 0.5]])
-    assert torch.equal(as_image(kept), kept)
+    unchanged = torch.tensor([[0.25, 0.5], [0.5, 0.5]])
+    assert torch.equal(as_image(unchanged), unchanged)
     assert as_image(torch.tensor([[math.nan, 0.5], [0.5, 1.0]]))[0, 0] == 0
 
 

@@ -5,16 +5,19 @@ import hashlib
 import io
 import os
 import re
+import sys
 from unittest.mock import Mock, call
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import TensorDataset
 
 from stride_lightning.data.examples import Examples
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.results.top_attribution import TopAttribution
-from stride_lightning.views.report.pictures import Pictures, png, reduced
+from stride_lightning.views.report.pictures import Pictures, png
 from tests.helpers.reports import HOSTILE, POSITIONS, SCORES, TARGETS, Page, images, make_attribution
 
 
@@ -37,8 +40,8 @@ def test_page_holds_each_query_with_its_proponents_and_opponents(tmp_path):
     }
     assert page.held["title"] == "Training-data attribution · stride · 3 queries, 5 training examples"
     facts = "<dd>12.3 s</dd>", "<dd>2 strongest of each side</dd>"
-    for said in (*facts, "nats of query loss", "Positive scores are", "Whiskers"):
-        assert said in page.text
+    for phrase in (*facts, "nats of query loss", "Positive scores are", "Whiskers"):
+        assert phrase in page.text
     assert "Whiskers" not in Page(make_attribution().report(tmp_path / "plain")).text
 
 
@@ -67,8 +70,8 @@ def test_unsigned_scores_have_one_side_and_no_direction(tmp_path):
 
 def test_what_keeps_only_the_strongest_or_was_saved_gives_the_same_page(tmp_path):
     whole = make_attribution(train_info={"text": list("abcde")})
-    kept = {"train_indices": POSITIONS, "train_info": whole.train_info, **TARGETS}
-    top = TopAttribution(whole.top_columns(2), 5, **kept)
+    described = {"train_indices": POSITIONS, "train_info": whole.train_info, **TARGETS}
+    top = TopAttribution(whole.top_columns(2), 5, **described)
     saved = Attribution.load(top.save(tmp_path / "saved"))
     pages = [attribution.report(tmp_path / "page", k=2).read_text("utf-8") for attribution in (whole, top, saved)]
     assert pages[0] == pages[1] == pages[2]
@@ -159,22 +162,34 @@ def test_every_picture_is_embedded_once(tmp_path):
         attribution.report(tmp_path / "page", image_shape=(9, 9))
 
 
+def pixels_in(file):
+    with Image.open(io.BytesIO(file)) as picture:
+        return torch.from_numpy(np.array(picture)).long()
+
+
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 3), (1, 2)])
-def test_png_is_what_other_programs_read(shape):
-    module = pytest.importorskip("PIL.Image")
-    for image in (torch.rand(shape), torch.linspace(0, 1, shape[0])[:, None].expand(shape[:2])):
-        with module.open(io.BytesIO(png(image))) as read:
-            pixels = torch.tensor(list(read.tobytes())).view(image.shape)
-        assert torch.equal(pixels, (image * 255).round().long())
+def test_png_holds_every_pixel(shape):
+    image = torch.rand(shape)
+    assert torch.equal(pixels_in(png(image)), (image * 255).round().long())
 
 
 def test_large_pictures_are_averaged_down():
     image = torch.rand(512, 256)
-    assert torch.allclose(reduced(image)[0, 0], image[:4, :4].mean())
-    assert reduced(torch.rand(1000, 2, 3)).shape == (128, 1, 3)
+    blocks = 255 * image.unfold(0, 4, 4).unfold(1, 4, 4).mean((2, 3))
+    assert (pixels_in(png(image)) - blocks).abs().max() <= 2  # rounded twice
+    assert pixels_in(png(torch.rand(1000, 2, 3))).shape == (128, 1, 3)
     noise = Pictures()
     noise.add(torch.rand(2000, 1000, 3))
     assert len(noise.uris()[0]) < 40_000
+
+
+def test_a_report_needs_pillow_for_pictures_only(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    make_attribution(train_info={"text": list("abcde")}).report(tmp_path / "texts")
+    pictures = make_attribution(train_data=Examples(TensorDataset(images(5))))
+    with pytest.raises(ModuleNotFoundError, match=r"report\(\) needs Pillow .* pip install 'stride-lightning\[plot\]'"):
+        pictures.report(tmp_path / "pictures")
+    assert os.listdir(tmp_path) == ["texts.html"]
 
 
 def test_reading_leaves_the_random_state_alone(tmp_path):

@@ -1,4 +1,4 @@
-"""What the page shows: queries, the training examples ranked for them, and what is known of each, as plain values."""
+"""The page's content as plain values: queries, their ranked training examples, texts, pictures and facts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stride_lightning.views.figures import as_image
 from stride_lightning.views.ranking import RankedExample, rank_examples, target_text
 from stride_lightning.views.report.pictures import Pictures
 
-#: Characters of one text that are embedded, and of one fact beyond which its column is shown as texts.
+#: The page holds so many characters of a text. A column with a longer fact than this is shown as texts.
 MAX_TEXT, MAX_FACT = 2000, 60
 
 
@@ -30,9 +30,10 @@ def report_content(
     query_text: TextSource = None,
     train_text: TextSource = None,
 ) -> dict[str, Any]:
-    """Queries, examples and pictures of the page; examples and pictures are listed once and named by their place.
+    """Queries, examples and pictures of the page. Each example and picture is listed once and named by its place.
 
-    Arguments as in :meth:`~stride_lightning.Attribution.report`; ``rows`` are rows of the scores, each once.
+    ``rows`` are rows of the scores, each once; other arguments are those of
+    :meth:`~stride_lightning.Attribution.report`.
 
     Example:
         >>> import torch
@@ -70,7 +71,7 @@ def _brief(value: float) -> float:
 
 @dataclass(frozen=True)
 class _Source:
-    """Queries or training examples, and what is known of them."""
+    """Queries or training examples, with their targets, facts and texts."""
 
     kind: str
     data: Examples | None
@@ -81,9 +82,9 @@ class _Source:
     image_shape: ImageShape
 
     def described(self, places: Sequence[int], length: int, pictures: Pictures) -> list[dict[str, Any]]:
-        """Rows of queries, or columns of training examples, as plain values; only these are read."""
+        """The queries of some rows, or the training examples of some columns, as plain values; it reads no others."""
         self._check(length)
-        # An input that is neither a picture nor a text is not worth reading again.
+        # Where the first input is neither a picture nor a text, the others are not read.
         reads = self.data is not None and bool(places) and self._shows(self._read(places[0]))
         blocks = {name for name, values in self.info.items() if self._is_block(name, values, places)}
         described = []
@@ -110,7 +111,7 @@ class _Source:
             raise ValueError(f"`{self.kind}_text` has {len(self.text)} texts, expected {length}.")
 
     def _read(self, place: int) -> Any:
-        """The example as it was attributed: under random augmentation, read under the seed of its position."""
+        """The example as it was attributed: a random augmentation draws under the seed of its position."""
         assert self.data is not None
         with seeded(self.data.name(place)):
             return self.data[place]
@@ -124,7 +125,7 @@ class _Source:
         return name in ("text", self.text) or any(len(text) > MAX_FACT or "\n" in text for text in texts)
 
     def _texts(self, place: int, example: Any) -> list[tuple[str, str]]:
-        """Texts that do not come from a column, by name."""
+        """Texts of an example by name, without those of columns."""
         if self.text is None or isinstance(self.text, str):
             return texts_of(example) if self.text is None else []
         if not callable(self.text):

@@ -1,11 +1,11 @@
-// What the page knows, and how it is made into elements. Texts from the data only ever become text nodes.
+// The page's data, and the elements made of it. Texts from the data become nothing but text nodes.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const { queries, examples, pictures, sides } = data;
 const find = (id) => document.getElementById(id);
 const state = { query: null, pinned: null, search: "", sort: "score", down: true };
 
-// ---- what is where ----------------------------------------------------------------------------------------
+// ---- places and words ----------------------------------------------------------------------------------------
 
 const place = new Map(queries.map((query, i) => [query.name, i]));
 const column = new Map(examples.map((example, i) => [example.name, i]));
@@ -41,7 +41,7 @@ function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** Text with what is searched for marked. */
+/** Text with the searched words marked. */
 function marked(text) {
   const lower = text.toLowerCase();
   const parts = document.createDocumentFragment();

@@ -1,4 +1,4 @@
-// The list of queries, the search, and the ways from query to query.
+// The list of queries, the search, and moving from query to query.
 
 // ---- the list of queries ----------------------------------------------------------------------------------
 
@@ -42,17 +42,17 @@ function showList() {
 }
 
 function filter() {
-  const found = new Set(examples.keys());
-  if (state.search) examples.forEach((example, i) => example.words.includes(state.search) || found.delete(i));
-  const own = queries.filter((query) => query.words.includes(state.search)).length;
+  const matches = new Set(examples.keys());
+  if (state.search) examples.forEach((example, i) => example.words.includes(state.search) || matches.delete(i));
+  const numQueries = queries.filter((query) => query.words.includes(state.search)).length;
   visible = order.filter(
-    (i) => queries[i].words.includes(state.search) || queries[i].ranked.flat().some(([index]) => found.has(index)),
+    (i) => queries[i].words.includes(state.search) || queries[i].ranked.flat().some(([index]) => matches.has(index)),
   );
   const shown = new Set(visible);
   items.forEach((item, i) => (item.hidden = !shown.has(i)));
   const counted = (count, one, many) => `${count.toLocaleString("en")} ${count === 1 ? one : many}`;
   find("status").textContent = state.search
-    ? `${counted(own, "query", "queries")} and ${counted(found.size, "example", "examples")}`
+    ? `${counted(numQueries, "query", "queries")} and ${counted(matches.size, "example", "examples")}`
     : counted(queries.length, "query", "queries");
 }
 
@@ -79,7 +79,7 @@ function go(query, example = null) {
   follow();
 }
 
-/** What the address names. */
+/** The query and the example that the address names. */
 function named() {
   const [, query, example] = /^#query-(\d+)(?:\/example-(\d+))?$/.exec(location.hash) ?? [];
   return { query: place.get(query), example: column.get(example) };
@@ -87,9 +87,9 @@ function named() {
 
 function follow() {
   const before = state.query;
-  const asked = named();
-  state.query = asked.query ?? visible[0] ?? 0;
-  state.pinned = asked.example ?? null;
+  const address = named();
+  state.query = address.query ?? visible[0] ?? 0;
+  state.pinned = address.example ?? null;
   const linked = new Set(state.pinned === null ? [] : appearances[state.pinned].map(([i]) => i));
   items.forEach((item, i) => {
     if (i === state.query) item.firstChild.setAttribute("aria-current", "true");

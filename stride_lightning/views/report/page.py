@@ -1,25 +1,24 @@
-"""The page as one file: template, style, script and data put together, and written in one step."""
+"""The page as one file: a template filled with style, script and data, written in one step."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import html
-import json
 import os
-import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, StrictUndefined
+
 from stride_lightning.results.scores import AttributionResult
 from stride_lightning.storage.files import hidden_name
 from stride_lightning.views.report.content import report_content
 
-#: Files of the page beside this one; the scripts run as one, in this order.
-_LAYOUT, _SCRIPTS = ("page.html", "page.css"), ("elements.js", "query.js", "page.js")
-#: What each side of a query is called, what that means, and what stands where there is none.
+#: Files beside this one that run as one script, in this order.
+_SCRIPTS = ("elements.js", "query.js", "page.js")
+#: Heading, meaning and placeholder of each side of a query.
 _SIGNED = (
     ("Proponents", "Training on them lowers the query's loss.", "No training example helps this query."),
     ("Opponents", "Training on them raises the query's loss.", "No training example harms this query."),
@@ -38,21 +37,24 @@ def write_report(
     title: str | None = None,
     **shown: Any,
 ) -> None:
-    """Write the page to this very path; arguments as in :meth:`~stride_lightning.Attribution.report`."""
-    given = range(attribution.num_queries) if queries is None else [queries] if isinstance(queries, int) else queries
-    if not len(given):
+    """Write the page to ``path``; other arguments are those of :meth:`~stride_lightning.Attribution.report`."""
+    if queries is None:
+        queries = range(attribution.num_queries)
+    elif isinstance(queries, int):
+        queries = [queries]
+    if len(queries) == 0:
         raise ValueError("`queries` is empty: nothing to report.")
     # Rows are counted from the start, as the page names them.
-    rows = list(dict.fromkeys(int(row) + attribution.num_queries if row < 0 else int(row) for row in given))
+    rows = list(dict.fromkeys(int(row) + attribution.num_queries if row < 0 else int(row) for row in queries))
     content = report_content(attribution, rows, k, **shown)
     _write_at_once(path, page(attribution, content, k=k, title=title).encode(errors="replace"))
 
 
 def html_path(path: str | os.PathLike[str]) -> Path:
-    """The file to write: home folder expanded, ``.html`` added where it is missing.
+    """The file to write, with the home folder for ``~`` and with ``.html`` at its end.
 
     Raises:
-        IsADirectoryError: If there is a folder of this name.
+        IsADirectoryError: If the path is a folder.
 
     Example:
         >>> html_path("runs/report.html").name, html_path("runs/v1.2").name
@@ -65,7 +67,7 @@ def html_path(path: str | os.PathLike[str]) -> Path:
 
 
 def page(attribution: AttributionResult, content: dict[str, Any], *, k: int, title: str | None = None) -> str:
-    """The whole page as text, of what :func:`~stride_lightning.views.report.content.report_content` gives.
+    """The whole page as text; ``content`` comes from :func:`~stride_lightning.views.report.content.report_content`.
 
     Example:
         >>> import torch
@@ -75,50 +77,47 @@ def page(attribution: AttributionResult, content: dict[str, Any], *, k: int, tit
         >>> "<title>a &lt; b · scores · 1 query, 2 training examples</title>" in text
         True
     """
-    own = {name: (files("stride_lightning.views.report") / name).read_text("utf-8") for name in (*_LAYOUT, *_SCRIPTS)}
-    script = '"use strict";\n{\n' + "\n".join(own[name] for name in _SCRIPTS) + "}\n"
+    # The template escapes every value but `style` and `script`, which are the package's.
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    environment.filters["sha256"] = _sha256
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     sides = _SIGNED if attribution.is_signed else _UNSIGNED
     named = [dict(zip(("name", "meaning", "none"), side, strict=True)) for side in sides]
-    count, of = len(content["queries"]), attribution.num_train
-    facts = header_facts(attribution, count, k)
-    heading = "Training-data attribution" if title is None else title
-    sizes = f"{count:,} {'query' if count == 1 else 'queries'}, {of:,} training example{'s' * (of != 1)}"
-    parts = {
-        "title": html.escape(" · ".join([heading, dict(facts)["Method"], sizes])),
-        "heading": html.escape(heading),
-        "facts": "".join(f"<div><dt>{html.escape(n)}</dt><dd>{html.escape(v)}</dd></div>" for n, v in facts),
-        "meaning": html.escape(meaning(attribution)),
-        "style": own["page.css"],
-        "style_hash": _hash(own["page.css"]),
-        "script": script,
-        "script_hash": _hash(script),
-        "data": embedded({"sides": named, "has_std": attribution.has_std, **content}),
-    }
-    # In one pass, so that nothing in the data is taken for a place to fill.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], own["page.html"])
+    count, num_train = len(content["queries"]), attribution.num_train
+    sizes = f"{count:,} {'query' if count == 1 else 'queries'}, {num_train:,} training example{'s' * (num_train != 1)}"
+    return environment.from_string(_file("page.html")).render(
+        heading="Training-data attribution" if title is None else title,
+        sizes=sizes,
+        facts=header_facts(attribution, count, k),
+        meaning=meaning(attribution),
+        style=_file("page.css"),
+        script='"use strict";\n{\n' + "\n".join(map(_file, _SCRIPTS)) + "}\n",
+        data={"sides": named, "has_std": attribution.has_std, **content},
+    )
 
 
-def header_facts(attribution: AttributionResult, num_shown: int, k: int) -> list[tuple[str, str]]:
-    """What was computed, how and at what cost, by name.
+def header_facts(attribution: AttributionResult, num_shown: int, k: int) -> dict[str, str]:
+    """Facts above the queries, by name: method, sizes, seconds, unit.
 
     Example:
         >>> import torch
         >>> from stride_lightning.results.attribution import Attribution
-        >>> header_facts(Attribution(torch.ones(3, 2000), metadata={"method": "grad-cos"}), 2, 5)[:3]
-        [('Method', 'grad-cos'), ('Queries', '2 of 3'), ('Training examples', '2,000')]
+        >>> facts = header_facts(Attribution(torch.ones(3, 2000), metadata={"method": "grad-cos"}), 2, 5)
+        >>> facts["Method"], facts["Queries"], facts["Training examples"]
+        ('grad-cos', '2 of 3', '2,000')
     """
     metadata, seconds = attribution.metadata, attribution.seconds
     total = f"{attribution.num_queries:,}"
     known = min(k, attribution.num_ranked)
-    facts = [
-        ("Method", str(metadata.get("method", "scores"))),
-        ("Queries", total if num_shown == attribution.num_queries else f"{num_shown:,} of {total}"),
-        ("Training examples", f"{attribution.num_train:,}"),
-        ("Shown per query", f"{known} strongest" + (" of each side" if attribution.is_signed else "")),
-    ]
+    facts = {
+        "Method": str(metadata.get("method", "scores")),
+        "Queries": total if num_shown == attribution.num_queries else f"{num_shown:,} of {total}",
+        "Training examples": f"{attribution.num_train:,}",
+        "Shown per query": f"{known} strongest" + (" of each side" if attribution.is_signed else ""),
+    }
     if isinstance(seconds, int | float):
-        facts.append(("Computed in", f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"))
-    return [*facts, ("Unit of scores", str(metadata.get("unit") or "that of the method"))]
+        facts["Computed in"] = f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"
+    return facts | {"Unit of scores": str(metadata.get("unit") or "that of the method")}
 
 
 def meaning(attribution: AttributionResult) -> str:
@@ -129,20 +128,13 @@ def meaning(attribution: AttributionResult) -> str:
     return words + (" Whiskers span one posterior standard deviation to each side." if attribution.has_std else "")
 
 
-def embedded(value: Any) -> str:
-    r"""JSON that can stand inside a script element, whatever its texts hold.
-
-    Example:
-        >>> embedded(["</script>", "é"])
-        '["\\u003c/script\\u003e","é"]'
-    """
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
+def _file(name: str) -> str:
+    return (files("stride_lightning.views.report") / name).read_text("utf-8")
 
 
-def _hash(text: str) -> str:
-    """What a content security policy calls an inline style or script by."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+def _sha256(text: str) -> str:
+    """The hash by which a content security policy allows an inline style or script."""
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _write_at_once(path: Path, content: bytes) -> None:

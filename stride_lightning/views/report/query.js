@@ -1,4 +1,4 @@
-// One query: what was asked, and its ranked examples with bars.
+// One query and its ranked examples with bars.
 
 /** All bars of a query share one scale; whiskers may reach below zero. */
 function scaleOf(query) {
@@ -115,7 +115,7 @@ function showQuery() {
   }
   const query = queries[state.query];
   const scale = scaleOf(query);
-  // Where the query itself is not what was found, only the examples that were.
+  // A query that matches the search shows all its examples. Another query shows only the examples that match.
   const whole = query.words.includes(state.search);
   const columns = sides.map((side, number) => {
     const all = query.ranked[number];
@@ -135,7 +135,7 @@ function showQuery() {
   main.replaceChildren(
     make(
       "section",
-      { class: "asked" },
+      { class: "shown" },
       picture(query, title),
       make("div", {}, make("h2", {}, marked(title)), factsOf(query), ...query.texts.map(textOf)),
     ),
