@@ -21,12 +21,12 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
-from stride_lightning.data.fingerprints import digest
+from stride_lightning.data.collating import Collate, CollateWithDigests, OneByOne, digest_of
 from stride_lightning.data.loading import Loading
 from stride_lightning.runtime.checks import RowError
-from stride_lightning.runtime.randomness import mix, preserved_random_state, seed_all
+from stride_lightning.runtime.randomness import mix, preserved_random_state
 
 #: Largest data set that is kept in memory while models train on it again and again.
 HELD_BYTES = 2**28
@@ -76,9 +76,16 @@ class Examples:
 
     def subset(self, places: Sequence[int]) -> Examples:
         """The examples at some places."""
-        part = replace(self, positions=self.positions[torch.as_tensor(places, dtype=torch.int64)])
-        part._random = self._random
-        return part
+        return self._changed(positions=self.positions[torch.as_tensor(places, dtype=torch.int64)])
+
+    def called(self, kind: str) -> Examples:
+        """The same examples, which errors call ``kind``."""
+        return self if self.kind == kind else self._changed(kind=kind)
+
+    def _changed(self, **changes: Any) -> Examples:
+        other = replace(self, **changes)
+        other._random = self._random
+        return other
 
     def name(self, place: int) -> int:
         """Position in the dataset of the example at a place."""
@@ -107,8 +114,12 @@ class Examples:
         if self._random is None:
             step = max(1, len(self) // _NUM_PROBES)
             probes = self.positions[::step][:_NUM_PROBES].tolist()
+            reader = OneByOne(self.dataset, self.kind)
             with preserved_random_state():
-                self._random = any(digest(self.dataset[i]) != digest(self.dataset[i]) for i in probes)
+                self._random = any(
+                    digest_of(reader[position], self.kind) != digest_of(reader[position], self.kind)
+                    for position in probes
+                )
             if self._random:
                 warnings.warn(
                     f"Two reads of one example of {type(self.dataset).__name__} differ (random augmentation). Examples "
@@ -128,9 +139,9 @@ class Examples:
             The batch on ``device``, and the digest of each of its examples, uint8 of shape ``(B, 32)``.
         """
         # Three generators are seeded for each example, so only where reading is random.
-        dataset = _OneByOne(self.dataset, int if self.is_random else None)
-        collate_fn = _CollateWithDigests(self.collate_fn, content=not self.is_random)
-        loader = self._loader(dataset, collate_fn, batch_size=batch_size, sampler=self.positions.tolist())
+        collate_fn = CollateWithDigests(self.collate_fn, self.kind, content=not self.is_random)
+        seed_of = int if self.is_random else None
+        loader = self._loader(seed_of, collate_fn, batch_size=batch_size, sampler=self.positions.tolist())
         with preserved_random_state():
             for batch, digests in loader:
                 yield self.transfer(batch, device), digests
@@ -146,17 +157,18 @@ class Examples:
                 yield self.transfer(pytree.tree_map(lambda whole, batch=batch: whole[batch], self._held), device)
             return
         loader = self._loader(
-            _OneByOne(self.dataset, partial(mix, seed)) if self.is_random else self.dataset,
-            self.collate_fn,
+            partial(mix, seed) if self.is_random else None,
+            Collate(self.collate_fn, self.kind),
             batch_sampler=[self.positions[batch].tolist() for batch in batches],
             generator=torch.Generator().manual_seed(seed),  # for the seeds of workers, else drawn from the global one
         )
         for batch in loader:
             yield self.transfer(batch, device)
 
-    def _loader(self, dataset: Any, collate_fn: Callable[[list[Any]], Any], **order: Any) -> DataLoader[Any]:
+    def _loader(self, seed_of: Callable[[int], int] | None, collate_fn: Collate, **order: Any) -> DataLoader[Any]:
+        reader = OneByOne(self.dataset, self.kind, seed_of)
         workers = {"num_workers": self.num_workers, "worker_init_fn": self.worker_init_fn}
-        return DataLoader(dataset, collate_fn=collate_fn, **workers, **order)
+        return DataLoader(reader, collate_fn=collate_fn, **workers, **order)
 
     def hold(self) -> None:
         """Keep everything in memory for :meth:`drawn`, if that is small, not random, and collated by stacking alone.
@@ -206,27 +218,3 @@ def first_look(examples: Examples, batch_size: int, device: torch.device) -> Any
     one = first_batch(examples, 1, device)
     is_text = isinstance(one, Mapping) and "input_ids" in one
     return first_batch(examples, min(batch_size, 4 if is_text else 64), device)
-
-
-class _OneByOne(Dataset[Any]):
-    """Reads each example by itself, under a seed made from its position."""
-
-    def __init__(self, dataset: Any, seed_of: Callable[[int], int] | None) -> None:
-        self.dataset, self.seed_of = dataset, seed_of
-
-    def __getitem__(self, position: int) -> Any:
-        if self.seed_of is not None:
-            seed_all(self.seed_of(position))
-        return self.dataset[position]
-
-
-class _CollateWithDigests:
-    """The user's collate function, with the digests of the examples beside the batch."""
-
-    def __init__(self, collate_fn: Callable[[list[Any]], Any], *, content: bool) -> None:
-        self.collate_fn, self.content = collate_fn, content
-
-    def __call__(self, examples: list[Any]) -> tuple[Any, Tensor]:
-        digests = b"".join(digest(example, content=self.content) for example in examples)
-        rows = torch.frombuffer(bytearray(digests), dtype=torch.uint8).reshape(len(examples), 32)
-        return self.collate_fn(examples), rows

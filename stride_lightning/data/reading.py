@@ -64,11 +64,23 @@ class Reading:
                     if self.model is not None:
                         self.task.check_batch(self.model, batch)
                     targets = self.task.targets(batch)
+                self._check_size(targets, places)
                 fingerprint.update(digests, targets)
                 yield Rows(places, batch, targets, self)
                 start = places.stop
                 bar.update(len(digests))
         self.fingerprint = fingerprint.summary()
+
+    def _check_size(self, targets: Tensor | None, places: slice) -> None:
+        """Refuse a batch in which a collate function has dropped or added examples."""
+        if targets is None or targets.ndim == 0 or len(targets) == places.stop - places.start:
+            return
+        first, last = self.examples.name(places.start), self.examples.name(places.stop - 1)
+        raise ValueError(
+            f"The batch from {self.examples.kind} {first} to {last} holds {len(targets)} targets for "
+            f"{places.stop - places.start} examples. Scores name examples by their position, so a collate_fn may drop "
+            "or add none. Leave out those that it drops: torch.utils.data.Subset(dataset, positions)."
+        )
 
     def encoded(self, num_outputs: int, target: str = "label") -> list[tuple[Any, Tensor]]:
         """All batches, as :meth:`Rows.encoded` gives them."""

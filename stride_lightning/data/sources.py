@@ -12,6 +12,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from stride_lightning.data.examples import Examples, own_hook
 from stride_lightning.data.loading import loading_of, partial_sampler
 
+#: What errors call the examples of each side.
+TRAINING_EXAMPLE, QUERY = "training example", "query"
+
 
 def resolve_train_data(
     source: Any,
@@ -32,7 +35,7 @@ def resolve_train_data(
         ValueError: If it is empty, not batched, or drawn by a sampler whose positions are unknown.
     """
     if isinstance(source, Examples):
-        return source
+        return source.called(TRAINING_EXAMPLE)
     owners = (source if hasattr(source, "train_dataloader") else datamodule, model)
     if hasattr(source, "train_dataloader"):
         if getattr(source, "trainer", None) is None:
@@ -53,7 +56,7 @@ def resolve_train_data(
 def resolve_queries(source: Any, model: object | None = None) -> Examples:
     """The queries behind a Dataset, a DataLoader or a LightningDataModule (its test data, else validation data)."""
     if isinstance(source, Examples):
-        return source
+        return source.called(QUERY)
     owners = (source, model) if hasattr(source, "train_dataloader") else (model,)
     if hasattr(source, "train_dataloader"):
         if getattr(source, "trainer", None) is None:
@@ -92,7 +95,7 @@ def _from_loader_or_dataset(source: Any, what: str, owners: tuple[Any, ...]) -> 
         raise TypeError(wrong)
     if len(dataset) == 0:  # type: ignore[arg-type]
         raise ValueError(f"`{what}` is empty.")
-    examples = Examples(dataset, owners=owners, kind="query" if what == "queries" else "training example")
+    examples = Examples(dataset, owners=owners, kind=QUERY if what == "queries" else TRAINING_EXAMPLE)
     if isinstance(source, DataLoader):
         examples.collate_fn, examples.loading = source.collate_fn, loading_of(source)
         examples.num_workers, examples.worker_init_fn = source.num_workers, source.worker_init_fn

@@ -36,11 +36,22 @@ def state_hash(state: Mapping[str, Any]) -> str:
     hasher = hashlib.sha256()
     tensors = {plain_name(name): value for name, value in state.items() if isinstance(value, Tensor)}
     for name in sorted(tensors):
-        # A clone, as a tensor of one element may count as contiguous with any stride.
-        value = tensors[name].detach().cpu().clone(memory_format=torch.contiguous_format)
+        value = tensors[name]
         hasher.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-        hasher.update(value.flatten().view(torch.uint8).numpy().tobytes())
+        hasher.update(raw_bytes(value))
     return hasher.hexdigest()
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    r"""The bytes of a dense tensor's values, in order, whatever its device and strides.
+
+    Example:
+        >>> raw_bytes(torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8).T)
+        b'\x01\x03\x02\x04'
+    """
+    # A clone, because torch calls a tensor of one element contiguous whatever its stride.
+    values = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return values.flatten().view(torch.uint8).numpy().tobytes()
 
 
 def load_checkpoint(ckpt_path: str | Path) -> dict[str, Any]:

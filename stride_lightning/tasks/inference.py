@@ -17,6 +17,7 @@ from stride_lightning.tasks.likelihoods import (
     Classification,
     Regression,
     Task,
+    check_rows,
     describe,
 )
 from stride_lightning.tasks.texts import logits_of
@@ -50,11 +51,12 @@ def infer_task_of(batch: Any, model: nn.Module) -> Task:
     num_outputs = 1 if outputs.ndim == 1 else outputs.shape[1]
     both = f"targets {describe(targets)} and outputs {describe(outputs)}"
     if not targets.is_floating_point():
-        if int(targets.min()) < 0:
-            raise ValueError(
-                f"Integer targets hold the negative value {int(targets.min())}, as an ignore_index does. Leave such "
-                f"examples out, or say what they mean. {HOW_TO_PASS_TASK}"
-            )
+        check_rows(
+            targets >= 0,
+            targets,
+            "and a negative target often marks an example that training ignores. Leave such examples out: "
+            f"torch.utils.data.Subset(dataset, positions). Or say what the target means. {HOW_TO_PASS_TASK}",
+        )
         if num_outputs >= 2 and targets.ndim == 1:
             reader.encode(targets, num_outputs)
             return _checked(reader, outputs)

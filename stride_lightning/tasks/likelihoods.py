@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from stride_lightning.runtime.checks import check_positive
+from stride_lightning.runtime.checks import RowError, check_positive
 
 HOW_TO_PASS_TASK = (
     "Pass `task=`: Classification(), BinaryClassification(), Regression(), SequenceClassification(), "
@@ -141,13 +141,13 @@ class Classification(Task):
     def encode(self, targets: Tensor, num_outputs: int) -> Tensor:
         if targets.ndim != 1 or targets.is_floating_point():
             raise ValueError(f"Classification expects integer targets of shape (B,), got {describe(targets)}.")
-        low, high = int(targets.min()), int(targets.max())
-        if low < 0 or high >= num_outputs:
-            raise ValueError(
-                f"Class targets must lie in 0..{num_outputs - 1} for a model with {num_outputs} outputs; "
-                f"got values from {low} to {high}. Examples to be ignored (such as -100) must be left out of the data "
-                f"set, or handled by your own task. {HOW_TO_PASS_TASK}"
-            )
+        check_rows(
+            (targets >= 0) & (targets < num_outputs),
+            targets,
+            f"and a model with {num_outputs} outputs takes 0..{num_outputs - 1}. Leave out examples that training "
+            "ignores (such as those labelled -100): torch.utils.data.Subset(dataset, positions). Or say what the "
+            f"target means. {HOW_TO_PASS_TASK}",
+        )
         return F.one_hot(targets.long(), num_outputs).float()
 
     @override
@@ -202,10 +202,7 @@ class BinaryClassification(Task):
     @override
     def encode(self, targets: Tensor, num_outputs: int) -> Tensor:
         encoded = _as_columns(targets, num_outputs)
-        if not ((encoded == 0) | (encoded == 1)).all():
-            values = targets.unique().tolist()
-            shown = ", ".join(f"{value:g}" for value in values[:5]) + (", ..." if len(values) > 5 else "")
-            raise ValueError(f"Binary targets must be 0 or 1, got values {shown}.")
+        check_rows((encoded == 0) | (encoded == 1), encoded, f"and a binary target must be 0 or 1. {HOW_TO_PASS_TASK}")
         return encoded
 
     @override
@@ -302,6 +299,15 @@ def _as_columns(targets: Tensor, num_outputs: int) -> Tensor:
         raise ValueError(f"Expected {num_outputs} target(s) per example, got {describe(targets)}.")
     columns = targets.reshape(len(targets), num_outputs)
     return columns if columns.is_floating_point() else columns.float()
+
+
+def check_rows(fits: Tensor, targets: Tensor, problem: str) -> None:
+    """Refuse, by a RowError, rows of targets that do not fit; both have shape ``(B,)`` or ``(B, C)``."""
+    fits, targets = fits.reshape(len(fits), -1), targets.reshape(len(targets), -1)
+    wrong = (~fits.all(1)).nonzero().flatten().tolist()
+    if wrong:
+        value = float(targets[wrong[0]][~fits[wrong[0]]][0])
+        raise RowError(wrong[0], f"has the target {value:g}, {problem.removesuffix('.')}", wrong[1:])
 
 
 def columns(outputs: Tensor) -> Tensor:
