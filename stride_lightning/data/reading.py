@@ -172,14 +172,14 @@ def survey(
 ) -> Survey:
     """Read a data set once, without running a model.
 
-    The first text that a model with so many outputs cannot take is refused before hours have gone into those before it.
+    An example that a model with so many outputs cannot take is refused before hours have gone into those before it.
     """
     reading = Reading(examples, task, model, batch_size=1024, device=torch.device("cpu"), description=description)
     kinds: list[Tensor | None] = []
     num_tokens, longest = [], 1
     for rows in reading:
         kind = rows.targets
-        if model is not None and task.has_padding and kind is not None:
+        if model is not None and kind is not None:
             with rows.naming():
                 task.encode(kind, num_outputs)
         if task.has_tokens and kind is not None:

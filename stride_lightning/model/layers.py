@@ -42,6 +42,11 @@ def before_layers(model: nn.Module, layers: Iterable[str], hook: Callable[..., A
         yield
 
 
+def is_of_checkpointing(error: Exception) -> bool:
+    """Whether torch raised an error because the model runs activation checkpointing (``torch.utils.checkpoint``)."""
+    return any(words in str(error) for words in ("use_reentrant", "saved tensor hooks"))
+
+
 def check_layers(layers: Sequence[str] | None) -> None:
     """Refuse a string, which is a sequence of letters."""
     if isinstance(layers, str):

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from stride_lightning.model.capture import WHOLE, Backward, Capture, Outputs, Watch, watching
 from stride_lightning.model.layer_rules import lengths, rule_for
-from stride_lightning.model.layers import cloned, find_module, plain_name
+from stride_lightning.model.layers import cloned, find_module, is_of_checkpointing, plain_name
 from stride_lightning.model.layout import Layout, Source
 from stride_lightning.runtime.checks import check_finite
 
@@ -91,8 +91,7 @@ class _Probe:
                 generator = torch.Generator().manual_seed(place)
                 direction = torch.randn(outputs[-1].shape, generator=generator, dtype=torch.float64)
                 directions.append(direction.to(outputs[-1]))
-                unused = {"allow_unused": True, "materialize_grads": True}
-                gradients.append(torch.autograd.grad(outputs[-1], parameters, directions[-1], **unused))
+                gradients.append(self._gradients(outputs[-1], parameters, directions[-1]))
             #: Modules that run in the forward pass.
             self.ran = {name for name, calls in watch.calls.items() if calls}
             self._lengths_of_one = {name: [lengths(call) for call in calls] for name, calls in watch.calls.items()}
@@ -102,6 +101,19 @@ class _Probe:
             for name, of_each in zip(capture.parameters, zip(*gradients, strict=True), strict=True)
         }
         self._largest = max(float(expected.abs().max()) for expected in self._expected.values())
+
+    def _gradients(self, outputs: Tensor, parameters: Sequence[Tensor], direction: Tensor) -> Sequence[Tensor]:
+        try:
+            return torch.autograd.grad(outputs, parameters, direction, allow_unused=True, materialize_grads=True)
+        except RuntimeError as error:
+            if not is_of_checkpointing(error):
+                raise
+            raise ValueError(
+                f"{type(self._capture.model).__name__} runs activation checkpointing with use_reentrant=True, through "
+                "which torch gives no gradients of single layers. Write checkpoint(..., use_reentrant=False), or "
+                "checkpoint only `if self.training`: attribution runs in eval mode. Or name modules after the "
+                "checkpointed part with `layers=[...]`."
+            ) from error
 
     def _outputs(self, watch: Watch, example: Any, place: int) -> Tensor:
         try:
@@ -135,9 +147,11 @@ class _Probe:
                 self._reasons |= dict.fromkeys(tried, "the outputs for an example change with the rest of its batch")
                 return {}
             for source in sources:
+                # A task that runs the model once per example makes more calls: `read` below finds that they do not fit.
+                calls = zip(self._lengths_of_one[source.module], watch.calls[source.module], strict=False)
                 source.is_cut = [
                     [one == 1 and both == self._size for one, both in zip(alone, lengths(call), strict=True)]
-                    for alone, call in zip(self._lengths_of_one[source.module], watch.calls[source.module], strict=True)
+                    for alone, call in calls
                 ]
             backward.pull(self._directions)
             for name, layout in tried.items():

@@ -16,6 +16,7 @@ from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from stride_lightning.model.layers import is_of_checkpointing
 from stride_lightning.model.weights import borrowed
 from stride_lightning.retraining.ensemble import Call
 from stride_lightning.retraining.optimizers import CannotBatch
@@ -34,6 +35,7 @@ _HOOKS = (
     *("on_train_start", "on_train_epoch_start", "on_train_batch_start"),
     *("on_train_batch_end", "on_train_epoch_end", "on_train_end"),
 )
+_CHECKPOINTING = "it runs activation checkpointing, which torch.func does not vectorise"
 
 
 def _tolerance(value: Tensor) -> float:
@@ -136,7 +138,12 @@ def _same_loss(model: nn.Module, one: Tensor, other: Tensor, *, gradients: bool)
         return True
     if not (one.requires_grad and other.requires_grad):
         return False
-    ones, others = (torch.autograd.grad(loss, trained, materialize_grads=True) for loss in (one, other))
+    try:
+        ones, others = (torch.autograd.grad(loss, trained, materialize_grads=True) for loss in (one, other))
+    except RuntimeError as error:
+        if is_of_checkpointing(error):
+            raise CannotBatch(_CHECKPOINTING) from error
+        raise
     largest = max(float(gradient.abs().max()) for gradient in others if gradient.numel())
     gaps = [float((a - b).abs().max()) for a, b in zip(ones, others, strict=True) if a.numel()]
     return max(gaps) <= max(1e-4, rounding) * largest + rounding
@@ -204,6 +211,8 @@ def check_vectorises(
             with borrowed(model, None, None), torch.no_grad():  # an LSTM can be vectorised only with its gradient
                 vmap(total, randomness="same")(stacked)
         except Exception as error:
+            if is_of_checkpointing(error):
+                raise CannotBatch(_CHECKPOINTING) from error
             named = _named(model, nn.modules.batchnorm._BatchNorm, nn.RNNBase)
             raise CannotBatch(f"torch.func cannot vectorise it{named}: {first_line(error)}") from error
         for index, scale in enumerate((1.0, 0.9)):
