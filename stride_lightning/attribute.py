@@ -33,6 +33,7 @@ def attribute(
     train_data: Any,
     method: str = "stride",
     ckpt_path: str | Path | None = None,
+    weights_only: bool | None = None,
     record: str | Path | None = None,
     task: Task | None = None,
     target: str = "label",
@@ -56,6 +57,9 @@ def attribute(
         method: Name of the method; see :func:`methods`.
         ckpt_path: Checkpoint whose weights are attributed, or ``"best"`` or ``"last"`` of the model's trainer. By
             default the weights as they are.
+        weights_only: As in ``torch.load`` and Lightning: None leaves it to torch, which loads tensors and plain values
+            alone. False loads checkpoints that hold other objects, such as a module among the hyper-parameters; that
+            may run code stored in the file, so pass it for files you trust.
         record: A record that a callback wrote, or the folder that holds records. By default the callback's state in
             the checkpoint or the attached trainer says where records are, and the one of these weights is used; if
             there is none, everything is computed on the spot and the metadata says so.
@@ -89,7 +93,14 @@ def attribute(
     """
     attributor = create(method, seed=seed, batch_size=batch_size, show_progress=show_progress, **options)
     attributor.fit(
-        model, train_data, task, ckpt_path=ckpt_path, record=record, train_indices=train_indices, device=device
+        model,
+        train_data,
+        task,
+        ckpt_path=ckpt_path,
+        weights_only=weights_only,
+        record=record,
+        train_indices=train_indices,
+        device=device,
     )
     return attributor.attribute(queries, target=target)
 
@@ -100,6 +111,7 @@ def self_influence(
     train_data: Any,
     method: str = "stride",
     ckpt_path: str | Path | None = None,
+    weights_only: bool | None = None,
     record: str | Path | None = None,
     task: Task | None = None,
     train_indices: Sequence[int] | Tensor | None = None,
@@ -132,7 +144,14 @@ def self_influence(
     """
     attributor = create(method, seed=seed, batch_size=batch_size, show_progress=show_progress, **options)
     attributor.fit(
-        model, train_data, task, ckpt_path=ckpt_path, record=record, train_indices=train_indices, device=device
+        model,
+        train_data,
+        task,
+        ckpt_path=ckpt_path,
+        weights_only=weights_only,
+        record=record,
+        train_indices=train_indices,
+        device=device,
     )
     return attributor.self_influence()
 

@@ -3,6 +3,7 @@
 import copy
 import re
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
-from stride_lightning import Classification, RecordError, StrideAttributor, StrideCallback, attribute
+from stride_lightning import (
+    Classification,
+    RecordError,
+    StrideAttributor,
+    StrideCallback,
+    attribute,
+    further_train,
+    self_influence,
+)
 from stride_lightning.model.weights import weight_hash
 from tests.helpers.models import NUM_TRAIN, Classifier, ConvNet, build, train
 from tests.test_attribute import DATA, FEW, QUERIES, same
@@ -57,18 +66,60 @@ def test_checkpoints_that_cannot_be_read(model, tmp_path):
         ask("nowhere.ckpt")
     content = {"state_dict": model.state_dict(), "hyper_parameters": {"net": nn.Linear(1, 1)}}
     torch.save(content, tmp_path / "object.ckpt")
-    with pytest.raises(ValueError, match=r"object\.ckpt holds objects.*weights_only=False"):
+    with pytest.raises(ValueError, match=r"object\.ckpt holds objects .*: 'hyper_parameters\.net' \(torch\.nn\."):
         ask("object.ckpt")
     content = (tmp_path / "object.ckpt").read_bytes()
     (tmp_path / "short.ckpt").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"short\.ckpt cannot be read; it may be damaged"):
         ask("short.ckpt")
+    (tmp_path / "text.ckpt").write_text("hello, this is no checkpoint")
+    with pytest.raises(ValueError, match=r"text\.ckpt cannot be read; it may be damaged, cut short or no checkpoint"):
+        ask("text.ckpt")
     torch.save(Classifier(width=9, dropout=0.3).state_dict(), tmp_path / "wide.ckpt")
     with pytest.raises(ValueError, match=r"do not fit Classifier.*network\.0\.bias is \(9,\), the model has \(8,\)"):
         ask("wide.ckpt")
     torch.save(ConvNet().state_dict(), tmp_path / "conv.ckpt")
     with pytest.raises(ValueError, match=r"missing: .*network\.3\.bias.*not in the model: network\.1\.bias"):
         ask("conv.ckpt")
+
+
+class WithNetwork(Classifier):
+    """Its hyper-parameters hold a module, as Lightning's documentation has it."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.network[1] = activation
+        self.save_hyperparameters()
+
+
+def test_a_checkpoint_that_holds_objects_is_loaded_if_it_is_trusted(tmp_path):
+    keep = ModelCheckpoint(dirpath=tmp_path / "kept", save_top_k=-1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Attribute 'activation' is an instance of `nn.Module`")
+        model = build(WithNetwork, activation=nn.Tanh())
+    train(model, DATA, tmp_path, keep, enable_checkpointing=True)
+    data, path, plain = {"train_data": DATA, "show_progress": False}, keep.best_model_path, copy.deepcopy(model)
+    plain.trainer = None
+    further = {"batch_size": 16, "num_seeds": 1, "left_out": [0, 1], **data}
+    calls = {
+        "attribute": lambda **how: attribute(model, QUERIES, num_subsets=16, ckpt_path=path, **data, **how).scores,
+        "best": lambda **how: attribute(model, QUERIES, num_subsets=16, ckpt_path="best", **data, **how).scores,
+        "self_influence": lambda **how: self_influence(model, method="grad-dot", ckpt_path=path, **data, **how),
+        "tracin": lambda **how: attribute(plain, QUERIES, method="tracin", record=keep.dirpath, **data, **how).scores,
+        "checkpoints": lambda **how: (
+            attribute(plain, QUERIES, method="grad-dot", checkpoints=[path], **data, **how).scores
+        ),
+        "further_train": lambda **how: further_train(plain, QUERIES, ckpt_path=path, **further, **how).effects(),
+    }
+    for call in calls.values():
+        for how in ({}, {"weights_only": None}, {"weights_only": True}):
+            with pytest.raises(
+                ValueError, match=r"'hyper_parameters\.activation' \(torch\.nn.*pass weights_only=False\."
+            ):
+                call(**how)
+        assert call(weights_only=False).isfinite().all()
+    again = attribute(model, QUERIES, num_subsets=16, ckpt_path=path, weights_only=False, **data)
+    same(again, attribute(plain, QUERIES, num_subsets=16, **data))
 
 
 def test_a_checkpoint_answers_whatever_the_model_holds_now(run):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from stride_lightning.model.layers import plain_name
+from stride_lightning.model.pickled_objects import pickled_objects
+from stride_lightning.runtime.checks import first_line
 from stride_lightning.runtime.distributed import all_equal, broadcast_object, world_size
 
 
@@ -54,27 +56,42 @@ def raw_bytes(tensor: Tensor) -> bytes:
     return values.flatten().view(torch.uint8).numpy().tobytes()
 
 
-def load_checkpoint(ckpt_path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint without running any code stored in it.
+def load_checkpoint(ckpt_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU.
+
+    Args:
+        ckpt_path: The file.
+        weights_only: As in ``torch.load``: unless it is False, no code that is stored in the file runs.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be read, or only by unpickling objects.
+        ValueError: If it cannot be read, or holds objects and ``weights_only`` is not False; their keys are named.
     """
     path = Path(ckpt_path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint at {path}.")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
+    except Exception as error:  # a damaged file raises anything
+        if weights_only is not False and (objects := pickled_objects(path)):
+            shown = ", ".join(f"{key!r} ({kind})" for key, kind in list(objects.items())[:3])
+            more = f" and {len(objects) - 3} more" if len(objects) > 3 else ""
+            raise ValueError(
+                f"The checkpoint {path} holds objects besides tensors and plain values: {shown}{more}. Loading them "
+                "may run code that is stored in the file. If you trust the file, pass weights_only=False."
+            ) from error
+        if isinstance(error, AttributeError | ImportError):
+            raise ValueError(
+                f"The checkpoint {path} holds an object whose class cannot be imported here ({error}). Import the "
+                "module that defines it, or make it importable."
+            ) from error
+        is_refused = isinstance(error, UnpicklingError) and weights_only is not False
+        detail = (
+            "torch refuses it with weights_only=True" if is_refused else f"{type(error).__name__}: {first_line(error)}"
+        )
         raise ValueError(
-            f"The checkpoint {path} holds objects besides tensors and plain values (often hyper-parameters such as "
-            "paths or modules), which are not unpickled here. If you trust the file, load it yourself with "
-            "`load_from_checkpoint(path, weights_only=False)` and call attribute() without ckpt_path. "
-            f"Detail: {str(error).splitlines()[0]}"
+            f"The checkpoint {path} cannot be read; it may be damaged, cut short or no checkpoint ({detail})."
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"The checkpoint {path} cannot be read; it may be damaged or cut short: {error}") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"The checkpoint {path} holds a {type(checkpoint).__name__}, expected a dictionary.")
     return checkpoint

@@ -20,6 +20,7 @@ from stride_lightning.model.layers import is_of_checkpointing
 from stride_lightning.model.weights import borrowed
 from stride_lightning.retraining.ensemble import Call
 from stride_lightning.retraining.optimizers import CannotBatch
+from stride_lightning.runtime.checks import first_line
 from stride_lightning.runtime.randomness import seeded
 from stride_lightning.tasks.likelihoods import Task, columns
 
@@ -301,12 +302,6 @@ def loss_of_step(model: nn.Module, batch: Any, number: int = 0) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise TypeError(f"training_step returned {type(loss).__name__}, expected a loss")
     return loss.reshape(())
-
-
-def first_line(error: Exception) -> str:
-    """How an error's message begins, or its class where it has none."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:160]
 
 
 def _named(model: nn.Module, *kinds: type[nn.Module]) -> str:

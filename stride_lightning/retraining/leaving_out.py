@@ -17,12 +17,12 @@ from typing_extensions import override
 from stride_lightning.data.examples import Examples, first_batch
 from stride_lightning.model.layers import in_precision_of
 from stride_lightning.model.weights import borrowed
-from stride_lightning.retraining.batchability import first_line, loss_of_step, overridden, vectorised_attention
+from stride_lightning.retraining.batchability import loss_of_step, overridden, vectorised_attention
 from stride_lightning.retraining.batches import Batches
 from stride_lightning.retraining.ensemble import Ensemble, Single
 from stride_lightning.retraining.optimizers import CannotBatch, check_together, read_optimization
 from stride_lightning.retraining.step_losses import check_additive, check_step, detached_copy, train_mode
-from stride_lightning.runtime.checks import check_finite
+from stride_lightning.runtime.checks import check_finite, first_line
 from stride_lightning.runtime.randomness import mix, seeded
 from stride_lightning.tasks.likelihoods import Task, columns
 
