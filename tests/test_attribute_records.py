@@ -200,12 +200,37 @@ def test_record_of_other_data(run, data):
     fingerprints = re.findall(r"(\d+) examples, content (\w{16}), targets (\w{16})", str(caught.value))
     assert len(set(fingerprints)) == 2
     assert fingerprints[1][0] == str(len(data))
-    attribution = attribute(model, QUERIES, train_data=data, **FEW)
+    with pytest.warns(
+        UserWarning, match="made with other training data.* computed on the spot.*random_split"
+    ) as warned:
+        attribution = attribute(model, QUERIES, train_data=data, **FEW)
+    assert len(warned) == 1
     assert attribution.metadata["record"] is None
     assert "made with other training data" in attribution.metadata["record_note"]
     alone = copy.deepcopy(model)
     alone.trainer = None
     same(attribution, attribute(alone, QUERIES, train_data=data, **FEW))
+
+
+def test_weights_without_a_record_are_warned_of_once(run):
+    """Those of an earlier epoch, attributed while the trainer with its callback is attached."""
+    model, _, _, _ = run
+    weights = build(Classifier, seed=5).state_dict()
+    moved = copy.deepcopy(model)
+    moved.load_state_dict(weights)
+    moved.trainer = model.trainer
+    for method in ("stride", "grad-dot"):
+        options = {"num_subsets": 16} if method == "stride" else {}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            attribute(moved, QUERIES, train_data=DATA, method=method, show_progress=False, **options)
+        texts = [str(warning.message) for warning in caught]
+        assert [text.startswith("No record that StrideCallback wrote") for text in texts] == [True] * (
+            method == "stride"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attribute(build(Classifier, seed=5), QUERIES, train_data=DATA, **FEW)  # nothing says that there are records
 
 
 def test_damaged_record(run, tmp_path):
@@ -221,7 +246,8 @@ def test_damaged_record(run, tmp_path):
     checkpoint = torch.load(keep.last_model_path, weights_only=True)
     checkpoint["callbacks"][callback.state_key]["dirpath"] = str(damaged)
     torch.save(checkpoint, tmp_path / "moved.ckpt")
-    found = attribute(other, QUERIES, train_data=DATA, ckpt_path=tmp_path / "moved.ckpt", **FEW)
+    with pytest.warns(UserWarning, match=r"No record that StrideCallback wrote can be used.*basis\.safetensors"):
+        found = attribute(other, QUERIES, train_data=DATA, ckpt_path=tmp_path / "moved.ckpt", **FEW)
     assert found.metadata["record"] is None
     assert "computed on the spot" in found.metadata["record_note"]
     assert "basis.safetensors" in found.metadata["record_note"]

@@ -125,7 +125,7 @@ class TracInAttributor(GradDotAttributor):
             raise ValueError(
                 "The records of TracInCallback were made with other training data.\n"
                 f"  records: {show_fingerprint(self._recorded_data)}\n  given:   {show_fingerprint(fingerprint)}\n"
-                "Pass the data (in the same order) that the model was trained on."
+                "Pass the data (in the same order) that the model was trained on; was random_split given no seed?"
             )
 
     @override

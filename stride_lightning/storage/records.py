@@ -154,7 +154,7 @@ def read_record(path: PathLike) -> Record:
         RecordError: If it is not a record, has another layout, or any file is damaged, missing or unexpected.
     """
     path = Path(path)
-    info = read_info(path)  # first: a later layout may have other kinds of files
+    info = read_info(path)
     sums = _read_manifest(path)
     for file in sorted(sums.keys() | set(os.listdir(path)) - {_MANIFEST}):
         if file not in sums or (file != _INFO and not file.endswith(_SUFFIX)):
@@ -174,17 +174,15 @@ def read_info(path: PathLike) -> dict[str, Any]:
         RecordError: If it is not a record, has another layout, or one of the two files is damaged.
     """
     path = Path(path)
+    _check_schema(path)
     content = _read_file(path, _INFO, _read_manifest(path)[_INFO])
     try:
         info = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise _damaged(path, _INFO, "JSON", f"something else ({error})") from error
-    info = info if isinstance(info, dict) else {}
-    if info.get("schema") != _SCHEMA:
-        came = f"{info.get('schema')!r}, written by {info.get('versions', 'an unnamed version')}"
-        raise _damaged(path, _INFO, f"schema {_SCHEMA}", came, "Read it with the version of the library that wrote it.")
-    if not isinstance(info.get("written"), int):
-        raise _damaged(path, _INFO, "an integer 'written'", repr(info.get("written")))
+    for key in ("schema", "written"):
+        if not isinstance(info, dict) or not isinstance(info.get(key), int):
+            raise _damaged(path, _INFO, f"an integer {key!r}", repr(info)[:80])
     return info
 
 
@@ -252,6 +250,21 @@ def _check_plain(value: Any, where: str) -> None:
         if kind is dict and type(key) is not str:
             raise TypeError(f"{where} has the key {key!r}: expected str, got {type(key).__name__}")
         _check_plain(item, f"{where}[{key!r}]")
+
+
+def _check_schema(record: Path) -> None:
+    """Refuse a record of another schema, whose other files may have any form; what cannot be read is left to others."""
+    try:
+        info = json.loads((record / _INFO).read_bytes())
+        schema, versions = info["schema"], info.get("versions")
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return
+    if isinstance(schema, int) and schema != _SCHEMA:
+        writer = f" ({versions})" if versions else ""
+        raise RecordError(
+            f"The record '{record}' has schema {schema}, and this version of stride-lightning reads schema {_SCHEMA}. "
+            f"Read it with the version that wrote it{writer}, or write it again."
+        )
 
 
 def _damaged(record: Path, file: str, expected: str, came: str, advice: str = _REPAIR) -> RecordError:
