@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import UserDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from stride_lightning.model.layers import is_of_checkpointing
 from stride_lightning.model.weights import borrowed
 from stride_lightning.retraining.ensemble import Call
+from stride_lightning.retraining.modules import overridden, tree_of
 from stride_lightning.retraining.optimizers import CannotBatch
 from stride_lightning.runtime.checks import first_line
 from stride_lightning.runtime.randomness import seeded
@@ -32,7 +33,7 @@ GRADIENT_HOOKS = (
 #: All through which it may change how it is trained.
 _HOOKS = (
     *GRADIENT_HOOKS,
-    *("configure_callbacks", "configure_model", "lr_scheduler_step", "setup", "on_fit_start", "on_fit_end"),
+    *("configure_callbacks", "lr_scheduler_step", "setup", "on_fit_start", "on_fit_end"),
     *("on_train_start", "on_train_epoch_start", "on_train_batch_start"),
     *("on_train_batch_end", "on_train_epoch_end", "on_train_end"),
 )
@@ -49,22 +50,13 @@ def vectorised_attention() -> AbstractContextManager[Any]:
     return sdpa_kernel(SDPBackend.MATH)
 
 
-def overridden(model: nn.Module, names: Iterable[str] = GRADIENT_HOOKS) -> list[str]:
-    """Hooks of a LightningModule that are its own, not Lightning's."""
-    model = getattr(model, "_orig_mod", model)
-    if not hasattr(model, "automatic_optimization"):
-        return []
-    lightnings = ("lightning", "pytorch_lightning")
-    return [name for name in names if getattr(model, name).__module__.split(".")[0] not in lightnings]
-
-
 def check_hooks(model: nn.Module) -> None:
     """Refuse, by :class:`CannotBatch`, a model that takes part in its training in more ways than a loss."""
     if any(parameter._backward_hooks for parameter in model.parameters()) or any(
         module._backward_hooks or module._backward_pre_hooks for module in model.modules()
     ):
         raise CannotBatch("it has hooks on gradients")
-    if not isinstance(model, L.LightningModule):
+    if tree_of(model) is None:
         return
     if not model.automatic_optimization:
         raise CannotBatch("it optimizes by hand (automatic_optimization=False)")
@@ -83,14 +75,14 @@ def loss_factor(model: nn.Module, task: Task, batch: Any, prepared: tuple[Any, T
     Raises:
         CannotBatch: If there is no such factor: label smoothing, class weights, auxiliary losses.
     """
-    if not isinstance(model, L.LightningModule):
+    if tree_of(model) is None:
         return 1.0
     size = len(prepared[1])
     parts = [list(range(size)), *([i] for i in range(min(4, size)) if size > 1)]
     numbers = range(0, num_batches, max(1, num_batches // 12))
     compared = [*enumerate(parts), *((number, parts[-1]) for number in numbers)]
     factor = None
-    with tried_out(model), without_trainer(model):
+    with tried_out(model), without_trainer(cast("L.LightningModule", model)):
         for scale in (1.0, 4.0):
             with torch.no_grad():
                 for parameter in model.parameters():
