@@ -28,9 +28,9 @@ from stride_lightning.data.loading import Loading
 from stride_lightning.runtime.checks import RowError
 from stride_lightning.runtime.randomness import mix, preserved_random_state
 
-#: Largest data set that is kept in memory while models train on it again and again.
+#: Bytes of the largest data set that stays in memory while models train on it again and again.
 HELD_BYTES = 2**28
-#: Examples that are read twice to find out whether reading is random.
+#: Examples that are read twice, to see whether reading is random.
 _NUM_PROBES = 16
 
 
@@ -41,9 +41,9 @@ class Examples:
     Args:
         dataset: Map-style data set.
         collate_fn, num_workers, worker_init_fn: Passed on to the DataLoader that reads.
-        positions: Positions that are read, in order, int64 of shape ``(n,)``; by default all of the dataset.
+        positions: Positions to read, in order, int64 of shape ``(n,)``; by default all of the dataset.
         owners: Objects whose Lightning batch-transfer hooks apply, first match wins (data module, then model).
-        loading: How a DataLoader the data came from makes batches of them.
+        loading: How the DataLoader of the data makes batches, where there is one.
         kind: What errors call an example of them.
     """
 
@@ -64,7 +64,7 @@ class Examples:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the whole dataset is read in its own order."""
+        """Whether the examples are the whole dataset, in its order."""
         return torch.equal(self.positions, torch.arange(len(self.dataset)))
 
     def __len__(self) -> int:
@@ -93,9 +93,9 @@ class Examples:
 
     @contextmanager
     def naming(self, start: int | Tensor) -> Iterator[None]:
-        """Say of which kind of example, at which position in the dataset, a row is that something is wrong with.
+        """Turn an error about a row of a batch into one that names the example, by its kind and position.
 
-        ``start`` is the place at which its batch begins, or the places of all its rows.
+        ``start`` is the place at which the batch begins, or the places of all its rows.
         """
         try:
             yield
@@ -110,7 +110,7 @@ class Examples:
 
     @property
     def is_random(self) -> bool:
-        """Whether two reads of one example differ, as under random augmentation (found out by trying)."""
+        """Whether two reads of one example differ, as under random augmentation; a few are read twice to see."""
         if self._random is None:
             step = max(1, len(self) // _NUM_PROBES)
             probes = self.positions[::step][:_NUM_PROBES].tolist()
@@ -149,8 +149,8 @@ class Examples:
     def drawn(self, batches: Sequence[Tensor], seed: int, device: torch.device) -> Iterator[Any]:
         """Read batches of the examples at given places, onto ``device``, as one epoch of training does.
 
-        Under random augmentation every example is read under a seed made of this one and its position, which leaves
-        the global generators seeded.
+        Under random augmentation every example is read under a seed that is made of ``seed`` and its position. The
+        global generators are left seeded then.
         """
         if self._held is not None:
             for batch in batches:
@@ -171,7 +171,7 @@ class Examples:
         return DataLoader(reader, collate_fn=collate_fn, **workers, **order)
 
     def hold(self) -> None:
-        """Keep everything in memory for :meth:`drawn`, if that is small, not random, and collated by stacking alone.
+        """Hold everything in memory for :meth:`drawn`, if it is small, not random, and collated by stacking alone.
 
         Reading example by example takes longer than a training step of a small model.
         """
@@ -181,7 +181,7 @@ class Examples:
             self._held = default_collate([self[place] for place in range(len(self))])
 
     def transfer(self, batch: Any, device: torch.device) -> Any:
-        """Move a batch through the hooks a Trainer would call, so that the model sees what it saw in training."""
+        """Move a batch through the hooks that a Trainer calls, so that the model sees the batches of training."""
         batch = self._hook("on_before_batch_transfer", lambda value, _: value)(batch, 0)
         move = self._hook("transfer_batch_to_device", lambda value, where, _: move_data_to_device(value, where))
         batch = move(batch, device, 0)
@@ -192,13 +192,13 @@ class Examples:
 
 
 def own_hook(owner: object, name: str) -> Callable[..., Any] | None:
-    """A data hook that a data module or a model defines itself, not Lightning's default."""
+    """A data hook that a data module or a model defines, not Lightning's default."""
     method = getattr(owner, name, None)  # of the object: LightningDataModule.from_datasets() sets them there
     return None if method is None or method.__qualname__.startswith("DataHooks.") else method
 
 
 def num_bytes(inputs: Any, num_examples: int) -> int:
-    """Bytes of tensors that can be cut into examples; more than may be held of what cannot, as collated texts."""
+    """Bytes of tensors that can be cut into examples; for others, as collated texts, more than may be held."""
     leaves = pytree.tree_leaves(inputs)
     if not all(isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == num_examples for leaf in leaves):
         return HELD_BYTES + 1
@@ -206,15 +206,15 @@ def num_bytes(inputs: Any, num_examples: int) -> int:
 
 
 def first_batch(examples: Examples, batch_size: int, device: torch.device) -> Any:
-    """The first batch in reading order, to find out what a batch means."""
-    _ = examples.is_random  # asked of all examples, so that it is found out (and warned of) once
+    """The first batch in reading order."""
+    _ = examples.is_random  # of all examples, so that the warning comes once
     head = examples.subset(range(min(batch_size, len(examples))))
     head.num_workers = 0
     return next(head.batches(batch_size, device))[0]
 
 
 def first_look(examples: Examples, batch_size: int, device: torch.device) -> Any:
-    """The first batch, of up to 64 examples but only 4 texts: the logits of many long ones may not fit."""
+    """The first batch, of up to 64 examples, or 4 texts: the logits of many long texts may not fit."""
     one = first_batch(examples, 1, device)
     is_text = isinstance(one, Mapping) and "input_ids" in one
     return first_batch(examples, min(batch_size, 4 if is_text else 64), device)

@@ -1,4 +1,4 @@
-"""What identifies a data set: digests of its examples, and the fingerprint they make."""
+"""Digests of examples, and the fingerprint of a data set that they make."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FINGERPRINTED = (
 
 
 class Fingerprint:
-    """What identifies a data set: its length, the content of its examples in order, and their shapes and targets.
+    """The identity of a data set: its length, the content of its examples in order, and their shapes and targets.
 
     Under random augmentation the content is left out, so that only length, shapes and targets identify it.
 
@@ -35,7 +35,7 @@ class Fingerprint:
         self._num_examples = 0
 
     def update(self, digests: Tensor, targets: Tensor | None) -> None:
-        """Take in a batch: digests of its examples and its targets; of tokens those that count, not the padding."""
+        """Add a batch: the digests of its examples and its targets; for tokens, the targets that count."""
         self._num_examples += len(digests)
         self._examples.update(digests.numpy().tobytes())
         if targets is not None and targets.ndim == 3 and targets.shape[2] == 2:  # labels and weights

@@ -25,10 +25,10 @@ def resolve_train_data(
     """The training set behind a Dataset, a DataLoader or a LightningDataModule.
 
     Args:
-        source: What holds the training data. Random, sequential and distributed samplers are read through.
+        source: The training data. Random, sequential and distributed samplers are read through.
         train_indices: Positions that were trained on, for any other sampler.
-        model: Its batch-transfer hooks apply unless the data module has its own.
-        datamodule: The data module that a DataLoader came from.
+        model: Its batch-transfer hooks apply where the data module defines none.
+        datamodule: The data module that made a DataLoader.
 
     Raises:
         TypeError: If the source is not map-style data.
@@ -47,8 +47,8 @@ def resolve_train_data(
         examples.positions = _checked_positions(train_indices, len(examples.dataset))
     elif sampler := partial_sampler(source):
         raise ValueError(
-            f"The training DataLoader draws through a {sampler}, so which examples were trained on cannot "
-            "be told. Pass `train_indices=` with their positions in the dataset."
+            f"The training DataLoader draws through a {sampler}, which does not say which examples were trained on. "
+            "Pass `train_indices=` with their positions in the dataset."
         )
     return examples
 

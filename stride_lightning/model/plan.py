@@ -30,11 +30,11 @@ _BY_ITSELF = (
 def plan_capture(
     outputs: Outputs, examples: Sequence[Any], together: Any = None, layers: Sequence[str] | None = None
 ) -> Capture:
-    """Find out how to read the gradient of every trainable parameter.
+    """Choose how to read the gradient of every trainable parameter.
 
-    For each parameter the first of these is taken whose gradients equal those of single examples: the rule of its
-    layer; running the nearest module again that runs in the forward pass, vectorised; the whole model, vectorised;
-    the whole model, example by example.
+    There are four ways: the rule of the parameter's layer; running the nearest module that runs in the forward pass
+    again, vectorised; running the whole model again, vectorised; and the whole model, example by example. Each
+    parameter gets the first whose gradients equal those of single examples.
 
     Args:
         outputs: Outputs of the model in eval mode.
@@ -87,7 +87,7 @@ class _Probe:
         with watching({WHOLE: capture.outputs, **modules}) as watch:
             for place, example in enumerate(examples):
                 outputs.append(self._outputs(watch, example, place))
-                # Of a random function: the loss of an example that is sure has no gradient to compare.
+                # A random function, because the loss of an example that is sure has no gradient to compare.
                 generator = torch.Generator().manual_seed(place)
                 direction = torch.randn(outputs[-1].shape, generator=generator, dtype=torch.float64)
                 directions.append(direction.to(outputs[-1]))
@@ -141,7 +141,7 @@ class _Probe:
             except Exception:
                 if not self._capture.repeats:
                     raise
-                self._capture.repeats = False  # the model cannot do with positions repeated for every example
+                self._capture.repeats = False  # the model does not take positions repeated for every example
                 return self.agreeing(tried)
             if not _close(outputs, self._outputs_of_each, float(self._outputs_of_each.abs().max())):
                 self._reasons |= dict.fromkeys(tried, "the outputs for an example change with the rest of its batch")
@@ -157,7 +157,7 @@ class _Probe:
             for name, layout in tried.items():
                 try:
                     gradients = layout.split(backward.read(layout).dense())
-                except Exception as error:  # whatever a module that is run in an unusual way may raise
+                except Exception as error:  # a module that is run in an unusual way may raise anything
                     self._reasons[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                     continue
                 if all(self._is_right(*item) for item in gradients.items()):
@@ -171,13 +171,13 @@ class _Probe:
         return _close(gradients, expected, max(float(expected.abs().max()), 1e-3 * self._largest))
 
     def check_any_left(self, tried: dict[str, Layout | None]) -> None:
-        """Refuse parameters that nothing reads."""
+        """Refuse parameters whose gradients no way reads."""
         lost = [name for name, layout in tried.items() if layout is None]
         if lost:
             owners = dict.fromkeys(type(find_module(self._capture.model, n.rpartition(".")[0])).__name__ for n in lost)
             shown = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
             raise ValueError(
-                f"The gradients of single examples in {shown} (of {', '.join(owners)}) cannot be told: "
+                f"No way gives the gradients of single examples in {shown} (of {', '.join(owners)}): "
                 f"{self._reasons[lost[0]]}. {_BY_ITSELF}"
             )
 
@@ -235,13 +235,14 @@ def _nearest(module: str, ran: set[str]) -> str:
 
 
 def last_layer(outputs: Outputs, inputs: Any) -> str:
-    """The module with trainable parameters of its own that runs last in the forward pass."""
+    """The last module in the forward pass that holds trainable parameters directly."""
     capture = Capture(outputs)
     owners = {name for held in _owners(capture).values() for name, _ in held}
     with watching({name: find_module(outputs.model, name) for name in owners}) as watch:
         watch.run(lambda: outputs(cloned(inputs)))
     if not watch.order:
         raise ValueError(
-            f"Found no layer of {type(outputs.model).__name__} with parameters that runs. Name it: `layers=[...]`."
+            f"No layer of {type(outputs.model).__name__} that has parameters runs in its forward pass. Name one: "
+            "`layers=[...]`."
         )
     return watch.order[-1]

@@ -34,7 +34,7 @@ def weight_hash(model: nn.Module) -> str:
 
 
 def state_hash(state: Mapping[str, Any]) -> str:
-    """What :func:`weight_hash` gives of a model that holds this state."""
+    """The :func:`weight_hash` of a model that holds this state."""
     hasher = hashlib.sha256()
     tensors = {plain_name(name): value for name, value in state.items() if isinstance(value, Tensor)}
     for name in sorted(tensors):
@@ -98,7 +98,7 @@ def load_checkpoint(ckpt_path: str | Path, weights_only: bool | None = None) -> 
 
 
 def resolve_ckpt_path(ckpt_path: str | Path, model: nn.Module) -> Path:
-    """The file that a path, ``"best"`` or ``"last"`` stands for."""
+    """The file of a checkpoint that is given by path, or as ``"best"`` or ``"last"`` of the model's trainer."""
     if ckpt_path not in ("best", "last"):
         return Path(ckpt_path)
     trainer = attached_trainer(model)
@@ -121,7 +121,7 @@ def attached_trainer(model: nn.Module) -> Any | None:
     """The trainer a LightningModule is attached to, if any."""
     try:
         trainer = getattr(model, "trainer", None)
-    except RuntimeError:  # Lightning's answer of a module that was never attached
+    except RuntimeError:  # Lightning raises it where a module was never attached
         return None
     return trainer if hasattr(trainer, "callbacks") else None  # Fabric attaches something that looks like a trainer
 
@@ -140,12 +140,12 @@ def rank_zero_state(model: nn.Module) -> dict[str, Any] | None:
 def borrowed(
     model: nn.Module, state: Mapping[str, Tensor] | None, device: torch.device | None
 ) -> Iterator[torch.device]:
-    """Put a model in eval mode, on a device, with other weights if given; afterwards all is as it was.
+    """Put a model in eval mode, on a device, with other weights if given; afterwards the model is as before.
 
     Args:
         model: The caller's model.
-        state: Weights to load, by plain name; refused as by :func:`check_fits`. None keeps the model's own.
-        device: Where to run, which is yielded; the model's own device when None.
+        state: Weights to load, by plain name; refused as by :func:`check_fits`. None leaves the model's weights.
+        device: Where to run; the model's device by default. It is yielded.
     """
     modes = {module: module.training for module in model.modules()}
     # A forward pass may count or log: buffers and metrics are put back, and `self.log` does nothing meanwhile.
@@ -199,7 +199,7 @@ def borrowed(
 
 
 def check_fits(model: nn.Module, state: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """The weights under the model's own names, without loading them; both sides may or may not be compiled.
+    """The weights under the names that the model has for them, not loaded; both sides may or may not be compiled.
 
     Raises:
         ValueError: If they are of another architecture, naming the parameters after ``where``.
@@ -210,7 +210,7 @@ def check_fits(model: nn.Module, state: Mapping[str, Any], where: str = "") -> d
     """
     names = {plain_name(name): name for name in model.state_dict()}
     ours = {plain_name(name): value for name, value in model.state_dict().items()}
-    # What is no tensor (`get_extra_state`) a record does not hold: the model keeps its own.
+    # Records hold tensors alone. Other state (`get_extra_state`) stays as the model has it.
     extra = {name: value for name, value in ours.items() if not isinstance(value, Tensor)}
     given = extra | {plain_name(name): value for name, value in state.items()}
     missing, unexpected = sorted(names.keys() - given.keys()), sorted(given.keys() - names.keys())

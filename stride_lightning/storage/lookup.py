@@ -1,4 +1,4 @@
-"""Finding the record that belongs to a model's weights."""
+"""Search for the record that belongs to a model's weights."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def attached_states(model: nn.Module) -> list[Mapping[str, Any]]:
 
 def saved_states(checkpoint: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     """States of callbacks with records that a checkpoint holds."""
-    # Told by its content: the key is the class's name, which in a subclass is another.
+    # By its content, because the key is the class's name, and a subclass has another.
     saved = {} if checkpoint is None else checkpoint.get("callbacks", {})
     return [state for state in saved.values() if isinstance(state, Mapping) and {"dirpath", "records"} <= state.keys()]
 
@@ -134,7 +134,7 @@ def _conflict(info: Mapping[str, Any], options: Mapping[str, Any]) -> str | None
     stored = {**info, **info.get("design", {})}
     for name, value in options.items():
         if value is not None and stored[name] != value:
-            return f"has {name}={stored[name]!r}, but {name}={value!r} was asked for"
+            return f"has {name}={stored[name]!r}, but you passed {name}={value!r}"
     return None
 
 

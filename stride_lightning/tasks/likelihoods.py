@@ -1,4 +1,4 @@
-"""What a batch means: inputs, outputs, targets and the loss of every example."""
+"""Likelihoods: the inputs, outputs, targets and losses of the examples of a batch."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ HOW_TO_PASS_TASK = (
 
 
 class Task(ABC):
-    """The only place that knows losses: a likelihood in canonical form, and how to read a batch.
+    """A likelihood in canonical form, and how to read a batch; nothing else in the library knows losses.
 
     The outputs ``o`` of the model are the natural parameters of an exponential family. Each target is encoded as
     a statistic ``t`` of the same shape, the family predicts its :meth:`mean`, and the gradient of the loss in the
     outputs is ``(mean(o) - t) / dispersion``. Targets may be *soft*: the mean of another prediction. Steering operators
-    need no more, so a task of your own is a subclass of one of those below with two or three methods replaced.
+    need no more. To read other batches, write a subclass of a task below that replaces two or three methods.
 
     Example:
         A LightningModule whose batches are dictionaries:
@@ -46,7 +46,7 @@ class Task(ABC):
     has_padding: ClassVar[bool] = False
 
     def inputs(self, batch: Any) -> Any:
-        """What :meth:`outputs` hands to the model; by default the first item of a ``(inputs, targets)`` batch."""
+        """The inputs that :meth:`outputs` hands to the model; by default the first item of the batch."""
         if not isinstance(batch, tuple | list) or len(batch) < 1:
             raise TypeError(f"Expected a batch of (inputs, targets), got {describe(batch)}. {HOW_TO_PASS_TASK}")
         return batch[0]
@@ -75,7 +75,7 @@ class Task(ABC):
         return encoded[:, 0] if encoded.shape[1] == 1 else encoded
 
     def shown(self, encoded: Tensor) -> Tensor | None:
-        """What :meth:`decode` gives, on the CPU."""
+        """The targets of :meth:`decode`, on the CPU."""
         targets = self.decode(encoded)
         return None if targets is None else targets.cpu()
 
@@ -286,8 +286,8 @@ class Regression(Task):
     @override
     def predict(self, outputs: Tensor) -> Tensor:
         raise ValueError(
-            "target='predicted' says nothing for a regression: the loss of a prediction against itself is zero "
-            "whatever the training data. Give the queries targets, for instance the value asked about."
+            "target='predicted' says nothing for a regression: the loss of a prediction against itself is zero, "
+            "whatever the training data are. Give each query a target, such as the value that surprised you."
         )
 
     def __repr__(self) -> str:
@@ -316,7 +316,7 @@ def columns(outputs: Tensor) -> Tensor:
 
 
 def describe(value: object) -> str:
-    """What something is, for an error message."""
+    """A value in words, for an error message."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
     if isinstance(value, Mapping):
