@@ -256,7 +256,7 @@ def test_damaged_record(run, tmp_path):
 
 def test_record_and_options_that_conflict(run):
     model, _, _, folder = run
-    with pytest.raises(ValueError, match="has num_subsets=16, but num_subsets=30 was asked for"):
+    with pytest.raises(ValueError, match="has num_subsets=16, but you passed num_subsets=30"):
         attribute(model, QUERIES, train_data=DATA, record=folder / "stride", num_subsets=30)
     metadata = attribute(model, QUERIES, train_data=DATA, num_subsets=30, show_progress=False).metadata
     assert metadata["record"] is None

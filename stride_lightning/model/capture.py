@@ -269,7 +269,7 @@ def chosen_parameters(model: nn.Module, layers: Sequence[str] | None) -> dict[st
     if not named:
         where = type(model).__name__ if layers is None else f"{', '.join(map(repr, layers))}"
         raise ValueError(
-            f"{where} has no trainable parameters: gradients are taken in parameters with requires_grad=True. Set it "
+            f"No parameter of {where} is trainable: gradients are taken in parameters with requires_grad=True. Set it "
             "for the parameters that were trained, or name other layers with `layers=[...]`."
         )
     return named

@@ -74,8 +74,11 @@ def cloned(inputs: Any) -> Any:
 
 
 def in_precision_of(model: nn.Module, value: Any) -> Any:
-    """Floating-point tensors (in tuples, lists and dicts) in the precision of a model's weights."""
+    """Tensors (in tuples, lists and dicts) as plain tensors, those of numbers in the precision of a model's weights."""
     if isinstance(value, Tensor):
+        # Subclasses that carry more, as monai's MetaTensor, change the methods of tensors; wrappers of others stay.
+        if type(value) is not Tensor and type(value).__torch_dispatch__ is Tensor.__torch_dispatch__:
+            value = value.as_subclass(Tensor)
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), value.dtype)
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -188,9 +188,7 @@ def observe(
                 for name, value in zip(_NAMES, (features, outputs, encoded, losses), strict=True):
                     check_finite(value, _NAMES[name])
                     if name not in stored:
-                        # Plain tensors: subclasses, as monai's MetaTensor, have a `new_empty` of their own.
-                        shape = (len(examples), *value.shape[1:])
-                        stored[name] = torch.empty(shape, dtype=value.dtype, device=value.device)
+                        stored[name] = value.new_empty(len(examples), *value.shape[1:])
                     stored[name][rows.places] = value
     return Observation(**stored, fingerprint=reading.fingerprint)
 

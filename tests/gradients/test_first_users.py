@@ -219,7 +219,7 @@ class Annotated(torch.Tensor):
         return torch.Tensor.new_empty(self, size=size)
 
 
-@pytest.mark.parametrize("method", ["stride", "grad-dot", "ekfac"])
+@pytest.mark.parametrize("method", ["stride", "grad-dot", "ekfac", "trak", "information-loss"])
 def test_inputs_of_a_subclass_of_tensor(method):
     x, y = classification_data(30).tensors
     annotated = [(values.as_subclass(Annotated), label) for values, label in zip(x, y, strict=True)]

@@ -164,7 +164,9 @@ def test_data_with_nan_is_asked_about():
 
 
 def test_a_batch_size_that_is_not_known():
-    with pytest.raises(ValueError, match=r"batch size cannot be told.*DataLoader with a batch_size, or `batch_size=`"):
+    with pytest.raises(
+        ValueError, match=r"do not say their batch size.*DataLoader with a batch_size, or `batch_size=`"
+    ):
         ask(make_net(mlp), in_double(points()), in_double(points()))
 
 

@@ -58,11 +58,11 @@ def test_options_that_were_asked_for(tmp_path):
     for given in ({"explicit": tmp_path}, {"saved": checkpoint(tmp_path)}):
         assert choose(**given)[0].path == large
         assert choose(**given, num_subsets=8)[0].path == small
-    with pytest.raises(ValueError, match=r"has layers=\['a'\], but layers=\['b'\] was asked for. Leave out the option"):
+    with pytest.raises(ValueError, match=r"has layers=\['a'\], but you passed layers=\['b'\]. Leave out the option"):
         choose(tmp_path, layers=["b"])
     record, note = choose(saved=checkpoint(tmp_path), degree=3)
     assert record is None
-    assert "step=1 has degree=4, but degree=3 was asked for" in note
+    assert "step=1 has degree=4, but you passed degree=3" in note
 
 
 def test_other_weights(tmp_path):

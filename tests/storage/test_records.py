@@ -208,7 +208,7 @@ def test_message_gives_both_checksums_and_info_is_read_without_the_tensors(recor
     expected = hashlib.sha256(file.read_bytes()).hexdigest()
     file.write_bytes(b"other")
     message = refused(record_path, "design.safetensors")
-    assert f"expected SHA-256 {expected}, found {hashlib.sha256(b'other').hexdigest()} (5 bytes)" in message
+    assert f"expected SHA-256 {expected}, got {hashlib.sha256(b'other').hexdigest()} (5 bytes)" in message
     assert read_info(record_path)["step"] == 3
 
 
@@ -261,13 +261,13 @@ def test_missing_file_and_symlink_are_refused_by_name(record_path, tmp_path, fil
     (record_path / file).rename(tmp_path / "elsewhere")
     assert file == "MANIFEST" or "missing" in refused(record_path, file)
     (record_path / file).symlink_to(tmp_path / "elsewhere")
-    assert "found a symlink" in refused(record_path, file)
+    assert "got a symlink" in refused(record_path, file)
 
 
 def test_folder_in_place_of_a_file_is_refused_by_name(record_path):
     (record_path / "basis.safetensors").unlink()
     (record_path / "basis.safetensors").mkdir()
-    assert "found a folder or device" in refused(record_path, "basis.safetensors")
+    assert "got a folder or device" in refused(record_path, "basis.safetensors")
     (record_path / "more").mkdir()
     (record_path / "basis.safetensors").rmdir()
     (record_path / "basis.safetensors").write_bytes(safetensors.torch.save({}))

@@ -180,8 +180,8 @@ def test_tasks_that_can_be_told(targets: Tensor, outputs: Tensor, expected: type
     ("batch", "outputs", "error", "message"),
     [
         ({"image": INPUTS}, None, TypeError, "got dict with keys"),
-        ((INPUTS,), None, TypeError, r"cannot be told from a batch of tuple of 1 item\(s\)"),
-        ((INPUTS, "label"), None, TypeError, "cannot be told from a batch of tuple of 2"),
+        ((INPUTS,), None, TypeError, r"A batch of tuple of 1 item\(s\) does not say its task"),
+        ((INPUTS, "label"), None, TypeError, "A batch of tuple of 2"),
         ((INPUTS, torch.arange(4)), (1, 2), TypeError, r"shape \(B,\) or \(B, C\) with B=4 rows, got tuple"),
         ((INPUTS, torch.arange(4)), None, TypeError, "got NoneType"),
         ((INPUTS, torch.arange(4)), torch.zeros(4, 3, 2), TypeError, r"got float32 tensor of shape \(4, 3, 2\)"),
@@ -192,8 +192,13 @@ def test_tasks_that_can_be_told(targets: Tensor, outputs: Tensor, expected: type
             ValueError,
             "Row 1 .* target -100, and a negative target often marks",
         ),
-        ((INPUTS, torch.tensor([0, 2, 1, 1])), torch.zeros(4, 1), ValueError, "cannot be told from targets int64"),
-        ((INPUTS, torch.zeros(4, 3).long()), torch.zeros(4, 3), ValueError, r"cannot be told .* \(4, 3\) and outputs"),
+        ((INPUTS, torch.tensor([0, 2, 1, 1])), torch.zeros(4, 1), ValueError, "No built-in task has targets int64"),
+        (
+            (INPUTS, torch.zeros(4, 3).long()),
+            torch.zeros(4, 3),
+            ValueError,
+            r"No built-in task has .* \(4, 3\) and outputs",
+        ),
         (
             (INPUTS, torch.tensor([0, 2, 1, 5])),
             torch.zeros(4, 3),
