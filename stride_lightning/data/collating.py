@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from stride_lightning.data.fingerprints import digest
+from stride_lightning.runtime.checks import first_line
 from stride_lightning.runtime.randomness import seed_all
 
 #: An example with its position in the dataset.
@@ -125,6 +126,4 @@ def _name_of(function: Callable[..., Any]) -> str:
 
 def _describe_error(error: Exception) -> str:
     """Class and first line of an error, as a sentence."""
-    lines = str(error).strip().splitlines()
-    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    return text if text.endswith(".") else f"{text}."
+    return f"{type(error).__name__}: {first_line(error).rstrip('.')}."

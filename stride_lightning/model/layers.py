@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,8 +76,9 @@ def cloned(inputs: Any) -> Any:
 def in_precision_of(model: nn.Module, value: Any) -> Any:
     """Tensors (in tuples, lists and dicts) as plain tensors, those of numbers in the precision of a model's weights."""
     if isinstance(value, Tensor):
-        # Subclasses that carry more, as monai's MetaTensor, change the methods of tensors; wrappers of others stay.
-        if type(value) is not Tensor and type(value).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        kind, plain = cast("Any", type(value)), cast("Any", Tensor)
+        # Subclasses that carry more, as monai's MetaTensor, change the methods of tensors. Wrappers of tensors stay.
+        if kind is not plain and kind.__torch_dispatch__ is plain.__torch_dispatch__:
             value = value.as_subclass(Tensor)
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), value.dtype)
         return value.to(dtype) if value.is_floating_point() else value
