@@ -158,7 +158,7 @@ def test_model_is_as_before(options, tmp_path):
         ({"train_data": [DataLoader(DATA), DataLoader(DATA)]}, TypeError, "pass one of several loaders"),
         ({"model": Classifier}, TypeError, "`model` must be a module"),
         ({"train_data": Subset(DATA, [0])}, ValueError, "at least 2 training examples, got 1"),
-        ({"train_data": HIGH}, ValueError, r"0\.\.2 for a model with 3 outputs"),
+        ({"train_data": HIGH}, ValueError, r"a model with 3 outputs takes 0\.\.2"),
     ],
 )
 def test_wrong_arguments(model, options, error, message):
