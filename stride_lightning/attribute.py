@@ -36,6 +36,7 @@ def attribute(
     train_data: Any,
     method: str = "stride",
     ckpt_path: str | Path | None = None,
+    weights_only: bool | None = None,
     record: str | Path | None = None,
     task: Task | None = None,
     target: str = "label",
@@ -59,6 +60,9 @@ def attribute(
         method: Name of the method; see :func:`methods`.
         ckpt_path: Checkpoint whose weights are attributed, or ``"best"`` or ``"last"`` of the model's trainer. By
             default the weights as they are.
+        weights_only: As in ``torch.load`` and Lightning: None leaves it to torch, which loads tensors and plain values
+            alone. False loads checkpoints that hold other objects, such as a module among the hyper-parameters; that
+            may run code stored in the file, so pass it for files you trust.
         record: A record that a callback wrote, or the folder that holds records. By default the callback's state in
             the checkpoint or the attached trainer says where records are, and the one of these weights is used; if
             there is none, everything is computed on the spot and the metadata says so.
@@ -95,7 +99,14 @@ def attribute(
         examples = resolve_queries(queries, model)  # before the fit, whose work it may take hours to do again
         attributor.expected_queries = len(examples)
         attributor.fit(
-            model, train_data, task, ckpt_path=ckpt_path, record=record, train_indices=train_indices, device=device
+            model,
+            train_data,
+            task,
+            ckpt_path=ckpt_path,
+            weights_only=weights_only,
+            record=record,
+            train_indices=train_indices,
+            device=device,
         )
         attribution = attributor.attribute(examples, target=target)
     attribution.metadata["peak_memory_bytes"] = meter.peak_memory  # of both: what the first holds counts in the second
@@ -108,6 +119,7 @@ def self_influence(
     train_data: Any,
     method: str = "stride",
     ckpt_path: str | Path | None = None,
+    weights_only: bool | None = None,
     record: str | Path | None = None,
     task: Task | None = None,
     train_indices: Sequence[int] | Tensor | None = None,
@@ -141,7 +153,14 @@ def self_influence(
     attributor = create(method, seed=seed, batch_size=batch_size, show_progress=show_progress, **options)
     with call(show=show_progress):
         attributor.fit(
-            model, train_data, task, ckpt_path=ckpt_path, record=record, train_indices=train_indices, device=device
+            model,
+            train_data,
+            task,
+            ckpt_path=ckpt_path,
+            weights_only=weights_only,
+            record=record,
+            train_indices=train_indices,
+            device=device,
         )
         return attributor.self_influence()
 

@@ -68,6 +68,8 @@ class Attributor(ABC):
         self.show_progress, self._is_fitted = show_progress, False
         self.metadata: dict[str, Any] = {}
         self.model: nn.Module | None = None
+        #: As in ``torch.load``, for every checkpoint that is read.
+        self.weights_only: bool | None = None
 
     def fit(
         self,
@@ -76,6 +78,7 @@ class Attributor(ABC):
         task: Task | None = None,
         *,
         ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
         record: str | Path | None = None,
         train_indices: Sequence[int] | Tensor | None = None,
         device: str | torch.device | None = None,
@@ -85,7 +88,9 @@ class Attributor(ABC):
             raise TypeError(f"`model` must be a module, got {model!r}.")
         check_task(task)
         with Meter() as meter, call(show=self.show_progress):
-            checkpoint = None if ckpt_path is None else load_checkpoint(resolve_ckpt_path(ckpt_path, model))
+            path = None if ckpt_path is None else resolve_ckpt_path(ckpt_path, model)
+            checkpoint = None if path is None else load_checkpoint(path, weights_only)
+            self.weights_only = weights_only
             self.model, self._device = model, None if device is None else torch.device(device)
             self._is_fitted = False  # if fitting fails, nothing is of what was fitted before
             self._checkpoint_state = None if checkpoint is None else checkpoint.get("state_dict", checkpoint)

@@ -158,7 +158,7 @@ def test_model_is_as_before(options, tmp_path):
         ({"train_data": [DataLoader(DATA), DataLoader(DATA)]}, TypeError, "pass one of several loaders"),
         ({"model": Classifier}, TypeError, "`model` must be a module"),
         ({"train_data": Subset(DATA, [0])}, ValueError, "at least 2 training examples, got 1"),
-        ({"train_data": HIGH}, ValueError, r"0\.\.2 for a model with 3 outputs"),
+        ({"train_data": HIGH}, ValueError, r"a model with 3 outputs takes 0\.\.2"),
     ],
 )
 def test_wrong_arguments(model, options, error, message):
@@ -399,3 +399,15 @@ def test_scores_predict_retraining():
     attribution = attribute(model, TensorDataset(asked_x, asked_y), train_data=TensorDataset(x, y), show_progress=False)
     score = linear_datamodeling_score(attribution.scores, masks, torch.stack(losses))
     assert score > 0.8
+
+
+def test_defaults_that_depend_on_the_task_are_known_after_fit():
+    attributor = StrideAttributor(num_subsets=16, show_progress=False)
+    for name in ("recovery", "stability"):
+        with pytest.raises(
+            RuntimeError, match=r"Call fit\(model, train_data\) before reading `recovery` or `stability`"
+        ):
+            getattr(attributor, name)
+    attributor.fit(build(Classifier), DATA)
+    assert (attributor.recovery, attributor.stability) == ("prior", 0.0)
+    assert StrideAttributor(recovery="lasso").recovery == "lasso"

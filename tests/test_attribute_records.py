@@ -3,6 +3,7 @@
 import copy
 import re
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
-from stride_lightning import Classification, RecordError, StrideAttributor, StrideCallback, attribute
+from stride_lightning import (
+    Classification,
+    RecordError,
+    StrideAttributor,
+    StrideCallback,
+    attribute,
+    further_train,
+    self_influence,
+)
 from stride_lightning.model.weights import weight_hash
 from tests.helpers.models import NUM_TRAIN, Classifier, ConvNet, build, train
 from tests.test_attribute import DATA, FEW, QUERIES, same
@@ -57,18 +66,60 @@ def test_checkpoints_that_cannot_be_read(model, tmp_path):
         ask("nowhere.ckpt")
     content = {"state_dict": model.state_dict(), "hyper_parameters": {"net": nn.Linear(1, 1)}}
     torch.save(content, tmp_path / "object.ckpt")
-    with pytest.raises(ValueError, match=r"object\.ckpt holds objects.*weights_only=False"):
+    with pytest.raises(ValueError, match=r"object\.ckpt holds objects .*: 'hyper_parameters\.net' \(torch\.nn\."):
         ask("object.ckpt")
     content = (tmp_path / "object.ckpt").read_bytes()
     (tmp_path / "short.ckpt").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"short\.ckpt cannot be read; it may be damaged"):
         ask("short.ckpt")
+    (tmp_path / "text.ckpt").write_text("hello, this is no checkpoint")
+    with pytest.raises(ValueError, match=r"text\.ckpt cannot be read; it may be damaged, cut short or no checkpoint"):
+        ask("text.ckpt")
     torch.save(Classifier(width=9, dropout=0.3).state_dict(), tmp_path / "wide.ckpt")
     with pytest.raises(ValueError, match=r"do not fit Classifier.*network\.0\.bias is \(9,\), the model has \(8,\)"):
         ask("wide.ckpt")
     torch.save(ConvNet().state_dict(), tmp_path / "conv.ckpt")
     with pytest.raises(ValueError, match=r"missing: .*network\.3\.bias.*not in the model: network\.1\.bias"):
         ask("conv.ckpt")
+
+
+class WithNetwork(Classifier):
+    """Its hyper-parameters hold a module, as Lightning's documentation has it."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.network[1] = activation
+        self.save_hyperparameters()
+
+
+def test_a_checkpoint_that_holds_objects_is_loaded_if_it_is_trusted(tmp_path):
+    keep = ModelCheckpoint(dirpath=tmp_path / "kept", save_top_k=-1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Attribute 'activation' is an instance of `nn.Module`")
+        model = build(WithNetwork, activation=nn.Tanh())
+    train(model, DATA, tmp_path, keep, enable_checkpointing=True)
+    data, path, plain = {"train_data": DATA, "show_progress": False}, keep.best_model_path, copy.deepcopy(model)
+    plain.trainer = None
+    further = {"batch_size": 16, "num_seeds": 1, "left_out": [0, 1], **data}
+    calls = {
+        "attribute": lambda **how: attribute(model, QUERIES, num_subsets=16, ckpt_path=path, **data, **how).scores,
+        "best": lambda **how: attribute(model, QUERIES, num_subsets=16, ckpt_path="best", **data, **how).scores,
+        "self_influence": lambda **how: self_influence(model, method="grad-dot", ckpt_path=path, **data, **how),
+        "tracin": lambda **how: attribute(plain, QUERIES, method="tracin", record=keep.dirpath, **data, **how).scores,
+        "checkpoints": lambda **how: (
+            attribute(plain, QUERIES, method="grad-dot", checkpoints=[path], **data, **how).scores
+        ),
+        "further_train": lambda **how: further_train(plain, QUERIES, ckpt_path=path, **further, **how).effects(),
+    }
+    for call in calls.values():
+        for how in ({}, {"weights_only": None}, {"weights_only": True}):
+            with pytest.raises(
+                ValueError, match=r"'hyper_parameters\.activation' \(torch\.nn.*pass weights_only=False\."
+            ):
+                call(**how)
+        assert call(weights_only=False).isfinite().all()
+    again = attribute(model, QUERIES, num_subsets=16, ckpt_path=path, weights_only=False, **data)
+    same(again, attribute(plain, QUERIES, num_subsets=16, **data))
 
 
 def test_a_checkpoint_answers_whatever_the_model_holds_now(run):
@@ -149,12 +200,37 @@ def test_record_of_other_data(run, data):
     fingerprints = re.findall(r"(\d+) examples, content (\w{16}), targets (\w{16})", str(caught.value))
     assert len(set(fingerprints)) == 2
     assert fingerprints[1][0] == str(len(data))
-    attribution = attribute(model, QUERIES, train_data=data, **FEW)
+    with pytest.warns(
+        UserWarning, match="made with other training data.* computed on the spot.*random_split"
+    ) as warned:
+        attribution = attribute(model, QUERIES, train_data=data, **FEW)
+    assert len(warned) == 1
     assert attribution.metadata["record"] is None
     assert "made with other training data" in attribution.metadata["record_note"]
     alone = copy.deepcopy(model)
     alone.trainer = None
     same(attribution, attribute(alone, QUERIES, train_data=data, **FEW))
+
+
+def test_weights_without_a_record_are_warned_of_once(run):
+    """Those of an earlier epoch, attributed while the trainer with its callback is attached."""
+    model, _, _, _ = run
+    weights = build(Classifier, seed=5).state_dict()
+    moved = copy.deepcopy(model)
+    moved.load_state_dict(weights)
+    moved.trainer = model.trainer
+    for method in ("stride", "grad-dot"):
+        options = {"num_subsets": 16} if method == "stride" else {}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            attribute(moved, QUERIES, train_data=DATA, method=method, show_progress=False, **options)
+        texts = [str(warning.message) for warning in caught]
+        assert [text.startswith("No record that StrideCallback wrote") for text in texts] == [True] * (
+            method == "stride"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attribute(build(Classifier, seed=5), QUERIES, train_data=DATA, **FEW)  # nothing says that there are records
 
 
 def test_damaged_record(run, tmp_path):
@@ -170,7 +246,8 @@ def test_damaged_record(run, tmp_path):
     checkpoint = torch.load(keep.last_model_path, weights_only=True)
     checkpoint["callbacks"][callback.state_key]["dirpath"] = str(damaged)
     torch.save(checkpoint, tmp_path / "moved.ckpt")
-    found = attribute(other, QUERIES, train_data=DATA, ckpt_path=tmp_path / "moved.ckpt", **FEW)
+    with pytest.warns(UserWarning, match=r"No record that StrideCallback wrote can be used.*basis\.safetensors"):
+        found = attribute(other, QUERIES, train_data=DATA, ckpt_path=tmp_path / "moved.ckpt", **FEW)
     assert found.metadata["record"] is None
     assert "computed on the spot" in found.metadata["record_note"]
     assert "basis.safetensors" in found.metadata["record_note"]
@@ -179,7 +256,7 @@ def test_damaged_record(run, tmp_path):
 
 def test_record_and_options_that_conflict(run):
     model, _, _, folder = run
-    with pytest.raises(ValueError, match="has num_subsets=16, but num_subsets=30 was asked for"):
+    with pytest.raises(ValueError, match="has num_subsets=16, but you passed num_subsets=30"):
         attribute(model, QUERIES, train_data=DATA, record=folder / "stride", num_subsets=30)
     metadata = attribute(model, QUERIES, train_data=DATA, num_subsets=30, show_progress=False).metadata
     assert metadata["record"] is None

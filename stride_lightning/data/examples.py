@@ -21,16 +21,16 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
-from stride_lightning.data.fingerprints import digest
+from stride_lightning.data.collating import Collate, CollateWithDigests, OneByOne, digest_of
 from stride_lightning.data.loading import Loading
 from stride_lightning.runtime.checks import RowError
-from stride_lightning.runtime.randomness import mix, preserved_random_state, seed_all
+from stride_lightning.runtime.randomness import mix, preserved_random_state
 
-#: Largest data set that is kept in memory while models train on it again and again.
+#: Bytes of the largest data set that stays in memory while models train on it again and again.
 HELD_BYTES = 2**28
-#: Examples that are read twice to find out whether reading is random.
+#: Examples that are read twice, to see whether reading is random.
 _NUM_PROBES = 16
 
 
@@ -41,9 +41,9 @@ class Examples:
     Args:
         dataset: Map-style data set.
         collate_fn, num_workers, worker_init_fn: Passed on to the DataLoader that reads.
-        positions: Positions that are read, in order, int64 of shape ``(n,)``; by default all of the dataset.
+        positions: Positions to read, in order, int64 of shape ``(n,)``; by default all of the dataset.
         owners: Objects whose Lightning batch-transfer hooks apply, first match wins (data module, then model).
-        loading: How a DataLoader the data came from makes batches of them.
+        loading: How the DataLoader of the data makes batches, where there is one.
         kind: What errors call an example of them.
     """
 
@@ -64,7 +64,7 @@ class Examples:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the whole dataset is read in its own order."""
+        """Whether the examples are the whole dataset, in its order."""
         return torch.equal(self.positions, torch.arange(len(self.dataset)))
 
     def __len__(self) -> int:
@@ -76,9 +76,16 @@ class Examples:
 
     def subset(self, places: Sequence[int]) -> Examples:
         """The examples at some places."""
-        part = replace(self, positions=self.positions[torch.as_tensor(places, dtype=torch.int64)])
-        part._random = self._random
-        return part
+        return self._changed(positions=self.positions[torch.as_tensor(places, dtype=torch.int64)])
+
+    def called(self, kind: str) -> Examples:
+        """The same examples, which errors call ``kind``."""
+        return self if self.kind == kind else self._changed(kind=kind)
+
+    def _changed(self, **changes: Any) -> Examples:
+        other = replace(self, **changes)
+        other._random = self._random
+        return other
 
     def name(self, place: int) -> int:
         """Position in the dataset of the example at a place."""
@@ -86,9 +93,9 @@ class Examples:
 
     @contextmanager
     def naming(self, start: int | Tensor) -> Iterator[None]:
-        """Say of which kind of example, at which position in the dataset, a row is that something is wrong with.
+        """Turn an error about a row of a batch into one that names the example, by its kind and position.
 
-        ``start`` is the place at which its batch begins, or the places of all its rows.
+        ``start`` is the place at which the batch begins, or the places of all its rows.
         """
         try:
             yield
@@ -103,12 +110,16 @@ class Examples:
 
     @property
     def is_random(self) -> bool:
-        """Whether two reads of one example differ, as under random augmentation (found out by trying)."""
+        """Whether two reads of one example differ, as under random augmentation; a few are read twice to see."""
         if self._random is None:
             step = max(1, len(self) // _NUM_PROBES)
             probes = self.positions[::step][:_NUM_PROBES].tolist()
+            reader = OneByOne(self.dataset, self.kind)
             with preserved_random_state():
-                self._random = any(digest(self.dataset[i]) != digest(self.dataset[i]) for i in probes)
+                self._random = any(
+                    digest_of(reader[position], self.kind) != digest_of(reader[position], self.kind)
+                    for position in probes
+                )
             if self._random:
                 warnings.warn(
                     f"Two reads of one example of {type(self.dataset).__name__} differ (random augmentation). Examples "
@@ -128,9 +139,9 @@ class Examples:
             The batch on ``device``, and the digest of each of its examples, uint8 of shape ``(B, 32)``.
         """
         # Three generators are seeded for each example, so only where reading is random.
-        dataset = _OneByOne(self.dataset, int if self.is_random else None)
-        collate_fn = _CollateWithDigests(self.collate_fn, content=not self.is_random)
-        loader = self._loader(dataset, collate_fn, batch_size=batch_size, sampler=self.positions.tolist())
+        collate_fn = CollateWithDigests(self.collate_fn, self.kind, content=not self.is_random)
+        seed_of = int if self.is_random else None
+        loader = self._loader(seed_of, collate_fn, batch_size=batch_size, sampler=self.positions.tolist())
         with preserved_random_state():
             for batch, digests in loader:
                 yield self.transfer(batch, device), digests
@@ -138,28 +149,29 @@ class Examples:
     def drawn(self, batches: Sequence[Tensor], seed: int, device: torch.device) -> Iterator[Any]:
         """Read batches of the examples at given places, onto ``device``, as one epoch of training does.
 
-        Under random augmentation every example is read under a seed made of this one and its position, which leaves
-        the global generators seeded.
+        Under random augmentation every example is read under a seed that is made of ``seed`` and its position. The
+        global generators are left seeded then.
         """
         if self._held is not None:
             for batch in batches:
                 yield self.transfer(pytree.tree_map(lambda whole, batch=batch: whole[batch], self._held), device)
             return
         loader = self._loader(
-            _OneByOne(self.dataset, partial(mix, seed)) if self.is_random else self.dataset,
-            self.collate_fn,
+            partial(mix, seed) if self.is_random else None,
+            Collate(self.collate_fn, self.kind),
             batch_sampler=[self.positions[batch].tolist() for batch in batches],
             generator=torch.Generator().manual_seed(seed),  # for the seeds of workers, else drawn from the global one
         )
         for batch in loader:
             yield self.transfer(batch, device)
 
-    def _loader(self, dataset: Any, collate_fn: Callable[[list[Any]], Any], **order: Any) -> DataLoader[Any]:
+    def _loader(self, seed_of: Callable[[int], int] | None, collate_fn: Collate, **order: Any) -> DataLoader[Any]:
+        reader = OneByOne(self.dataset, self.kind, seed_of)
         workers = {"num_workers": self.num_workers, "worker_init_fn": self.worker_init_fn}
-        return DataLoader(dataset, collate_fn=collate_fn, **workers, **order)
+        return DataLoader(reader, collate_fn=collate_fn, **workers, **order)
 
     def hold(self) -> None:
-        """Keep everything in memory for :meth:`drawn`, if that is small, not random, and collated by stacking alone.
+        """Hold everything in memory for :meth:`drawn`, if it is small, not random, and collated by stacking alone.
 
         Reading example by example takes longer than a training step of a small model.
         """
@@ -169,7 +181,7 @@ class Examples:
             self._held = default_collate([self[place] for place in range(len(self))])
 
     def transfer(self, batch: Any, device: torch.device) -> Any:
-        """Move a batch through the hooks a Trainer would call, so that the model sees what it saw in training."""
+        """Move a batch through the hooks that a Trainer calls, so that the model sees the batches of training."""
         batch = self._hook("on_before_batch_transfer", lambda value, _: value)(batch, 0)
         move = self._hook("transfer_batch_to_device", lambda value, where, _: move_data_to_device(value, where))
         batch = move(batch, device, 0)
@@ -180,13 +192,13 @@ class Examples:
 
 
 def own_hook(owner: object, name: str) -> Callable[..., Any] | None:
-    """A data hook that a data module or a model defines itself, not Lightning's default."""
+    """A data hook that a data module or a model defines, not Lightning's default."""
     method = getattr(owner, name, None)  # of the object: LightningDataModule.from_datasets() sets them there
     return None if method is None or method.__qualname__.startswith("DataHooks.") else method
 
 
 def num_bytes(inputs: Any, num_examples: int) -> int:
-    """Bytes of tensors that can be cut into examples; more than may be held of what cannot, as collated texts."""
+    """Bytes of tensors that can be cut into examples; for others, as collated texts, more than may be held."""
     leaves = pytree.tree_leaves(inputs)
     if not all(isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == num_examples for leaf in leaves):
         return HELD_BYTES + 1
@@ -194,39 +206,15 @@ def num_bytes(inputs: Any, num_examples: int) -> int:
 
 
 def first_batch(examples: Examples, batch_size: int, device: torch.device) -> Any:
-    """The first batch in reading order, to find out what a batch means."""
-    _ = examples.is_random  # asked of all examples, so that it is found out (and warned of) once
+    """The first batch in reading order."""
+    _ = examples.is_random  # of all examples, so that the warning comes once
     head = examples.subset(range(min(batch_size, len(examples))))
     head.num_workers = 0
     return next(head.batches(batch_size, device))[0]
 
 
 def first_look(examples: Examples, batch_size: int, device: torch.device) -> Any:
-    """The first batch, of up to 64 examples but only 4 texts: the logits of many long ones may not fit."""
+    """The first batch, of up to 64 examples, or 4 texts: the logits of many long texts may not fit."""
     one = first_batch(examples, 1, device)
     is_text = isinstance(one, Mapping) and "input_ids" in one
     return first_batch(examples, min(batch_size, 4 if is_text else 64), device)
-
-
-class _OneByOne(Dataset[Any]):
-    """Reads each example by itself, under a seed made from its position."""
-
-    def __init__(self, dataset: Any, seed_of: Callable[[int], int] | None) -> None:
-        self.dataset, self.seed_of = dataset, seed_of
-
-    def __getitem__(self, position: int) -> Any:
-        if self.seed_of is not None:
-            seed_all(self.seed_of(position))
-        return self.dataset[position]
-
-
-class _CollateWithDigests:
-    """The user's collate function, with the digests of the examples beside the batch."""
-
-    def __init__(self, collate_fn: Callable[[list[Any]], Any], *, content: bool) -> None:
-        self.collate_fn, self.content = collate_fn, content
-
-    def __call__(self, examples: list[Any]) -> tuple[Any, Tensor]:
-        digests = b"".join(digest(example, content=self.content) for example in examples)
-        rows = torch.frombuffer(bytearray(digests), dtype=torch.uint8).reshape(len(examples), 32)
-        return self.collate_fn(examples), rows

@@ -1,4 +1,4 @@
-"""What identifies a data set: digests of its examples, and the fingerprint they make."""
+"""Digests of examples, and the fingerprint of a data set that they make."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stride_lightning.model.weights import raw_bytes
+
+_FINGERPRINTED = (
+    "Examples may hold dense tensors, arrays, PIL images, numbers, strings, and tuples, lists, dicts or plain objects "
+    "of them. Convert it, or leave it out of what the dataset returns."
+)
+
 
 class Fingerprint:
-    """What identifies a data set: its length, the content of its examples in order, and their shapes and targets.
+    """The identity of a data set: its length, the content of its examples in order, and their shapes and targets.
 
     Under random augmentation the content is left out, so that only length, shapes and targets identify it.
 
@@ -28,13 +35,13 @@ class Fingerprint:
         self._num_examples = 0
 
     def update(self, digests: Tensor, targets: Tensor | None) -> None:
-        """Take in a batch: digests of its examples and its targets; of tokens those that count, not the padding."""
+        """Add a batch: the digests of its examples and its targets; for tokens, the targets that count."""
         self._num_examples += len(digests)
         self._examples.update(digests.numpy().tobytes())
         if targets is not None and targets.ndim == 3 and targets.shape[2] == 2:  # labels and weights
             targets = targets[targets[..., 1] != 0]
         if targets is not None:
-            self._targets.update(targets.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            self._targets.update(raw_bytes(targets))
 
     def summary(self) -> dict[str, Any]:
         """Plain values to store: ``num_examples``, ``content`` or ``shapes`` (the other is None), ``targets``."""
@@ -48,17 +55,26 @@ class Fingerprint:
 
 
 def digest(example: Any, *, content: bool = True) -> bytes:
-    """SHA-256 of an example's leaves: types and shapes, and their values if ``content``."""
+    """SHA-256 of an example's leaves: types and shapes, and their values if ``content``.
+
+    Raises:
+        TypeError: If it holds something whose content is not known, as a clause that says what "it" holds.
+    """
     hasher = hashlib.sha256()
-    _feed(hasher, example, content=content)
+    try:
+        _feed(hasher, example, content=content)
+    except RecursionError as error:
+        raise TypeError(f"it holds a {type(example).__name__} that contains itself. {_FINGERPRINTED}") from error
     return hasher.digest()
 
 
 def _feed(hasher: Any, value: Any, *, content: bool) -> None:
     if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_quantized:
+            raise TypeError(f"it holds a tensor with layout {value.layout} and dtype {value.dtype}. {_FINGERPRINTED}")
         hasher.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        if content and value.numel():
-            hasher.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        if content:
+            hasher.update(raw_bytes(value))
     elif isinstance(value, dict):
         for key in value:
             hasher.update(f"{{{key}:".encode())
@@ -73,11 +89,10 @@ def _feed(hasher: Any, value: Any, *, content: bool) -> None:
         hasher.update(repr(value).encode() if content else type(value).__name__.encode())
     elif hasattr(value, "tobytes") and hasattr(value, "size"):  # PIL images
         hasher.update(f"{type(value).__name__}{value.size}".encode() + (value.tobytes() if content else b""))
+    elif isinstance(value, type):
+        hasher.update(f"{value.__module__}.{value.__qualname__}".encode())
     elif hasattr(value, "__dict__"):
         hasher.update(type(value).__qualname__.encode())
         _feed(hasher, vars(value), content=content)
     else:
-        raise TypeError(
-            f"A training example holds a {type(value).__name__}, whose content cannot be fingerprinted. Examples may "
-            "hold tensors, arrays, PIL images, numbers, strings, and tuples, lists, dicts or plain objects of them."
-        )
+        raise TypeError(f"it holds a {type(value).__name__}. {_FINGERPRINTED}")

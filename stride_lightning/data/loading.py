@@ -1,4 +1,4 @@
-"""How a DataLoader makes batches, and what its sampler draws, so that training can be repeated."""
+"""The batches that a DataLoader makes and the positions that its sampler draws, so that training can be repeated."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from stride_lightning.runtime.checks import check_count
 
 @dataclass(frozen=True)
 class Loading:
-    """How a DataLoader makes batches: their size, whether in random order, whether a smaller last one is dropped."""
+    """Batches of a DataLoader: their size, whether they are in random order, whether a smaller last one is dropped."""
 
     batch_size: int
     shuffle: bool
     drop_last: bool
-    #: Whether an epoch reads every example once, not some of them or with replacement.
+    #: Whether an epoch reads every example exactly once.
     is_whole: bool = True
 
 
 def loading_of(loader: DataLoader[Any]) -> Loading | None:
-    """How a loader makes batches; None if a batch sampler of the user's own does."""
+    """The batches of a loader; None if a batch sampler of the user's makes them."""
     sampler: Any = loader.batch_sampler
     if type(sampler) is not BatchSampler:
         return None
@@ -35,14 +35,14 @@ def loading_of(loader: DataLoader[Any]) -> Loading | None:
 
 
 def partial_sampler(source: Any) -> str:
-    """The type of a loader's sampler that does more than shuffle, repeat or split the whole dataset; else nothing."""
+    """The type of a loader's sampler if it does more than shuffle, repeat or split the whole dataset; else empty."""
     if not isinstance(source, DataLoader):
         return ""
     if type(source.batch_sampler) is not BatchSampler:
         return type(source.batch_sampler).__name__
     # Not source.sampler: that is a stand-in where the user gave a batch sampler.
     outer: Any = source.batch_sampler.sampler
-    # Lightning wraps a sampler of the user's own for distributed runs; look at the one inside.
+    # Lightning wraps a user's sampler for distributed runs; look at the one inside.
     inner = getattr(getattr(outer, "dataset", None), "_sampler", None)
     sampler = inner if isinstance(outer, DistributedSampler) and inner is not None else outer
     is_known = type(sampler) in (RandomSampler, SequentialSampler) or isinstance(sampler, DistributedSampler)
@@ -50,10 +50,11 @@ def partial_sampler(source: Any) -> str:
 
 
 def check_loading(loading: Loading | None, batch_size: int | None) -> Loading:
-    """How training makes batches: as the DataLoader of its data, with another batch size if one is given.
+    """The batches of training: those of the DataLoader of its data, with another batch size if one is given.
 
     Raises:
-        ValueError: If it cannot be repeated: the batch size is not known, or an epoch is not every example once.
+        ValueError: If training cannot be repeated, because the batch size is not known, or an epoch does not read every
+            example exactly once.
     """
     if loading is not None and not loading.is_whole:
         raise ValueError(
@@ -66,7 +67,7 @@ def check_loading(loading: Loading | None, batch_size: int | None) -> Loading:
         return Loading(batch_size, True, False) if loading is None else replace(loading, batch_size=batch_size)
     if loading is None:
         raise ValueError(
-            "The batch size cannot be told from the training data, and decides what training gives. Pass a DataLoader "
-            "with a batch_size, or `batch_size=`."
+            "The training data do not say their batch size, which decides what training gives. Pass a DataLoader with "
+            "a batch_size, or `batch_size=`."
         )
     return loading

@@ -24,8 +24,8 @@ from stride_lightning.tasks.likelihoods import Task, columns
 class Reading:
     """One pass over examples in order, batch by batch, which ends with their fingerprint.
 
-    The model refuses batches that it cannot take, and decides the precision of inputs. Of a ``share``, only its places
-    are read. Without a description there is no progress bar.
+    The model refuses batches that it cannot take, and decides the precision of inputs. With a ``share``, only its
+    places are read. Without a description there is no progress bar.
 
     Raises:
         ValueError: Naming the first example that cannot be read.
@@ -50,7 +50,7 @@ class Reading:
     share: slice | None = None
     description: str = ""
     show_progress: bool = True
-    #: What identifies the examples, once they have been read.
+    #: Fingerprint of the examples, once they have been read.
     fingerprint: dict[str, Any] = field(default_factory=dict, init=False)
 
     def __iter__(self) -> Iterator[Rows]:
@@ -64,11 +64,23 @@ class Reading:
                     if self.model is not None:
                         self.task.check_batch(self.model, batch)
                     targets = self.task.targets(batch)
+                self._check_size(targets, places)
                 fingerprint.update(digests, targets)
                 yield Rows(places, batch, targets, self)
                 start = places.stop
                 bar.update(len(digests))
         self.fingerprint = fingerprint.summary()
+
+    def _check_size(self, targets: Tensor | None, places: slice) -> None:
+        """Refuse a batch in which a collate function has dropped or added examples."""
+        if targets is None or targets.ndim == 0 or len(targets) == places.stop - places.start:
+            return
+        first, last = self.examples.name(places.start), self.examples.name(places.stop - 1)
+        raise ValueError(
+            f"The batch from {self.examples.kind} {first} to {last} holds {len(targets)} targets for "
+            f"{places.stop - places.start} examples. Scores name examples by their position, so a collate_fn may drop "
+            "or add none. Leave out those that it drops: torch.utils.data.Subset(dataset, positions)."
+        )
 
     def encoded(self, num_outputs: int, target: str = "label") -> list[tuple[Any, Tensor]]:
         """All batches, as :meth:`Rows.encoded` gives them."""
@@ -89,12 +101,12 @@ class Rows:
 
     @cached_property
     def inputs(self) -> Any:
-        """What the model takes, in its precision."""
+        """The inputs of the model, in its precision."""
         assert self.reading.model is not None
         return in_precision_of(self.reading.model, self.reading.task.inputs(self.batch))
 
     def encoded(self, num_outputs: int, target: str = "label") -> tuple[Any, Tensor]:
-        """Inputs and encoded targets in the model's precision; ``"predicted"`` are its own most likely targets."""
+        """Inputs and encoded targets in the model's precision; ``"predicted"`` stands for its most likely targets."""
         model, task, targets = self.reading.model, self.reading.task, self.targets
         assert model is not None
         with self.naming():
@@ -104,7 +116,7 @@ class Rows:
             return self.inputs, _encoded(model, task, targets, num_outputs)
 
     def naming(self) -> AbstractContextManager[None]:
-        """Say which example it is that something is wrong with."""
+        """Turn errors about a row into errors that name its example."""
         return self.reading.examples.naming(self.places.start)
 
 
@@ -121,7 +133,7 @@ def required(targets: Tensor | None) -> Tensor:
 def encoded_batch(model: nn.Module, task: Task, batch: Any, num_outputs: int) -> tuple[Any, Tensor]:
     """Inputs and encoded targets of any batch, as :meth:`Rows.encoded` gives them.
 
-    Targets are encoded, and so checked, before any vectorised pass: checks look at values.
+    Encoding checks the targets. Checks look at values, which no vectorised pass can, so they come first.
     """
     task.check_batch(model, batch)
     inputs = in_precision_of(model, task.inputs(batch))
@@ -136,7 +148,7 @@ def _encoded(model: nn.Module, task: Task, targets: Tensor | None, num_outputs: 
 
 
 def count_outputs(model: nn.Module, task: Task, batch: Any) -> int:
-    """Number of outputs for one example; batches that the model cannot take and outputs of a wrong form are refused."""
+    """Number of outputs for one example; refuses batches that the model cannot take and outputs of a wrong form."""
     task.check_batch(model, batch)
     with borrowed(model, None, None), torch.no_grad():
         outputs = task.outputs(model, in_precision_of(model, task.inputs(batch)))
@@ -146,11 +158,11 @@ def count_outputs(model: nn.Module, task: Task, batch: Any) -> int:
 
 @dataclass
 class Survey:
-    """What one pass over a data set tells of it."""
+    """Facts about a data set, from one pass over it."""
 
     fingerprint: dict[str, Any]
     targets: Tensor | None  # if every example has one number
-    kinds: Tensor | None  # what tells examples apart: these, or how much the tokens of each count
+    kinds: Tensor | None  # a number for the kind of each example: its target, or how much its tokens count
     num_tokens: Tensor | None = None  # that are predicted of each text, int64 of shape (n,)
     longest: int = 1  # tokens of the longest batch of texts, with its padding
 
@@ -160,14 +172,14 @@ def survey(
 ) -> Survey:
     """Read a data set once, without running a model.
 
-    The first text that a model with so many outputs cannot take is refused before hours have gone into those before it.
+    An example that a model with so many outputs cannot take is refused before hours have gone into those before it.
     """
     reading = Reading(examples, task, model, batch_size=1024, device=torch.device("cpu"), description=description)
     kinds: list[Tensor | None] = []
     num_tokens, longest = [], 1
     for rows in reading:
         kind = rows.targets
-        if model is not None and task.has_padding and kind is not None:
+        if model is not None and kind is not None:
             with rows.naming():
                 task.encode(kind, num_outputs)
         if task.has_tokens and kind is not None:
@@ -183,5 +195,5 @@ def survey(
 
 
 def fingerprint_of(examples: Examples, task: Task) -> dict[str, Any]:
-    """What identifies a data set."""
+    """The fingerprint of a data set."""
     return survey(examples, task).fingerprint

@@ -12,6 +12,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from stride_lightning.data.examples import Examples, own_hook
 from stride_lightning.data.loading import loading_of, partial_sampler
 
+#: What errors call the examples of each side.
+TRAINING_EXAMPLE, QUERY = "training example", "query"
+
 
 def resolve_train_data(
     source: Any,
@@ -22,17 +25,17 @@ def resolve_train_data(
     """The training set behind a Dataset, a DataLoader or a LightningDataModule.
 
     Args:
-        source: What holds the training data. Random, sequential and distributed samplers are read through.
+        source: The training data. Random, sequential and distributed samplers are read through.
         train_indices: Positions that were trained on, for any other sampler.
-        model: Its batch-transfer hooks apply unless the data module has its own.
-        datamodule: The data module that a DataLoader came from.
+        model: Its batch-transfer hooks apply where the data module defines none.
+        datamodule: The data module that made a DataLoader.
 
     Raises:
         TypeError: If the source is not map-style data.
         ValueError: If it is empty, not batched, or drawn by a sampler whose positions are unknown.
     """
     if isinstance(source, Examples):
-        return source
+        return source.called(TRAINING_EXAMPLE)
     owners = (source if hasattr(source, "train_dataloader") else datamodule, model)
     if hasattr(source, "train_dataloader"):
         if getattr(source, "trainer", None) is None:
@@ -44,8 +47,8 @@ def resolve_train_data(
         examples.positions = _checked_positions(train_indices, len(examples.dataset))
     elif sampler := partial_sampler(source):
         raise ValueError(
-            f"The training DataLoader draws through a {sampler}, so which examples were trained on cannot "
-            "be told. Pass `train_indices=` with their positions in the dataset."
+            f"The training DataLoader draws through a {sampler}, which does not say which examples were trained on. "
+            "Pass `train_indices=` with their positions in the dataset."
         )
     return examples
 
@@ -53,7 +56,7 @@ def resolve_train_data(
 def resolve_queries(source: Any, model: object | None = None) -> Examples:
     """The queries behind a Dataset, a DataLoader or a LightningDataModule (its test data, else validation data)."""
     if isinstance(source, Examples):
-        return source
+        return source.called(QUERY)
     owners = (source, model) if hasattr(source, "train_dataloader") else (model,)
     if hasattr(source, "train_dataloader"):
         if getattr(source, "trainer", None) is None:
@@ -92,7 +95,7 @@ def _from_loader_or_dataset(source: Any, what: str, owners: tuple[Any, ...]) -> 
         raise TypeError(wrong)
     if len(dataset) == 0:  # type: ignore[arg-type]
         raise ValueError(f"`{what}` is empty.")
-    examples = Examples(dataset, owners=owners, kind="query" if what == "queries" else "training example")
+    examples = Examples(dataset, owners=owners, kind=QUERY if what == "queries" else TRAINING_EXAMPLE)
     if isinstance(source, DataLoader):
         examples.collate_fn, examples.loading = source.collate_fn, loading_of(source)
         examples.num_workers, examples.worker_init_fn = source.num_workers, source.worker_init_fn

@@ -94,7 +94,7 @@ class GradientAttributor(PlannedAttributor):
             raise ValueError(f"method={self.method!r} reads no record. Leave out `record`.")
         if self.checkpoints is None:
             return [(None, None)]
-        return [(checkpoint, None) for checkpoint in read_checkpoints(self.checkpoints, model)]
+        return [(checkpoint, None) for checkpoint in read_checkpoints(self.checkpoints, model, self.weights_only)]
 
     def scale(self) -> float:
         """Factor of all scores: the mean over checkpoints, of the effect of one of n examples on a mean loss."""

@@ -31,15 +31,18 @@ class Checkpoint:
     learning_rates: Mapping[str, float] | None  # by plain parameter name; None where the file does not tell
     step: int | None  # optimizer steps taken; None where the file does not tell
     is_scheduled: bool = False  # whether rates were stored beside a scheduler, which may have moved them on already
+    weights_only: bool | None = None  # as in torch.load; a record holds nothing else
 
     def load(self) -> dict[str, Tensor]:
-        """The state dict on the CPU, verified; nothing is unpickled. An error if it was removed since or is damaged."""
+        """The state dict on the CPU, verified. An error if it was removed since or is damaged."""
         if self.path.is_dir():
             return read_record(self.path).tensors("weights")
-        return _state_of(load_checkpoint(self.path), self.path)
+        return _state_of(load_checkpoint(self.path, self.weights_only), self.path)
 
 
-def read_checkpoints(source: PathLike | Sequence[PathLike], model: nn.Module) -> list[Checkpoint]:
+def read_checkpoints(
+    source: PathLike | Sequence[PathLike], model: nn.Module, weights_only: bool | None = None
+) -> list[Checkpoint]:
     """Find and verify checkpoints, and refuse those that do not fit the model, before long work starts.
 
     A source is a folder of records or of ``.ckpt``, ``.pt`` or ``.pth`` files, one of those, or a list of any. A folder
@@ -71,7 +74,7 @@ def read_checkpoints(source: PathLike | Sequence[PathLike], model: nn.Module) ->
     if not sources:
         raise ValueError("Expected checkpoints, got an empty list. Name a folder of them, files or records.")
     paths = [path for one in sources for path in _expand(Path(os.fspath(one)), model)]  # type: ignore[arg-type]
-    checkpoints = sorted((_read(path, model) for path in dict.fromkeys(paths)), key=_order)
+    checkpoints = sorted((_read(path, model, weights_only) for path in dict.fromkeys(paths)), key=_order)
     steps = [checkpoint.step for checkpoint in checkpoints]
     different: dict[tuple[Any, ...], Checkpoint] = {}
     for one in checkpoints:
@@ -81,7 +84,10 @@ def read_checkpoints(source: PathLike | Sequence[PathLike], model: nn.Module) ->
 
 
 def tracin_checkpoints(
-    record: PathLike | Sequence[PathLike] | None, checkpoint: Mapping[str, Any] | None, model: nn.Module
+    record: PathLike | Sequence[PathLike] | None,
+    checkpoint: Mapping[str, Any] | None,
+    model: nn.Module,
+    weights_only: bool | None = None,
 ) -> tuple[list[Checkpoint], dict[str, Any] | None, str] | None:
     """The checkpoints that TracIn sums over, found and refused as by :func:`read_checkpoints`.
 
@@ -95,7 +101,7 @@ def tracin_checkpoints(
     source, of = (record, "checkpoints given by the caller") if record is not None else _known(checkpoint, model)
     if source is None:
         return None
-    checkpoints = read_checkpoints(source, model)
+    checkpoints = read_checkpoints(source, model, weights_only)
     recorded = (read_info(one.path) for one in reversed(checkpoints) if one.path.is_dir())
     return checkpoints, next((info["data"] for info in recorded), None), f"{len(checkpoints)} {of}"
 
@@ -184,7 +190,7 @@ def _existing(paths: list[Path]) -> list[Path]:
     return [path for path in paths if path.exists()]
 
 
-def _read(path: Path, model: nn.Module) -> Checkpoint:
+def _read(path: Path, model: nn.Module, weights_only: bool | None) -> Checkpoint:
     """One checkpoint, every byte verified, and fitting the model."""
     if path.is_dir():
         record = read_record(path)
@@ -192,13 +198,14 @@ def _read(path: Path, model: nn.Module) -> Checkpoint:
             raise ValueError(f"{path} holds {kind!r}, {_expected(path)}")
         check_fits(model, record.tensors("weights"), f"{path}: ")
         return Checkpoint(path.name, path, record.info["learning_rates"], record.info["step"])
-    content = load_checkpoint(path)
+    content = load_checkpoint(path, weights_only)
     check_fits(model, _state_of(content, path), f"{path}: ")
     if "state_dict" not in content:
-        return Checkpoint(path.name, path, None, None)
+        return Checkpoint(path.name, path, None, None, weights_only=weights_only)
     step, rates = content.get("global_step"), stored_rates(content, model, str(path))
     is_scheduled = bool(content.get("lr_schedulers"))
-    return Checkpoint(path.name, path, rates, None if step is None else int(step), is_scheduled)
+    step = None if step is None else int(step)
+    return Checkpoint(path.name, path, rates, step, is_scheduled, weights_only)
 
 
 def _state_of(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import override
 
@@ -69,26 +68,27 @@ class GaussNewton(Curvature):
         return total(result) if places is None else result
 
     def _batch_product(self, inputs: Any, encoded: Tensor, tangents: dict[str, Tensor]) -> dict[str, Tensor]:
-        module, task = self._train.capture.outputs, self._train.task
-        weights, layouts = task.output_weights(encoded), self._train.capture.layouts.values()
-        parameters = {name: value.detach() for name, value in self._train.capture.parameters.items()}
+        capture, task = self._train.capture, self._train.task
+        parameters = capture.parameters.values()
         # Values per example in a forward pass, roughly: the outputs of all layers.
-        width = sum((layout.shapes[0] or (1,))[0] for layout in layouts)
-
-        def outputs_of(given: dict[str, Tensor]) -> Tensor:
-            return functional_call(module, {f"model.{name}": value for name, value in given.items()}, (inputs,))
-
-        with uncompiled(), sdpa_kernel(SDPBackend.MATH):
-            outputs, pull = vjp(outputs_of, parameters)[:2]
-            mean = task.mean(outputs)
-
-            def one(tangent: dict[str, Tensor]) -> dict[str, Tensor]:
-                # The transpose of the transpose: forward mode knows fewer operations, and counts padding rows.
-                (moved,) = vjp(lambda back: pull(back)[0], torch.zeros_like(outputs))[1](tangent)
-                return pull(weights * task.curvature(mean, moved))[0]
-
-            num_places = outputs[..., 0].numel()
-            return vmap(one, chunk_size=max(1, CHUNK_VALUES // (num_places * width)))(tangents)
+        width = sum((layout.shapes[0] or (1,))[0] for layout in capture.layouts.values())
+        # Plain autograd, not torch.func, which refuses activation checkpointing.
+        unused: dict[str, Any] = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
+        with uncompiled(), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            outputs = capture.outputs(inputs)
+            back = torch.zeros_like(outputs, requires_grad=True)
+            # Linear in `back`, so that its own derivative is the product with the tangents: forward mode knows fewer
+            # operations, and counts padding rows.
+            transposed = torch.autograd.grad(outputs, [*parameters], back, create_graph=True, **unused)
+            mean, weights = task.mean(outputs.detach()), task.output_weights(encoded)
+            step = max(1, CHUNK_VALUES // (outputs[..., 0].numel() * width))
+            parts = []
+            for chunk in zip(*(tangent.split(step) for tangent in tangents.values()), strict=True):
+                batched = {"is_grads_batched": True, **unused}
+                (moved,) = torch.autograd.grad(transposed, back, chunk, **batched)
+                curved = weights * task.curvature(mean, moved)
+                parts.append(torch.autograd.grad(outputs, [*parameters], curved, **batched))
+        return dict(zip(capture.parameters, map(torch.cat, zip(*parts, strict=True)), strict=True))
 
     def _by_parameter(self, vectors: Tensor) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}

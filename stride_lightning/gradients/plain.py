@@ -80,7 +80,7 @@ class TracInAttributor(GradDotAttributor):
         if record is not None and self.checkpoints is not None:
             raise ValueError("`record` and `checkpoints` both name checkpoints of TracIn; give one of them.")
         source = self.checkpoints if record is None else record
-        known = tracin_checkpoints(source, checkpoint, model)
+        known = tracin_checkpoints(source, checkpoint, model, self.weights_only)
         if known is None:
             raise ValueError(
                 "method='tracin' needs checkpoints along training, and none are known for these weights. Train with "
@@ -125,7 +125,7 @@ class TracInAttributor(GradDotAttributor):
             raise ValueError(
                 "The records of TracInCallback were made with other training data.\n"
                 f"  records: {show_fingerprint(self._recorded_data)}\n  given:   {show_fingerprint(fingerprint)}\n"
-                "Pass the data (in the same order) that the model was trained on."
+                "Pass the data (in the same order) that the model was trained on; was random_split given no seed?"
             )
 
     @override

@@ -1,7 +1,8 @@
-"""Per-example gradients, block by block: kept as factors where a layer has them, since they are far smaller.
+"""Per-example gradients, block by block, as factors where a layer has them, because factors are far smaller.
 
-The gradient of one example in the weight matrix of a layer is a sum over places (tokens, pixels) of outer products of
-what leaves backward and what entered forward. Inner products of two examples need only those factors.
+The gradient of one example in the weight matrix of a layer is a sum over places (tokens, pixels). Each term is the
+outer product of the gradient of the layer's output and its input. Inner products of two examples need only those
+factors.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Outer:
 
 
 class Block:
-    """Gradients of ``B`` examples in one block of parameters: vectors, or matrices kept as factors."""
+    """Gradients of ``B`` examples in one block of parameters: vectors, or matrices as factors."""
 
     def __init__(self, values: Tensor | None = None, outers: tuple[Outer, ...] = ()) -> None:
         self.values, self.outers = values, outers
@@ -106,7 +107,7 @@ class Block:
         return Block(None, tuple(Outer(o.left, o.right * factors[:, None, None], o.num_rows) for o in self.outers))
 
     def prepared(self, others: Block) -> Block:
-        """This side in the form in which products with many like ``others`` are cheapest.
+        """The same gradients in the form in which products with many like ``others`` are cheapest.
 
         Factors cost ``T T' (L + R)`` per pair of examples with T and T' places, matrices ``L R``.
         """
@@ -118,12 +119,12 @@ class Block:
         """Inner products with other examples, shape ``(B, B')``."""
         if not (self.is_dense or others.is_dense) and _factors_are_cheaper(self, others):
             return _inner_of_factors(self, others)
-        mine = self.dense()
+        dense = self.dense()
         if others.values is not None:
-            return mine @ others.values.T
+            return dense @ others.values.T
         if others.num_places == 1 and not others.outers[0].is_lookup:
-            return _through(mine.view(len(mine), *others.shape), others.outers[0])
-        return torch.cat([mine @ others[chunk].dense().T for chunk in others._chunks()], 1)
+            return _through(dense.view(len(dense), *others.shape), others.outers[0])
+        return torch.cat([dense @ others[chunk].dense().T for chunk in others._chunks()], 1)
 
     def row_inner(self, others: Block) -> Tensor:
         """Inner product of each example with the same example of the other, shape ``(B,)``."""
@@ -168,11 +169,11 @@ class Gradients(dict[str, Block]):
         return sum(block.num_bytes for block in self.values())
 
     def vectors(self, function: Callable[[str, Block], Tensor]) -> Gradients:
-        """What a function makes of each block: vectors of shape ``(B, size)``."""
+        """Vectors of shape ``(B, size)`` that a function makes of each block."""
         return Gradients({name: Block(function(name, block)) for name, block in self.items()})
 
     def rows(self, rows: slice | Tensor) -> Gradients:
-        """Those of some examples."""
+        """The gradients of some examples."""
         return Gradients({name: block[rows] for name, block in self.items()})
 
     def scaled(self, factors: Tensor) -> Gradients:

@@ -18,12 +18,12 @@ from stride_lightning.model.layer_rules import Call, UnusualShape, gradients_thr
 from stride_lightning.model.layers import check_layers, cloned, find_module, plain_name, uncompiled
 from stride_lightning.model.layout import Layout, Source
 
-#: Module through which parameters go that no module of their own accounts for: the whole model.
+#: Name of the whole model, among the modules that are run again.
 WHOLE = ""
 
 
 class Outputs(nn.Module):
-    """What a model returns, of which gradients are taken, as a module that can be run with other parameters."""
+    """The outputs of a model, whose gradients are taken, as a module that can be run with other parameters."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -42,10 +42,10 @@ class Outputs(nn.Module):
 class Capture:
     """Per-example gradients of a model's outputs in its trainable parameters.
 
-    Matrices of Linear, convolution, embedding and transformers' Conv1D layers are kept as factors, from one backward
-    pass over the batch. Any other parameter is read by running its module again under ``torch.vmap``; where a module
-    cannot be vectorised, or hooks do not see how a parameter is used, the whole model is. What a rule gives is
-    compared with ordinary gradients of single examples before it is used.
+    Gradients in the matrices of Linear, convolution, embedding and transformers' Conv1D layers stay factors, from one
+    backward pass over the batch. Any other parameter is read by running its module again under ``torch.vmap``. Where
+    ``vmap`` cannot vectorise a module, or hooks do not see how a parameter is used, the whole model is run again. The
+    gradients of a rule are compared with ordinary gradients of single examples before the rule is used.
 
     Args:
         outputs: Outputs of the model in eval mode, on its device, whose weights may be exchanged later.
@@ -56,7 +56,7 @@ class Capture:
         self.outputs, self.model = outputs, outputs.model
         self.parameters = chosen_parameters(self.model, layers)
         self.layouts: dict[str, Layout] = {}
-        #: Whether embeddings that are looked up once for all examples are repeated for each.
+        #: Whether the output of an embedding that is looked up once for all examples is repeated for each.
         self.repeats = True
 
     @property
@@ -70,14 +70,14 @@ class Capture:
 
     @property
     def warning(self) -> str:
-        """What takes longer than it should; empty if nothing does."""
+        """A warning that names the parameters whose gradients take long; empty if there are none."""
         slow = [name for name, layout in self.layouts.items() if not layout.sources[0].vectorized]
         if not slow:
             return ""
         shown = ", ".join(slow[:4]) + (f" and {len(slow) - 4} more" if len(slow) > 4 else "")
         return (
-            f"Gradients in {shown} are taken one example at a time, as nothing vectorises them. To leave them out, "
-            "name the modules that count with `layers=[...]`."
+            f"Gradients in {shown} are taken one example at a time, because torch cannot vectorise them. This is slow. "
+            "To leave them out, name the modules whose parameters count: `layers=[...]`."
         )
 
     def described(self) -> dict[str, Any]:
@@ -151,7 +151,7 @@ class Watch:
         self._open = False
 
     def run(self, function: Callable[[], Tensor], num_examples: int = 1) -> Tensor:
-        """Run a function and keep the calls made in it; those of the last run are forgotten."""
+        """Run a function and note the calls made in it, in place of those of the last run."""
         self._num_examples = num_examples
         for calls in (*self.calls.values(), self.order):
             calls.clear()
@@ -168,7 +168,7 @@ class Watch:
         if not self._open:
             return outputs
         if self.repeats and isinstance(module, nn.Embedding) and len(outputs) == 1 < self._num_examples:
-            # Positions, looked up once for all examples: apart, each has a gradient of its own.
+            # Positions, looked up once for all examples. Repeated, each example has a gradient in them.
             outputs = outputs.expand(self._num_examples, *outputs.shape[1:])
         if isinstance(outputs, Tensor) and outputs._is_view():
             outputs = outputs.clone()  # an operation in place would rewrite the history of a view
@@ -184,7 +184,7 @@ class Watch:
 def watching(modules: Mapping[str, nn.Module], *, repeats: bool = False) -> Iterator[Watch]:
     """Watch modules inside the block, in which compiled modules run eagerly.
 
-    ``repeats`` what an embedding gives for all examples at once, as of positions, for each of them.
+    With ``repeats``, an embedding that is looked up once for all examples (of positions) is repeated for each of them.
     """
     watch = Watch(modules, repeats=repeats)
     with ExitStack() as hooks, uncompiled():
@@ -306,7 +306,7 @@ def chosen_parameters(model: nn.Module, layers: Sequence[str] | None) -> dict[st
     if not named:
         where = type(model).__name__ if layers is None else f"{', '.join(map(repr, layers))}"
         raise ValueError(
-            f"Found no trainable parameters in {where}: gradients are taken in parameters with requires_grad=True. "
-            "Unfreeze what was trained, or name layers that were with `layers=[...]`."
+            f"No parameter of {where} is trainable: gradients are taken in parameters with requires_grad=True. Set it "
+            "for the parameters that were trained, or name other layers with `layers=[...]`."
         )
     return named

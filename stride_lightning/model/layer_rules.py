@@ -1,4 +1,4 @@
-"""How the parameters of a layer are read off what entered it and what came back: one rule per kind of layer."""
+"""Gradients of a layer's parameters from its input and the gradient of its output: one rule per kind of layer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stride_lightning.model.blocks import Outer
 
 @dataclass
 class Call:
-    """One run of a module: what entered it, and the places in the graph where its outputs were made."""
+    """One run of a module: its arguments, and the places in the graph where its outputs were made."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -42,12 +42,12 @@ class LayerRule(ABC):
 
     #: Along which axis of the matrix the bias is joined.
     bias_axis = 1
-    #: The factor made of what entered the layer, whatever function of the outputs is differentiated.
+    #: The factor that is made of the layer's input; it is the same for all functions of the outputs.
     entered_side = "right"
 
 
 class LinearRule(LayerRule):
-    """``W x + b``: what comes back times what entered."""
+    """``W x + b``: the gradient of the output times the input."""
 
     @override
     def outer(self, call: Call, coming_back: Tensor, num_examples: int) -> Outer:
@@ -56,7 +56,7 @@ class LinearRule(LayerRule):
 
 
 class TransposedLinearRule(LayerRule):
-    """``x W + b``, the Conv1D of transformers: what entered times what comes back."""
+    """``x W + b``, the Conv1D of transformers: the input times the gradient of the output."""
 
     bias_axis, entered_side = 0, "left"
 
@@ -97,7 +97,7 @@ class EmbeddingRule(LayerRule):
     def outer(self, call: Call, coming_back: Tensor, num_examples: int) -> Outer:
         (tokens,) = call.args or tuple(call.kwargs.values())
         back = _places(coming_back, num_examples)
-        if len(tokens) == 1:  # positions, the same for all examples: what came out was repeated
+        if len(tokens) == 1:  # positions, the same for all examples: the output was repeated
             tokens = tokens.expand(num_examples, *tokens.shape[1:])
         tokens = tokens.flatten(1) if tokens.ndim > 1 else tokens[:, None]
         if tokens.shape != back.shape[:2]:
@@ -108,7 +108,7 @@ class EmbeddingRule(LayerRule):
 
 
 class UnusualShape(ValueError):
-    """What entered a layer, or came back to it, does not have one part per example along its first axis."""
+    """The input or the gradient of a layer does not have one part per example along its first axis."""
 
 
 def rule_for(module: nn.Module) -> type[LayerRule] | None:
@@ -136,8 +136,9 @@ def gradients_through(
 ) -> dict[str, Tensor]:
     """Each example's gradients in some parameters of any module, by running it again for each example.
 
-    Gradients come back of the call's output tensors, None of an unused one; ``is_cut`` says which leaves of the call
-    have one part per example along their first axis. ``vectorized``, all examples go at once by ``torch.vmap``.
+    ``coming_back`` holds the gradients of the call's output tensors, None for an unused one. ``is_cut`` says which
+    leaves of the call have one part per example along their first axis. If ``vectorized``, all examples go at once
+    through ``torch.vmap``.
 
     Returns:
         Gradients of shape ``(B, *parameter.shape)`` by name, in the order of the parameters.
@@ -177,13 +178,13 @@ def gradients_through(
 
 
 def lengths(call: Call) -> list[int | None]:
-    """Length of the first axis of every leaf of a call; None of what is no tensor."""
+    """Length of the first axis of every leaf of a call; None for a leaf that is no tensor."""
     leaves = pytree.tree_leaves((call.args, call.kwargs))
     return [len(leaf) if isinstance(leaf, Tensor) and leaf.ndim > 0 else None for leaf in leaves]
 
 
 def output_tensors(outputs: Any) -> list[Tensor]:
-    """The floating-point tensors of what a module returned, in order."""
+    """The floating-point tensors among a module's outputs, in order."""
     leaves = pytree.tree_leaves(outputs)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,11 @@ def before_layers(model: nn.Module, layers: Iterable[str], hook: Callable[..., A
         yield
 
 
+def is_of_checkpointing(error: Exception) -> bool:
+    """Whether torch raised an error because the model runs activation checkpointing (``torch.utils.checkpoint``)."""
+    return any(words in str(error) for words in ("use_reentrant", "saved tensor hooks"))
+
+
 def check_layers(layers: Sequence[str] | None) -> None:
     """Refuse a string, which is a sequence of letters."""
     if isinstance(layers, str):
@@ -69,8 +74,12 @@ def cloned(inputs: Any) -> Any:
 
 
 def in_precision_of(model: nn.Module, value: Any) -> Any:
-    """Floating-point tensors (in tuples, lists and dicts) in the precision of a model's weights."""
+    """Tensors (in tuples, lists and dicts) as plain tensors, those of numbers in the precision of a model's weights."""
     if isinstance(value, Tensor):
+        kind, plain = cast("Any", type(value)), cast("Any", Tensor)
+        # Subclasses that carry more, as monai's MetaTensor, change the methods of tensors. Wrappers of tensors stay.
+        if kind is not plain and kind.__torch_dispatch__ is plain.__torch_dispatch__:
+            value = value.as_subclass(Tensor)
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), value.dtype)
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -1,4 +1,4 @@
-"""How the parameters of a block lie in its vectors or matrices, and where their gradients come from."""
+"""Layout of a block: where its parameters lie in vectors or matrices, and which modules their gradients come from."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from stride_lightning.model.layer_rules import LayerRule
 
 @dataclass
 class Source:
-    """Where the gradient of a block comes from: one module that is watched."""
+    """One watched module that contributes to the gradient of a block."""
 
     module: str
     rule: LayerRule | None  # how its matrix is read; None if its parameters are read by running it again
     vectorized: bool = True  # whether running it again takes all examples at once
-    #: Of each of its calls, which leaves of what entered have one part per example.
+    #: For each of its calls: which leaves of its arguments have one part per example.
     is_cut: list[list[bool]] = field(default_factory=list)
 
 
@@ -30,7 +30,7 @@ class Layout:
     parameters: tuple[str, ...]  # a matrix and perhaps a bias joined to it, or a single parameter
     shapes: tuple[torch.Size, ...]
     bias_axis: int  # along which the bias is joined
-    sources: list[Source]  # what contributes; a tied matrix has several
+    sources: list[Source]  # a tied matrix has several
 
     @property
     def way(self) -> str:

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from stride_lightning.model.capture import WHOLE, Backward, Capture, Outputs, Watch, watching
 from stride_lightning.model.layer_rules import lengths, rule_for
-from stride_lightning.model.layers import cloned, find_module, plain_name
+from stride_lightning.model.layers import cloned, find_module, is_of_checkpointing, plain_name
 from stride_lightning.model.layout import Layout, Source
 from stride_lightning.runtime.checks import check_finite
 
@@ -30,11 +30,11 @@ _BY_ITSELF = (
 def plan_capture(
     outputs: Outputs, examples: Sequence[Any], together: Any = None, layers: Sequence[str] | None = None
 ) -> Capture:
-    """Find out how to read the gradient of every trainable parameter.
+    """Choose how to read the gradient of every trainable parameter.
 
-    For each parameter the first of these is taken whose gradients equal those of single examples: the rule of its
-    layer; running the nearest module again that runs in the forward pass, vectorised; the whole model, vectorised;
-    the whole model, example by example.
+    There are four ways: the rule of the parameter's layer; running the nearest module that runs in the forward pass
+    again, vectorised; running the whole model again, vectorised; and the whole model, example by example. Each
+    parameter gets the first whose gradients equal those of single examples.
 
     Args:
         outputs: Outputs of the model in eval mode.
@@ -87,12 +87,11 @@ class _Probe:
         with watching({WHOLE: capture.outputs, **modules}) as watch:
             for place, example in enumerate(examples):
                 outputs.append(self._outputs(watch, example, place))
-                # Of a random function: the loss of an example that is sure has no gradient to compare.
+                # A random function, because the loss of an example that is sure has no gradient to compare.
                 generator = torch.Generator().manual_seed(place)
                 direction = torch.randn(outputs[-1].shape, generator=generator, dtype=torch.float64)
                 directions.append(direction.to(outputs[-1]))
-                unused = {"allow_unused": True, "materialize_grads": True}
-                gradients.append(torch.autograd.grad(outputs[-1], parameters, directions[-1], **unused))
+                gradients.append(self._gradients(outputs[-1], parameters, directions[-1]))
             #: Modules that run in the forward pass.
             self.ran = {name for name, calls in watch.calls.items() if calls}
             self._lengths_of_one = {name: [lengths(call) for call in calls] for name, calls in watch.calls.items()}
@@ -102,6 +101,19 @@ class _Probe:
             for name, of_each in zip(capture.parameters, zip(*gradients, strict=True), strict=True)
         }
         self._largest = max(float(expected.abs().max()) for expected in self._expected.values())
+
+    def _gradients(self, outputs: Tensor, parameters: Sequence[Tensor], direction: Tensor) -> Sequence[Tensor]:
+        try:
+            return torch.autograd.grad(outputs, parameters, direction, allow_unused=True, materialize_grads=True)
+        except RuntimeError as error:
+            if not is_of_checkpointing(error):
+                raise
+            raise ValueError(
+                f"{type(self._capture.model).__name__} runs activation checkpointing with use_reentrant=True, through "
+                "which torch gives no gradients of single layers. Write checkpoint(..., use_reentrant=False), or "
+                "checkpoint only `if self.training`: attribution runs in eval mode. Or name modules after the "
+                "checkpointed part with `layers=[...]`."
+            ) from error
 
     def _outputs(self, watch: Watch, example: Any, place: int) -> Tensor:
         try:
@@ -129,21 +141,23 @@ class _Probe:
             except Exception:
                 if not self._capture.repeats:
                     raise
-                self._capture.repeats = False  # the model cannot do with positions repeated for every example
+                self._capture.repeats = False  # the model does not take positions repeated for every example
                 return self.agreeing(tried)
             if not _close(outputs, self._outputs_of_each, float(self._outputs_of_each.abs().max())):
                 self._reasons |= dict.fromkeys(tried, "the outputs for an example change with the rest of its batch")
                 return {}
             for source in sources:
+                # A task that runs the model once per example makes more calls: `read` below finds that they do not fit.
+                calls = zip(self._lengths_of_one[source.module], watch.calls[source.module], strict=False)
                 source.is_cut = [
                     [one == 1 and both == self._size for one, both in zip(alone, lengths(call), strict=True)]
-                    for alone, call in zip(self._lengths_of_one[source.module], watch.calls[source.module], strict=True)
+                    for alone, call in calls
                 ]
             backward.pull(self._directions)
             for name, layout in tried.items():
                 try:
                     gradients = layout.split(backward.read(layout).dense())
-                except Exception as error:  # whatever a module that is run in an unusual way may raise
+                except Exception as error:  # a module that is run in an unusual way may raise anything
                     self._reasons[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                     continue
                 if all(self._is_right(*item) for item in gradients.items()):
@@ -157,13 +171,13 @@ class _Probe:
         return _close(gradients, expected, max(float(expected.abs().max()), 1e-3 * self._largest))
 
     def check_any_left(self, tried: dict[str, Layout | None]) -> None:
-        """Refuse parameters that nothing reads."""
+        """Refuse parameters whose gradients no way reads."""
         lost = [name for name, layout in tried.items() if layout is None]
         if lost:
             owners = dict.fromkeys(type(find_module(self._capture.model, n.rpartition(".")[0])).__name__ for n in lost)
             shown = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
             raise ValueError(
-                f"The gradients of single examples in {shown} (of {', '.join(owners)}) cannot be told: "
+                f"No way gives the gradients of single examples in {shown} (of {', '.join(owners)}): "
                 f"{self._reasons[lost[0]]}. {_BY_ITSELF}"
             )
 
@@ -221,13 +235,14 @@ def _nearest(module: str, ran: set[str]) -> str:
 
 
 def last_layer(outputs: Outputs, inputs: Any) -> str:
-    """The module with trainable parameters of its own that runs last in the forward pass."""
+    """The last module in the forward pass that holds trainable parameters directly."""
     capture = Capture(outputs)
     owners = {name for held in _owners(capture).values() for name, _ in held}
     with watching({name: find_module(outputs.model, name) for name in owners}) as watch:
         watch.run(lambda: outputs(cloned(inputs)))
     if not watch.order:
         raise ValueError(
-            f"Found no layer of {type(outputs.model).__name__} with parameters that runs. Name it: `layers=[...]`."
+            f"No layer of {type(outputs.model).__name__} that has parameters runs in its forward pass. Name one: "
+            "`layers=[...]`."
         )
     return watch.order[-1]

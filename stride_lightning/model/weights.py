@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from stride_lightning.model.layers import plain_name
+from stride_lightning.model.pickled_objects import pickled_objects
+from stride_lightning.runtime.checks import first_line
 from stride_lightning.runtime.distributed import all_equal, broadcast_object, world_size
 
 
@@ -32,45 +34,71 @@ def weight_hash(model: nn.Module) -> str:
 
 
 def state_hash(state: Mapping[str, Any]) -> str:
-    """What :func:`weight_hash` gives of a model that holds this state."""
+    """The :func:`weight_hash` of a model that holds this state."""
     hasher = hashlib.sha256()
     tensors = {plain_name(name): value for name, value in state.items() if isinstance(value, Tensor)}
     for name in sorted(tensors):
-        # A clone, as a tensor of one element may count as contiguous with any stride.
-        value = tensors[name].detach().cpu().clone(memory_format=torch.contiguous_format)
+        value = tensors[name]
         hasher.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-        hasher.update(value.flatten().view(torch.uint8).numpy().tobytes())
+        hasher.update(raw_bytes(value))
     return hasher.hexdigest()
 
 
-def load_checkpoint(ckpt_path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint without running any code stored in it.
+def raw_bytes(tensor: Tensor) -> bytes:
+    r"""The bytes of a dense tensor's values, in order, whatever its device and strides.
+
+    Example:
+        >>> raw_bytes(torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8).T)
+        b'\x01\x03\x02\x04'
+    """
+    # A clone, because torch calls a tensor of one element contiguous whatever its stride.
+    values = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return values.flatten().view(torch.uint8).numpy().tobytes()
+
+
+def load_checkpoint(ckpt_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU.
+
+    Args:
+        ckpt_path: The file.
+        weights_only: As in ``torch.load``: unless it is False, no code that is stored in the file runs.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be read, or only by unpickling objects.
+        ValueError: If it cannot be read, or holds objects and ``weights_only`` is not False; their keys are named.
     """
     path = Path(ckpt_path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint at {path}.")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
+    except Exception as error:  # a damaged file raises anything
+        if weights_only is not False and (objects := pickled_objects(path)):
+            shown = ", ".join(f"{key!r} ({kind})" for key, kind in list(objects.items())[:3])
+            more = f" and {len(objects) - 3} more" if len(objects) > 3 else ""
+            raise ValueError(
+                f"The checkpoint {path} holds objects besides tensors and plain values: {shown}{more}. Loading them "
+                "may run code that is stored in the file. If you trust the file, pass weights_only=False."
+            ) from error
+        if isinstance(error, AttributeError | ImportError):
+            raise ValueError(
+                f"The checkpoint {path} holds an object whose class cannot be imported here ({error}). Import the "
+                "module that defines it, or make it importable."
+            ) from error
+        is_refused = isinstance(error, UnpicklingError) and weights_only is not False
+        detail = (
+            "torch refuses it with weights_only=True" if is_refused else f"{type(error).__name__}: {first_line(error)}"
+        )
         raise ValueError(
-            f"The checkpoint {path} holds objects besides tensors and plain values (often hyper-parameters such as "
-            "paths or modules), which are not unpickled here. If you trust the file, load it yourself with "
-            "`load_from_checkpoint(path, weights_only=False)` and call attribute() without ckpt_path. "
-            f"Detail: {str(error).splitlines()[0]}"
+            f"The checkpoint {path} cannot be read; it may be damaged, cut short or no checkpoint ({detail})."
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"The checkpoint {path} cannot be read; it may be damaged or cut short: {error}") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"The checkpoint {path} holds a {type(checkpoint).__name__}, expected a dictionary.")
     return checkpoint
 
 
 def resolve_ckpt_path(ckpt_path: str | Path, model: nn.Module) -> Path:
-    """The file that a path, ``"best"`` or ``"last"`` stands for."""
+    """The file of a checkpoint that is given by path, or as ``"best"`` or ``"last"`` of the model's trainer."""
     if ckpt_path not in ("best", "last"):
         return Path(ckpt_path)
     trainer = attached_trainer(model)
@@ -93,7 +121,7 @@ def attached_trainer(model: nn.Module) -> Any | None:
     """The trainer a LightningModule is attached to, if any."""
     try:
         trainer = getattr(model, "trainer", None)
-    except RuntimeError:  # Lightning's answer of a module that was never attached
+    except RuntimeError:  # Lightning raises it where a module was never attached
         return None
     return trainer if hasattr(trainer, "callbacks") else None  # Fabric attaches something that looks like a trainer
 
@@ -112,12 +140,12 @@ def rank_zero_state(model: nn.Module) -> dict[str, Any] | None:
 def borrowed(
     model: nn.Module, state: Mapping[str, Tensor] | None, device: torch.device | None
 ) -> Iterator[torch.device]:
-    """Put a model in eval mode, on a device, with other weights if given; afterwards all is as it was.
+    """Put a model in eval mode, on a device, with other weights if given; afterwards the model is as before.
 
     Args:
         model: The caller's model.
-        state: Weights to load, by plain name; refused as by :func:`check_fits`. None keeps the model's own.
-        device: Where to run, which is yielded; the model's own device when None.
+        state: Weights to load, by plain name; refused as by :func:`check_fits`. None leaves the model's weights.
+        device: Where to run; the model's device by default. It is yielded.
     """
     modes = {module: module.training for module in model.modules()}
     # A forward pass may count or log: buffers and metrics are put back, and `self.log` does nothing meanwhile.
@@ -171,7 +199,7 @@ def borrowed(
 
 
 def check_fits(model: nn.Module, state: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """The weights under the model's own names, without loading them; both sides may or may not be compiled.
+    """The weights under the names that the model has for them, not loaded; both sides may or may not be compiled.
 
     Raises:
         ValueError: If they are of another architecture, naming the parameters after ``where``.
@@ -182,7 +210,7 @@ def check_fits(model: nn.Module, state: Mapping[str, Any], where: str = "") -> d
     """
     names = {plain_name(name): name for name in model.state_dict()}
     ours = {plain_name(name): value for name, value in model.state_dict().items()}
-    # What is no tensor (`get_extra_state`) a record does not hold: the model keeps its own.
+    # Records hold tensors alone. Other state (`get_extra_state`) stays as the model has it.
     extra = {name: value for name, value in ours.items() if not isinstance(value, Tensor)}
     given = extra | {plain_name(name): value for name, value in state.items()}
     missing, unexpected = sorted(names.keys() - given.keys()), sorted(given.keys() - names.keys())

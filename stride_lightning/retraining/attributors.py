@@ -88,10 +88,11 @@ class FurtherTrainingAttributor(Attributor):
         self._leaving_out: LeavingOut | None = None
         if saved_record is not None:
             self._saved = FurtherTraining.from_record(saved_record)
-            mismatch = explain_mismatch(saved_record, self._fingerprint, repr(self.task))
-            if mismatch := mismatch or self._conflict(self._saved, model):
-                if self._explicit:
-                    raise ValueError(mismatch)
+            how = {"is_explicit": self._explicit}
+            mismatch = explain_mismatch(saved_record, self._fingerprint, repr(self.task), **how)
+            if mismatch is None and (mismatch := self._conflict(self._saved, model)) and self._explicit:
+                raise ValueError(mismatch)
+            if mismatch is not None:
                 self._saved, self._note = None, mismatch
         if self._saved is None:
             self._prepare(model, device)

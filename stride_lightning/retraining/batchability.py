@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import UserDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
@@ -16,9 +16,12 @@ from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from stride_lightning.model.layers import is_of_checkpointing
 from stride_lightning.model.weights import borrowed
 from stride_lightning.retraining.ensemble import Call
+from stride_lightning.retraining.modules import overridden, tree_of
 from stride_lightning.retraining.optimizers import CannotBatch
+from stride_lightning.runtime.checks import first_line
 from stride_lightning.runtime.randomness import seeded
 from stride_lightning.tasks.likelihoods import Task, columns
 
@@ -30,10 +33,11 @@ GRADIENT_HOOKS = (
 #: All through which it may change how it is trained.
 _HOOKS = (
     *GRADIENT_HOOKS,
-    *("configure_callbacks", "configure_model", "lr_scheduler_step", "setup", "on_fit_start", "on_fit_end"),
+    *("configure_callbacks", "lr_scheduler_step", "setup", "on_fit_start", "on_fit_end"),
     *("on_train_start", "on_train_epoch_start", "on_train_batch_start"),
     *("on_train_batch_end", "on_train_epoch_end", "on_train_end"),
 )
+_CHECKPOINTING = "it runs activation checkpointing, which torch.func does not vectorise"
 
 
 def _tolerance(value: Tensor) -> float:
@@ -46,22 +50,13 @@ def vectorised_attention() -> AbstractContextManager[Any]:
     return sdpa_kernel(SDPBackend.MATH)
 
 
-def overridden(model: nn.Module, names: Iterable[str] = GRADIENT_HOOKS) -> list[str]:
-    """Hooks of a LightningModule that are its own, not Lightning's."""
-    model = getattr(model, "_orig_mod", model)
-    if not hasattr(model, "automatic_optimization"):
-        return []
-    lightnings = ("lightning", "pytorch_lightning")
-    return [name for name in names if getattr(model, name).__module__.split(".")[0] not in lightnings]
-
-
 def check_hooks(model: nn.Module) -> None:
     """Refuse, by :class:`CannotBatch`, a model that takes part in its training in more ways than a loss."""
     if any(parameter._backward_hooks for parameter in model.parameters()) or any(
         module._backward_hooks or module._backward_pre_hooks for module in model.modules()
     ):
         raise CannotBatch("it has hooks on gradients")
-    if not isinstance(model, L.LightningModule):
+    if tree_of(model) is None:
         return
     if not model.automatic_optimization:
         raise CannotBatch("it optimizes by hand (automatic_optimization=False)")
@@ -80,14 +75,14 @@ def loss_factor(model: nn.Module, task: Task, batch: Any, prepared: tuple[Any, T
     Raises:
         CannotBatch: If there is no such factor: label smoothing, class weights, auxiliary losses.
     """
-    if not isinstance(model, L.LightningModule):
+    if tree_of(model) is None:
         return 1.0
     size = len(prepared[1])
     parts = [list(range(size)), *([i] for i in range(min(4, size)) if size > 1)]
     numbers = range(0, num_batches, max(1, num_batches // 12))
     compared = [*enumerate(parts), *((number, parts[-1]) for number in numbers)]
     factor = None
-    with tried_out(model), without_trainer(model):
+    with tried_out(model), without_trainer(cast("L.LightningModule", model)):
         for scale in (1.0, 4.0):
             with torch.no_grad():
                 for parameter in model.parameters():
@@ -136,7 +131,12 @@ def _same_loss(model: nn.Module, one: Tensor, other: Tensor, *, gradients: bool)
         return True
     if not (one.requires_grad and other.requires_grad):
         return False
-    ones, others = (torch.autograd.grad(loss, trained, materialize_grads=True) for loss in (one, other))
+    try:
+        ones, others = (torch.autograd.grad(loss, trained, materialize_grads=True) for loss in (one, other))
+    except RuntimeError as error:
+        if is_of_checkpointing(error):
+            raise CannotBatch(_CHECKPOINTING) from error
+        raise
     largest = max(float(gradient.abs().max()) for gradient in others if gradient.numel())
     gaps = [float((a - b).abs().max()) for a, b in zip(ones, others, strict=True) if a.numel()]
     return max(gaps) <= max(1e-4, rounding) * largest + rounding
@@ -204,6 +204,8 @@ def check_vectorises(
             with borrowed(model, None, None), torch.no_grad():  # an LSTM can be vectorised only with its gradient
                 vmap(total, randomness="same")(stacked)
         except Exception as error:
+            if is_of_checkpointing(error):
+                raise CannotBatch(_CHECKPOINTING) from error
             named = _named(model, nn.modules.batchnorm._BatchNorm, nn.RNNBase)
             raise CannotBatch(f"torch.func cannot vectorise it{named}: {first_line(error)}") from error
         for index, scale in enumerate((1.0, 0.9)):
@@ -292,12 +294,6 @@ def loss_of_step(model: nn.Module, batch: Any, number: int = 0) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise TypeError(f"training_step returned {type(loss).__name__}, expected a loss")
     return loss.reshape(())
-
-
-def first_line(error: Exception) -> str:
-    """How an error's message begins, or its class where it has none."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:160]
 
 
 def _named(model: nn.Module, *kinds: type[nn.Module]) -> str:

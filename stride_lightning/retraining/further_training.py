@@ -43,6 +43,7 @@ def further_train(
     seed: int = 0,
     path: str | Path | None = None,
     ckpt_path: str | Path | None = None,
+    weights_only: bool | None = None,
     batch_size: int | None = None,
     optimizer: MakeOptimizer | None = None,
     task: Task | None = None,
@@ -72,6 +73,7 @@ def further_train(
         seed: The first of the seeds.
         path: Folder for the result; a killed run goes on from ``<path>.parts``, of about a sixteenth of the work each.
         ckpt_path: Checkpoint of the final model, or ``"best"`` or ``"last"``; by default the weights as they are.
+        weights_only: As in :func:`~stride_lightning.attribute`.
         batch_size: Examples of a batch.
         optimizer: Makes the optimizer of a model's parameters; by default the model's ``configure_optimizers``
             without its schedule, at the initial learning rate.
@@ -105,7 +107,7 @@ def further_train(
         raise TypeError(f"`model` must be the final model, a torch module, got {instead}.")
     check_task(task)
     num_seeds = check_count("num_seeds", num_seeds)
-    checkpoint = None if ckpt_path is None else load_checkpoint(resolve_ckpt_path(ckpt_path, model))
+    checkpoint = None if ckpt_path is None else load_checkpoint(resolve_ckpt_path(ckpt_path, model), weights_only)
     state = rank_zero_state(model) if checkpoint is None else checkpoint.get("state_dict", checkpoint)
     train, queries = resolve_train_data(train_data, train_indices, model), resolve_queries(queries, model)
     with borrowed(model, state, None if device is None else torch.device(device)) as home, torch.no_grad():

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,12 +16,13 @@ from typing_extensions import override
 from stride_lightning.data.examples import Examples, first_batch
 from stride_lightning.model.layers import in_precision_of
 from stride_lightning.model.weights import borrowed
-from stride_lightning.retraining.batchability import first_line, loss_of_step, overridden, vectorised_attention
+from stride_lightning.retraining.batchability import GRADIENT_HOOKS, loss_of_step, vectorised_attention
 from stride_lightning.retraining.batches import Batches
 from stride_lightning.retraining.ensemble import Ensemble, Single
+from stride_lightning.retraining.modules import overridden, tree_of
 from stride_lightning.retraining.optimizers import CannotBatch, check_together, read_optimization
 from stride_lightning.retraining.step_losses import check_additive, check_step, detached_copy, train_mode
-from stride_lightning.runtime.checks import check_finite
+from stride_lightning.runtime.checks import check_finite, first_line
 from stride_lightning.runtime.randomness import mix, seeded
 from stride_lightning.tasks.likelihoods import Task, columns
 
@@ -51,7 +51,7 @@ class LeavingOut(Batches):
         self, model: nn.Module, train: Examples, head: Any, task: Task, *, warn: bool = True, **how: Any
     ) -> None:
         super().__init__(model, train, head, task, **how)
-        if warn and (hooks := overridden(model)):
+        if warn and (hooks := overridden(model, GRADIENT_HOOKS)):
             warnings.warn(
                 f"{type(model).__name__} overrides {', '.join(hooks)}. Further training does not call them; effects "
                 "are of training without.",
@@ -75,7 +75,7 @@ class LeavingOut(Batches):
         except CannotBatch as reason:
             self.one_by_one_because = str(reason)
         #: Whether the loss is what ``training_step`` returns, because it is not the task's.
-        self._is_step = self.one_by_one_because is not None and isinstance(model, L.LightningModule)
+        self._is_step = self.one_by_one_because is not None and tree_of(model) is not None
         if self._is_step:
             check_step(copy.deepcopy(model), in_precision_of(model, batch))
             check_additive(copy.deepcopy(model), self._mixed_examples(_NUM_CHECKED), self.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,14 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from stride_lightning.data.examples import own_hook
+from stride_lightning.retraining.modules import overridden, tree_of
 from stride_lightning.retraining.recipe import Recipe
+from stride_lightning.runtime.checks import first_line
 from stride_lightning.runtime.randomness import seeded
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Lightning's greetings once per model would bury everything else."""
-    loggers = map(logging.getLogger, ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"))
+    trees = ("lightning.pytorch", "pytorch_lightning")
+    loggers = [logging.getLogger(name) for tree in trees for name in (tree, f"{tree}.utilities.rank_zero")]
     levels = {logger: logger.level for logger in loggers}
     try:
         for logger in levels:
@@ -40,11 +44,17 @@ def train_alone(recipe: Recipe, mask: Tensor, seed: int) -> Tensor:
     that hold none of it are left out, and under BatchNorm those that hold only one.
     """
     model = recipe.fresh_model(seed)
-    module = model if isinstance(model, L.LightningModule) else _Plain(model, recipe)
+    validation = _validation(recipe, model)
+    tree = tree_of(model) or L
+    if recipe.trainer_fn is None:
+        trainer = _lean_trainer(tree, recipe.max_epochs, recipe.device, validates=validation is not None)
+    else:
+        trainer = recipe.trainer_fn()
+        tree = tree_of(trainer) or L
+    module: Any = model if tree_of(model) else _of_tree(_Plain, tree.LightningModule)(model, recipe)
     if recipe.optimizer is not None:  # the model is fresh and ours
         make_optimizer = recipe.optimizer
         module.configure_optimizers = lambda: make_optimizer(model.parameters())
-    trainer = _lean_trainer(recipe.max_epochs, recipe.device) if recipe.trainer_fn is None else recipe.trainer_fn()
     if trainer.global_step or trainer.current_epoch:
         raise ValueError(
             "`trainer_fn` returned a Trainer that has trained before; it would not train the next model at all. Make "
@@ -62,12 +72,31 @@ def train_alone(recipe: Recipe, mask: Tensor, seed: int) -> Tensor:
     with seeded(seed), warnings.catch_warnings():
         # The data module has all three hooks of a transfer, and calls the user's, the model's among them.
         warnings.filterwarnings("ignore", "You have overridden `.*` in both `LightningModule` and")
-        trainer.fit(module, datamodule=_SubsetData(recipe, mask, seed, smallest=2 if normalises else 1))
+        warnings.filterwarnings("ignore", "You defined a `validation_step` but have no `val_dataloader`")
+        data = _of_tree(_SubsetData, tree.LightningDataModule)(recipe, mask, seed, smallest=2 if normalises else 1)
+        if validation is not None:
+            data.val_dataloader = validation
+        try:
+            trainer.fit(module, datamodule=data)
+        except Exception as error:
+            if "conditioned on metric" not in str(error):
+                raise
+            raise ValueError(
+                f"{type(model).__name__} waits for a metric that its training does not log ({first_line(error)}). "
+                "Models are validated where `train_data` is a LightningDataModule with a val_dataloader, or the model "
+                "has one. Or pass `optimizer=`, which trains without a schedule."
+            ) from error
     return recipe.measured(model).float().cpu()
 
 
-def _lean_trainer(max_epochs: int, device: torch.device) -> L.Trainer:
-    return L.Trainer(
+def _validation(recipe: Recipe, model: nn.Module) -> Callable[[], Any] | None:
+    """What makes the loader of the data that a model is validated on; None if it has no step for that, or no data."""
+    hooks = [own_hook(owner, "val_dataloader") for owner in (recipe.datamodule, model)]
+    return next(filter(None, hooks), None) if overridden(model, ["validation_step"]) else None
+
+
+def _lean_trainer(tree: Any, max_epochs: int, device: torch.device, *, validates: bool) -> Any:
+    return tree.Trainer(
         max_epochs=max_epochs,
         accelerator={"cuda": "gpu"}.get(device.type, device.type),
         devices=1 if device.index is None else [device.index],
@@ -75,13 +104,18 @@ def _lean_trainer(max_epochs: int, device: torch.device) -> L.Trainer:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        limit_val_batches=0,
+        limit_val_batches=1.0 if validates else 0,
         num_sanity_val_steps=0,
     )
 
 
-class _Plain(L.LightningModule):
-    """Trains a module that is no LightningModule on the task's loss."""
+def _of_tree(kind: type, base: type) -> Any:
+    """A class of ours as a class of an import tree."""
+    return type(kind.__name__, (kind, base), {})
+
+
+class _Plain:
+    """A LightningModule that trains a module that is none on the task's loss."""
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         super().__init__()
@@ -91,8 +125,10 @@ class _Plain(L.LightningModule):
         return self.recipe.losses(self.model, self.recipe.prepared(self.model, batch)).mean()
 
 
-class _SubsetData(L.LightningDataModule):
-    """The batches of an order, without the examples outside a subset, moved as the user's own hooks would move them."""
+class _SubsetData:
+    """A data module: the batches of an order without the examples outside a subset, moved by the user's own hooks."""
+
+    trainer: Any
 
     def __init__(self, recipe: Recipe, mask: Tensor, seed: int, smallest: int) -> None:
         super().__init__()

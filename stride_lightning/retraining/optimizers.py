@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as L
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from stride_lightning.retraining.modules import tree_of
 
 #: Makes the optimizer of a model's parameters.
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -63,13 +65,13 @@ def read_optimization(model: nn.Module, make_optimizer: MakeOptimizer | None) ->
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"`optimizer` must return a torch optimizer, got {type(optimizer).__name__}.")
         return Optimization(optimizer)
-    if not isinstance(model, L.LightningModule):
+    if tree_of(model) is None:
         raise TypeError(
             f"{type(model).__name__} is no LightningModule, so its optimizer is not known. Pass `optimizer=`, such as "
             "functools.partial(torch.optim.SGD, lr=0.1)."
         )
     try:
-        configured: Any = model.configure_optimizers()
+        configured: Any = cast("L.LightningModule", model).configure_optimizers()
     except Exception as error:
         raise CannotBatch(f"configure_optimizers needs a Trainer ({type(error).__name__}: {error})") from error
     return _read(configured)

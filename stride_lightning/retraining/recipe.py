@@ -17,6 +17,7 @@ from stride_lightning.data.reading import Reading, survey
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
 from stride_lightning.model.weights import borrowed, weight_hash
 from stride_lightning.retraining.batches import Batches
+from stride_lightning.retraining.modules import build
 from stride_lightning.retraining.optimizers import CannotBatch, MakeOptimizer, read_optimization
 from stride_lightning.runtime.checks import check_count, check_finite
 from stride_lightning.runtime.randomness import seeded
@@ -98,6 +99,8 @@ class Recipe(Batches):
         if measure == "margin":  # refuses a task without margins now
             task.margin(torch.zeros(1, self.num_outputs), torch.eye(1, self.num_outputs))
         self.model_fn, self.queries, self.max_epochs = model_fn, resolve_queries(queries, model), max_epochs
+        #: The data module of the training data, whose validation data are those of every model; None if there is none.
+        self.datamodule: Any = train.owners[0] if train.owners else None
         self.trainer_fn, self.measure, self.one_by_one = trainer_fn, measure, one_by_one
         #: What kinds of training examples there are, a number for each; known once :meth:`identity` has read them.
         self.train_kinds: Tensor | None = None
@@ -107,7 +110,7 @@ class Recipe(Batches):
     def fresh_model(self, seed: int) -> nn.Module:
         """A new model with the initial weights of a seed."""
         with seeded(seed):
-            return self.model_fn().to(self.device)
+            return build(self.model_fn).to(self.device)
 
     def initial_model(self, seed: int) -> nn.Module:
         """A copy of a model with the initial weights of a seed, made without drawing random numbers again."""
@@ -191,7 +194,7 @@ def _checked_model(model_fn: Callable[[], nn.Module]) -> nn.Module:
         )
     try:
         with seeded(0):
-            model, again = model_fn(), model_fn()
+            model, again = build(model_fn), build(model_fn)
     except TypeError as error:
         raise TypeError(
             f"`model_fn` must work without arguments; calling it gave: {error}. Wrap it: `lambda: MyModel(lr=0.1)`."

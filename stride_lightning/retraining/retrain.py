@@ -56,7 +56,8 @@ def retrain(
     Args:
         model_fn: Makes a fresh, untrained model: a class, or a function without arguments.
         queries: What is measured: a Dataset, DataLoader or LightningDataModule.
-        train_data: What is trained on, likewise. Its DataLoader says batch size and shuffling.
+        train_data: What is trained on, likewise. Its DataLoader says batch size and shuffling. Models that train one by
+            one are validated on the validation data of a LightningDataModule, where a schedule or callback needs that.
         max_epochs: Passes over the training data.
         num_subsets: Number of subsets K; 100 by default.
         fraction: Share of the training examples in each subset.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from stride_lightning.data.examples import Examples
 from stride_lightning.model.layers import in_precision_of
 from stride_lightning.retraining.batchability import loss_of_step, switch_dropout_off, tried_out, without_trainer
+from stride_lightning.retraining.modules import tree_of
 from stride_lightning.runtime.randomness import seeded
 
 
@@ -81,7 +82,7 @@ def check_additive(model: nn.Module, examples: Examples, device: torch.device) -
 
 def detached_copy(model: nn.Module) -> nn.Module:
     """A copy without its Trainer, which holds the data, the loggers and the optimizer; nothing it logs is heard."""
-    attached = [(module, module._trainer) for module in model.modules() if isinstance(module, L.LightningModule)]
+    attached: list[tuple[Any, Any]] = [(module, module._trainer) for module in model.modules() if tree_of(module)]
     try:
         for module, _ in attached:
             module._trainer = None
@@ -95,7 +96,7 @@ def detached_copy(model: nn.Module) -> nn.Module:
         for module, trainer in attached:
             module._trainer = trainer
     for module in copied.modules():
-        if isinstance(module, L.LightningModule):
+        if tree_of(module):
             vars(module).update(log=_unheard, log_dict=_unheard)
     return copied
 

@@ -81,3 +81,9 @@ def check_finite(values: Tensor, what: str, row: int = 0) -> None:
         "training diverge?)",
         [row + other for other in others],
     )
+
+
+def first_line(error: Exception) -> str:
+    """How an error's message begins, or its class where it has none."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:160]

@@ -113,6 +113,11 @@ class StrideAttributor(Attributor):
         """The recovery that was given, or the default of the task."""
         if self._given_recovery is not None:
             return self._given_recovery
+        if not hasattr(self, "task"):
+            raise RuntimeError(
+                "Call fit(model, train_data) before reading `recovery` or `stability`: their defaults depend on the "
+                "task."
+            )
         return "closed-form" if self.task.has_tokens and self.basis == "statistics" else "prior"
 
     @property
@@ -128,12 +133,12 @@ class StrideAttributor(Attributor):
             # They would go separate ways, and wait for each other forever.
             start, note = None, "not every rank found the same record; computed on the spot"
         fit = self._prepared(model, device, start)
-        mismatch = None if start is None else explain_mismatch(start, fit.fingerprint, repr(self.task))
-        if mismatch is not None:
-            if record is not None:
-                raise ValueError(mismatch)
-            start, note = None, mismatch
-            fit = self._prepared(model, device, None)
+        if start is not None:
+            how = {"is_explicit": record is not None}
+            mismatch = explain_mismatch(start, fit.fingerprint, repr(self.task), **how)
+            if mismatch is not None:
+                start, note = None, mismatch
+                fit = self._prepared(model, device, None)
         design = None if self.recovery == "closed-form" else self._choose_design(start)
         fit.expect(design, self.expected_queries)
         fit.fit(design, start)

@@ -1,1 +1,1 @@
-"""What is kept on disk."""
+"""Records and results on disk."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def hidden_name(path: Path) -> Path:
-    """A name beside a path that readers ignore and no other process takes."""
+    """A name beside a path; readers ignore it, and no other process takes it."""
     return path.with_name(f".{path.name}.part-{os.getpid()}-{secrets.token_hex(4)}")
 
 
@@ -48,7 +48,7 @@ def rename_to_free_name(part: Path, wanted: Path) -> Path:
 def _rename(source: Path, target: Path) -> bool:
     try:
         os.rename(source, target)
-    except OSError:  # refused if another writer took the name since we looked
+    except OSError:  # another writer may have taken the name in between
         if not os.path.lexists(target):
             raise
         return False

@@ -1,7 +1,8 @@
-"""Finding the record that belongs to a model's weights."""
+"""Search for the record that belongs to a model's weights."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from torch import nn
 
 from stride_lightning.model.weights import attached_trainer
 from stride_lightning.storage.records import Record, RecordError, find_records, read_info, read_record
+
+#: The callback that writes records of a kind.
+WRITERS = {"stride": "StrideCallback", "tracin": "TracInCallback", "further-training": "FurtherTrainingCallback"}
 
 
 def choose_record(
@@ -23,8 +27,8 @@ def choose_record(
     """The record of these weights to start from, and a sentence about it for the metadata.
 
     A record or a folder of records that the user names must fit or is refused. Otherwise the callbacks of the
-    checkpoint and of the model's trainer say where records are. A record must agree with the options that are not None,
-    such as ``layers`` or ``num_subsets``.
+    checkpoint and of the model's trainer say where records are; that none of the records there is of these weights is
+    warned of. A record must agree with the options that are not None, such as ``layers`` or ``num_subsets``.
 
     Raises:
         FileNotFoundError: If the explicit path does not exist.
@@ -35,19 +39,31 @@ def choose_record(
         return _explicit_record(Path(explicit), weights, options, kind), "given by the caller"
     states = attached_states(model) + saved_states(checkpoint)
     folders = dict.fromkeys(Path(state["dirpath"]) for state in states if state.get("dirpath"))
-    notes = ["none of these weights was found, so everything was computed on the spot"]
+    others: list[Path] = []
+    conflicts, problems = [], []
     for path in reversed([record for folder in folders for record in find_records(folder)]):  # the newest first
         try:
             info = read_info(path)
-            if info.get("kind") != kind or info.get("weights") != weights:
+            if info.get("kind") != kind:
+                continue
+            if info.get("weights") != weights:
+                others.append(path)
                 continue
             conflict = _conflict(info, options)
             if conflict is None:
                 return read_record(path), f"found at {path}, which has these weights"
-            notes.append(f"{path} {conflict}")
+            conflicts.append(f"{path} {conflict}")
         except (RecordError, FileNotFoundError) as error:
-            notes.append(str(error))
-    return None, "; ".join(notes)
+            problems.append(str(error))
+    if not conflicts and (others or problems):
+        reasons = [f"{others[0]} is of other weights than those that are attributed."] if others else []
+        warnings.warn(
+            f"No record that {WRITERS[kind]} wrote can be used, so everything is computed on the spot: "
+            f"{' '.join(reasons + problems)}",
+            stacklevel=2,
+        )
+    note = "none of these weights was found, so everything was computed on the spot"
+    return None, "; ".join([note, *conflicts, *problems])
 
 
 def attached_states(model: nn.Module) -> list[Mapping[str, Any]]:
@@ -60,25 +76,32 @@ def attached_states(model: nn.Module) -> list[Mapping[str, Any]]:
 
 def saved_states(checkpoint: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     """States of callbacks with records that a checkpoint holds."""
-    # Told by its content: the key is the class's name, which in a subclass is another.
+    # By its content, because the key is the class's name, and a subclass has another.
     saved = {} if checkpoint is None else checkpoint.get("callbacks", {})
     return [state for state in saved.values() if isinstance(state, Mapping) and {"dirpath", "records"} <= state.keys()]
 
 
-def explain_mismatch(record: Record, fingerprint: Mapping[str, Any], task: str) -> str | None:
-    """Why a record is not of this data and task, or None if it is."""
+def explain_mismatch(
+    record: Record, fingerprint: Mapping[str, Any], task: str, *, is_explicit: bool = False
+) -> str | None:
+    """Why a record is not of this data and task, which is warned of, or None if it is.
+
+    Raises:
+        ValueError: If it is not, and the user named it.
+    """
     if record.info["data"] != dict(fingerprint):
-        return (
-            f"The record {record.path} was made with other training data.\n"
-            f"  record: {show_fingerprint(record.info['data'])}\n  given:  {show_fingerprint(fingerprint)}\n"
-            "Pass the data (in the same order) that the model was trained on, or leave out `record`."
-        )
-    if record.info["task"] != task:
-        return (
-            f"The record {record.path} was made with task {record.info['task']}, now it is {task}. Pass the same "
-            "`task=` to attribute() as to the callback."
-        )
-    return None
+        reason = f"The record {record.path} was made with other training data."
+        lines = [f"record: {show_fingerprint(record.info['data'])}", f"given:  {show_fingerprint(fingerprint)}"]
+        advice = "Pass the data (in the same order) that the model was trained on; was random_split given no seed?"
+    elif record.info["task"] != task:
+        reason, lines = f"The record {record.path} was made with task {record.info['task']}, now it is {task}.", []
+        advice = "Pass the same `task=` to attribute() as to the callback."
+    else:
+        return None
+    if is_explicit:
+        raise ValueError("\n  ".join([reason, *lines]) + f"\n{advice} Or leave out `record`.")
+    warnings.warn(f"{reason} It is not used, and everything is computed on the spot. {advice}", stacklevel=2)
+    return f"{reason} {'; '.join(lines)}"
 
 
 def _explicit_record(path: Path, weights: str, options: Mapping[str, Any], kind: str) -> Record:
@@ -89,8 +112,8 @@ def _explicit_record(path: Path, weights: str, options: Mapping[str, Any], kind:
     infos = {candidate: info for candidate, info in infos.items() if info.get("kind") == kind}
     if not infos:
         raise ValueError(
-            f"{path} holds {', '.join(kinds)}, not what the callback for {kind!r} writes. Name one of its records, or "
-            "the folder that holds them."
+            f"{path} holds {', '.join(kinds)}, not what {WRITERS[kind]} writes. Name one of its records, or the folder "
+            "that holds them."
         )
     fitting = [candidate for candidate, info in infos.items() if info.get("weights") == weights]
     if not fitting:
@@ -111,7 +134,7 @@ def _conflict(info: Mapping[str, Any], options: Mapping[str, Any]) -> str | None
     stored = {**info, **info.get("design", {})}
     for name, value in options.items():
         if value is not None and stored[name] != value:
-            return f"has {name}={stored[name]!r}, but {name}={value!r} was asked for"
+            return f"has {name}={stored[name]!r}, but you passed {name}={value!r}"
     return None
 
 

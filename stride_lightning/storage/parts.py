@@ -1,4 +1,4 @@
-"""Long work in parts: each is on disk when it is done, so that a killed run loses only the one it was at."""
+"""Long work in parts, each of which is on disk when it is done: a killed run loses only the part it was at."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ Finished = TypeVar("Finished", bound=Stored)
 
 
 class Work:
-    """Long work on many items under several seeds, done chunk by chunk; the caller says what one chunk is.
+    """Long work on many items under several seeds, done chunk by chunk; the caller computes one chunk.
 
-    With a path, a finished chunk is a part on disk, and a run that was killed goes on from the parts there are. What a
-    chunk gives must depend on its seed and items alone. In a distributed run every rank does a share of the chunks and
-    all get the whole. Several runs of the same work may share one path: each takes the parts that are not there.
+    With a path, a finished chunk is a part on disk, and a killed run goes on from the parts on disk. The values of a
+    chunk must depend on its seed and items alone. In a distributed run every rank does a share of the chunks and all
+    get the whole. Several runs of the same work may share one path: each computes the parts that are missing.
 
     Args:
         path: Where the result will be written; the parts go to ``<path>.parts``. None keeps them in memory.
@@ -87,7 +87,7 @@ class Work:
         description: str = "",
         show_progress: bool = False,
     ) -> Tensor:
-        """Do what is not done yet.
+        """Compute the chunks that are not on disk yet.
 
         Args:
             compute: Computes a chunk of a seed: ``(seed, items, tick) -> values``, and calls ``tick`` as it goes on.
@@ -96,8 +96,8 @@ class Work:
             largest: Most items of a chunk.
             num_threads: Chunks computed at once.
             dim: Dimension of the values along which the items of a chunk lie.
-            ticks: What a chunk of so many items adds to the progress bar.
-            description: What the progress bar says.
+            ticks: Steps of the progress bar for a chunk of so many items.
+            description: Text of the progress bar.
             show_progress: Show it.
 
         Returns:
@@ -181,9 +181,9 @@ class Work:
 
 
 def remove_parts(folder: Path) -> None:
-    """Delete a folder of parts, the plan last: what is left of an interrupted deletion is still understood.
+    """Delete a folder of parts and the leftovers of killed writers.
 
-    What killed writers left in it goes too.
+    The plan goes last, so that a deletion that is interrupted leaves a folder that the next run understands.
     """
     plans = _plans(folder)
     for path in [*(path for path in find_records(folder) if path not in plans), *plans]:
@@ -200,13 +200,13 @@ def differences(
     stored_tensors: Mapping[str, Tensor],
     wanted_tensors: Mapping[str, Tensor],
 ) -> str:
-    """What differs between two plans, in words; empty if nothing does."""
+    """The differences of two plans in words; empty if there are none."""
     differing = []
     for name in sorted(stored.keys() | wanted.keys()):
         before, now = (json.loads(json.dumps(plan.get(name))) for plan in (stored, wanted))  # tuples become lists
         if before != now:
             is_long = isinstance(before, dict | list) or len(f"{before}{now}") > 200
-            differing.append(name if is_long else f"{name} ({before!r} there, {now!r} asked for)")
+            differing.append(name if is_long else f"{name} ({before!r} there, {now!r} now)")
     for name in sorted(stored_tensors.keys() | wanted_tensors.keys()):
         one, other = stored_tensors.get(name), wanted_tensors.get(name)
         if one is None or other is None or one.shape != other.shape or not torch.equal(one, other.cpu()):

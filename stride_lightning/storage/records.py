@@ -1,4 +1,4 @@
-"""What training leaves on disk: folders of tensors and plain values, written atomically and verified when read.
+"""Records of training: folders of tensors and plain values, written atomically and verified when read.
 
 A *record* is one folder with ``record.json`` (plain values), one ``<group>.safetensors`` for each group of tensors, and
 ``MANIFEST``, the SHA-256 of each of these files and of itself. Nothing is ever unpickled, so a record from a stranger
@@ -49,7 +49,7 @@ class RecordError(RuntimeError):
 
 @dataclass(frozen=True)
 class Record:
-    """A verified record, as `read_record` returns it; tensors stay on disk until they are asked for.
+    """A verified record, as `read_record` returns it; tensors stay on disk until :meth:`tensors` reads them.
 
     Args:
         path: The folder.
@@ -154,7 +154,7 @@ def read_record(path: PathLike) -> Record:
         RecordError: If it is not a record, has another layout, or any file is damaged, missing or unexpected.
     """
     path = Path(path)
-    info = read_info(path)  # first: a later layout may have other kinds of files
+    info = read_info(path)
     sums = _read_manifest(path)
     for file in sorted(sums.keys() | set(os.listdir(path)) - {_MANIFEST}):
         if file not in sums or (file != _INFO and not file.endswith(_SUFFIX)):
@@ -174,17 +174,15 @@ def read_info(path: PathLike) -> dict[str, Any]:
         RecordError: If it is not a record, has another layout, or one of the two files is damaged.
     """
     path = Path(path)
+    _check_schema(path)
     content = _read_file(path, _INFO, _read_manifest(path)[_INFO])
     try:
         info = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise _damaged(path, _INFO, "JSON", f"something else ({error})") from error
-    info = info if isinstance(info, dict) else {}
-    if info.get("schema") != _SCHEMA:
-        came = f"{info.get('schema')!r}, written by {info.get('versions', 'an unnamed version')}"
-        raise _damaged(path, _INFO, f"schema {_SCHEMA}", came, "Read it with the version of the library that wrote it.")
-    if not isinstance(info.get("written"), int):
-        raise _damaged(path, _INFO, "an integer 'written'", repr(info.get("written")))
+    for key in ("schema", "written"):
+        if not isinstance(info, dict) or not isinstance(info.get(key), int):
+            raise _damaged(path, _INFO, f"an integer {key!r}", repr(info)[:80])
     return info
 
 
@@ -254,8 +252,23 @@ def _check_plain(value: Any, where: str) -> None:
         _check_plain(item, f"{where}[{key!r}]")
 
 
-def _damaged(record: Path, file: str, expected: str, came: str, advice: str = _REPAIR) -> RecordError:
-    return RecordError(f"file '{file}' of record '{record}': expected {expected}, found {came}. {advice}")
+def _check_schema(record: Path) -> None:
+    """Refuse a record of another schema, whose other files may have any form; what cannot be read is left to others."""
+    try:
+        info = json.loads((record / _INFO).read_bytes())
+        schema, versions = info["schema"], info.get("versions")
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return
+    if isinstance(schema, int) and schema != _SCHEMA:
+        writer = f" ({versions})" if versions else ""
+        raise RecordError(
+            f"The record '{record}' has schema {schema}, and this version of stride-lightning reads schema {_SCHEMA}. "
+            f"Read it with the version that wrote it{writer}, or write it again."
+        )
+
+
+def _damaged(record: Path, file: str, expected: str, actual: str, advice: str = _REPAIR) -> RecordError:
+    return RecordError(f"file '{file}' of record '{record}': expected {expected}, got {actual}. {advice}")
 
 
 def _require_record(path: Path) -> None:
@@ -264,7 +277,7 @@ def _require_record(path: Path) -> None:
     if not os.path.lexists(path / _MANIFEST):
         if path.is_dir() and (held := [record.name for record in find_records(path)]):
             raise RecordError(f"'{path}' holds records and is not one: choose one of {held}")
-        raise RecordError(f"'{path}' is not a record: expected a folder with the file '{_MANIFEST}', found none")
+        raise RecordError(f"'{path}' is not a record: expected a folder with the file '{_MANIFEST}', which is missing")
 
 
 def _read_file(record: Path, file: str, checksum: str | None = None) -> bytes:
@@ -281,13 +294,13 @@ def _read_file(record: Path, file: str, checksum: str | None = None) -> bytes:
 
 
 def _read_manifest(record: Path) -> dict[str, str]:
-    """SHA-256 by file name, after the manifest has passed the form of each line and its own checksum."""
+    """SHA-256 by file name, once the form of each line and the checksum of the manifest are checked."""
     _require_record(record)
     content = _read_file(record, _MANIFEST)
     if not (match := _LINES.fullmatch(content)):
         raise _damaged(record, _MANIFEST, "lines '<sha256>  <file>'", f"another form ({len(content)} bytes)")
-    if (came := sha256(match[1])) != match[2].decode():
-        raise _damaged(record, _MANIFEST, f"SHA-256 {match[2].decode()} of the lines before the last", came)
+    if (checksum := sha256(match[1])) != match[2].decode():
+        raise _damaged(record, _MANIFEST, f"SHA-256 {match[2].decode()} of the lines before the last", checksum)
     pairs = [(line[66:], line[:64]) for line in match[1].decode().splitlines()]
     files = [file for file, _ in pairs]
     if files != sorted(set(files)) or _INFO not in files or _MANIFEST in files:

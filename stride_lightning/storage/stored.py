@@ -26,10 +26,10 @@ def write_once(path: str | Path, info: Mapping[str, Any], tensors: Mapping[str, 
 class Stored(ABC):
     """Plain values and tensors that are saved into one folder, and read from it again."""
 
-    #: What its records are called, and their group of tensors.
+    #: Kind of its records, and their group of tensors.
     kind: ClassVar[str]
     group: ClassVar[str]
-    #: How it was made: plain values.
+    #: Plain values that say how the result was made.
     metadata: dict[str, Any]
 
     @abstractmethod
@@ -43,10 +43,10 @@ class Stored(ABC):
     @classmethod
     @abstractmethod
     def from_contents(cls, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        """Made again of :meth:`info` and :meth:`tensors`."""
+        """The result that :meth:`info` and :meth:`tensors` describe."""
 
     def save(self, path: str | Path) -> Path:
-        """Write everything into one folder, all or nothing; an existing one is kept and the new one gets a version."""
+        """Write everything into one folder, all or nothing; where one exists, the new folder gets a version."""
         return write_once(path, self.info(), {self.group: self.tensors()})
 
     @classmethod
@@ -61,7 +61,7 @@ class Stored(ABC):
 
     @classmethod
     def from_record(cls, record: Record) -> Self:
-        """The same of a record that is open already."""
+        """The result in a record that is open already."""
         if record.info.get("kind") != cls.kind:
             raise RecordError(f"{record.path} holds a {record.info.get('kind')!r} record, not a {cls.kind!r} record.")
         return cls.from_contents(record.info, record.tensors(cls.group))

@@ -1,1 +1,1 @@
-"""What a batch means."""
+"""The meaning of a batch: inputs, outputs, targets and losses."""

@@ -1,4 +1,4 @@
-"""Which task a batch is, and whether model and outputs are what tasks read."""
+"""Inferring the task of a batch, and checks of models and outputs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from stride_lightning.tasks.likelihoods import (
     Classification,
     Regression,
     Task,
+    check_rows,
     describe,
 )
 from stride_lightning.tasks.texts import logits_of
@@ -27,11 +28,11 @@ def infer_task_of(batch: Any, model: nn.Module) -> Task:
 
     Integer targets of shape ``(B,)`` and two or more outputs are a classification; integers 0 and 1 with a single
     output are binary; float targets of the outputs' shape are a regression. Dictionaries with ``input_ids`` are texts:
-    language modeling if the model gives logits for every token, else classification. It is in eval mode.
+    language modeling if the model gives logits for every token, else classification. The model must be in eval mode.
 
     Raises:
         TypeError: If the batch or the outputs have a form no built-in task reads.
-        ValueError: If the task cannot be told from targets and outputs.
+        ValueError: If targets and outputs fit no task, or several.
     """
     check_forward(model)
     if isinstance(batch, Mapping) and "input_ids" in batch:
@@ -39,7 +40,7 @@ def infer_task_of(batch: Any, model: nn.Module) -> Task:
     reader = Classification()
     targets, inputs = reader.targets(batch), in_precision_of(model, reader.inputs(batch))
     if not isinstance(targets, Tensor) or targets.ndim == 0:
-        raise TypeError(f"The task cannot be told from a batch of {describe(batch)}. {HOW_TO_PASS_TASK}")
+        raise TypeError(f"A batch of {describe(batch)} does not say its task. {HOW_TO_PASS_TASK}")
     with torch.no_grad():
         outputs = reader.outputs(model, inputs)
     if isinstance(outputs, Tensor) and outputs.ndim == 3 and targets.shape == outputs.shape[:2]:
@@ -50,11 +51,12 @@ def infer_task_of(batch: Any, model: nn.Module) -> Task:
     num_outputs = 1 if outputs.ndim == 1 else outputs.shape[1]
     both = f"targets {describe(targets)} and outputs {describe(outputs)}"
     if not targets.is_floating_point():
-        if int(targets.min()) < 0:
-            raise ValueError(
-                f"Integer targets hold the negative value {int(targets.min())}, as an ignore_index does. Leave such "
-                f"examples out, or say what they mean. {HOW_TO_PASS_TASK}"
-            )
+        check_rows(
+            targets >= 0,
+            targets,
+            "and a negative target often marks an example that training ignores. Leave such examples out: "
+            f"torch.utils.data.Subset(dataset, positions). Or say what the target means. {HOW_TO_PASS_TASK}",
+        )
         if num_outputs >= 2 and targets.ndim == 1:
             reader.encode(targets, num_outputs)
             return _checked(reader, outputs)
@@ -67,9 +69,9 @@ def infer_task_of(batch: Any, model: nn.Module) -> Task:
                     stacklevel=2,
                 )
             return BinaryClassification()
-        raise ValueError(f"The task cannot be told from {both}. {HOW_TO_PASS_TASK}")
+        raise ValueError(f"No built-in task has {both}. {HOW_TO_PASS_TASK}")
     if targets.numel() != outputs.numel():
-        raise ValueError(f"The task cannot be told from {both}: float targets need one output each. {HOW_TO_PASS_TASK}")
+        raise ValueError(f"No built-in task has {both}: float targets need one output each. {HOW_TO_PASS_TASK}")
     if ((targets == 0) | (targets == 1)).all():
         raise ValueError(
             f"All float targets of the first batch are 0 or 1 ({both}): regression and (one-hot or binary) "
@@ -92,7 +94,7 @@ def _infer_language_task(batch: Mapping[str, Any], model: nn.Module) -> Task:
     if labels is None or (labels.ndim == 1 and not labels.is_floating_point() and outputs.shape[1] >= 2):
         return SequenceClassification()
     raise ValueError(
-        f"The task cannot be told from labels {describe(labels)} and outputs {describe(outputs)}. {HOW_TO_PASS_TASK}"
+        f"No built-in task has labels {describe(labels)} and outputs {describe(outputs)}. {HOW_TO_PASS_TASK}"
     )
 
 
@@ -108,7 +110,7 @@ def _checked(task: Task, outputs: Tensor) -> Task:
 
 
 def check_forward(model: nn.Module) -> None:
-    """Refuse a module without a ``forward`` of its own."""
+    """Refuse a module that defines no ``forward``."""
     model = getattr(model, "_orig_mod", model)
     if type(model).forward.__qualname__ in ("_forward_unimplemented", "LightningModule.forward"):
         raise ValueError(
@@ -118,7 +120,7 @@ def check_forward(model: nn.Module) -> None:
 
 
 def check_task(task: object) -> None:
-    """Refuse what is not an instance of a task."""
+    """Refuse a task that is not an instance of Task."""
     if task is not None and not isinstance(task, Task):
         given = f"the class {task.__name__}; make an instance" if isinstance(task, type) else repr(task)
         raise TypeError(f"`task` must be an instance of Task, got {given}. {HOW_TO_PASS_TASK}")

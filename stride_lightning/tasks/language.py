@@ -22,12 +22,12 @@ Reduction = Literal["mean", "sum"]
 IGNORED = -100
 #: Items of a batch that the model does not read.
 _TARGETS = ("labels", "label", "loss_weights")
-#: What packing kernels read; batches are unpacked.
+#: Items that packing kernels read; batches are unpacked.
 _PACKING = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 class _TokenTask(Classification):
-    """What both tasks read: dictionaries with ``input_ids``, or a tensor of token ids."""
+    """The batches of both tasks: dictionaries with ``input_ids``, or a tensor of token ids."""
 
     has_padding: ClassVar[bool] = True
 
@@ -99,18 +99,19 @@ class CausalLanguageModeling(_TokenTask):
     """Next-token prediction: an example is a sequence, its loss the mean over its tokens.
 
     Batches are as Hugging Face's models take them, dictionaries with ``input_ids`` of shape ``(B, T)`` and perhaps
-    ``attention_mask`` and ``labels``, where -100 marks tokens that are not predicted. Labels stand beside their own
-    token (the shift is done here) and are ``input_ids`` by default; what the mask hides never counts. ``loss_weights``
-    of shape ``(B, T)`` weighs the loss of each label. Padding changes nothing (on the left a model of absolute
-    positions, such as GPT-2, needs ``position_ids`` for that), nor does packing: one row of concatenated sequences with
-    ``position_ids`` that start again at 0, as ``DataCollatorWithFlattening`` makes them, is unpacked first.
+    ``attention_mask`` and ``labels``, where -100 marks tokens that are not predicted. Labels stand beside the token
+    that they are (the shift is done here) and are ``input_ids`` by default. Tokens that the mask hides never count.
+    ``loss_weights`` of shape ``(B, T)`` weighs the loss of each label. Padding changes nothing; on the left a model of
+    absolute positions, such as GPT-2, needs ``position_ids`` for that. Packing changes nothing either: one row of
+    concatenated sequences with ``position_ids`` that start again at 0, as ``DataCollatorWithFlattening`` makes them, is
+    unpacked first.
 
     A batch ``(ids, next_ids)``, as plain PyTorch code has it, is read as already shifted. Labels that are not the
     tokens they should be are refused: masked tokens and classes of tokens are other tasks.
 
     Args:
         reduction: ``"mean"`` over the tokens of a sequence, or their ``"sum"``.
-        shifted: Whether labels stand one place ahead of their own token; by default in tuples, not in dictionaries.
+        shifted: Whether labels stand one place ahead of their token; by default in tuples, not in dictionaries.
 
     Example:
         >>> task = CausalLanguageModeling()
@@ -135,8 +136,8 @@ class CausalLanguageModeling(_TokenTask):
         if logits.ndim == 3 and logits.shape[:2] != ids.shape:
             raise TypeError(
                 f"{type(model).__name__} gave logits of shape {tuple(logits.shape)} for token ids of shape "
-                f"{tuple(ids.shape)}, and every token needs its own: models that are not given labels may predict the "
-                f"next token only. {HOW_TO_PASS_TASK}"
+                f"{tuple(ids.shape)}, and every token needs a row of logits. Some models predict the next token alone "
+                f"where they get no labels. {HOW_TO_PASS_TASK}"
             )
         return logits
 
@@ -167,7 +168,7 @@ class CausalLanguageModeling(_TokenTask):
         if texts.is_packed(named):
             labels, weights, mask = (texts.unpack(value, named["position_ids"], 0) for value in (labels, weights, mask))
         if not is_shifted:
-            # Neither is padding predicted, nor the first token from padding before it; the last predicts nothing.
+            # Padding is not predicted, and the first token is not predicted from padding. The last predicts nothing.
             weights = F.pad(weights[:, 1:] * mask[:, 1:] * mask[:, :-1], (0, 1))
             labels = F.pad(labels[:, 1:], (0, 1))
         return torch.stack([labels.masked_fill(weights == 0, 0).float(), weights], -1)
@@ -217,8 +218,8 @@ class CausalLanguageModeling(_TokenTask):
     @override
     def predict(self, outputs: Tensor) -> Tensor:
         raise ValueError(
-            "target='predicted' is not for language models: what the model says is text. Let it generate, and ask "
-            "about prompt and continuation as a query whose prompt has the labels -100."
+            "target='predicted' is not for language models, whose prediction is a text. Let the model generate, and "
+            "pass prompt and continuation as a query whose prompt has the labels -100."
         )
 
     def __repr__(self) -> str:
@@ -247,20 +248,20 @@ class SequenceClassification(_TokenTask):
 
 def _check_labels(ids: Tensor, labels: Tensor, *, is_shifted: bool) -> None:
     """Refuse labels that are not the tokens at their places, or one ahead if shifted."""
-    stand, other = "beside their own tokens", "one place ahead: pass task=CausalLanguageModeling(shifted=True)"
+    stand, other = "beside their tokens", "one place ahead: pass task=CausalLanguageModeling(shifted=True)"
     if is_shifted:
         labels, ids = labels[:, :-1], ids[:, 1:]
         stand, other = "one place ahead of their tokens", "beside them: pass task=CausalLanguageModeling(shifted=False)"
     if (row := _first_row((labels != IGNORED) & (labels != ids))) is not None:
         raise RowError(
             row,
-            f"has labels that are not its input_ids. They are expected {stand}. If they stand {other}. Masked language "
-            "models and classes of tokens are not supported",
+            f"has labels that are not its input_ids. Labels are expected {stand}; if they stand {other}. Masked "
+            "language models and classes of tokens are not supported",
         )
 
 
 def _is_too_much(model: nn.Module, inputs: Mapping[str, Any], row: int) -> bool:
-    """Whether a model looks for what is not there for one row of a batch."""
+    """Whether a model looks up an embedding that does not exist for one row of a batch."""
     size = len(inputs["input_ids"])
 
     def cut(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a batch means: inputs, outputs, targets and the loss of every example."""
+"""Likelihoods: the inputs, outputs, targets and losses of the examples of a batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from stride_lightning.runtime.checks import check_positive
+from stride_lightning.runtime.checks import RowError, check_positive
 
 HOW_TO_PASS_TASK = (
     "Pass `task=`: Classification(), BinaryClassification(), Regression(), SequenceClassification(), "
@@ -21,12 +21,12 @@ HOW_TO_PASS_TASK = (
 
 
 class Task(ABC):
-    """The only place that knows losses: a likelihood in canonical form, and how to read a batch.
+    """A likelihood in canonical form, and how to read a batch; nothing else in the library knows losses.
 
     The outputs ``o`` of the model are the natural parameters of an exponential family. Each target is encoded as
     a statistic ``t`` of the same shape, the family predicts its :meth:`mean`, and the gradient of the loss in the
     outputs is ``(mean(o) - t) / dispersion``. Targets may be *soft*: the mean of another prediction. Steering operators
-    need no more, so a task of your own is a subclass of one of those below with two or three methods replaced.
+    need no more. To read other batches, write a subclass of a task below that replaces two or three methods.
 
     Example:
         A LightningModule whose batches are dictionaries:
@@ -46,7 +46,7 @@ class Task(ABC):
     has_padding: ClassVar[bool] = False
 
     def inputs(self, batch: Any) -> Any:
-        """What :meth:`outputs` hands to the model; by default the first item of a ``(inputs, targets)`` batch."""
+        """The inputs that :meth:`outputs` hands to the model; by default the first item of the batch."""
         if not isinstance(batch, tuple | list) or len(batch) < 1:
             raise TypeError(f"Expected a batch of (inputs, targets), got {describe(batch)}. {HOW_TO_PASS_TASK}")
         return batch[0]
@@ -75,7 +75,7 @@ class Task(ABC):
         return encoded[:, 0] if encoded.shape[1] == 1 else encoded
 
     def shown(self, encoded: Tensor) -> Tensor | None:
-        """What :meth:`decode` gives, on the CPU."""
+        """The targets of :meth:`decode`, on the CPU."""
         targets = self.decode(encoded)
         return None if targets is None else targets.cpu()
 
@@ -141,13 +141,13 @@ class Classification(Task):
     def encode(self, targets: Tensor, num_outputs: int) -> Tensor:
         if targets.ndim != 1 or targets.is_floating_point():
             raise ValueError(f"Classification expects integer targets of shape (B,), got {describe(targets)}.")
-        low, high = int(targets.min()), int(targets.max())
-        if low < 0 or high >= num_outputs:
-            raise ValueError(
-                f"Class targets must lie in 0..{num_outputs - 1} for a model with {num_outputs} outputs; "
-                f"got values from {low} to {high}. Examples to be ignored (such as -100) must be left out of the data "
-                f"set, or handled by your own task. {HOW_TO_PASS_TASK}"
-            )
+        check_rows(
+            (targets >= 0) & (targets < num_outputs),
+            targets,
+            f"and a model with {num_outputs} outputs takes 0..{num_outputs - 1}. Leave out examples that training "
+            "ignores (such as those labelled -100): torch.utils.data.Subset(dataset, positions). Or say what the "
+            f"target means. {HOW_TO_PASS_TASK}",
+        )
         return F.one_hot(targets.long(), num_outputs).float()
 
     @override
@@ -202,10 +202,7 @@ class BinaryClassification(Task):
     @override
     def encode(self, targets: Tensor, num_outputs: int) -> Tensor:
         encoded = _as_columns(targets, num_outputs)
-        if not ((encoded == 0) | (encoded == 1)).all():
-            values = targets.unique().tolist()
-            shown = ", ".join(f"{value:g}" for value in values[:5]) + (", ..." if len(values) > 5 else "")
-            raise ValueError(f"Binary targets must be 0 or 1, got values {shown}.")
+        check_rows((encoded == 0) | (encoded == 1), encoded, f"and a binary target must be 0 or 1. {HOW_TO_PASS_TASK}")
         return encoded
 
     @override
@@ -289,8 +286,8 @@ class Regression(Task):
     @override
     def predict(self, outputs: Tensor) -> Tensor:
         raise ValueError(
-            "target='predicted' says nothing for a regression: the loss of a prediction against itself is zero "
-            "whatever the training data. Give the queries targets, for instance the value asked about."
+            "target='predicted' says nothing for a regression: the loss of a prediction against itself is zero, "
+            "whatever the training data are. Give each query a target, such as the value that surprised you."
         )
 
     def __repr__(self) -> str:
@@ -304,13 +301,22 @@ def _as_columns(targets: Tensor, num_outputs: int) -> Tensor:
     return columns if columns.is_floating_point() else columns.float()
 
 
+def check_rows(fits: Tensor, targets: Tensor, problem: str) -> None:
+    """Refuse, by a RowError, rows of targets that do not fit; both have shape ``(B,)`` or ``(B, C)``."""
+    fits, targets = fits.reshape(len(fits), -1), targets.reshape(len(targets), -1)
+    wrong = (~fits.all(1)).nonzero().flatten().tolist()
+    if wrong:
+        value = float(targets[wrong[0]][~fits[wrong[0]]][0])
+        raise RowError(wrong[0], f"has the target {value:g}, {problem.removesuffix('.')}", wrong[1:])
+
+
 def columns(outputs: Tensor) -> Tensor:
     """Outputs with classes along the last axis: those of shape ``(B,)`` become ``(B, 1)``."""
     return outputs[:, None] if outputs.ndim == 1 else outputs
 
 
 def describe(value: object) -> str:
-    """What something is, for an error message."""
+    """A value in words, for an error message."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
     if isinstance(value, Mapping):

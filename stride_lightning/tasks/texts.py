@@ -36,7 +36,7 @@ def is_packed(batch: Mapping[str, Any]) -> bool:
 def unpack(packed: Any, positions: Tensor, fill: float) -> Any:
     """One row of concatenated sequences, shape ``(1, total)``, as rows padded by ``fill``, shape ``(B, T)``.
 
-    ``positions`` are those of every token in its sequence; what has not their shape is returned as it is.
+    ``positions`` are those of every token in its sequence. A value of another shape is returned as it is.
 
     Example:
         >>> import torch
@@ -55,8 +55,8 @@ def unpack(packed: Any, positions: Tensor, fill: float) -> Any:
 def logits_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """The logits that a model gives for a batch without labels.
 
-    Models that take ``input_ids`` by name, or any names, get what they take by name; others get the token ids, or the
-    whole dictionary if their argument is called ``batch``. A TypeError refuses what holds no logits.
+    Models that take ``input_ids`` by name, or any names, get the items that they take by name. Others get the token
+    ids, or the whole dictionary if their argument is called ``batch``. An output without logits is a TypeError.
     """
     parameters = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -90,7 +90,7 @@ def logits_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def vocabulary_size(model: nn.Module) -> int | None:
-    """How many token ids a model knows; None where it does not say."""
+    """The number of token ids that a model knows; None where it does not say."""
     sizes = []
     for module in model.modules():
         find: Any = getattr(module, "get_input_embeddings", None)
@@ -101,12 +101,12 @@ def vocabulary_size(model: nn.Module) -> int | None:
 
 
 def max_length(model: nn.Module) -> int | None:
-    """How many tokens a model takes; None where it does not say."""
+    """The number of tokens that a model takes; None where it does not say."""
     configs = [module.config for module in model.modules() if hasattr(module, "config")]
     limits = [getattr(config, "max_position_embeddings", None) for config in configs]
     return max((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 
 def counts_positions(model: nn.Module) -> bool:
-    """Whether a model looks positions up in a table of its own and counts padding, as GPT-2 does."""
+    """Whether a model looks positions up in a table and counts padding, as GPT-2 does."""
     return any(name.rpartition(".")[2] == "wpe" for name, _ in model.named_modules())

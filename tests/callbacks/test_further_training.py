@@ -308,7 +308,7 @@ REFUSED = {
     "text": ({"left_out": "abc"}, "`left_out` must be integer positions.*got 'abc'"),
     "batches": (
         {"data": DataLoader(DATA, batch_sampler=[[0, 1], [2, 3]]), "train_indices": [0, 1, 2, 3], "left_out": [2]},
-        "batch size cannot be told.*or `batch_size=`",
+        "do not say their batch size.*or `batch_size=`",
     ),
 }
 

@@ -258,7 +258,10 @@ def test_augmented_data_warn_once_and_still_match(tmp_path):
     assert attribution.metadata["data"]["content"] is None
     # other targets are another data set all the same
     flipped = Augmented(TensorDataset(DATA.tensors[0], 2 - DATA.tensors[1]))
-    with pytest.warns(UserWarning, match="Two reads"):
+    with (
+        pytest.warns(UserWarning, match="Two reads"),
+        pytest.warns(UserWarning, match="made with other training data.*random_split"),
+    ):
         other = attribute(model, QUERIES, train_data=flipped, **QUIET)
     assert "other training data" in other.metadata["record_note"]
 

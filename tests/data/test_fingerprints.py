@@ -1,5 +1,7 @@
 """What identifies a data set."""
 
+from enum import Enum
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch.utils.data import Subset, TensorDataset
 
 from stride_lightning.data.examples import Examples
 from stride_lightning.data.fingerprints import digest
+from stride_lightning.data.sources import resolve_queries, resolve_train_data
 from tests.helpers.models import Augmented, classification_data
 from tests.helpers.tiny import CPU, read
 
@@ -73,5 +76,47 @@ def test_pictures_and_objects():
     _, digests = next(examples.batches(3, CPU))
     assert digests[0].equal(digests[2])
     assert not digests[0].equal(digests[1])
-    with pytest.raises(TypeError, match="holds a object, whose content cannot be fingerprinted"):
-        Examples([(object(), 0)]).is_random  # noqa: B018
+
+
+class Slots:
+    __slots__ = ("value",)
+
+
+class Endless:
+    def __init__(self):
+        self.itself = self
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [(Slots(), "a Slots"), (Endless(), "a dict that contains itself"), (torch.eye(2).to_sparse(), "a tensor with lay")],
+    ids=["slots", "endless", "sparse"],
+)
+def test_what_has_no_content_is_refused_by_name(value, what):
+    """Whether the data set is probed for randomness or read."""
+    dataset = [{"x": torch.ones(2), "more": value if i == 7 else 0} for i in range(20)]
+    with pytest.raises(TypeError, match=f"^Query 7 cannot be fingerprinted: it holds {what}.*Examples may hold"):
+        read(resolve_queries(dataset))
+    probed = [{"x": torch.ones(2), "more": value if i == 0 else 0} for i in range(20)]
+    with pytest.raises(TypeError, match=f"^Training example 0 cannot be fingerprinted: it holds {what}"):
+        resolve_train_data(probed).is_random  # noqa: B018
+
+
+def test_classes_and_enumerations_have_a_name():
+    assert digest(Slots) == digest(Slots) != digest(Endless)
+    assert digest(Colour.RED) == digest(Colour.RED) != digest(Colour.BLUE)
+
+
+class Colour(Enum):
+    RED = 1
+    BLUE = 2
+
+
+def test_a_column_of_a_table_is_as_its_contiguous_copy():
+    """``torch.from_numpy(table[["y"]].values)``: rows of one element, whose stride is that of the table."""
+    column = torch.arange(60.0).reshape(3, 20)[1:2].T
+    copied = torch.arange(20.0, 40.0)[:, None]
+    assert column[4].stride() == (20,)
+    assert digest(column[4]) == digest(copied[4])
+    x = torch.ones(20, 3)
+    assert fingerprint_of(TensorDataset(x, column)) == fingerprint_of(TensorDataset(x, copied))

@@ -41,7 +41,7 @@ def test_a_batch_size_of_ones_own_wins():
     ("loading", "batch_size", "message"),
     [
         (Loading(4, True, False, is_whole=False), 4, "draws with replacement, or only some examples"),
-        (None, None, "batch size cannot be told"),
+        (None, None, "do not say their batch size"),
         (None, 0, "`batch_size` must be an integer of at least 1, got 0"),
         (Loading(4, True, False), 2.5, r"`batch_size` must be an integer of at least 1, got 2\.5"),
     ],

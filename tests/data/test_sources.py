@@ -53,7 +53,7 @@ def test_samplers_that_are_read_through(source):
 
 @pytest.mark.parametrize(("source", "name"), OTHER.values(), ids=OTHER)
 def test_other_samplers_need_train_indices(source, name):
-    with pytest.raises(ValueError, match=rf" a {name}.*cannot be told. Pass `train_indices=`"):
+    with pytest.raises(ValueError, match=rf" a {name}.*does not say which examples.* Pass `train_indices=`"):
         resolve_train_data(source)
     with pytest.raises(ValueError, match=r"torch\.utils\.data\.Subset"):
         resolve_queries(source)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 from stride_lightning import Classification, TracInCallback
@@ -129,3 +130,99 @@ def test_positions_looked_up_once_for_all_examples_stay_fast():
     found = attributed(model, data, "grad-dot", task=Classification(), batch_size=5)
     assert found.metadata["gradients"]["blocks"] == {"factors": 3}
     torch.testing.assert_close(found.scores, grad_dot_by_hand(model, data, data), rtol=1e-4, atol=1e-6)
+
+
+# ---- activation checkpointing -----------------------------------------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    """The middle of it keeps no activations; with ``None`` it keeps them."""
+
+    def __init__(self, use_reentrant):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x):
+        hidden = torch.tanh(self.first(x))
+        if self.use_reentrant is None:
+            return self.last(torch.tanh(self.middle(hidden)))
+        inner = checkpoint(lambda values: torch.tanh(self.middle(values)), hidden, use_reentrant=self.use_reentrant)
+        return self.last(inner)
+
+
+GRADIENT_METHODS = [
+    "datainf",
+    "ekfac",
+    "grad-dot",
+    "influence-cg",
+    "influence-lissa",
+    "information-loss",
+    "logra",
+    "trak",
+]
+
+
+def checkpointed(use_reentrant, method, **options):
+    torch.manual_seed(0)
+    model = Checkpointed(use_reentrant)
+    return attributed(model, classification_data(30), method, classification_data(6, seed=1), batch_size=7, **options)
+
+
+@pytest.mark.filterwarnings("ignore:LiSSA ended with residuals")
+@pytest.mark.parametrize("method", GRADIENT_METHODS)
+def test_activation_checkpointing_changes_no_score(method):
+    expected = checkpointed(None, method)
+    torch.testing.assert_close(checkpointed(False, method).scores, expected.scores, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # torch's, of passes without gradients
+@pytest.mark.parametrize("method", GRADIENT_METHODS)
+def test_reentrant_checkpointing_is_refused_in_our_words(method):
+    with pytest.raises(ValueError, match=r"^Checkpointed runs .* use_reentrant=True.*`if self.training`.*`layers="):
+        checkpointed(True, method)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+def test_layers_after_reentrant_checkpointing_have_gradients():
+    found = checkpointed(True, "grad-dot", layers=["last"]).scores
+    torch.testing.assert_close(found, checkpointed(None, "grad-dot", layers=["last"]).scores)
+
+
+# ---- what tasks and inputs do -----------------------------------------------------------------------------------
+
+
+class OneByOneTask(Classification):
+    """Runs the model for every example by itself."""
+
+    def outputs(self, model, inputs):
+        return torch.cat([model(piece[None]) for piece in inputs])
+
+
+@pytest.mark.parametrize("method", ["grad-dot", "ekfac", "influence-cg", "last-layer", "trak"])
+def test_a_task_that_runs_the_model_once_per_example(method):
+    data, queries = classification_data(30), classification_data(6, seed=1)
+    options = {"layers": ["network.2"]} if method == "last-layer" else {}
+    model = build(Classifier)
+    found = attributed(model, data, method, queries, task=OneByOneTask(), batch_size=7, **options)
+    expected = attributed(model, data, method, queries, task=Classification(), batch_size=7, **options)
+    if method in ("grad-dot", "influence-cg", "last-layer"):  # the others depend on how parameters are blocked
+        torch.testing.assert_close(found.scores, expected.scores, rtol=2e-3, atol=1e-5)
+    assert set(found.metadata["gradients"]["blocks"]) == {"vectorized"}
+    assert found.scores.isfinite().all()
+
+
+class Annotated(torch.Tensor):
+    """A tensor that carries more, with a ``new_empty`` that takes a size alone, as monai's MetaTensor has."""
+
+    def new_empty(self, size, **_):
+        return torch.Tensor.new_empty(self, size=size)
+
+
+@pytest.mark.parametrize("method", ["stride", "grad-dot", "ekfac", "trak", "information-loss"])
+def test_inputs_of_a_subclass_of_tensor(method):
+    x, y = classification_data(30).tensors
+    annotated = [(values.as_subclass(Annotated), label) for values, label in zip(x, y, strict=True)]
+    model, queries = build(Classifier), classification_data(6, seed=1)
+    found = attributed(model, annotated, method, queries)
+    torch.testing.assert_close(found.scores, attributed(model, TensorDataset(x, y), method, queries).scores)

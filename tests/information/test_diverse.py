@@ -195,7 +195,7 @@ def test_diverse_after_another_fit():
         attributor.diverse(found, 3)
     other = TensorDataset(-DATA.tensors[0], DATA.tensors[1].clone())
     other.tensors[1][3] = 7
-    with pytest.raises(ValueError, match="Class targets must lie in"):
+    with pytest.raises(ValueError, match="Training example 3 has the target 7"):
         attributor.fit(mlp(), other)
     with pytest.raises(RuntimeError, match=r"Call fit\(model, train_data\) before diverse"):
         attributor.diverse(found, 3)

@@ -399,9 +399,9 @@ def test_wrong_layers():
         planned(model, inputs, layers="2")
     with pytest.raises(ValueError, match=r"'7' is not a submodule of Sequential.*'0', '2'"):
         planned(model, inputs, layers=["7"])
-    with pytest.raises(ValueError, match=r"no trainable parameters in '1'.*layers="):
+    with pytest.raises(ValueError, match=r"^No parameter of '1' is trainable.*layers="):
         planned(model, inputs, layers=["1"])
-    with pytest.raises(ValueError, match=r"no trainable parameters in Sequential.*requires_grad=True"):
+    with pytest.raises(ValueError, match=r"^No parameter of Sequential is trainable.*requires_grad=True"):
         planned(model.requires_grad_(False), inputs)
 
 

@@ -151,9 +151,25 @@ class Evil:
 
 def test_a_checkpoint_never_runs_code(tmp_path, capsys):
     torch.save({"state_dict": {}, "payload": Evil()}, tmp_path / "evil.ckpt")
-    with pytest.raises(ValueError, match=r"evil\.ckpt holds objects besides tensors.*not unpickled"):
+    with pytest.raises(
+        ValueError, match=r"evil\.ckpt holds objects .*: 'payload' \(builtins\.print\)\. .*may run code"
+    ):
         load_checkpoint(tmp_path / "evil.ckpt")
     assert "code has run" not in capsys.readouterr().out
+
+
+def test_a_class_that_cannot_be_imported_is_named(tmp_path, monkeypatch):
+    torch.save({"state_dict": {}, "payload": Plain()}, tmp_path / "plain.ckpt")
+    assert load_checkpoint(tmp_path / "plain.ckpt", weights_only=False)["state_dict"] == {}
+    monkeypatch.delattr(f"{__name__}.Plain")
+    with pytest.raises(ValueError, match=r"plain\.ckpt holds an object whose class cannot be imported here .*Plain"):
+        load_checkpoint(tmp_path / "plain.ckpt", weights_only=False)
+    with pytest.raises(ValueError, match=r"'payload' \(tests\.model\.test_weights\.Plain\)"):
+        load_checkpoint(tmp_path / "plain.ckpt")
+
+
+class Plain:
+    """Stands for a class of the user's training script."""
 
 
 def test_checkpoints_that_are_none(tmp_path):

@@ -227,14 +227,16 @@ def test_other_weights_and_data(fitted):
     model, further, _, _ = fitted
     few = {"left_out": [12], "num_seeds": 2}
     flipped = TensorDataset(DATA.tensors[0], 2 - DATA.tensors[1])
-    attribution = ask(model, data=loader(flipped), **few)
+    with pytest.warns(UserWarning, match="made with other training data.* computed on the spot"):
+        attribution = ask(model, data=loader(flipped), **few)
     assert attribution.metadata["record"] is None
     assert "made with other training data" in attribution.metadata["record_note"]
     with pytest.raises(ValueError, match="made with other training data"):
         ask(model, data=loader(flipped), record=further.records[0])
     with torch.no_grad():
         model.network[0].bias += 1
-    assert "none of these weights was found" in ask(model, **few).metadata["record_note"]
+    with pytest.warns(UserWarning, match="^No record that FurtherTrainingCallback wrote can be used"):
+        assert "none of these weights was found" in ask(model, **few).metadata["record_note"]
     with pytest.raises(ValueError, match="of the weights that are attributed"):
         ask(model, record=further.records[0])
 
@@ -245,9 +247,9 @@ def test_records_by_name(fitted, refuse_to_train, tmp_path):
     refuse_to_train()
     for record in (further.records[0], tmp_path / "further", str(further.records[0])):
         assert ask(model, record=record).scores.equal(further.result.effects())
-    with pytest.raises(ValueError, match="holds 'stride', not what the callback for 'further-training' writes"):
+    with pytest.raises(ValueError, match="holds 'stride', not what FurtherTrainingCallback writes"):
         ask(model, record=stride.records[0])
-    with pytest.raises(ValueError, match="holds 'further-training', not what the callback for 'stride' writes"):
+    with pytest.raises(ValueError, match="holds 'further-training', not what StrideCallback writes"):
         attribute(model, QUERIES, train_data=DATA, record=further.records[0], **QUIET)
 
 
@@ -286,7 +288,8 @@ def test_both_callbacks_in_one_folder(tmp_path, refuse_to_train):
 def test_a_damaged_record_is_passed_over(fitted):
     model, further, _, _ = fitted
     (further.records[0] / "effects.safetensors").write_bytes(b"")
-    attribution = ask(model, left_out=[12], num_seeds=2)
+    with pytest.warns(UserWarning, match=r"FurtherTrainingCallback wrote can be used.*effects\.safetensors"):
+        attribution = ask(model, left_out=[12], num_seeds=2)
     assert attribution.metadata["record"] is None
     assert "effects.safetensors" in attribution.metadata["record_note"]
 

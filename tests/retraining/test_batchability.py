@@ -133,7 +133,7 @@ REASONS = {
             *("backward", "optimizer_step", "optimizer_zero_grad", "lr_scheduler_step", "configure_gradient_clipping"),
             *("on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end"),
             *("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step"),
-            *("on_train_epoch_end", "on_train_end", "on_fit_end", "configure_callbacks", "setup", "configure_model"),
+            *("on_train_epoch_end", "on_train_end", "on_fit_end", "configure_callbacks", "setup"),
         )
     },
 }

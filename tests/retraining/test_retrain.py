@@ -209,7 +209,7 @@ MISTAKES = {
     ),
     "no epochs": ({"max_epochs": 0}, "`max_epochs` must be an integer of at least 1, got 0"),
     "half an epoch": ({"max_epochs": 0.5}, "`max_epochs` must be an integer"),
-    "no batch size": ({"batch_size": None}, "The batch size cannot be told .*Pass a DataLoader"),
+    "no batch size": ({"batch_size": None}, "do not say their batch size.*Pass a DataLoader"),
     "batch size 0": ({"batch_size": 0}, "`batch_size` must be an integer of at least 1, got 0"),
     "measure": ({"measure": "accuracy"}, r"`measure` must be one of \('loss', 'margin'\), got 'accuracy'"),
     "margin": (

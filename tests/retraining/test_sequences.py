@@ -260,7 +260,7 @@ def test_attributors(method):
     diagonal = self_influence(model, train_data=loader(DATA), method=method, **options)
     close_scores(diagonal, result.scores.diag(), 1e-4)
     if method == "further-training":
-        with pytest.raises(ValueError, match="Let it generate"):
+        with pytest.raises(ValueError, match="Let the model generate"):
             attribute(gpt2(), loader(DATA), train_data=loader(DATA), method=method, target="predicted", **options)
 
 

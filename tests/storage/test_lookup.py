@@ -1,5 +1,6 @@
 """Which record is chosen, and why not another."""
 
+import re
 import shutil
 
 import pytest
@@ -57,11 +58,11 @@ def test_options_that_were_asked_for(tmp_path):
     for given in ({"explicit": tmp_path}, {"saved": checkpoint(tmp_path)}):
         assert choose(**given)[0].path == large
         assert choose(**given, num_subsets=8)[0].path == small
-    with pytest.raises(ValueError, match=r"has layers=\['a'\], but layers=\['b'\] was asked for. Leave out the option"):
+    with pytest.raises(ValueError, match=r"has layers=\['a'\], but you passed layers=\['b'\]. Leave out the option"):
         choose(tmp_path, layers=["b"])
     record, note = choose(saved=checkpoint(tmp_path), degree=3)
     assert record is None
-    assert "step=1 has degree=4, but degree=3 was asked for" in note
+    assert "step=1 has degree=4, but you passed degree=3" in note
 
 
 def test_other_weights(tmp_path):
@@ -69,7 +70,17 @@ def test_other_weights(tmp_path):
     write(tmp_path, "step=2", "second hash")
     with pytest.raises(ValueError, match=r"step=1: first hash\n.*step=2: second hash\n.*model: third hash"):
         choose(tmp_path, weights="third hash")
-    assert choose(saved=checkpoint(tmp_path), weights="third hash")[0] is None
+    with pytest.warns(
+        UserWarning, match=r"^No record that StrideCallback wrote .*step=2 is of other weights"
+    ) as caught:
+        assert choose(saved=checkpoint(tmp_path), weights="third hash")[0] is None
+    assert len(caught) == 1
+    assert "\n" not in str(caught[0].message)
+
+
+def test_records_of_other_callbacks_alone_are_not_warned_of(tmp_path):
+    write(tmp_path, "step=1", "other", kind="tracin")
+    assert choose(saved=checkpoint(tmp_path))[0] is None
 
 
 def test_damaged_records(tmp_path):
@@ -77,7 +88,8 @@ def test_damaged_records(tmp_path):
     (damaged / "record.json").write_text("{}")
     assert choose(saved=checkpoint(tmp_path))[0].path == sound
     shutil.rmtree(sound)
-    record, note = choose(saved=checkpoint(tmp_path))
+    with pytest.warns(UserWarning, match=r"^No record that StrideCallback wrote can be used, .*record\.json"):
+        record, note = choose(saved=checkpoint(tmp_path))
     assert record is None
     assert "step=2" in note
     with pytest.raises(RecordError, match=r"record\.json"):
@@ -91,7 +103,7 @@ def test_paths_that_hold_no_record(tmp_path):
         choose(tmp_path)
     scores = write_record(tmp_path, "scores", {"kind": "attribution"}, {})
     for path in (scores, tmp_path):
-        with pytest.raises(ValueError, match="holds 'attribution', not what the callback for 'stride' writes"):
+        with pytest.raises(ValueError, match="holds 'attribution', not what StrideCallback writes"):
             choose(path)
     record = write(tmp_path, "step=1")
     for given in ({"explicit": tmp_path}, {"explicit": record}, {"saved": checkpoint(tmp_path)}):
@@ -108,9 +120,9 @@ def test_records_of_several_kinds_in_one_folder(tmp_path):
         for explicit, known in ((tmp_path, None), (None, saved)):
             record, _ = choose_record(explicit, known, nn.Identity(), "w", {}, kind)
             assert record.path == paths[kind]
-    with pytest.raises(ValueError, match="holds 'tracin', not what the callback for 'stride' writes"):
+    with pytest.raises(ValueError, match="holds 'tracin', not what StrideCallback writes"):
         choose(paths["tracin"])
-    with pytest.raises(ValueError, match="holds 'stride', not what the callback for 'tracin' writes"):
+    with pytest.raises(ValueError, match="holds 'stride', not what TracInCallback writes"):
         choose_record(paths["stride"], None, nn.Identity(), "w", {}, "tracin")
 
 
@@ -128,9 +140,21 @@ def test_explain_mismatch(tmp_path):
     data = {"num_examples": 20, "content": "c" * 64, "shapes": None, "targets": "t" * 64}
     record = read_record(write(tmp_path, "step=1", data=data))
     assert explain_mismatch(record, dict(data), "Classification()") is None
-    other = explain_mismatch(record, data | {"content": "d" * 64}, "Classification()")
-    assert all(f"20 examples, content {16 * letter}" in other for letter in "cd")
-    augmented = explain_mismatch(record, data | {"content": None, "shapes": "s" * 64}, "Classification()")
-    assert "random augmentation: content not compared" in augmented
-    assert "task Classification(), now it is Mine()" in explain_mismatch(record, data, "Mine()")
+    others = {
+        "made with other training data": (data | {"content": "d" * 64}, "Classification()"),
+        "made with task Classification(), now it is Mine()": (data, "Mine()"),
+    }
+    for reason, given in others.items():
+        with pytest.warns(UserWarning, match=f"{re.escape(reason)}.* computed on the spot") as caught:
+            note = explain_mismatch(record, *given)
+        assert len(caught) == 1
+        assert "\n" not in str(caught[0].message) + note
+        assert reason in note
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            explain_mismatch(record, *given, is_explicit=True)
+    with pytest.raises(ValueError, match="was random_split given no seed") as refused:
+        explain_mismatch(record, data | {"content": "d" * 64}, "Classification()", is_explicit=True)
+    assert all(f"20 examples, content {16 * letter}" in str(refused.value) for letter in "cd")
+    with pytest.raises(ValueError, match="random augmentation: content not compared"):
+        explain_mismatch(record, data | {"content": None, "shapes": "s" * 64}, "Classification()", is_explicit=True)
     assert find_records(tmp_path) == [record.path]

@@ -104,15 +104,15 @@ def test_a_result_is_not_computed_twice(tmp_path, chunks_trained):
 
 
 OTHER = {
-    "epochs": ({"max_epochs": 3}, r"max_epochs \(2 there, 3 asked for\)"),
+    "epochs": ({"max_epochs": 3}, r"max_epochs \(2 there, 3 now\)"),
     "seed": ({"seed": 1}, "seeds.*masks"),
     "seeds": ({"num_seeds": 2}, "initial_weights, seeds"),
     "training data": ({"train_data": points(seed=7)}, "differs in data"),
     "queries": ({"queries": points(5, seed=7)}, "differs in query_data"),
     "masks": ({"masks": torch.eye(25)}, "differs in masks"),
     "subsets": ({"num_subsets": 3}, "differs in masks"),
-    "batch size": ({"batch_size": 8}, r"batch_size \(9 there, 8 asked for\)"),
-    "measure": ({"measure": "margin"}, r"measure \('loss' there, 'margin' asked for\)"),
+    "batch size": ({"batch_size": 8}, r"batch_size \(9 there, 8 now\)"),
+    "measure": ({"measure": "margin"}, r"measure \('loss' there, 'margin' now\)"),
     "weights": ({"model": lambda: Net(nn.Linear(4, 3), sgd)}, "differs in initial_weights"),
     "learning rate": ({"model": lambda: Net(mlp(), lambda m: torch.optim.SGD(m.parameters(), lr=0.1))}, "optimizer"),
     "optimizer": ({"optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}, "optimizer"),
@@ -252,7 +252,7 @@ def test_differences():
     one = {"a": 1, "b": (1, 2), "c": {"x": [1]}, "d": "same"}
     assert differences(one, {**one, "b": [1, 2]}, {"m": torch.ones(2)}, {"m": torch.ones(2)}) == ""
     other = {"a": 2, "b": [1, 3], "c": {"x": [2]}, "d": "same", "e": None}
-    assert differences(one, {**other, "f": 0}, {}, {}) == "a (1 there, 2 asked for), b, c, f (None there, 0 asked for)"
+    assert differences(one, {**other, "f": 0}, {}, {}) == "a (1 there, 2 now), b, c, f (None there, 0 now)"
     assert differences({}, {}, {"m": torch.ones(2), "n": torch.ones(1)}, {"m": torch.zeros(2)}) == "m, n"
     assert differences({}, {}, {"m": torch.ones(2)}, {"m": torch.ones(3)}) == "m"
 

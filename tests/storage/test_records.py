@@ -43,6 +43,11 @@ def refused(path, file, reader=read_record):
     return str(caught.value)
 
 
+OTHER_SCHEMA = (
+    r"has schema 2, and this version of stride-lightning reads schema 1.*wrote it \(\{'stride_lightning': '9.1'\}\)"
+)
+
+
 def forge_manifest(path, files=None):
     """Make the manifest agree with the folder (or with `files`), as someone who knows the format could."""
     files = sorted(set(os.listdir(path)) - {"MANIFEST"}) if files is None else files
@@ -203,7 +208,7 @@ def test_message_gives_both_checksums_and_info_is_read_without_the_tensors(recor
     expected = hashlib.sha256(file.read_bytes()).hexdigest()
     file.write_bytes(b"other")
     message = refused(record_path, "design.safetensors")
-    assert f"expected SHA-256 {expected}, found {hashlib.sha256(b'other').hexdigest()} (5 bytes)" in message
+    assert f"expected SHA-256 {expected}, got {hashlib.sha256(b'other').hexdigest()} (5 bytes)" in message
     assert read_info(record_path)["step"] == 3
 
 
@@ -256,13 +261,13 @@ def test_missing_file_and_symlink_are_refused_by_name(record_path, tmp_path, fil
     (record_path / file).rename(tmp_path / "elsewhere")
     assert file == "MANIFEST" or "missing" in refused(record_path, file)
     (record_path / file).symlink_to(tmp_path / "elsewhere")
-    assert "found a symlink" in refused(record_path, file)
+    assert "got a symlink" in refused(record_path, file)
 
 
 def test_folder_in_place_of_a_file_is_refused_by_name(record_path):
     (record_path / "basis.safetensors").unlink()
     (record_path / "basis.safetensors").mkdir()
-    assert "found a folder or device" in refused(record_path, "basis.safetensors")
+    assert "got a folder or device" in refused(record_path, "basis.safetensors")
     (record_path / "more").mkdir()
     (record_path / "basis.safetensors").rmdir()
     (record_path / "basis.safetensors").write_bytes(safetensors.torch.save({}))
@@ -289,9 +294,22 @@ def test_other_schema_says_who_wrote_it(record_path):
     info = read_info(record_path) | {"schema": 2, "versions": {"stride_lightning": "9.1"}}
     (record_path / "record.json").write_text(json.dumps(info))
     forge_manifest(record_path)
-    message = refused(record_path, "record.json")
-    assert "expected schema 1, found 2, written by {'stride_lightning': '9.1'}" in message
-    assert "Read it with the version of the library that wrote it" in message
+    with pytest.raises(RecordError, match=OTHER_SCHEMA):
+        read_record(record_path)
+
+
+@pytest.mark.parametrize("manifest", [None, "", "{}", "another form altogether"])
+def test_the_schema_is_read_before_anything_else(record_path, manifest):
+    """Whatever the other files of another schema look like, and whether there are any."""
+    info = read_info(record_path) | {"schema": 2, "versions": {"stride_lightning": "9.1"}}
+    (record_path / "record.json").write_text(json.dumps(info))
+    (record_path / "basis.safetensors").unlink()
+    (record_path / "MANIFEST").unlink()
+    if manifest is not None:
+        (record_path / "MANIFEST").write_text(manifest)
+    for read in (read_info, read_record):
+        with pytest.raises(RecordError, match=OTHER_SCHEMA):
+            read(record_path)
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000, '{"schema": 1}', '{"schema": 1, "written": "now"}'])

@@ -138,7 +138,7 @@ def test_shifted_batches_of_plain_code():
     assert repr(ahead) == "CausalLanguageModeling(reduction='mean', shifted=True)"
     with pytest.raises(ValueError, match=r"expected one place ahead.*shifted=False"):
         task.targets((whole, whole))
-    with pytest.raises(ValueError, match=r"expected beside their own tokens.*shifted=True"):
+    with pytest.raises(ValueError, match=r"expected beside their tokens.*shifted=True"):
         task.targets({"input_ids": shifted[0], "labels": shifted[1]})
     # Whether an answer repeats a token or not, it is read alike.
     answer = torch.tensor([[7, 8, 9, 5]]), torch.tensor([[IGNORED, IGNORED, IGNORED, 5]])
@@ -410,7 +410,7 @@ def test_what_a_sequence_has_not():
     outputs, encoded = torch.zeros(1, 3, 8), torch.ones(1, 3, 2)
     with pytest.raises(ValueError, match="A sequence has no margin"):
         task.margin(outputs, encoded)
-    with pytest.raises(ValueError, match="Let it generate"):
+    with pytest.raises(ValueError, match="Let the model generate"):
         task.predict(outputs)
     assert task.decode(encoded) is None
     assert task.shown(encoded) is None

@@ -29,7 +29,8 @@ class ActivationCache:
         widths: Numbers of each kind for a token.
 
     Raises:
-        ValueError: If the folder holds activations of another model, data set or choice of layers, or is damaged.
+        ValueError: If the folder cannot be made, is damaged, or holds activations of another model, data set or choice
+            of layers.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], lengths: Tensor, widths: Mapping[str, int]) -> None:
@@ -37,7 +38,12 @@ class ActivationCache:
         self._starts = np.concatenate([[0], lengths.numpy().cumsum()])
         self._parts: list[dict[str, Any]] = []
         self._checked: set[int] = set()
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # a file stands there, or the user may not write
+            raise ValueError(
+                f"The folder {folder} for activations cannot be made ({error}). Pass another folder as `cache_dir=`."
+            ) from error
         self._load_progress()
         self._files = {name: self._open(name, size) for name, size in widths.items()}
 

@@ -125,3 +125,9 @@ def test_operators_read_it_too(tmp_path):
     model = TinyLM().eval()
     options = {"recovery": "prior", "num_subsets": 8}
     assert torch.allclose(ask(model, cache_dir=tmp_path, **options).scores, ask(model, **options).scores, atol=1e-5)
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ValueError, match=r"file/sequences-0-\d+ for activations cannot be made .*`cache_dir=`"):
+        ask(TinyLM().eval(), cache_dir=tmp_path / "file")
