@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -93,7 +94,9 @@ def _check(optimizers: Sequence[Any]) -> None:
 
 def _rates_of(optimizer: torch.optim.Optimizer) -> list[Any]:
     # A tensor is not read, which would wait for the device at every step; but schedulers change it in place.
-    return [rate.clone() if isinstance(rate := group["lr"], Tensor) else rate for group in optimizer.param_groups]
+    # Nor may a rate that was deleted meanwhile raise in the optimizer's step: NaN is refused when a record is due.
+    rates = [group.get("lr", math.nan) for group in optimizer.param_groups]
+    return [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
 
 
 def _note(noted: dict[int, list[Any]], index: int, optimizer: torch.optim.Optimizer, *_: Any) -> None:

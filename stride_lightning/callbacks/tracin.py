@@ -12,20 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # pyright: ignore[reportPrivateImportUsage]
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from stride_lightning.callbacks.learning_rates import LearningRates
 from stride_lightning.callbacks.recording import RecordingCallback, check_frequencies, is_dev_run
-from stride_lightning.data.examples import first_look
 from stride_lightning.data.reading import fingerprint_of
 from stride_lightning.model.layers import plain_name
-from stride_lightning.model.weights import borrowed, weight_hash
+from stride_lightning.model.weights import weight_hash
 from stride_lightning.runtime.distributed import broadcast_object, rank
 from stride_lightning.storage.records import RecordError, read_info, read_record, remove_record
-from stride_lightning.tasks.inference import infer_task_of
 
 
 @dataclass(frozen=True)
@@ -62,8 +59,8 @@ class TracInCallback(RecordingCallback):
             :class:`~stride_lightning.callbacks.recording.RecordingCallback`.
 
     Raises:
-        MisconfigurationException: If an argument, the strategy, the optimizers or the training data cannot work. It
-            comes before the first training step.
+        MisconfigurationException: If an argument is wrong. Whatever goes wrong later is a warning, and the callback
+            stops; the fit goes on as it would without it.
 
     Example:
         >>> import lightning.pytorch as L
@@ -110,25 +107,38 @@ class TracInCallback(RecordingCallback):
         self._resumed_dirpath = None if state_dict["dirpath"] is None else Path(state_dict["dirpath"])
 
     @override
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        with self.refusing():
-            examples = self.training_examples(trainer, pl_module, most=64)
-            with borrowed(pl_module, None, None), torch.no_grad(), examples.naming(0):
-                task = self.task or infer_task_of(first_look(examples, 64, pl_module.device), pl_module)
-            data = fingerprint_of(examples, task)
-            if trainer.global_step == 0:  # a callback may be used for one fit after the other
-                self._run, self._due_epoch, self.records = None, None, []
-                self._rates.restore([])
-            self._rates.watch(trainer.optimizers)
-        self._take_up(trainer.global_step)
-        self._about = {"data": data, "task": repr(task)}
-        step, n = trainer.global_step, self.every_n_train_steps
+    def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        step = trainer.global_step
+        if step == 0:  # a callback may be used for one fit after the other
+            self._run, self._due_epoch, self.records = None, None, []
+            self._rates.restore([])
+        examples = self.training_examples(trainer, pl_module, most=64)
+        task, _ = self.look(examples, pl_module)
+        self._about = {"data": fingerprint_of(examples, task), "task": repr(task)}
+        self._rates.watch(trainer.optimizers)
+        self._take_up(step)
         self._seen_step = step
+
+    @override
+    def record_bytes(self, pl_module: L.LightningModule) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in _state_of(pl_module).values())
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        step, n = trainer.global_step, self.every_n_train_steps
         # The checkpoint may have been saved between a step and its record. From one that was saved at an epoch's last
         # batch, Lightning goes on with the next epoch and calls no hook for the end of this one.
         due = self._due_epoch is not None or (n is not None and step > 0 and step % n == 0)
         if due and (not self._path or self._path[-1].step != step):
             self._record(trainer, pl_module)
+        self._due_epoch = None
+
+    @override
+    def release(self) -> None:
+        self._rates.unwatch()
+        # A resumed fit must not take the rates of the last step seen for those of the last step.
+        self._rates.restore([])
         self._due_epoch = None
 
     def _take_up(self, step: int) -> None:
@@ -199,18 +209,19 @@ class TracInCallback(RecordingCallback):
         """Write a record of the weights as they are; every rank takes part."""
         if is_dev_run(trainer):
             return
-        # Rank 0 alone looks at the weights: its own are those that records hold where ranks differ (BatchNorm).
-        saved = broadcast_object(self._save(trainer, pl_module, final=final) if rank() == 0 else None)
-        if saved is None:
-            return
-        path = [*self._path, saved]
-        self._path = path if self.save_last_k < 0 else path[-self.save_last_k :]
-        self.records = [saved.path for saved in self._path]
-        if rank() == 0:
-            for stale in path[: -len(self._path)]:
-                with suppress(FileNotFoundError):  # a run that was killed may have come further
-                    remove_record(stale.path)
-            self._log(trainer)
+        with self.working(trainer, pl_module):
+            # Rank 0 alone looks at the weights: its own are those that records hold where ranks differ (BatchNorm).
+            saved = broadcast_object(self._save(trainer, pl_module, final=final) if rank() == 0 else None)
+            if saved is None:
+                return
+            path = [*self._path, saved]
+            self._path = path if self.save_last_k < 0 else path[-self.save_last_k :]
+            self.records = [saved.path for saved in self._path]
+            if rank() == 0:
+                for stale in path[: -len(self._path)]:
+                    with suppress(FileNotFoundError):  # a run that was killed may have come further
+                        remove_record(stale.path)
+                self._log(trainer)
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule, *, final: bool) -> _Saved | None:
         """The record of these weights, written now or by this run before it was killed; None if there need be none."""
@@ -220,12 +231,10 @@ class TracInCallback(RecordingCallback):
             return None
         rates = self._rates.by_name(pl_module)
         finite = all(bool(p.isfinite().all()) for p in pl_module.parameters())  # buffers may hold masks of -inf
-        if not finite or not all(map(math.isfinite, rates.values())):  # no reason to end the user's run
-            rank_zero_warn(
-                f"TracInCallback wrote no record at step {step}: weights or learning rates are not finite. Training "
-                "has diverged; lower the learning rate."
+        if not finite or not all(map(math.isfinite, rates.values())):
+            raise ValueError(
+                "Weights or learning rates are not finite: training has diverged. Lower the learning rate."
             )
-            return None
         first = 0 if self.save_last_k < 0 else max(0, len(self._path) + 1 - self.save_last_k)
         info = {
             "run": self._run,
@@ -240,10 +249,8 @@ class TracInCallback(RecordingCallback):
         path = self._written_before(info, earlier)
         if path is None:
             name = _free_name(self.dirpath, f"step={step}")
-            values = {plain_name(key): value for key, value in pl_module.state_dict().items()}
-            state = {key: value for key, value in values.items() if isinstance(value, Tensor)}
             info["trajectory"] = [*earlier, {"name": name, "step": step}]
-            path = self.write(trainer, info, {"weights": state}, name)
+            path = self.write(trainer, info, {"weights": _state_of(pl_module)}, name)
         return _Saved(path, step, weights)
 
     def _written_before(self, info: dict[str, Any], earlier: list[dict[str, Any]]) -> Path | None:
@@ -265,6 +272,11 @@ class TracInCallback(RecordingCallback):
         metrics = {f"tracin/learning_rate{name}": rate for name, rate in zip(names, rates, strict=True)}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
+
+
+def _state_of(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model's state, by plain name."""
+    return {plain_name(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
 def _relative(path: Path, folder: Path) -> str:
