@@ -25,7 +25,8 @@ RAISE = "STRIDE_LIGHTNING_RAISE"
 
 _HOOKS = {name for name in vars(L.Callback) if name.startswith("on_")} | {"setup", "teardown"}
 _STATE_HOOKS = {"state_dict", "load_state_dict"}  # these run even when the callback is off
-_BEFORE_TRAINING = {"setup", "load_state_dict", "on_load_checkpoint", "on_fit_start", "on_train_start"}
+_EARLY = ("setup", "load_state_dict", "on_load_checkpoint", "on_fit_start", "on_train_start")
+_WHEN: dict[str, str] = {**dict.fromkeys(_EARLY, "before the first step"), "state_dict": "when a checkpoint was saved"}
 
 
 class GuardedCallback(L.Callback):
@@ -39,10 +40,10 @@ class GuardedCallback(L.Callback):
     so they all turn off if one fails. An error outside such a block waits for the next one.
     """
 
-    _hook = ""  # the one that is running
-    _problem = ""  # what turned the callback off
-    _unshared: Exception | None = None  # what will do so once all ranks know
-    _stopped = ""  # when it was turned off
+    _hook = ""  # the hook that is running
+    _problem = ""  # the error that turned the callback off, in words
+    _stopped = ""  # when that was
+    _unshared: Exception | None = None  # an error of this rank that the others do not know of
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -88,9 +89,9 @@ class GuardedCallback(L.Callback):
 
     def _call(self, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         name = hook.__name__
-        if self._hook:  # called by the hook of a subclass
+        if self._hook:  # the hook of a subclass calls that of its base
             return hook(self, *args, **kwargs)
-        if name == "setup":
+        if name == "setup":  # the first hook of a fit
             self._problem, self._unshared = "", None
         if self._problem and name not in _STATE_HOOKS:
             return None
@@ -104,7 +105,7 @@ class GuardedCallback(L.Callback):
                 _let_go(error)
             if world_size() == 1:
                 self._turn_off(error, getattr(args[0], "global_step", 0) if args else 0)
-            elif not self._problem:
+            elif not self._problem:  # else the ranks have agreed already
                 self._unshared = self._unshared or error
         finally:
             self._hook = ""
@@ -114,7 +115,7 @@ class GuardedCallback(L.Callback):
         if self._problem:
             return
         self._problem = _described(error)
-        self._stopped = "before the first step" if self._hook in _BEFORE_TRAINING else f"at step {step}"
+        self._stopped = _WHEN.get(self._hook, f"at step {step}")
         self.release()
         logger.debug("%s stopped %s", type(self).__name__, self._stopped, exc_info=error)
         message = (
@@ -149,7 +150,7 @@ def _described(error: Exception) -> str:
 
 
 def _let_go(error: BaseException | None) -> None:
-    """Free what the frames of an error hold: memory, and generators that put random states back when they end."""
+    """Free what the frames of an error hold: memory, and data being read, which puts random states back when closed."""
     chain, seen = error, set[int]()
     while chain is not None and id(chain) not in seen:
         seen.add(id(chain))

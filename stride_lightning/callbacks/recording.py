@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -42,7 +41,8 @@ class RecordingCallback(GuardedCallback):
 
     Args:
         dirpath: Folder of the records; by default a folder named as their kind in the trainer's log folder.
-        train_indices: Positions in the dataset that are trained on, where the sampler does not tell.
+        train_indices: Positions in the dataset that are trained on. Needed only for samplers of other kinds than
+            random, sequential and distributed.
         task: What a batch means; inferred from the first batch by default.
     """
 
@@ -66,8 +66,8 @@ class RecordingCallback(GuardedCallback):
             check_task(task)
             if train_indices is not None:
                 checked_positions(train_indices)
-        self._explicit_dirpath = None if dirpath is None else Path(dirpath)
-        self.dirpath: Path = self._explicit_dirpath  # pyright: ignore[reportAttributeAccessIssue]  # by setup at last
+            self._explicit_dirpath = None if dirpath is None else Path(dirpath)
+        self.dirpath: Path = self._explicit_dirpath  # pyright: ignore[reportAttributeAccessIssue]  # set in setup()
         self.train_indices, self.task = train_indices, task
         #: Records written so far, oldest first.
         self.records: list[Path] = []
@@ -100,8 +100,8 @@ class RecordingCallback(GuardedCallback):
         strategy = type(trainer.strategy).__name__
         if strategy not in _WHOLE_MODEL_STRATEGIES:
             raise ValueError(
-                f"It needs the whole model in every process; {strategy} is not supported. Supported: "
-                f"{', '.join(_WHOLE_MODEL_STRATEGIES)}. Call attribute() after training instead."
+                f"The callback needs the whole model in every process, and {strategy} may split it. Use "
+                f"{' or '.join(_WHOLE_MODEL_STRATEGIES)}, or call attribute() after training instead."
             )
 
     @override
@@ -115,9 +115,9 @@ class RecordingCallback(GuardedCallback):
             if rank() == 0 and not is_dev_run(trainer):
                 self._check_folder(self.record_bytes(pl_module))
 
-    @abstractmethod
     def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look at the model and the data before the first step, and refuse what cannot work."""
+        raise NotImplementedError
 
     def record_bytes(self, pl_module: L.LightningModule) -> int:
         """Bytes that a record takes at least."""
@@ -153,7 +153,7 @@ class RecordingCallback(GuardedCallback):
     def write(
         self, trainer: L.Trainer, info: dict[str, Any], tensors: Mapping[str, Mapping[str, Tensor]], name: str = ""
     ) -> Path:
-        """Write a record of the present step, by default under its number."""
+        """Write a record of the present step, under the step's number unless it has a name."""
         model, step = type(trainer.lightning_module).__name__, trainer.global_step
         about = {"model": model, "epoch": trainer.current_epoch, "step": step, "versions": versions()}
         about = {"kind": self.record_kind, **about, **info}
@@ -173,10 +173,10 @@ class RecordingCallback(GuardedCallback):
             finally:
                 probe.unlink(missing_ok=True)
             usage = shutil.disk_usage(self.dirpath)
-        if usage.total and usage.free < num_bytes:
+        if usage.total and usage.free < num_bytes:  # some network drives say 0 of 0
             raise ValueError(
-                f"{self.dirpath} has {usage.free:,} bytes left, and a record takes at least {num_bytes:,}. Make room, or "
-                "choose another folder with `dirpath=`."
+                f"{self.dirpath} has {usage.free:,} bytes left, and a record takes at least {num_bytes:,}. Make room, "
+                "or choose another folder with `dirpath=`."
             )
 
 

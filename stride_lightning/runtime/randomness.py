@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
-from types import MethodType, ModuleType
+from types import BuiltinMethodType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,7 @@ def _held_generators(owners: tuple[object, ...], beyond: object) -> list[Callabl
                 to_visit.extend(item.values() if isinstance(item, Mapping) else item)
         elif isinstance(item, partial):
             to_visit.extend([item.func, *item.args, *item.keywords.values()])
-        elif isinstance(item, MethodType):
+        elif isinstance(item, MethodType | BuiltinMethodType):
             to_visit.append(item.__self__)
         elif isinstance(attributes := getattr(item, "__dict__", None), dict):
             to_visit.extend(attributes.values())

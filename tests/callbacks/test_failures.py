@@ -1,6 +1,7 @@
 """Whatever goes wrong in a callback, the fit is to the bit the one without it, and one warning says what it was."""
 
 import errno
+import gc
 import logging
 import random
 import signal
@@ -286,7 +287,7 @@ WRONG = {
     "out of memory": (MODEL, MODEL, "OutOfMemoryError: CUDA out of memory", {"kind": OutOfMemory}),
     "logger fails": (ALL, None, "ConnectionError: the server does not answer", {"logger": True}),
     "no learning rate": (["tracin"], "at step 2", "learning rates are not finite", {"kind": NoRate}),
-    "other strategy": (ALL, BEFORE, "FSDPStrategy is not supported", {"strategy": "FSDPStrategy"}),
+    "other strategy": (ALL, BEFORE, "in every process, and FSDPStrategy may split it", {"strategy": "FSDPStrategy"}),
 }
 
 
@@ -322,6 +323,33 @@ def test_what_goes_wrong_stops_the_callback_alone(wrong, name, tmp_path, monkeyp
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     state = torch.load(tmp_path / "end.ckpt", weights_only=True)["callbacks"][callback.state_key]
     often(name).load_state_dict(state)
+
+
+def test_an_error_that_outlives_the_stop_changes_nothing_when_it_goes(tmp_path):
+    """Reading that was left in the middle would put back the random state of its own time."""
+    error = RuntimeError("out of luck")
+
+    class Reader(CALLBACKS["stride"][0]):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            with self.working(trainer, pl_module):
+                self.read()
+
+        def read(self):
+            batches = self._watched.examples.batches(4, torch.device("cpu"))
+            next(batches)
+            raise error
+
+    class Dropping(Restless):
+        def training_step(self, batch, batch_idx):
+            if self.global_step == 6:
+                error.__traceback__ = None
+                gc.collect()
+            return super().training_step(batch, batch_idx)
+
+    expected = fit(tmp_path, Dropping)[-1]
+    with pytest.warns(UserWarning, match="Reader stopped at step 1"):
+        witness = fit(tmp_path, Dropping, Reader())[-1]
+    assert_same(witness, expected)
 
 
 @every_callback
@@ -506,12 +534,26 @@ class FailingHere(FailingLater):
         return super().forward(x)
 
 
-#: On which rank what goes wrong; TracIn runs the model before the first step only.
+class FailingHook(CALLBACKS["stride"][0]):
+    """Fails on one rank outside its work, after the first epoch."""
+
+    rank = 0
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        super().on_train_epoch_end(trainer, pl_module)
+        if torch.distributed.get_rank() == self.rank:
+            raise RuntimeError("out of luck")
+
+
+#: Whose failure, on which rank, and when; TracIn runs the model before the first step only.
 ALONE = [
-    (name, rank, moment)
-    for rank in (0, 1)
-    for name, moment in [*((name, "at once") for name in CALLBACKS), ("stride", "later"), ("further-training", "later")]
-] + [(name, 0, "disk") for name in CALLBACKS]
+    ("stride", 1, "at once"),
+    ("tracin", 1, "at once"),
+    ("further-training", 0, "at once"),
+    *((name, rank, "later") for name in ("stride", "further-training") for rank in (0, 1)),
+    *((name, 0, "disk") for name in CALLBACKS),
+    *(("stride", rank, "hook") for rank in (0, 1)),
+]
 
 
 def fit_on_two(number, port, folder):
@@ -522,6 +564,8 @@ def fit_on_two(number, port, folder):
         kind = type("Here", (FailingHere,), {"rank": rank, "from_step": {"at once": 0, "later": 3}.get(moment, 10**6)})
         records.write_file = no_space if (moment, number) == ("disk", 0) else write
         callbacks = [] if name is None else [often(name, dirpath=folder / f"{name}{rank}{moment}")]
+        if moment == "hook":
+            callbacks[0].__class__ = type("StrideCallback", (FailingHook,), {"rank": rank})
         witness, model = Witness(), build(kind)
         random.seed(number)
         np.random.seed(number)  # noqa: NPY002
