@@ -43,17 +43,17 @@ class _Questions:
 class FurtherTrainingCallback(RecordingCallback):
     """Measures the gold standard at the end of a fit: how training on without an example changes chosen queries.
 
-    When training ends, copies of the model are trained on, each with the share of one example taken out of every
-    batch. Effects are logged to every logger, under ``further-training/``, and written into a record that
+    When training ends, copies of the model are trained on. Each copy leaves out one example: its share is taken out of
+    every batch. Effects are logged to every logger, under ``further-training/``, and written into a record that
     ``attribute(method="further-training")`` finds by the weights. The model and the rest of the fit stay as they are.
 
     List it after callbacks that change the final weights, such as weight averaging. Copies are trained on without
     gradient clipping and without the model's hooks that change gradients; a warning says so when the fit begins.
 
     Args:
-        queries: What is measured: a Dataset, DataLoader or LightningDataModule.
+        queries: Examples whose losses are measured: a Dataset, DataLoader or LightningDataModule.
         left_out: Positions in the training dataset; by default all, or 100 spread evenly if there are more.
-        epochs: After how many epochs of further training effects are measured; one number or several.
+        epochs: Epochs of further training after which effects are measured; one number or several.
         num_seeds: Orders of batches averaged over.
         optimizer: Makes the optimizer of a model's parameters; by default the model's ``configure_optimizers``
             without its schedule, at the initial learning rate.
@@ -108,7 +108,7 @@ class FurtherTrainingCallback(RecordingCallback):
             self.epochs = read_amounts(epochs)
         self.queries, self.left_out, self.num_seeds, self.optimizer = queries, left_out, num_seeds, optimizer
         self.batch_size, self.seed, self.memory_budget = batch_size, seed, memory_budget
-        #: What was measured at the end of the last fit.
+        #: Effects measured at the end of the last fit; None if there are none.
         self.result: FurtherTraining | None = None
 
     @override
@@ -121,14 +121,14 @@ class FurtherTrainingCallback(RecordingCallback):
         task, head = self.look(examples, pl_module)
         self._questions = _Questions(examples, queries, task)
         with borrowed(pl_module, None, None), torch.no_grad():
-            # Tried out now: at the end of a long fit it would be too late.
+            # This tries everything out now: the end of a long fit would be too late.
             leaving_out = self._leaving_out(trainer, pl_module, head, warn=True)
             reading = Reading(queries, task, pl_module, batch_size=256, device=pl_module.device)
             leaving_out.check_queries(queries, reading.encoded(leaving_out.num_outputs))
         if trainer.gradient_clip_val:
             rank_zero_warn(
                 f"The Trainer clips gradients (gradient_clip_val={trainer.gradient_clip_val}). Further training does "
-                "not; effects are of training without."
+                "not: it measures effects without clipping."
             )
 
     @override
@@ -162,13 +162,13 @@ class FurtherTrainingCallback(RecordingCallback):
 
     def _leaving_out(self, trainer: L.Trainer, pl_module: L.LightningModule, head: Any, *, warn: bool) -> LeavingOut:
         known, size, loading = self._questions, self.batch_size, self._questions.examples.loading
-        if size is None and loading is not None:  # what one optimizer step takes in
+        if size is None and loading is not None:  # the examples of one optimizer step
             size = loading.batch_size * trainer.world_size * trainer.accumulate_grad_batches
         how = {"optimizer": self.optimizer, "memory_budget": self.memory_budget, "warn": warn}
         return LeavingOut(pl_module, known.examples, head, known.task, batch_size=size, **how)
 
     def _log(self, trainer: L.Trainer, result: FurtherTraining) -> None:
-        """How large the effects are after each amount, and those after the last in full."""
+        """Log the size of the effects after each amount of training, and the effects after the last in full."""
         metrics: dict[str, float] = {}
         for epoch in result.epochs:
             values = {"effect_rms": result.effects(epoch), "std_error_rms": result.std_error(epoch)}

@@ -43,12 +43,12 @@ class _Watched:
 class StrideCallback(RecordingCallback):
     """Watches training and writes subset-perturbation checkpoints, the records that attribution starts from.
 
-    While the model trains, statistics of the activations that enter the chosen layers are streamed (in eval mode, on
-    the batch at hand, every few steps) and logged to every logger as ``stride/<layer>/norm``, ``effective_rank`` and
-    ``dead_fraction``. At the end, and every n epochs or steps if asked, a record is written: the design (which
-    example is in which subset), the statistics, the basis of the steering operators and the loss of every training
-    example and subset from one eval pass at the recorded weights, a fingerprint of the data, and a hash of the
-    weights. Hooks live only inside the callback's own forward passes.
+    While the model trains, the callback samples the activations that enter the chosen layers (in eval mode, on the
+    batch at hand, every few steps). It logs their statistics to every logger as ``stride/<layer>/norm``,
+    ``effective_rank`` and ``dead_fraction``. At the end, and every n epochs or steps on demand, it makes one eval pass
+    and writes a record: the design (which example is in which subset), the statistics, the basis of the steering
+    operators, the loss of every training example and subset, a fingerprint of the data, and a hash of the weights.
+    Hooks live only inside the callback's own forward passes.
 
     List it after callbacks that change the final weights, such as weight averaging.
 
@@ -192,7 +192,7 @@ class StrideCallback(RecordingCallback):
         self._record(trainer, pl_module, final=True)
 
     def _record(self, trainer: L.Trainer, pl_module: L.LightningModule, *, final: bool = False) -> None:
-        """Evaluate the training set at the weights as they are and write a record; every rank takes part."""
+        """Evaluate the training set at the present weights and write a record; every rank takes part."""
         watched, step = self._watched, trainer.global_step
         fit_operators = final and self.fit_operators
         with self.working(trainer, pl_module):

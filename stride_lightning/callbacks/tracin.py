@@ -27,7 +27,7 @@ from stride_lightning.storage.records import RecordError, read_info, read_record
 
 @dataclass(frozen=True)
 class _Saved:
-    """A record of this run: where it is, and the step and weights it is of."""
+    """A record of this run: its folder, its step, and the hash of its weights."""
 
     path: Path
     step: int
@@ -35,16 +35,16 @@ class _Saved:
 
 
 class TracInCallback(RecordingCallback):
-    """Saves the weights at chosen epochs or steps, and the learning rates in force there, which TracIn starts from.
+    """Saves what TracIn needs: the weights at chosen epochs or steps, and the learning rates in force there.
 
     Each record holds the whole state dict, the learning rate by which the last optimizer step moved every parameter
-    (read at the step itself, before schedulers go on), a fingerprint of the training data, and the records of this
-    run before it. The end of training is recorded too. Learning rates are logged to every logger at each record as
+    (read at the step itself, before schedulers go on), a fingerprint of the training data, and the earlier records of
+    this run. The end of training is recorded too. Learning rates are logged to every logger at each record as
     ``tracin/learning_rate``, with the number of the parameter group behind it if there are several.
 
     A resumed run goes on in the folder of the run that it resumes, as long as that exists and no ``dirpath`` says
-    otherwise. What a killed run wrote after the checkpoint is taken over if training comes to the same weights
-    again; otherwise new records are written beside it, and only those count.
+    otherwise. A killed run may have written records after its last checkpoint. They count if training comes to the same
+    weights again; otherwise new records are written beside them, and only those count.
 
     The training data are read once when the fit begins. List the callback after those that change the final weights,
     such as weight averaging.
@@ -70,7 +70,7 @@ class TracInCallback(RecordingCallback):
     """
 
     record_kind = "tracin"  # told apart by its folder alone: a run resumed with another frequency is the same run
-    _about: dict[str, Any]  # what all records say of the data, from the start of training
+    _about: dict[str, Any]  # data and task, which all records name; known from the start of training
 
     def __init__(
         self,
@@ -87,12 +87,12 @@ class TracInCallback(RecordingCallback):
             every_n_epochs = 1
         self.every_n_epochs, self.every_n_train_steps = every_n_epochs, every_n_train_steps
         self.save_last_k = save_last_k
-        self._run: str | None = None  # what the records of one run have in common, over all its resumptions
+        self._run: str | None = None  # name of the run, which stays the same when it is resumed
         self._rates = LearningRates()
         self._resumed_dirpath: Path | None = None
         self._path: list[_Saved] = []  # like `records`, which the state stores
         self._seen_step = 0
-        self._due_epoch: int | None = None  # all its steps are taken, and its end is to be recorded
+        self._due_epoch: int | None = None  # an epoch whose steps are all taken, and whose end is to be recorded
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -127,8 +127,8 @@ class TracInCallback(RecordingCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         step, n = trainer.global_step, self.every_n_train_steps
-        # The checkpoint may have been saved between a step and its record. From one that was saved at an epoch's last
-        # batch, Lightning goes on with the next epoch and calls no hook for the end of this one.
+        # The checkpoint may have been saved between a step and its record. If it was saved at an epoch's last batch,
+        # Lightning goes on with the next epoch and calls no hook for the end of this one.
         due = self._due_epoch is not None or (n is not None and step > 0 and step % n == 0)
         if due and (not self._path or self._path[-1].step != step):
             self._record(trainer, pl_module)
@@ -137,7 +137,7 @@ class TracInCallback(RecordingCallback):
     @override
     def release(self) -> None:
         self._rates.unwatch()
-        # A resumed fit must not take the rates of the last step seen for those of the last step.
+        # The optimizer goes on: a resumed fit must not take these for the rates of its last step.
         self._rates.restore([])
         self._due_epoch = None
 
@@ -146,30 +146,30 @@ class TracInCallback(RecordingCallback):
         if self._run is None:
             if step > 0:
                 rank_zero_warn(
-                    f"Training starts at step {step}, and its checkpoint holds no state of this TracInCallback. Its "
+                    f"Training starts at step {step}, and its checkpoint holds no state of this TracInCallback. The "
                     "records begin here, and TracIn will not know of the steps before. To go on with an earlier run, "
-                    "pass the same `dirpath` as there."
+                    "pass the `dirpath` of that run."
                 )
             self.records = []
             self._run = broadcast_object(secrets.token_hex(8))  # from the system: no generator is used
         nothing = Path(), list[_Saved](), list[Path]()
-        self.dirpath, self._path, gone = broadcast_object(self._find_path(step) if rank() == 0 else nothing)
+        self.dirpath, self._path, missing = broadcast_object(self._find_path(step) if rank() == 0 else nothing)
         self.records = [saved.path for saved in self._path]
-        if gone:
+        if missing:
             rank_zero_warn(
-                f"{len(gone)} records of the run that is resumed are damaged or no longer where they were written: "
-                f"{', '.join(map(str, gone))}. Training goes on, and TracIn will leave them out. Move them to "
+                f"{len(missing)} records of the run that is resumed are damaged or no longer where they were written: "
+                f"{', '.join(map(str, missing))}. Training goes on, and TracIn will leave them out. Move them to "
                 f"{self.dirpath} before you resume if you want to keep them."
             )
 
     def _find_path(self, step: int) -> tuple[Path, list[_Saved], list[Path]]:
-        """The folder to go on in, the records of this run up to a step, and those that are gone."""
+        """The folder to go on in, the records of this run up to a step, and those that are missing."""
         dirpath, resumed = self.dirpath, self._resumed_dirpath
         if self._explicit_dirpath is None and resumed is not None and resumed.is_dir():
             dirpath = resumed
         saved = {path: self._look_up(path) or self._look_up(dirpath / path.name) for path in self.records}
-        gone = [path for path, record in saved.items() if record is None]
-        return dirpath, [record for record in saved.values() if record and record.step <= step], gone
+        missing = [path for path, record in saved.items() if record is None]
+        return dirpath, [record for record in saved.values() if record and record.step <= step], missing
 
     def _look_up(self, path: Path) -> _Saved | None:
         with suppress(FileNotFoundError, RecordError):
@@ -210,7 +210,7 @@ class TracInCallback(RecordingCallback):
         if is_dev_run(trainer):
             return
         with self.working(trainer, pl_module):
-            # Rank 0 alone looks at the weights: its own are those that records hold where ranks differ (BatchNorm).
+            # Rank 0 alone looks at the weights: where ranks differ (BatchNorm), records hold those of rank 0.
             saved = broadcast_object(self._save(trainer, pl_module, final=final) if rank() == 0 else None)
             if saved is None:
                 return
@@ -224,7 +224,7 @@ class TracInCallback(RecordingCallback):
                 self._log(trainer)
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule, *, final: bool) -> _Saved | None:
-        """The record of these weights, written now or by this run before it was killed; None if there need be none."""
+        """The record of these weights, written now or by this run before it was killed; None if it is the last one."""
         step, weights = trainer.global_step, weight_hash(pl_module)
         last = self._path[-1] if self._path else None
         if last is not None and last.weights == weights and (final or last.step == step):
@@ -244,7 +244,7 @@ class TracInCallback(RecordingCallback):
             "learning_rates": rates,
             **self._about,
         }
-        # By their place relative to the record, so that folders may be moved together.
+        # Paths are relative to the record, so that folders may be moved together.
         earlier = [{"name": _relative(saved.path, self.dirpath), "step": saved.step} for saved in self._path[first:]]
         path = self._written_before(info, earlier)
         if path is None:
@@ -261,7 +261,7 @@ class TracInCallback(RecordingCallback):
                 written = read_info(path)
                 listed = written.get("trajectory", [])[:-1]
                 before = [entry for entry in listed if (path.parent / entry["name"]).exists()]
-                # Records of a path that was abandoned may be among those before it; then it is not the same.
+                # Its earlier records may be those of a path that was abandoned; then it is not the same.
                 if all(written.get(key) == info[key] for key in same) and before == earlier:
                     return read_record(path).path
         return None

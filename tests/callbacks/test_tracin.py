@@ -329,7 +329,7 @@ def test_optimizers_that_cannot_work(tmp_path):
             del optimizer.param_groups[0]["lr"]
             return optimizer
 
-    with pytest.raises(ValueError, match="A parameter group of SGD has no 'lr'. TracIn needs"):
+    with pytest.raises(ValueError, match=r"A parameter group of SGD has no 'lr'\. TracIn needs"):
         train(build(NoRate), DATA, tmp_path, TracInCallback())
     with (
         pytest.warns(UserWarning, match="`LightningModule.configure_optimizers` returned `None`"),
