@@ -1,8 +1,20 @@
 """What the tests of the front door share."""
 
+import os
+
 import pytest
 
 from tests.helpers.models import Classifier, build, classification_data, train
+
+os.environ["STRIDE_LIGHTNING_RAISE"] = (
+    "1"  # an error in a callback fails the test; processes that tests start inherit it
+)
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """Callbacks behave as they do for users: an error turns them off."""
+    monkeypatch.delenv("STRIDE_LIGHTNING_RAISE")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,19 +17,23 @@ from stride_lightning.data.examples import Examples, first_look
 from stride_lightning.data.reading import Reading
 from stride_lightning.data.sources import resolve_queries
 from stride_lightning.model.weights import borrowed, rank_zero_state, weight_hash
-from stride_lightning.retraining.further_training import FurtherTraining, find_left_out, measure_effects, read_amounts
+from stride_lightning.retraining.further_training import (
+    FurtherTraining,
+    find_left_out,
+    measure_effects,
+    read_amounts,
+    read_positions,
+)
 from stride_lightning.retraining.leaving_out import LeavingOut
-from stride_lightning.retraining.optimizers import MakeOptimizer
+from stride_lightning.retraining.optimizers import MakeOptimizer, check_optimizer
 from stride_lightning.runtime.checks import check_count
-from stride_lightning.runtime.distributed import barrier, rank
-from stride_lightning.runtime.randomness import preserved_random_state
-from stride_lightning.tasks.inference import infer_task_of
+from stride_lightning.runtime.distributed import rank
 from stride_lightning.tasks.likelihoods import Task
 
 
 @dataclass(frozen=True)
 class _Questions:
-    """What is known once training has begun."""
+    """What the callback knows once training has begun."""
 
     examples: Examples
     queries: Examples
@@ -38,18 +43,17 @@ class _Questions:
 class FurtherTrainingCallback(RecordingCallback):
     """Measures the gold standard at the end of a fit: how training on without an example changes chosen queries.
 
-    When training ends, copies of the model are trained on, each with the share of one example taken out of every
-    batch. Effects are logged to every logger, under ``further-training/``, and written into a record that
+    When training ends, copies of the model are trained on. Each copy leaves out one example: its share is taken out of
+    every batch. Effects are logged to every logger, under ``further-training/``, and written into a record that
     ``attribute(method="further-training")`` finds by the weights. The model and the rest of the fit stay as they are.
 
     List it after callbacks that change the final weights, such as weight averaging. Copies are trained on without
-    gradient clipping and without the model's hooks that change gradients, which is warned of when the fit begins; if
-    training on fails when it ends, that is warned of too, and no record is written.
+    gradient clipping and without the model's hooks that change gradients; a warning says so when the fit begins.
 
     Args:
-        queries: What is measured: a Dataset, DataLoader or LightningDataModule.
+        queries: Examples whose losses are measured: a Dataset, DataLoader or LightningDataModule.
         left_out: Positions in the training dataset; by default all, or 100 spread evenly if there are more.
-        epochs: After how many epochs of further training effects are measured; one number or several.
+        epochs: Epochs of further training after which effects are measured; one number or several.
         num_seeds: Orders of batches averaged over.
         optimizer: Makes the optimizer of a model's parameters; by default the model's ``configure_optimizers``
             without its schedule, at the initial learning rate.
@@ -60,8 +64,8 @@ class FurtherTrainingCallback(RecordingCallback):
             :class:`~stride_lightning.callbacks.recording.RecordingCallback`.
 
     Raises:
-        MisconfigurationException: If an argument, the strategy, the loss or the data cannot work, or the loss of a
-            query is not finite; before the first step.
+        MisconfigurationException: If an argument is wrong. Whatever goes wrong later is a warning, and the callback
+            stops; the fit goes on as it would without it.
 
     Example:
         >>> import lightning.pytorch as L
@@ -92,49 +96,50 @@ class FurtherTrainingCallback(RecordingCallback):
         super().__init__(**kwargs)
         with misconfigured():
             check_count("num_seeds", num_seeds)
-            if batch_size is not None:
-                check_count("batch_size", batch_size)
+            check_count("seed", seed, 0)
+            for name, value in {"batch_size": batch_size, "memory_budget": memory_budget}.items():
+                if value is not None:
+                    check_count(name, value)
+            check_optimizer(optimizer)
+            if left_out is not None:
+                read_positions(left_out)
+            if not hasattr(queries, "train_dataloader"):  # a data module is set up when the fit begins
+                resolve_queries(queries)
             self.epochs = read_amounts(epochs)
         self.queries, self.left_out, self.num_seeds, self.optimizer = queries, left_out, num_seeds, optimizer
         self.batch_size, self.seed, self.memory_budget = batch_size, seed, memory_budget
-        #: What was measured at the end of the last fit.
+        #: Effects measured at the end of the last fit; None if there are none.
         self.result: FurtherTraining | None = None
 
     @override
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.result = None
-        with self.refusing():
-            examples = self.training_examples(trainer, pl_module)
-            queries = resolve_queries(self.queries, pl_module)
-            find_left_out(self.left_out, examples)
-            with borrowed(pl_module, None, None), torch.no_grad():
-                head = first_look(examples, 64, pl_module.device)
-                self._questions = _Questions(examples, queries, self.task or infer_task_of(head, pl_module))
-                # Tried out now: at the end of a long fit it would be too late.
-                leaving_out = self._leaving_out(trainer, pl_module, head, warn=True)
-                reading = Reading(queries, self._questions.task, pl_module, batch_size=256, device=pl_module.device)
-                leaving_out.check_queries(queries, reading.encoded(leaving_out.num_outputs))
+        examples = self.training_examples(trainer, pl_module)
+        # A shallow copy: a data module may be the fit's own, which must not see another setup().
+        queries = resolve_queries(copy.copy(self.queries), pl_module)
+        find_left_out(self.left_out, examples)
+        task, head = self.look(examples, pl_module)
+        self._questions = _Questions(examples, queries, task)
+        with borrowed(pl_module, None, None), torch.no_grad():
+            # This tries everything out now: the end of a long fit would be too late.
+            leaving_out = self._leaving_out(trainer, pl_module, head, warn=True)
+            reading = Reading(queries, task, pl_module, batch_size=256, device=pl_module.device)
+            leaving_out.check_queries(queries, reading.encoded(leaving_out.num_outputs))
         if trainer.gradient_clip_val:
             rank_zero_warn(
                 f"The Trainer clips gradients (gradient_clip_val={trainer.gradient_clip_val}). Further training does "
-                "not; effects are of training without."
+                "not: it measures effects without clipping."
             )
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if is_dev_run(trainer):
             return
-        try:
+        with self.working(trainer, pl_module):
             self.result = self._measure(trainer, pl_module)
-        except (TypeError, ValueError, RuntimeError) as error:  # no reason to end the user's run
-            rank_zero_warn(f"FurtherTrainingCallback wrote no record. {error}")
-            return
-        if rank() == 0:
-            tensors = {"effects": self.result.tensors()}
-            self.records.append(self.write(trainer, self.result.info(), tensors))
-            with preserved_random_state():  # pictures may be read at random
+            if rank() == 0:
+                self.records.append(self.write(trainer, self.result.info(), {"effects": self.result.tensors()}))
                 self._log(trainer, self.result)
-        barrier()
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> FurtherTraining:
         known = self._questions
@@ -157,13 +162,13 @@ class FurtherTrainingCallback(RecordingCallback):
 
     def _leaving_out(self, trainer: L.Trainer, pl_module: L.LightningModule, head: Any, *, warn: bool) -> LeavingOut:
         known, size, loading = self._questions, self.batch_size, self._questions.examples.loading
-        if size is None and loading is not None:  # what one optimizer step takes in
+        if size is None and loading is not None:  # the examples of one optimizer step
             size = loading.batch_size * trainer.world_size * trainer.accumulate_grad_batches
         how = {"optimizer": self.optimizer, "memory_budget": self.memory_budget, "warn": warn}
         return LeavingOut(pl_module, known.examples, head, known.task, batch_size=size, **how)
 
     def _log(self, trainer: L.Trainer, result: FurtherTraining) -> None:
-        """How large the effects are after each amount, and those after the last in full."""
+        """Log the size of the effects after each amount of training, and the effects after the last in full."""
         metrics: dict[str, float] = {}
         for epoch in result.epochs:
             values = {"effect_rms": result.effects(epoch), "std_error_rms": result.std_error(epoch)}

@@ -1,7 +1,8 @@
-"""The learning rates by which optimizers took their last steps."""
+"""The learning rates of the last steps of optimizers."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -16,8 +17,8 @@ from stride_lightning.model.layers import plain_name
 class LearningRates:
     """Notes the learning rate of every parameter group right after each step of its optimizer.
 
-    By the time a callback is called, schedulers may have moved on. Nothing is done per parameter until
-    :meth:`by_name` asks. Optimizers without learning rates are refused.
+    A callback comes too late for that: schedulers may have moved on. The cost per step does not grow with the number of
+    parameters; only :meth:`by_name` looks at them. Optimizers without learning rates are refused.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -37,7 +38,7 @@ class LearningRates:
         self._handles: list[RemovableHandle] = []
 
     def watch(self, optimizers: Sequence[Any]) -> None:
-        """Take note from now on; until an optimizer steps, its rates are those restored, or else as they are."""
+        """Note rates from now on. Until an optimizer steps, the restored ones count, or else its present ones."""
         _check(optimizers)
         self.unwatch()
         noted = {index: _rates_of(optimizer) for index, optimizer in enumerate(optimizers)}
@@ -46,13 +47,13 @@ class LearningRates:
                 noted.pop(index)
                 noted[index] = rates
         self._optimizers, self._noted = optimizers, noted
-        # After the step, since the module may still set rates in hooks that run before it; and not in Lightning's
-        # own hook, which is not called where a module steps the bare optimizer.
+        # After the step, since the module may still set rates in hooks that run before it. Lightning's own hook would
+        # not do: it is not called where a module steps the bare optimizer.
         hooks = (partial(_note, noted, index) for index in range(len(optimizers)))
         self._handles = [each.register_step_post_hook(hook) for each, hook in zip(optimizers, hooks, strict=True)]
 
     def unwatch(self) -> None:
-        """Leave the optimizers as they were."""
+        """Remove the hooks from the optimizers."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -62,7 +63,7 @@ class LearningRates:
         return [float(rate) for _, rates in sorted(self._noted.items()) for rate in rates]
 
     def by_name(self, model: nn.Module) -> dict[str, float]:
-        """Rate of every trainable parameter that an optimizer holds; of the last to step, if several hold it."""
+        """Rate of every trainable parameter that an optimizer holds; if several hold it, that of the last to step."""
         names = {id(p): plain_name(name) for name, p in model.named_parameters() if p.requires_grad}
         by_id: dict[int, float] = {}
         for index, rates in self._noted.items():
@@ -77,23 +78,29 @@ class LearningRates:
         return [[index, [float(rate) for rate in rates]] for index, rates in self._noted.items()]
 
     def restore(self, state: list[Any]) -> None:
-        """Take up what :meth:`state` gave; nothing, for another run."""
+        """Take up what :meth:`state` gave; an empty list forgets all rates."""
         self._noted = {index: list(rates) for index, rates in state}
 
 
 def _check(optimizers: Sequence[Any]) -> None:
     if not any(getattr(optimizer, "param_groups", True) for optimizer in optimizers):  # Lightning has a stand-in
-        raise ValueError("It has no optimizer, so there are no learning rates. Return one in configure_optimizers().")
+        raise ValueError(
+            "The model has no optimizer, so there are no learning rates. Return one in configure_optimizers()."
+        )
     for optimizer in optimizers:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"Optimizers must be torch.optim.Optimizer, got {type(optimizer).__name__}.")
         if any("lr" not in group for group in optimizer.param_groups):
-            raise ValueError(f"A parameter group of {type(optimizer).__name__} has no 'lr', which TracIn weights by.")
+            raise ValueError(
+                f"A parameter group of {type(optimizer).__name__} has no 'lr'. TracIn needs its learning rate."
+            )
 
 
 def _rates_of(optimizer: torch.optim.Optimizer) -> list[Any]:
-    # A tensor is not read, which would wait for the device at every step; but schedulers change it in place.
-    return [rate.clone() if isinstance(rate := group["lr"], Tensor) else rate for group in optimizer.param_groups]
+    # Reading a tensor would wait for the device at every step. It is cloned, because schedulers change it in place.
+    # A deleted rate must not raise in the optimizer's step: it is NaN, which is refused when a record is due.
+    rates = [group.get("lr", math.nan) for group in optimizer.param_groups]
+    return [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
 
 
 def _note(noted: dict[int, list[Any]], index: int, optimizer: torch.optim.Optimizer, *_: Any) -> None:

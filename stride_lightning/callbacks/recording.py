@@ -1,37 +1,48 @@
-"""What callbacks that leave records have in common: where records go, which there are, and whose data they are of."""
+"""The base of callbacks that leave records: where records go, which there are, and which data they are of."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning.pytorch as L
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # pyright: ignore[reportPrivateImportUsage]
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
-from stride_lightning.data.examples import Examples
-from stride_lightning.data.sources import resolve_train_data
-from stride_lightning.runtime.checks import check_count
+from stride_lightning.callbacks.guard import GuardedCallback
+from stride_lightning.data.examples import Examples, first_look
+from stride_lightning.data.reading import count_outputs, encoded_batch
+from stride_lightning.data.sources import checked_positions, resolve_train_data
+from stride_lightning.model.weights import borrowed
+from stride_lightning.runtime.checks import check_count, check_finite
+from stride_lightning.runtime.distributed import rank
 from stride_lightning.runtime.versions import versions
+from stride_lightning.storage.files import hidden_name, write_file
 from stride_lightning.storage.records import write_record
-from stride_lightning.tasks.inference import check_task
-from stride_lightning.tasks.likelihoods import Task
+from stride_lightning.tasks.inference import check_task, infer_task_of
+from stride_lightning.tasks.likelihoods import Task, columns
 
 #: Strategies under which every process holds the whole model.
 _WHOLE_MODEL_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 
 
-class RecordingCallback(L.Callback):
+class RecordingCallback(GuardedCallback):
     """A callback that writes records into one folder; its state in checkpoints says where they are.
+
+    A subclass sets itself up in :meth:`begin`, before the first step, and does all other work in a ``working`` block.
 
     Args:
         dirpath: Folder of the records; by default a folder named as their kind in the trainer's log folder.
-        train_indices: Positions in the dataset that are trained on, where the sampler does not tell.
+        train_indices: Positions in the dataset that are trained on. Needed only for samplers of other kinds than
+            random, sequential and distributed.
         task: What a batch means; inferred from the first batch by default.
     """
 
@@ -53,13 +64,16 @@ class RecordingCallback(L.Callback):
         super().__init__()
         with misconfigured():
             check_task(task)
-        self._explicit_dirpath = None if dirpath is None else Path(dirpath)
-        self.dirpath: Path = self._explicit_dirpath  # pyright: ignore[reportAttributeAccessIssue]  # by setup at last
+            if train_indices is not None:
+                checked_positions(train_indices)
+            self._explicit_dirpath = None if dirpath is None else Path(dirpath)
+        self.dirpath: Path = self._explicit_dirpath  # pyright: ignore[reportAttributeAccessIssue]  # set in setup()
         self.train_indices, self.task = train_indices, task
         #: Records written so far, oldest first.
         self.records: list[Path] = []
+        self._written: list[Path] = []  # by this fit
 
-    @cached_property  # Lightning asks for it at every hook of every step
+    @cached_property  # Lightning reads it at every hook of every step
     @override
     def state_key(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         dirpath = None if self._explicit_dirpath is None else str(self._explicit_dirpath)
@@ -78,24 +92,53 @@ class RecordingCallback(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        strategy = type(trainer.strategy).__name__
-        if strategy not in _WHOLE_MODEL_STRATEGIES:
-            raise MisconfigurationException(
-                f"{type(self).__name__} needs the whole model in every process; {strategy} is not supported. "
-                f"Supported: {', '.join(_WHOLE_MODEL_STRATEGIES)}. Train without the callback and call "
-                "attribute() afterwards."
-            )
-        log_dir = trainer.log_dir  # a collective call: every rank must make it
+        self._written = []
+        log_dir = trainer.log_dir  # first, as it is a collective call: every rank must make it
         dirpath = self._explicit_dirpath or Path(log_dir or trainer.default_root_dir) / self.record_kind
         # Absolute, because the checkpoint that names it may be read from another working directory.
         self.dirpath = dirpath.absolute()
+        strategy = type(trainer.strategy).__name__
+        if strategy not in _WHOLE_MODEL_STRATEGIES:
+            raise ValueError(
+                f"The callback needs the whole model in every process, and {strategy} may split it. Use "
+                f"{' or '.join(_WHOLE_MODEL_STRATEGIES)}, or call attribute() after training instead."
+            )
 
-    def refusing(self) -> AbstractContextManager[None]:
-        """A block whose errors say that the callback cannot work with the model and data."""
-        return misconfigured(f"{type(self).__name__} cannot work with this model and data. ")
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        with self.working(trainer, pl_module):
+            if any(map(is_lazy, [*pl_module.parameters(), *pl_module.buffers()])):
+                raise ValueError(
+                    "The model has lazy layers that have seen no batch yet. Call the model on one before fit()."
+                )
+            self.begin(trainer, pl_module)
+            if rank() == 0 and not is_dev_run(trainer):
+                self._check_folder(self.record_bytes(pl_module))
+
+    def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look at the model and the data before the first step, and refuse what cannot work."""
+        raise NotImplementedError
+
+    def record_bytes(self, pl_module: L.LightningModule) -> int:
+        """Bytes that a record takes at least."""
+        return 0
+
+    @override
+    def summary(self) -> str:
+        names = [path.name for path in self._written if path in self.records]
+        return f"In this fit it wrote {', '.join(names)} in {self.dirpath}." if names else "It wrote no record."
+
+    def look(self, examples: Examples, pl_module: L.LightningModule, batch_size: int = 64) -> tuple[Task, Any]:
+        """The task, and the first batch; its loss must be finite."""
+        batch = first_look(examples, batch_size, pl_module.device)
+        with borrowed(pl_module, None, None), torch.no_grad(), examples.naming(0):
+            task = self.task or infer_task_of(batch, pl_module)
+            inputs, targets = encoded_batch(pl_module, task, batch, count_outputs(pl_module, task, batch))
+            check_finite(task.loss(columns(task.outputs(pl_module, inputs)), targets), "loss")
+        return task, batch
 
     def training_examples(self, trainer: L.Trainer, pl_module: L.LightningModule, most: int | None = None) -> Examples:
-        """The examples that a trainer trains on, refused without positions; of ``fast_dev_run`` at most so many."""
+        """The examples that a trainer trains on, which must have positions; at most ``most`` in a ``fast_dev_run``."""
         loader = trainer.train_dataloader
         if isinstance(loader, list | tuple | dict) or not hasattr(loader, "dataset"):
             raise TypeError(
@@ -110,26 +153,56 @@ class RecordingCallback(L.Callback):
     def write(
         self, trainer: L.Trainer, info: dict[str, Any], tensors: Mapping[str, Mapping[str, Tensor]], name: str = ""
     ) -> Path:
-        """Write a record of the present step, by default under its number."""
+        """Write a record of the present step, under the step's number unless it has a name."""
         model, step = type(trainer.lightning_module).__name__, trainer.global_step
         about = {"model": model, "epoch": trainer.current_epoch, "step": step, "versions": versions()}
         about = {"kind": self.record_kind, **about, **info}
-        path = write_record(self.dirpath, name or f"step={step}", about, tensors)
+        with _into(self.dirpath):
+            path = write_record(self.dirpath, name or f"step={step}", about, tensors)
+        self._written.append(path)
         rank_zero_info(f"{type(self).__name__} wrote {path}")
         return path
 
+    def _check_folder(self, num_bytes: int) -> None:
+        """Refuse a folder that takes no file, or has no room for a record."""
+        with _into(self.dirpath):
+            self.dirpath.mkdir(parents=True, exist_ok=True)
+            probe = hidden_name(self.dirpath / "probe")
+            try:
+                write_file(probe, bytes(4096))
+            finally:
+                probe.unlink(missing_ok=True)
+            usage = shutil.disk_usage(self.dirpath)
+        if usage.total and usage.free < num_bytes:  # some network drives say 0 of 0
+            raise ValueError(
+                f"{self.dirpath} has {usage.free:,} bytes left, and a record takes at least {num_bytes:,}. Make room, "
+                "or choose another folder with `dirpath=`."
+            )
+
 
 @contextmanager
-def misconfigured(prefix: str = "") -> Iterator[None]:
-    """Turn errors into those that Lightning's users expect."""
+def _into(folder: Path) -> Iterator[None]:
+    """Name the folder where a file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"Nothing can be written into {folder} ({error}). Make it writable or make room, or choose another folder "
+            "with `dirpath=`."
+        ) from error
+
+
+@contextmanager
+def misconfigured() -> Iterator[None]:
+    """Turn errors of arguments into those that Lightning's users expect."""
     try:
         yield
     except (TypeError, ValueError) as error:
-        raise MisconfigurationException(f"{prefix}{error}") from error
+        raise MisconfigurationException(str(error)) from error
 
 
 def check_frequencies(save_last_k: int, **frequencies: int | None) -> None:
-    """Refuse what is no number of records to keep, or of epochs, steps or examples; None stands for never."""
+    """Refuse wrong numbers of records to keep, and of epochs, steps or examples; None means never."""
     with misconfigured():
         for name, value in frequencies.items():
             if value is not None:
@@ -139,5 +212,5 @@ def check_frequencies(save_last_k: int, **frequencies: int | None) -> None:
 
 
 def is_dev_run(trainer: L.Trainer) -> bool:
-    """Whether the trainer only tries everything out, with ``fast_dev_run``."""
+    """Whether the trainer only tries everything out (``fast_dev_run``)."""
     return bool(getattr(trainer, "fast_dev_run", False))

@@ -9,21 +9,20 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # pyright: ignore[reportPrivateImportUsage]
 from typing_extensions import override
 
 from stride_lightning.callbacks.recording import RecordingCallback, check_frequencies, is_dev_run, misconfigured
-from stride_lightning.data.examples import Examples, first_look
+from stride_lightning.data.examples import Examples
 from stride_lightning.model.layers import check_layers, in_precision_of
 from stride_lightning.model.weights import borrowed, rank_zero_state, weight_hash
-from stride_lightning.runtime.distributed import barrier, rank
+from stride_lightning.runtime.checks import check_count
+from stride_lightning.runtime.distributed import rank
 from stride_lightning.steering.activations import capture_inputs
 from stride_lightning.steering.attributor import make_fit
 from stride_lightning.steering.fit import Fit, FitOptions
 from stride_lightning.steering.statistics import StreamingStatistics
 from stride_lightning.steering.subsets import Design, sample_design
 from stride_lightning.storage.records import remove_record
-from stride_lightning.tasks.inference import infer_task_of
 from stride_lightning.tasks.likelihoods import Task
 
 #: Examples of a batch whose activations are sampled: statistics of wide layers cost more than the forward pass.
@@ -32,7 +31,7 @@ STATISTICS_EXAMPLES = 128
 
 @dataclass(frozen=True)
 class _Watched:
-    """What is known once training has begun."""
+    """What the callback knows once training has begun."""
 
     examples: Examples
     task: Task
@@ -44,12 +43,12 @@ class _Watched:
 class StrideCallback(RecordingCallback):
     """Watches training and writes subset-perturbation checkpoints, the records that attribution starts from.
 
-    While the model trains, statistics of the activations that enter the chosen layers are streamed (in eval mode, on
-    the batch at hand, every few steps) and logged to every logger as ``stride/<layer>/norm``, ``effective_rank`` and
-    ``dead_fraction``. At the end, and every n epochs or steps if asked, a record is written: the design (which
-    example is in which subset), the statistics, the basis of the steering operators and the loss of every training
-    example and subset from one eval pass at the recorded weights, a fingerprint of the data, and a hash of the
-    weights. Hooks live only inside the callback's own forward passes.
+    While the model trains, the callback samples the activations that enter the chosen layers (in eval mode, on the
+    batch at hand, every few steps). It logs their statistics to every logger as ``stride/<layer>/norm``,
+    ``effective_rank`` and ``dead_fraction``. At the end, and every n epochs or steps on demand, it makes one eval pass
+    and writes a record: the design (which example is in which subset), the statistics, the basis of the steering
+    operators, the loss of every training example and subset, a fingerprint of the data, and a hash of the weights.
+    Hooks live only inside the callback's own forward passes.
 
     List it after callbacks that change the final weights, such as weight averaging.
 
@@ -70,8 +69,8 @@ class StrideCallback(RecordingCallback):
             :class:`~stride_lightning.callbacks.recording.RecordingCallback`.
 
     Raises:
-        MisconfigurationException: If an argument, the strategy or the training data cannot work. It comes before
-            the first training step.
+        MisconfigurationException: If an argument is wrong. Whatever goes wrong later is a warning, and the callback
+            stops; the fit goes on as it would without it.
 
     Example:
         >>> import lightning.pytorch as L
@@ -103,6 +102,11 @@ class StrideCallback(RecordingCallback):
         super().__init__(dirpath, **kwargs)
         with misconfigured():
             check_layers(layers)
+            check_count("seed", seed, 0)
+            if num_subsets is not None:
+                check_count("num_subsets", num_subsets, 2)
+            if degree is not None:
+                check_count("degree", degree)
         check_frequencies(
             save_last_k,
             every_n_epochs=every_n_epochs,
@@ -114,46 +118,45 @@ class StrideCallback(RecordingCallback):
         self.every_n_epochs, self.every_n_train_steps = every_n_epochs, every_n_train_steps
         self.save_last_k, self.fit_operators = save_last_k, fit_operators
         self.statistics_every_n_steps, self.batch_size = statistics_every_n_steps, batch_size
-        self._written: list[Path] = []  # by this fit: only these are ever removed
         self._sampled_step = self._recorded_step = -1
         self._recorded_weights = ""
 
     @override
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._written, self._sampled_step, self._recorded_step, self._recorded_weights = [], -1, -1, ""
-        with self.refusing():
-            examples = self.training_examples(trainer, pl_module, most=self.batch_size)
-            batch = first_look(examples, self.batch_size, pl_module.device)
-            with borrowed(pl_module, None, None), torch.no_grad(), examples.naming(0):
-                task = self.task or infer_task_of(batch, pl_module)
-                task.check_batch(pl_module, batch)
-                inputs = in_precision_of(pl_module, task.inputs(batch))
-                if self.layers is None:
-                    is_text = isinstance(inputs, Mapping) and "input_ids" in inputs
-                    size = len(inputs["input_ids"]) if is_text else min(self.batch_size, 64, len(examples))
-                    layers = make_fit(task, FitOptions()).choose_layers(pl_module, inputs, size)
-                else:
-                    layers = list(self.layers)
-                    with capture_inputs(pl_module, layers) as captured:
-                        task.outputs(pl_module, inputs)
-                    if silent := [name for name in layers if name not in captured]:
-                        raise ValueError(f"Layers {silent} do not run in the model's forward pass. Name others.")
-            design = sample_design(len(examples), self.num_subsets, self.degree, seed=self.seed)
-        statistics = {name: StreamingStatistics() for name in layers}
-        self._watched = _Watched(examples, task, layers, design, statistics)
+    def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._sampled_step, self._recorded_step, self._recorded_weights = -1, -1, ""
+        examples = self.training_examples(trainer, pl_module, most=self.batch_size)
+        task, batch = self.look(examples, pl_module, self.batch_size)
+        with borrowed(pl_module, None, None), torch.no_grad():
+            inputs = in_precision_of(pl_module, task.inputs(batch))
+            if self.layers is None:
+                is_text = isinstance(inputs, Mapping) and "input_ids" in inputs
+                size = len(inputs["input_ids"]) if is_text else min(self.batch_size, 64, len(examples))
+                layers = make_fit(task, FitOptions()).choose_layers(pl_module, inputs, size)
+            else:
+                layers = list(self.layers)
+                with capture_inputs(pl_module, layers) as captured:
+                    task.outputs(pl_module, inputs)
+                if silent := [name for name in layers if name not in captured]:
+                    raise ValueError(f"Layers {silent} do not run in the model's forward pass. Name others.")
+        design = sample_design(len(examples), self.num_subsets, self.degree, seed=self.seed)
+        self._watched = _Watched(examples, task, layers, design, {name: StreamingStatistics() for name in layers})
 
     @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if rank() != 0 or step == self._sampled_step or step % self.statistics_every_n_steps:
+        if step == self._sampled_step or step % self.statistics_every_n_steps:
             return
         self._sampled_step = step  # once per optimizer step, however many batches it accumulates
+        with self.working(trainer, pl_module):
+            if rank() == 0:
+                self._sample(trainer, pl_module, batch)
+
+    def _sample(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
+        """Add the activations of a batch to the statistics, and log them."""
         watched = self._watched
-        devices = [] if pl_module.device.type == "cpu" else [pl_module.device]
         with (
-            torch.random.fork_rng(devices),
             torch.no_grad(),
             borrowed(pl_module, None, None),
             trainer.precision_plugin.forward_context(),
@@ -168,7 +171,7 @@ class StrideCallback(RecordingCallback):
             statistics.update(features[:STATISTICS_EXAMPLES])
             metrics |= {f"stride/{name or 'model'}/{key}": value for key, value in statistics.scalars().items()}
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=step)
+            logger.log_metrics(metrics, step=trainer.global_step)
 
     @override
     def on_train_batch_end(
@@ -189,10 +192,10 @@ class StrideCallback(RecordingCallback):
         self._record(trainer, pl_module, final=True)
 
     def _record(self, trainer: L.Trainer, pl_module: L.LightningModule, *, final: bool = False) -> None:
-        """Evaluate the training set at the weights as they are and write a record; every rank takes part."""
+        """Evaluate the training set at the present weights and write a record; every rank takes part."""
         watched, step = self._watched, trainer.global_step
         fit_operators = final and self.fit_operators
-        try:
+        with self.working(trainer, pl_module):
             with borrowed(pl_module, rank_zero_state(pl_module), None) as device, torch.no_grad():
                 weights = weight_hash(pl_module)
                 # Weights, not steps: weight averaging may have changed them since the record of the last step.
@@ -204,15 +207,9 @@ class StrideCallback(RecordingCallback):
                 fit = make_fit(watched.task, FitOptions(layers=watched.layers, **how))
                 fit.prepare(pl_module, watched.examples, device)
                 fit.fit(watched.design if fit_operators else None)
-        except ValueError as error:  # diverged weights: no reason to end the user's run
-            rank_zero_warn(f"StrideCallback wrote no record at step {step}. {error}")
-            return
-        if is_dev_run(trainer):
-            return
-        if rank() == 0:
-            self._write(trainer, weights, fit)
-            self._remove_stale(replaced=again)
-        barrier()
+            if rank() == 0 and not is_dev_run(trainer):
+                self._write(trainer, weights, fit)
+                self._remove_stale(replaced=again)
 
     def _write(self, trainer: L.Trainer, weights: str, fit: Fit) -> None:
         watched, design, losses, record = self._watched, self._watched.design, fit.losses, fit.record()
@@ -235,11 +232,10 @@ class StrideCallback(RecordingCallback):
             "train_loss": float(losses.mean()),
             **record.info,
         }
-        self._written.append(self.write(trainer, info, tensors))
-        self.records.append(self._written[-1])
+        self.records.append(self.write(trainer, info, tensors))
 
     def _remove_stale(self, *, replaced: bool) -> None:
-        """Remove the record without operators that one with operators replaced, and all beyond the last k."""
+        """Remove the record without operators that one with operators replaced, and all but the last k of this fit."""
         stale = [self._written.pop(-2)] if replaced else []
         while self.save_last_k > 0 and len(self._written) > self.save_last_k:
             stale.append(self._written.pop(0))

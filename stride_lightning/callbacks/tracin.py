@@ -12,25 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # pyright: ignore[reportPrivateImportUsage]
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from stride_lightning.callbacks.learning_rates import LearningRates
 from stride_lightning.callbacks.recording import RecordingCallback, check_frequencies, is_dev_run
-from stride_lightning.data.examples import first_look
 from stride_lightning.data.reading import fingerprint_of
 from stride_lightning.model.layers import plain_name
-from stride_lightning.model.weights import borrowed, weight_hash
+from stride_lightning.model.weights import weight_hash
 from stride_lightning.runtime.distributed import broadcast_object, rank
 from stride_lightning.storage.records import RecordError, read_info, read_record, remove_record
-from stride_lightning.tasks.inference import infer_task_of
 
 
 @dataclass(frozen=True)
 class _Saved:
-    """A record of this run: where it is, and the step and weights it is of."""
+    """A record of this run: its folder, its step, and the hash of its weights."""
 
     path: Path
     step: int
@@ -38,16 +35,16 @@ class _Saved:
 
 
 class TracInCallback(RecordingCallback):
-    """Saves the weights at chosen epochs or steps, and the learning rates in force there, which TracIn starts from.
+    """Saves what TracIn needs: the weights at chosen epochs or steps, and the learning rates in force there.
 
     Each record holds the whole state dict, the learning rate by which the last optimizer step moved every parameter
-    (read at the step itself, before schedulers go on), a fingerprint of the training data, and the records of this
-    run before it. The end of training is recorded too. Learning rates are logged to every logger at each record as
+    (read at the step itself, before schedulers go on), a fingerprint of the training data, and the earlier records of
+    this run. The end of training is recorded too. Learning rates are logged to every logger at each record as
     ``tracin/learning_rate``, with the number of the parameter group behind it if there are several.
 
     A resumed run goes on in the folder of the run that it resumes, as long as that exists and no ``dirpath`` says
-    otherwise. What a killed run wrote after the checkpoint is taken over if training comes to the same weights
-    again; otherwise new records are written beside it, and only those count.
+    otherwise. A killed run may have written records after its last checkpoint. They count if training comes to the same
+    weights again; otherwise new records are written beside them, and only those count.
 
     The training data are read once when the fit begins. List the callback after those that change the final weights,
     such as weight averaging.
@@ -62,8 +59,8 @@ class TracInCallback(RecordingCallback):
             :class:`~stride_lightning.callbacks.recording.RecordingCallback`.
 
     Raises:
-        MisconfigurationException: If an argument, the strategy, the optimizers or the training data cannot work. It
-            comes before the first training step.
+        MisconfigurationException: If an argument is wrong. Whatever goes wrong later is a warning, and the callback
+            stops; the fit goes on as it would without it.
 
     Example:
         >>> import lightning.pytorch as L
@@ -73,7 +70,7 @@ class TracInCallback(RecordingCallback):
     """
 
     record_kind = "tracin"  # told apart by its folder alone: a run resumed with another frequency is the same run
-    _about: dict[str, Any]  # what all records say of the data, from the start of training
+    _about: dict[str, Any]  # data and task, which all records name; known from the start of training
 
     def __init__(
         self,
@@ -90,12 +87,12 @@ class TracInCallback(RecordingCallback):
             every_n_epochs = 1
         self.every_n_epochs, self.every_n_train_steps = every_n_epochs, every_n_train_steps
         self.save_last_k = save_last_k
-        self._run: str | None = None  # what the records of one run have in common, over all its resumptions
+        self._run: str | None = None  # name of the run, which stays the same when it is resumed
         self._rates = LearningRates()
         self._resumed_dirpath: Path | None = None
         self._path: list[_Saved] = []  # like `records`, which the state stores
         self._seen_step = 0
-        self._due_epoch: int | None = None  # all its steps are taken, and its end is to be recorded
+        self._due_epoch: int | None = None  # an epoch whose steps are all taken, and whose end is to be recorded
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -110,25 +107,38 @@ class TracInCallback(RecordingCallback):
         self._resumed_dirpath = None if state_dict["dirpath"] is None else Path(state_dict["dirpath"])
 
     @override
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        with self.refusing():
-            examples = self.training_examples(trainer, pl_module, most=64)
-            with borrowed(pl_module, None, None), torch.no_grad(), examples.naming(0):
-                task = self.task or infer_task_of(first_look(examples, 64, pl_module.device), pl_module)
-            data = fingerprint_of(examples, task)
-            if trainer.global_step == 0:  # a callback may be used for one fit after the other
-                self._run, self._due_epoch, self.records = None, None, []
-                self._rates.restore([])
-            self._rates.watch(trainer.optimizers)
-        self._take_up(trainer.global_step)
-        self._about = {"data": data, "task": repr(task)}
-        step, n = trainer.global_step, self.every_n_train_steps
+    def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        step = trainer.global_step
+        if step == 0:  # a callback may be used for one fit after the other
+            self._run, self._due_epoch, self.records = None, None, []
+            self._rates.restore([])
+        examples = self.training_examples(trainer, pl_module, most=64)
+        task, _ = self.look(examples, pl_module)
+        self._about = {"data": fingerprint_of(examples, task), "task": repr(task)}
+        self._rates.watch(trainer.optimizers)
+        self._take_up(step)
         self._seen_step = step
-        # The checkpoint may have been saved between a step and its record. From one that was saved at an epoch's last
-        # batch, Lightning goes on with the next epoch and calls no hook for the end of this one.
+
+    @override
+    def record_bytes(self, pl_module: L.LightningModule) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in _state_of(pl_module).values())
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        step, n = trainer.global_step, self.every_n_train_steps
+        # The checkpoint may have been saved between a step and its record. If it was saved at an epoch's last batch,
+        # Lightning goes on with the next epoch and calls no hook for the end of this one.
         due = self._due_epoch is not None or (n is not None and step > 0 and step % n == 0)
         if due and (not self._path or self._path[-1].step != step):
             self._record(trainer, pl_module)
+        self._due_epoch = None
+
+    @override
+    def release(self) -> None:
+        self._rates.unwatch()
+        # The optimizer goes on: a resumed fit must not take these for the rates of its last step.
+        self._rates.restore([])
         self._due_epoch = None
 
     def _take_up(self, step: int) -> None:
@@ -136,30 +146,30 @@ class TracInCallback(RecordingCallback):
         if self._run is None:
             if step > 0:
                 rank_zero_warn(
-                    f"Training starts at step {step}, and its checkpoint holds no state of this TracInCallback. Its "
+                    f"Training starts at step {step}, and its checkpoint holds no state of this TracInCallback. The "
                     "records begin here, and TracIn will not know of the steps before. To go on with an earlier run, "
-                    "pass the same `dirpath` as there."
+                    "pass the `dirpath` of that run."
                 )
             self.records = []
             self._run = broadcast_object(secrets.token_hex(8))  # from the system: no generator is used
         nothing = Path(), list[_Saved](), list[Path]()
-        self.dirpath, self._path, gone = broadcast_object(self._find_path(step) if rank() == 0 else nothing)
+        self.dirpath, self._path, missing = broadcast_object(self._find_path(step) if rank() == 0 else nothing)
         self.records = [saved.path for saved in self._path]
-        if gone:
+        if missing:
             rank_zero_warn(
-                f"{len(gone)} records of the run that is resumed are damaged or no longer where they were written: "
-                f"{', '.join(map(str, gone))}. Training goes on, and TracIn will leave them out. Move them to "
+                f"{len(missing)} records of the run that is resumed are damaged or no longer where they were written: "
+                f"{', '.join(map(str, missing))}. Training goes on, and TracIn will leave them out. Move them to "
                 f"{self.dirpath} before you resume if you want to keep them."
             )
 
     def _find_path(self, step: int) -> tuple[Path, list[_Saved], list[Path]]:
-        """The folder to go on in, the records of this run up to a step, and those that are gone."""
+        """The folder to go on in, the records of this run up to a step, and those that are missing."""
         dirpath, resumed = self.dirpath, self._resumed_dirpath
         if self._explicit_dirpath is None and resumed is not None and resumed.is_dir():
             dirpath = resumed
         saved = {path: self._look_up(path) or self._look_up(dirpath / path.name) for path in self.records}
-        gone = [path for path, record in saved.items() if record is None]
-        return dirpath, [record for record in saved.values() if record and record.step <= step], gone
+        missing = [path for path, record in saved.items() if record is None]
+        return dirpath, [record for record in saved.values() if record and record.step <= step], missing
 
     def _look_up(self, path: Path) -> _Saved | None:
         with suppress(FileNotFoundError, RecordError):
@@ -199,33 +209,32 @@ class TracInCallback(RecordingCallback):
         """Write a record of the weights as they are; every rank takes part."""
         if is_dev_run(trainer):
             return
-        # Rank 0 alone looks at the weights: its own are those that records hold where ranks differ (BatchNorm).
-        saved = broadcast_object(self._save(trainer, pl_module, final=final) if rank() == 0 else None)
-        if saved is None:
-            return
-        path = [*self._path, saved]
-        self._path = path if self.save_last_k < 0 else path[-self.save_last_k :]
-        self.records = [saved.path for saved in self._path]
-        if rank() == 0:
-            for stale in path[: -len(self._path)]:
-                with suppress(FileNotFoundError):  # a run that was killed may have come further
-                    remove_record(stale.path)
-            self._log(trainer)
+        with self.working(trainer, pl_module):
+            # Rank 0 alone looks at the weights: where ranks differ (BatchNorm), records hold those of rank 0.
+            saved = broadcast_object(self._save(trainer, pl_module, final=final) if rank() == 0 else None)
+            if saved is None:
+                return
+            path = [*self._path, saved]
+            self._path = path if self.save_last_k < 0 else path[-self.save_last_k :]
+            self.records = [saved.path for saved in self._path]
+            if rank() == 0:
+                for stale in path[: -len(self._path)]:
+                    with suppress(FileNotFoundError):  # a run that was killed may have come further
+                        remove_record(stale.path)
+                self._log(trainer)
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule, *, final: bool) -> _Saved | None:
-        """The record of these weights, written now or by this run before it was killed; None if there need be none."""
+        """The record of these weights, written now or by this run before it was killed; None if it is the last one."""
         step, weights = trainer.global_step, weight_hash(pl_module)
         last = self._path[-1] if self._path else None
         if last is not None and last.weights == weights and (final or last.step == step):
             return None
         rates = self._rates.by_name(pl_module)
         finite = all(bool(p.isfinite().all()) for p in pl_module.parameters())  # buffers may hold masks of -inf
-        if not finite or not all(map(math.isfinite, rates.values())):  # no reason to end the user's run
-            rank_zero_warn(
-                f"TracInCallback wrote no record at step {step}: weights or learning rates are not finite. Training "
-                "has diverged; lower the learning rate."
+        if not finite or not all(map(math.isfinite, rates.values())):
+            raise ValueError(
+                "Weights or learning rates are not finite: training has diverged. Lower the learning rate."
             )
-            return None
         first = 0 if self.save_last_k < 0 else max(0, len(self._path) + 1 - self.save_last_k)
         info = {
             "run": self._run,
@@ -235,15 +244,13 @@ class TracInCallback(RecordingCallback):
             "learning_rates": rates,
             **self._about,
         }
-        # By their place relative to the record, so that folders may be moved together.
+        # Paths are relative to the record, so that folders may be moved together.
         earlier = [{"name": _relative(saved.path, self.dirpath), "step": saved.step} for saved in self._path[first:]]
         path = self._written_before(info, earlier)
         if path is None:
             name = _free_name(self.dirpath, f"step={step}")
-            values = {plain_name(key): value for key, value in pl_module.state_dict().items()}
-            state = {key: value for key, value in values.items() if isinstance(value, Tensor)}
             info["trajectory"] = [*earlier, {"name": name, "step": step}]
-            path = self.write(trainer, info, {"weights": state}, name)
+            path = self.write(trainer, info, {"weights": _state_of(pl_module)}, name)
         return _Saved(path, step, weights)
 
     def _written_before(self, info: dict[str, Any], earlier: list[dict[str, Any]]) -> Path | None:
@@ -254,7 +261,7 @@ class TracInCallback(RecordingCallback):
                 written = read_info(path)
                 listed = written.get("trajectory", [])[:-1]
                 before = [entry for entry in listed if (path.parent / entry["name"]).exists()]
-                # Records of a path that was abandoned may be among those before it; then it is not the same.
+                # Its earlier records may be those of a path that was abandoned; then it is not the same.
                 if all(written.get(key) == info[key] for key in same) and before == earlier:
                     return read_record(path).path
         return None
@@ -265,6 +272,11 @@ class TracInCallback(RecordingCallback):
         metrics = {f"tracin/learning_rate{name}": rate for name, rate in zip(names, rates, strict=True)}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
+
+
+def _state_of(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model's state, by plain name."""
+    return {plain_name(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
 def _relative(path: Path, folder: Path) -> str:

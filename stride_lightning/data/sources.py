@@ -44,7 +44,7 @@ def resolve_train_data(
         source = source.train_dataloader()
     examples = _from_loader_or_dataset(source, "train_data", owners)
     if train_indices is not None:
-        examples.positions = _checked_positions(train_indices, len(examples.dataset))
+        examples.positions = checked_positions(train_indices, len(examples.dataset))
     elif sampler := partial_sampler(source):
         raise ValueError(
             f"The training DataLoader draws through a {sampler}, which does not say which examples were trained on. "
@@ -102,14 +102,16 @@ def _from_loader_or_dataset(source: Any, what: str, owners: tuple[Any, ...]) -> 
     return examples
 
 
-def _checked_positions(indices: Sequence[int] | Tensor, size: int) -> Tensor:
+def checked_positions(indices: Sequence[int] | Tensor, size: int | None = None) -> Tensor:
+    """``train_indices`` as int64; those of a dataset of ``size`` examples, if it is known."""
     positions = torch.as_tensor(indices).flatten()
     if positions.is_floating_point() or positions.dtype == torch.bool:
         raise TypeError(f"`train_indices` must be integer positions, got {positions.dtype}.")
-    if len(positions) == 0 or int(positions.min()) < 0 or int(positions.max()) >= size:
-        raise ValueError(
-            f"`train_indices` must be positions in 0..{size - 1}; got {len(positions)} of them, out of range."
-        )
+    if len(positions) == 0:
+        raise ValueError("`train_indices` names no example. Leave it out where the sampler reads them all.")
+    if int(positions.min()) < 0 or (size is not None and int(positions.max()) >= size):
+        bounds = "not be negative" if size is None else f"be positions in 0..{size - 1}"
+        raise ValueError(f"`train_indices` must {bounds}; some of the {len(positions)} given are out of range.")
     if len(positions.unique()) < len(positions):
         raise ValueError("`train_indices` names some examples twice; each position may stand once.")
     return positions.long()

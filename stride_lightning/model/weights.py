@@ -148,15 +148,11 @@ def borrowed(
         device: Where to run; the model's device by default. It is yielded.
     """
     modes = {module: module.training for module in model.modules()}
-    # A forward pass may count or log: buffers and metrics are put back, and `self.log` does nothing meanwhile.
+    # A forward pass may count, log, or keep what it computed: attributes, buffers and metrics are put back, and
+    # `self.log` does nothing meanwhile.
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    named_buffers = [(held, dict(held)) for module in model.modules() if isinstance(held := module._buffers, dict)]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    # Old weight_norm keeps the weight it computed as an attribute.
-    attributes = [
-        (module, name, value)
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if isinstance(value, Tensor)
-    ]
     metrics = [(m, copy.deepcopy(m.metric_state), m._update_count) for m in model.modules() if isinstance(m, Metric)]
     silenced = [name for name in ("log", "log_dict") if hasattr(model, name) and name not in vars(model)]
     home = next(
@@ -179,23 +175,31 @@ def borrowed(
             setattr(model, name, lambda *_, **__: None)
         yield device
     finally:
-        for name in silenced:
-            vars(model).pop(name, None)
-        for metric, values, count in metrics:
-            for name, value in values.items():
-                setattr(metric, name, value)
-            metric._update_count, metric._computed = count, None
         if device != home:
             model.to(home)
         if saved is not None:
             model.load_state_dict(saved)
-        for module, name, value in attributes:
-            setattr(module, name, value)
+        for module, values in attributes:
+            _restore(vars(module), values)
+        for by_name, values in named_buffers:
+            _restore(by_name, values)
+        for metric, values, count in metrics:
+            for name, value in values.items():
+                setattr(metric, name, value)
+            metric._update_count, metric._computed = count, None
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
         for module, training in modes.items():
             module.training = training
+
+
+def _restore(attributes: dict[str, Any], before: Mapping[str, Any]) -> None:
+    for name in attributes.keys() - before.keys():
+        del attributes[name]
+    for name, value in before.items():
+        if attributes.get(name, attributes) is not value:
+            attributes[name] = value
 
 
 def check_fits(model: nn.Module, state: Mapping[str, Any], where: str = "") -> dict[str, Any]:

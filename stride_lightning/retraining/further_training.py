@@ -200,6 +200,17 @@ def find_left_out(left_out: Sequence[int] | Tensor | None, train: Examples) -> t
     if left_out is None:
         places = torch.from_numpy(np.linspace(0, len(every) - 1, min(NUM_LEFT_OUT, len(every))).astype(np.int64))
         return every[places], places
+    positions = read_positions(left_out)
+    place_of = {position: place for place, position in enumerate(every.tolist())}
+    wrong = [position for position in positions.tolist() if position not in place_of]
+    if wrong or len(positions.unique()) < len(positions):
+        what = f"{wrong[:5]} are not among the {len(every)} training examples" if wrong else "some stand twice"
+        raise ValueError(f"`left_out` must name each example once, by its position in the training dataset: {what}.")
+    return positions.long(), torch.tensor([place_of[position] for position in positions.tolist()])
+
+
+def read_positions(left_out: Sequence[int] | Tensor) -> Tensor:
+    """Positions of the examples to leave out, as integers."""
     try:
         positions = torch.as_tensor(left_out).flatten()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -210,9 +221,4 @@ def find_left_out(left_out: Sequence[int] | Tensor | None, train: Examples) -> t
         raise ValueError("`left_out` names no example. Leave it out to leave out all, or 100 spread evenly.")
     if positions.is_floating_point() or positions.dtype == torch.bool:
         raise TypeError(f"`left_out` must be integer positions in the training dataset, got {positions.dtype}.")
-    place_of = {position: place for place, position in enumerate(every.tolist())}
-    wrong = [position for position in positions.tolist() if position not in place_of]
-    if wrong or len(positions.unique()) < len(positions):
-        what = f"{wrong[:5]} are not among the {len(every)} training examples" if wrong else "some stand twice"
-        raise ValueError(f"`left_out` must name each example once, by its position in the training dataset: {what}.")
-    return positions.long(), torch.tensor([place_of[position] for position in positions.tolist()])
+    return positions

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
@@ -9,6 +12,63 @@ from torch import Tensor
 from torch import distributed as dist
 
 Value = TypeVar("Value")
+
+
+class RankError(RuntimeError):
+    """Another rank failed in a block that all ranks leave together."""
+
+
+class _Block:
+    """What the ranks in a block know of each other."""
+
+    def __init__(self) -> None:
+        # Made at the start: a rank that runs out of memory may have no room for it later.
+        self._count = torch.zeros((), dtype=torch.int32, device=_device())
+        self.failure: RankError | None = None
+
+    def meet(self, problem: str = "") -> None:
+        """Wait until every rank meets the others, with its problem if it has one; a rank without one raises."""
+        if self.failure is None:
+            dist.all_reduce(self._count.fill_(bool(problem)))
+            if not self._count.item():
+                return
+            problems: list[str] = [""] * dist.get_world_size()
+            dist.all_gather_object(problems, problem)
+            texts = [f"Rank {number} failed: {text}" for number, text in enumerate(problems) if text]
+            self.failure = RankError(" ".join(texts))
+        if not problem:
+            raise self.failure
+
+
+_block: ContextVar[_Block | None] = ContextVar("block", default=None)
+
+
+@contextmanager
+def leaving_together() -> Iterator[None]:
+    """A block in which no rank waits for one that has failed: if one leaves with an error, all do.
+
+    Every rank enters it. Before each collective of this module, and at the end of the block, the ranks exchange
+    whether one has failed: the others learn of an error where they wait for the rank that had it. The block must hold
+    no other collectives than those of this module. Outside a distributed run this does nothing.
+
+    Raises:
+        RankError: On the ranks that did not fail, saying which did and why.
+    """
+    if world_size() == 1 or _block.get() is not None:
+        yield
+        return
+    block = _Block()
+    token = _block.set(block)
+    try:
+        yield
+    except Exception as error:  # not KeyboardInterrupt: the launcher ends every rank then
+        if block.failure is None:
+            block.meet(f"{type(error).__name__}: {error}")
+        raise
+    else:
+        block.meet()
+    finally:
+        _block.reset(token)
 
 
 def rank() -> int:
@@ -46,6 +106,7 @@ def total(part: Tensor) -> Tensor:
 def barrier() -> None:
     """Wait until every rank is here."""
     if _running():
+        _meet()
         dist.barrier()
 
 
@@ -54,8 +115,8 @@ def broadcast_object(value: Value) -> Value:
     if world_size() == 1:
         return value
     box = [value]
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
-    dist.broadcast_object_list(box, src=0, device=device)
+    _meet()
+    dist.broadcast_object_list(box, src=0, device=_device())
     return box[0]
 
 
@@ -63,6 +124,7 @@ def gather_objects(value: Value) -> list[Value]:
     """Every rank's (picklable) value, on every rank."""
     values = [value] * world_size()
     if len(values) > 1:
+        _meet()
         dist.all_gather_object(values, value)
     return values
 
@@ -73,10 +135,21 @@ def all_equal(value: object) -> bool:
 
 
 def _summed(whole: Tensor) -> Tensor:
-    """The sum over the ranks; it may overwrite the tensor."""
-    shared = whole.cuda() if dist.get_backend() == "nccl" else whole  # NCCL moves device memory only
+    """The sum over the ranks, which may be written into the tensor."""
+    shared = whole if (device := _device()) is None else whole.to(device)
+    _meet()
     dist.all_reduce(shared)
     return shared.to(whole.device)
+
+
+def _meet() -> None:
+    if (block := _block.get()) is not None:
+        block.meet()
+
+
+def _device() -> torch.device | None:
+    """The device whose memory the backend moves, if it moves no other: NCCL does."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
 
 
 def _running() -> bool:

@@ -1,26 +1,76 @@
-"""The global random generators: seeded for a block, and restored after it."""
+"""Random generators: seeded for a block, and put back."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
+from types import BuiltinMethodType, MethodType, ModuleType
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
+#: A longer container holds data, in which no generator is looked for.
+_LONGEST = 1000
 
 
 @contextmanager
-def preserved_random_state() -> Iterator[None]:
-    """Restore the random states of Python, NumPy and torch (every device) after the block."""
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+def preserved_random_state(*owners: object, beyond: object = None) -> Iterator[None]:
+    """Put the random states of Python, NumPy and torch (every device) back after the block.
+
+    Generators among the attributes of ``owners``, and of what these hold, are put back too; but not those that are
+    reached only through ``beyond``.
+
+    Example:
+        >>> import types
+        >>> owner = types.SimpleNamespace(rng=random.Random(0))
+        >>> with preserved_random_state(owner):
+        ...     first = owner.rng.random()
+        >>> first == owner.rng.random()
+        True
+    """
+    # Devices by name: without them torch warns where there are several. Their states are read without waiting.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    restores = [
+        partial(random.setstate, random.getstate()),
+        partial(np.random.set_state, np.random.get_state()),  # noqa: NPY002
+        *_held_generators(owners, beyond),
+    ]
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(list(devices)):
             yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
+        for restore in restores:
+            restore()
+
+
+def _held_generators(owners: tuple[object, ...], beyond: object) -> list[Callable[[], Any]]:
+    """For every generator that the owners hold, what puts it back."""
+    to_visit, visited, restores = list(owners), {id(beyond): beyond}, []
+    while to_visit:
+        item: Any = to_visit.pop()
+        if id(item) in visited or isinstance(item, Tensor | np.ndarray | str | bytes | type | ModuleType):
+            continue
+        visited[id(item)] = item  # held, so that no other object takes its id meanwhile
+        if isinstance(item, torch.Generator | np.random.RandomState):
+            restores.append(partial(item.set_state, item.get_state()))
+        elif isinstance(item, np.random.Generator):
+            restores.append(partial(setattr, item.bit_generator, "state", item.bit_generator.state))
+        elif isinstance(item, random.Random):
+            restores.append(partial(item.setstate, item.getstate()))
+        elif isinstance(item, Mapping | list | tuple | set | frozenset):
+            if len(item) <= _LONGEST:
+                to_visit.extend(item.values() if isinstance(item, Mapping) else item)
+        elif isinstance(item, partial):
+            to_visit.extend([item.func, *item.args, *item.keywords.values()])
+        elif isinstance(item, MethodType | BuiltinMethodType):
+            to_visit.append(item.__self__)
+        elif isinstance(attributes := getattr(item, "__dict__", None), dict):
+            to_visit.extend(attributes.values())
+    return restores
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import lightning.pytorch as L
 import pytest
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from stride_lightning import CausalLanguageModeling, StrideCallback, TracInCallback, attribute
@@ -94,12 +93,12 @@ def test_tracin_reads_its_checkpoints(fitted):
     assert torch.isfinite(scored.scores).all()
 
 
-def test_texts_that_cannot_be_read_stop_a_fit_before_it_begins(tmp_path):
+def test_texts_that_cannot_be_read_are_refused_before_the_first_step(tmp_path):
     texts = [TRAIN[index] for index in range(len(TRAIN))]
     texts[2] = dict.fromkeys(("input_ids", "labels"), torch.tensor([], dtype=torch.int64))
     for callback in (StrideCallback(tmp_path / "stride"), TracInCallback(tmp_path / "tracin")):
         trainer = make_trainer(tmp_path, callback, max_epochs=1)
-        with pytest.raises(MisconfigurationException, match="Training example 2 has no tokens"):
+        with pytest.raises(ValueError, match="Training example 2 has no tokens"):
             trainer.fit(LanguageModule(), loader(texts))
 
 

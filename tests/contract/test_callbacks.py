@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from stride_lightning import FurtherTrainingCallback, StrideCallback, TracInCallback, attribute
@@ -236,8 +235,6 @@ def test_nothing_is_left_behind_by_an_exception(name, tmp_path, evaluated):
             return super().forward(inputs)
 
     model, outcome = build(Failing, dropout=0.4), pytest.raises(RuntimeError, match="out of luck")
-    if evaluated and name == "further-training":  # whose own pass comes when training is done
-        outcome = pytest.warns(UserWarning, match="FurtherTrainingCallback wrote no record. out of luck")
     with nullcontext() if evaluated and name == "tracin" else outcome:
         train(model, DATA, tmp_path, callback_of(name))
     assert evaluated or names_in(tmp_path / name) == []
@@ -261,7 +258,7 @@ def test_fast_dev_run_writes_nothing_and_still_refuses(name, tmp_path, monkeypat
     callback = callback_of(name)
     train(build(Classifier), DATA, tmp_path, callback, fast_dev_run=True)
     assert callback.records == list(tmp_path.iterdir()) == []
-    with pytest.raises(MisconfigurationException, match="one DataLoader over one map-style dataset"):
+    with pytest.raises(TypeError, match="one DataLoader over one map-style dataset"):
         train(build(Classifier), CombinedLoader([loader(DATA)]), tmp_path, callback_of(name), fast_dev_run=True)
 
 
@@ -328,7 +325,7 @@ REFUSED = {
 def test_data_that_cannot_work_are_refused(name, tmp_path, data):
     data, message = REFUSED[data]
     model, trainer = build(Classifier), make_trainer(tmp_path, callback_of(name))
-    with pytest.raises(MisconfigurationException, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         trainer.fit(model, data)
     assert trainer.global_step == 0
     assert hooks_of(model) == []
@@ -339,13 +336,6 @@ def test_data_that_cannot_work_are_refused(name, tmp_path, data):
 def test_sharded_strategies_are_refused(name, tmp_path, kind):
     plain = type(make_trainer(tmp_path).strategy)
     trainer = make_trainer(tmp_path, callback_of(name), strategy=type(kind, (plain,), {})(device="cpu"))
-    with pytest.raises(MisconfigurationException, match=f"{kind} is not supported"):
+    with pytest.raises(ValueError, match=f"and {kind} may split it"):
         trainer.fit(build(Classifier), loader(DATA))
     assert trainer.global_step == 0
-
-
-@every_callback
-def test_diverged_weights_warn_and_write_nothing(name, tmp_path):
-    with pytest.warns(UserWarning, match=f"{type(callback_of(name)).__name__} wrote no record"):
-        train(build(Classifier, lr=float("inf")), DATA, tmp_path, callback_of(name))
-    assert names_in(tmp_path / name) == []

@@ -268,3 +268,26 @@ def test_what_a_forward_pass_changes_is_put_back(tmp_path):
     assert model.count == 3
     assert model.largest.compute() == 16
     assert "log" not in vars(model)
+
+
+def test_attributes_and_buffers_that_a_forward_pass_replaces_are_put_back():
+    class Replacing(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 1)
+            self.calls = 0
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            self.seen = self.seen + len(x)
+            self.cache = x
+            return super().forward(x)
+
+    model = Replacing()
+    before, seen = set(vars(model)), model.seen
+    with borrowed(model, None, None):
+        model(torch.zeros(3, 2))
+        assert (model.calls, model.seen.item()) == (1, 3)
+    assert set(vars(model)) == before
+    assert (model.calls, model.seen.item()) == (0, 0)
+    assert model.seen is seen

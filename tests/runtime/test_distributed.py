@@ -7,7 +7,19 @@ from torch.utils.data import DataLoader, Subset
 from stride_lightning import StrideCallback, attribute
 from stride_lightning.model.weights import rank_zero_state, weight_hash
 from stride_lightning.results.attribution import Attribution
-from stride_lightning.runtime.distributed import all_equal, barrier, broadcast_object, gather, rank, shard, world_size
+from stride_lightning.runtime.distributed import (
+    RankError,
+    all_equal,
+    barrier,
+    broadcast_object,
+    gather,
+    gather_objects,
+    leaving_together,
+    rank,
+    shard,
+    total,
+    world_size,
+)
 from stride_lightning.storage.records import find_records, read_record
 from tests.helpers.models import Classifier, ConvNet, build, classification_data, loader, make_trainer, picture_data
 from tests.helpers.processes import run_two, start
@@ -228,3 +240,59 @@ def test_a_language_model_from_training_to_attribution(tmp_path):
     for result in (first, second):
         close(result["scores"], expected.scores, TOLERANCE)
         close(result["std"], expected.std, 1e-3)
+
+
+def leave_together(number, port, folder):
+    """Blocks that one rank leaves early, at different moments."""
+    start(number, port, group=True)
+
+    def fails(where):
+        if number == where:
+            raise KeyError(where)
+
+    def between():
+        barrier()
+        fails(0)
+        total(torch.ones(1))
+
+    def caught():
+        try:
+            fails(1)
+            broadcast_object(1)
+        except RankError:
+            gather(torch.ones(1), 2)
+
+    def nested():
+        with leaving_together():
+            fails(1)
+        barrier()
+
+    blocks = {
+        "before": lambda: (fails(1), gather_objects(1)),
+        "between": between,
+        "at the end": lambda: (barrier(), fails(0)),
+        "both": lambda: fails(number),
+        "caught": caught,
+        "nested": nested,
+        "none": lambda: gather_objects(number),
+    }
+
+    def outcome_of(block):
+        try:
+            with leaving_together():
+                return block()
+        except (KeyError, RankError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    outcomes = {name: outcome_of(block) for name, block in blocks.items()}
+    torch.save(outcomes, folder / f"rank{number}.pt")
+
+
+@pytest.mark.distributed
+def test_all_ranks_leave_a_block_if_one_fails(tmp_path):
+    outcomes = run_two(leave_together, tmp_path)
+    for name, failing in {"before": 1, "between": 0, "at the end": 0, "caught": 1, "nested": 1}.items():
+        assert outcomes[failing][name] == f"KeyError: {failing}", name
+        assert outcomes[1 - failing][name] == f"RankError: Rank {failing} failed: KeyError: {failing}", name
+    assert [outcome["both"] for outcome in outcomes] == ["KeyError: 0", "KeyError: 1"]
+    assert [outcome["none"] for outcome in outcomes] == [[0, 1], [0, 1]]
