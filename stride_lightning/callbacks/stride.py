@@ -17,6 +17,7 @@ from stride_lightning.model.layers import check_layers, in_precision_of
 from stride_lightning.model.weights import borrowed, rank_zero_state, weight_hash
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import rank
+from stride_lightning.runtime.progress import call
 from stride_lightning.steering.activations import capture_inputs
 from stride_lightning.steering.attributor import make_fit
 from stride_lightning.steering.fit import Fit, FitOptions
@@ -195,7 +196,8 @@ class StrideCallback(RecordingCallback):
         """Evaluate the training set at the present weights and write a record; every rank takes part."""
         watched, step = self._watched, trainer.global_step
         fit_operators = final and self.fit_operators
-        with self.working(trainer, pl_module):
+        shows = trainer.progress_bar_callback is not None
+        with self.working(trainer, pl_module), call(show=shows, is_planned=fit_operators):
             with borrowed(pl_module, rank_zero_state(pl_module), None) as device, torch.no_grad():
                 weights = weight_hash(pl_module)
                 # Weights, not steps: weight averaging may have changed them since the record of the last step.
@@ -203,9 +205,11 @@ class StrideCallback(RecordingCallback):
                 if again and not fit_operators:
                     return
                 self._recorded_step, self._recorded_weights = step, weights
-                how = {"batch_size": self.batch_size, "show_progress": trainer.progress_bar_callback is not None}
-                fit = make_fit(watched.task, FitOptions(layers=watched.layers, **how))
+                options = FitOptions(layers=watched.layers, batch_size=self.batch_size, show_progress=shows)
+                fit = make_fit(watched.task, options)
                 fit.prepare(pl_module, watched.examples, device)
+                if fit_operators:
+                    fit.expect(watched.design, 0)
                 fit.fit(watched.design if fit_operators else None)
             if rank() == 0 and not is_dev_run(trainer):
                 self._write(trainer, weights, fit)

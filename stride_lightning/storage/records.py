@@ -116,9 +116,11 @@ def write_record(
         ...     [path.name for path in paths], sorted(os.listdir(paths[0]))
         (['final', 'final-v1'], ['MANIFEST', 'record.json', 'weights.safetensors'])
     """
-    for kind, text in [("record", name), *(("tensor group", group) for group in tensors)]:
-        if not re.fullmatch(_NAME, text):
-            raise ValueError(f"{kind} name {text!r}: expected {_NAME} (not empty, no '/', no '.' in front)")
+    if not name.isprintable() or name[:1] in ("", ".") or any(slash in name for slash in r"\/"):
+        raise ValueError(f"A record needs a name for its folder, without slashes or a leading dot, got {name!r}.")
+    for group in tensors:
+        if not re.fullmatch(_NAME, group):
+            raise ValueError(f"The name of a tensor group must match {_NAME}, got {group!r}.")
     if reserved := sorted({"schema", "written"} & set(info)):
         raise ValueError(f"info has the reserved keys {reserved}: leave them out, write_record sets them")
     _check_plain(dict(info), "info")

@@ -371,7 +371,7 @@ class Idle(Classifier):
     [
         ({"layers": ["network.9"]}, r"'network\.9' is not a submodule.*'network\.0'"),
         ({"layers": ["unused"]}, r"\['unused'\] do not run"),
-        ({"num_subsets": 4, "degree": 4}, "fewer than all subsets: got degree=4 with num_subsets=4"),
+        ({"num_subsets": 4, "degree": 4}, "in fewer than all: got degree=4 with num_subsets=4"),
     ],
 )
 def test_what_a_model_or_its_data_refuse(tmp_path, options, message):

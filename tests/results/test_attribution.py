@@ -118,6 +118,12 @@ def test_save_and_load(tmp_path):
     assert sorted(p.suffix for p in path.iterdir()) == ["", ".json", ".safetensors"]
 
 
+def test_saved_under_a_name_with_an_umlaut(tmp_path):
+    attribution = Attribution(torch.eye(3))
+    attribution.save(tmp_path / "ä")
+    assert torch.equal(Attribution.load(tmp_path / "ä").scores, attribution.scores)
+
+
 def test_save_without_the_optional_never_overwrites(tmp_path):
     loaded = Attribution.load(Attribution(SCORES).save(str(tmp_path / "deep" / "scores")))
     assert (loaded.std, loaded.train_targets, loaded.train_indices.tolist()) == (None, None, [0, 1, 2, 3])
