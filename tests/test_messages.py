@@ -1,12 +1,13 @@
-"""Wordings are read from source, and calls that bring them from running tests."""
+"""The file of messages holds every wording of the package; how wordings and calls are read."""
 
+import ast
 import json
 
 import pytest
 
 from tests.helpers.messages import snapshot
 from tests.helpers.messages.calls import Frame, call_of
-from tests.helpers.messages.templates import templates
+from tests.helpers.messages.templates import PACKAGE, templates
 
 REFUSAL = """
 def made(what):
@@ -85,3 +86,40 @@ def test_the_file_comes_back_as_it_was_written(tmp_path):
     assert (wrapped.replace("\n", " "), short, unseen) == (long, ("g()", "UserWarning: two\nlines"), unprovoked)
     snapshot.write(*snapshot.read(first), second)
     assert second.read_text() == first.read_text()
+
+
+def test_the_file_holds_every_wording_of_the_package():
+    entries, unprovoked = snapshot.read()
+    messages = [message for pairs in entries.values() for _, message in pairs]
+    unseen = {text for texts in unprovoked.values() for text in texts}
+    new = [
+        f"{each.file}:{each.lines[0]}: {each.text}"
+        for each in templates()
+        if each.text not in unseen and not any(map(each.fits, messages))
+    ]
+    assert not new, f"{snapshot.FILE.name} lacks wordings: run `make messages`.\n" + "\n".join(new)
+
+
+def test_the_file_holds_no_wording_that_is_gone():
+    entries, unprovoked = snapshot.read()
+    wordings = {each.text for each in templates()}
+    gone = [
+        f"{path}: {message}"
+        for path, pairs in entries.items()
+        for _, message in pairs
+        if not any(each.file == path and each.fits(message) for each in templates())
+    ]
+    gone += [text for texts in unprovoked.values() for text in texts if text not in wordings]
+    assert not gone, f"{snapshot.FILE.name} holds wordings that are gone: run `make messages`.\n" + "\n".join(gone)
+
+
+def test_names_say_what_the_thing_is():
+    vague = {"found", "asked", "came", "own", "kept"}
+    names = [
+        f"{path.relative_to(PACKAGE)}:{node.lineno}: {name}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for name in (getattr(node, field, None) for field in ("id", "arg", "attr", "name"))
+        if isinstance(name, str) and name.strip("_") in vague
+    ]
+    assert not names, "Name the thing: `checkpoints`, `query_gradients`, `saved_record`.\n" + "\n".join(names)
