@@ -94,8 +94,8 @@ def attribute(
 
     Reference: arXiv:2606.05165 (STRIDE).
     """
-    attributor = create(method, seed=seed, batch_size=batch_size, show_progress=show_progress, **options)
-    with Meter() as meter, call(show=show_progress):
+    with call(show=show_progress), Meter() as meter:
+        attributor = create(method, seed=seed, batch_size=batch_size, show_progress=show_progress, **options)
         examples = resolve_queries(queries, model)  # before the fit, whose work it may take hours to do again
         attributor.expected_queries = len(examples)
         attributor.fit(
@@ -150,8 +150,8 @@ def self_influence(
 
     Reference: arXiv:2002.08484 (TracIn), section 4.1.
     """
-    attributor = create(method, seed=seed, batch_size=batch_size, show_progress=show_progress, **options)
     with call(show=show_progress):
+        attributor = create(method, seed=seed, batch_size=batch_size, show_progress=show_progress, **options)
         attributor.fit(
             model,
             train_data,

@@ -135,6 +135,16 @@ class _Phase:
     work: float = 0.0  # of one item; 0 where nothing is known
     done: int = 0
     seconds: float = 0.0  # that the items done have taken
+    #: Of the first update: it may hold preparations, which the items after it do not take.
+    first_done: int = 0
+    first_seconds: float = 0.0
+
+    @property
+    def pace(self) -> float:
+        """Seconds for one item, once some are done."""
+        if self.done > self.first_done:
+            return (self.seconds - self.first_seconds) / (self.done - self.first_done)
+        return self.seconds / self.done
 
 
 class _Bar:
@@ -155,8 +165,8 @@ class _Bar:
     def expect(self, phase: str, items: int, work: float) -> None:
         """Work to come; of a phase that has begun, what is known now."""
         self._is_unknown = False
-        before = self._phases.get(phase, _Phase(0))
-        self._phases[phase] = _Phase(max(items, before.done), work, before.done, before.seconds)
+        known = self._phases.setdefault(phase, _Phase(0))
+        known.items, known.work = max(items, known.done), work
 
     def begin(self, name: str, total: int) -> None:
         """A phase begins, or runs once more."""
@@ -171,6 +181,8 @@ class _Bar:
             now = time.perf_counter()
             self._phase.done += count
             self._phase.seconds += now - self._since
+            if not self._phase.first_done:
+                self._phase.first_done, self._phase.first_seconds = self._phase.done, self._phase.seconds
             self._since = now
 
     def skip(self, count: int) -> None:
@@ -183,14 +195,14 @@ class _Bar:
         if self._is_unknown:
             return None
         phases = list(self._phases.values())
-        spent = sum(phase.seconds for phase in phases if phase.done and phase.work)
+        spent = sum(phase.pace * phase.done for phase in phases if phase.done and phase.work)
         work = sum(phase.done * phase.work for phase in phases)
         left = 0.0
         for phase in phases:
             if phase.done > phase.items:
                 return None
             if phase.done:
-                left += phase.seconds / phase.done * (phase.items - phase.done)
+                left += phase.pace * (phase.items - phase.done)
             elif work:
                 left += spent / work * phase.work * phase.items
             elif phase.items:

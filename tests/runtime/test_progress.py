@@ -77,13 +77,22 @@ def test_time_left_by_the_work_of_phases_to_come(clock):
             assert left() == pytest.approx(3 * 6 + 10 * 2)
             clock.now += 1.5
             assert left() == pytest.approx(3 * 6 + 10 * 2 - 1.5)
-            clock.now += 12 - 1.5
+            clock.now += 18 - 1.5
             bar.update(3)
-            assert left() == pytest.approx(10 * (18 / 12))
+            assert left() == pytest.approx(10 * 2)
         with counting(10, "Scores") as bar:
             clock.now += 5
             bar.update(1)
             assert left() == pytest.approx(9 * 5)  # by its own pace from now on
+
+
+def test_preparations_in_the_first_item_are_not_expected_again(clock):
+    with counting(10, "Retraining") as bar:
+        clock.now += 30
+        bar.update(1)
+        clock.now += 2
+        bar.update(1)
+        assert left() == pytest.approx(8 * 2)
 
 
 def test_phases_that_run_several_times(clock):
