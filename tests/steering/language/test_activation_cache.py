@@ -12,12 +12,12 @@ class Counted(TinyLM):
 
     def __init__(self):
         super().__init__()
-        self.rows, self.limit = 0, 10**9
+        self.rows, self.limit = [], 10**9  # a list: numbers among the attributes are put back
 
     def forward(self, input_ids, attention_mask=None):
-        if self.rows >= self.limit:
+        if sum(self.rows) >= self.limit:
             raise KeyboardInterrupt
-        self.rows += len(input_ids)
+        self.rows.append(len(input_ids))
         return super().forward(input_ids, attention_mask)
 
 
@@ -30,9 +30,9 @@ def filled(tmp_path):
 
 
 def rows_of(model, **options):
-    model.rows = 0
+    model.rows = []
     scores = ask(model, batch_size=2, **options).scores
-    return scores, model.rows
+    return scores, sum(model.rows)
 
 
 def test_the_model_runs_over_cached_sequences_once(tmp_path):
@@ -56,7 +56,7 @@ def test_its_size_is_known_beforehand(tmp_path):
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
     model = Counted().eval()
     expected, _ = rows_of(model)
-    model.rows = 0
+    model.rows = []
     model.limit = 12
     with pytest.raises(KeyboardInterrupt):
         ask(model, batch_size=2, cache_dir=tmp_path)
