@@ -273,7 +273,7 @@ class Stream(IterableDataset):
         ({"seed": -1}, "`seed` must be an integer of at least 0, got -1"),
         ({"train_indices": [0.5]}, "`train_indices` must be integer positions, got torch.float32"),
     ],
-    ids=repr,
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
 def test_arguments(options, message):
     with pytest.raises(MisconfigurationException, match=message):
