@@ -104,10 +104,10 @@ class StrideCallback(RecordingCallback):
         with misconfigured():
             check_layers(layers)
             check_count("seed", seed, 0)
-            if num_subsets is not None:
-                check_count("num_subsets", num_subsets, 2)
             if degree is not None:
                 check_count("degree", degree)
+            if num_subsets is not None:
+                sample_design(2, num_subsets, degree)  # refuses numbers that make no design of any data
         check_frequencies(
             save_last_k,
             every_n_epochs=every_n_epochs,

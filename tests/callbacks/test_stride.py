@@ -355,6 +355,11 @@ def test_arguments(argument, value):
         StrideCallback(**{argument: value})
 
 
+def test_a_design_that_cannot_be():
+    with pytest.raises(MisconfigurationException, match="in fewer than all: got degree=4 with num_subsets=4"):
+        StrideCallback(num_subsets=4, degree=4)
+
+
 def test_an_unknown_argument_is_named():
     with pytest.raises(TypeError, match=r"^StrideCallback has no argument num_subset\.$"):
         StrideCallback(num_subset=3)
@@ -371,7 +376,7 @@ class Idle(Classifier):
     [
         ({"layers": ["network.9"]}, r"'network\.9' is not a submodule.*'network\.0'"),
         ({"layers": ["unused"]}, r"\['unused'\] do not run"),
-        ({"num_subsets": 4, "degree": 4}, "in fewer than all: got degree=4 with num_subsets=4"),
+        ({"degree": 200}, "in fewer than all: got degree=200 with num_subsets=200"),
     ],
 )
 def test_what_a_model_or_its_data_refuse(tmp_path, options, message):
