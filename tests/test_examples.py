@@ -212,7 +212,7 @@ def test_passages_behind_a_text_are_found(language_example, run):
     assert same["stride"] > same["random"] + 15, printed
     assert helped["stride"] > helped["random"] + 0.01, printed
     folder = Path("runs/text/version_0")
-    assert "A future […]" in (folder / "report.html").read_text("utf-8")
+    assert r"A future [\u2026]" in (folder / "report.html").read_text("utf-8")
     events = EventAccumulator(str(folder)).Reload()
     (table,) = events.Tensors("stride/top_examples/text_summary")
     assert "| chapter | text |" in table.tensor_proto.string_val[0].decode()

@@ -79,7 +79,8 @@ def test_other_data_are_refused_or_computed(fitted):
     other = loader(Texts(21, seed=9))
     with pytest.raises(ValueError, match="was made with other training data"):
         attribute(model, loader(QUERIES), train_data=other, record=callback.records[-1], show_progress=False)
-    scored = attribute(model, loader(QUERIES), train_data=other, show_progress=False)
+    with pytest.warns(UserWarning, match="was made with other training data.*computed on the spot"):
+        scored = attribute(model, loader(QUERIES), train_data=other, show_progress=False)
     assert scored.metadata["record"] is None
     assert "other training data" in scored.metadata["record_note"]
     with pytest.raises(ValueError, match="was made with task"):
