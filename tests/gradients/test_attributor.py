@@ -151,7 +151,7 @@ def test_top_k_over_checkpoints_in_tiles_and_chunks(method, monkeypatch, tmp_pat
 
 
 def test_the_cosine_of_an_example_with_itself_says_nothing():
-    with pytest.raises(ValueError, match="with itself is 1"):
+    with pytest.raises(ValueError, match="with itself is always 1"):
         self_influence(mlp(), train_data=DATA, method="grad-cos", **QUIET)
 
 

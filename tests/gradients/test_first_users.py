@@ -90,7 +90,7 @@ def test_a_model_that_is_sure_of_everything_has_no_curvature(method):
     with torch.no_grad():
         model.weight.zero_()
         model.bias.copy_(torch.tensor([1e6, 0.0, 0.0]))
-    with pytest.raises(ValueError, match=r"nothing to divide by.*grad-dot"):
+    with pytest.raises(ValueError, match=r"it is 0 in all directions.*grad-dot"):
         attributed(model, data, method)
 
 
@@ -107,11 +107,11 @@ def test_weights_that_no_record_has_are_warned_of(tmp_path):
     attributed(model, data, "tracin")
     bias = model.network[0].bias
     bias.data.add_(1.0)
-    with pytest.warns(UserWarning, match="none of them has the weights"):
+    with pytest.warns(UserWarning, match="TracIn sums over 1 records.* none of them has the model's present weights"):
         attributed(model, data, "tracin")
     bias.data.sub_(1.0)
     bias.requires_grad_(False)
-    with pytest.warns(UserWarning, match="network.0.bias had a learning rate"):
+    with pytest.warns(UserWarning, match="had a learning rate in training, but they are frozen.*: network.0.bias"):
         attributed(model, data, "tracin", record=tmp_path / "tracin")
 
 

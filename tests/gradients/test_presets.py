@@ -337,7 +337,7 @@ def test_tracin_without_checkpoints_or_rates(tmp_path):
     torch.save(mlp().state_dict(), tmp_path / "weights.pt")
     for options, message in (
         ({}, r"TracInCallback\(\).*`record=`"),
-        ({"record": tmp_path}, r"weights\.pt hold no learning rates.*method='grad-dot'"),
+        ({"record": tmp_path}, r"needs learning rates.*weights\.pt holds none.*method='grad-dot'"),
         ({"record": tmp_path, "checkpoints": tmp_path}, "`record` and `checkpoints`"),
     ):
         with pytest.raises(ValueError, match=message):
