@@ -142,7 +142,7 @@ def test_model_is_as_before(options, tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"method": "strid"}, ValueError, r"Unknown method 'strid'. Known: .*stride"),
+        ({"method": "strid"}, ValueError, r"Unknown method 'strid'. Use one of: .*stride"),
         ({"num_subset": 3}, TypeError, r"Unknown option num_subset for method 'stride'.*layers.*num_subsets"),
         ({"basis": "other"}, ValueError, r"`basis` must be one of \('statistics', 'learned'\)"),
         ({"recovery": "other"}, ValueError, r"`recovery` must be one of \('prior', 'lasso', 'ridge', 'closed-form'\)"),
@@ -220,7 +220,7 @@ def test_a_new_method_is_a_subclass(model):
         assert (attribution.scores == 2).all()
         assert attribution.metadata["value"] == 2
         assert Constant.method in methods()
-        with pytest.raises(TypeError, match=r"^Constant has no option valeu\.$"):
+        with pytest.raises(TypeError, match=r"^Constant has no option valeu\. Check the spelling\.$"):
             Constant(valeu=1.0)
         for wrong in (None, torch.zeros(4, 4), Attribution(torch.zeros(2, 3))):
             Constant.score_queries = lambda *_, wrong=wrong: wrong
