@@ -58,11 +58,11 @@ def names_in(folder, model):
 
 def test_a_folder_of_records_is_one_runs_trajectory(run):
     folder, model = run
-    found = read_checkpoints(folder / "records", model)
-    assert [checkpoint.name for checkpoint in found] == ["step=2", "step=4", "step=6", "step=8"]
-    assert [checkpoint.path for checkpoint in found] == find_records(folder / "records")
+    checkpoints = read_checkpoints(folder / "records", model)
+    assert [checkpoint.name for checkpoint in checkpoints] == ["step=2", "step=4", "step=6", "step=8"]
+    assert [checkpoint.path for checkpoint in checkpoints] == find_records(folder / "records")
     states, rates = by_hand(build(TwoGroups), DATA)
-    for checkpoint in found:
+    for checkpoint in checkpoints:
         assert checkpoint.learning_rates == rates[checkpoint.step - 1]
         torch.testing.assert_close(checkpoint.load(), dict(sorted(states[checkpoint.step - 1].items())))
 
@@ -110,9 +110,9 @@ def test_moved_renamed_and_removed_records(run, tmp_path):
     folder, model = run
     shutil.copytree(folder / "records", tmp_path / "copy")
     (tmp_path / "copy/step=8").rename(tmp_path / "copy/last")
-    found = read_checkpoints(tmp_path / "copy", model)
-    assert [checkpoint.path.name for checkpoint in found] == ["step=2", "step=4", "step=6", "last"]
-    assert {checkpoint.path.parent for checkpoint in found} == {tmp_path / "copy"}
+    checkpoints = read_checkpoints(tmp_path / "copy", model)
+    assert [checkpoint.path.name for checkpoint in checkpoints] == ["step=2", "step=4", "step=6", "last"]
+    assert {checkpoint.path.parent for checkpoint in checkpoints} == {tmp_path / "copy"}
     shutil.rmtree(tmp_path / "copy/step=4")
     with pytest.warns(UserWarning, match=r"1 of the 4 records of this run no longer exist .*copy/step=4\. If they"):
         assert steps(read_checkpoints(tmp_path / "copy", model)) == [2, 6, 8]
@@ -136,10 +136,10 @@ def test_a_model_with_state_that_is_no_tensor(tmp_path):
 
 def test_a_folder_of_plain_checkpoints(run):
     folder, model = run
-    found = read_checkpoints(folder / "files", model)
-    assert [checkpoint.name for checkpoint in found] == [f"step={step}.ckpt" for step in (2, 4, 6, 8)]
+    checkpoints = read_checkpoints(folder / "files", model)
+    assert [checkpoint.name for checkpoint in checkpoints] == [f"step={step}.ckpt" for step in (2, 4, 6, 8)]
     states, _ = by_hand(build(TwoGroups), DATA)
-    for checkpoint in found:
+    for checkpoint in checkpoints:
         # Saved after the schedule's step, which comes after every third optimizer step.
         factor = 0.1 ** (checkpoint.step // 3)
         expected = {name: (0.01 if "network.2" in name else 0.2) * factor for name in NAMES}
@@ -152,11 +152,11 @@ def test_last_ckpt_counts_once(tmp_path):
     keep = keeping(tmp_path / "files", save_last=True)
     train(build(Stepped), IN_ORDER, tmp_path, keep, enable_checkpointing=True)
     assert (tmp_path / "files/last.ckpt").exists()
-    found = read_checkpoints(tmp_path / "files", build(Stepped))
-    assert [checkpoint.name for checkpoint in found] == [
+    checkpoints = read_checkpoints(tmp_path / "files", build(Stepped))
+    assert [checkpoint.name for checkpoint in checkpoints] == [
         f"epoch={epoch}-step={step}.ckpt" for epoch, step in ((0, 2), (0, 4), (1, 6), (1, 8))
     ]
-    assert [set(checkpoint.learning_rates.values()) for checkpoint in found] == [{0.1}, {0.05}, {0.05}, {0.025}]
+    assert [set(checkpoint.learning_rates.values()) for checkpoint in checkpoints] == [{0.1}, {0.05}, {0.05}, {0.025}]
     # Other weights at the same step are another checkpoint.
     averaged = {name: value + 1 for name, value in build(Stepped).state_dict().items()}
     torch.save({"state_dict": averaged, "global_step": 8}, tmp_path / "files/averaged.ckpt")
@@ -168,13 +168,13 @@ def test_state_dicts_tell_neither_step_nor_rates(tmp_path):
         torch.save(build(Classifier).state_dict(), tmp_path / name)
     save(tmp_path / "z.ckpt", global_step=3)
     (tmp_path / "notes.txt").write_text("not one of them")
-    found = read_checkpoints(tmp_path, build(Classifier))
-    assert [(c.name, c.step, c.learning_rates) for c in found] == [
+    checkpoints = read_checkpoints(tmp_path, build(Classifier))
+    assert [(c.name, c.step, c.learning_rates) for c in checkpoints] == [
         ("z.ckpt", 3, None),
         ("epoch9.pth", None, None),
         ("epoch10.pt", None, None),
     ]
-    assert found[2].load()["network.0.bias"].equal(build(Classifier).network[0].bias)
+    assert checkpoints[2].load()["network.0.bias"].equal(build(Classifier).network[0].bias)
 
 
 def test_compiled_names(tmp_path):
@@ -249,9 +249,9 @@ def test_groups_are_told_by_configure_optimizers(tmp_path, form):
 def test_two_optimizers(tmp_path):
     model = build(TwoOptimizers)
     train(model, IN_ORDER, tmp_path, keeping(tmp_path / "files"), max_epochs=1, enable_checkpointing=True)
-    found = read_checkpoints(tmp_path / "files", build(TwoOptimizers))
-    assert steps(found) == [2, 4, 6, 8]
-    for number, checkpoint in enumerate(found, 1):
+    checkpoints = read_checkpoints(tmp_path / "files", build(TwoOptimizers))
+    assert steps(checkpoints) == [2, 4, 6, 8]
+    for number, checkpoint in enumerate(checkpoints, 1):
         expected = {name: 0.1 if "network.0" in name else 0.01 * 0.5**number for name in NAMES}
         assert checkpoint.learning_rates == pytest.approx(expected)
 
@@ -317,12 +317,12 @@ def test_folders_of_something_else(run, tmp_path):
 def test_damage(run, tmp_path):
     folder, model = run
     shutil.copytree(folder / "records", tmp_path / "records")
-    found = read_checkpoints(tmp_path / "records", model)
+    checkpoints = read_checkpoints(tmp_path / "records", model)
     path = tmp_path / "records/step=4/weights.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    assert found[0].load()
+    assert checkpoints[0].load()
     with pytest.raises(RecordError, match="SHA-256"):
-        found[1].load()
+        checkpoints[1].load()
     for source in (tmp_path / "records", path.parent):
         with pytest.raises(RecordError, match=r"weights\.safetensors.*expected SHA-256"):
             read_checkpoints(source, model)
@@ -357,11 +357,11 @@ def test_another_architecture_is_refused_by_name_before_anything_is_computed(run
 def test_given_by_the_caller(run):
     folder, model = run
     info = read_info(folder / "records/step=8")
-    found, data, note = tracin_checkpoints(folder / "records", None, model)
-    assert (steps(found), data) == ([2, 4, 6, 8], info["data"])
+    checkpoints, data, note = tracin_checkpoints(folder / "records", None, model)
+    assert (steps(checkpoints), data) == ([2, 4, 6, 8], info["data"])
     assert note == "4 checkpoints given by the caller"
-    found, data, _ = tracin_checkpoints(folder / "files", None, model)
-    assert (steps(found), data) == ([2, 4, 6, 8], None)
+    checkpoints, data, _ = tracin_checkpoints(folder / "files", None, model)
+    assert (steps(checkpoints), data) == ([2, 4, 6, 8], None)
 
 
 def test_known_from_the_trainer_and_from_checkpoints(tmp_path):
@@ -371,16 +371,16 @@ def test_known_from_the_trainer_and_from_checkpoints(tmp_path):
     trainer = make_trainer(tmp_path, *callbacks, enable_checkpointing=True)
     assert tracin_checkpoints(None, None, model) is None
     trainer.fit(model, IN_ORDER)
-    found, data, note = tracin_checkpoints(None, None, model)
-    assert [checkpoint.path for checkpoint in found] == tracin.records
+    checkpoints, data, note = tracin_checkpoints(None, None, model)
+    assert [checkpoint.path for checkpoint in checkpoints] == tracin.records
     assert data == read_info(tracin.records[0])["data"]
     assert note == "4 records of the attached trainer's fit"
     for step in (4, 8):
         saved = torch.load(tmp_path / f"files/step={step}.ckpt")
         other = build(Classifier, seed=3)
         other.load_state_dict(saved["state_dict"])
-        found, *_, note = tracin_checkpoints(None, saved, other)
-        assert steps(found) == list(range(2, step + 1, 2))
+        checkpoints, *_, note = tracin_checkpoints(None, saved, other)
+        assert steps(checkpoints) == list(range(2, step + 1, 2))
         assert note == f"{step // 2} records of the checkpoint's run"
 
 

@@ -55,16 +55,16 @@ def grad_dot_by_hand(model, train, queries):
 def test_scores_are_right_whatever_a_model_does_inside(kind):
     torch.manual_seed(0)
     model, train, queries = kind(), classification_data(30), classification_data(6, seed=1)
-    found = attributed(model, train, "grad-dot", queries, batch_size=7).scores
-    torch.testing.assert_close(found, grad_dot_by_hand(model, train, queries), rtol=1e-4, atol=1e-6)
+    scores = attributed(model, train, "grad-dot", queries, batch_size=7).scores
+    torch.testing.assert_close(scores, grad_dot_by_hand(model, train, queries), rtol=1e-4, atol=1e-6)
 
 
 def test_the_last_layer_of_a_model_that_changes_its_inputs():
     model, train, queries = InPlace(), classification_data(30), classification_data(6, seed=1)
-    found = attributed(model, train, "last-layer", queries).scores
+    scores = attributed(model, train, "last-layer", queries).scores
     halved = [TensorDataset(data.tensors[0] / 2, data.tensors[1]) for data in (train, queries)]
     expected = attributed(model.layer, halved[0], "last-layer", halved[1]).scores
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(scores, expected)
 
 
 def test_examples_that_influence_each_other_late_are_refused():
@@ -127,9 +127,9 @@ def test_positions_looked_up_once_for_all_examples_stay_fast():
 
     torch.manual_seed(0)
     data, model = TensorDataset(torch.randint(0, 9, (14, 5)), torch.arange(14) % 3), Positions()
-    found = attributed(model, data, "grad-dot", task=Classification(), batch_size=5)
-    assert found.metadata["gradients"]["blocks"] == {"factors": 3}
-    torch.testing.assert_close(found.scores, grad_dot_by_hand(model, data, data), rtol=1e-4, atol=1e-6)
+    attribution = attributed(model, data, "grad-dot", task=Classification(), batch_size=5)
+    assert attribution.metadata["gradients"]["blocks"] == {"factors": 3}
+    torch.testing.assert_close(attribution.scores, grad_dot_by_hand(model, data, data), rtol=1e-4, atol=1e-6)
 
 
 # ---- activation checkpointing -----------------------------------------------------------------------------------
