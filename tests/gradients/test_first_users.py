@@ -185,8 +185,8 @@ def test_reentrant_checkpointing_is_refused_in_our_words(method):
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
 def test_layers_after_reentrant_checkpointing_have_gradients():
-    found = checkpointed(True, "grad-dot", layers=["last"]).scores
-    torch.testing.assert_close(found, checkpointed(None, "grad-dot", layers=["last"]).scores)
+    scores = checkpointed(True, "grad-dot", layers=["last"]).scores
+    torch.testing.assert_close(scores, checkpointed(None, "grad-dot", layers=["last"]).scores)
 
 
 # ---- what tasks and inputs do -----------------------------------------------------------------------------------
@@ -204,12 +204,12 @@ def test_a_task_that_runs_the_model_once_per_example(method):
     data, queries = classification_data(30), classification_data(6, seed=1)
     options = {"layers": ["network.2"]} if method == "last-layer" else {}
     model = build(Classifier)
-    found = attributed(model, data, method, queries, task=OneByOneTask(), batch_size=7, **options)
+    attribution = attributed(model, data, method, queries, task=OneByOneTask(), batch_size=7, **options)
     expected = attributed(model, data, method, queries, task=Classification(), batch_size=7, **options)
     if method in ("grad-dot", "influence-cg", "last-layer"):  # the others depend on how parameters are blocked
-        torch.testing.assert_close(found.scores, expected.scores, rtol=2e-3, atol=1e-5)
-    assert set(found.metadata["gradients"]["blocks"]) == {"vectorized"}
-    assert found.scores.isfinite().all()
+        torch.testing.assert_close(attribution.scores, expected.scores, rtol=2e-3, atol=1e-5)
+    assert set(attribution.metadata["gradients"]["blocks"]) == {"vectorized"}
+    assert attribution.scores.isfinite().all()
 
 
 class Annotated(torch.Tensor):
@@ -224,5 +224,5 @@ def test_inputs_of_a_subclass_of_tensor(method):
     x, y = classification_data(30).tensors
     annotated = [(values.as_subclass(Annotated), label) for values, label in zip(x, y, strict=True)]
     model, queries = build(Classifier), classification_data(6, seed=1)
-    found = attributed(model, annotated, method, queries)
-    torch.testing.assert_close(found.scores, attributed(model, TensorDataset(x, y), method, queries).scores)
+    attribution = attributed(model, annotated, method, queries)
+    torch.testing.assert_close(attribution.scores, attributed(model, TensorDataset(x, y), method, queries).scores)

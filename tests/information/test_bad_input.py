@@ -164,7 +164,7 @@ def test_certain_model():
         ({"projection_dim": True}, ValueError, "`projection_dim` must be an integer of at least 1, got True"),
         ({"top_k": 0}, ValueError, "`top_k` must be an integer"),
         ({"layers": "2"}, TypeError, r"write layers=\['2'\]"),
-        ({"damping": 1.0}, TypeError, "layers, likelihood, projection_dim, ridge, signed, top_k"),
+        ({"damping": 1.0}, TypeError, "layers, likelihood, memory_budget, projection_dim, ridge, signed, top_k"),
         ({"checkpoints": "folder"}, TypeError, "Unknown option checkpoints"),
         ({"record": "folder"}, ValueError, "reads no record"),
         ({"target": "argmax"}, ValueError, "`target` must be 'label' or 'predicted'"),
