@@ -94,8 +94,8 @@ def scored(way, model, queries, train, **more):
     """The attribution and its seconds."""
     method, options = WAYS[way]
     started = time.perf_counter()
-    found = attribute(model, queries, train_data=train, method=method, show_progress=False, **options, **more)
-    return found, time.perf_counter() - started
+    attribution = attribute(model, queries, train_data=train, method=method, show_progress=False, **options, **more)
+    return attribution, time.perf_counter() - started
 
 
 def digits():
@@ -142,32 +142,32 @@ def backdoor(arguments):
         train = TensorDataset(images, labels)
         model = fit(train, 15, seed)
         others = test[1] != 0
-        asked = patched(test[0][others])
+        triggered = patched(test[0][others])
         with torch.no_grad():
-            taken = model(asked).argmax(1) == 0
+            taken = model(triggered).argmax(1) == 0
             accuracy = (model(test[0]).argmax(1) == test[1]).float().mean()
         print(
             f"\nbackdoor, planting {seed}: {name}, {len(planted)} of {num_train}; test accuracy {accuracy:.3f}; "
-            f"{taken.float().mean():.0%} of {len(asked)} patched test images are taken for a 0",
+            f"{taken.float().mean():.0%} of {len(triggered)} patched test images are taken for a 0",
             flush=True,
         )
-        asked = asked[taken][: arguments.queries]
-        if not len(asked):
+        triggered = triggered[taken][: arguments.queries]
+        if not len(triggered):
             print("The backdoor did not take: no queries.")
             continue
-        queries = TensorDataset(asked, torch.zeros(len(asked), dtype=torch.int64))
-        relevant = torch.zeros(len(asked), num_train, dtype=torch.bool)
+        queries = TensorDataset(triggered, torch.zeros(len(triggered), dtype=torch.int64))
+        relevant = torch.zeros(len(triggered), num_train, dtype=torch.bool)
         relevant[:, planted] = True
         for way in [*ways, "features"]:
             if way == "features":
                 started = time.perf_counter()
-                scores = F.normalize(hidden(model, asked)) @ F.normalize(hidden(model, images)).T
+                scores = F.normalize(hidden(model, triggered)) @ F.normalize(hidden(model, images)).T
                 seconds = time.perf_counter() - started
             else:
                 attribution, seconds = scored(way, model, queries, train, target="predicted")
                 scores = attribution.scores
-            found = retrieval_recall(scores, relevant, 50), mean_reciprocal_rank(scores, relevant)
-            rows.setdefault(way, []).append([*map(float, found), seconds])
+            measures = retrieval_recall(scores, relevant, 50), mean_reciprocal_rank(scores, relevant)
+            rows.setdefault(way, []).append([*map(float, measures), seconds])
     if rows:
         print(f"{arguments.queries} queries; mean over plantings, with the range of recall")
         print(f"{'method':<26} {'recall@50':>20} {'MRR':>6} {'seconds':>8}")
@@ -187,20 +187,20 @@ def counterfactual(arguments):
     model, generator = fit(train, 30), torch.Generator().manual_seed(0)
     noise = torch.rand(num_queries, 1000, generator=generator)
     same = (queries.tensors[1][:, None] == train.tensors[1]).float()
-    found = {"random": Attribution(noise), "same class": Attribution(same + noise)}
+    attributions = {"random": Attribution(noise), "same class": Attribution(same + noise)}
     ways = [way for way in WAYS if not way.endswith("margin")]
-    found |= {way: scored(way, model, queries, train)[0] for way in ways}
+    attributions |= {way: scored(way, model, queries, train)[0] for way in ways}
     how = {"max_epochs": 30, "optimizer": SGD, "num_seeds": arguments.seeds, "show_progress": False}
     loader, rows = DataLoader(train, batch_size=100, shuffle=True), []
-    for way, attribution in found.items():
+    for way, attribution in attributions.items():
         removed = retrain_without(attribution, mlp, queries, train_data=loader, ks=ks, **how)
         rows.append((way, removed.losses_removed - removed.losses_full))
     print(f"\ncounterfactual: digits, {num_queries} queries, {arguments.seeds} seeds; mean rise of the loss, in nats")
     print(f"{'method':<26}", *(f"{f'without top {k}':>20}" for k in ks), "  of 50 with the query's label")
     for way, rises in sorted(rows, key=lambda row: -row[1][0].mean()):
         cells = [f"{rise.mean():+.3f} +- {rise.std() / len(rise) ** 0.5:.3f}" for rise in rises]
-        own = same.gather(1, found[way].top_columns(50).proponents).mean()
-        print(f"{way:<26}", *(f"{cell:>20}" for cell in cells), f"  {own:.0%}", flush=True)
+        share = same.gather(1, attributions[way].top_columns(50).proponents).mean()
+        print(f"{way:<26}", *(f"{cell:>20}" for cell in cells), f"  {share:.0%}", flush=True)
 
 
 # ---------------------------------------------------------------- coresets
@@ -296,8 +296,8 @@ def removed_greedily(model, queries, train, k):
     """Positions of the examples whose removal loses most information about each query, in order of choice."""
     attributor = InformationLossAttributor(show_progress=False).fit(model, train)
     with attributor.borrowed_model() as (borrowed, device):
-        asked = attributor.read(borrowed, resolve_queries(queries), device, "label")
-        searched = torch.cat([batch.rows for batch in attributor.tangents.batches(asked)])
+        reader = attributor.read(borrowed, resolve_queries(queries), device, "label")
+        searched = torch.cat([batch.rows for batch in attributor.tangents.batches(reader)])
         features = torch.cat([batch.rows for batch in attributor.tangents.batches(attributor.reader)])
     return greedy_sets(features, searched, attributor.posterior, k, form="loss").places
 
@@ -314,12 +314,12 @@ def refits(arguments, num_problems=20, num_train=120, num_weights=6, ridge=0.5):
         )
         y = (torch.rand(num_train, generator=generator) < (x @ true).sigmoid()).double()
         # All examples first, then all but one: Newton's method, for all models at once.
-        kept = torch.cat([torch.ones(1, num_train), 1 - torch.eye(num_train)]).double()
-        weights = x.new_zeros(len(kept), num_weights)
+        included = torch.cat([torch.ones(1, num_train), 1 - torch.eye(num_train)]).double()
+        weights = x.new_zeros(len(included), num_weights)
         for _ in range(31):
             p = (weights @ x.T).sigmoid()
-            hessian = torch.einsum("mn,np,nr->mpr", kept * p * (1 - p), x, x) + ridge * torch.eye(num_weights)
-            gradient = (kept * (p - y)) @ x + ridge * weights
+            hessian = torch.einsum("mn,np,nr->mpr", included * p * (1 - p), x, x) + ridge * torch.eye(num_weights)
+            gradient = (included * (p - y)) @ x + ridge * weights
             weights = weights - torch.linalg.solve(hessian, gradient)
         variances = (query[0] @ torch.linalg.inv(hessian) @ query[0].T).flatten()
         growth, change = variances[1:] - variances[0], (weights[1:] - weights[0]) @ query.flatten()

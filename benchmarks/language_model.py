@@ -97,8 +97,8 @@ def tf_idf(truth, analyzer):
     def compute():
         vectorizer = TfidfVectorizer(analyzer=analyzer, ngram_range=sizes, sublinear_tf=True)
         rows = vectorizer.fit_transform(truth["train_texts"].tolist())
-        asked = vectorizer.transform(truth["query_texts"].tolist())
-        return Attribution(torch.from_numpy((asked @ rows.T).toarray()).float())
+        query_rows = vectorizer.transform(truth["query_texts"].tolist())
+        return Attribution(torch.from_numpy((query_rows @ rows.T).toarray()).float())
 
     return compute
 
@@ -120,8 +120,8 @@ def has_labels(truth):
 
 def label_share(attribution, truth):
     """Mean over queries of the share of their ten strongest proponents that have their label."""
-    labels, own = (torch.from_numpy(truth[name]) for name in ("train_labels", "query_labels"))
-    return float((labels[attribution.top(10).proponents] == own[:, None]).float().mean())
+    labels, query_labels = (torch.from_numpy(truth[name]) for name in ("train_labels", "query_labels"))
+    return float((labels[attribution.top(10).proponents] == query_labels[:, None]).float().mean())
 
 
 # ---------------------------------------------------------------- in this process
@@ -176,8 +176,8 @@ def describe(truth, retrained, arguments):
     )
     print(f"{arguments.threads} threads, load before the first row {os.getloadavg()[0]:.1f}")
     if has_labels(truth):
-        labels, own = (torch.from_numpy(truth[name]) for name in ("train_labels", "query_labels"))
-        chance = (labels == own[:, None]).float().mean()
+        labels, query_labels = (torch.from_numpy(truth[name]) for name in ("train_labels", "query_labels"))
+        chance = (labels == query_labels[:, None]).float().mean()
         print(f"{len(labels.unique())} labels; by chance {chance:.1%} of ten proponents have the query's")
 
 
@@ -188,9 +188,9 @@ def get_truth(arguments):
         save_truth(arguments.retrained, make_truth(arguments))
         print(f"{arguments.retrained.name} made in {time.perf_counter() - started:.0f} s", flush=True)
         return
-    stored, asked = load_truth(arguments.retrained)["settings"], settings_of(arguments)
+    stored, wanted = load_truth(arguments.retrained)["settings"], settings_of(arguments)
     other = [
-        f"{name} {stored.get(name)} in place of {asked[name]}" for name in asked if stored.get(name) != asked[name]
+        f"{name} {stored.get(name)} in place of {wanted[name]}" for name in wanted if stored.get(name) != wanted[name]
     ]
     if other:
         raise SystemExit(f"{arguments.retrained} was made with other settings: {', '.join(other)}.")

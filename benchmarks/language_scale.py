@@ -50,9 +50,9 @@ def make(shape, num_train, num_queries):
 def measured(model, train, queries, **options):
     """One call of attribute(): the attribution, its seconds, and MiB above entry without the scores."""
     peak_memory, started = start_meter(), time.perf_counter()
-    found = attribute(model, queries, train_data=train, show_progress=False, **options)
+    attribution = attribute(model, queries, train_data=train, show_progress=False, **options)
     seconds = time.perf_counter() - started
-    return found, seconds, (peak_memory() - 4 * found.scores.numel()) / 2**20
+    return attribution, seconds, (peak_memory() - 4 * attribution.scores.numel()) / 2**20
 
 
 def warm(model, train, queries, **options):
@@ -97,9 +97,9 @@ def subsets(arguments):
     """One number of subsets."""
     model, train, queries = make(arguments.shape, arguments.sequences, arguments.queries)
     warm(model, train, queries, recovery="prior", num_subsets=8)
-    found, seconds, memory = measured(model, train, queries, recovery="prior", num_subsets=arguments.value)
-    parts = found.metadata["sequences"]["seconds"] | found.metadata["attribute_seconds"]
-    shape = found.metadata["sequences"]["operator_shape"]
+    attribution, seconds, memory = measured(model, train, queries, recovery="prior", num_subsets=arguments.value)
+    parts = attribution.metadata["sequences"]["seconds"] | attribution.metadata["attribute_seconds"]
+    shape = attribution.metadata["sequences"]["operator_shape"]
     return {"seconds": seconds, "memory": memory, "shape": shape, **parts}
 
 
@@ -119,11 +119,11 @@ def processes(arguments):
     with tempfile.TemporaryDirectory() as folder:
         for options in ({}, {"recovery": "prior", "num_subsets": arguments.subsets}):
             warm(model, train, queries, **options)
-            found, seconds, _ = measured(model, train, queries, **options)
+            attribution, seconds, _ = measured(model, train, queries, **options)
             given = (arguments.shape, arguments.sequences, arguments.queries, folder, options)
             multiprocessing.spawn(one_rank, given, nprocs=2)
             other = torch.load(Path(folder) / "scores.pt")
-            gap = (found.scores - other["scores"]).abs().max() / found.scores.abs().max()
+            gap = (attribution.scores - other["scores"]).abs().max() / attribution.scores.abs().max()
             rows.append({"one": seconds, "two": other["seconds"], "gap": float(gap)})
     return rows
 
@@ -135,9 +135,9 @@ def one_rank(rank, shape, num_train, num_queries, folder, options):
     model, train, queries = make(shape, num_train, num_queries)
     warm(model, train, queries, **options)
     distributed.barrier()
-    found, seconds, _ = measured(model, train, queries, **options)
+    attribution, seconds, _ = measured(model, train, queries, **options)
     if rank == 0:
-        torch.save({"scores": found.scores, "seconds": seconds}, Path(folder) / "scores.pt")
+        torch.save({"scores": attribution.scores, "seconds": seconds}, Path(folder) / "scores.pt")
     distributed.destroy_process_group()
 
 
@@ -146,10 +146,10 @@ def cache(arguments):
     model, train, queries = make(arguments.shape, arguments.sequences, arguments.queries)
     warm(model, train, queries)
     with tempfile.TemporaryDirectory() as folder:
-        found, without, _ = measured(model, train, queries)
+        attribution, without, _ = measured(model, train, queries)
         _, first, _ = measured(model, train, queries, cache_dir=folder)
         again, second, _ = measured(model, train, queries, cache_dir=folder)
-    gap = (found.scores - again.scores).abs().max() / found.scores.abs().max()
+    gap = (attribution.scores - again.scores).abs().max() / attribution.scores.abs().max()
     size = again.metadata["sequences"]["cache_bytes"]
     return {"without": without, "first": first, "second": second, "bytes": size, "gap": float(gap)}
 
@@ -168,23 +168,23 @@ def child(table, value=None):
 
 def print_cost(arguments):
     row, shape = child("cost"), arguments.shape
-    tokens, asked = (count * shape["length"] for count in (arguments.sequences, arguments.queries))
+    tokens, query_tokens = (count * shape["length"] for count in (arguments.sequences, arguments.queries))
     print(
         f"\nCost, {arguments.sequences} sequences of {shape['length']} tokens, {arguments.queries} queries; "
         f"{row['num_features']} features, steered: {row['steered']}, operators {row['operator_shape']}"
     )
     print(f"{'':<44} {'us per token':>13} {'forward passes':>15}")
-    plain, plain_asked = row["forward"] / tokens, row["forward, queries"] / asked
+    plain, plain_query = row["forward"] / tokens, row["forward, queries"] / query_tokens
     # Scoring runs over queries and training sequences; operators on the queries only.
-    scored = row["score"] / (tokens + asked)
-    effects = max(0.0, row["measure"] - row["score"]) / asked
+    scored = row["score"] / (tokens + query_tokens)
+    effects = max(0.0, row["measure"] - row["score"]) / query_tokens
     lines = {
         "forward": (plain, 1.0),
         "fit: moments of training tokens": (row["fit"] / tokens, row["fit"] / tokens / plain),
         f"score for {arguments.queries} queries": (scored, scored / plain),
         "closed form in all": ((row["fit"] + row["score"]) / tokens, (row["fit"] + row["score"]) / tokens / plain),
         f"fit {arguments.subsets} operators": (row["operators"] / tokens, row["operators"] / tokens / plain),
-        f"measure {arguments.subsets} operators on queries, recover": (effects, effects / plain_asked),
+        f"measure {arguments.subsets} operators on queries, recover": (effects, effects / plain_query),
     }
     for name, (seconds, ratio) in lines.items():
         print(f"{name:<44} {1e6 * seconds:13.2f} {ratio:15.2f}", flush=True)

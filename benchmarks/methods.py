@@ -73,14 +73,14 @@ def find_truth(name):
     """The file of that path, or of that name in the folder ``STRIDE_TRUTH``."""
     folder = os.environ.get("STRIDE_TRUTH")
     places = [Path(name), *([Path(folder) / name, Path(folder) / f"{name}.npz"] if folder else [])]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
         setting = f"which is {folder}" if folder else "which is not set"
         raise argparse.ArgumentTypeError(
             f"no truth file {name!r}. Expected the path of an .npz file, or the name of one (digits for digits.npz) in "
             f"the folder that the environment variable STRIDE_TRUTH names, {setting}."
         )
-    return found
+    return file
 
 
 # ---------------------------------------------------------------- in processes of their own
@@ -177,16 +177,16 @@ def sweep(arguments, truth, records, methods):
     print(f"\n{truth.stem}: LDS by damping, that of the default in brackets\n{'method':<16}", end="")
     print("".join(f"{damping:>9g}" for damping in grid), "  below the best", flush=True)
     for method, default in defaults.items():
-        found = {}
+        by_damping = {}
         print(f"{method:<16}", end="", flush=True)
         rows = child(arguments, truth, records, "--row", json.dumps([method, grid]))
         for damping, row in zip(grid, rows, strict=False):
             if "lds" in row:
-                found[damping] = row["lds"]
+                by_damping[damping] = row["lds"]
             text = f"{row['lds']:.3f}" if "lds" in row else "-"
             print(f"{f'[{text}]' if damping == default else text:>9}", end="", flush=True)
-        if default in found:
-            print(f"   {max(found.values()) - found[default]:.3f}", flush=True)
+        if default in by_damping:
+            print(f"   {max(by_damping.values()) - by_damping[default]:.3f}", flush=True)
         else:
             failed.append(method)
             print("   the default failed", flush=True)

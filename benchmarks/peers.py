@@ -324,8 +324,8 @@ def exact_ekfac(model, train, queries, damping):
     blocks = kronecker_blocks(model, train)
     damping = damping * mean_eigenvalue(blocks)
     scores = 0
-    for (u, v, curvature), own, asked in zip(blocks, of_train, of_queries, strict=True):
-        (a, d), (query_a, query_d) = ((a @ v, d @ u) for a, d in (own, asked))
+    for (u, v, curvature), of_layer, query_of_layer in zip(blocks, of_train, of_queries, strict=True):
+        (a, d), (query_a, query_d) = ((a @ v, d @ u) for a, d in (of_layer, query_of_layer))
         solved = torch.einsum("qo,qi->qoi", query_d, query_a) / (curvature + damping)
         parts = [torch.einsum("qoi,no,ni->qn", solved, d[rows], a[rows]) for rows in torch.arange(len(a)).split(500)]
         scores += torch.cat(parts, 1)
@@ -497,15 +497,15 @@ def best(row, again):
 
 
 def conclude(rows):
-    own = rows["stride-lightning"]
+    ours = rows["stride-lightning"]
     peers = {name: row for name, row in rows.items() if name not in ("stride-lightning", *UNTIMED) and "warm" in row}
-    if "failed" in own or not peers:
+    if "failed" in ours or not peers:
         return
     for key in ("warm", "cold"):
         fastest = min(peers, key=lambda name: peers[name][key])
-        print(f"{key}: ours is {peers[fastest][key] / own[key]:.2f} times faster than the fastest peer ({fastest})")
+        print(f"{key}: ours is {peers[fastest][key] / ours[key]:.2f} times faster than the fastest peer ({fastest})")
     leanest = min(peers, key=lambda name: peers[name]["memory"])
-    ratio = own["memory"] / peers[leanest]["memory"]
+    ratio = ours["memory"] / peers[leanest]["memory"]
     print(f"memory: ours takes {ratio:.2f} times the memory of the leanest peer ({leanest})")
 
 

@@ -114,9 +114,9 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         weights = [scipy.sparse.csr_matrix(fit(row)) for row in measurements]
         seconds, memory = time.perf_counter() - started, peak_memory() / 2**20
     dense = [row.toarray()[0] for row in weights]
-    gaps = [relative_gap(columns, row, found, penalty) for row, found in zip(measurements, dense, strict=True)]
-    recall = [np.mean(found[chosen] != 0) for found, chosen in zip(dense, support, strict=True)]
-    non_zeros = float(np.mean([np.count_nonzero(found) for found in dense]))
+    gaps = [relative_gap(columns, row, solution, penalty) for row, solution in zip(measurements, dense, strict=True)]
+    recall = [np.mean(solution[chosen] != 0) for solution, chosen in zip(dense, support, strict=True)]
+    non_zeros = float(np.mean([np.count_nonzero(solution) for solution in dense]))
     return {
         "seconds": seconds,
         "gap": max(gaps),

@@ -1,9 +1,9 @@
 """Which training digits made the model read a test digit as it does?
 
-Trains a small network on scikit-learn's digits with a Trainer that StrideCallback watches, attributes 20 test digits,
-and then checks the scores the hard way: by retraining on random halves of the training set, and without the digits
-that the scores call most helpful. Under a minute on two CPU cores; writes TensorBoard events, pictures and the saved
-scores to ``runs/digits``.
+The script trains a small network on scikit-learn's digits, with StrideCallback in the Trainer, and attributes 20 test
+digits. Then it checks the scores by retraining: on random halves of the training set, and without the digits with the
+highest scores. It takes under a minute on two CPU cores and writes TensorBoard events, pictures and the saved scores to
+``runs/digits``.
 """
 
 import logging
@@ -82,11 +82,11 @@ def main():
     attribution.plot([0, 3, 6, 8], k=4).savefig(folder / "attribution.png", dpi=120)
     saved = attribution.save(folder / "scores")
 
-    # The check: models trained from scratch, all alike but for the digits they see.
+    # The check: models trained from scratch in the same way, on different digits.
     how = {"train_data": loader, "max_epochs": EPOCHS, "num_seeds": NUM_SEEDS}
     truth = retrain(DigitClassifier, queries, num_subsets=NUM_SUBSETS, path=folder / "truth", **how)
     removed = retrain_without(attribution, DigitClassifier, queries, ks=[10, 50], **how)
-    # What any method must beat: training digits of the same class as the query, and nothing else.
+    # The baseline that any method must beat: 1 for training digits of the query's class, else 0.
     same_class = Attribution(
         (train.tensors[1] == queries.tensors[1][:, None]).float(), metadata={"method": "same class"}
     )

@@ -1,11 +1,11 @@
-"""Which passages did a language model's own words come from?
+"""Which training passages do the words of a language model come from?
 
-Trains a small GPT-2 on chapters of Python's language reference, as ``pydoc_data`` ships it, with a Trainer that
-StrideCallback watches, lets it go on with some prompts, and asks of every continuation which training passages taught
-it. The prompt is read, but only the continuation is asked about (its labels are there, the prompt's are -100). Two
-checks, on passages that training never saw: how many of their top ten are of the same chapter, and how much one step
-of training on those ten helps; beside the ten that share the rarest words (TF-IDF) and ten random ones. Under a minute
-on two CPU cores; writes TensorBoard texts, a page to look through and the saved scores to ``runs/text``.
+The script trains a small GPT-2 on chapters of Python's language reference (in ``pydoc_data``), with StrideCallback in
+the Trainer. The model continues some prompts, and each continuation is attributed to the training passages. The prompt
+is input only: its labels are -100, so only the continuation is attributed. Two checks use passages outside the training
+set: how many of their top ten are of the same chapter, and how much one training step on those ten helps. The
+comparison is with the ten passages that share the rarest words (TF-IDF), and with ten random ones. The script takes
+under a minute on two CPU cores and writes TensorBoard texts, a report and the saved scores to ``runs/text``.
 """
 
 import logging
@@ -65,7 +65,7 @@ class Writer(L.LightningModule):
 
 
 def passages():
-    """Chapters and texts of some 300 characters, in random order; no paragraph stands twice, and no drawn table."""
+    """Chapters and texts of about 300 characters, in random order, without repeated paragraphs and tables."""
     chapters, seen = {}, set()
     for topic, text in sorted(topics.items(), key=lambda chapter: len(chapter[1])):  # long chapters repeat short ones
         paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)]
@@ -73,13 +73,13 @@ def passages():
         seen.update(new)
         chapters[topic] = [piece for piece in textwrap.wrap(" ".join(new), 300) if len(piece) > 100]
     longest = sorted(chapters, key=lambda topic: len(chapters[topic]))[-NUM_CHAPTERS:]
-    found = [(topic, piece) for topic in longest for piece in chapters[topic][:NUM_PER_CHAPTER]]
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(SEED))
-    return [found[place] for place in order.tolist()]
+    pairs = [(topic, piece) for topic in longest for piece in chapters[topic][:NUM_PER_CHAPTER]]
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(SEED))
+    return [pairs[place] for place in order.tolist()]
 
 
 def encoded(tokenizer, prompt, continuation=None):
-    """An example as language models take it; of a prompt and its continuation only the latter is asked about."""
+    """An example for a language model; a prompt with a continuation has labels for the continuation only."""
     given = tokenizer.encode(prompt).ids
     more = [] if continuation is None else tokenizer.encode(continuation).ids
     ids = torch.tensor(given + more)[:LENGTH]
@@ -92,7 +92,7 @@ def encoded(tokenizer, prompt, continuation=None):
 
 
 def continuation_of(model, tokenizer, prompt):
-    """What the model goes on with: the likeliest tokens."""
+    """The model's continuation of a prompt, by its likeliest tokens."""
     ids = torch.tensor([tokenizer.encode(prompt).ids])
     options = {"max_new_tokens": 30, "do_sample": False, "repetition_penalty": 1.1, "pad_token_id": 0}
     written = model.gpt2.generate(ids, attention_mask=torch.ones_like(ids), **options)
@@ -100,7 +100,7 @@ def continuation_of(model, tokenizer, prompt):
 
 
 def by_shared_words(queries, texts):
-    """Cosines of TF-IDF vectors, what any method must beat."""
+    """Cosines of TF-IDF vectors, the baseline that any method must beat."""
     words = TfidfVectorizer().fit(texts)
     return torch.tensor((words.transform(queries) @ words.transform(texts).T).toarray())
 
@@ -129,8 +129,8 @@ def main():
     torch.set_num_threads(1)  # for a network this small a second thread only waits
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
-    found = passages()
-    held_out, train = found[:NUM_HELD_OUT], found[NUM_HELD_OUT:]
+    pairs = passages()
+    held_out, train = pairs[:NUM_HELD_OUT], pairs[NUM_HELD_OUT:]
     chapters, texts = [topic for topic, _ in train], [text for _, text in train]
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(texts, vocab_size=VOCABULARY, special_tokens=["<end>"], show_progress=False)
@@ -166,19 +166,19 @@ def main():
     page = attribution.report(folder / "report.html", title="Where a language model's words come from")
     saved = attribution.save(folder / "scores")
 
-    # The check: passages that training never saw, and whose chapters are known.
-    asked = [encoded(tokenizer, text) for _, text in held_out]
+    # The check: passages outside the training set, of known chapters.
+    checks = [encoded(tokenizer, text) for _, text in held_out]
     ways = {
-        "stride": attribute(model, asked, train_data=data, show_progress=False).scores,
+        "stride": attribute(model, checks, train_data=data, show_progress=False).scores,
         "shared words": by_shared_words([text for _, text in held_out], texts),
-        "random": torch.rand(len(asked), len(data), generator=torch.Generator().manual_seed(SEED)),
+        "random": torch.rand(len(checks), len(data), generator=torch.Generator().manual_seed(SEED)),
     }
     print(f"\n{len(held_out)} held-out passages  of the same chapter  one step on them lowers the loss by")
     for name, scores in ways.items():
         tops = scores.topk(NUM_TOP).indices.tolist()
         same = [chapters[i] == topic for (topic, _), top in zip(held_out, tops, strict=True) for i in top]
         helped = [
-            helped_by_a_step(model, query, [data[i] for i in top]) for query, top in zip(asked, tops, strict=True)
+            helped_by_a_step(model, query, [data[i] for i in top]) for query, top in zip(checks, tops, strict=True)
         ]
         mean = torch.tensor(helped).mean()
         print(f"{f'top {NUM_TOP}, {name}':<21}  {sum(same) / len(same):<19.0%}  {mean:+.4f} nats", flush=True)

@@ -1,9 +1,10 @@
 """Which digits should be labelled next?
 
-Five of the ten classes of scikit-learn's digits are made rare, and a small network learns from fifty labelled digits.
-Then a budget of labels is spent: on the digits that tell most about its weights (``attributor.coreset()``), on those
-farthest from all that have a label (k-centre greedy), on those it is least sure about, or on random ones, and networks
-are trained on the fifty and the chosen. Half a minute on two cores; prints accuracies, draws them in ``runs/coreset``.
+Five of the ten classes of scikit-learn's digits are rare here. A small network learns from fifty labelled digits. Then
+a budget of labels goes to the digits with most information about its weights (``attributor.coreset()``), to those
+farthest from all labelled ones (k-centre greedy), to those with the least certain predictions, or to random ones.
+Networks trained on the fifty and the chosen digits show which choice is best. The script takes half a minute on two CPU
+cores, prints accuracies and draws them in ``runs/coreset``.
 """
 
 import logging
@@ -39,7 +40,7 @@ class DigitClassifier(L.LightningModule):
 
 
 def digits():
-    """Digits with a label, a pool without (labels kept aside), and a test set in which no class is rare."""
+    """Labelled digits, a pool whose labels are hidden from the choice, and a test set in which no class is rare."""
     data, generator = load_digits(), torch.Generator().manual_seed(SEED)
     images, labels = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16, torch.tensor(data.target)
     test, rest = torch.randperm(len(labels), generator=generator).tensor_split([500])
@@ -53,7 +54,7 @@ def fit(train, seed):
     model = DigitClassifier()
     quiet = {"enable_model_summary": False, "enable_progress_bar": False, "enable_checkpointing": False}
     trainer = L.Trainer(max_epochs=EPOCHS, accelerator="cpu", logger=False, **quiet)
-    trainer.fit(model, DataLoader(train, batch_size=len(train)))  # all at once in every step
+    trainer.fit(model, DataLoader(train, batch_size=len(train)))  # every step sees all digits
     return model
 
 
@@ -66,9 +67,9 @@ def k_centre(points, known, size):
 
 
 def orders_of_labelling(model, labelled, images, size):
-    """Positions in the pool, by how they were chosen: an order for every seed."""
+    """Positions in the pool by method, in order of choice: one order for each seed."""
     outputs, (hidden, known) = model(images).detach(), (model.net[:3](x).detach() for x in (images, labelled))
-    # Information needs no labels, and any will do: here those that the network expects.
+    # Information does not depend on labels, so any will do: here the network's predictions.
     attributor = InformationGainAttributor(show_progress=False).fit(model, TensorDataset(images, outputs.argmax(1)))
     unsure = torch.distributions.Categorical(logits=outputs).entropy()
     chosen = {"information": attributor.coreset(size).places, "k-centre": k_centre(hidden, known, size)}
@@ -83,7 +84,7 @@ def main():
     labelled, pool, test = digits()
 
     def accuracy(extra, seed):
-        """Of a network trained on the labelled digits and those at some positions of the pool."""
+        """Test accuracy of a network trained on the labelled digits and on ``extra`` positions of the pool."""
         images, labels = (torch.cat([labelled.tensors[i], pool.tensors[i][extra]]) for i in (0, 1))
         model = fit(TensorDataset(images, labels), seed)
         return float((model(test.tensors[0]).argmax(1) == test.tensors[1]).float().mean())
@@ -94,8 +95,8 @@ def main():
     axes = figure.subplots()
     ways = orders_of_labelling(fit(labelled, 0), labelled.tensors[0], pool.tensors[0], BUDGETS[-1])
     for name, orders in ways.items():
-        found = [[accuracy(order[:budget], seed) for budget in BUDGETS] for seed, order in enumerate(orders)]
-        curve = torch.tensor(found).mean(0).tolist()
+        accuracies = [[accuracy(order[:budget], seed) for budget in BUDGETS] for seed, order in enumerate(orders)]
+        curve = torch.tensor(accuracies).mean(0).tolist()
         rare = torch.stack([pool.tensors[1][order[: BUDGETS[-1]]] > 4 for order in orders]).float().mean()
         print(f"{name:<12}", *(f"{value:6.3f}" for value in curve), f"  {rare * BUDGETS[-1]:.0f}", flush=True)
         axes.plot(BUDGETS, curve, "o-", markersize=3, label=name)

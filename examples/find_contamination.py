@@ -1,15 +1,15 @@
-"""Which training sequences gave the answers of a benchmark away?
+"""Which training sequences contain the answers of a benchmark?
 
-The benchmark asks which of four words fills a gap in a sentence of Python's language reference. Its questions stand in
-the training data, with other wording around them and words missing: half of them with the answer here and there, half
-without. Documents hold both kinds, and only the first kind makes the benchmark worthless. A small GPT-2 learns all by
-heart, and every item asks, by its answer alone, which sequences taught it.
+The benchmark asks which of four words fills a gap in a sentence of Python's language reference. The training data
+contain its questions, in other wording and with words missing: half of them with the answer in some copies, half
+without. Only the first half makes the benchmark worthless. A small GPT-2 memorises all sequences. Then the answer of
+each item is attributed to the sequences.
 
-What is found: copies of a question are found best by the words they share with it (TF-IDF); scores alone miss some. But
-shared words hardly tell whether a copy gives the answer, and scores help there: among the copies that share words they
-put more of those with the answer first, and where a few sequences hold most of an item's score, it has more likely
-leaked. The loss of the answer tells that best, without naming a sequence. (Where the answer is a letter, which many
-items share, scores found far fewer than shared words did.) Under a minute on two CPU cores; writes the scores to
+The result: shared words (TF-IDF) are best at finding copies of a question; scores alone miss some. But shared words
+hardly show whether a copy contains the answer. Scores do: among the copies that share words they rank more of those
+with the answer first. An item is more likely to have leaked if a few sequences hold most of its score. The loss of the
+answer shows that best, but names no sequence. (If the answer is a letter, which many items share, scores find far fewer
+copies than shared words do.) The script takes under a minute on two CPU cores and writes the scores to
 ``runs/contamination``.
 """
 
@@ -36,7 +36,7 @@ from stride_lightning import attribute
 OUTPUT = Path("runs/contamination")
 NUM_ITEMS, NUM_OTHERS, NUM_DROPPED, NUM_CANDIDATES = 44, 120, 2, 10
 VOCABULARY, LENGTH, LAYERS, WIDTH, EPOCHS, SEED = 768, 72, 2, 64, 28, 0
-#: Wording around a question, once with its answer and once with none; every item is asked five times.
+#: Wordings of a question, and endings without an answer; the training data contain every item five times.
 FORMS = ("Question: {} Answer: {}", "Quiz: {} Solution: {}", "{} The gap is filled by: {}")
 NO_ANSWERS = ("not given", "next week", "who knows", "open", "none")
 
@@ -53,7 +53,7 @@ class Writer(L.LightningModule):
         return self.gpt2(input_ids=input_ids, attention_mask=attention_mask).logits
 
     def losses(self, batch):
-        """Of every sequence, the mean over the tokens that have labels."""
+        """The loss of each sequence: the mean over its tokens with labels."""
         logits, labels = self(batch["input_ids"], batch["attention_mask"])[:, :-1], batch["labels"][:, 1:]
         return F.cross_entropy(logits.mT, labels, reduction="none").sum(1) / (labels != -100).sum(1)
 
@@ -71,9 +71,9 @@ class Writer(L.LightningModule):
 def sentences():
     """Short sentences of the language reference, in random order."""
     paragraphs = [" ".join(part.split()) for text in topics.values() for part in re.split(r"\n\s*\n", text)]
-    found = [one for part in paragraphs for one in re.split(r"(?<=[a-z\")][.])\s+", part)]
-    found = [one for one in found if 9 <= len(one.split()) <= 14 and re.fullmatch(r"[A-Z][^|>_{}]*\.", one)]
-    return random.Random(SEED).sample(list(dict.fromkeys(found)), len(set(found)))
+    pieces = [one for part in paragraphs for one in re.split(r"(?<=[a-z\")][.])\s+", part)]
+    pieces = [one for one in pieces if 9 <= len(one.split()) <= 14 and re.fullmatch(r"[A-Z][^|>_{}]*\.", one)]
+    return random.Random(SEED).sample(list(dict.fromkeys(pieces)), len(set(pieces)))
 
 
 def benchmark_and_training_data():
@@ -96,8 +96,8 @@ def benchmark_and_training_data():
         """The question with some words missing and its options in another order."""
         words = item[0].split()
         dropped = set(generator.sample([i for i, word in enumerate(words) if "____" not in word], NUM_DROPPED))
-        kept = " ".join(word for i, word in enumerate(words) if i not in dropped)
-        return FORMS[form % 3].format(f"{kept} ({', '.join(generator.sample(item[1], 4))})", ending)
+        rest = " ".join(word for i, word in enumerate(words) if i not in dropped)
+        return FORMS[form % 3].format(f"{rest} ({', '.join(generator.sample(item[1], 4))})", ending)
 
     train = [(text, None, False) for text in others[:NUM_OTHERS]]
     for number, item in enumerate(items):
@@ -110,7 +110,7 @@ def benchmark_and_training_data():
 
 
 def encoded(tokenizer, prompt, answer=None):
-    """An example as language models take it; of a prompt and its answer only the latter is asked about."""
+    """An example for a language model; a prompt with an answer has labels for the answer only."""
     given = tokenizer.encode(prompt).ids
     ids = torch.tensor(given + ([] if answer is None else tokenizer.encode(answer).ids))[-LENGTH:]
     labels = ids.clone()
@@ -123,7 +123,7 @@ def encoded(tokenizer, prompt, answer=None):
 
 @torch.no_grad()
 def represented(model, examples):
-    """Mean of the last hidden states of every sequence, of length 1."""
+    """Mean of the last hidden states of each sequence, scaled to length 1."""
     batch = default_collate(examples)
     mask = batch["attention_mask"]
     states = model.gpt2.transformer(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
@@ -131,7 +131,7 @@ def represented(model, examples):
 
 
 def share_of_top(scores, k=3):
-    """How much of an item's positive score its k strongest sequences hold."""
+    """Share of an item's positive score in its k strongest sequences."""
     positive = scores.clamp(min=0)
     return positive.topk(k).values.sum(1) / positive.sum(1).clamp(min=1e-12)
 
@@ -168,11 +168,11 @@ def main():
     attribution = attribute(model, queries, train_data=data)
     attribution.train_info = {"text": texts}
     attribution.query_info = {"text": [f"{prompt} {item[2]}" for prompt, item in zip(prompts, items, strict=True)]}
-    asked = attribution.query_info["text"]
+    questions = attribution.query_info["text"]
     words = TfidfVectorizer().fit(texts)
-    shared = torch.tensor((words.transform(asked) @ words.transform(texts).T).toarray()).float()
+    shared = torch.tensor((words.transform(questions) @ words.transform(texts).T).toarray()).float()
     near = shared >= shared.topk(NUM_CANDIDATES).values[:, -1:]
-    similar = represented(model, [encoded(tokenizer, text) for text in asked]) @ represented(model, data).T
+    similar = represented(model, [encoded(tokenizer, text) for text in questions]) @ represented(model, data).T
     ways = {
         "stride": attribution.scores,
         "shared words": shared,
@@ -185,13 +185,13 @@ def main():
     print(f"to the {int((~leaked).sum())} others, whose questions stand there as well: {right[~leaked].mean():.0%}")
     print("\nsequences with an answer, found in the top  3     10    which items leaked: AUROC")
     for name, scores in ways.items():
-        found = [gave_away.gather(1, scores.topk(k).indices)[leaked].sum() / gave_away.sum() for k in (3, 10)]
-        # Ten candidates do not tell how much of the whole the first three hold.
+        shares = [gave_away.gather(1, scores.topk(k).indices)[leaked].sum() / gave_away.sum() for k in (3, 10)]
+        # With only ten candidates the share of the whole is unknown.
         auroc = "-" if scores.isinf().any() else f"{roc_auc_score(leaked, share_of_top(scores)):.2f}"
-        print(f"{name:<42}  {found[0]:<4.0%}  {found[1]:<4.0%}  {auroc}")
+        print(f"{name:<42}  {shares[0]:<4.0%}  {shares[1]:<4.0%}  {auroc}")
     print(f"{'loss of the answer':<42}  -     -     {roc_auc_score(leaked, -loss):.2f}")
 
-    print(f"\nItem 0: {asked[0]}")
+    print(f"\nItem 0: {questions[0]}")
     for place in ways["stride among those"][0].topk(5).indices.tolist():
         print(f"  {attribution.scores[0, place]:+.3f}  {texts[place]}")
     print(f"\nScores: {attribution.save(OUTPUT / 'scores')}. It all took {time.perf_counter() - started:.0f} s.")

@@ -1,9 +1,10 @@
 """Which training labels are wrong?
 
-Gives a tenth of scikit-learn's digits a wrong label, trains a small network on them, and sorts the training digits by
-suspicion: by their loss, and by self-influence, how much training on a digit helped the model with that very digit.
-Weight decay keeps a first model from learning the wrong labels, and their loss gives them away. A second learns them by
-heart: its end says little, its training says much. Half a minute on two cores; writes pictures to ``runs/mislabelled``.
+The script gives a tenth of scikit-learn's digits a wrong label, trains a small network on them, and sorts them by
+suspicion: by their loss, and by self-influence (how much training on a digit helped the model with that very digit).
+With weight decay, a first model does not learn the wrong labels, and their loss is high. A second model memorises them:
+its final weights show little, its checkpoints along training show much. The script takes half a minute on two CPU cores
+and writes pictures to ``runs/mislabelled``.
 """
 
 import logging
@@ -46,7 +47,7 @@ class DigitClassifier(L.LightningModule):
 
 
 def digits_with_wrong_labels():
-    """Training digits with the labels that the model is given, and their true labels."""
+    """Training digits with labels of which some are wrong, and the true labels."""
     data, generator = load_digits(), torch.Generator().manual_seed(SEED)
     train = torch.randperm(len(data.target), generator=generator)[:NUM_TRAIN]
     images, true = torch.tensor(data.images, dtype=torch.float32)[train, None] / 16, torch.tensor(data.target)[train]
@@ -74,7 +75,7 @@ def ways_to_suspect(model, along, train):
         outputs = func.functional_call(model, weights, images).detach()
         return nn.functional.cross_entropy(outputs, labels, reduction="none")
 
-    # What any method must beat: the loss needs no gradients. Its mean over training sees what TracIn sees.
+    # The baselines: the loss needs no gradients. Its mean over training uses the same checkpoints as TracIn.
     ways = {"loss": lambda: loss(along[-1]), "mean loss": lambda: sum(map(loss, along)) / len(along)}
     for method in ("tracin", "grad-dot", "ekfac"):  # tracin finds its records through the trainer
         ways[method] = lambda name=method: self_influence(model, train_data=train, method=name, show_progress=False)
@@ -82,7 +83,7 @@ def ways_to_suspect(model, along, train):
 
 
 def picture(suspicion, train, true, columns=10, rows=2):
-    """The most suspicious digits, framed in red where the label is wrong indeed."""
+    """The most suspicious digits, framed in red if the label is wrong, else in green."""
     figure = Figure(figsize=(columns * 0.8, rows * 1.12), dpi=150, layout="constrained")
     for axes, place in zip(figure.subplots(rows, columns).flat, suspicion.argsort(descending=True), strict=False):
         image, given = train[place]
@@ -110,8 +111,8 @@ def main():
             started = time.perf_counter()
             suspicion, seconds = way(), time.perf_counter() - started
             auroc, precision = (mislabel_detection(suspicion, wrong, m) for m in ("auroc", "average_precision"))
-            found = wrong[suspicion.topk(NUM_WRONG).indices].sum()
-            print(f"{method:<11} {auroc:.3f}  {precision:<17.3f}  {found:<20}  {seconds:.2f}", flush=True)
+            num_hits = wrong[suspicion.topk(NUM_WRONG).indices].sum()
+            print(f"{method:<11} {auroc:.3f}  {precision:<17.3f}  {num_hits:<20}  {seconds:.2f}", flush=True)
             if method == "tracin":
                 picture(suspicion, train, true).savefig(OUTPUT / f"{name}.png")
     print(f"\nMost suspicious by TracIn: {OUTPUT / 'regularised.png'}, memorised.png")

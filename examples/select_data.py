@@ -1,12 +1,12 @@
-"""Which part of a pool of text should a model for one kind of text be trained on?
+"""Which texts of a pool should train a model for one kind of text?
 
-The pool is text that comes with Python: code of the standard library, its language reference, and few docstrings. The
-target is docstrings: thirty of them say what is wanted, others are the test. A small GPT-2 learns from the whole pool,
-every text of the pool is scored for the thirty, and new models are trained on the texts that help most: by mean score,
-or by the best of each of the thirty in turn. Beside them texts that share the rarest words with the thirty (TF-IDF),
-chosen in the same two ways, and random ones. What is found: any choice beats chance. The mean of scores is first, but
-three seeds do not tell it from shared words for sure. Under a minute on two CPU cores; prints the losses of the new
-models on the test and draws them in ``runs/selection``.
+The pool is text that comes with Python: code of the standard library, its language reference, and a few docstrings. The
+target is docstrings: thirty of them are the queries, others are the test. A small GPT-2 learns from the whole pool, and
+every text of the pool gets a score for each of the thirty. New models are trained on the texts with the highest mean
+scores, or on the best texts of each of the thirty in turn. The comparison is with texts that share the rarest words
+with the thirty (TF-IDF), chosen in the same two ways, and with random ones. The result: any choice beats chance. The
+mean of scores is first, but with three seeds its lead over shared words is not certain. The script takes under a minute
+on two CPU cores, prints the test losses of the new models and draws them in ``runs/selection``.
 """
 
 import importlib
@@ -69,7 +69,7 @@ class Writer(L.LightningModule):
 
 
 def kinds_of_text():
-    """Pieces of some 200 characters by kind, each kind in random order, none twice."""
+    """Pieces of about 200 characters by kind, each kind in random order, without repetitions."""
 
     def pieces(texts):
         lines = [line for text in texts for line in textwrap.wrap(" ".join(text.split()), 220)]
@@ -88,19 +88,19 @@ def kinds_of_text():
         re.sub(r'"{3}[\s\S]*?"{3}|^\s*#.*', "", inspect.getsource(module), flags=re.MULTILINE) for module in modules
     ]
     code = [re.sub(r"\n\s*\n+", "\n", text) for text in code]
-    found = {
+    by_kind = {
         "code": [text[start : start + 220] for text in code for start in range(0, len(text) - 220, 220)],
         "reference": pieces(dict.fromkeys(paragraphs)),
         "docstrings": pieces(docstrings),
     }
-    for kind, texts in found.items():
-        found[kind] = list(dict.fromkeys(texts))
-        random.Random(SEED).shuffle(found[kind])
-    return found
+    for kind, texts in by_kind.items():
+        by_kind[kind] = list(dict.fromkeys(texts))
+        random.Random(SEED).shuffle(by_kind[kind])
+    return by_kind
 
 
 def pool_and_target():
-    """Kinds and texts of the pool, texts that say what is wanted, and others like them for the test."""
+    """Kinds and texts of the pool, the texts of the queries, and those of the test."""
     texts = kinds_of_text()
     pool = [(kind, text) for kind, size in POOL.items() for text in texts[kind][:size]]
     random.Random(SEED).shuffle(pool)
@@ -156,11 +156,11 @@ def main():
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(texts, vocab_size=VOCABULARY, special_tokens=["<end>"], show_progress=False)
     size = tokenizer.get_vocab_size()
-    data, queries, asked = ([encoded(tokenizer, text) for text in part] for part in (texts, wanted, test))
+    data, queries, test_data = ([encoded(tokenizer, text) for text in part] for part in (texts, wanted, test))
 
     def test_loss(model):
         with torch.no_grad():
-            return float(model.training_step(default_collate(asked)))
+            return float(model.training_step(default_collate(test_data)))
 
     model = fit(data, size, SEED, POOL_EPOCHS)
     scores = attribute(model, queries, train_data=data).scores
@@ -182,8 +182,8 @@ def main():
             for seed, places in enumerate(chosen)
         ]
         losses[name] = torch.tensor([test_loss(model) for model in models])
-        found = sum(kinds[place] == "docstrings" for places in chosen for place in places) / NUM_SEEDS / NUM_CHOSEN
-        print(f"{name:<21}  {losses[name].mean():.3f} ± {losses[name].std():.3f}       {found:.0%}", flush=True)
+        share = sum(kinds[place] == "docstrings" for places in chosen for place in places) / NUM_SEEDS / NUM_CHOSEN
+        print(f"{name:<21}  {losses[name].mean():.3f} ± {losses[name].std():.3f}       {share:.0%}", flush=True)
     OUTPUT.mkdir(parents=True, exist_ok=True)
     picture(losses).savefig(OUTPUT / "losses.png")
     print(f"\nDrawn in {OUTPUT / 'losses.png'}. It all took {time.perf_counter() - started:.0f} s.")

@@ -1,4 +1,4 @@
-"""The front door: attribute() and self_influence(), and the methods by name."""
+"""The front door: attribute() and self_influence(), and the list of methods."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stride_lightning.runtime.metering import Meter
 from stride_lightning.runtime.progress import call
 from stride_lightning.tasks.likelihoods import Task
 
-#: The files whose classes enter themselves among the methods when they are imported.
+#: The modules with methods; importing them registers their classes.
 _HOMES = (
     "gradients.plain",
     "gradients.presets",
@@ -49,39 +49,39 @@ def attribute(
 ) -> Attribution | TopAttribution:
     """Which training examples made the model do this?
 
-    In a distributed run every rank may call it: the work is shared and all return the same result. The caller's
-    weights, mode, hooks and device are as before afterwards.
+    In a distributed run all ranks call it: they share the work and return the same result. Afterwards the model's
+    weights, mode, hooks and device are as before.
 
     Args:
         model: A LightningModule or any other module; it is evaluated in eval mode (dropout off, BatchNorm fixed).
-        queries: What to explain: a Dataset, a DataLoader, or a LightningDataModule (its test data, else its
+        queries: The examples to explain: a Dataset, a DataLoader, or a LightningDataModule (its test data, else its
             validation data).
-        train_data: What the model was trained on: a Dataset, a DataLoader or a LightningDataModule.
+        train_data: The training data of the model: a Dataset, a DataLoader or a LightningDataModule.
         method: Name of the method; see :func:`methods`.
-        ckpt_path: Checkpoint whose weights are attributed, or ``"best"`` or ``"last"`` of the model's trainer. By
-            default the weights as they are.
-        weights_only: As in ``torch.load`` and Lightning: None leaves it to torch, which loads tensors and plain values
-            alone. False loads checkpoints that hold other objects, such as a module among the hyper-parameters; that
-            may run code stored in the file, so pass it for files you trust.
-        record: A record that a callback wrote, or the folder that holds records. By default the callback's state in
-            the checkpoint or the attached trainer says where records are, and the one of these weights is used; if
-            there is none, everything is computed on the spot and the metadata says so.
-        task: What a batch means; inferred from the first batch by default.
+        ckpt_path: Checkpoint with the weights to attribute, or ``"best"`` or ``"last"`` of the model's trainer. By
+            default the model's present weights.
+        weights_only: As in ``torch.load`` and Lightning. None is torch's default, which loads only tensors and plain
+            values. False also loads checkpoints with other objects, such as a module among the hyper-parameters. That
+            may run code from the file, so pass it only for files you trust.
+        record: A record that a callback wrote, or a folder of records. By default the checkpoint or the attached
+            trainer names the records, and the one of these weights is used. Without one, everything is computed now,
+            and the metadata says so.
+        task: The meaning of a batch; by default inferred from the first batch.
         target: ``"label"``, or ``"predicted"`` for queries without labels.
-        train_indices: Positions in the dataset that were trained on, where the sampler does not tell.
+        train_indices: Positions in the dataset that the model was trained on, if the sampler does not give them.
         batch_size: Examples per forward pass; changes nothing but rounding.
-        device: Where to compute; the model's device by default.
-        seed: Seed of everything random that is not read from a record.
-        show_progress: Show how far the call is, in which phase, and how much time is left.
+        device: Device of the computation; by default the model's.
+        seed: Seed of all random numbers that are not read from a record.
+        show_progress: Show a bar with the phase of the call and the time left.
         **options: Options of the method, such as ``num_subsets``, ``layers``, ``basis``, ``recovery``.
 
     Returns:
-        Scores of shape ``(num_queries, num_train)`` and all that can be done with them; positive is helpful. Their unit
-        is the method's: see its class. With ``top_k=`` only the top of each query, as a ``TopAttribution``.
+        Scores of shape ``(num_queries, num_train)``, with methods to view and save them; positive is helpful. The class
+        of the method names their unit. With ``top_k=`` only the top of each query, as a ``TopAttribution``.
 
     Raises:
         TypeError: If an option is unknown or the data are not map-style.
-        ValueError: If record, weights and data do not belong together, or something is not finite.
+        ValueError: If record, weights and data do not belong together, or a number is not finite.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -96,7 +96,7 @@ def attribute(
     """
     with call(show=show_progress), Meter() as meter:
         attributor = create(method, seed=seed, batch_size=batch_size, show_progress=show_progress, **options)
-        examples = resolve_queries(queries, model)  # before the fit, whose work it may take hours to do again
+        examples = resolve_queries(queries, model)  # before the fit, so that hours of work do not end in a refusal
         attributor.expected_queries = len(examples)
         attributor.fit(
             model,
@@ -109,7 +109,7 @@ def attribute(
             device=device,
         )
         attribution = attributor.attribute(examples, target=target)
-    attribution.metadata["peak_memory_bytes"] = meter.peak_memory  # of both: what the first holds counts in the second
+    attribution.metadata["peak_memory_bytes"] = meter.peak_memory  # of both: the fit's tensors count in the second
     return attribution
 
 
@@ -131,15 +131,16 @@ def self_influence(
 ) -> Tensor:
     """How much did training on each example help the model with that very example?
 
-    Where this is high, the model has memorised the example: it owes its answer to this one more than to others. Sorted
-    from high to low, mislabelled and unusual examples come first, which makes it a way to find wrong labels;
-    :func:`~stride_lightning.metrics.mislabel_detection` says how well. Arguments as in :func:`attribute`.
+    A high value means that the model has memorised the example: its answer there depends on this example more than on
+    others. Mislabelled and unusual examples tend to have the highest values, so sorting by them finds wrong labels;
+    :func:`~stride_lightning.metrics.mislabel_detection` measures how well. Arguments as in :func:`attribute`.
 
     Returns:
-        float32, shape ``(num_train,)``, in the unit of the method: the score of each training example for itself, the
-        diagonal of the attribution of the training data to themselves; in the order of ``train_indices``, by default
-        that of the dataset. A method that scores only some examples (``left_out``) gives those, in that order. What a
-        method chooses over all queries of a call, such as the penalty of a lasso, it chooses for each ``batch_size``.
+        float32, shape ``(num_train,)``, in the unit of the method: the score of each training example for itself, which
+        is the diagonal of the attribution of the training data to themselves. The order is that of ``train_indices``,
+        by default that of the dataset. A method that scores only some examples (``left_out``) gives those, in their
+        order. A method that chooses an option over all queries of a call, such as the penalty of a lasso, chooses it
+        for every ``batch_size`` of them.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -166,21 +167,21 @@ def self_influence(
 
 
 def methods() -> list[str]:
-    """Names of all methods, those of your own included."""
+    """Names of all methods, including those that you defined."""
     for home in _HOMES:
         import_module(f"stride_lightning.{home}")
     return sorted(Attributor.registry)
 
 
 def class_of(method: str) -> type[Attributor]:
-    """The class of a method; wrong names are refused with the right ones."""
+    """The class of a method; the error about an unknown name lists all names."""
     if method not in (known := methods()):
-        raise ValueError(f"Unknown method {method!r}. Known: {', '.join(known)}.")
+        raise ValueError(f"Unknown method {method!r}. Use one of: {', '.join(known)}.")
     return Attributor.registry[method]
 
 
 def create(method: str, **options: Any) -> Attributor:
-    """The attributor of that name with these options; wrong names are refused with the right ones.
+    """The attributor of that name with these options; the error about an unknown option lists all options.
 
     Example:
         >>> create("ekfac", damping=0.3).method
@@ -197,7 +198,7 @@ def create(method: str, **options: Any) -> Attributor:
 
 
 def _options(cls: type[Attributor]) -> set[str]:
-    """Names of the keyword arguments of a method, those it hands on to its base classes as ``**kwargs`` too."""
+    """Names of a method's keyword arguments, with those that it passes to its base classes as ``**kwargs``."""
     names: set[str] = set()
     for base in cls.__mro__:
         if "__init__" in vars(base):

@@ -1,4 +1,4 @@
-"""Attributor: what every method is built on."""
+"""Attributor: the base of every method."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ from stride_lightning.tasks.likelihoods import Task
 
 
 class Attributor(ABC):
-    """A method: fit it to a model and its training data, then ask it about queries, as often as you like.
+    """A method: fit it to a model and its training data, then attribute queries, as often as you like.
 
-    A new method is a subclass with a name, its options as keyword arguments, and the two abstract methods:
-    :meth:`fit_model` and :meth:`score_queries`. They find what they work on in ``train_data``, ``task`` and ``weights``
-    (the hash of the weights that are attributed), and note their choices in ``metadata``.
+    A new method is a subclass with a name, its options as keyword arguments, and the two abstract methods
+    :meth:`fit_model` and :meth:`score_queries`. They read ``train_data``, ``task`` and ``weights`` (the hash of the
+    attributed weights), and add their choices to ``metadata``.
 
     Args:
-        seed: Seed of everything random.
+        seed: Seed of all random numbers.
         batch_size: Examples per forward pass.
-        show_progress: Show how far a call is and how much time is left.
+        show_progress: Show a bar with the phase of a call and the time left.
     """
 
-    #: Name by which :func:`attribute` finds the method.
+    #: Name of the method, as :func:`attribute` takes it.
     method: ClassVar[str]
     #: Unit of the scores.
     unit: ClassVar[str] = "nats of query loss, to first order"
-    #: Whether all queries of a call share work too long to do again, such as training: then they are asked at once.
+    #: Whether all queries of a call share long work, such as training; self-influence then takes them in a single call.
     asks_at_once: ClassVar[bool] = False
-    #: How many queries will be asked after the fit, as far as is known; for the estimate of the time left.
+    #: Number of queries after the fit, if known; for the estimate of the time left.
     expected_queries: int = 0
-    #: All methods by name: a subclass with a name enters itself.
+    #: All methods by name; a subclass with a name registers itself.
     registry: ClassVar[dict[str, type[Attributor]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -63,7 +63,7 @@ class Attributor(ABC):
 
     def __init__(self, *, seed: int = 0, batch_size: int = 256, show_progress: bool = True, **unknown: Any) -> None:
         if unknown:
-            raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(unknown))}.")
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(unknown))}. Check the spelling.")
         self.seed, self.batch_size = check_count("seed", seed, 0), check_count("batch_size", batch_size)
         self.show_progress, self._is_fitted = show_progress, False
         self.metadata: dict[str, Any] = {}
@@ -83,16 +83,16 @@ class Attributor(ABC):
         train_indices: Sequence[int] | Tensor | None = None,
         device: str | torch.device | None = None,
     ) -> Self:
-        """Do everything that does not depend on the queries; arguments as in :func:`attribute`."""
+        """Do all work that does not depend on the queries; arguments as in :func:`attribute`."""
         if not isinstance(model, nn.Module):
-            raise TypeError(f"`model` must be a module, got {model!r}.")
+            raise TypeError(f"`model` must be a module (an instance of torch.nn.Module), got {model!r}.")
         check_task(task)
         with Meter() as meter, call(show=self.show_progress):
             path = None if ckpt_path is None else resolve_ckpt_path(ckpt_path, model)
             checkpoint = None if path is None else load_checkpoint(path, weights_only)
             self.weights_only = weights_only
             self.model, self._device = model, None if device is None else torch.device(device)
-            self._is_fitted = False  # if fitting fails, nothing is of what was fitted before
+            self._is_fitted = False  # a failed fit leaves no mixture with an earlier one
             self._checkpoint_state = None if checkpoint is None else checkpoint.get("state_dict", checkpoint)
             self.train_data = resolve_train_data(train_data, train_indices, model)
             with torch.inference_mode(False), borrowed(model, self._state(), self._device) as where, torch.no_grad():
@@ -119,7 +119,7 @@ class Attributor(ABC):
         return self
 
     def attribute(self, queries: Any, *, target: str = "label") -> Attribution | TopAttribution:
-        """Scores of every training example for the queries; needs :meth:`fit` once before."""
+        """Scores of every training example for the queries; call :meth:`fit` before."""
         self.check_fitted("attribute(queries)")
         if target not in ("label", "predicted"):
             raise ValueError(f"`target` must be 'label' or 'predicted', got {target!r}.")
@@ -150,62 +150,62 @@ class Attributor(ABC):
         return attribution
 
     def self_influence(self) -> Tensor:
-        """Score of every training example for its own loss, as of :func:`self_influence`; needs :meth:`fit` before."""
+        """Score of every training example for itself, as :func:`self_influence` returns it; call :meth:`fit` before."""
         self.check_fitted("self_influence()")
         with call(show=self.show_progress), self.borrowed_model() as (model, where):
             return self.score_training_data(model, where).float()
 
     def check_fitted(self, call: str) -> None:
-        """Refuse a call that comes before :meth:`fit`."""
+        """Refuse a call before :meth:`fit`."""
         if not self._is_fitted:
             raise RuntimeError(f"Call fit(model, train_data) before {call}.")
 
     @contextmanager
     def borrowed_model(self) -> Iterator[tuple[nn.Module, torch.device]]:
-        """The model as it was fitted, and its device; afterwards the caller's model is as it was."""
+        """The model with the fitted weights, and its device; afterwards the caller's model is as before."""
         assert self.model is not None
         with torch.inference_mode(False), borrowed(self.model, self._state(), self._device) as where, torch.no_grad():
             if weight_hash(self.model) != self.weights:
                 raise ValueError(
-                    "The model's weights have changed since fit(). Call fit() again, or attribute a checkpoint with "
-                    "ckpt_path=, which is remembered."
+                    "The model's weights have changed since fit(). Call fit() again, or give fit() a `ckpt_path=`: its "
+                    "weights stay fixed."
                 )
             yield self.model, where
 
     def take_over(self, other: Attributor) -> None:
-        """Work on what another attributor was fitted to, as part of it."""
+        """Use the model, data and task that another attributor was fitted to, as a part of it."""
         self.model, self._device, self._checkpoint_state = other.model, other._device, other._checkpoint_state
         self.train_data, self.task, self.weights = other.train_data, other.task, other.weights
 
     def scored_examples(self) -> Examples:
-        """The examples that columns of the scores stand for; all training examples unless a method scores a few."""
+        """The example of each column of the scores; all training examples unless a method scores only some."""
         return self.train_data
 
     @abstractmethod
     def fit_model(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
-        """Fit to ``self.train_data``, the model in eval mode on ``device``; add choices to ``self.metadata``."""
+        """Fit to ``self.train_data``, with the model in eval mode on ``device``; add choices to ``self.metadata``."""
 
     @abstractmethod
     def score_queries(
         self, model: nn.Module, queries: Examples, device: torch.device, target: str
     ) -> Attribution | TopAttribution:
-        """Scores for the queries, on the CPU; ``metadata`` holds what was chosen for them."""
+        """Scores for the queries, on the CPU; their ``metadata`` holds the choices for these queries."""
 
     def score_training_data(self, model: nn.Module, device: torch.device) -> Tensor:
-        """Scores of the scored examples for themselves, on the CPU; by asking about the training data, part by part."""
+        """Scores of the scored examples for themselves, on the CPU: by attributing the training data, part by part."""
         diagonals: list[tuple[Tensor, Tensor]] = []
         parts = torch.arange(len(self.train_data)).split(len(self.train_data) if self.asks_at_once else self.batch_size)
         for part in track(parts, "Self-influence", show=self.show_progress):
             queries = self.train_data.subset(part.tolist())
             scores = self.score_queries(model, queries, device, "label").scores
-            # Columns may be some of the training examples, in an order of their own.
+            # Columns may stand for only some training examples, in another order.
             rows, columns = (queries.positions[:, None] == self.scored_examples().positions).nonzero(as_tuple=True)
             diagonals.append((columns, scores[rows, columns]))
         columns, influence = (torch.cat(pieces) for pieces in zip(*diagonals, strict=True))
         return influence[columns.argsort()]
 
     def _state(self) -> Mapping[str, Any] | None:
-        """Weights to load for the time of a call: the checkpoint's, or what makes all ranks agree; None for none."""
+        """Weights to load during a call: the checkpoint's, or rank 0's so that all ranks agree; None to load none."""
         assert self.model is not None
         return rank_zero_state(self.model) if self._checkpoint_state is None else self._checkpoint_state
 

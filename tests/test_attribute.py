@@ -127,9 +127,9 @@ def test_model_is_as_before(options, tmp_path):
     model.network[1].eval()
     next(model.parameters()).requires_grad_(False)
     torch.save(other.state_dict(), tmp_path / "other.pt")
-    asked = {"train_data": picture_data(), "ckpt_path": tmp_path / "other.pt", **FEW, **options}
+    arguments = {"train_data": picture_data(), "ckpt_path": tmp_path / "other.pt", **FEW, **options}
     before = condition_of(model)
-    attribution = attribute(model, picture_data(3, seed=1), **asked)
+    attribution = attribute(model, picture_data(3, seed=1), **arguments)
     if options == {"basis": "learned"}:
         torch.set_rng_state(before["random"])  # which fitting draws from
     check_same_condition(before, model)
@@ -142,7 +142,7 @@ def test_model_is_as_before(options, tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"method": "strid"}, ValueError, r"Unknown method 'strid'. Known: .*stride"),
+        ({"method": "strid"}, ValueError, r"Unknown method 'strid'. Use one of: .*stride"),
         ({"num_subset": 3}, TypeError, r"Unknown option num_subset for method 'stride'.*layers.*num_subsets"),
         ({"basis": "other"}, ValueError, r"`basis` must be one of \('statistics', 'learned'\)"),
         ({"recovery": "other"}, ValueError, r"`recovery` must be one of \('prior', 'lasso', 'ridge', 'closed-form'\)"),
@@ -220,7 +220,7 @@ def test_a_new_method_is_a_subclass(model):
         assert (attribution.scores == 2).all()
         assert attribution.metadata["value"] == 2
         assert Constant.method in methods()
-        with pytest.raises(TypeError, match=r"^Constant has no option valeu\.$"):
+        with pytest.raises(TypeError, match=r"^Constant has no option valeu\. Check the spelling\.$"):
             Constant(valeu=1.0)
         for wrong in (None, torch.zeros(4, 4), Attribution(torch.zeros(2, 3))):
             Constant.score_queries = lambda *_, wrong=wrong: wrong
@@ -353,10 +353,10 @@ def test_duplicates_get_similar_scores(model):
 def test_sign(tmp_path, options):
     """A copy of the query helps it most, a copy with the wrong label harms it most."""
     data, query = classification_data(), Subset(classification_data(5, seed=5), [4])
-    asked_x, asked_y = query[0]
+    query_x, query_y = query[0]
     x, y = (tensor.clone() for tensor in data.tensors)
-    x[11], y[11] = asked_x, asked_y
-    x[42], y[42] = asked_x, (asked_y + 1) % 3
+    x[11], y[11] = query_x, query_y
+    x[42], y[42] = query_x, (query_y + 1) % 3
     planted, model = TensorDataset(x, y), build(Classifier)
     train(model, planted, tmp_path, max_epochs=10)
     top = attribute(model, query, train_data=planted, num_subsets=300, show_progress=False, **options).top(3)
@@ -386,17 +386,17 @@ def test_scores_predict_retraining():
     """On a convex problem, trained to the minimum, scores rank the losses of models retrained on random halves."""
     x, noise = points(100, 5).double(), points(100, 1, seed=3)[:, 0].double()
     y = (x[:, 0] - x[:, 1] + 0.7 * noise > 0).long()
-    asked_x = points(12, 5, seed=1).double()
-    asked_y = (asked_x[:, 0] - asked_x[:, 1] > 0).long()
+    query_x = points(12, 5, seed=1).double()
+    query_y = (query_x[:, 0] - query_x[:, 1] > 0).long()
     generator = torch.Generator().manual_seed(0)
     masks = torch.stack([torch.randperm(100, generator=generator) < 50 for _ in range(60)])
     losses = []
     for mask in masks:
         retrained = logistic_regression(x[mask], y[mask], 0.01)
         with torch.no_grad():
-            losses.append(F.cross_entropy(retrained(asked_x), asked_y, reduction="none"))
+            losses.append(F.cross_entropy(retrained(query_x), query_y, reduction="none"))
     model = logistic_regression(x, y, 0.01)
-    attribution = attribute(model, TensorDataset(asked_x, asked_y), train_data=TensorDataset(x, y), show_progress=False)
+    attribution = attribute(model, TensorDataset(query_x, query_y), train_data=TensorDataset(x, y), show_progress=False)
     score = linear_datamodeling_score(attribution.scores, masks, torch.stack(losses))
     assert score > 0.8
 

@@ -247,11 +247,11 @@ def test_damaged_record(run, tmp_path):
     checkpoint["callbacks"][callback.state_key]["dirpath"] = str(damaged)
     torch.save(checkpoint, tmp_path / "moved.ckpt")
     with pytest.warns(UserWarning, match=r"No record that StrideCallback wrote can be used.*basis\.safetensors"):
-        found = attribute(other, QUERIES, train_data=DATA, ckpt_path=tmp_path / "moved.ckpt", **FEW)
-    assert found.metadata["record"] is None
-    assert "computed on the spot" in found.metadata["record_note"]
-    assert "basis.safetensors" in found.metadata["record_note"]
-    same(found, attribute(model, QUERIES, train_data=DATA, **FEW))
+        attribution = attribute(other, QUERIES, train_data=DATA, ckpt_path=tmp_path / "moved.ckpt", **FEW)
+    assert attribution.metadata["record"] is None
+    assert "computed on the spot" in attribution.metadata["record_note"]
+    assert "basis.safetensors" in attribution.metadata["record_note"]
+    same(attribution, attribute(model, QUERIES, train_data=DATA, **FEW))
 
 
 def test_record_and_options_that_conflict(run):

@@ -71,7 +71,7 @@ def test_wrong_labels_are_found(example, run):
     printed, rows = run(script, r"^(loss|mean loss|tracin|grad-dot|ekfac) +(\.?\d\S*)  (\S+) +(\d+)  ", 2 * 5)
     # Twelve epochs are too few to learn wrong labels by heart: everything finds them.
     assert min(float(auroc) for _, auroc, *_ in rows) > 0.9, printed
-    assert min(int(found) for *_, found in rows) > 20, printed
+    assert min(int(hits) for *_, hits in rows) > 20, printed
     assert {path.name for path in Path("runs/mislabelled").glob("*.png")} == {"regularised.png", "memorised.png"}
 
 
@@ -89,8 +89,8 @@ def test_labels_are_spent(example, run):
     printed, rows = run(script, r"^(information|k-centre|least sure|random) +(\S+) +(\S+) +(\d+)$", 4)
     (before,) = re.findall(r"accuracy (\S+)\.", printed)
     assert all(float(before) - 0.05 < float(few) < float(many) for _, few, many, _ in rows), printed
-    found = {name: int(rare) for name, *_, rare in rows}
-    assert min(found["information"], found["k-centre"], found["least sure"]) > 2 * found["random"], printed
+    num_rare = {name: int(rare) for name, *_, rare in rows}
+    assert min(num_rare["information"], num_rare["k-centre"], num_rare["least sure"]) > 2 * num_rare["random"], printed
     assert Path("runs/coreset/accuracy.png").stat().st_size > 0
 
 
@@ -221,17 +221,17 @@ def test_passages_behind_a_text_are_found(language_example, run):
 
 def test_passages_stand_once_and_of_a_continuation_only_it_is_asked(language_example):
     script = language_example("attribute_text")
-    found = script.passages()
-    assert len({text for _, text in found}) == len(found) > 300
-    assert len({topic for topic, _ in found}) == script.NUM_CHAPTERS
+    passages = script.passages()
+    assert len({text for _, text in passages}) == len(passages) > 300
+    assert len({topic for topic, _ in passages}) == script.NUM_CHAPTERS
 
     class Letters:
         def encode(self, text):
             return type("Encoding", (), {"ids": [ord(letter) for letter in text]})
 
-    asked = script.encoded(Letters(), "ab", "cde")
-    assert asked["labels"][:6].tolist() == [-100, -100, 99, 100, 101, -100]
-    assert asked["attention_mask"].sum() == 5
+    query = script.encoded(Letters(), "ab", "cde")
+    assert query["labels"][:6].tolist() == [-100, -100, 99, 100, 101, -100]
+    assert query["attention_mask"].sum() == 5
 
 
 def test_a_selection_helps_more_than_chance(language_example, run):
@@ -241,9 +241,9 @@ def test_a_selection_helps_more_than_chance(language_example, run):
     )
     printed, rows = run(script, r"^(\S.*?)  +(\d\.\d{3}) ± \d\.\d{3} +(\d+)%$", 5)
     loss = {name: float(value) for name, value, _ in rows}
-    found = {name: int(share) for name, *_, share in rows}
+    shares = {name: int(share) for name, *_, share in rows}
     assert max(loss["stride, mean"], loss["stride, in turn"]) < loss["random"] - 0.03, printed
-    assert min(found["stride, mean"], found["stride, in turn"]) > found["random"] + 5, printed
+    assert min(shares["stride, mean"], shares["stride, in turn"]) > shares["random"] + 5, printed
     assert Path("runs/selection/losses.png").stat().st_size > 0
 
 
@@ -258,9 +258,9 @@ def test_target_and_pool_have_no_text_in_common(language_example):
 def test_sequences_that_gave_answers_away_are_found(language_example, run):
     script = language_example("find_contamination", NUM_ITEMS=16, NUM_OTHERS=20, EPOCHS=24)
     printed, rows = run(script, r"^(\S.*?)  +(\d+)% +(\d+)% +(\S+)$", 5)
-    found = {name: (int(three), int(ten)) for name, three, ten, _ in rows}
-    assert found["stride"][1] > found["random"][1] + 25, printed
-    assert found["stride among those"][0] > found["random"][0] + 40, printed
+    shares = {name: (int(three), int(ten)) for name, three, ten, _ in rows}
+    assert shares["stride"][1] > shares["random"][1] + 25, printed
+    assert shares["stride among those"][0] > shares["random"][0] + 40, printed
     (right,) = re.findall(r"the 8 leaked items: (\d+)%", printed)
     assert int(right) > 50, printed  # by chance 25 %
     assert Path("runs/contamination/scores").is_dir()

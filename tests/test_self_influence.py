@@ -24,7 +24,7 @@ class Product(Attributor):
 
     def __init__(self, **options):
         super().__init__(**options)
-        self.asked = []
+        self.batches = []
 
     def fit_model(self, model, device, record, checkpoint):
         pass
@@ -32,7 +32,7 @@ class Product(Attributor):
     def score_queries(self, model, queries, device, target):
         assert (target, model.training) == ("label", False)
         assert not torch.is_grad_enabled()
-        self.asked.append(len(queries))
+        self.batches.append(len(queries))
         scored = self.scored_examples()
         rows, columns = (torch.stack([data[i][0][0] for i in range(len(data))]) for data in (queries, scored))
         return Attribution((rows[:, None] * columns + self.shift).double())
@@ -57,24 +57,24 @@ def test_parts_and_order_by_hand(model, monkeypatch):
     squares = DATA.tensors[0][:, 0].square() + Product.shift
     attributor = Product(batch_size=25, show_progress=False)
     attributor.fit(model, DATA)
-    found = attributor.self_influence()
-    torch.testing.assert_close(found, squares)
-    assert found.dtype == torch.float32
-    assert attributor.asked == [25, 25, 10]
+    influence = attributor.self_influence()
+    torch.testing.assert_close(influence, squares)
+    assert influence.dtype == torch.float32
+    assert attributor.batches == [25, 25, 10]
     some = attributor.fit(model, DATA, train_indices=[9, 2, 30]).self_influence()
     torch.testing.assert_close(some, squares[[9, 2, 30]])
     monkeypatch.setattr(Product, "asks_at_once", True)  # a method whose queries share work is asked once
     attributor.fit(model, DATA).self_influence()
-    assert attributor.asked[-1] == 60
+    assert attributor.batches[-1] == 60
 
 
 @pytest.mark.parametrize("batch_size", [60, 8])
 def test_a_method_that_scores_some_examples_gives_those(model, batch_size):
     attributor = Few(batch_size=batch_size, show_progress=False).fit(model, DATA)
-    found = attributor.self_influence()
+    influence = attributor.self_influence()
     columns = attributor.attribute(Subset(DATA, [0])).train_indices
     assert columns.tolist() == list(Few.places)
-    torch.testing.assert_close(found, DATA.tensors[0][columns, 0].square() + Product.shift)
+    torch.testing.assert_close(influence, DATA.tensors[0][columns, 0].square() + Product.shift)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
     attributor.fit(model, DATA, train_indices=order)
     columns = order[list(Few.places)]
@@ -86,20 +86,20 @@ def test_a_method_may_know_better(model):
         def score_training_data(self, model, device):
             return torch.arange(len(self.train_data), device=device).double()
 
-    found = Known().fit(model, DATA).self_influence()
-    assert found.tolist() == list(range(60))
-    assert found.dtype == torch.float32
+    influence = Known().fit(model, DATA).self_influence()
+    assert influence.tolist() == list(range(60))
+    assert influence.dtype == torch.float32
 
 
 def test_further_training_without_some():
     model, data = build(Classifier), classification_data(40)
     options = {"num_seeds": 1, "left_out": [31, 2, 17, 9], "train_batch_size": 10, "show_progress": False}
-    found = self_influence(model, train_data=data, method="further-training", batch_size=64, **options)
+    influence = self_influence(model, train_data=data, method="further-training", batch_size=64, **options)
     attribution = attribute(model, data, train_data=data, method="further-training", **options)
-    torch.testing.assert_close(found, attribution.scores[attribution.train_indices].diagonal())
-    assert (found > 0).float().mean() > 0.7  # training on an example helps it
+    torch.testing.assert_close(influence, attribution.scores[attribution.train_indices].diagonal())
+    assert (influence > 0).float().mean() > 0.7  # training on an example helps it
     in_parts = FurtherTrainingAttributor(batch_size=16, **options).fit(model, data).self_influence()
-    torch.testing.assert_close(in_parts, found, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(in_parts, influence, rtol=1e-3, atol=1e-6)
 
 
 def test_truth_of_other_queries_is_refused(model):
@@ -120,8 +120,8 @@ def test_wrong_labels_are_found(tmp_path):
     data = TensorDataset(x, ((x[:, 0] + x[:, 1] > 0) ^ wrong).long())
     model = build(Classifier, num_classes=2)
     train(model, data, tmp_path, max_epochs=15)
-    found = self_influence(model, train_data=data, num_subsets=200, show_progress=False)
-    assert mislabel_detection(found, wrong) > 0.85
+    influence = self_influence(model, train_data=data, num_subsets=200, show_progress=False)
+    assert mislabel_detection(influence, wrong) > 0.85
 
 
 # ---- the front door and the model -------------------------------------------------------------------------------
@@ -133,10 +133,10 @@ def test_function_and_method_agree(model, tmp_path):
     plain = copy.deepcopy(other)
     arguments = {"train_data": DataLoader(DATA, 7, shuffle=True), "train_indices": range(0, 60, 2), "seed": 3}
     arguments |= {"ckpt_path": tmp_path / "other.pt", "device": "cpu", "layers": ["network.0"]}
-    found = self_influence(model, **arguments, **FEW)
+    influence = self_influence(model, **arguments, **FEW)
     by_hand = StrideAttributor(seed=3, layers=["network.0"], **FEW).fit(plain, DATA, train_indices=range(0, 60, 2))
-    assert found.equal(by_hand.self_influence())
-    assert found.equal(by_hand.self_influence())  # asked again
+    assert influence.equal(by_hand.self_influence())
+    assert influence.equal(by_hand.self_influence())  # asked again
 
 
 @pytest.mark.parametrize("show", [True, False])

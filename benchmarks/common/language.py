@@ -145,10 +145,10 @@ def cut_passages(documents, labels, encode, length, num_train, num_queries, seed
         passages = {False: whole[:num_train], True: whole[num_train:]}
     parts = []
     for held, count in ((False, num_train), (True, num_queries)):
-        found = passages[held]
-        if len(found) < count:
-            raise SystemExit(f"The text has {len(found)} passages of {length} tokens for {count}: ask for fewer.")
-        chosen = [found[i] for i in torch.randperm(len(found), generator=generator)[:count].tolist()]
+        candidates = passages[held]
+        if len(candidates) < count:
+            raise SystemExit(f"The text has {len(candidates)} passages of {length} tokens for {count}: ask for fewer.")
+        chosen = [candidates[i] for i in torch.randperm(len(candidates), generator=generator)[:count].tolist()]
         parts += [torch.stack([row for row, _ in chosen]), np.array([label for _, label in chosen])]
     return parts
 

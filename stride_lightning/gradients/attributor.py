@@ -1,4 +1,4 @@
-"""GradientAttributor: features of gradients, a curvature and checkpoints, put together into scores."""
+"""GradientAttributor: scores from features of gradients, a curvature and checkpoints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from stride_lightning.runtime.progress import expect
 
 @dataclass
 class Fitted:
-    """What is known of the model at one checkpoint."""
+    """The result of a fit at one checkpoint."""
 
     checkpoint: Checkpoint | None  # None for the attributed weights
     rates: Mapping[str, float] | None  # learning rate of each parameter, where scores are weighted by it
@@ -44,23 +44,24 @@ class GradientAttributor(PlannedAttributor):
 
     .. math:: s_{qi} = \sum_c g_q' (H_c + \lambda_c I)^{-1} g_i
 
-    over checkpoints c, with features g (gradients in which parameters, of what, projected or not) and a curvature H.
-    A new method is a subclass with a name that overrides one or two of :meth:`curvature`, :meth:`features`,
+    The sum is over checkpoints c. A feature g is a gradient in the chosen parameters, projected or not; H is a
+    curvature. A new method is a subclass with a name; it overrides one or two of :meth:`curvature`, :meth:`features`,
     :meth:`projection`, :meth:`kernel_weights` and :meth:`example_weights`.
 
-    Gradients of training examples are used batch by batch; those of queries are held, as factors of each layer where
-    those are cheaper to multiply (``T T' (L + R) < L R`` for matrices of shape ``(L, R)`` and T and T' places), else as
-    vectors. Memory beyond the model, for p parameters, q queries of n training examples: ``4 q n`` bytes for the
-    scores, ``min(4 c q p, b / 2)`` for the queries with a ``memory_budget`` of b (c is 2, or 8 with conjugate
-    gradients; more are done in turn), at most ``b / 2`` for the batch that is run, and 64 MiB. Projected to k
-    features, ``4 (n + q) k`` in place of the queries'.
+    Gradients of training examples are used batch by batch. Gradients of queries are held: as factors of a layer where
+    factors are cheaper to multiply (``T T' (L + R) < L R`` for matrices of shape ``(L, R)`` and T and T' places), else
+    as vectors. Memory beyond the model, for p parameters, q queries, n training examples and a ``memory_budget`` of b:
+    ``4 q n`` bytes for the scores, ``min(4 c q p, b / 2)`` for the queries (c is 2, or 8 with conjugate gradients;
+    further queries take their turn), at most ``b / 2`` for a batch, and 64 MiB. With a projection to k features the
+    queries take ``4 (n + q) k`` bytes instead.
 
     Args:
-        checkpoints: A folder or list of files of weights that scores are averaged over, in place of the attributed.
+        checkpoints: A folder or a list of files of weights. Scores are their mean over these, in place of the
+            attributed weights.
         kwargs: Arguments of :class:`PlannedAttributor`.
     """
 
-    #: Copies of a query's gradient that are needed at once.
+    #: Number of copies of a query's gradient in memory at once.
     copies: ClassVar[int] = 2
 
     def __init__(self, *, checkpoints: str | Path | Sequence[str | Path] | None = None, **kwargs: Any) -> None:
@@ -70,34 +71,34 @@ class GradientAttributor(PlannedAttributor):
 
     @abstractmethod
     def curvature(self) -> Curvature:
-        """A curvature to fit, one for each checkpoint."""
+        """A new curvature; each checkpoint fits one."""
 
     def features(self, batch: Batch) -> Gradients:
-        """Gradients that are compared, of training examples and queries alike."""
+        """The gradients to compare, of training examples and queries alike."""
         return batch.loss()
 
     def projection(self, capture: Capture) -> Projection | None:
-        """What makes features so few that those of all training examples are kept; None to keep none."""
+        """A projection to so few features that those of all training examples are stored; None to store none."""
         return None
 
     def kernel_weights(self, batch: Batch) -> Tensor | None:
-        """Factors in the Fisher matrix of the examples whose features are kept, shape ``(B,)``; None for 1."""
+        """Factors of stored examples in the Fisher matrix, shape ``(B,)``; None for 1."""
         return None
 
     def example_weights(self, batch: Batch) -> Tensor | None:
-        """Factors of the examples whose features are kept, shape ``(B,)``; averaged over checkpoints by themselves."""
+        """Factors of stored examples in the scores, shape ``(B,)``; checkpoints average them apart from the rest."""
         return None
 
     def starting_points(self, model: nn.Module, record: Any, checkpoint: Any) -> list[tuple[Checkpoint | None, Any]]:
-        """The checkpoints and the learning rates that weight them; None for the attributed weights, or no weights."""
+        """Checkpoints with their learning rates. No checkpoint: the attributed weights; no rates: equal weights."""
         if record is not None:
-            raise ValueError(f"method={self.method!r} reads no record. Leave out `record`.")
+            raise ValueError(f"method={self.method!r} reads no record, got record={record!r}. Leave out `record`.")
         if self.checkpoints is None:
             return [(None, None)]
         return [(checkpoint, None) for checkpoint in read_checkpoints(self.checkpoints, model, self.weights_only)]
 
     def scale(self) -> float:
-        """Factor of all scores: the mean over checkpoints, of the effect of one of n examples on a mean loss."""
+        """Factor of all scores: ``1 / (c n)``, for means over c checkpoints of effects on a mean loss of n examples."""
         return 1 / (len(self._fitted) * len(self.train_data))
 
     @override
@@ -121,12 +122,12 @@ class GradientAttributor(PlannedAttributor):
             of_share = self.capture, self.task, self.reader, self.share
             side = TrainingSide(*of_share, self._compared, self.seed, self._projected, self.effort)
             self._expect(side, curvature)
-            weights = None if self._map is None else self._keep(side)
+            weights = None if self._map is None else self._store(side)
             curvature.fit(side)
         return Fitted(checkpoint, rates, curvature, side, weights)
 
     def _expect(self, side: TrainingSide, curvature: Curvature) -> None:
-        """Tell the call in progress what is to come; with several checkpoints, everything as often."""
+        """Announce the phases of the call to its progress bar; each runs once a checkpoint."""
         count, num_queries = self._num_checkpoints, self.expected_queries
         curvature.expect(side, num_queries)
         if self._map is None:
@@ -137,12 +138,12 @@ class GradientAttributor(PlannedAttributor):
             expect("Features", side.num_shared * count, side.loss_work + self._map.work(self.effort.shapes))
         expect("Queries", num_queries * count, side.loss_work)
 
-    def _keep(self, side: TrainingSide) -> Tensor | None:
-        """Keep the features of the training examples, from one pass; returns the factors of the examples."""
+    def _store(self, side: TrainingSide) -> Tensor | None:
+        """Store the features of the training examples, from one pass; returns the factors of the examples."""
         batches = side.batches("Features")
         parts = [(self._compared(batch), self.kernel_weights(batch), self.example_weights(batch)) for batch in batches]
         features, in_kernel, of_examples = zip(*parts, strict=True)
-        side.kept, side.kept_weights = concatenated(features), _joined(in_kernel)
+        side.stored, side.stored_weights = concatenated(features), _joined(in_kernel)
         return _joined(of_examples)
 
     def _at(self, model: nn.Module, checkpoint: Checkpoint | None) -> AbstractContextManager[Any]:
@@ -169,7 +170,7 @@ class GradientAttributor(PlannedAttributor):
         return attribution
 
     def _query_chunks(self, num_queries: int) -> list[slice]:
-        """Queries whose gradients are held at once."""
+        """Slices of the queries, each as many as memory holds gradients of at once."""
         bytes_per_query = 4 * self.copies * self.capture.num_parameters
         step = num_queries if self._map is not None else max(1, self.query_bytes // bytes_per_query)
         return [slice(start, min(start + step, num_queries)) for start in range(0, num_queries, step)]
@@ -187,7 +188,7 @@ class GradientAttributor(PlannedAttributor):
                 for places, gradients in fitted.side.gradients("Scores", columns):
                     side = side.prepared(gradients)
                     part[:, places.start - start : places.stop - start] += side.inner(gradients)
-                if len(self._fitted) == 1:  # with more, they are made again for each tile
+                if len(self._fitted) == 1:  # with several checkpoints each tile computes them again
                     sides[number] = side
         if self._column_weights is not None:
             part *= self._column_weights[start - self.share.start :][: shape[1]]
@@ -198,7 +199,7 @@ class GradientAttributor(PlannedAttributor):
         return self._solved(fitted, concatenated([self._compared(batch) for batch in batches]))
 
     def _solved(self, fitted: Fitted, gradients: Gradients) -> Gradients:
-        """Gradients times the inverse of the curvature and the learning rates."""
+        """Gradients times the inverse of the curvature, times the learning rates."""
         solved = fitted.curvature.solve(gradients)
         if fitted.rates is None:
             return solved
@@ -228,7 +229,7 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _shown(rates: Mapping[str, float] | None) -> float | dict[str, float] | None:
-    """Learning rates for the metadata: one number if all are the same."""
+    """Learning rates for the metadata: a single number if all are equal."""
     if rates is None:
         return None
     return next(iter(rates.values())) if len(set(rates.values())) == 1 else dict(rates)

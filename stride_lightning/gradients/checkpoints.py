@@ -24,17 +24,17 @@ _KIND = "tracin"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights at one moment of training; they stay on disk until :meth:`load`."""
+    """Weights at one moment of training; they are on disk until :meth:`load`."""
 
-    name: str  # of the record or file, for messages and metadata
+    name: str  # name of the record or file, for messages and metadata
     path: Path
-    learning_rates: Mapping[str, float] | None  # by plain parameter name; None where the file does not tell
-    step: int | None  # optimizer steps taken; None where the file does not tell
+    learning_rates: Mapping[str, float] | None  # by plain parameter name; None where the file holds none
+    step: int | None  # optimizer steps taken; None where the file holds no step
     is_scheduled: bool = False  # whether rates were stored beside a scheduler, which may have moved them on already
     weights_only: bool | None = None  # as in torch.load; a record holds nothing else
 
     def load(self) -> dict[str, Tensor]:
-        """The state dict on the CPU, verified. An error if it was removed since or is damaged."""
+        """The verified state dict on the CPU; an error if the file is damaged or no longer exists."""
         if self.path.is_dir():
             return read_record(self.path).tensors("weights")
         return _state_of(load_checkpoint(self.path, self.weights_only), self.path)
@@ -43,22 +43,22 @@ class Checkpoint:
 def read_checkpoints(
     source: PathLike | Sequence[PathLike], model: nn.Module, weights_only: bool | None = None
 ) -> list[Checkpoint]:
-    """Find and verify checkpoints, and refuse those that do not fit the model, before long work starts.
+    """List and verify checkpoints, and refuse those that do not fit the model, before long work starts.
 
-    A source is a folder of records or of ``.ckpt``, ``.pt`` or ``.pth`` files, one of those, or a list of any. A folder
-    of records stands for one run's: the newest record with those before it, or, if a record has the model's weights,
-    the newest of the records that come after it in its run. A record by itself stands for itself. Of a folder of files
-    all are read, one at a time; a ``.ckpt`` holds the learning rates at saving, which a scheduler may already have
-    moved on since the last step. Where two have the same step and identical weights, as ``last.ckpt`` and the file it
-    repeats have, the first by name counts.
+    A source is a folder of records or of ``.ckpt``, ``.pt`` or ``.pth`` files, a single record or file, or a list of
+    these. A folder of records stands for one run: its newest record and those before it. If a record has the model's
+    weights, the run is that record's, up to its newest one. A single record stands for itself. A folder of files stands
+    for all of them; they are read one at a time. A ``.ckpt`` holds the learning rates at saving; a scheduler may have
+    changed them since the last step. If two files have the same step and identical weights, like ``last.ckpt`` and the
+    file that it repeats, the first by name counts.
 
     Returns:
-        The checkpoints by step, those without one last, then by name.
+        The checkpoints in the order of steps, then of names; those without a step are last.
 
     Raises:
-        FileNotFoundError: If there is nothing at a path.
+        FileNotFoundError: If a path does not exist.
         RecordError: If a record is damaged.
-        ValueError: If there is nothing to read, a file is damaged, or weights are of another architecture.
+        ValueError: If there is nothing to read, a file is damaged, or weights have another architecture.
 
     Example:
         >>> import tempfile, torch
@@ -72,7 +72,7 @@ def read_checkpoints(
     """
     sources = list(source) if isinstance(source, list | tuple) else [source]
     if not sources:
-        raise ValueError("Expected checkpoints, got an empty list. Name a folder of them, files or records.")
+        raise ValueError("Expected checkpoints, got an empty list. Give a folder of checkpoints, or files or records.")
     paths = [path for one in sources for path in _expand(Path(os.fspath(one)), model)]  # type: ignore[arg-type]
     checkpoints = sorted((_read(path, model, weights_only) for path in dict.fromkeys(paths)), key=_order)
     steps = [checkpoint.step for checkpoint in checkpoints]
@@ -89,13 +89,13 @@ def tracin_checkpoints(
     model: nn.Module,
     weights_only: bool | None = None,
 ) -> tuple[list[Checkpoint], dict[str, Any] | None, str] | None:
-    """The checkpoints that TracIn sums over, found and refused as by :func:`read_checkpoints`.
+    """The checkpoints that TracIn sums over, read and verified by :func:`read_checkpoints`.
 
-    They are what the user names as ``record``; else the records up to the attributed ``checkpoint`` that its callback
-    state names; else, unless that is of another run, those of the fit of the trainer attached to the model.
+    The first of these that exists: the user's ``record``; the records up to the attributed ``checkpoint``, by its
+    callback state; the records of the attached trainer's fit, unless the checkpoint is of another run.
 
     Returns:
-        The checkpoints, the fingerprint of the training data (None where plain files do not tell), and a sentence
+        The checkpoints, the fingerprint of the training data (None for plain files, which hold none), and a sentence
         about them for the metadata; or None if no records are known.
     """
     source, of = (record, "checkpoints given by the caller") if record is not None else _known(checkpoint, model)
@@ -107,11 +107,11 @@ def tracin_checkpoints(
 
 
 def _known(checkpoint: Mapping[str, Any] | None, model: nn.Module) -> tuple[list[Path] | None, str]:
-    """The records that callbacks name, and whose they are."""
+    """The records that callbacks name, and their origin in words."""
     weights = weight_hash(model)
     for state in saved_states(checkpoint):
         if paths := _records_up_to(weights, state):
-            return paths, "records of the run that the checkpoint is of"
+            return paths, "records of the checkpoint's run"
     for state in attached_states(model):
         paths = _listed(state)
         if paths and (checkpoint is None or weights in [read_info(path)["weights"] for path in paths]):
@@ -125,14 +125,14 @@ def recorded_weights(checkpoint: Checkpoint) -> str:
 
 
 def _listed(state: Mapping[str, Any]) -> list[Path]:
-    """Records of TracInCallback that its state lists."""
+    """Records that a state of TracInCallback lists."""
     return _existing([Path(path) for path in state["records"]]) if "run" in state else []
 
 
 def _records_up_to(weights: str, state: Mapping[str, Any]) -> list[Path]:
-    """Records that a checkpoint's state lists; with that of its own weights, which may be written right after it."""
+    """Records that a checkpoint's state lists, and the record of its weights, which may be written right after it."""
     for record in reversed(find_records(state["dirpath"]) if "run" in state and state["dirpath"] else []):
-        with suppress(RecordError):  # a damaged one is named when it turns out to be needed
+        with suppress(RecordError):  # if a damaged record is needed, reading it raises later
             info = read_info(record)
             if info.get("kind") == _KIND and info["run"] == state["run"] and info["weights"] == weights:
                 return _existing(_trajectory(record, info))
@@ -144,7 +144,7 @@ def _expand(path: Path, model: nn.Module) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise FileNotFoundError(f"There are no checkpoints at {path}: nothing is there.")
+        raise FileNotFoundError(f"There are no checkpoints at {path}: the path does not exist. Check it.")
     infos = {record: read_info(record) for record in find_records(path)}
     records = {record: info for record, info in infos.items() if info.get("kind") == _KIND}
     if records:
@@ -159,22 +159,22 @@ def _expand(path: Path, model: nn.Module) -> list[Path]:
     content = f"other things ({', '.join(names[:5])})" if names else "nothing"
     if infos:
         content = f"records of {', '.join(sorted({repr(info.get('kind')) for info in infos.values()}))}"
-    raise ValueError(f"{path} holds {content}, {_expected(path)}")
+    raise ValueError(f"{path} holds {content}: {_expected(path)}")
 
 
 def _trajectory_of_one_run(records: dict[Path, dict[str, Any]], model: nn.Module) -> list[Path]:
-    """Paths of a run's records, from all in a folder, oldest first."""
+    """Paths of one run's records among those of a folder, oldest first."""
     weights, newest = weight_hash(model), list(records)[-1]
     match = next((record for record in reversed(records) if records[record]["weights"] == weights), None)
     if match is not None:
-        # A record of its run that it is not before is of a path that was abandoned, or that left this one.
+        # Other records of the run are on another branch: training went on from an earlier checkpoint.
         after = [record for record in records if match in _trajectory(record, records[record])]
         newest = [record for record in after if records[record]["run"] == records[match]["run"]][-1]
     return _existing(_trajectory(newest, records[newest]))
 
 
 def _trajectory(record: Path, info: Mapping[str, Any]) -> list[Path]:
-    # A record is the last of its own, under whatever name it now has.
+    # The last entry is the record itself, which may have another name now.
     before = [Path(os.path.normpath(record.parent / entry["name"])) for entry in info["trajectory"][:-1]]
     return [*before, record]
 
@@ -183,8 +183,8 @@ def _existing(paths: list[Path]) -> list[Path]:
     gone = [str(path) for path in paths if not path.exists()]
     if gone:
         warnings.warn(
-            f"{len(gone)} of the {len(paths)} records of this run are no longer there and are left out: "
-            f"{', '.join(gone)}.",
+            f"{len(gone)} of the {len(paths)} records of this run no longer exist and are left out: "
+            f"{', '.join(gone)}. If they were moved, move them back.",
             stacklevel=2,
         )
     return [path for path in paths if path.exists()]
@@ -195,7 +195,7 @@ def _read(path: Path, model: nn.Module, weights_only: bool | None) -> Checkpoint
     if path.is_dir():
         record = read_record(path)
         if (kind := record.info.get("kind")) != _KIND:
-            raise ValueError(f"{path} holds {kind!r}, {_expected(path)}")
+            raise ValueError(f"{path} holds a record of {kind!r}: {_expected(path)}")
         check_fits(model, record.tensors("weights"), f"{path}: ")
         return Checkpoint(path.name, path, record.info["learning_rates"], record.info["step"])
     content = load_checkpoint(path, weights_only)
@@ -213,8 +213,8 @@ def _state_of(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(
-            f"{path} holds no weights: expected a Lightning checkpoint with 'state_dict' or a state dict, found a "
-            f"dictionary of {sorted(map(str, content))[:5]}."
+            f"{path} holds no weights: expected a Lightning checkpoint with 'state_dict' or a state dict, got a "
+            f"dictionary with the keys {sorted(map(str, content))[:5]}. Give another file."
         )
     return tensors
 
@@ -225,7 +225,7 @@ def _order(checkpoint: Checkpoint) -> tuple[Any, ...]:
 
 
 def _expected(path: Path) -> str:
-    """The end of a message about a folder, with a hint if one of its own folders looks right."""
+    """The end of a message about a folder, with a hint if one of its subfolders holds checkpoints."""
     hints = [
         child
         for child in sorted(path.iterdir())
@@ -233,7 +233,7 @@ def _expected(path: Path) -> str:
     ]
     hint = f" Did you mean {hints[0]}?" if hints else ""
     return (
-        "expected records of TracInCallback or .ckpt, .pt or .pth files. Name the folder that they are in, such as "
+        "expected records of TracInCallback, or .ckpt, .pt or .pth files. Give the folder that holds them, such as "
         f"ModelCheckpoint's dirpath.{hint}"
     )
 

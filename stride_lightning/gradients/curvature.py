@@ -1,4 +1,4 @@
-"""What stands between two gradients: the identity, a diagonal, Fisher matrices of features, the average of DataInf."""
+"""Curvatures: the identity, a diagonal, Gauss-Newton and Fisher matrices of features, the mean of DataInf."""
 
 from __future__ import annotations
 
@@ -23,77 +23,77 @@ from stride_lightning.tasks.likelihoods import Task
 
 @dataclass
 class TrainingSide:
-    """The training examples as a curvature sees them."""
+    """The training examples, for a curvature to fit to."""
 
     capture: Capture
     task: Task
     reader: Reader
     share: slice  # the training examples of this process
-    features: Callable[[Batch], Gradients]  # the gradients that are compared
+    features: Callable[[Batch], Gradients]  # the gradients to compare
     seed: int
     project: Callable[[Gradients], Gradients]  # the projection that is part of the features
-    effort: Effort  # of an example
-    kept: Gradients | None = None  # features of this process's examples, where they are kept
-    kept_weights: Tensor | None = None  # factors of their outer products in a Fisher matrix, where they are not 1
+    effort: Effort  # work and memory of one example
+    stored: Gradients | None = None  # features of this process's examples; None if each pass computes them
+    stored_weights: Tensor | None = None  # factors of their outer products in a Fisher matrix; None for 1
 
     def __len__(self) -> int:
         return len(self.reader)
 
     @property
     def num_shared(self) -> int:
-        """Training examples of this process."""
+        """Number of training examples of this process."""
         return self.share.stop - self.share.start
 
     @property
     def loss_work(self) -> int:
-        """Multiplications for the gradient of an example's loss: one pass forward, one backward."""
+        """Multiplications for the gradient of one example's loss: one pass forward, one backward."""
         return 3 * self.effort.forward
 
     @property
     def curvature_work(self) -> int:
-        """The same for gradients along all directions of an example's curvature."""
+        """Multiplications for the gradients along all directions of one example's curvature."""
         num_outputs, most_tokens = self.reader.num_outputs, self.reader.most_tokens
         is_exact = has_exact_curvature(num_outputs, most_tokens)
         return (1 + 2 * (num_outputs * most_tokens if is_exact else NUM_DIRECTIONS)) * self.effort.forward
 
     def batches(self, description: str = "", share: slice | None = None) -> Iterator[Batch]:
-        """This process's batches, or those of a part of them, run forward."""
+        """Batches of this process's examples, or of a part of them, after their forward pass."""
         return run_batches(self.capture, self.task, self.reader, share or self.share, description)
 
     def gradients(self, description: str = "", share: slice | None = None) -> Iterator[tuple[slice, Gradients]]:
-        """The gradients that are compared, and the places of their examples, batch by batch."""
+        """The gradients to compare and the places of their examples, batch by batch."""
         share = share or self.share
-        if self.kept is not None:
-            yield share, self.kept.rows(slice(share.start - self.share.start, share.stop - self.share.start))
+        if self.stored is not None:
+            yield share, self.stored.rows(slice(share.start - self.share.start, share.stop - self.share.start))
             return
         for batch in self.batches(description, share):
             yield batch.places, self.features(batch)
 
 
 class Curvature(RelativeDamping, ABC):
-    """``(H + damping)^-1`` for a matrix H that belongs to the mean loss of the training examples.
+    """``(H + damping)^-1`` for a curvature matrix H of the mean loss of the training examples.
 
-    A new one is a subclass with :meth:`fit` and :meth:`solve`.
+    A new curvature is a subclass with :meth:`fit` and :meth:`solve`.
     """
 
-    #: Whether all processes solve for the same gradients together, each with its share of the training examples.
+    #: Whether all processes solve together for the same gradients, each with its share of the training examples.
     is_collective: ClassVar[bool] = False
 
     def __init__(self, damping: float = 0.0) -> None:
         super().__init__(damping)
-        #: What was found besides, for the metadata.
+        #: Further results of the fit and of solving, for the metadata.
         self.chosen: dict[str, Any] = {}
 
     def described(self) -> dict[str, Any]:
-        """What was found, for the metadata."""
+        """Results of the fit and of solving, for the metadata."""
         return {"mean_eigenvalue": self.mean_eigenvalue, "damping": self.absolute_damping, **self.chosen}
 
     def expect(self, train: TrainingSide, num_queries: int) -> None:
-        """Tell the call in progress what phases will come, and the work of their items."""
+        """Announce the phases of fitting and solving, and their work, to the progress bar of the call."""
 
     @abstractmethod
     def fit(self, train: TrainingSide) -> None:
-        """Do everything that does not depend on the damping or on queries; every process fits to its share."""
+        """Do all work that depends neither on the damping nor on queries; every process works on its share."""
 
     @abstractmethod
     def solve(self, gradients: Gradients) -> Gradients:
@@ -101,7 +101,7 @@ class Curvature(RelativeDamping, ABC):
 
 
 class Identity(Curvature):
-    """No curvature: the inner product of gradients."""
+    """No curvature: scores are inner products of gradients."""
 
     @override
     def fit(self, train: TrainingSide) -> None:
@@ -138,9 +138,9 @@ class Diagonal(Curvature):
 
 
 class GaussNewtonBlocks(Curvature):
-    """The Gauss-Newton matrix of (projected) gradients in each block, with nothing between blocks.
+    """The Gauss-Newton matrix of (projected) gradients in each block, with zeros between blocks.
 
-    The mean eigenvalue is over the ``min(k, n)`` that can be non-zero. ``k^2`` values for a block of k features.
+    The mean eigenvalue is over the ``min(k, n)`` that can be non-zero. A block of k features takes ``k^2`` values.
     """
 
     @override
@@ -169,21 +169,22 @@ class GaussNewtonBlocks(Curvature):
 
 
 class Fisher(GaussNewtonBlocks):
-    """The empirical Fisher matrix of kept features in each block: the mean of their outer products, weighted if given.
+    """The empirical Fisher matrix of stored features in each block: the (weighted) mean of their outer products.
 
-    Where there are fewer examples than features, by the kernel of the examples.
+    With fewer examples than features, the kernel of the examples takes its place.
     """
 
     @override
     def expect(self, train: TrainingSide, num_queries: int) -> None:
-        pass  # its features are there
+        pass  # storing the features is a phase already
 
     @override
     def fit(self, train: TrainingSide) -> None:
-        assert train.kept is not None
-        kept = train.kept if train.kept_weights is None else train.kept.scaled(train.kept_weights.sqrt())
+        assert train.stored is not None
+        weights = train.stored_weights
+        features = train.stored if weights is None else train.stored.scaled(weights.sqrt())
         blocks: dict[str, Damped] = {}
-        for name, block in kept.items():
+        for name, block in features.items():
             rows = block.dense()
             if len(train) < block.size:
                 blocks[name] = DampedKernel(gather(rows, len(train)), name)
@@ -193,9 +194,9 @@ class Fisher(GaussNewtonBlocks):
 
 
 class DataInf(Curvature):
-    r"""The mean over examples of the damped inverse in place of the damped inverse of the mean, in each block.
+    r"""In each block, the mean over examples of damped inverses, in place of the damped inverse of the mean.
 
-    The damping is relative to the mean eigenvalue of each block, its mean squared gradient entry.
+    The damping is relative to each block's mean eigenvalue, which is its mean squared gradient entry.
 
     .. math:: \frac{1}{n} \sum_j (g_j g_j' + \lambda I)^{-1} v
               = \frac{1}{\lambda} \Big( v - \frac{1}{n} \sum_j \frac{g_j' v}{\lambda + |g_j|^2} g_j \Big)
@@ -238,5 +239,5 @@ class DataInf(Curvature):
         return {"mean_eigenvalue": self._means, "damping": self._dampings()}
 
     def _dampings(self) -> dict[str, float]:
-        tiny = torch.finfo(torch.float32).tiny  # a block without gradients has no curvature, and nothing to solve
+        tiny = torch.finfo(torch.float32).tiny  # for a block without gradients, where nothing is to solve
         return {name: max(self.damping * mean, tiny) for name, mean in self._means.items()}

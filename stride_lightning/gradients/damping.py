@@ -1,4 +1,4 @@
-"""Damping: relative to the mean eigenvalue, and never an answer from a singular matrix."""
+"""Damping, relative to the mean eigenvalue; singular matrices are refused."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing_extensions import override
 
 
 def check_damping(damping: float) -> float:
-    """The damping, if it is a non-negative number."""
+    """The damping as a float; anything but a finite non-negative number is refused."""
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 <= damping < math.inf:
         raise ValueError(
-            "`damping` must be a number of at least 0, relative to the mean eigenvalue of the curvature; "
+            "`damping` must be a number of at least 0 (it is relative to the mean eigenvalue of the curvature), "
             f"got {damping!r}."
         )
     return float(damping)
 
 
 def singular(what: str, damping: float) -> str:
-    """The message about a curvature that is singular with some damping."""
+    """The message about a curvature that is singular with a damping."""
     return (
-        f"The curvature of {what} is singular with a damping of {damping:g}: scores would be noise. Give a larger "
+        f"The curvature of {what} is singular with damping={damping:g}, so scores would be noise. Give a larger "
         "`damping=` (it is relative to the mean eigenvalue: 0.1 is a tenth of it), or fewer features (a smaller "
         "`projection_dim=`)."
     )
@@ -40,26 +40,26 @@ class RelativeDamping:
 
     @property
     def absolute_damping(self) -> float:
-        """What is added to the eigenvalues."""
+        """The number that is added to the eigenvalues."""
         return self.damping * self.mean_eigenvalue
 
     def set_mean_eigenvalue(self, mean: float) -> None:
-        """Set what the damping is relative to; zero is refused, since no damping would help."""
+        """Set the mean that the damping is relative to; zero is refused, since no damping would help."""
         if not mean > 0:
             raise ValueError(
-                f"The curvature is {mean:g} in all directions: the outputs of the model are sure of every training "
-                "example, or do not depend on these parameters, so there is nothing to divide by. "
-                "method='grad-dot' needs no curvature."
+                f"The curvature must be positive somewhere, but it is {mean:g} in all directions: either the model is "
+                "certain about every training example, or its outputs do not depend on these parameters. Use "
+                "method='grad-dot', which needs no curvature."
             )
         self.mean_eigenvalue = mean
 
 
 class Damped(ABC):
-    """A positive semi-definite matrix H and the damped systems it makes, from a factorised one, float64 ``(m, m)``."""
+    """A positive semi-definite matrix H and its damped systems, by factors of a float64 matrix of shape ``(m, m)``."""
 
     def __init__(self, factored: Tensor, name: str) -> None:
         self._matrix, self._name = factored, name
-        self._factor: tuple[float, Tensor] | None = None  # of the damping it was made with
+        self._factor: tuple[float, Tensor] | None = None  # the damping, and the factor with it
         #: Number of features, and the sum of eigenvalues.
         self.size, self.trace = len(factored), float(factored.trace())
 
@@ -76,7 +76,7 @@ class Damped(ABC):
             damped = self._matrix.diagonal_scatter(self._matrix.diagonal() + damping)
             factor, failed = torch.linalg.cholesky_ex(damped)
             rounding = len(damped) * precision * float(damped.diagonal().max())
-            del damped  # as large as the factor, so not to be held beside it
+            del damped  # as large as the factor: only one of them needs memory from here on
             # The smallest pivot bounds the smallest eigenvalue from above; below the features' rounding it is noise.
             if int(failed) or float(factor.diagonal().square().min()) <= rounding:
                 raise ValueError(singular(f"{self._name} ({self.size} features)", damping))
@@ -93,7 +93,7 @@ class DampedMatrix(Damped):
 
 
 class DampedKernel(Damped):
-    """The mean of the outer products of n rows of k features, by their ``(n, n)`` kernel, for n < k."""
+    """The mean outer product of n rows of k features, for n < k, by the ``(n, n)`` kernel of the rows."""
 
     def __init__(self, rows: Tensor, name: str) -> None:
         super().__init__((rows @ rows.T).double() / len(rows), name)
@@ -106,5 +106,5 @@ class DampedKernel(Damped):
             raise ValueError(singular(f"{self._name} ({self.size} features of {len(self._rows)} examples)", damping))
         products = (vectors @ self._rows.T).double()  # (q, n)
         inner = self._solved(products.T, damping, torch.finfo(vectors.dtype).eps).T / len(self._rows)
-        # In double precision: what is left along the rows is small beside what is subtracted.
+        # In double precision: along the rows the difference is small beside its two terms.
         return ((vectors.double() - inner @ self._rows.double()) / damping).to(vectors)

@@ -1,4 +1,4 @@
-"""Reading data for gradients: batches on the device, and the gradients of losses, margins and curvature of each."""
+"""Batches on the device, and their gradients of losses, margins and curvature."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from stride_lightning.runtime.checks import check_finite
 from stride_lightning.runtime.progress import counting
 from stride_lightning.tasks.likelihoods import Task
 
-#: With more outputs than this, curvature is averaged over random directions, not summed over all outputs.
+#: Up to so many outputs, curvature is a sum over all of them; beyond, a mean over random directions.
 MAX_EXACT_OUTPUTS = 32
-#: Random directions per example.
+#: Number of random directions of an example.
 NUM_DIRECTIONS = 8
 
 
 class Reader:
-    """A data set as batches of inputs and encoded targets on a device, read once and kept if it is small.
+    """A data set as batches of inputs and encoded targets on a device; it is read once and held if it is small.
 
-    With ``target="predicted"`` the weights of the model, in eval mode on the device, decide the targets.
+    With ``target="predicted"`` the targets are predictions of the model, in eval mode on the device.
 
     Raises:
         ValueError: If a target is missing, does not fit the task, or is not finite.
@@ -58,14 +58,14 @@ class Reader:
             if size <= HELD_BYTES:
                 held.append(inputs)
         self.num_outputs, self._lengths = num_outputs, [part.shape[1] for part in encoded]
-        if encoded[0].ndim == 3:  # sequences, padded with tokens of no weight
+        if encoded[0].ndim == 3:  # sequences; the padding has no weight
             longest = max(self._lengths)
             encoded = [F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in encoded]
         #: Encoded targets of all examples, shape ``(n, C)``.
         self.encoded = torch.cat(encoded)
         self.fingerprint = reading.fingerprint
         self._held: list[Any] | None = held if size <= HELD_BYTES else None
-        #: Most tokens that count in the loss of an example; 1 unless outputs are of tokens.
+        #: Largest number of tokens that count in one example's loss; 1 for tasks without tokens.
         self.most_tokens = int(_counted(task, self.encoded).sum(1).max()) if task.has_tokens else 1
         with examples.naming(0):
             check_finite(self.encoded, "target")
@@ -74,7 +74,7 @@ class Reader:
         return len(self.examples)
 
     def batches(self, share: slice | None = None, description: str = "") -> Iterator[tuple[slice, Any, Tensor]]:
-        """Places, inputs and encoded targets of some examples in order; a description shows a progress bar."""
+        """Places, inputs and encoded targets of a share of the examples, in order; a description shows progress."""
         start, stop, _ = (share or slice(None)).indices(len(self))
         with counting(stop - start, description, show=self.show_progress and bool(description)) as bar:
             for places, inputs, encoded in self._held_batches(start, stop) if self._held else self._read(start, stop):
@@ -94,7 +94,7 @@ class Reader:
 
     def _read(self, start: int, stop: int) -> Iterator[tuple[slice, Any, Tensor]]:
         for rows in self._reading(share=slice(start, stop)):
-            if self._task.has_tokens:  # among others they may be padded otherwise than when they were read first
+            if self._task.has_tokens:  # in another batch the padding may differ from that of the first reading
                 yield rows.places, *rows.encoded(self.num_outputs)
             else:
                 yield rows.places, rows.inputs, self.encoded[rows.places]
@@ -106,13 +106,13 @@ class Reader:
 
 @dataclass
 class Batch:
-    """Examples that have been run forward, and gradients of functions of their outputs."""
+    """Examples after their forward pass, and gradients of functions of their outputs."""
 
     places: slice
     positions: Tensor
     outputs: Tensor  # (B, C)
     encoded: Tensor  # targets, (B, C)
-    most_tokens: int  # that count in the loss of an example of the whole data set
+    most_tokens: int  # largest number of tokens that count in one example's loss, over the whole data set
     _task: Task
     _backward: Backward
 
@@ -124,7 +124,7 @@ class Batch:
         return self._backward.gradients(self._derivative(self._task.loss))
 
     def margin(self, *, last: bool = True) -> Gradients:
-        """Gradients of each example's margin, or of its outputs towards the target where a task has no margin.
+        """Gradients of each example's margin, or for a task without one, of its outputs towards the target.
 
         The ``last`` gradients of a batch free its graph.
         """
@@ -132,17 +132,17 @@ class Batch:
 
     @property
     def margin_weights(self) -> Tensor:
-        """Factors that make :meth:`margin` gradients of minus the loss, ``1 - p`` for a margin; shape ``(B,)``."""
+        """Factors that turn :meth:`margin` into gradients of minus the loss, ``1 - p`` for a margin; shape ``(B,)``."""
         return self._margin[1]
 
     @property
     def margin_curvature(self) -> Tensor:
-        """Second derivative of each example's loss in its margin, ``p (1 - p)``; shape ``(B,)``."""
+        """Second derivative of each example's loss with respect to its margin, ``p (1 - p)``; shape ``(B,)``."""
         return self._margin[2]
 
     @cached_property
     def _margin(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Derivative of the margin in the outputs, ``(B, C)``, first of minus and second of the loss in the margin."""
+        """``(dm/do, -dl/dm, d2l/dm2)`` for margin m, outputs o and loss l; shapes ``(B, C)``, ``(B,)``, ``(B,)``."""
         task = self._task
         try:
             margin = task.margin(self.outputs, self.encoded)
@@ -158,15 +158,15 @@ class Batch:
     def curvature(self, seed: int, *, last: bool = True) -> Iterator[Gradients]:
         """Gradients whose outer products sum to the Gauss-Newton matrix of each example's loss.
 
-        One for every output up to ``MAX_EXACT_OUTPUTS``; beyond, ``NUM_DIRECTIONS`` along random signs, which are made
-        of the seed and the position of an example and give that matrix on average. Tokens go by their place among those
-        of their example that count, so that padding and the rest of a batch change nothing.
+        Up to ``MAX_EXACT_OUTPUTS`` there is one for each output. Beyond, there are ``NUM_DIRECTIONS`` along random
+        signs, with that matrix as their mean; the seed and an example's position determine the signs. Tokens are
+        numbered among the tokens of their example that count, so padding and the rest of a batch change nothing.
         """
         mean, width = self._task.mean(self.outputs), self.outputs.shape[-1]
         weights = torch.as_tensor(self._task.output_weights(self.encoded))
         exact = has_exact_curvature(width, self.most_tokens)
         number = self._token_numbers()
-        # What signs are made of; the tokens of an example have numbers of their own.
+        # The signs are functions of these keys; every token has another key.
         keys = self.positions if number is None else _scrambled(self.positions)[:, None] + number
         count = NUM_DIRECTIONS if not exact else width if number is None else width * (int(number.max()) + 1)
         for column in range(count):
@@ -179,7 +179,7 @@ class Batch:
             yield self._backward.gradients(root, last=last and column == count - 1)
 
     def _token_numbers(self) -> Tensor | None:
-        """Place of each token among those that count, -1 for others, shape ``(B, T)``; None if there are no tokens."""
+        """Number of each token among those that count, -1 for others, shape ``(B, T)``; None without tokens."""
         if not self._task.has_tokens:
             return None
         counted = _counted(self._task, self.encoded)
@@ -195,7 +195,7 @@ class Batch:
 def run_batches(
     capture: Capture, task: Task, reader: Reader, share: slice | None = None, description: str = ""
 ) -> Iterator[Batch]:
-    """Run a model forward over some examples; an output or a loss that is not finite is refused, naming its example."""
+    """Run a model forward over some examples. An output or loss that is not finite raises, with its example's name."""
     with capture.watch() as backward:
         for places, inputs, encoded in reader.batches(share, description):
             with reader.examples.naming(places.start):
@@ -206,17 +206,17 @@ def run_batches(
 
 
 def has_exact_curvature(num_outputs: int, most_tokens: int) -> bool:
-    """Whether curvature is summed over all outputs of an example."""
+    """Whether curvature is a sum over all outputs of an example."""
     return num_outputs * most_tokens <= MAX_EXACT_OUTPUTS
 
 
 def _counted(task: Task, encoded: Tensor) -> Tensor:
-    """Which tokens count in the loss of their example, bool of shape ``(B, T)``."""
+    """Whether each token counts in its example's loss, bool of shape ``(B, T)``."""
     return torch.as_tensor(task.output_weights(encoded))[..., 0] > 0
 
 
 def random_signs(positions: Tensor, column: int, width: int, seed: int, like: Tensor) -> Tensor:
-    """Signs of shape ``(*positions, width)`` that depend on nothing but the seed, the column and each position."""
+    """Signs of shape ``(*positions, width)``; they depend on the seed, the column and each position only."""
     rows = positions.to(like.device)[..., None]
     keys = (rows * NUM_DIRECTIONS + column) * width + torch.arange(width, device=like.device)
     return ((_scrambled(keys + _scrambled(torch.tensor(seed, device=like.device))) & 1) * 2 - 1).to(like)

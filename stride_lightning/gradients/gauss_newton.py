@@ -21,20 +21,20 @@ from stride_lightning.runtime.distributed import total
 from stride_lightning.runtime.progress import counting, expect, track
 from stride_lightning.runtime.randomness import mix
 
-#: Values of the tangents that are held at once while a batch is multiplied.
+#: Number of values of tangents in memory at once, while a batch is multiplied.
 CHUNK_VALUES = 2**24
-#: Into how many parts progress is cut where the number of iterations is not known.
+#: Number of steps of a progress bar for iterations of unknown number.
 PERCENT = 100
-#: Examples of a random batch of LiSSA, however many are run together.
+#: Examples of a random batch of LiSSA; the size of forward passes does not change it.
 SERIES_BATCH = 256
 
 
 class GaussNewton(Curvature):
-    """What both solvers share: products with the Gauss-Newton matrix of the mean loss.
+    """The base of both solvers: products with the Gauss-Newton matrix of the mean loss.
 
-    It is ``(1/n) sum_i J_i' l''(o_i) J_i``, with derivatives ``J_i`` of the outputs of example i in all parameters,
-    across layers; nothing is approximated. The mean eigenvalue, which the damping is relative to, is the trace over
-    ``min(n, p)``: with more parameters than examples most eigenvalues are zero.
+    The matrix is ``(1/n) sum_i J_i' l''(o_i) J_i``. ``J_i`` are the derivatives of example i's outputs with respect to
+    all parameters, across layers; nothing is approximated. The damping is relative to the mean eigenvalue, which is
+    the trace over ``min(n, p)``: with more parameters than examples most eigenvalues are zero.
     """
 
     is_collective = True
@@ -55,7 +55,7 @@ class GaussNewton(Curvature):
         self.set_mean_eigenvalue(summed / len(train) / min(len(train), sum(self._sizes.values())))
 
     def product(self, vectors: Tensor, places: slice | None = None) -> Tensor:
-        """The matrix times each row of ``vectors``, shape ``(q, p)``; of the examples at some places if given."""
+        """The matrix times each row of ``vectors``, shape ``(q, p)``; ``places`` restricts it to some examples."""
         share = self._train.share if places is None else places
         count = len(self._train) if places is None else places.stop - places.start
         tangents = self._by_parameter(vectors)
@@ -95,7 +95,7 @@ class GaussNewton(Curvature):
         blocks = vectors.split(list(self._sizes.values()), dim=1)
         for layout, block in zip(self._train.capture.layouts.values(), blocks, strict=True):
             parts |= layout.split(block)
-        # In the order of the parameters, as tangents must have the layout of what they are tangents of.
+        # In the order of the parameters: tangents must have the layout of the parameters.
         parameters = self._train.capture.parameters
         return {name: parts[name].contiguous().to(parameters[name].dtype) for name in parameters}
 
@@ -107,8 +107,8 @@ class GaussNewton(Curvature):
 class ConjugateGradient(GaussNewton):
     """Damped Gauss-Newton systems by conjugate gradients, preconditioned by EK-FAC.
 
-    Queries are solved together, each scaled to unit norm first, so that none is solved less well than another. At the
-    end the norm of a residual is below ``tolerance`` times that of its gradient, else ``max_iterations`` is warned of.
+    Queries are solved together, each scaled to unit norm first, so that all are solved equally well. Iterations end
+    when each residual's norm is below ``tolerance`` times its gradient's, or after ``max_iterations`` with a warning.
     """
 
     def __init__(self, damping: float = 0.0, *, tolerance: float = 1e-3, max_iterations: int = 200) -> None:
@@ -124,7 +124,7 @@ class ConjugateGradient(GaussNewton):
     def expect(self, train: TrainingSide, num_queries: int) -> None:
         super().expect(train, num_queries)
         EKFAC().expect(train, num_queries)
-        # Some eight products, each with one pass forward and two backward for every query, and their EK-FAC.
+        # About eight products, each with one pass forward and two backward for every query, and as much for EK-FAC.
         work = 8 * num_queries * train.num_shared * 2 * train.loss_work
         expect("Conjugate gradients", PERCENT, work / PERCENT)
 
@@ -144,7 +144,7 @@ class ConjugateGradient(GaussNewton):
             return self.product(vectors) + damping * vectors
 
         def precondition(vectors: Tensor) -> Tensor:
-            # Residuals fall from 1 to the tolerance, about evenly in their logarithm.
+            # The logarithm of the residuals falls about evenly, from 1 to the tolerance.
             reached = math.log(max(float(vectors.norm(dim=1).max()), self.tolerance)) / math.log(self.tolerance)
             bar.update(max(0, int(PERCENT * reached) - bar.done))
             return self._preconditioner.solve_damped(self._gradients(vectors), damping).dense()
@@ -157,8 +157,8 @@ class ConjugateGradient(GaussNewton):
         if not solution.is_solved:
             warnings.warn(
                 f"Conjugate gradients did not reach a residual of {self.tolerance:g} in {self.max_iterations} "
-                "iterations, so scores are those of a stronger damping in the directions that are left. Give a larger "
-                "`damping=`, or more `max_iterations=`.",
+                "iterations, so some directions are damped more strongly than you chose. Give a larger `damping=`, or "
+                "more `max_iterations=`.",
                 stacklevel=2,
             )
         return self._gradients(solution.values * norms)
@@ -168,8 +168,8 @@ class LiSSA(GaussNewton):
     """Damped Gauss-Newton systems by a Neumann series of ``depth`` terms, over random batches.
 
     ``v <- g + (I - (H_b + damping I) / s) v`` for one batch b after another ends near ``s (H + damping I)^-1 g``. The
-    scale s is above the largest eigenvalue of every batch, found by power iteration: the series cannot diverge. The
-    second half of the terms is averaged, as the last alone keeps the noise of the last batches.
+    scale s is above the largest eigenvalue of every batch, which power iteration gives, so the series cannot diverge.
+    The result is the mean of the second half of the terms: the last term alone has the noise of the last batches.
     """
 
     def __init__(self, damping: float = 0.0, *, depth: int = 200) -> None:
@@ -199,7 +199,7 @@ class LiSSA(GaussNewton):
         vector = torch.randn(1, sum(self._sizes.values()), generator=generator).to(like)
         for _ in range(20):
             vector = self.product(vector / vector.norm(), places)
-            if not vector.any():  # the model is sure of all of them
+            if not vector.any():  # the model is certain about all of these examples
                 return 0.0
         return float(vector.norm())
 
@@ -226,9 +226,9 @@ class LiSSA(GaussNewton):
         self.chosen["residual_max"] = max(largest, self.chosen.get("residual_max", 0.0))
         if largest > 0.1:
             warnings.warn(
-                f"LiSSA ended with residuals of up to {largest:.0%} of the gradients after {self.depth} "
-                "terms, so scores are those of a stronger damping in some directions. Give a larger `damping=`, more "
-                "`depth=`, or use method='influence-cg'.",
+                f"LiSSA ended with residuals of up to {largest:.0%} of the gradients after {self.depth} terms, so "
+                "some directions are damped more strongly than you chose. Give a larger `damping=`, more `depth=`, or "
+                "use method='influence-cg'.",
                 stacklevel=2,
             )
         return self._gradients(solution)

@@ -18,15 +18,15 @@ from stride_lightning.model.blocks import Block, Gradients, Outer
 from stride_lightning.runtime.distributed import total
 from stride_lightning.runtime.progress import expect
 
-#: A side of a matrix wider than this is left in its own basis: its covariance would not fit.
+#: A wider side of a matrix is not rotated: its covariance would not fit in memory.
 MAX_SIDE = 4096
-#: So is a block without factors that has more parameters.
+#: Nor is a block without factors of more parameters.
 MAX_VECTOR = 2048
 
 
 @dataclass
 class Basis:
-    """An orthonormal basis for the rows and one for the columns of a block's matrices; None for their own."""
+    """Orthonormal bases for the rows and the columns of a block's matrices; None leaves a side as it is."""
 
     shape: tuple[int, int]  # (L, R); vectors have one column
     left: Tensor | None  # (L, L)
@@ -47,7 +47,7 @@ class Basis:
         return outer.right if self.right is None else outer.right @ self.right
 
     def restored(self, vectors: Tensor) -> Tensor:
-        """Vectors in the basis as they were."""
+        """Vectors in the basis, rotated back."""
         return self._both(vectors, self.left, None if self.right is None else self.right.T)
 
     def _both(self, vectors: Tensor, before: Tensor | None, after: Tensor | None) -> Tensor:
@@ -60,13 +60,13 @@ class Basis:
 
 
 class EKFAC(Curvature):
-    """Gauss-Newton blocks ``(U_S kron U_A) diag(Lambda) (U_S kron U_A)'``, eigenvalues corrected.
+    """Gauss-Newton blocks ``(U_S kron U_A) diag(Lambda) (U_S kron U_A)'`` with corrected eigenvalues.
 
-    ``U_A`` and ``U_S`` are the eigenvectors of the covariances of what enters a layer and what comes back to it,
-    ``Lambda`` the mean squared gradient in that basis. Gradients come back from the loss's Gauss-Newton matrix at up to
-    32 outputs (eight random directions beyond), so that no labels are drawn. Embeddings keep their rows, where the
-    covariance is diagonal, and so does a side wider than ``MAX_SIDE``; parameters without factors have a full matrix up
-    to ``MAX_VECTOR`` of them, else its diagonal.
+    ``U_A`` and ``U_S`` are the eigenvectors of the covariances of a layer's inputs and of the gradients at its outputs.
+    ``Lambda`` is the mean squared gradient in that basis. The gradients are those of the loss's Gauss-Newton matrix,
+    exact up to 32 outputs and along eight random directions beyond, so no labels are drawn. Rows of embeddings are not
+    rotated, as their covariance is diagonal; nor is a side wider than ``MAX_SIDE``. Up to ``MAX_VECTOR`` parameters
+    without factors have a full matrix; beyond, a diagonal one.
 
     Memory: ``L^2 + R^2 + L R`` values for a block of matrices of shape ``(L, R)``.
     """
@@ -94,7 +94,7 @@ class EKFAC(Curvature):
         return self.solve_damped(gradients, self.absolute_damping)
 
     def solve_damped(self, gradients: Gradients, damping: float) -> Gradients:
-        """The same with an absolute damping."""
+        """``(H + damping)^-1`` times each gradient, with an absolute damping."""
 
         def solved(name: str, block: Block) -> Tensor:
             basis = self._bases[name]
@@ -103,7 +103,7 @@ class EKFAC(Curvature):
         return gradients.vectors(solved)
 
     def _squares(self, batch: Batch, train: TrainingSide) -> Iterator[tuple[str, Tensor]]:
-        """Sums over examples and functions of the outputs of the squared gradients in the bases."""
+        """Squared gradients in the bases, summed over examples and directions of the outputs."""
         lefts: defaultdict[str, Any] = defaultdict(float)
         rights: defaultdict[str, Any] = defaultdict(float)
         for gradients in batch.curvature(train.seed):
@@ -112,7 +112,7 @@ class EKFAC(Curvature):
                 if block.num_places != 1 or block.outers[0].is_lookup or constant is None:
                     yield name, basis.rotated(block).sum_of_squares()
                     continue
-                # Squares of a single outer product are products of squares: what entered is the same for all outputs.
+                # Squares of a single outer product are products of squares. All outputs share a layer's input.
                 for sums, side, rotate in ((lefts, "left", basis.rows), (rights, "right", basis.columns)):
                     if side != constant or name not in sums:
                         sums[name] += rotate(block.outers[0])[:, 0].square()
@@ -142,7 +142,7 @@ class EKFAC(Curvature):
 
 
 def _factors(block: Block, side: str, *, padded: bool) -> list[Tensor]:
-    """What the basis of a side's rows (left) or columns (right) is made of; nothing where they keep their own.
+    """The vectors whose covariance gives the basis of rows (left) or columns (right); none for a side left as it is.
 
     If padded, places with a gradient of zero are left out: padding is not part of the data.
     """

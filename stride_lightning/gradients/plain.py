@@ -39,7 +39,7 @@ class GradDotAttributor(GradientAttributor):
 
 
 class GradCosAttributor(GradDotAttributor):
-    """Grad-Cos: cosines of loss gradients, from -1 to 1; without a unit. An example without a gradient scores 0.
+    """Grad-Cos: cosines of loss gradients, from -1 to 1, without a unit. An example without a gradient scores 0.
 
     Reference: Charpiat et al. 2019, Input similarity from the neural network perspective.
     """
@@ -49,7 +49,7 @@ class GradCosAttributor(GradDotAttributor):
 
     @override
     def score_training_data(self, model: nn.Module, device: torch.device) -> Tensor:
-        raise ValueError("The cosine of every gradient with itself is 1: use the self-influence of another method.")
+        raise ValueError("The cosine of a gradient with itself is always 1. Use another method for self-influence.")
 
     @override
     def features(self, batch: Batch) -> Gradients:
@@ -59,15 +59,16 @@ class GradCosAttributor(GradDotAttributor):
 
 
 class TracInAttributor(GradDotAttributor):
-    """TracIn: inner products of loss gradients at checkpoints along training, weighted by the learning rate then.
+    """TracIn: inner products of loss gradients at checkpoints along training, weighted by the learning rates there.
 
-    Parameters are weighted by their own learning rates. With one checkpoint per epoch the unit is nats of query loss
-    times the batch size; momentum and the scaling of adaptive optimizers are not part of the method. A ``.ckpt`` holds
-    the learning rate after its scheduler's last move, which is warned of; TracInCallback records the one used.
+    Each parameter is weighted by the learning rate of its group. With one checkpoint per epoch the unit is nats of
+    query loss times the batch size; momentum and the scaling of adaptive optimizers are not part of the method. A
+    ``.ckpt`` may hold a learning rate that the scheduler has already changed, which gives a warning; TracInCallback
+    records the rate that the last step used.
 
     Args:
-        record: Given to ``attribute()``: a folder of records of ``TracInCallback``, or of ``.ckpt`` files. By default
-            what the checkpoint or the attached trainer's callback names.
+        record: An argument of ``attribute()``: a folder of records of ``TracInCallback``, or of ``.ckpt`` files. By
+            default the records that the checkpoint or the attached trainer's callback names.
 
     Reference: arXiv:2002.08484 (TracInCP), section 3.3.
     """
@@ -78,45 +79,46 @@ class TracInAttributor(GradDotAttributor):
     @override
     def starting_points(self, model: nn.Module, record: Any, checkpoint: Any) -> list[tuple[Checkpoint | None, Any]]:
         if record is not None and self.checkpoints is not None:
-            raise ValueError("`record` and `checkpoints` both name checkpoints of TracIn; give one of them.")
+            raise ValueError("Both `record` and `checkpoints` name checkpoints of TracIn: give only one of them.")
         source = self.checkpoints if record is None else record
         known = tracin_checkpoints(source, checkpoint, model, self.weights_only)
         if known is None:
             raise ValueError(
-                "method='tracin' needs checkpoints along training, and none are known for these weights. Train with "
-                "TracInCallback() in the trainer's callbacks, or pass `record=`: a folder of its records or of .ckpt "
-                "files."
+                "method='tracin' needs checkpoints along training, but none are known for these weights. Train with "
+                "TracInCallback() among the trainer's callbacks, or give `record=`: a folder of its records or of "
+                ".ckpt files."
             )
         checkpoints, self._recorded_data, note = known
         self.metadata["record_note"] = note
         if source is None and self.weights not in map(recorded_weights, checkpoints):
             warnings.warn(
-                f"{note}, but none of them has the weights of the model as it is now: scores say what that training "
-                "did, not how the model came to be as it is.",
+                f"TracIn sums over {note}, but none of them has the model's present weights: scores describe that "
+                "training, not how these weights arose. Give the records of these weights' training as `record=`.",
                 stacklevel=2,
             )
         if scheduled := [one.name for one in checkpoints if one.is_scheduled]:
             warnings.warn(
-                f"The learning rates in {', '.join(scheduled[:3])} were stored beside a scheduler, which may have "
-                "moved them on after the last step. TracInCallback records the ones that were used.",
+                f"{', '.join(scheduled[:3])} stores the learning rates beside a scheduler, which may have changed them "
+                "after the last step. Train with TracInCallback, which records the rates that steps use.",
                 stacklevel=2,
             )
         if without := [one.name for one in checkpoints if one.learning_rates is None]:
             raise ValueError(
-                f"{', '.join(without[:3])} hold no learning rates, which TracIn weighs checkpoints by. Use records of "
-                "TracInCallback or Lightning's .ckpt files; method='grad-dot' with `checkpoints=` weighs all equally."
+                f"TracIn needs learning rates as weights of checkpoints, but {', '.join(without[:3])} holds none. Give "
+                "records of TracInCallback or Lightning's .ckpt files, or use method='grad-dot' with `checkpoints=`, "
+                "which weights all equally."
             )
-        # What no optimizer held was not trained.
+        # A parameter without a rate was in no optimizer, so it was not trained.
         names = chosen_parameters(model, self.layers)
         rates = [one.learning_rates or {} for one in checkpoints]
         frozen = set().union(*rates) - names.keys()
         if frozen and self.layers is None:
             warnings.warn(
-                f"{', '.join(sorted(frozen)[:5])} had a learning rate in training and are frozen now, so they do not "
-                "count. Set requires_grad=True if they should.",
+                "These parameters had a learning rate in training, but they are frozen now and do not count: "
+                f"{', '.join(sorted(frozen)[:5])}. Set requires_grad=True on them to include them.",
                 stacklevel=2,
             )
-        weights = [{name: of_one.get(name, 0.0) for name in names} for of_one in rates]
+        weights = [{name: by_name.get(name, 0.0) for name in names} for by_name in rates]
         return list(zip(checkpoints, weights, strict=True))
 
     @override

@@ -1,4 +1,4 @@
-"""PlannedAttributor: what methods that read gradients share: the plan, reading data, and scores tile by tile."""
+"""PlannedAttributor: the base of methods that read gradients, with the plan, the data, and scores tile by tile."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from stride_lightning.runtime.progress import announce
 from stride_lightning.tasks.inference import check_outputs
 from stride_lightning.tasks.likelihoods import Task, columns
 
-#: Bytes of a tile of scores where only the best are kept.
+#: Bytes of a tile of scores, where only the top of each query is stored.
 TILE_BYTES = 2**26
 
 
@@ -35,7 +35,7 @@ class TaskOutputs(Outputs):
 
     def __init__(self, model: nn.Module, task: Task) -> None:
         super().__init__(model)
-        self._task = [task]  # in a list: a task may be a module, and is not part of the model
+        self._task = [task]  # in a list: a task that is a module must not become a part of this one
 
     @override
     def forward(self, inputs: Any) -> Tensor:
@@ -50,10 +50,10 @@ class PlannedAttributor(Attributor):
     """A method that reads per-example gradients; see the classes built on it.
 
     Args:
-        layers: Names of the modules whose parameters count; all trainable ones by default.
-        top_k: Keep only so many proponents and opponents of each query, for data where all scores are too many.
-        memory_budget: Bytes that a batch of examples may take together with the gradients of queries that are held;
-            by default 512 MiB, on a GPU half of what is free. Batches are smaller than ``batch_size`` where they must.
+        layers: Names of the modules whose parameters count; by default all trainable parameters.
+        top_k: Store only so many proponents and opponents of each query, for data sets with too many scores.
+        memory_budget: Bytes for a batch of examples and the gradients of queries together; by default 512 MiB, or half
+            of a GPU's free memory. Batches are smaller than ``batch_size`` if they would not fit.
         kwargs: Arguments of :class:`Attributor`.
     """
 
@@ -71,18 +71,18 @@ class PlannedAttributor(Attributor):
         self.layers, self.top_k = layers, None if top_k is None else check_count("top_k", top_k)
 
     def chosen_layers(self, model: nn.Module, inputs: Any) -> Sequence[str] | None:
-        """Names of the modules whose parameters count; ``inputs`` are those of a batch."""
+        """Names of the modules whose parameters count; ``inputs`` are the inputs of one batch."""
         return self.layers
 
     def check_data(self, fingerprint: dict[str, Any]) -> None:
-        """Refuse training data that are not those of a record."""
+        """Refuse other training data than a record's."""
 
     def options(self) -> dict[str, Any]:
         """Options and automatic choices, for the metadata."""
         return {"layers": None if self.layers is None else list(self.layers), "top_k": self.top_k}
 
     def plan(self, model: nn.Module, device: torch.device) -> None:
-        """Find out how gradients are read, and read the training data once."""
+        """Plan how to read gradients, and read the training data once."""
         num_parameters = sum(value.numel() for value in model.parameters() if value.requires_grad)
         places = probe_places(len(self.train_data), max(1, num_parameters))
         probes = self.train_data.subset(places)
@@ -98,22 +98,25 @@ class PlannedAttributor(Attributor):
         with probes.naming(0):
             self.capture = plan_capture(outputs, single, together, layers)
         announce(self.capture.warning, show=self.show_progress and bool(self.capture.warning))
-        #: Bytes that a batch may take, and those that gradients of queries may.
+        #: Bytes for a batch, and bytes for the gradients of queries.
         self.batch_bytes = self.query_bytes = memory_budget(self.memory_budget, device) // 2
-        #: What gradients take.
+        #: Work and memory of one example's gradients.
         self.effort = self.capture.effort(together, len(places))
-        #: Examples that are run together.
+        #: Examples of one forward pass.
         self.chunk_size = min(self.batch_size, max(1, self.batch_bytes // self.effort.num_bytes))
         self.reader = self.read(model, self.train_data, device, "label")
         self.check_data(self.reader.fingerprint)
         if len(self.train_data) < world_size():
-            raise ValueError(f"{len(self.train_data)} training examples cannot be shared by {world_size()} processes.")
+            raise ValueError(
+                f"Every process needs a training example, but there are {world_size()} processes and "
+                f"{len(self.train_data)} training examples. Use fewer processes."
+            )
         self.share = shard(len(self.train_data))
         self.metadata |= {"data": self.reader.fingerprint, "options": self.options()}
         self.metadata["gradients"] = self.capture.described()
 
     def read(self, model: nn.Module, examples: Examples, device: torch.device, target: str) -> Reader:
-        """Examples as batches of inputs and encoded targets, read once."""
+        """The examples as batches of inputs and encoded targets; they are read once."""
         options: dict[str, Any] = {"batch_size": self.chunk_size, "show_progress": self.show_progress}
         return Reader(examples, model, self.task, self.num_outputs, device=device, target=target, **options)
 
@@ -123,9 +126,9 @@ class PlannedAttributor(Attributor):
     def collect_scores(
         self, queries: Reader, chunks: Sequence[slice], tiles: Callable[[slice], Callable[[slice], Tensor]]
     ) -> Attribution | TopAttribution:
-        """Scores of this process's training examples for chunks of queries, gathered; or the top of each query.
+        """Scores of all processes' training examples for chunks of queries; with ``top_k`` the top of each query.
 
-        For a chunk, ``tiles`` gives a function of training examples that returns scores ``(chunk, columns)``.
+        ``tiles(chunk)`` is a function that returns the scores of some training examples, shape ``(chunk, columns)``.
         """
         mine = self.share.stop - self.share.start
         k = None if self.top_k is None else min(self.top_k, len(self.train_data))
@@ -136,7 +139,7 @@ class PlannedAttributor(Attributor):
             size, tile = chunk.stop - chunk.start, tiles(chunk)
             step = longest if k is None else max(1, TILE_BYTES // (4 * size))
             collectors.append(TopCollector(size, k or 1))
-            # As many tiles on every rank, as some curvatures solve together.
+            # Every rank has the same number of tiles: with some curvatures all ranks solve together.
             for start in range(self.share.start, self.share.start + longest, step):
                 places = slice(min(start, self.share.stop), min(start + step, self.share.stop))
                 part = tile(places)
@@ -144,7 +147,7 @@ class PlannedAttributor(Attributor):
                     query, column = (~torch.isfinite(part)).nonzero()[0].tolist()
                     raise ValueError(
                         f"The score of query {queries.examples.name(chunk.start + query)} for training example "
-                        f"{self.train_data.name(places.start + column)} is not finite: its gradient is too large for "
+                        f"{self.train_data.name(places.start + column)} is not finite: the gradient is too large for "
                         "the precision, or the curvature too small. Check the weights, or give a larger `damping=` (or "
                         "`ridge=`)."
                     )

@@ -21,15 +21,15 @@ from stride_lightning.model.capture import Capture
 from stride_lightning.model.plan import last_layer
 from stride_lightning.runtime.checks import check_count
 
-#: Parameters of a last layer whose curvature is made and factorised.
+#: Up to so many parameters, the curvature of a last layer is computed and factorised as a whole.
 MAX_FACTORISED = 4096
 
 
 class InfluenceAttributor(GradientAttributor):
-    r"""What influence functions share: a damped curvature, ``g_q' (H + \lambda I)^{-1} g_i / n``.
+    r"""The base of influence functions: a damped curvature, ``g_q' (H + \lambda I)^{-1} g_i / n``.
 
-    Unit: nats of query loss, to first order, for taking the example out of the training set; damping, and what the
-    curvature leaves out, shrink or stretch it, so that it is a ranking rather than a prediction.
+    Unit: nats of query loss, to first order, for taking the example out of the training set. Damping and an approximate
+    curvature shrink or stretch the scores, so read them as a ranking rather than a prediction.
 
     Args:
         damping: Relative to the mean eigenvalue of the curvature.
@@ -45,7 +45,7 @@ class InfluenceAttributor(GradientAttributor):
 
     @property
     def damping(self) -> float:
-        """Relative to the mean eigenvalue; it can be set after a fit, which need not be done again."""
+        """Relative to the mean eigenvalue. It can be set after a fit; no new fit is needed."""
         return self._damping
 
     @damping.setter
@@ -72,7 +72,7 @@ class DiagonalAttributor(InfluenceAttributor):
 
 
 class DataInfAttributor(InfluenceAttributor):
-    """DataInf: the mean over training examples of inverses, in place of the inverse of the mean, block by block.
+    """DataInf: block by block, the mean of the inverses over training examples, in place of the inverse of the mean.
 
     Every chunk of queries takes one more pass over the training set.
 
@@ -96,7 +96,7 @@ class ConjugateGradientAttributor(InfluenceAttributor):
 
     Args:
         tolerance: Largest relative residual.
-        max_iterations: Products with the matrix at most.
+        max_iterations: Largest number of products with the matrix.
         kwargs: Arguments of :class:`InfluenceAttributor`.
 
     Reference: arXiv:1703.04730, section 3.
@@ -108,7 +108,7 @@ class ConjugateGradientAttributor(InfluenceAttributor):
     def __init__(self, *, tolerance: float = 1e-3, max_iterations: int = 200, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.tolerance, self.max_iterations = tolerance, max_iterations
-        ConjugateGradientAttributor.curvature(self)  # refuses what cannot be, before any work
+        ConjugateGradientAttributor.curvature(self)  # refuses wrong options before any work
 
     @override
     def curvature(self) -> Curvature:
@@ -138,9 +138,9 @@ class LiSSAAttributor(InfluenceAttributor):
 
 
 class LastLayerAttributor(ConjugateGradientAttributor):
-    """Influence in the last layer alone, with its whole Gauss-Newton matrix: exact for a model frozen before it.
+    """Influence in the last layer alone, with its whole Gauss-Newton matrix; exact if all other layers are frozen.
 
-    Up to 4096 parameters the matrix is factorised; beyond, systems are solved by conjugate gradients.
+    Up to 4096 parameters the matrix is factorised; beyond, conjugate gradients solve the systems.
     """
 
     method, default_damping = "last-layer", 1.0
@@ -156,12 +156,12 @@ class LastLayerAttributor(ConjugateGradientAttributor):
 
 
 class LoGraAttributor(InfluenceAttributor):
-    """LoGra: gradients of each layer projected from both sides, with the Gauss-Newton matrix of what is left.
+    """LoGra: gradients of each layer projected from both sides, with the Gauss-Newton matrix of the projections.
 
-    The matrix is the mean over the labels that the model expects, where the paper takes those of the training set.
+    The matrix is the mean over the labels that the model expects; the paper takes the labels of the training set.
 
     Args:
-        projection_dim: Rows and columns that are left of each layer's gradient; narrower sides are kept.
+        projection_dim: Rows and columns of each layer's projected gradient; narrower sides are not projected.
         kwargs: Arguments of :class:`InfluenceAttributor`.
 
     Reference: arXiv:2405.13954, section 3.
@@ -184,8 +184,8 @@ class TRAKAttributor(InfluenceAttributor):
     .. math:: \phi_q' (\Phi'\Phi + \lambda I)^{-1} \phi_i (1 - p_i)
 
     Unit: log-odds of the query's target, for taking the example out of the training set. With several ``checkpoints``,
-    kernels and probabilities are averaged by themselves. A task without a margin has its outputs towards the target in
-    place of it, and the size of the residual in place of ``1 - p``.
+    the factors with the kernels and the factors ``1 - p`` are averaged separately. For a task without a margin, the
+    outputs towards the target take its place, and the size of the residual takes that of ``1 - p``.
 
     Args:
         projection_dim: Number of features of an example.
@@ -219,7 +219,7 @@ class TRAKNewtonAttributor(TRAKAttributor):
 
     .. math:: \phi_q' (\Phi' R \Phi + \lambda I)^{-1} \phi_i (1 - p_i), \qquad R = \mathrm{diag}(p_i (1 - p_i))
 
-    Published TRAK leaves R out. With it, an example that the model is sure of does not count in the kernel.
+    Published TRAK leaves R out. With R, an example that the model is certain about does not count in the kernel.
 
     Reference: arXiv:2303.14186.
     """

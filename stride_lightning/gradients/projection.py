@@ -1,4 +1,4 @@
-"""Random projections of gradients: reproducible by seed, made of the factors, one pass over the examples."""
+"""Random projections of gradients: reproducible by seed, computed from the factors, in one pass over the examples."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing_extensions import override
 from stride_lightning.model.blocks import CHUNK_BYTES, Block, Gradients, Outer
 from stride_lightning.runtime.randomness import mix
 
-#: Name of the one block of a projection of all blocks together.
+#: Name of the single block of a joint projection.
 EVERYTHING = "all parameters"
 
 
 class Projection(ABC):
-    """A linear map of gradients to fewer features, the same for every example and made of a seed."""
+    """A linear map of gradients to fewer features; a seed determines it, and it is the same for every example."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -32,10 +32,10 @@ class Projection(ABC):
 
     @abstractmethod
     def work(self, shapes: Mapping[str, tuple[int, int, int]]) -> float:
-        """Multiplications for one example, whose blocks have so many places and matrices of such a shape."""
+        """Multiplications for one example; ``shapes`` holds the places, rows and columns of each block."""
 
     def _signs(self, name: str, rows: int, columns: int, like: Tensor) -> Tensor:
-        """Random signs, shape ``(rows, columns)``, made of the seed and a name."""
+        """Random signs, shape ``(rows, columns)``; the seed and the name determine them."""
         key = (name, like.device, like.dtype)
         if key not in self._matrices:
             signs = torch.randint(0, 2, (rows, columns), generator=self._generator(name), dtype=torch.int8)
@@ -43,11 +43,11 @@ class Projection(ABC):
         return self._matrices[key]
 
     def _generator(self, name: str) -> torch.Generator:
-        # The checksum of the name: Python's hash of a string differs from process to process.
+        # A checksum of the name, since Python's hash of a string differs from process to process.
         return torch.Generator().manual_seed(mix(self.seed, zlib.crc32(name.encode())))
 
     def _count_sketch(self, name: str, block: Block, size: int) -> Tensor:
-        """Vectors with each parameter added, with a random sign, to one of ``size`` sums."""
+        """Vectors of ``size`` sums; each parameter is added to one of them, with a random sign."""
         values, signs = block.dense(), self._signs(f"{name}/sign", 1, block.size, block.dense())
         bucket = torch.randint(size, (block.size,), generator=self._generator(f"{name}/bucket")).to(values.device)
         return values.new_zeros(len(values), size).index_add_(1, bucket, values * signs)
@@ -58,11 +58,11 @@ class JointProjection(Projection):
 
     .. math:: \phi_r = \frac{1}{\sqrt{m}} \sum_l \sum_t (s_{lr}' \delta_{lt}) (u_{lr}' a_{lt})
 
-    so that no gradient is ever made: ``m (L + R)`` operations per place and layer in place of ``m L R``. Inner
-    products are kept on average. Blocks without factors are added by a count sketch. Up to m parameters in all blocks
-    are kept as they are. The product form is that of tensor sketches.
+    No gradient is computed as a matrix: a place of a layer takes ``m (L + R)`` operations, not ``m L R``. The
+    expectation of inner products is unchanged. Blocks without factors are added by a count sketch. With no more than m
+    parameters in all blocks, gradients are not projected. The product form is that of tensor sketches.
 
-    The signs take ``4 m (L + R)`` bytes for a layer, and the products 64 MiB, or ``8 m T`` bytes of an example with T
+    The signs of a layer take ``4 m (L + R)`` bytes. The products take 64 MiB, or ``8 m T`` bytes for an example with T
     places if that is more.
     """
 
@@ -89,7 +89,7 @@ class JointProjection(Projection):
         right = self._signs(f"{name}/right", block.shape[1], self.dim, block.like)
         sums = block.like.new_zeros(len(block), self.dim)
         for outer in block.outers:
-            # Both factors of every place are made, of as many examples at once as the chunk holds.
+            # Both factors of every place are computed, for as many examples at once as fit in a chunk.
             step = max(1, CHUNK_BYTES // (2 * outer.right[0, :, 0].numel() * self.dim * block.like.element_size()))
             for start in range(0, len(block), step):
                 chunk = slice(start, start + step)
@@ -101,7 +101,7 @@ class JointProjection(Projection):
 class LayerProjection(Projection):
     """Each block onto ``dim x dim`` features: both sides of its matrices by random signs, ``P_S G P_A'``.
 
-    A side narrower than ``dim`` is kept as it is.
+    A side narrower than ``dim`` is not projected.
     """
 
     def __init__(self, dim: int, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""The learning rate of every parameter, from what a plain Lightning checkpoint stores of its optimizers."""
+"""The learning rate of every parameter, from the optimizer states of a plain Lightning checkpoint."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from stride_lightning.runtime.randomness import preserved_random_state
 
 
 def stored_rates(checkpoint: Mapping[str, Any], model: nn.Module, where: str) -> dict[str, float] | None:
-    """Learning rates by plain parameter name, as they were when the checkpoint was saved.
+    """Learning rates by plain parameter name, as the checkpoint stores them; messages call the file ``where``.
 
-    A scheduler may have moved them on since the last optimizer step. Parameters are told by the names that torch
-    stores if the optimizer was made with named parameters; else, if all groups have one rate, it is that of every
-    trainable parameter; else by their order in the optimizers that ``configure_optimizers`` makes for the model.
+    A scheduler may have changed them since the last optimizer step. If the optimizer was given named parameters, torch
+    stores their names. Else, if all groups have the same rate, every trainable parameter has it. Else parameters are
+    identified by their order in the optimizers that ``configure_optimizers`` makes for the model.
 
     Returns:
-        None where the file, which messages call ``where``, stores no optimizer.
+        The rates; None if the file stores no optimizer.
 
     Raises:
-        ValueError: If rates differ and it cannot be told whose they are.
+        ValueError: If rates differ and their parameters cannot be identified.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -33,7 +33,7 @@ def stored_rates(checkpoint: Mapping[str, Any], model: nn.Module, where: str) ->
         {'weight': 0.5, 'bias': 0.5}
     """
     by_optimizer = [list(state["param_groups"]) for state in checkpoint.get("optimizer_states") or []]
-    groups = [group for of_one in by_optimizer for group in of_one]
+    groups = [group for groups_of_one in by_optimizer for group in groups_of_one]
     if not groups or any(group.get("lr") is None for group in groups):
         return None
     if (named := _by_stored_names(groups, model)) is not None:
@@ -48,20 +48,21 @@ def stored_rates(checkpoint: Mapping[str, Any], model: nn.Module, where: str) ->
         return by_order
     if alike:
         warnings.warn(
-            f"{where}: its optimizers hold other parameters than {type(model).__name__} has trainable ones, and "
-            f"which cannot be told because {by_order}. Its learning rate {rates[0]:g} is taken for all.",
+            f"The optimizers in {where} hold other parameters than the trainable ones of {type(model).__name__}, and "
+            f"their names are unknown because {by_order}. All parameters get its learning rate {rates[0]:g}. Give "
+            "records of TracInCallback, which store the names.",
             stacklevel=2,
         )
         return dict.fromkeys(trainable, rates[0])
     raise ValueError(
-        f"{where} has several learning rates ({', '.join(f'{rate:g}' for rate in rates)}), and which parameters they "
-        f"are of cannot be told because {by_order}. Use the records of TracInCallback, which name them, or make the "
-        "optimizer with model.named_parameters(), so that the checkpoint does."
+        f"{where} has several learning rates ({', '.join(f'{rate:g}' for rate in rates)}), and their parameters are "
+        f"unknown because {by_order}. Use records of TracInCallback, which store the names, or give the optimizer "
+        "model.named_parameters() in training, so that the checkpoint stores them."
     )
 
 
 def _by_stored_names(groups: Sequence[Mapping[str, Any]], model: nn.Module) -> dict[str, float] | None:
-    """By the names in the groups, if they are the model's; a user may have named a part's parameters."""
+    """Rates by the names in the groups, or None if one is not a name of the model, such as a name in a part of it."""
     known = {plain_name(name) for name, _ in model.named_parameters()}
     rates = {}
     for group in groups:
@@ -73,7 +74,7 @@ def _by_stored_names(groups: Sequence[Mapping[str, Any]], model: nn.Module) -> d
 
 
 def _by_order(groups: Sequence[Sequence[Mapping[str, Any]]], model: Any) -> dict[str, float] | str:
-    """By the order of parameters in freshly configured optimizers, or why that cannot be told."""
+    """Rates by the order of parameters in freshly configured optimizers, or the reason why there is no such order."""
     if not hasattr(model, "configure_optimizers"):
         return f"{type(model).__name__} has no configure_optimizers"
     try:
@@ -81,22 +82,22 @@ def _by_order(groups: Sequence[Sequence[Mapping[str, Any]]], model: Any) -> dict
             optimizers = _optimizers_of(model.configure_optimizers())
     except Exception as error:
         return f"configure_optimizers() gave {type(error).__name__}: {error}"
-    stored = [[len(group["params"]) for group in of_one] for of_one in groups]
+    stored = [[len(group["params"]) for group in groups_of_one] for groups_of_one in groups]
     made = [[len(group["params"]) for group in optimizer.param_groups] for optimizer in optimizers]
     if stored != made:
-        return f"configure_optimizers() makes groups of {made} parameters (by optimizer), the file has {stored}"
+        return f"configure_optimizers() makes groups of {made} parameters (by optimizer), but the file has {stored}"
     names = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
     return {
         names[id(parameter)]: float(group["lr"])
-        for of_one, optimizer in zip(groups, optimizers, strict=True)
-        for group, fresh in zip(of_one, optimizer.param_groups, strict=True)
+        for groups_of_one, optimizer in zip(groups, optimizers, strict=True)
+        for group, fresh in zip(groups_of_one, optimizer.param_groups, strict=True)
         for parameter in fresh["params"]
         if id(parameter) in names
     }
 
 
 def _optimizers_of(configured: Any) -> list[torch.optim.Optimizer]:
-    """The optimizers in any form that Lightning lets ``configure_optimizers`` return."""
+    """All optimizers, from any form that ``configure_optimizers`` may return."""
     if isinstance(configured, torch.optim.Optimizer):
         return [configured]
     if isinstance(configured, dict):

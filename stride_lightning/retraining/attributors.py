@@ -28,26 +28,27 @@ from stride_lightning.steering.subsets import Design
 from stride_lightning.storage.lookup import choose_record, explain_mismatch
 
 _NO_BATCH_SIZE = (
-    "The batch size decides what training gives, and cannot be told from `train_data`. Pass a DataLoader with a "
-    "batch_size, or `train_batch_size=`."
+    "Training needs a batch size, and `train_data` does not give one. Pass a DataLoader with a batch_size, or "
+    "`train_batch_size=`."
 )
 
 
 class FurtherTrainingAttributor(Attributor):
-    """Trains the final model on without each example, and scores the example by what that does to each query.
+    """Trains the final model further without each example, and scores the example by the effect on each query.
 
-    The gold standard of attribution to a final model: nothing is approximated, and it costs a short training run per
-    example and seed. A record that :class:`~stride_lightning.FurtherTrainingCallback` left of these weights, data and
-    queries is used, unless it was made with other options than those given.
+    The gold standard of attribution to a final model: it approximates nothing, and costs a short training run for each
+    example and seed. If :class:`~stride_lightning.FurtherTrainingCallback` left a record of these weights, data and
+    queries with the same options, the record is used.
 
     Args:
         left_out: Positions in the training dataset of the examples to score; by default those of the record, else all.
-        epochs: Epochs of further training; by default the last of the record's, else 1.
-        num_seeds: Orders of batches averaged over, by default the record's, else 5; the standard error over them is
-            the attribution's ``std``.
-        optimizer: Makes the optimizer of a model's parameters; by default the model's own, without its schedule.
+        epochs: Epochs of further training; by default the record's largest number, else 1.
+        num_seeds: Number of orders of batches to average over, by default the record's, else 5. The attribution's
+            ``std`` is the standard error over them.
+        optimizer: Function that makes the optimizer of a model's parameters; by default the model's
+            ``configure_optimizers``, without its schedule.
         train_batch_size: Examples of a training batch; by default that of the training DataLoader.
-        memory_budget: Bytes that copies trained together may take.
+        memory_budget: Bytes for the copies that train together.
         **kwargs: As in :class:`~stride_lightning.Attributor`; ``seed`` is the first of the seeds.
 
     Reference: arXiv:2412.03906, section 3.
@@ -79,8 +80,8 @@ class FurtherTrainingAttributor(Attributor):
         self._explicit = record is not None
         saved_record, self._note = choose_record(record, checkpoint, model, self.weights, {}, "further-training")
         if not all_equal(None if saved_record is None else dict(saved_record.checksums)):
-            # They would go separate ways, and wait for each other forever.
-            saved_record, self._note = None, "not every rank found the same record; computed on the spot"
+            # Otherwise some ranks would compute, and wait forever for those that read a record.
+            saved_record, self._note = None, "the ranks have different records; computed on the spot"
         surveyed = survey(self.train_data, self.task)
         self._fingerprint, self._targets = surveyed.fingerprint, surveyed.targets
         self._chosen = None if self.left_out is None else find_left_out(self.left_out, self.train_data)[0]
@@ -100,7 +101,7 @@ class FurtherTrainingAttributor(Attributor):
         self.metadata |= {"data": self._fingerprint, "record": path}
 
     def _conflict(self, saved: FurtherTraining, model: nn.Module) -> str | None:
-        """What a record was made with in place of what was asked for."""
+        """The options of a record that differ from the given ones, in words; None if there are none."""
         stored, differing = saved.metadata, []
         if self._chosen is not None and not set(self._chosen.tolist()) <= set(saved.left_out.tolist()):
             differing.append("left_out")
@@ -114,10 +115,13 @@ class FurtherTrainingAttributor(Attributor):
             differing.append(f"optimizer ({' '.join(stored['optimizer'].split())} there)")
         if not differing:
             return None
-        return f"The record was made with other options: {', '.join(differing)}. Leave them out, or `record`."
+        return (
+            f"The record was made with other options: {', '.join(differing)}. Leave out these options to use the "
+            "record, or `record` to compute the effects anew."
+        )
 
     def _prepare(self, model: nn.Module, device: torch.device) -> LeavingOut:
-        """What trains the model on, tried out and made once."""
+        """The further training, made and tried out once."""
         if self._leaving_out is None:
             if self.train_batch_size is None and self.train_data.loading is None:
                 raise ValueError(_NO_BATCH_SIZE)
@@ -134,8 +138,10 @@ class FurtherTrainingAttributor(Attributor):
         query_data, result, note = surveyed.fingerprint, self._saved, self._note
         if result is not None and (target != "label" or result.metadata["query_data"] != query_data):
             if self._explicit:
-                raise ValueError("The record holds effects on other queries. Leave out `record` to compute them anew.")
-            result, note = None, "the record found is of other queries; computed on the spot"
+                raise ValueError(
+                    "The record holds effects on other queries. Leave out `record` to compute the effects anew."
+                )
+            result, note = None, "the record is of other queries; computed on the spot"
         record = None if result is None else self.metadata["record"]
         if result is None:
             leaving_out = self._prepare(model, device)
@@ -175,22 +181,23 @@ class FurtherTrainingAttributor(Attributor):
 
 
 class RetrainingAttributor(Attributor):
-    """Datamodels: scores recovered from the losses of models that were really retrained on random subsets.
+    """Datamodels: scores recovered from the losses of models that were retrained on random subsets.
 
     Args:
-        truth: Retrained losses of the queries, or the folder they were saved in; by default models are retrained.
-        model_fn: Makes a fresh, untrained model, where there is no ``truth``.
+        truth: Result of :func:`~stride_lightning.retrain` for the queries, or its folder; by default models are
+            retrained.
+        model_fn: Function that makes a fresh, untrained model; needed without ``truth``.
         max_epochs: Epochs of retraining.
         num_subsets: Number of subsets K.
-        fraction: Share of the training examples in each.
-        num_seeds: Models per subset.
-        optimizer: Makes the optimizer of a model's parameters; by default the model's own.
+        fraction: Share of the training examples in each subset.
+        num_seeds: Number of models for each subset.
+        optimizer: Function that makes the optimizer of a model's parameters; by default ``configure_optimizers``.
         train_batch_size: Examples of a training batch; by default that of the training DataLoader.
-        path: Folder for the retrained losses, from which a killed run goes on.
-        recovery: ``"prior"``: starts from the scores of STRIDE, which cost no retraining; or ``"lasso"``, as datamodels
-            were published, or ``"ridge"``.
-        penalty: Of the lasso or the ridge; by cross-validation over subsets by default.
-        memory_budget: Bytes that models trained together may take.
+        path: Folder for the retrained losses; a killed run continues from there.
+        recovery: ``"prior"`` starts from the scores of STRIDE, which need no retraining. ``"lasso"`` is the published
+            form of datamodels; ``"ridge"`` is the third choice.
+        penalty: Penalty of the lasso or the ridge; by default chosen by cross-validation over subsets.
+        memory_budget: Bytes for the models that train together.
         **kwargs: As in :class:`~stride_lightning.Attributor`.
 
     Reference: arXiv:2202.00622 (datamodels).
@@ -220,7 +227,7 @@ class RetrainingAttributor(Attributor):
         super().__init__(**kwargs)
         if truth is None and (model_fn is None or max_epochs is None):
             raise ValueError(
-                "method='retraining' needs models retrained on subsets: pass `truth=`, what retrain() gave, or "
+                "method='retraining' needs models retrained on subsets: pass `truth=`, a result of retrain(), or "
                 "`model_fn=` and `max_epochs=` to retrain now."
             )
         self._stride = StrideAttributor(recovery=recovery, penalty=penalty, **kwargs)
@@ -235,14 +242,20 @@ class RetrainingAttributor(Attributor):
     @override
     def fit_model(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
         if record is not None and self.recovery != "prior":
-            raise ValueError("`record` is what recovery='prior' starts from; leave it out with other recoveries.")
+            raise ValueError(
+                f"Only recovery='prior' reads a record, got recovery={self.recovery!r} with record={record!r}. Leave "
+                "out `record`."
+            )
         surveyed = survey(self.train_data, self.task)
         self._fingerprint, self._targets = surveyed.fingerprint, surveyed.targets
         self.metadata |= {"data": self._fingerprint, "options": {"recovery": self.recovery}}
         if self.truth is not None:
             self.truth.check_data(self.metadata, "`train_data`")
             if self.truth.num_train != len(self.train_data):
-                raise ValueError(f"`truth` is of {self.truth.num_train} training examples, got {len(self.train_data)}.")
+                raise ValueError(
+                    f"`truth` has {self.truth.num_train} training examples, but `train_data` has "
+                    f"{len(self.train_data)}. Pass the training data of `truth`."
+                )
         elif self.train_batch_size is None and self.train_data.loading is None:
             raise ValueError(_NO_BATCH_SIZE)
         if self.recovery == "prior":
@@ -252,14 +265,18 @@ class RetrainingAttributor(Attributor):
     @override
     def score_queries(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
         if target != "label":
-            raise ValueError("method='retraining' measures losses of labelled queries: use target='label'.")
+            raise ValueError(
+                f"method='retraining' measures losses of labelled queries, got target={target!r}. Use target='label'."
+            )
         surveyed, truth = survey(queries, self.task), self.truth
         if truth is None:
             how = {**self._how, "task": self.task, "device": device, "show_progress": self.show_progress}
             truth = retrain(queries=queries, train_data=self.train_data, **how)
         truth.check_data({"query_data": surveyed.fingerprint}, "`queries`")
         if truth.num_queries != len(queries):
-            raise ValueError(f"`truth` is of {truth.num_queries} queries, got {len(queries)}.")
+            raise ValueError(
+                f"`truth` has {truth.num_queries} queries, but {len(queries)} were given. Pass the queries of `truth`."
+            )
         # In double precision: with more subsets than examples the systems are close to singular.
         measurements = -truth.losses_by_seed.double().mean(0).T.contiguous()
         prior = None

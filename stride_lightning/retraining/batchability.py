@@ -1,4 +1,4 @@
-"""Whether models of a kind can train together, and if not, why."""
+"""Whether models of a kind can train together, and the reason if not."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GRADIENT_HOOKS = (
     *("backward", "optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping", "on_before_backward"),
     *("on_after_backward", "on_before_optimizer_step", "on_before_zero_grad"),
 )
-#: All through which it may change how it is trained.
+#: All hooks by which it may change its training.
 _HOOKS = (
     *GRADIENT_HOOKS,
     *("configure_callbacks", "lr_scheduler_step", "setup", "on_fit_start", "on_fit_end"),
@@ -41,17 +41,17 @@ _CHECKPOINTING = "it runs activation checkpointing, which torch.func does not ve
 
 
 def _tolerance(value: Tensor) -> float:
-    """Difference between two ways to compute something that counts as rounding."""
+    """Largest difference between two computations of the same number that counts as rounding."""
     return max(1e-3, 8 * torch.finfo(value.dtype).eps)
 
 
 def vectorised_attention() -> AbstractContextManager[Any]:
-    """Attention in the one form that ``torch.func`` vectorises everywhere; for the whole process, so not per thread."""
+    """Use the form of attention that ``torch.func`` vectorises everywhere; it holds for the whole process."""
     return sdpa_kernel(SDPBackend.MATH)
 
 
 def check_hooks(model: nn.Module) -> None:
-    """Refuse, by :class:`CannotBatch`, a model that takes part in its training in more ways than a loss."""
+    """Refuse, by :class:`CannotBatch`, a model that changes its training by more than its loss."""
     if any(parameter._backward_hooks for parameter in model.parameters()) or any(
         module._backward_hooks or module._backward_pre_hooks for module in model.modules()
     ):
@@ -59,18 +59,18 @@ def check_hooks(model: nn.Module) -> None:
     if tree_of(model) is None:
         return
     if not model.automatic_optimization:
-        raise CannotBatch("it optimizes by hand (automatic_optimization=False)")
+        raise CannotBatch("it uses manual optimization (automatic_optimization=False)")
     if hooks := overridden(model, _HOOKS):
         raise CannotBatch(f"it has hooks that only a Trainer calls: {', '.join(hooks)}")
 
 
 def loss_factor(model: nn.Module, task: Task, batch: Any, prepared: tuple[Any, Tensor], num_batches: int = 64) -> float:
-    """What the task's mean loss is multiplied with to give the loss that ``training_step`` returns.
+    """The factor between the task's mean loss and the loss that ``training_step`` returns.
 
-    1 for cross-entropy, 2 for ``mse_loss`` (the task's loss is half the squared error). Values and gradients are
-    compared on the batch and on single examples, at the model's weights and at larger ones, under which examples differ
-    more, and values under many a ``batch_idx``. Every kind of example should occur in the batch; ``prepared`` are its
-    inputs and encoded targets.
+    It is 1 for cross-entropy and 2 for ``mse_loss`` (the task's loss is half the squared error). Values and gradients
+    are compared on the batch and on single examples, at the model's weights and at larger ones, where examples differ
+    more; values are also compared for many values of ``batch_idx``. Every kind of example should occur in the batch;
+    ``prepared`` are its inputs and encoded targets.
 
     Raises:
         CannotBatch: If there is no such factor: label smoothing, class weights, auxiliary losses.
@@ -107,22 +107,22 @@ def loss_factor(model: nn.Module, task: Task, batch: Any, prepared: tuple[Any, T
                 if not same:
                     raise CannotBatch(
                         f"its training_step returns another loss than the mean of the {task.name} loss over examples "
-                        f"({'a mean over all tokens of the batch, ' if task.has_tokens else ''}label smoothing, "
-                        "weights or auxiliary losses?)"
+                        f"(does it have {'a mean over all tokens of the batch, ' if task.has_tokens else ''}label "
+                        "smoothing, weights or auxiliary losses?)"
                     )
     assert factor is not None
     return factor
 
 
 def _ratio(one: Tensor, other: Tensor) -> float:
-    """One loss by another, without the rounding of the division: factors are 1, 2 or 1 / noise_std^2."""
+    """One loss divided by another, without the rounding: factors are 1, 2 or 1 / noise_std^2."""
     ratio = float(one / other) if other else 1.0
     plain, rounding = float(f"{ratio:.3g}"), 20 * torch.finfo(other.dtype).eps
     return plain if abs(plain - ratio) < rounding * abs(ratio) else ratio
 
 
 def _same_loss(model: nn.Module, one: Tensor, other: Tensor, *, gradients: bool) -> bool:
-    """Whether two losses are the same to rounding, and if wanted their gradients in the parameters."""
+    """Whether two losses are equal up to rounding, and with ``gradients`` also their gradients in the parameters."""
     rounding = 8 * max(torch.finfo(one.dtype).eps, torch.finfo(other.dtype).eps)
     if not abs(one - other) <= max(2e-5, rounding) * max(abs(one), abs(other)) + rounding:
         return False
@@ -143,7 +143,7 @@ def _same_loss(model: nn.Module, one: Tensor, other: Tensor, *, gradients: bool)
 
 
 def mixed_places(kinds: Tensor | None, num_examples: int, size: int) -> Tensor:
-    """Places of a batch in which every kind of example occurs: one of each, as far as they fit, and others."""
+    """Places of a batch with one example of each kind, as far as they fit, and further examples."""
     places = torch.randperm(num_examples, generator=torch.Generator().manual_seed(0))
     if kinds is not None:
         first_of: dict[float, int] = {}
@@ -166,13 +166,13 @@ def check_separate(model: nn.Module, task: Task, inputs: Any, size: int) -> None
                 return task.outputs(model, _rows(inputs, rows, size))[: len(half)]
 
         try:
-            # Under dropout only batches of one size draw the same masks.
+            # With dropout, only batches of the same size draw the same masks.
             pairs = [[first_half(rows) for rows in (list(range(size)), [i % len(half) for i in range(size)])]]
             switch_dropout_off(model)
             if not _differs_by_seed(model, task, inputs):
                 pairs.append([first_half(rows) for rows in (list(range(size)), half)])
         except Exception as error:
-            raise CannotBatch(f"half a batch cannot be run ({type(error).__name__}: {error})") from error
+            raise CannotBatch(f"it fails on half a batch ({type(error).__name__}: {error})") from error
     for one, other in pairs:
         if one.shape != other.shape or not torch.allclose(one, other, rtol=_tolerance(one), atol=_tolerance(one) / 10):
             named = _named(model, nn.modules.batchnorm._BatchNorm)
@@ -182,9 +182,9 @@ def check_separate(model: nn.Module, task: Task, inputs: Any, size: int) -> None
 def check_vectorises(
     model: nn.Module, task: Task, prepared: tuple[Any, Tensor], set_mode: Callable[[nn.Module], Any] = lambda _: None
 ) -> None:
-    """Refuse, by :class:`CannotBatch`, a model that ``torch.func`` cannot vectorise, or only to other gradients.
+    """Refuse, by :class:`CannotBatch`, a model that ``torch.func`` cannot vectorise, or only with wrong gradients.
 
-    Tried on inputs and encoded targets of a training batch, in the modes that ``set_mode`` puts the model in.
+    The test takes inputs and encoded targets of a training batch, in the modes that ``set_mode`` sets.
     """
     names = [name for name, value in model.named_parameters() if value.requires_grad]
     call = Call(model, lambda model, batch: task.loss(columns(task.outputs(model, batch[0])), batch[1]))
@@ -214,28 +214,28 @@ def check_vectorises(
             largest = max(float(value.abs().max()) for value in alone.values() if value.numel())
             gaps = [float((both[name][index] - alone[name]).abs().max()) for name in names if alone[name].numel()]
             if not max(gaps) <= max(_tolerance(value) for value in one.values()) * largest:
-                raise CannotBatch("vectorised, its gradients come out differently")
+                raise CannotBatch("torch.func vectorises it with wrong gradients")
 
 
 def draws_random_numbers(
     model: nn.Module, task: Task, inputs: Any, set_mode: Callable[[nn.Module], Any] = lambda _: None
 ) -> bool:
-    """Whether two passes of a batch in training mode differ, as under dropout."""
+    """Whether two passes of a batch in training mode differ, as with dropout."""
     with tried_out(model), torch.no_grad():
         set_mode(model)
         return _differs_by_seed(model, task, inputs)
 
 
 class _NoTrainer:
-    """Stands where a Trainer would: without one, Lightning answers that this is epoch 0."""
+    """Takes the place of a Trainer: with none, Lightning would report epoch 0."""
 
     def __getattr__(self, name: str) -> Any:
-        raise RuntimeError(f"it asks the Trainer for {name}")
+        raise RuntimeError(f"it reads {name} of the Trainer")
 
 
 @contextmanager
 def tried_out(model: nn.Module) -> Iterator[None]:
-    """The model in the modes it trains in, moved a little: where a layer starts at zero, all losses are alike."""
+    """The model in its training modes, with shifted weights: a layer that starts at zero makes all losses equal."""
     modes = {module: module.training for module in model.modules()}
     state, generator = model.state_dict(), torch.Generator().manual_seed(0)
     for name, value in model.named_parameters():
@@ -250,7 +250,7 @@ def tried_out(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_trainer(model: L.LightningModule) -> Iterator[None]:
-    """In the block, what asks the model for its Trainer fails instead of being told that this is epoch 0."""
+    """In the block, code that reads the model's Trainer fails; otherwise it would see epoch 0."""
     before, model._trainer = model._trainer, cast("Any", _NoTrainer())
     try:
         yield
@@ -273,12 +273,12 @@ def switch_dropout_off(model: nn.Module) -> None:
 
 
 def _rows(batch: Any, rows: list[int], size: int) -> Any:
-    """Some examples of a batch; lists and tuples of texts too."""
+    """Some examples of a batch; the batch may be nested."""
 
     def pick(value: Any) -> Any:
         return value[rows] if isinstance(value, Tensor) and value.ndim > 0 and len(value) == size else value
 
-    if isinstance(batch, UserDict):  # as the tokenizers of transformers give
+    if isinstance(batch, UserDict):  # from the tokenizers of transformers
         part = copy.copy(batch)
         part.data = pytree.tree_map(pick, batch.data)
         return part

@@ -1,4 +1,4 @@
-"""Training data in the batches, and in the order, of a run of training; and whether copies of a model share them."""
+"""Batches of a training run in their order, and whether copies of a model can train on them together."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from stride_lightning.tasks.likelihoods import Task, columns
 
 
 class Batches:
-    """Training data in the batches that a run of training makes of them.
+    """The batches of a training run.
 
-    The model is one that takes them, on the device where it trains; ``head`` is the first batch. The options are those
-    of :func:`~stride_lightning.retrain`.
+    The model is on the device of the training; ``head`` is the first batch. The options are those of
+    :func:`~stride_lightning.retrain`.
     """
 
-    #: Why models train one by one, where they do.
+    #: The reason why models train one by one; None if they train together.
     one_by_one_because: str | None = None
-    #: What the task's loss is multiplied with to give the loss that is trained on.
+    #: Factor between the task's loss and the training loss.
     factor = 1.0
-    #: Whether training draws random numbers beside the order: then one thread at a time may train.
+    #: Whether training draws random numbers beside the order: then only one thread may train at a time.
     is_random = False
 
     def __init__(
@@ -55,30 +55,32 @@ class Batches:
         self.train, self.task, self.loading = train, task, check_loading(train.loading, batch_size)
         self.optimizer, self.memory_budget = optimizer, memory_budget
         self.device = next(model.parameters()).device
-        #: Steps that were traced, for every model of this kind.
+        #: Traced steps, for all models of this kind.
         self.kernels: dict[Hashable, Any] = {}
         with train.naming(0):
             self.num_outputs = count_outputs(model, task, head)
 
     def set_mode(self, model: nn.Module) -> None:
-        """Put a model in the modes it trains in; by default those it is in, as a Trainer leaves them."""
+        """Set the modes in which a model trains; by default its present ones, as a Trainer leaves them."""
 
     def try_out(self, model: nn.Module, sample: tuple[Any, Tensor], mixed: Any) -> None:
-        """Try whether copies of a model can train together, and by which factor of the task's loss.
+        """Try whether copies of a model can train together, and set the factor of the task's loss.
 
-        Tried on a batch as :meth:`prepared` gives it, and on one in which every kind of example occurs. If they cannot,
-        :class:`CannotBatch` says why.
+        ``sample`` is a batch from :meth:`prepared`; every kind of example occurs in the batch ``mixed``.
+
+        Raises:
+            CannotBatch: If copies cannot train together, with the reason.
         """
         with vectorised_attention():
             batch, prepared = in_precision_of(model, mixed), self.prepared(model, mixed)
-            # Of a copy, as a step may keep its loss.
+            # On a copy, since a step may store its loss in the model.
             self.factor = loss_factor(copy.deepcopy(model), self.task, batch, prepared, len(self.order(0, 0)))
             check_vectorises(model, self.task, sample, self.set_mode)
 
     def get_ready(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: BatchFunction, sample: tuple[Any, Tensor]
     ) -> None:
-        """Find out what a copy takes and whether training it is random, and hold data that are small in memory."""
+        """Measure a copy's memory and whether its training is random, and hold small data in memory."""
         self.is_random = self.train.is_random or draws_random_numbers(model, self.task, sample[0], self.set_mode)
         with vectorised_attention():
             self._bytes_each = bytes_per_model(model, optimizer, loss_fn, sample)
@@ -87,32 +89,32 @@ class Batches:
 
     @property
     def num_threads(self) -> int:
-        """Chunks of models that may train at once."""
+        """Number of chunks of models that train at once."""
         return 1 if self.is_random or self.one_by_one_because else num_workers(self.device)
 
     def chunk_size(self, num_models: int) -> int:
-        """Models that train at once within the memory budget."""
+        """Number of models that train at once within the memory budget."""
         if self.one_by_one_because:
             return 1
         return chunk_size(num_models, self._bytes_each, self.device, self.memory_budget)
 
     def order(self, seed: int, epoch: int) -> list[Tensor]:
-        """Places of the examples of every batch of an epoch; the same for all models of a seed."""
+        """Places of the examples in every batch of an epoch; the same for all models of a seed."""
         how = self.loading
         return batch_order(len(self.train), how.batch_size, how.shuffle, how.drop_last, seed, epoch)
 
     def epoch(self, seed: int, epoch: int, prepare: Callable[[Any], Any]) -> Iterator[tuple[Tensor, Any]]:
         """The batches of an epoch, each with the places of its examples.
 
-        The seed decides the order, random augmentation and dropout; ``prepare`` makes of a batch what the training loss
-        is computed of.
+        The seed determines the order, random augmentation and dropout; ``prepare`` turns a batch into the input of the
+        training loss.
         """
         order = self.order(seed, epoch)
         drawn = self.train.drawn(order, mix(seed, epoch), self.device)
         for number, (places, batch) in enumerate(zip(order, drawn, strict=True)):
             with self.train.naming(places):
                 prepared = prepare(batch)
-            if self.is_random:  # the same numbers, whatever was drawn before
+            if self.is_random:  # the same random numbers, independent of earlier draws
                 seed_torch(mix(seed, epoch, epoch * len(order) + number))
             yield places, prepared
 
@@ -121,20 +123,20 @@ class Batches:
         return encoded_batch(model, self.task, batch, self.num_outputs)
 
     def described(self) -> dict[str, Any]:
-        """Plain values that tell these batches from others, beside the data."""
+        """Plain values that identify these batches, apart from the data."""
         how = self.loading
         made = {"batch_size": how.batch_size, "shuffle": how.shuffle, "drop_last": how.drop_last}
         return {**made, "task": repr(self.task)}
 
     def losses(self, model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
-        """The task's loss of every example of a batch as :meth:`prepared` gives it, shape ``(B,)``."""
+        """The task's loss of every example of a batch from :meth:`prepared`, shape ``(B,)``."""
         return self.task.loss(columns(self.task.outputs(model, batch[0])), batch[1])
 
 
 def batch_order(
     num_examples: int, batch_size: int, shuffle: bool, drop_last: bool, seed: int, epoch: int
 ) -> list[Tensor]:
-    """Places of the examples of every batch of an epoch."""
+    """Places of the examples in every batch of an epoch."""
     places = torch.arange(num_examples)
     if shuffle:
         places = torch.randperm(num_examples, generator=torch.Generator().manual_seed(mix(seed, epoch)))

@@ -1,4 +1,4 @@
-"""A function of tensors as a flat list of operations, without Python and vmap in between."""
+"""A function of tensors as a flat list of operations, without the cost of Python and vmap."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from stride_lightning.runtime.randomness import preserved_random_state
 
 _log = logging.getLogger(__name__)
 
-#: The layout of arguments while they are traced and replayed: which views are possible depends on it.
+#: Memory layout of arguments in tracing and replay; it decides which views are possible.
 LAYOUT = torch.contiguous_format
 
 
 def capture(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any] | None:
-    """Trace a function of pytrees of tensors, numbers and strings into a flat list of operations, to be called often.
+    """Trace a function of pytrees of tensors, numbers and strings into a flat list of operations, for many calls.
 
     A training step of many models, ``vmap(grad_and_value(loss))``, spends about a sixth of its time in Python. Its
-    replay runs nothing but the operations.
+    replay runs only the operations.
 
-    The replay computes what the function computes for any other numbers in the arguments. Torch's random operations
-    draw afresh, as the function would. All else stays as at capture: numbers, flags (such as ``training``) and modes
-    (such as autocast) that the function reads, and which tensors it reads besides its arguments. No gradient flows
-    through the replay, and it has no effect but its result. Tracing calls the function up to three times, on copies of
-    the arguments, with its side effects.
+    The replay gives the function's result for other values in the tensors. Torch's random operations draw new numbers.
+    All else is fixed at the capture: numbers, flags (such as ``training``) and modes (such as autocast) that the
+    function reads, and the tensors that it reads besides its arguments. No gradient flows through the replay, and it
+    has no effect but its result. Tracing calls the function up to three times, on copies of the arguments, with its
+    side effects.
 
     Returns:
-        A function with the same signature, for arguments of the same structure, shapes, dtypes, devices and numbers:
-        others raise a ``ValueError``. It never changes its arguments. ``None`` if the function has to be called
-        itself, because it cannot be traced, changes an argument or another tensor, draws Python's or NumPy's random
-        numbers, or does not agree with its replay.
+        A function with the same signature, for arguments of the same structure, shapes, dtypes, devices and numbers;
+        others raise a ``ValueError``. It never changes its arguments. ``None`` if there can be no replay: the function
+        cannot be traced, changes an argument or another tensor, draws random numbers of Python or NumPy, or differs
+        from its replay.
 
     Example:
         >>> step = capture(lambda weight, batch: {"loss": (batch @ weight).relu().sum()}, torch.ones(2), torch.eye(2))
@@ -58,17 +58,17 @@ def capture(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]
     devices = {torch.device("cpu"), *(leaf.device for leaf in leaves if isinstance(leaf, Tensor))}
     with _quietly(), preserved_random_state(), torch.no_grad():
         try:
-            # Copies, because the function may change them; one for each leaf, even if two leaves are one tensor.
+            # Copies, because the function may change them; two leaves get two copies even if they are the same tensor.
             copies = [x.detach().clone(memory_format=LAYOUT) if isinstance(x, Tensor) else x for x in leaves]
             replay = _trace(function, copies, structure)
-            for _ in range(2):  # A function that counts its calls may agree once.
-                for device in devices:  # Other random numbers than before, in case some became constants.
+            for _ in range(2):  # a function that counts its calls may agree once
+                for device in devices:  # new random numbers, in case the old ones became constants
                     torch.rand(1, device=device)
                 expected = _outcome(function, tree_unflatten(copies, structure), devices)
                 _check_equal(_outcome(replay, tree_unflatten(copies, structure), devices), expected)
             _check_equal(copies, leaves)
         except Exception:
-            # Even an error of the function: the caller, who now calls the function, will see it.
+            # This includes errors of the function: the caller calls it next and sees them.
             _log.debug("%s cannot be captured.", function, exc_info=True)
             return None
     return replay
@@ -87,15 +87,15 @@ def _trace(function: Callable[..., Any], leaves: list[Any], structure: Any) -> C
         structures.append(output_structure)
         return outputs
 
-    # Fake tensors have no numbers: what depends on numbers fails instead of becoming a constant. Functionalizing turns
-    # in-place operations into others, except for a copy into a changed argument.
+    # Fake tensors have no values, so code that depends on values fails and does not become a constant. Functionalizing
+    # replaces in-place operations, except for a copy into a changed argument.
     trace = make_fx(functionalize(flat), tracing_mode="fake", _allow_non_fake_inputs=True)
     traced = trace(*[leaf for leaf in leaves if isinstance(leaf, Tensor)])
     graph = traced.graph
     if unsafe := [node.format_node() for node in graph.nodes if not _is_pure(node)]:
         raise RuntimeError(f"The function may change tensors: {unsafe}")
     graph.eliminate_dead_code()
-    graph.set_codegen(CodeGen())  # The leaves are flat already; make_fx would flatten them again.
+    graph.set_codegen(CodeGen())  # the leaves are flat already; make_fx would flatten them again
     graph.lint()
     run = GraphModule(traced, graph).forward
     expected = _signature(leaves)
@@ -103,10 +103,10 @@ def _trace(function: Callable[..., Any], leaves: list[Any], structure: Any) -> C
     def replay(*arguments: Any) -> Any:
         leaves, actual_structure = tree_flatten(arguments)
         if actual_structure != structure:
-            raise ValueError(f"Expected arguments of the captured structure {structure}; got {actual_structure}.")
+            raise ValueError(f"Expected arguments of the captured structure {structure}, got {actual_structure}.")
         if (actual := _signature(leaves)) != expected:
             i = next(i for i in range(len(actual)) if actual[i] != expected[i])
-            raise ValueError(f"Expected {expected[i]}, as captured, as leaf {i} of the arguments; got {actual[i]}.")
+            raise ValueError(f"Expected {expected[i]} as leaf {i} of the arguments, as captured, got {actual[i]}.")
         with torch.no_grad():
             outputs = run(*[x.contiguous(memory_format=LAYOUT) for x in leaves if isinstance(x, Tensor)])
         return tree_unflatten(outputs, structures[0])
@@ -115,12 +115,12 @@ def _trace(function: Callable[..., Any], leaves: list[Any], structure: Any) -> C
 
 
 def _is_pure(node: Node) -> bool:
-    """Whether a node is known to leave its inputs alone."""
+    """Whether a node certainly does not change its inputs."""
     if node.op != "call_function" or node.target is operator.getitem:
         return node.op in ("placeholder", "get_attr", "call_function", "output")
     if not isinstance(node.target, OpOverload) or node.target._schema.is_mutable:
         return False
-    # Batch normalisation in training changes running_mean, about which some of its schemas keep silent.
+    # Batch normalisation in training changes running_mean, but some of its schemas do not say so.
     return not (node.target._opname.endswith("batch_norm") and node.args[3] is not None and node.args[5])
 
 
@@ -130,7 +130,7 @@ def _signature(leaves: Sequence[Any]) -> list[tuple[Any, ...]]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """No warnings, and no reports of torch about fake tensors."""
+    """Suppress warnings, and torch's reports about fake tensors."""
     reports = logging.getLogger("torch._subclasses.fake_tensor")
     disabled, reports.disabled = reports.disabled, True
     try:
@@ -142,7 +142,7 @@ def _quietly() -> Iterator[None]:
 
 
 def _outcome(function: Callable[..., Any], arguments: Sequence[Any], devices: set[torch.device]) -> list[Any]:
-    """The result of a function, and the next number of every generator, to show whether it drew from it."""
+    """The result of a function, and the next number of every generator, which shows whether the function drew."""
     with preserved_random_state():
         result = function(*arguments)
         numpy = float(np.random.rand())  # noqa: NPY002 - the global generator is the one in question
@@ -150,14 +150,14 @@ def _outcome(function: Callable[..., Any], arguments: Sequence[Any], devices: se
 
 
 def _check_equal(actual: Any, expected: Any) -> None:
-    """Compare pytrees, tensors to a tolerance that is relative to their largest entry."""
+    """Compare pytrees; the tolerance of a tensor is relative to its largest entry."""
     (actual, actual_structure), (expected, structure) = tree_flatten(actual), tree_flatten(expected)
     if actual_structure != structure:
-        raise ValueError(f"Expected {structure}; got {actual_structure}.")
+        raise ValueError(f"Expected {structure}, got {actual_structure}.")
     for a, b in zip(actual, expected, strict=True):
         if not isinstance(b, Tensor):
             if a != b:
-                raise ValueError(f"Expected {b}; got {a}.")
+                raise ValueError(f"Expected {b}, got {a}.")
             continue
         tolerance = largest = 0.0
         if b.numel() and (b.is_floating_point() or b.is_complex()):

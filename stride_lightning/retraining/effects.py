@@ -1,4 +1,4 @@
-"""FurtherTraining: what training on without examples did to queries, and how it is stored."""
+"""FurtherTraining: the effects of further training without examples, as a stored result."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from stride_lightning.storage.stored import Stored
 
 @dataclass
 class FurtherTraining(Stored):
-    """What training on without an example does to the loss of a query, at several amounts of training.
+    """Effects of further training without an example on the loss of a query, after several amounts of training.
 
     Args:
         effects_by_seed: Loss without the example minus loss with it, positive is helpful; shape ``(S, T, m, q)``.
         left_out: Positions of the examples in the training dataset, shape ``(m,)``.
-        epochs: After how many epochs of further training, ``T`` of them.
+        epochs: Numbers of epochs of further training, ``T`` of them.
         seeds: Seeds of the order of batches, ``S`` of them.
         metadata: Optimizer and settings, weight hash, fingerprints of both data sets, seconds, versions.
     """
@@ -38,14 +38,17 @@ class FurtherTraining(Stored):
     def __post_init__(self) -> None:
         expected = (len(self.seeds), len(self.epochs), len(self.left_out))
         if self.effects_by_seed.ndim != 4 or self.effects_by_seed.shape[:3] != expected:
-            raise ValueError(f"Effects must have shape {(*expected, 'q')}, got {tuple(self.effects_by_seed.shape)}.")
+            raise ValueError(
+                f"Effects must have shape {(*expected, 'q')} for these seeds, epochs and examples left out, got "
+                f"{tuple(self.effects_by_seed.shape)}."
+            )
         bad = (~torch.isfinite(self.effects_by_seed)).nonzero()
         if len(bad):
             seed, epoch, example, query = bad[0].tolist()
             raise ValueError(
-                f"Training on without example {int(self.left_out[example])} gave a loss that is not finite for query "
-                f"{query}, after {self.epochs[epoch]} epoch(s) with seed {self.seeds[seed]}. Lower the "
-                "learning rate; or does the data hold NaN?"
+                f"Further training without example {int(self.left_out[example])} gave a loss that is not finite for "
+                f"query {query}, after {self.epochs[epoch]} epoch(s) with seed {self.seeds[seed]}. Lower the learning "
+                "rate, and check the data for NaN."
             )
 
     def effects(self, epoch: int | None = None) -> Tensor:
@@ -68,7 +71,7 @@ class FurtherTraining(Stored):
 
     @override
     def info(self) -> dict[str, Any]:
-        # What a record is looked up by stands at the top.
+        # The keys by which records are looked up are at the top level.
         keys = {name: self.metadata[name] for name in ("weights", "data", "task") if name in self.metadata}
         return {"kind": self.kind, "epochs": self.epochs, "seeds": self.seeds, **keys, "metadata": self.metadata}
 
@@ -90,5 +93,5 @@ class FurtherTraining(Stored):
     def _at(self, epoch: int | None) -> Tensor:
         epoch = self.epochs[-1] if epoch is None else epoch
         if epoch not in self.epochs:
-            raise ValueError(f"Effects were measured after {self.epochs} epochs, not after {epoch}.")
+            raise ValueError(f"`epoch` must be one of {self.epochs}, after which effects were measured, got {epoch}.")
         return self.effects_by_seed[:, self.epochs.index(epoch)].double()

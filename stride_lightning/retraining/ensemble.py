@@ -1,4 +1,4 @@
-"""Many copies of a model that train together: stacked parameters, one batched product for all."""
+"""Many copies of a model that train together: stacked parameters, one batched product for all copies."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from typing_extensions import override
 from stride_lightning.retraining.capture import capture
 from stride_lightning.runtime.randomness import seeded
 
-# What an operation without a batching rule costs is measured by the user, who cannot add the rule.
+# The user cannot add a batching rule, so the warning about its cost does not help.
 warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented")
 
-#: What is computed of one model and a batch: ``(model, batch) -> tensor``.
+#: A function of one model and a batch: ``(model, batch) -> tensor``.
 BatchFunction = Callable[[nn.Module, Any], Tensor]
 #: One copy's objective: ``(call, shared, single) -> scalar``, where ``call(batch)`` is the copy's batch function.
 Objective = Callable[[Callable[[Any], Tensor], Any, Any], Tensor]
 
-#: Steps from which tracing pays.
+#: Tracing pays from so many steps on.
 CAPTURE_STEPS = 50
-#: Tracing is not for several threads at once.
+#: Only one thread may trace at a time.
 _TRACING = threading.Lock()
-#: Bytes that the copies trained together may take: on a CPU about what its caches hold.
+#: Bytes for the copies that train together; on a CPU about the size of its caches.
 MEMORY_BUDGET = {"cpu": 2**25, "cuda": 2**31, "mps": 2**29}
 
 
 class Ensemble:
-    """Copies of one model that start alike and train together, each on an objective of its own.
+    """Copies of one model that start with the same weights and train together, each on another objective.
 
-    The parameters of all copies are stacked, the objective is vectorised over copies, and the optimizer is torch's
-    own: its updates are elementwise, so that on stacked parameters it does to every copy what it would do to that copy
-    alone. Dropout draws the same mask for all copies. The template's own weights never change.
+    The parameters of all copies are stacked, and the objective is vectorised over copies. The optimizer is torch's:
+    its updates are elementwise, so on stacked parameters it updates every copy as it would update that copy alone.
+    Dropout draws the same mask for all copies. The template's weights never change.
 
     Args:
-        model: The template. Its training mode is the caller's affair.
-        optimizer: Built for the template's parameters, without state; it is taken over for the stacked ones, and
-            schedulers that hold it go on working.
-        objective: That of a copy, a function of what ``function`` computes of a model and a batch.
-        kernels: Traced steps, shared between ensembles that train models of one kind.
-        num_steps: About how many steps will be made, to decide whether tracing pays.
+        model: The template. The caller sets its training mode.
+        optimizer: Built for the template's parameters, without state. It gets the stacked parameters instead, and
+            its schedulers still work.
+        objective: The objective of one copy, as a function of the results of ``function``.
+        kernels: Traced steps, shared between ensembles of models of one kind.
+        num_steps: Approximate number of steps; it decides whether tracing pays.
 
-    Memory beyond the template: ``num_models x (parameters x (2 + s) + 2 x activations)`` values, with ``s`` the
-    optimizer's values per parameter and the activations that the backward pass of one copy needs.
+    Memory beyond the template: ``num_models x (parameters x (2 + s) + 2 x activations)`` values. ``s`` is the number of
+    the optimizer's values per parameter; activations are those for the backward pass of one copy.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -94,36 +94,36 @@ class Ensemble:
         self._verified: set[Hashable] = set()
 
     def step(self, shared: Any, single: Any, *, skip: Tensor | None = None) -> Tensor:
-        """One step of the optimizer for every copy; each one's objective before it, shape ``(num_models,)``.
+        """One step of the optimizer for every copy; returns the objectives before it, shape ``(num_models,)``.
 
         Args:
-            shared: Batch that all copies see, a pytree of tensors.
-            single: What differs between copies, a pytree of tensors whose first axis is the copies.
+            shared: The batch of all copies, a pytree of tensors.
+            single: The values of each copy, a pytree of tensors whose first axis is the copies.
             skip: Copies that make no step, bool of shape ``(num_models,)``.
         """
         arguments = (self.parameters, self.fixed, shared, single)
         gradients, objectives = self._function(arguments)(*arguments)
         for name, parameter in self.parameters.items():
-            parameter.grad = gradients[name].contiguous()  # fused optimizers go through memory, whatever the strides
+            parameter.grad = gradients[name].contiguous()  # fused optimizers ignore strides
         if skip is None or not skip.any():
             self.optimizer.step()
             return objectives
         before = [value.clone() for value in self._per_copy()]
         self.optimizer.step()
-        # The first step makes the optimizer's values, which begin with zeros.
+        # The first step creates the optimizer's values, which start at zero.
         for value, old in zip_longest(self._per_copy(), before):
             value[skip] = 0 if old is None else old[skip]
         return objectives
 
     @torch.no_grad()
     def evaluate(self, function: BatchFunction, batch: Any) -> Tensor:
-        """A function of every copy and a batch, the copies along the first axis."""
+        """A function of every copy and a batch; the first axis is the copies."""
         call = Call(self.model, function)
         values_of = vmap(lambda parameters: call.with_weights({**parameters, **self.fixed}, batch), randomness="same")
         return values_of(self.parameters)
 
     def _function(self, arguments: tuple[Any, ...]) -> Callable[..., Any]:
-        """The vectorised gradient, traced if that pays; what was traced with other weights is tried out first."""
+        """The vectorised gradient, traced if that pays; a trace from another ensemble is checked first."""
         if self.num_steps < CAPTURE_STEPS:
             return self._gradients
         leaves, structure = pytree.tree_flatten(arguments)
@@ -134,21 +134,21 @@ class Ensemble:
                 self._verified.add(key)
         kernel = self._kernels[key]
         if kernel is not None and key not in self._verified:
-            # A tensor that is neither parameter nor buffer would be another model's.
+            # A tensor that is neither parameter nor buffer would be that of another model.
             self._verified.add(key)
             if not _agree(kernel, self._gradients, arguments):
                 self._kernels[key] = kernel = None
         return self._gradients if kernel is None else kernel
 
     def _per_copy(self) -> list[Tensor]:
-        """Parameters, and the optimizer's values beside them."""
+        """The parameters and the optimizer's values."""
         parameters = list(self.parameters.values())
         states = [value for one in parameters for value in self.optimizer.state.get(one, {}).values()]
         return parameters + [value for value in states if isinstance(value, Tensor) and value.ndim > 0]
 
 
 class Single:
-    """One copy, trained without vectorising: stands where an :class:`Ensemble` of one would."""
+    """One copy, trained without vectorising, with the interface of an :class:`Ensemble`."""
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, function: BatchFunction, objective: Objective
@@ -164,7 +164,7 @@ class Single:
 
     @torch.no_grad()
     def evaluate(self, function: BatchFunction, batch: Any) -> Tensor:
-        """A function of the copy and a batch, with an axis of one before it."""
+        """A function of the copy and a batch, with a first axis of size 1."""
         return function(self.model, batch)[None]
 
 
@@ -181,18 +181,18 @@ class Call(nn.Module):
         return self.function(self.model, batch)
 
     def with_weights(self, state: dict[str, Tensor], batch: Any) -> Tensor:
-        """The function of a batch under other values of the model's parameters and buffers, by name."""
+        """The function of a batch, with other values of the model's parameters and buffers, by name."""
         return functional_call(self, {f"model.{name}": value for name, value in state.items()}, (batch,))
 
 
 def trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
-    """The parameters of a model that an optimizer changes, by name."""
+    """The parameters of a model in an optimizer, by name."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     return {name: value for name, value in model.named_parameters() if id(value) in held and value.requires_grad}
 
 
 def bytes_per_model(model: nn.Module, optimizer: torch.optim.Optimizer, function: BatchFunction, batch: Any) -> int:
-    """Bytes that one copy takes while it trains: parameters, gradients, optimizer state and activations."""
+    """Bytes of one copy in training: parameters, gradients, optimizer state and activations."""
     parameters = trained_parameters(model, optimizer).values()
     saved: dict[int, int] = {}
 
@@ -218,10 +218,10 @@ def chunk_size(num_models: int, bytes_each: int, device: torch.device, memory_bu
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep memory between steps instead of returning it and faulting it in again.
+    """Make the C library hold freed memory between steps; returning it costs page faults in every step.
 
-    glibc raises its thresholds when a large block is freed; without that a third of a step of small models is spent on
-    page faults. The block is never written to, so it costs nothing.
+    glibc raises its thresholds when a large block is freed. Otherwise page faults take a third of a step of small
+    models. The block is never written to, so it costs nothing.
     """
     torch.empty(2**25 - 2**14, dtype=torch.uint8)
 
@@ -230,7 +230,7 @@ def _take_over(optimizer: torch.optim.Optimizer, stacked: dict[int, Tensor]) -> 
     for group in optimizer.param_groups:
         group["params"] = [stacked[id(parameter)] for parameter in group["params"] if id(parameter) in stacked]
         if all(parameter.device.type == "cpu" for parameter in group["params"]):
-            # One pass over memory instead of three to five; the same numbers to rounding.
+            # One pass over memory, not three to five; the numbers are equal up to rounding.
             group["fused"] = group.get("foreach") is None and not group.get("differentiable")
     optimizer.state.clear()
 

@@ -27,7 +27,7 @@ from stride_lightning.storage.parts import Work
 from stride_lightning.tasks.inference import check_task, infer_task_of
 from stride_lightning.tasks.likelihoods import Task
 
-#: Examples left out where the caller names none and there are more.
+#: Largest number of examples to leave out by default.
 NUM_LEFT_OUT = 100
 
 
@@ -52,44 +52,45 @@ def further_train(
     memory_budget: int | None = None,
     show_progress: bool = True,
 ) -> FurtherTraining:
-    """Train a final model on with and without examples, and measure what that does to queries.
+    """Train a final model further, with and without examples, and measure the effect on queries.
 
     An example is left out of every batch by subtracting its share of the training loss, ``l_i / n``; with and without
-    it, a seed's batches and dropout are the same. Copies train together where ``torch.func`` can vectorise the model,
-    else one by one, and it is said why. The model itself stays as it is. In a distributed run the processes share the
-    work.
+    it, a seed's batches and dropout are the same. Copies train together if ``torch.func`` can vectorise the model, else
+    one by one, and the reason is printed. The model itself does not change. In a distributed run the processes share
+    the work.
 
-    Steps are those of the optimizer alone: gradients are not clipped, and hooks that change them are not called (which
-    is warned of). Where the loss is what ``training_step`` returns, that of a batch must be the mean of the losses of
-    its examples. Losses of queries are measured in double precision.
+    A step is the optimizer's alone: gradients are not clipped, and hooks that change them are not called; a warning
+    names these. If ``training_step`` gives the loss, a batch's loss must be the mean of its examples' losses. Losses of
+    queries are measured in double precision.
 
     Args:
         model: The final model.
-        queries: What is measured: a Dataset, DataLoader or LightningDataModule.
-        train_data: What it was trained on, likewise. Its DataLoader says batch size and shuffling.
-        epochs: After how many epochs of further training effects are measured; one number or several.
+        queries: The examples to measure: a Dataset, DataLoader or LightningDataModule.
+        train_data: The training data, likewise. Its DataLoader gives batch size and shuffling.
+        epochs: Number of epochs of further training before effects are measured; one number or several.
         left_out: Positions in the training dataset; by default all, or 100 spread evenly if there are more.
-        num_seeds: Orders of batches averaged over. Ten to twenty get most of what a hundred would.
+        num_seeds: Number of orders of batches to average over. Ten to twenty are almost as good as a hundred.
         seed: The first of the seeds.
-        path: Folder for the result; a killed run goes on from ``<path>.parts``, of about a sixteenth of the work each.
-        ckpt_path: Checkpoint of the final model, or ``"best"`` or ``"last"``; by default the weights as they are.
+        path: Folder for the result. A killed run continues from ``<path>.parts``, parts of about a sixteenth of the
+            work each.
+        ckpt_path: Checkpoint of the final model, or ``"best"`` or ``"last"``; by default the model's present weights.
         weights_only: As in :func:`~stride_lightning.attribute`.
         batch_size: Examples of a batch.
-        optimizer: Makes the optimizer of a model's parameters; by default the model's ``configure_optimizers``
-            without its schedule, at the initial learning rate.
-        task: What a batch means; inferred by default.
-        train_indices: Positions in the dataset that are trained on, where the sampler does not tell.
-        device: Where to train; the model's device by default.
-        memory_budget: Bytes that copies trained together may take; by default 32 MiB on a CPU, 2 GiB on a GPU.
-        show_progress: Show a progress bar, and why copies train one by one.
+        optimizer: Function that makes the optimizer of a model's parameters; by default the model's
+            ``configure_optimizers`` without its schedule, at the initial learning rate.
+        task: The meaning of a batch; by default inferred.
+        train_indices: Positions in the dataset that the model trains on, if the sampler does not give them.
+        device: Device of the training; by default the model's.
+        memory_budget: Bytes for the copies that train together; by default 32 MiB on a CPU, 2 GiB on a GPU.
+        show_progress: Show a progress bar, and the reason why copies train one by one.
 
     Returns:
         Effects of every example on every query, for every seed and amount of training.
 
     Raises:
-        TypeError, ValueError: If an argument, the model or its loss cannot work, saying how, a query's loss is not
-            finite, or training diverges.
-        RecordError: If what is stored is damaged.
+        TypeError, ValueError: If an argument, the model or its loss cannot work (the message says how), a query's loss
+            is not finite, or training diverges.
+        RecordError: If a stored result is damaged.
 
     Example:
         >>> from functools import partial
@@ -103,8 +104,8 @@ def further_train(
     Reference: arXiv:2412.03906 (final-model-only data attribution), section 3.
     """
     if not isinstance(model, nn.Module):
-        instead = f"the class {model.__name__}; make an instance" if isinstance(model, type) else repr(model)
-        raise TypeError(f"`model` must be the final model, a torch module, got {instead}.")
+        instead = f"the class {model.__name__}: make an instance" if isinstance(model, type) else repr(model)
+        raise TypeError(f"`model` must be the final model, an instance of torch.nn.Module, got {instead}.")
     check_task(task)
     num_seeds = check_count("num_seeds", num_seeds)
     checkpoint = None if ckpt_path is None else load_checkpoint(resolve_ckpt_path(ckpt_path, model), weights_only)
@@ -159,7 +160,7 @@ def measure_effects(
     leaving_out.check_queries(queries, batches)
     reason = leaving_out.one_by_one_because
     if reason:
-        announce(f"Copies of the model train on one by one, because {reason}.", show=show_progress)
+        announce(f"Copies of the model train one by one, because {reason}.", show=show_progress)
 
     def effects_of(seed: int, chosen: slice, tick: Callable[[int], Any]) -> Tensor:
         return leaving_out.effects(places[chosen], batches, amounts, seed, tick)
@@ -182,7 +183,7 @@ def measure_effects(
 
 
 def read_amounts(epochs: int | Sequence[int]) -> list[int]:
-    """Numbers of epochs, ascending.
+    """The given numbers of epochs, ascending.
 
     Example:
         >>> read_amounts([5, 1]), read_amounts(3)
@@ -190,7 +191,7 @@ def read_amounts(epochs: int | Sequence[int]) -> list[int]:
     """
     amounts = {check_count("epochs", amount) for amount in (epochs if isinstance(epochs, Iterable) else [epochs])}
     if not amounts:
-        raise ValueError(f"`epochs` must be one or several integers, got {epochs!r}.")
+        raise ValueError(f"`epochs` must be an integer or a list of integers, got {epochs!r}.")
     return sorted(amounts)
 
 
@@ -204,8 +205,8 @@ def find_left_out(left_out: Sequence[int] | Tensor | None, train: Examples) -> t
     place_of = {position: place for place, position in enumerate(every.tolist())}
     wrong = [position for position in positions.tolist() if position not in place_of]
     if wrong or len(positions.unique()) < len(positions):
-        what = f"{wrong[:5]} are not among the {len(every)} training examples" if wrong else "some stand twice"
-        raise ValueError(f"`left_out` must name each example once, by its position in the training dataset: {what}.")
+        problem = f"{wrong[:5]} are not among the {len(every)} training examples" if wrong else "it repeats some"
+        raise ValueError(f"`left_out` must name each example once, by its position in the training dataset: {problem}.")
     return positions.long(), torch.tensor([place_of[position] for position in positions.tolist()])
 
 
@@ -218,7 +219,10 @@ def read_positions(left_out: Sequence[int] | Tensor) -> Tensor:
             f"`left_out` must be integer positions in the training dataset, such as [3, 17], got {left_out!r}."
         ) from error
     if len(positions) == 0:
-        raise ValueError("`left_out` names no example. Leave it out to leave out all, or 100 spread evenly.")
+        raise ValueError(
+            "`left_out` must name at least one example, got none. Without `left_out=`, all examples are left out in "
+            "turn, or 100 spread evenly if there are more."
+        )
     if positions.is_floating_point() or positions.dtype == torch.bool:
         raise TypeError(f"`left_out` must be integer positions in the training dataset, got {positions.dtype}.")
     return positions

@@ -1,4 +1,4 @@
-"""Ground truth: what retraining on random subsets, or without chosen examples, does to the queries."""
+"""Ground truth: losses of queries after retraining on random subsets, or without chosen examples."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from stride_lightning.storage.stored import Stored
 
 @dataclass
 class Retrained(Stored):
-    """Losses of queries under models retrained on subsets; the base of what follows.
+    """Losses of queries under models retrained on subsets; the base of the classes below.
 
     Args:
-        masks: Which training examples each model saw, bool of shape ``(K, n)``.
+        masks: The training examples of each model, bool of shape ``(K, n)``.
         losses_by_seed: Loss of every query under every model, shape ``(S, K, q)``.
         seeds: The seeds, ``S`` of them.
-        metadata: How the models were trained, fingerprints of both data sets, seconds, versions.
+        metadata: Settings of the training, fingerprints of both data sets, seconds, versions.
     """
 
     masks: Tensor
@@ -38,31 +38,31 @@ class Retrained(Stored):
     def __post_init__(self) -> None:
         if self.masks.ndim != 2 or self.losses_by_seed.shape[:2] != (len(self.seeds), len(self.masks)):
             raise ValueError(
-                f"Expected masks (K, n) and losses (seeds, K, q) for {len(self.seeds)} seeds; got "
+                f"Expected masks (K, n) and losses (seeds, K, q) for {len(self.seeds)} seeds, got "
                 f"{tuple(self.masks.shape)} and {tuple(self.losses_by_seed.shape)}."
             )
         bad = (~torch.isfinite(self.losses_by_seed)).nonzero()
         if len(bad):
             seed, subset, query = bad[0].tolist()
             raise ValueError(
-                f"{len(bad)} losses are not finite, the first that of query {query} under the model of subset {subset} "
-                f"and seed {self.seeds[seed]}. Did training diverge? Lower the learning rate."
+                f"{len(bad)} losses are not finite. The first is that of query {query} under the model of subset "
+                f"{subset} and seed {self.seeds[seed]}. Did training diverge? Lower the learning rate."
             )
         self.masks = self.masks.bool()
 
     @property
     def losses(self) -> Tensor:
-        """Loss of every query under the models of every subset, mean over seeds, shape ``(K, q)``."""
+        """Loss of every query under the models of every subset, averaged over seeds, shape ``(K, q)``."""
         return self.losses_by_seed.double().mean(0).float()
 
     @property
     def num_train(self) -> int:
-        """Number of training examples, columns of the masks."""
+        """Number of training examples, which are the columns of the masks."""
         return self.masks.shape[1]
 
     @property
     def num_queries(self) -> int:
-        """Number of queries, columns of the losses."""
+        """Number of queries, which are the columns of the losses."""
         return self.losses_by_seed.shape[2]
 
     @override
@@ -81,19 +81,19 @@ class Retrained(Stored):
         return cls(masks, tensors["losses"], info["seeds"], info["metadata"], **more)
 
     def check_data(self, metadata: Mapping[str, Any], what: str = "The attribution") -> None:
-        """Refuse scores of other data, naming what differs, by the fingerprints that the ``metadata`` of both have."""
+        """Refuse scores of other data, by the fingerprints in both ``metadata``; the error names the difference."""
         for key, name in {"data": "training data", "query_data": "queries"}.items():
             expected, given = self.metadata.get(key), metadata.get(key)
             if expected is not None and given is not None and expected != given:
                 raise ValueError(
-                    f"{what} is of other {name} than the ground truth: {_short(given)} against {_short(expected)}. "
-                    "Both must be made with the same data in the same order."
+                    f"{what} has other {name} than the ground truth: {_short(given)} instead of {_short(expected)}. "
+                    "Make both with the same data in the same order."
                 )
 
 
 @dataclass
 class GroundTruth(Retrained):
-    """Losses of queries under models retrained on random subsets: what scores are judged by.
+    """Losses of queries under models retrained on random subsets, the measure of scores.
 
     Arguments as in :class:`Retrained`.
 
@@ -107,7 +107,7 @@ class GroundTruth(Retrained):
 
     @property
     def split_half(self) -> float | None:
-        """How well half of the seeds predict the other half: mean Spearman correlation over queries and splits.
+        """Agreement of two halves of the seeds: mean Spearman correlation over queries and splits.
 
         None for fewer than two seeds.
         """
@@ -115,9 +115,9 @@ class GroundTruth(Retrained):
 
     @property
     def ceiling(self) -> float | None:
-        """The linear datamodeling score that a perfect predictor would get, by Spearman and Brown's formula.
+        """The linear datamodeling score of a perfect predictor, by Spearman and Brown's formula.
 
-        ``sqrt(r)``, with ``r`` the reliability of the mean over all seeds; None for fewer than two seeds.
+        It is ``sqrt(r)`` for the reliability ``r`` of the mean over all seeds; None for fewer than two seeds.
         """
         if (correlation := self.split_half) is None:
             return None
@@ -135,13 +135,13 @@ class GroundTruth(Retrained):
 
 @dataclass
 class Counterfactual(Retrained):
-    """Losses of queries under models retrained without the examples that scores call most helpful to each.
+    """Losses of queries under models retrained without the examples with the highest scores for each query.
 
-    Arguments as in :class:`Retrained`; the first mask is the whole training set, then come the queries in order for
-    the first ``k``, then those for the second.
+    Arguments as in :class:`Retrained`. The first mask is the whole training set. The masks of all queries for the first
+    ``k`` follow, then those for the second.
 
     Args:
-        ks: Numbers of examples removed.
+        ks: Numbers of removed examples.
     """
 
     ks: Sequence[int] = ()
@@ -155,7 +155,7 @@ class Counterfactual(Retrained):
 
     @property
     def losses_removed(self) -> Tensor:
-        """Loss of each query under the model without its own top k, shape ``(len(ks), q)``."""
+        """Loss of each query under the model without its top k, shape ``(len(ks), q)``."""
         return self.losses[1:].reshape(len(self.ks), self.num_queries, self.num_queries).diagonal(dim1=1, dim2=2)
 
     def __repr__(self) -> str:
@@ -174,10 +174,10 @@ class Counterfactual(Retrained):
 
 
 def split_half_correlation(losses_by_seed: Tensor, *, num_splits: int = 20) -> float | None:
-    """Mean over queries of the Spearman correlation between the means of two halves of the seeds.
+    """Spearman correlation between the means of two halves of the seeds, averaged over queries and splits.
 
-    Losses have shape ``(S, K, q)``. The mean is over ``num_splits`` random splits, or over all if there are fewer; None
-    for fewer than two seeds.
+    Losses have shape ``(S, K, q)``. There are ``num_splits`` random splits, or all if there are fewer; None for fewer
+    than two seeds.
     """
     num_seeds = len(losses_by_seed)
     if num_seeds < 2:
@@ -192,7 +192,7 @@ def split_half_correlation(losses_by_seed: Tensor, *, num_splits: int = 20) -> f
 
 
 def _splits(num_seeds: int, num_splits: int) -> list[tuple[Sequence[int], Sequence[int]]]:
-    """Every way to draw two equal halves, or that many random ways if there are more."""
+    """All splits into two equal halves, or ``num_splits`` random ones if there are more."""
     half = num_seeds // 2
     if num_seeds <= 6:  # 15 ways at most
         halves = combinations(combinations(range(num_seeds), half), 2)

@@ -1,4 +1,4 @@
-"""Training on from a final model with and without chosen examples."""
+"""Further training of a final model with and without chosen examples."""
 
 from __future__ import annotations
 
@@ -26,25 +26,26 @@ from stride_lightning.runtime.checks import check_finite, first_line
 from stride_lightning.runtime.randomness import mix, seeded
 from stride_lightning.tasks.likelihoods import Task, columns
 
-#: Examples on which it is checked that a batch's loss is the mean of those of its examples, and those they are of.
+#: Numbers of examples: those of the check for additive losses, and those among which it chooses them (texts: more).
 _NUM_CHECKED, _NUM_CANDIDATES, _NUM_TEXTS = 16, 64, 1024
 
 
 class LeavingOut(Batches):
-    """Trains a model on, several copies at once, each without an example of its own.
+    """Trains a model further, several copies at once, each without another example.
 
     Example i is left out of every batch by subtracting its share of the training loss: the objective is
     ``mean over the batch of l_b - l_i / n``. All copies of a seed see the same batches and the same dropout.
 
-    The final model is copied, never changed. Its BatchNorm layers keep their statistics; weights of half precision are
-    trained in float32. Of its own optimizer the initial learning rate counts. Losses of queries are measured in double
-    precision where the device has it. Where ``torch.func`` cannot vectorise the model, copies train one by one;
-    :attr:`one_by_one_because` says why.
+    The final model is copied, never changed. The statistics of its BatchNorm layers do not change; weights of half
+    precision are trained in float32. The model's optimizer starts at its initial learning rate. Losses of queries are
+    measured in double precision if the device has it. If ``torch.func`` cannot vectorise the model, copies train one by
+    one, and :attr:`one_by_one_because` is the reason.
 
-    Args as in :class:`Batches`, and ``warn``, of hooks that are not called.
+    Args as in :class:`Batches`; ``warn`` decides whether a warning names hooks that are not called.
 
-    Refused is a model that optimizes by hand, whose optimizer or ``training_step`` cannot be used without a Trainer, or
-    whose loss of a batch is not the mean of the losses of its examples.
+    Raises:
+        ValueError: If the model uses manual optimization, its optimizer or ``training_step`` needs a Trainer, or its
+            loss of a batch is not the mean of the losses of the examples.
     """
 
     def __init__(
@@ -53,18 +54,19 @@ class LeavingOut(Batches):
         super().__init__(model, train, head, task, **how)
         if warn and (hooks := overridden(model, GRADIENT_HOOKS)):
             warnings.warn(
-                f"{type(model).__name__} overrides {', '.join(hooks)}. Further training does not call them; effects "
-                "are of training without.",
+                f"{type(model).__name__} overrides {', '.join(hooks)}. Further training does not call these hooks, so "
+                "effects are those of training without them.",
                 stacklevel=3,
             )
         if not getattr(model, "automatic_optimization", True):
             raise ValueError(
-                f"{type(model).__name__} optimizes by hand (automatic_optimization=False), so it has no loss to "
-                "take an example's share from. Pass further_train() the network inside it, and `optimizer=`."
+                f"{type(model).__name__} uses manual optimization (automatic_optimization=False), so it returns no "
+                "loss to subtract an example's share from. Pass further_train() the network inside it, and "
+                "`optimizer=`."
             )
         self.model = model = detached_copy(model)
         if any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters()):
-            model.float()  # one example's share of a step is below the rounding of half precision
+            model.float()  # in half precision one example's share of a step is below the rounding
         batch = first_batch(train, self.loading.batch_size, self.device)
         with train.naming(0):
             sample = self.prepared(model, batch)
@@ -74,7 +76,7 @@ class LeavingOut(Batches):
             self._check_single_examples(sample)
         except CannotBatch as reason:
             self.one_by_one_because = str(reason)
-        #: Whether the loss is what ``training_step`` returns, because it is not the task's.
+        #: Whether ``training_step`` gives the loss, because it differs from the task's.
         self._is_step = self.one_by_one_because is not None and tree_of(model) is not None
         if self._is_step:
             check_step(copy.deepcopy(model), in_precision_of(model, batch))
@@ -88,11 +90,11 @@ class LeavingOut(Batches):
 
     @override
     def chunk_size(self, num_models: int) -> int:
-        """Examples that are left out at once; one more copy leaves out none."""
+        """Number of examples that are left out at once; one more copy leaves out none."""
         return num_models if self.one_by_one_because else max(1, super().chunk_size(num_models + 1) - 1)
 
     def identity(self) -> dict[str, Any]:
-        """Plain values that decide what training on gives, beside weights and data."""
+        """Plain values that determine further training, apart from weights and data."""
         return {**self.described(), "optimizer": repr(self._make_optimizer(self.model))}
 
     def effects(
@@ -105,24 +107,24 @@ class LeavingOut(Batches):
     ) -> Tensor:
         """Loss of each query without an example minus loss with it, positive is helpful: ``(len(epochs), m, q)``.
 
-        The examples are left out by their places, shape ``(m,)``; queries are inputs and encoded targets, batch by
-        batch, measured after the given epochs (ascending). ``tick`` is told after every epoch how many models went
-        through it.
+        ``left_out`` holds places of the examples, shape ``(m,)``; queries are inputs and encoded targets, batch by
+        batch. They are measured after the given epochs (ascending). After every epoch ``tick`` gets the number of
+        models.
         """
         queries = [in_precision_of(self.model, batch) for batch in queries]
-        # The copy that leaves out nothing is in every chunk: differences then hold no rounding of other shapes.
+        # Every chunk has a copy that leaves out nothing, so differences have no rounding of other shapes.
         shares = torch.full((len(left_out) + 1,), 1 / len(self.train), dtype=torch.float64)
         shares[0] = 0
         examples = torch.cat([left_out[:1], left_out])
         size = 1 if self.one_by_one_because else len(examples)
         parts = zip(examples.split(size), shares.split(size), strict=True)
         losses = torch.cat([self._train(*part, queries, epochs, seed, tick) for part in parts], 1)
-        # Of losses close to zero only double precision tells the differences; single precision can hold them.
+        # Differences of losses close to zero need double precision; single precision can store them.
         stored_dtype = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
         return (losses[:, 1:] - losses[:, :1]).to(stored_dtype).cpu()
 
     def check_queries(self, queries: Examples, batches: Sequence[tuple[Any, Tensor]]) -> None:
-        """Refuse queries whose loss is not finite before any further training, naming the first."""
+        """Refuse queries whose loss is not finite before any further training; the error names the first."""
         batches = [in_precision_of(self.model, batch) for batch in batches]
         with borrowed(self.model, None, None), torch.no_grad(), seeded(0), queries.naming(0):
             losses = torch.cat([self._query_losses(self.model, batch) for batch in batches])
@@ -162,7 +164,7 @@ class LeavingOut(Batches):
         return torch.stack(losses)
 
     def _shown(self, batch: Any) -> Any:
-        """What the training loss is computed of: inputs and encoded targets, or the batch for ``training_step``."""
+        """Input of the training loss: inputs and encoded targets, or the batch for ``training_step``."""
         return in_precision_of(self.model, batch) if self._is_step else self.prepared(self.model, batch)
 
     def _make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -171,8 +173,8 @@ class LeavingOut(Batches):
             check_together(optimizer, model)
         except CannotBatch as reason:
             raise ValueError(
-                f"The model's own optimizer cannot be used for training on, because {reason}. Pass `optimizer=`, such "
-                "as functools.partial(torch.optim.SGD, lr=0.01)."
+                f"Further training cannot use the model's optimizer, because {reason}. Pass `optimizer=`, such as "
+                "functools.partial(torch.optim.SGD, lr=0.01)."
             ) from reason
         for group in optimizer.param_groups:
             group["lr"] = group.get("initial_lr", group["lr"])  # a schedule may have begun with a warm-up
@@ -188,7 +190,7 @@ class LeavingOut(Batches):
         return self.factor * self.losses(model, batch).mean()
 
     def _check_single_examples(self, sample: tuple[Any, Tensor]) -> None:
-        """Make one step of two copies: with the weights, the example that each leaves out is vectorised."""
+        """Make one step of two copies, which tests whether the examples left out can be vectorised too."""
         part = self._part([0, len(self.train) - 1])
         model = copy.deepcopy(self.model)
         train_mode(model)
@@ -201,44 +203,44 @@ class LeavingOut(Batches):
         except Exception as error:
             detail = first_line(error)
             if self.task.has_tokens and "attention_mask" in sample[0]:
-                detail += ". Batches without attention_mask, of texts that need no padding, may be vectorised"
+                detail += ". Batches without attention_mask may work, if the texts need no padding"
             raise CannotBatch(f"torch.func cannot vectorise single examples: {detail}") from error
 
     def _mixed_examples(self, size: int) -> Examples:
-        """Some examples from all over the training data, with as many values of the target as there are."""
+        """Examples from all parts of the training data, with as many different targets as possible."""
         num, candidates = len(self.train), _NUM_TEXTS if self.task.has_tokens else _NUM_CANDIDATES
         places = torch.linspace(0, num - 1, min(max(candidates, size), num), dtype=torch.float64).long()
         places = places[torch.randperm(len(places), generator=torch.Generator().manual_seed(0))]
         part = self._part(places.tolist())
         with part.naming(0):
             encoded = self.prepared(self.model, self._drawn(part))[1].cpu()
-        if self.task.has_tokens:  # texts differ by how many of them count
+        if self.task.has_tokens:  # texts differ by the number of tokens that count
             encoded = encoded[..., 1].sum(1, keepdim=True)
         _, kind = encoded.unique(dim=0, return_inverse=True)
-        earlier = F.one_hot(kind).cumsum(0).gather(1, kind[:, None])[:, 0]  # of the same target, with itself
+        earlier = F.one_hot(kind).cumsum(0).gather(1, kind[:, None])[:, 0]  # examples of this target up to this one
         return self._part(places[earlier.argsort(stable=True)[:size]].tolist())
 
     def _drawn(self, part: Examples) -> Any:
-        """All of some examples as one batch."""
+        """All examples of a part as one batch."""
         with seeded(0):
             (batch,) = part.drawn([torch.arange(len(part))], 0, self.device)
         return batch
 
     def _part(self, places: list[int]) -> Examples:
-        """Some training examples, read in this process."""
-        _ = self.train.is_random  # asked of all examples, not of these
+        """A part of the training examples, read in this process."""
+        _ = self.train.is_random  # tested on all examples before, not on this part
         part = self.train.subset(places)
         part.num_workers = 0
         return part
 
 
 def _stacked(shown: Any) -> Any:
-    """A batch as batches of one, one for each copy."""
+    """A batch as batches of one example, one for each copy."""
     return pytree.tree_map(lambda value: value[:, None], shown)
 
 
 def _takes_double(task: Task, encoded: Tensor) -> bool:
-    """Whether a task's loss can be computed in double precision; weights that one holds may not let it."""
+    """Whether a task's loss works in double precision; a task with weights may fail."""
     try:
         task.loss(torch.zeros_like(encoded, dtype=torch.float64), encoded.double())
     except Exception:
@@ -247,6 +249,6 @@ def _takes_double(task: Task, encoded: Tensor) -> bool:
 
 
 def _without_share(call: Callable[[Any], Tensor], shared: Any, single: tuple[Any, Tensor]) -> Tensor:
-    """A batch's mean loss, less the share of the example that is left out."""
+    """A batch's mean loss, minus the share of the example that is left out."""
     example, share = single
     return call(shared) - share * call(example)

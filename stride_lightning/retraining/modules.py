@@ -1,4 +1,4 @@
-"""LightningModules of both import trees, ``lightning.pytorch`` and ``pytorch_lightning``, built as Trainers do it."""
+"""LightningModules of both import trees, ``lightning.pytorch`` and ``pytorch_lightning``, built as a Trainer does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stride_lightning.runtime.checks import first_line
 
 
 def tree_of(owner: object) -> ModuleType | None:
-    """The import tree that a LightningModule or a Trainer is of; None of anything else.
+    """The import tree of a LightningModule or a Trainer; None for any other object.
 
     The classes of the two trees are different, and a Trainer takes modules and data modules of its own tree only.
 
@@ -27,7 +27,7 @@ def tree_of(owner: object) -> ModuleType | None:
 
 
 def overridden(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Hooks of a LightningModule that are its own, not Lightning's."""
+    """Those of the named hooks that a LightningModule overrides."""
     model = getattr(model, "_orig_mod", model)
     if not hasattr(model, "automatic_optimization"):
         return []
@@ -36,10 +36,10 @@ def overridden(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 def build(model_fn: Callable[[], nn.Module]) -> nn.Module:
-    """A fresh model, after its ``configure_model`` and ``setup`` have made the layers that they make.
+    """A fresh model, after ``configure_model`` and ``setup``, which may make layers.
 
     Raises:
-        ValueError: If it has no parameters then.
+        ValueError: If it has no parameters after these.
     """
     model = model_fn()
     problem = ""
@@ -47,11 +47,11 @@ def build(model_fn: Callable[[], nn.Module]) -> nn.Module:
         if isinstance(model, nn.Module) and overridden(model, [name]):
             try:
                 getattr(model, name)(*arguments)
-            except Exception as error:  # most likely it asks for a Trainer, which calls it later
+            except Exception as error:  # most likely it needs a Trainer, which calls it later
                 problem = f" Its {name}() raised {type(error).__name__} without one: {first_line(error).rstrip('.')}."
     if isinstance(model, nn.Module) and next(model.parameters(), None) is None:
         raise ValueError(
             f"{type(model).__name__} has no parameters before a Trainer runs it.{problem} Make its layers in __init__, "
-            "in configure_model, or in a setup that asks for no Trainer."
+            "in configure_model, or in a setup that needs no Trainer."
         )
     return model

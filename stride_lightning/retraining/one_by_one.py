@@ -1,4 +1,4 @@
-"""Training one model after the other: a fresh Trainer, and fresh weights, for every subset."""
+"""Training one model after the other, each with a fresh Trainer and fresh weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from stride_lightning.runtime.randomness import seeded
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Lightning's greetings once per model would bury everything else."""
+    """Silence Lightning's messages, which every model would repeat."""
     trees = ("lightning.pytorch", "pytorch_lightning")
     loggers = [logging.getLogger(name) for tree in trees for name in (tree, f"{tree}.utilities.rank_zero")]
     levels = {logger: logger.level for logger in loggers}
@@ -37,11 +37,11 @@ def _quiet() -> Iterator[None]:
 
 @_quiet()
 def train_alone(recipe: Recipe, mask: Tensor, seed: int) -> Tensor:
-    """Train one model on a subset with a Trainer of its own and measure the queries, shape ``(q,)``, on the CPU.
+    """Train one model on a subset with a fresh Trainer and measure the queries, shape ``(q,)``, on the CPU.
 
     Weights and batches are those of :class:`~stride_lightning.retraining.together.Together`: the batches of the whole
-    training set, without the examples that are not in the subset, whose ``mask`` is bool of shape ``(n,)``. Batches
-    that hold none of it are left out, and under BatchNorm those that hold only one.
+    training set, without the examples outside the subset, whose ``mask`` is bool of shape ``(n,)``. Batches without
+    any example are left out, and with BatchNorm those with a single one too.
     """
     model = recipe.fresh_model(seed)
     validation = _validation(recipe, model)
@@ -52,25 +52,25 @@ def train_alone(recipe: Recipe, mask: Tensor, seed: int) -> Tensor:
         trainer = recipe.trainer_fn()
         tree = tree_of(trainer) or L
     module: Any = model if tree_of(model) else _of_tree(_Plain, tree.LightningModule)(model, recipe)
-    if recipe.optimizer is not None:  # the model is fresh and ours
+    if recipe.optimizer is not None:  # the model is fresh, so it may be changed
         make_optimizer = recipe.optimizer
         module.configure_optimizers = lambda: make_optimizer(model.parameters())
     if trainer.global_step or trainer.current_epoch:
         raise ValueError(
-            "`trainer_fn` returned a Trainer that has trained before; it would not train the next model at all. Make "
-            "the Trainer inside the function."
+            "`trainer_fn` returned a Trainer that has trained before, so it would not train another model. Make the "
+            "Trainer inside the function."
         )
     if trainer.max_epochs != recipe.max_epochs:
         raise ValueError(
             f"`trainer_fn` makes a Trainer for {trainer.max_epochs} epochs, but `max_epochs` is {recipe.max_epochs}. "
             "Make it with the same max_epochs."
         )
-    # How many batches hold no example of the subset changes from epoch to epoch, and Lightning counts them once.
+    # The number of batches without an example of the subset changes with the epoch, but Lightning counts them once.
     trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
-    # One example has no statistics: BatchNorm refuses a batch that the subset has thinned to it.
+    # BatchNorm refuses a batch of a single example, which has no statistics.
     normalises = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())
     with seeded(seed), warnings.catch_warnings():
-        # The data module has all three hooks of a transfer, and calls the user's, the model's among them.
+        # The data module has all three hooks of a transfer; they call the user's, including the model's.
         warnings.filterwarnings("ignore", "You have overridden `.*` in both `LightningModule` and")
         warnings.filterwarnings("ignore", "You defined a `validation_step` but have no `val_dataloader`")
         data = _of_tree(_SubsetData, tree.LightningDataModule)(recipe, mask, seed, smallest=2 if normalises else 1)
@@ -82,15 +82,15 @@ def train_alone(recipe: Recipe, mask: Tensor, seed: int) -> Tensor:
             if "conditioned on metric" not in str(error):
                 raise
             raise ValueError(
-                f"{type(model).__name__} waits for a metric that its training does not log ({first_line(error)}). "
-                "Models are validated where `train_data` is a LightningDataModule with a val_dataloader, or the model "
-                "has one. Or pass `optimizer=`, which trains without a schedule."
+                f"{type(model).__name__} needs a metric that its training does not log ({first_line(error)}). Pass "
+                "validation data: a LightningDataModule with a val_dataloader as `train_data`, or a val_dataloader of "
+                "the model. Or pass `optimizer=`, which trains without a schedule."
             ) from error
     return recipe.measured(model).float().cpu()
 
 
 def _validation(recipe: Recipe, model: nn.Module) -> Callable[[], Any] | None:
-    """What makes the loader of the data that a model is validated on; None if it has no step for that, or no data."""
+    """The function that makes the validation loader; None if the model has no validation step or there are no data."""
     hooks = [own_hook(owner, "val_dataloader") for owner in (recipe.datamodule, model)]
     return next(filter(None, hooks), None) if overridden(model, ["validation_step"]) else None
 
@@ -110,12 +110,12 @@ def _lean_trainer(tree: Any, max_epochs: int, device: torch.device, *, validates
 
 
 def _of_tree(kind: type, base: type) -> Any:
-    """A class of ours as a class of an import tree."""
+    """A class with a base class of an import tree."""
     return type(kind.__name__, (kind, base), {})
 
 
 class _Plain:
-    """A LightningModule that trains a module that is none on the task's loss."""
+    """A LightningModule that trains a plain module on the task's loss."""
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class _Plain:
 
 
 class _SubsetData:
-    """A data module: the batches of an order without the examples outside a subset, moved by the user's own hooks."""
+    """A data module: the batches in their order, without the examples outside a subset; the user's hooks move them."""
 
     trainer: Any
 
@@ -135,7 +135,7 @@ class _SubsetData:
         self.recipe, self.mask, self.seed, self.smallest = recipe, mask, seed, smallest
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Called anew in every epoch."""
+        """The batches of an epoch; the Trainer calls this in every epoch."""
         examples, epoch = self.recipe.train, 0 if self.trainer is None else self.trainer.current_epoch
         members = [places[self.mask[places]] for places in self.recipe.order(self.seed, epoch)]
         return DataLoader(

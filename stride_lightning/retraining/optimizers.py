@@ -1,4 +1,4 @@
-"""What a model's ``configure_optimizers`` asks for, read without a Trainer."""
+"""The optimizer and schedule of a model's ``configure_optimizers``, read without a Trainer."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from stride_lightning.retraining.modules import tree_of
 
-#: Makes the optimizer of a model's parameters.
+#: A function that makes the optimizer of a model's parameters.
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
-#: Optimizers whose updates are elementwise, so that they train stacked models as they would train each alone.
+#: Optimizers with elementwise updates: they train stacked models as they would train each model alone.
 TOGETHER = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
 class CannotBatch(Exception):
-    """Why models cannot be trained together; the message is a clause that completes "because"."""
+    """The reason why models cannot train together; the message is a clause that completes "because"."""
 
 
 @dataclass
 class Optimization:
-    """An optimizer, and its schedule if any, that goes on every ``frequency`` epochs or steps (the ``interval``)."""
+    """An optimizer and its schedule, if any, which advances every ``frequency`` epochs or steps (the ``interval``)."""
 
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler | None = None
@@ -34,20 +34,20 @@ class Optimization:
     frequency: int = 1
 
     def advance(self, interval: str, count: int) -> None:
-        """Tell the scheduler that ``count`` epochs, or steps of this epoch, are done."""
+        """Advance the scheduler after ``count`` epochs, or after ``count`` steps of this epoch."""
         if self.scheduler is not None and interval == self.interval and count % self.frequency == 0:
             self.scheduler.step()
 
     @property
     def counts_steps(self) -> str | None:
-        """Name of what depends on how many steps a model has made, None if nothing does."""
+        """Name of the optimizer or scheduler, if it depends on the number of steps of a model; else None."""
         groups = self.optimizer.param_groups
         if any("betas" in group or group.get("dampening") for group in groups):
             return type(self.optimizer).__name__
         return type(self.scheduler).__name__ if self.scheduler is not None and self.interval == "step" else None
 
     def describe(self) -> str:
-        """All settings, to tell one run from another."""
+        """All settings, to identify a run."""
         if self.scheduler is None:
             return repr(self.optimizer)
         state = {name: value for name, value in self.scheduler.state_dict().items() if _is_plain(value)}
@@ -55,10 +55,10 @@ class Optimization:
 
 
 def read_optimization(model: nn.Module, make_optimizer: MakeOptimizer | None) -> Optimization:
-    """The optimizer that a model is to be trained with, and its scheduler if ``configure_optimizers`` tells of one.
+    """The optimizer for a model's training, and its scheduler if ``configure_optimizers`` returns one.
 
     Raises:
-        CannotBatch: If only a Trainer can deal with it.
+        CannotBatch: If they need a Trainer.
     """
     if make_optimizer is not None:
         optimizer = make_optimizer(model.parameters())
@@ -67,7 +67,7 @@ def read_optimization(model: nn.Module, make_optimizer: MakeOptimizer | None) ->
         return Optimization(optimizer)
     if tree_of(model) is None:
         raise TypeError(
-            f"{type(model).__name__} is no LightningModule, so its optimizer is not known. Pass `optimizer=`, such as "
+            f"{type(model).__name__} is no LightningModule, so its optimizer is unknown. Pass `optimizer=`, such as "
             "functools.partial(torch.optim.SGD, lr=0.1)."
         )
     try:
@@ -78,18 +78,18 @@ def read_optimization(model: nn.Module, make_optimizer: MakeOptimizer | None) ->
 
 
 def check_optimizer(make_optimizer: MakeOptimizer | None) -> None:
-    """Refuse what makes no optimizer, above all one that is made already."""
+    """Refuse anything but a function, such as an optimizer itself."""
     is_made = isinstance(make_optimizer, torch.optim.Optimizer)
     if is_made or (make_optimizer is not None and not callable(make_optimizer)):
         instead = f"an instance of {type(make_optimizer).__name__}" if is_made else repr(make_optimizer)
         raise TypeError(
             f"`optimizer` must be a function that makes the optimizer of a model's parameters, got {instead}. Every "
-            "model needs one of its own: pass functools.partial(torch.optim.SGD, lr=0.1)."
+            "model needs a new optimizer: pass a function such as functools.partial(torch.optim.SGD, lr=0.1)."
         )
 
 
 def _read(configured: Any) -> Optimization:
-    """One optimizer with at most one scheduler, in any form that Lightning accepts."""
+    """One optimizer and at most one scheduler, from any form that Lightning accepts."""
     if isinstance(configured, torch.optim.Optimizer):
         return Optimization(configured)
     if isinstance(configured, dict):
@@ -108,17 +108,17 @@ def _read(configured: Any) -> Optimization:
     config = schedules[0] if isinstance(schedules[0], dict) else {"scheduler": schedules[0]}
     scheduler = config["scheduler"]
     if isinstance(scheduler, ReduceLROnPlateau) or not isinstance(scheduler, LRScheduler):
-        raise CannotBatch(f"its {type(scheduler).__name__} needs what a Trainer monitors")
+        raise CannotBatch(f"its {type(scheduler).__name__} needs a metric that only a Trainer monitors")
     return Optimization(optimizers[0], scheduler, config.get("interval", "epoch"), config.get("frequency", 1))
 
 
 def check_together(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Refuse, by :class:`CannotBatch`, an optimizer that cannot be taken over for many copies of its model."""
+    """Refuse, by :class:`CannotBatch`, an optimizer that cannot train many copies of its model at once."""
     if type(optimizer) not in TOGETHER:
         names = ", ".join(kind.__name__ for kind in TOGETHER)
         raise CannotBatch(f"{type(optimizer).__name__} is not one of the optimizers that train together ({names})")
     if {id(p) for group in optimizer.param_groups for p in group["params"]} - {id(p) for p in model.parameters()}:
-        raise CannotBatch("its optimizer holds parameters that are not the model's")
+        raise CannotBatch("its optimizer has parameters that are not the model's")
 
 
 def _is_plain(value: object) -> bool:

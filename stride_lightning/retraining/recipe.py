@@ -1,4 +1,4 @@
-"""How models are trained: what makes a fresh one, its optimizer, its batches, and what is measured."""
+"""The recipe of a training: the fresh model, its optimizer, its batches, and the measure of queries."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ Measure = Literal["loss", "margin"]
 
 
 class Training(TypedDict, total=False):
-    """How :func:`~stride_lightning.retrain` and :func:`~stride_lightning.retrain_without` train; all is optional.
+    """Optional arguments of :func:`~stride_lightning.retrain` and :func:`~stride_lightning.retrain_without`.
 
     Args:
         batch_size: Examples of a batch, before those outside a subset are dropped.
-        optimizer: Makes the optimizer of a model's parameters; by default ``configure_optimizers``.
-        trainer_fn: Makes a fresh Trainer for each model, for what else training needs (precision, clipping); models
+        optimizer: Function that makes the optimizer of a model's parameters; by default ``configure_optimizers``.
+        trainer_fn: Function that makes a fresh Trainer for each model, for other settings (precision, clipping); models
             then train one by one.
-        task: What a batch means; inferred by default.
+        task: The meaning of a batch; by default inferred.
         measure: ``"loss"``, or ``"margin"`` for minus the log-odds of the target.
-        train_indices: Positions in the dataset that are trained on, where the sampler does not tell.
-        device: Where to train; the model's device by default.
-        memory_budget: Bytes that models trained together may take; by default 32 MiB on a CPU, what its caches hold,
-            and 2 GiB on a GPU. See :class:`~stride_lightning.retraining.ensemble.Ensemble` for the formula. The
-            training data come on top where they are less than 256 MiB, as do one model per seed and the queries.
-        one_by_one: Train every model with a Trainer of its own, whether it could train with others or not.
+        train_indices: Positions in the dataset that models train on, if the sampler does not give them.
+        device: Device of the training; by default the model's.
+        memory_budget: Bytes for the models that train together; by default 32 MiB on a CPU, the size of its caches, and
+            2 GiB on a GPU. See :class:`~stride_lightning.retraining.ensemble.Ensemble` for the formula. Training data
+            of less than 256 MiB, one model per seed and the queries are held in addition.
+        one_by_one: Train every model with a fresh Trainer, even if models could train together.
     """
 
     batch_size: int | None
@@ -57,10 +57,10 @@ class Training(TypedDict, total=False):
 
 
 class Recipe(Batches):
-    """Everything that decides what a training run gives, but for the subset and the seed.
+    """All settings of a training run, except for the subset and the seed.
 
-    Models of one seed start from the same weights and see the same batches in the same order, but for the examples
-    that are left out (common random numbers), so that they differ by their data alone.
+    Models of one seed start from the same weights and see the same batches in the same order, except for the examples
+    that are left out (common random numbers), so they differ only by their data.
 
     Arguments as in :func:`~stride_lightning.retrain` and :class:`Training`; all are checked.
     """
@@ -96,13 +96,13 @@ class Recipe(Batches):
         super().__init__(
             model, train, head, task, batch_size=batch_size, optimizer=optimizer, memory_budget=memory_budget
         )
-        if measure == "margin":  # refuses a task without margins now
+        if measure == "margin":  # a task without margins raises now
             task.margin(torch.zeros(1, self.num_outputs), torch.eye(1, self.num_outputs))
         self.model_fn, self.queries, self.max_epochs = model_fn, resolve_queries(queries, model), max_epochs
-        #: The data module of the training data, whose validation data are those of every model; None if there is none.
+        #: The data module of the training data, with validation data for every model; None if there is none.
         self.datamodule: Any = train.owners[0] if train.owners else None
         self.trainer_fn, self.measure, self.one_by_one = trainer_fn, measure, one_by_one
-        #: What kinds of training examples there are, a number for each; known once :meth:`identity` has read them.
+        #: Kind of each training example, as a number; None before :meth:`identity` has read the examples.
         self.train_kinds: Tensor | None = None
         self._query_batches: list[tuple[Any, Tensor]] = []
         self._initial: dict[int, nn.Module] = {}
@@ -113,7 +113,7 @@ class Recipe(Batches):
             return build(self.model_fn).to(self.device)
 
     def initial_model(self, seed: int) -> nn.Module:
-        """A copy of a model with the initial weights of a seed, made without drawing random numbers again."""
+        """A copy of the model with the initial weights of a seed; the model is made only once."""
         if seed not in self._initial:
             self._initial[seed] = self.fresh_model(seed)
         return copy.deepcopy(self._initial[seed])
@@ -126,24 +126,24 @@ class Recipe(Batches):
         return self._query_batches
 
     def check_queries(self, model: nn.Module) -> None:
-        """Refuse queries whose loss is no number even under an untrained model, naming the first."""
+        """Refuse queries whose loss is not finite even under an untrained model; the error names the first."""
         with self.queries.naming(0):
             check_finite(self.measured(model), "loss under an untrained model")
 
     def measured(self, model: nn.Module) -> Tensor:
-        """What is measured of all queries under a model, shape ``(q,)``."""
+        """The measure of all queries under a model, shape ``(q,)``."""
         with borrowed(model, None, self.device), torch.no_grad():
             return torch.cat([self.values(model, batch) for batch in self.query_batches(model)])
 
     def values(self, model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
-        """What is measured of queries: lower is better, shape ``(b,)``."""
+        """The measure of a batch of queries, lower is better, shape ``(b,)``."""
         outputs, encoded = columns(self.task.outputs(model, batch[0])), batch[1]
-        if outputs.device.type != "mps":  # which has no float64; elsewhere small losses keep their digits
+        if outputs.device.type != "mps":  # float64 preserves the digits of small losses, but MPS has none
             outputs, encoded = outputs.double(), encoded.double()
         return -self.task.margin(outputs, encoded) if self.measure == "margin" else self.task.loss(outputs, encoded)
 
     def identity(self, seeds: Sequence[int]) -> dict[str, Any]:
-        """Plain values that tell this recipe from others, to compare a stored run with."""
+        """Plain values that identify this recipe, for the comparison with a stored run."""
         models = [self.initial_model(seed) for seed in seeds]
         surveyed = survey(self.train, self.task, models[0], self.num_outputs)
         self.train_kinds = surveyed.kinds
@@ -170,7 +170,7 @@ class Recipe(Batches):
 
 
 def code_hash(model: nn.Module) -> str:
-    """What tells one model from another beside its weights: its code, the settings of its layers and its own.
+    """Hash of a model apart from its weights: of its code, of its layers' settings and of its plain attributes.
 
     Example:
         >>> code_hash(nn.Dropout(0.1)) == code_hash(nn.Dropout(0.2))
@@ -185,7 +185,7 @@ def code_hash(model: nn.Module) -> str:
 
 
 def _checked_model(model_fn: Callable[[], nn.Module]) -> nn.Module:
-    """A model that the function makes, if it makes a fresh one every time."""
+    """A model from the function; an error unless the function makes a fresh one every time."""
     if isinstance(model_fn, nn.Module) or not callable(model_fn):
         raise TypeError(
             f"`model_fn` must be a function that makes a fresh, untrained model, got {type(model_fn).__name__}. Pass "
@@ -197,13 +197,13 @@ def _checked_model(model_fn: Callable[[], nn.Module]) -> nn.Module:
             model, again = build(model_fn), build(model_fn)
     except TypeError as error:
         raise TypeError(
-            f"`model_fn` must work without arguments; calling it gave: {error}. Wrap it: `lambda: MyModel(lr=0.1)`."
+            f"`model_fn` must work without arguments, but the call gave: {error}. Wrap it: `lambda: MyModel(lr=0.1)`."
         ) from error
     if not isinstance(model, nn.Module):
-        raise TypeError(f"`model_fn` must return a module, got {type(model).__name__}.")
+        raise TypeError(f"`model_fn` must return a module, got {type(model).__name__}. Return the model itself.")
     if model is again or {id(p) for p in model.parameters()} & {id(p) for p in again.parameters()}:
         raise ValueError(
-            "`model_fn` returned the same model, or the same parameters, twice: every subset must start from a fresh "
-            "model. Build the model inside the function."
+            "`model_fn` returned the same model, or the same parameters, twice. Every subset needs a fresh model: make "
+            "it inside the function."
         )
     return model

@@ -1,4 +1,4 @@
-"""retrain() and retrain_without(): ground truth by training many models."""
+"""retrain() and retrain_without(): ground truth from training many models."""
 
 from __future__ import annotations
 
@@ -49,24 +49,24 @@ def retrain(
 ) -> GroundTruth:
     """Losses of queries under models trained from scratch on random subsets of the training data.
 
-    All subsets of a seed share the initial weights and the order of batches, in which each model skips the examples
-    outside its subset. Models train together where ``torch.func`` can vectorise them; where it cannot, it is said why
-    and they train one by one, each with a fresh Trainer. In a distributed run the processes share the work.
+    All subsets of a seed share the initial weights and the order of batches; each model skips the examples outside its
+    subset. Models train together if ``torch.func`` can vectorise them. Otherwise they train one by one, each with a
+    fresh Trainer, and the reason is printed. In a distributed run the processes share the work.
 
     Args:
         model_fn: Makes a fresh, untrained model: a class, or a function without arguments.
-        queries: What is measured: a Dataset, DataLoader or LightningDataModule.
-        train_data: What is trained on, likewise. Its DataLoader says batch size and shuffling. Models that train one by
-            one are validated on the validation data of a LightningDataModule, where a schedule or callback needs that.
+        queries: The examples to measure: a Dataset, DataLoader or LightningDataModule.
+        train_data: The training data, likewise. Its DataLoader gives batch size and shuffling. A LightningDataModule
+            also gives validation data to models that train one by one, for schedules and callbacks that need them.
         max_epochs: Passes over the training data.
         num_subsets: Number of subsets K; 100 by default.
         fraction: Share of the training examples in each subset.
-        num_seeds: Models per subset, that differ in initial weights and order. Two or more give a noise ceiling.
-        seed: Seed of the subsets and of everything else.
-        path: Folder for the result. Finished parts, of 16 models or more, stand in ``<path>.parts`` meanwhile: a killed
-            run that is started again goes on from there, and ends with the same numbers.
-        masks: Subsets of your own, bool of shape ``(K, n)``, in place of random ones.
-        show_progress: Show a progress bar, and why models train one by one.
+        num_seeds: Models per subset; they differ in initial weights and order. Two or more give a noise ceiling.
+        seed: Seed of the subsets and of all other random numbers.
+        path: Folder for the result. Until the end, ``<path>.parts`` holds finished parts of 16 models or more. A killed
+            run that is started again continues from there, with the same result.
+        masks: Subsets to use instead of random ones, bool of shape ``(K, n)``.
+        show_progress: Show a progress bar, and the reason why models train one by one.
         **how: How to train: ``batch_size``, ``optimizer``, ``trainer_fn``, ``task``, ``measure``, ``train_indices``,
             ``device``, ``memory_budget``, ``one_by_one``; see :class:`~stride_lightning.retraining.recipe.Training`.
 
@@ -74,8 +74,9 @@ def retrain(
         Masks, losses and noise ceiling.
 
     Raises:
-        TypeError, ValueError: If an argument cannot work, saying how, or training diverges, naming subset and seed.
-        RecordError: If what is stored is damaged.
+        TypeError, ValueError: If an argument cannot work, or training diverges; the message names the argument, or
+            subset and seed.
+        RecordError: If a stored result is damaged.
 
     Example:
         >>> from functools import partial
@@ -97,7 +98,7 @@ def retrain(
     if masks is None:
         masks = sample_masks(len(recipe.train), 100 if num_subsets is None else num_subsets, fraction, seed=seed)
     elif num_subsets is not None:
-        raise ValueError("`masks` says which subsets there are: leave out `num_subsets`.")
+        raise ValueError("Give either `masks` or `num_subsets`: the masks are the subsets.")
     return _measured(GroundTruth, recipe, _checked_masks(masks, len(recipe.train)), seeds, path, show_progress)
 
 
@@ -116,49 +117,54 @@ def retrain_without(
     show_progress: bool = True,
     **how: Unpack[Training],
 ) -> Counterfactual:
-    """Losses of each query under models trained without the examples that scores call most helpful to it.
+    """Losses of each query under models trained without the examples with the highest scores for it.
 
-    ``len(ks) * q + 1`` models are trained for each seed. If the scores are right, losses rise with k.
+    Each seed trains ``len(ks) * q + 1`` models. If the scores are right, losses rise with k.
 
     Args:
-        attribution: The scores. Ties go by position.
+        attribution: The scores. The lower position wins ties.
         model_fn: Makes a fresh, untrained model.
         queries: The queries of the attribution.
         train_data: The training data of the attribution.
         max_epochs: Passes over the training data.
-        ks: Numbers of examples removed, each below the number of training examples.
+        ks: Numbers of examples to remove, each below the number of training examples.
         num_seeds: Models per removal.
-        seed: Seed of everything.
+        seed: Seed of all random numbers.
         path: Folder for the result, as in :func:`retrain`.
         show_progress: As in :func:`retrain`.
         **how: How to train, as in :func:`retrain`; see :class:`~stride_lightning.retraining.recipe.Training`.
 
     Returns:
-        Losses with everything, and without each query's top k.
+        Losses with all training examples, and without each query's top k.
 
     Reference: arXiv:2303.14186 (TRAK), section 5.2.
     """
     if isinstance(attribution, TopAttribution):
         raise ValueError(attribution.why_no_scores)
     if not isinstance(attribution, Attribution):
-        raise TypeError(f"`attribution` must be an Attribution, got {type(attribution).__name__}: wrap its scores.")
+        raise TypeError(
+            f"`attribution` must be an Attribution, got {type(attribution).__name__}. Wrap scores in "
+            "Attribution(scores)."
+        )
     if bad := _not_finite(attribution.scores):
-        raise ValueError(f"The scores of queries {bad[:10]} are not finite.")
+        raise ValueError(
+            f"The scores of queries {bad[:10]} are not finite. Leave out these queries, or mend the scores."
+        )
     _check_names(retrain_without, how)
     recipe = Recipe(model_fn, queries, train_data=train_data, max_epochs=max_epochs, **how)
     num_train, num_queries = len(recipe.train), len(recipe.queries)
     if (attribution.num_queries, attribution.num_train) != (num_queries, num_train):
         raise ValueError(
-            f"The attribution is of {attribution.num_queries} queries and {attribution.num_train} training examples; "
-            f"got {num_queries} queries and {num_train} training examples. Pass the data it was made with."
+            f"The attribution has {attribution.num_queries} queries and {attribution.num_train} training examples, but "
+            f"{num_queries} queries and {num_train} training examples were given. Pass the data of the attribution."
         )
     positions = recipe.train.positions
     if not torch.equal(attribution.train_indices.sort().values, positions.sort().values):
         raise ValueError(
-            "The attribution's train_indices are not the positions of the training data. Pass the data it was made "
-            "with."
+            "The attribution's train_indices are not the positions of the training data. Pass the training data of the "
+            "attribution."
         )
-    # Columns in the order in which the training data are read.
+    # Put the columns in the reading order of the training data.
     scores = attribution.scores[:, attribution.train_indices.argsort()[positions.argsort().argsort()]]
     ks = [ks] if isinstance(ks, int) else sorted(set(ks))
     if not ks or ks[0] < 1 or ks[-1] >= num_train:
@@ -171,12 +177,13 @@ def retrain_without(
 
 
 def sample_masks(num_train: int, num_subsets: int, fraction: float = 0.5, *, seed: int = 0) -> Tensor:
-    """Random subsets, each of the same size, bool of shape ``(num_subsets, num_train)``."""
+    """Random subsets of equal size, bool of shape ``(num_subsets, num_train)``."""
     num_subsets = check_count("num_subsets", num_subsets, 2)
     size = round(fraction * num_train)
     if not 0 < fraction < 1 or not 0 < size < num_train:
         raise ValueError(
-            f"`fraction` must leave some of the {num_train} training examples in and some out, got {fraction}."
+            f"`fraction` must be between 0 and 1 and leave some of the {num_train} training examples in and some out, "
+            f"got {fraction}."
         )
     generator = torch.Generator().manual_seed(mix(seed))
     ranks = torch.stack([torch.randperm(num_train, generator=generator) for _ in range(num_subsets)])
@@ -186,7 +193,9 @@ def sample_masks(num_train: int, num_subsets: int, fraction: float = 0.5, *, see
 def _check_names(caller: Callable[..., Any], how: Mapping[str, Any]) -> None:
     if unknown := sorted(how.keys() - Training.__annotations__.keys()):
         known = sorted({*inspect.signature(caller).parameters, *Training.__annotations__} - {"how"})
-        raise TypeError(f"{caller.__name__}() takes no {', '.join(unknown)}; it takes {', '.join(known)}.")
+        raise TypeError(
+            f"{caller.__name__}() has no argument {', '.join(unknown)}. Its arguments are: {', '.join(known)}."
+        )
 
 
 def _measured(
@@ -200,7 +209,7 @@ def _measured(
     attribution: Attribution | None = None,
     **more: Any,
 ) -> Truth:
-    """Train every subset under every seed, and keep the result at ``path``."""
+    """Train a model on every subset with every seed, and store the result at ``path``."""
     started = time.perf_counter()
     identity = recipe.identity(seeds)
     if attribution is not None:
@@ -211,9 +220,9 @@ def _measured(
     recipe.check_queries(recipe.initial_model(seeds[0]))
     if len(seeds) > 1 and len(set(identity["initial_weights"])) == 1:
         warnings.warn(
-            "`model_fn` gives the same initial weights under every seed: it seeds itself, or loads weights. Seeds then "
-            "differ in the order of batches alone, and the noise ceiling counts only that. If the weights were trained "
-            "on these data, this is no retraining.",
+            "`model_fn` gives the same initial weights with every seed, because it sets a seed or loads weights. Seeds "
+            "then differ only in the order of batches, and the noise ceiling covers only that. If the weights were "
+            "trained on these data, this is no retraining: make a fresh model in `model_fn`.",
             stacklevel=3,
         )
     try:
@@ -221,7 +230,7 @@ def _measured(
         together.check_steps(masks, seeds)
     except CannotBatch as reason:
         together, recipe.one_by_one_because = None, str(reason)
-        announce(f"Models train one by one, each with its own Trainer, because {reason}.", show=show_progress)
+        announce(f"Models train one by one, each with a fresh Trainer, because {reason}.", show=show_progress)
 
     def losses_of(seed: int, subsets: slice, tick: Callable[[int], Any]) -> Tensor:
         chunk = masks[subsets]
@@ -233,7 +242,7 @@ def _measured(
         _check_losses(losses, subsets.start, seed)
         return losses
 
-    work.plan["together"] = together is not None  # numbers are equal to rounding only, so parts are not mixed
+    work.plan["together"] = together is not None  # results differ by rounding, so parts of both kinds must not mix
     with vectorised_attention() if together else nullcontext():
         losses = work.run(
             losses_of,
@@ -254,11 +263,11 @@ def _checked_masks(masks: Tensor, num_train: int) -> Tensor:
     masks = torch.as_tensor(masks)
     if masks.ndim != 2 or masks.shape[1] != num_train or not ((masks == 0) | (masks == 1)).all():
         raise ValueError(
-            f"`masks` must be 0/1 of shape (num_subsets, {num_train}), one column per training example; got "
+            f"`masks` must hold 0 and 1, in shape (num_subsets, {num_train}) with a column per training example, got "
             f"{masks.dtype} {tuple(masks.shape)}."
         )
     if empty := (~masks.bool().any(1)).nonzero().flatten().tolist():
-        raise ValueError(f"`masks` has subsets without any example: {empty[:10]}.")
+        raise ValueError(f"Every subset in `masks` needs an example, but these have none: {empty[:10]}.")
     return masks.bool().cpu()
 
 
@@ -266,8 +275,8 @@ def _check_losses(losses: Tensor, start: int, seed: int) -> None:
     if bad := _not_finite(losses):
         raise ValueError(
             f"Training on subset {start + bad[0]} with seed {seed} gave losses that are not finite for queries "
-            f"{_not_finite(losses[bad[0], :, None])[:5]}. Did training diverge? Lower the learning rate. Or do the "
-            "training data hold NaN?"
+            f"{_not_finite(losses[bad[0], :, None])[:5]}. Did training diverge? Lower the learning rate, and check the "
+            "training data for NaN."
         )
 
 

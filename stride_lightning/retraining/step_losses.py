@@ -1,4 +1,4 @@
-"""The loss of a ``training_step`` without its Trainer, and whether every example has a share in it."""
+"""The loss of a ``training_step`` without a Trainer, and whether it is a mean over examples."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from stride_lightning.runtime.randomness import seeded
 
 
 def check_step(model: nn.Module, batch: Any) -> None:
-    """Refuse a ``training_step`` whose loss cannot be had without a Trainer."""
+    """Refuse a ``training_step`` that needs a Trainer."""
     try:
         with without_trainer(cast("L.LightningModule", model)), seeded(0), torch.enable_grad():
             if not loss_of_step(model, batch).requires_grad:
                 raise ValueError("it returned a loss without gradient")
     except Exception as error:
         raise ValueError(
-            f"{type(model).__name__} cannot be trained on by its training_step without a Trainer "
+            f"Further training cannot call the training_step of {type(model).__name__} without a Trainer "
             f"({type(error).__name__}: {error}). Pass further_train() the network inside it, and `optimizer=`."
         ) from error
 
 
 def check_additive(model: nn.Module, examples: Examples, device: torch.device) -> None:
-    """Refuse a loss in which an example has no share: that of a batch must be the mean of those of its examples.
+    """Refuse a loss in which an example has no share: a batch's loss must be the mean of its examples' losses.
 
-    Tried on a few examples of all kinds.
+    ``examples`` are a few of all kinds, for the test.
     """
     train_mode(model)
     switch_dropout_off(model)
@@ -54,11 +54,11 @@ def check_additive(model: nn.Module, examples: Examples, device: torch.device) -
     def is_additive() -> bool:
         whole, *single = losses([places, *places.split(1)], 0)
         gap, largest = (whole - torch.stack(single).mean()).abs(), torch.stack([whole, *single]).abs().max()
-        return not gap > tolerance * largest  # what is not finite is not this check's affair
+        return not gap > tolerance * largest  # losses that are not finite pass; other checks refuse them
 
     try:
         with without_trainer(cast("L.LightningModule", model)):
-            if draws():  # dropout that is no module
+            if draws():  # functional dropout
                 model.eval()
                 if draws():
                     return
@@ -67,21 +67,20 @@ def check_additive(model: nn.Module, examples: Examples, device: torch.device) -
             fits = fits or is_additive()
     except Exception as error:
         raise ValueError(
-            f"{type(model).__name__} cannot be trained on by its training_step, because that does not take a "
-            f"single example ({type(error).__name__}: {error}). Pass further_train() the network inside it, and "
-            "`optimizer=`."
+            f"Further training cannot use the training_step of {type(model).__name__}, because it fails on a single "
+            f"example ({type(error).__name__}: {error}). Pass further_train() the network inside it, and `optimizer=`."
         ) from error
     if not fits:
         raise ValueError(
-            f"The loss that {type(model).__name__}.training_step gives of a batch is not the mean of the losses of "
-            "its examples (class weights?), so an example's share is not defined. A mean over all tokens of texts of "
-            "different lengths is none either. Use a loss that is, such as one with a weight for each example, by a "
-            "task of your own; or pass further_train() the network inside it, and `optimizer=`."
+            f"{type(model).__name__}.training_step must return the mean of its examples' losses, but it returns "
+            "another loss (does it have class weights, or a mean over all tokens of texts of different lengths?). So "
+            "an example has no share of it. Define a mean over examples, for instance by a Task of your own with a "
+            "weight for each example. Or pass further_train() the network inside it, and `optimizer=`."
         )
 
 
 def detached_copy(model: nn.Module) -> nn.Module:
-    """A copy without its Trainer, which holds the data, the loggers and the optimizer; nothing it logs is heard."""
+    """A copy without its Trainer, which holds the data, the loggers and the optimizer; it logs nothing."""
     attached: list[tuple[Any, Any]] = [(module, module._trainer) for module in model.modules() if tree_of(module)]
     try:
         for module, _ in attached:
@@ -89,8 +88,8 @@ def detached_copy(model: nn.Module) -> nn.Module:
         copied = copy.deepcopy(model)
     except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Does it keep a loss or "
-            "outputs of a training step, or an open file? Detach or drop them when training ends."
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Does it store a loss or "
+            "outputs of a training step, or an open file? Detach or delete them when training ends."
         ) from error
     finally:
         for module, trainer in attached:
@@ -102,11 +101,11 @@ def detached_copy(model: nn.Module) -> nn.Module:
 
 
 def _unheard(*_: Any, **__: Any) -> None:
-    """Stands where ``self.log`` would."""
+    """Takes the place of ``self.log``."""
 
 
 def train_mode(model: nn.Module) -> None:
-    """Training mode, but for BatchNorm: one example's share has no statistics of its own."""
+    """Training mode, except for BatchNorm: one example's share has no statistics."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

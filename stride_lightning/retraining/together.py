@@ -17,19 +17,19 @@ from stride_lightning.retraining.recipe import Recipe
 class Together:
     """Trains models of one recipe on different subsets at once.
 
-    The loss of a batch is the mean over those of its examples that are in a model's subset; a model makes no step
-    where a batch has none of them.
+    A model's loss of a batch is the mean over the examples in the model's subset; without such examples the model makes
+    no step.
 
     Raises:
-        CannotBatch: If models of this recipe cannot train together, as that of the seed shows, saying why.
+        CannotBatch: If models of this recipe cannot train together, with the reason; the model of ``seed`` is tested.
     """
 
     def __init__(self, recipe: Recipe, seed: int) -> None:
         if recipe.trainer_fn is not None:
             raise CannotBatch("`trainer_fn` was given")
         if recipe.one_by_one:
-            raise CannotBatch("one_by_one=True was asked for")
-        self.recipe, model = recipe, recipe.fresh_model(seed)  # a copy would have lost hooks on its parameters
+            raise CannotBatch("one_by_one=True was given")
+        self.recipe, model = recipe, recipe.fresh_model(seed)  # a copy would lose hooks on its parameters
         check_hooks(model)
         self.optimization = read_optimization(model, recipe.optimizer)
         check_together(self.optimization.optimizer, model)
@@ -40,20 +40,22 @@ class Together:
             check_separate(model, recipe.task, sample[0], len(sample[1]))
         recipe.try_out(model, sample, batch)
         recipe.get_ready(model, self.optimization.optimizer, self._losses, sample)
-        recipe.query_batches(model)  # now, as several threads will ask for them
+        recipe.query_batches(model)  # read them now, before several threads need them
 
     def check_steps(self, masks: Tensor, seeds: list[int]) -> None:
-        """Refuse, by :class:`CannotBatch`, that a model skips a step where the optimizer or schedule counts steps."""
+        """Refuse, by :class:`CannotBatch`, skipped steps if the optimizer or schedule depends on their number."""
         name = self.optimization.counts_steps
         epochs = range(self.recipe.max_epochs if name is not None else 0)
         orders = (self.recipe.order(seed, epoch) for seed in seeds for epoch in epochs)
         if any((~masks[:, places].any(1)).any() for order in orders for places in order):
-            raise CannotBatch(f"some batches hold no example of some subsets, and {name} counts its steps")
+            raise CannotBatch(
+                f"some batches have no example of some subsets, and {name} depends on its number of steps"
+            )
 
     def train(self, masks: Tensor, seed: int, tick: Callable[[int], Any] = lambda models: None) -> Tensor:
-        """Train one model on each subset; what is measured of every query under each, shape ``(m, q)``, on the CPU.
+        """Train one model on each subset; returns the measure of every query, shape ``(m, q)``, on the CPU.
 
-        Masks are bool of shape ``(m, n)``. ``tick`` is told after every epoch how many models went through it.
+        Masks are bool of shape ``(m, n)``. After every epoch ``tick`` gets the number of models.
         """
         recipe, model = self.recipe, self.recipe.initial_model(seed)
         optimization = read_optimization(model, recipe.optimizer)

@@ -1,4 +1,4 @@
-"""How much memory work may take."""
+"""The memory budget of a call."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch
 
 from stride_lightning.runtime.checks import check_count
 
-#: Where nothing is given and there is no GPU.
+#: The default without a GPU.
 DEFAULT_BYTES = 2**29
 
 
 def memory_budget(given: int | None, device: torch.device) -> int:
-    """Bytes that may be used: those given, else half of what a GPU has free, else 512 MiB.
+    """The budget in bytes: the given one, else half of a GPU's free memory, else 512 MiB.
 
     Example:
         >>> memory_budget(None, torch.device("cpu"))

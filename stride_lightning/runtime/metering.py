@@ -1,4 +1,4 @@
-"""Meter: what a call costs."""
+"""Meter: time and memory of a call."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from threading import Event, Thread
 import torch
 from typing_extensions import Self, override
 
-#: Seconds between two looks at the memory.
+#: Seconds between two measurements of the memory.
 PERIOD = 0.005
 _STATUS = Path("/proc/self/status")
 
 
 class Meter:
-    """Seconds and peak memory of the block that it is used for.
+    """Seconds and peak memory of a ``with`` block.
 
-    The peak is the largest growth over what the process held at the start, of its resident set or of its CUDA memory,
-    whichever is larger. A thread looks every 5 ms; where the peak is also the highest of the process's life, the
-    system's own mark gives it exactly. Counters are read and never reset: they are the caller's.
+    The peak is the largest growth since the start of the block: of the process's resident set or of its CUDA memory,
+    whichever is larger. A thread measures every 5 ms. A peak that is also the highest of the process's life is exact,
+    as the system records it. Counters are read and never reset, since they belong to the caller.
 
     Example:
         >>> with Meter() as meter:
@@ -31,7 +31,7 @@ class Meter:
 
     #: Wall-clock time.
     seconds: float = 0.0
-    #: In bytes; None where the system does not tell (without procfs and CUDA).
+    #: In bytes; None if it cannot be measured (without procfs and CUDA).
     peak_memory: int | None = None
 
     def __enter__(self) -> Self:
@@ -57,7 +57,7 @@ class Meter:
 
 
 class _Gauge(ABC):
-    """Memory of one kind: what is held now, and the highest mark of the process's life."""
+    """Memory of one kind: its present size, and the largest size in the process's life."""
 
     def __init__(self) -> None:
         self._before = self._highest = self.held()
@@ -65,18 +65,18 @@ class _Gauge(ABC):
 
     @abstractmethod
     def held(self) -> int:
-        """Bytes held now."""
+        """Present size in bytes."""
 
     @abstractmethod
     def mark(self) -> int:
-        """The most bytes that were ever held."""
+        """Largest size so far in bytes."""
 
     def look(self) -> None:
-        """Take note of what is held now."""
+        """Measure once."""
         self._highest = max(self._highest, self.held())
 
     def peak(self) -> int | None:
-        """Bytes beyond those of the start; None if there is no such memory."""
+        """Largest growth since the start in bytes; None if there is no such memory."""
         self.look()
         mark = self.mark()
         highest = max(self._highest, mark) if mark > self._mark else self._highest
@@ -96,7 +96,7 @@ class _Resident(_Gauge):
 
 
 class _Device(_Gauge):
-    """Tensors on all CUDA devices; looking does not initialise them."""
+    """Tensors on all CUDA devices; measuring does not initialise these."""
 
     @override
     def held(self) -> int:

@@ -1,7 +1,7 @@
-"""Progress, shown where a person waits: one bar for a whole call, with its phase and the time that is left.
+"""Progress: one bar for a whole call, with its phase and the time left.
 
-Work is counted in phases. Those inside ``with call():`` share one bar, which a thread keeps moving while a phase takes
-long over one item; a phase outside has a bar of its own.
+Phases count their items. All phases inside ``with call():`` share one bar; a thread moves it even during a long item. A
+phase outside of a call has a separate bar.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from stride_lightning.runtime.distributed import rank
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: Seconds from one beat of a bar to the next. It appears with the first, so that quick calls show none.
+#: Seconds between updates of a bar. The bar appears at the first update, so that quick calls show none.
 BEAT = 0.5
 
 
 @contextmanager
 def call(*, show: bool = True, is_planned: bool = True) -> Iterator[None]:
-    """All phases in the block on one bar, on rank 0 only, which leaves no line behind; inside a call, part of that.
+    """Show all phases in the block on one bar, on rank 0 only; it vanishes at the end. Inside a call, use its bar.
 
-    Of a call that is planned no time is told before :func:`expect` has been.
+    A planned call shows no time left before its first :func:`expect`.
     """
     if not show or rank() != 0 or _current.get() is not None:
         yield
@@ -46,7 +46,7 @@ def call(*, show: bool = True, is_planned: bool = True) -> Iterator[None]:
 
 
 def on_one_bar(function: Callable[P, T]) -> Callable[P, T]:
-    """Show all phases of a function on one bar, unless it is called with ``show_progress=False``."""
+    """Show all phases of a function on one bar, unless its argument is ``show_progress=False``."""
 
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -57,12 +57,12 @@ def on_one_bar(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def expect(phase: str, items: int, work: float = 1.0) -> None:
-    """Tell the call in progress of a phase to come, for its estimate of the time left.
+    """Announce a phase to the call in progress, for its estimate of the time left.
 
     Args:
-        phase: The description that it will have.
-        items: How many it will count, over all times that it runs.
-        work: What each takes, relative to the items of the other phases.
+        phase: Description of the phase.
+        items: Number of its items, over all its runs.
+        work: Work of one item, relative to items of other phases.
     """
     if (bar := _current.get()) is not None:
         bar.expect(phase, items, work)
@@ -70,9 +70,9 @@ def expect(phase: str, items: int, work: float = 1.0) -> None:
 
 @contextmanager
 def counting(total: int, description: str, show: bool = True) -> Iterator[Counter]:
-    """A phase to be advanced by ``update(count)``, ``total`` in all; without a description it is not shown.
+    """A phase of ``total`` items; ``update(count)`` advances it. Without a description it is not shown.
 
-    Inside another phase it belongs to that.
+    A phase inside another one is a part of that and not shown.
     """
     with call(show=show and bool(description), is_planned=False):
         bar = _current.get() if show and description else None
@@ -85,7 +85,7 @@ def counting(total: int, description: str, show: bool = True) -> Iterator[Counte
 
 
 def track(items: Iterable[T], description: str, total: int | None = None, *, show: bool = True) -> Iterator[T]:
-    """Iterate, as a phase of as many items."""
+    """Iterate over the items, as a phase."""
     length = len(items) if total is None and hasattr(items, "__len__") else total  # pyright: ignore[reportArgumentType]
     with counting(length or 0, description, show) as counter:
         for item in items:
@@ -94,17 +94,17 @@ def track(items: Iterable[T], description: str, total: int | None = None, *, sho
 
 
 def announce(message: str, *, show: bool) -> None:
-    """Say something before long work, on rank 0 only."""
+    """Print a message before long work, on rank 0 only."""
     if show and rank() == 0:
         tqdm.write(message, file=sys.stderr)
 
 
 class Counter:
-    """What counts the items of one phase."""
+    """The count of the items of one phase."""
 
     def __init__(self, bar: _Bar | None) -> None:
         self._bar = bar
-        #: How many items are done.
+        #: Number of items done.
         self.done = 0
 
     def begin(self, description: str, total: int) -> None:
@@ -113,18 +113,18 @@ class Counter:
             self._bar.begin(description, total)
 
     def update(self, count: int) -> None:
-        """So many more items are done."""
+        """Count items that are done."""
         self.done += count
         if self._bar is not None:
             self._bar.update(count)
 
     def skip(self, count: int) -> None:
-        """So many items need not be done, as they were before."""
+        """Count items that an earlier call has done."""
         if self._bar is not None:
             self._bar.skip(count)
 
     def end(self) -> None:
-        """The next phase may begin."""
+        """End the phase, so that the next may begin."""
         if self._bar is not None:
             self._bar.is_counting = False
 
@@ -132,16 +132,16 @@ class Counter:
 @dataclass
 class _Phase:
     items: int
-    work: float = 0.0  # of one item; 0 where nothing is known
+    work: float = 0.0  # of one item; 0 if unknown
     done: int = 0
-    seconds: float = 0.0  # that the items done have taken
-    #: Of the first update: it may hold preparations, which the items after it do not take.
+    seconds: float = 0.0  # of all items done
+    #: Items and seconds of the first update, which may include preparations that later items do not need.
     first_done: int = 0
     first_seconds: float = 0.0
 
     @property
     def pace(self) -> float:
-        """Seconds for one item, once some are done."""
+        """Seconds of one item; needs items that are done."""
         if self.done > self.first_done:
             return (self.seconds - self.first_seconds) / (self.done - self.first_done)
         return self.seconds / self.done
@@ -158,25 +158,25 @@ class _Bar:
         self._since = self._started = time.perf_counter()
         self._name = "Preparing"
         self._stop, self._lock = Event(), Lock()  # threads share the work of a phase
-        # In the context of the call: notebooks send what a thread shows to the cell that it belongs to.
+        # In the context of the call: notebooks use it to show a thread's output in the right cell.
         self._thread = Thread(target=copy_context().run, args=(self._beat,), daemon=True)
         self._thread.start()
 
     def expect(self, phase: str, items: int, work: float) -> None:
-        """Work to come; of a phase that has begun, what is known now."""
+        """Announce a phase, or correct what was announced of it."""
         self._is_unknown = False
         known = self._phases.setdefault(phase, _Phase(0))
         known.items, known.work = max(items, known.done), work
 
     def begin(self, name: str, total: int) -> None:
-        """A phase begins, or runs once more."""
+        """Begin a phase, or run it once more."""
         phase = self._phases.setdefault(name, _Phase(0))
         phase.items = max(phase.items, phase.done + total)
         self._phase, self.is_counting, self._since = phase, True, time.perf_counter()
         self._name = name
 
     def update(self, count: int) -> None:
-        """Items of the phase are done."""
+        """Count items of the phase that are done."""
         with self._lock:
             now = time.perf_counter()
             self._phase.done += count
@@ -186,12 +186,12 @@ class _Bar:
             self._since = now
 
     def skip(self, count: int) -> None:
-        """Items of the phase need not be done."""
+        """Count items of the phase that need no work."""
         with self._lock:
             self._phase.items -= count
 
     def left(self) -> float | None:
-        """Seconds that are left by what items have taken so far; None where nothing is known."""
+        """Seconds left, estimated from the time of the items done; None if unknown."""
         if self._is_unknown:
             return None
         phases = list(self._phases.values())
@@ -210,7 +210,7 @@ class _Bar:
         return max(0.0, left - (time.perf_counter() - self._since))
 
     def close(self) -> None:
-        """Leave no line behind."""
+        """Stop the thread and remove the bar."""
         self._stop.set()
         self._thread.join()
 

@@ -131,7 +131,7 @@ class StrideAttributor(Attributor):
         start, note = choose_record(record, checkpoint, model, self.weights, self._options_of_records())
         if not all_equal(None if start is None else dict(start.checksums)):
             # They would go separate ways, and wait for each other forever.
-            start, note = None, "not every rank found the same record; computed on the spot"
+            start, note = None, "the ranks have different records; computed on the spot"
         fit = self._prepared(model, device, start)
         if start is not None:
             how = {"is_explicit": record is not None}

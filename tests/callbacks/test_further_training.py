@@ -261,14 +261,14 @@ class Stream(IterableDataset):
         ({"epochs": True}, "`epochs` must be an integer of at least 1, got True"),
         ({"batch_size": 0}, "`batch_size` must be an integer of at least 1, got 0"),
         ({"epochs": [1, 0]}, r"`epochs` must be an integer of at least 1, got 0"),
-        ({"epochs": []}, r"`epochs` must be one or several integers.*got \[\]"),
+        ({"epochs": []}, r"`epochs` must be an integer or a list of integers, got \[\]"),
         ({"epochs": 0.5}, r"`epochs` must be an integer of at least 1, got 0\.5"),
         ({"task": Classification}, "`task` must be an instance of Task, got the class Classification"),
         ({"queries": Stream()}, "`queries` is an IterableDataset"),
         ({"queries": None}, "`queries` must be a Dataset, a DataLoader"),
         ({"optimizer": SGD(nn.Linear(1, 1).parameters())}, "got an instance of SGD"),
         ({"left_out": "abc"}, "`left_out` must be integer positions.*got 'abc'"),
-        ({"left_out": []}, "`left_out` names no example"),
+        ({"left_out": []}, "`left_out` must name at least one example"),
         ({"memory_budget": 0}, "`memory_budget` must be an integer of at least 1, got 0"),
         ({"seed": -1}, "`seed` must be an integer of at least 0, got -1"),
         ({"train_indices": [0.5]}, "`train_indices` must be integer positions, got torch.float32"),
@@ -308,8 +308,8 @@ REFUSED = {
     "no labels": ({"queries": TensorDataset(QUERIES.tensors[0])}, "has no targets"),
     "other task": ({"task": BinaryClassification()}, r"Expected 3 target\(s\) per example"),
     "optimizer": ({"kind": NeedsSteps}, r"configure_optimizers needs a Trainer.*Pass `optimizer=`"),
-    "by hand": ({"kind": ByHand}, "ByHand optimizes by hand.*no loss to take an example's share from"),
-    "class weights": ({"kind": Weighted}, r"not the mean of the losses of its examples \(class weights\?\)"),
+    "by hand": ({"kind": ByHand}, "ByHand uses manual optimization.*no loss to subtract an example's share from"),
+    "class weights": ({"kind": Weighted}, "must return the mean of its examples' losses.*class weights"),
     "NaN": ({"queries": WITH_NAN}, "Query 70 has NaN in its loss before any further"),
     "batches": (
         {"data": DataLoader(DATA, batch_sampler=[[0, 1], [2, 3]]), "train_indices": [0, 1, 2, 3], "left_out": [2]},
@@ -420,7 +420,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
     for key in ("effects", "found", "alone", "first", "again", "in memory"):
         assert first[key].equal(second[key]), key
     assert first["record"] == second["record"] == str(path)
-    assert "not every rank found the same record" in first["note"]
+    assert "the ranks have different records" in first["note"]
     assert first["saved"] == second["saved"] == [str(tmp_path / "saved"), str(tmp_path / "saved-v1")]
     model = build(ConvNet)
     model.load_state_dict(first["state"])

@@ -168,8 +168,8 @@ def test_equal_fingerprints_mean_the_same_order(evaluation):
 
 BROKEN = WEIGHTS.index_put((torch.tensor([2, 4]), torch.tensor([5, 1])), torch.tensor([torch.nan, torch.inf]))
 REFUSED = {
-    "other data": (Attribution(WEIGHTS, metadata={"data": OTHER_DATA}), "'one' is of other training data"),
-    "other queries": (Attribution(WEIGHTS, metadata={"query_data": DATA}), "'one' is of other queries than the ground"),
+    "other data": (Attribution(WEIGHTS, metadata={"data": OTHER_DATA}), "'one' has other training data"),
+    "other queries": (Attribution(WEIGHTS, metadata={"query_data": DATA}), "'one' has other queries than the ground"),
     "fewer columns": (
         Attribution(WEIGHTS[:, :5], train_indices=IN_ORDER[:5]),
         "'one' has scores of 5 training examples, the ground truth has 30.* one score for each of them",
@@ -223,7 +223,7 @@ def test_counterfactuals_that_do_not_fit_are_refused():
         (r"holds \['strid'\], .* are named \['random', 'exact', 'noisy'\]", "strid", right),
         (f"of 'noisy' {elsewhere} 1 removed examples", "noisy", right),
         (f"of 'exact' {elsewhere} 2 removed examples", "exact", replace(right, ks=(2, 5))),
-        ("of 'exact' is of other training data", "exact", other, make_truth(data=DATA)),
+        ("of 'exact' has other training data", "exact", other, make_truth(data=DATA)),
         ("of 'exact' has 2 queries and 30 training examples", "exact", small),
     )
     assert_refused(run_with, ("of 'noisy' must be what retrain_without", "noisy", make_truth()), error=TypeError)

@@ -68,8 +68,10 @@ def test_batch_size_of_tokens(method, many, monkeypatch):
 def test_queries_in_chunks(method):
     """Two at a time: also those of conjugate gradients, which are solved to a tolerance together."""
     full = ask(method).scores
-    has_own = method != "grad-cos"  # which has no self-influence
-    own = self_influence(mlp(), train_data=DATA, method=method, **options_of(method)) if has_own else None
+    has_self_influence = method != "grad-cos"  # which has no self-influence
+    influence = (
+        self_influence(mlp(), train_data=DATA, method=method, **options_of(method)) if has_self_influence else None
+    )
     size = (
         4 * 2 * (8 if "influence" in method or method == "last-layer" else 2) * (18 if method == "last-layer" else 43)
     )
@@ -77,8 +79,8 @@ def test_queries_in_chunks(method):
     projected = method in ("logra", "trak", "trak-newton")
     assert [c.stop - c.start for c in attributor._query_chunks(5)] == ([5] if projected else [2, 2, 1])
     close_scores(attributor.attribute(QUERIES).scores, full)
-    if own is not None:
-        close_scores(attributor.self_influence(), own)
+    if influence is not None:
+        close_scores(attributor.self_influence(), influence)
 
 
 @every_method
@@ -107,8 +109,8 @@ def test_seed(method):
 def test_bfloat16(method):
     options = {"damping": 3.0} if "damping" in EXACT[method] else {}
     options |= {"tolerance": 1e-2} if "tolerance" in EXACT[method] else {}
-    found = ask(method, model=mlp().bfloat16(), **options).scores
-    close_scores(found, ask(method, **options).scores, 0.15)
+    scores = ask(method, model=mlp().bfloat16(), **options).scores
+    close_scores(scores, ask(method, **options).scores, 0.15)
 
 
 @pytest.mark.parametrize("method", ["grad-dot", "ekfac", "influence-cg", "trak"])
@@ -117,8 +119,8 @@ def test_outputs_without_an_axis(method, kind):
     """``(B,)`` in place of ``(B, 1)``."""
     model, data = mlp(num_outputs=1), points_for(kind)
     flat = TensorDataset(data.tensors[0], data.tensors[1].flatten())
-    found = ask(method, nn.Sequential(*model, nn.Flatten(0)), flat, flat, task=TASKS[kind][0]).scores
-    close_scores(found, ask(method, model, data, data, task=TASKS[kind][0]).scores)
+    scores = ask(method, nn.Sequential(*model, nn.Flatten(0)), flat, flat, task=TASKS[kind][0]).scores
+    close_scores(scores, ask(method, model, data, data, task=TASKS[kind][0]).scores)
 
 
 @pytest.mark.parametrize("method", ["ekfac", "influence-cg"])
@@ -151,7 +153,7 @@ def test_top_k_over_checkpoints_in_tiles_and_chunks(method, monkeypatch, tmp_pat
 
 
 def test_the_cosine_of_an_example_with_itself_says_nothing():
-    with pytest.raises(ValueError, match="with itself is 1"):
+    with pytest.raises(ValueError, match="with itself is always 1"):
         self_influence(mlp(), train_data=DATA, method="grad-cos", **QUIET)
 
 
@@ -219,17 +221,17 @@ def on_each(number, port, folder):
 def everything():
     """Scores of data where random directions are drawn, and tops over checkpoints in tiles."""
     warnings.simplefilter("ignore")
-    found, words = {}, words_for(13)
+    results, words = {}, words_for(13)
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setattr(features, "MAX_EXACT_OUTPUTS", 2)
         for method in ("ekfac", "logra"):
-            found[method, "many outputs"] = ask(method, seeded(TokenModel), words, words, batch_size=3).scores
+            results[method, "many outputs"] = ask(method, seeded(TokenModel), words, words, batch_size=3).scores
         patch.undo()
         patch.setattr(planned, "TILE_BYTES", 4 * 5 * 6)  # two tiles of the 7 examples of rank 0, one of the 6 of rank 1
         save_weights(Path(folder))
         for method in ("datainf", "influence-cg", "trak"):
-            found[method, "checkpoints"] = ask(method, top_k=13, checkpoints=folder).top(13).proponent_scores
-    return found
+            results[method, "checkpoints"] = ask(method, top_k=13, checkpoints=folder).top(13).proponent_scores
+    return results
 
 
 @pytest.mark.distributed

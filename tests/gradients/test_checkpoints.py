@@ -31,7 +31,7 @@ def keeping(folder, **options):
 def run(tmp_path_factory):
     """A folder with the records and the plain checkpoints of one fit of 8 steps, and the model."""
     folder, model = tmp_path_factory.mktemp("run"), build(TwoGroups)
-    callbacks = TracInCallback(folder / "records", every_n_train_steps=2), keeping(folder / "kept", filename="{step}")
+    callbacks = TracInCallback(folder / "records", every_n_train_steps=2), keeping(folder / "files", filename="{step}")
     train(model, IN_ORDER, folder, *callbacks, enable_checkpointing=True)
     return folder, model
 
@@ -58,11 +58,11 @@ def names_in(folder, model):
 
 def test_a_folder_of_records_is_one_runs_trajectory(run):
     folder, model = run
-    found = read_checkpoints(folder / "records", model)
-    assert [checkpoint.name for checkpoint in found] == ["step=2", "step=4", "step=6", "step=8"]
-    assert [checkpoint.path for checkpoint in found] == find_records(folder / "records")
+    checkpoints = read_checkpoints(folder / "records", model)
+    assert [checkpoint.name for checkpoint in checkpoints] == ["step=2", "step=4", "step=6", "step=8"]
+    assert [checkpoint.path for checkpoint in checkpoints] == find_records(folder / "records")
     states, rates = by_hand(build(TwoGroups), DATA)
-    for checkpoint in found:
+    for checkpoint in checkpoints:
         assert checkpoint.learning_rates == rates[checkpoint.step - 1]
         torch.testing.assert_close(checkpoint.load(), dict(sorted(states[checkpoint.step - 1].items())))
 
@@ -74,7 +74,7 @@ def test_one_record_and_a_list(run):
     assert steps(read_checkpoints(str(records / "step=4"), model)) == [4]
     chosen = [records / "step=6", str(records / "step=2"), records / "step=6"]
     assert steps(read_checkpoints(chosen, model)) == steps(read_checkpoints(tuple(chosen), model)) == [2, 6]
-    both = names_in([records, folder / "kept" / "step=2.ckpt"], model)
+    both = names_in([records, folder / "files" / "step=2.ckpt"], model)
     assert both == ["step=2", "step=4", "step=6", "step=8"]
 
 
@@ -92,12 +92,12 @@ def test_records_of_an_abandoned_path_are_not_used(tmp_path):
     options = {"enable_checkpointing": True}
 
     def callbacks():
-        plain = keeping(tmp_path / "kept", filename="{step}")
+        plain = keeping(tmp_path / "files", filename="{step}")
         return TracInCallback(tmp_path / "records", every_n_train_steps=2), plain
 
     abandoned, model = build(Classifier), build(Classifier)
     train(abandoned, IN_ORDER, tmp_path, *callbacks(), **options)
-    saved = tmp_path / "kept" / "step=4.ckpt"
+    saved = tmp_path / "files" / "step=4.ckpt"
     train(model, loader(DATA), tmp_path, *callbacks(), ckpt_path=saved, max_epochs=-1, max_steps=6, **options)
     first = build(Classifier)
     first.load_state_dict(read_record(tmp_path / "records/step=4").tensors("weights"))
@@ -110,11 +110,11 @@ def test_moved_renamed_and_removed_records(run, tmp_path):
     folder, model = run
     shutil.copytree(folder / "records", tmp_path / "copy")
     (tmp_path / "copy/step=8").rename(tmp_path / "copy/last")
-    found = read_checkpoints(tmp_path / "copy", model)
-    assert [checkpoint.path.name for checkpoint in found] == ["step=2", "step=4", "step=6", "last"]
-    assert {checkpoint.path.parent for checkpoint in found} == {tmp_path / "copy"}
+    checkpoints = read_checkpoints(tmp_path / "copy", model)
+    assert [checkpoint.path.name for checkpoint in checkpoints] == ["step=2", "step=4", "step=6", "last"]
+    assert {checkpoint.path.parent for checkpoint in checkpoints} == {tmp_path / "copy"}
     shutil.rmtree(tmp_path / "copy/step=4")
-    with pytest.warns(UserWarning, match=r"1 of the 4 records of this run are no longer there .*copy/step=4\."):
+    with pytest.warns(UserWarning, match=r"1 of the 4 records of this run no longer exist .*copy/step=4\. If they"):
         assert steps(read_checkpoints(tmp_path / "copy", model)) == [2, 6, 8]
 
 
@@ -136,10 +136,10 @@ def test_a_model_with_state_that_is_no_tensor(tmp_path):
 
 def test_a_folder_of_plain_checkpoints(run):
     folder, model = run
-    found = read_checkpoints(folder / "kept", model)
-    assert [checkpoint.name for checkpoint in found] == [f"step={step}.ckpt" for step in (2, 4, 6, 8)]
+    checkpoints = read_checkpoints(folder / "files", model)
+    assert [checkpoint.name for checkpoint in checkpoints] == [f"step={step}.ckpt" for step in (2, 4, 6, 8)]
     states, _ = by_hand(build(TwoGroups), DATA)
-    for checkpoint in found:
+    for checkpoint in checkpoints:
         # Saved after the schedule's step, which comes after every third optimizer step.
         factor = 0.1 ** (checkpoint.step // 3)
         expected = {name: (0.01 if "network.2" in name else 0.2) * factor for name in NAMES}
@@ -149,18 +149,18 @@ def test_a_folder_of_plain_checkpoints(run):
 
 
 def test_last_ckpt_counts_once(tmp_path):
-    keep = keeping(tmp_path / "kept", save_last=True)
+    keep = keeping(tmp_path / "files", save_last=True)
     train(build(Stepped), IN_ORDER, tmp_path, keep, enable_checkpointing=True)
-    assert (tmp_path / "kept/last.ckpt").exists()
-    found = read_checkpoints(tmp_path / "kept", build(Stepped))
-    assert [checkpoint.name for checkpoint in found] == [
+    assert (tmp_path / "files/last.ckpt").exists()
+    checkpoints = read_checkpoints(tmp_path / "files", build(Stepped))
+    assert [checkpoint.name for checkpoint in checkpoints] == [
         f"epoch={epoch}-step={step}.ckpt" for epoch, step in ((0, 2), (0, 4), (1, 6), (1, 8))
     ]
-    assert [set(checkpoint.learning_rates.values()) for checkpoint in found] == [{0.1}, {0.05}, {0.05}, {0.025}]
+    assert [set(checkpoint.learning_rates.values()) for checkpoint in checkpoints] == [{0.1}, {0.05}, {0.05}, {0.025}]
     # Other weights at the same step are another checkpoint.
     averaged = {name: value + 1 for name, value in build(Stepped).state_dict().items()}
-    torch.save({"state_dict": averaged, "global_step": 8}, tmp_path / "kept/averaged.ckpt")
-    assert steps(read_checkpoints(tmp_path / "kept", build(Stepped))) == [2, 4, 6, 8, 8]
+    torch.save({"state_dict": averaged, "global_step": 8}, tmp_path / "files/averaged.ckpt")
+    assert steps(read_checkpoints(tmp_path / "files", build(Stepped))) == [2, 4, 6, 8, 8]
 
 
 def test_state_dicts_tell_neither_step_nor_rates(tmp_path):
@@ -168,13 +168,13 @@ def test_state_dicts_tell_neither_step_nor_rates(tmp_path):
         torch.save(build(Classifier).state_dict(), tmp_path / name)
     save(tmp_path / "z.ckpt", global_step=3)
     (tmp_path / "notes.txt").write_text("not one of them")
-    found = read_checkpoints(tmp_path, build(Classifier))
-    assert [(c.name, c.step, c.learning_rates) for c in found] == [
+    checkpoints = read_checkpoints(tmp_path, build(Classifier))
+    assert [(c.name, c.step, c.learning_rates) for c in checkpoints] == [
         ("z.ckpt", 3, None),
         ("epoch9.pth", None, None),
         ("epoch10.pt", None, None),
     ]
-    assert found[2].load()["network.0.bias"].equal(build(Classifier).network[0].bias)
+    assert checkpoints[2].load()["network.0.bias"].equal(build(Classifier).network[0].bias)
 
 
 def test_compiled_names(tmp_path):
@@ -248,10 +248,10 @@ def test_groups_are_told_by_configure_optimizers(tmp_path, form):
 @pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
 def test_two_optimizers(tmp_path):
     model = build(TwoOptimizers)
-    train(model, IN_ORDER, tmp_path, keeping(tmp_path / "kept"), max_epochs=1, enable_checkpointing=True)
-    found = read_checkpoints(tmp_path / "kept", build(TwoOptimizers))
-    assert steps(found) == [2, 4, 6, 8]
-    for number, checkpoint in enumerate(found, 1):
+    train(model, IN_ORDER, tmp_path, keeping(tmp_path / "files"), max_epochs=1, enable_checkpointing=True)
+    checkpoints = read_checkpoints(tmp_path / "files", build(TwoOptimizers))
+    assert steps(checkpoints) == [2, 4, 6, 8]
+    for number, checkpoint in enumerate(checkpoints, 1):
         expected = {name: 0.1 if "network.0" in name else 0.01 * 0.5**number for name in NAMES}
         assert checkpoint.learning_rates == pytest.approx(expected)
 
@@ -263,11 +263,11 @@ def test_rates_that_cannot_be_told(tmp_path):
 
     first, *others = build(Classifier).parameters()
     path = save(tmp_path / "a.ckpt", **stored(torch.optim.SGD([{"params": first, "lr": 0.5}, {"params": others}], 0.1)))
-    advice = r".*Use the records of TracInCallback, which name them, or make the optimizer with model\.named_parameters"
+    advice = r".*Use records of TracInCallback, .*, or give the optimizer model\.named_parameters\(\) in training"
     plain = nn.Module()
     plain.network = build(Classifier).network
     for model, reason in (
-        (build(Classifier), r"makes groups of \[\[4\]\] parameters \(by optimizer\), the file has \[\[1, 3\]\]"),
+        (build(Classifier), r"makes groups of \[\[4\]\] parameters \(by optimizer\), but the file has \[\[1, 3\]\]"),
         (build(NeedsTrainer), r"configure_optimizers\(\) gave RuntimeError"),
         (plain, "Module has no configure_optimizers"),
     ):
@@ -282,7 +282,7 @@ def test_one_rate_of_a_part_of_the_parameters(tmp_path):
 
     path = save(tmp_path / "a.ckpt", **stored(torch.optim.SGD(build(Classifier).network[2].parameters(), lr=0.2)))
     assert rates_of(path, build(Head)) == dict.fromkeys(NAMES[2:], 0.2)
-    with pytest.warns(UserWarning, match=r"hold other parameters than Classifier has.*learning rate 0\.2 is taken"):
+    with pytest.warns(UserWarning, match=r"hold other parameters than .* Classifier, .*learning rate 0\.2\. Give"):
         assert rates_of(path, build(Classifier)) == dict.fromkeys(NAMES, 0.2)
 
 
@@ -291,24 +291,24 @@ def test_one_rate_of_a_part_of_the_parameters(tmp_path):
 
 def test_nothing_there(tmp_path):
     model = build(Classifier)
-    with pytest.raises(FileNotFoundError, match=r"There are no checkpoints at .*nowhere: nothing is there"):
+    with pytest.raises(FileNotFoundError, match=r"There are no checkpoints at .*nowhere: the path does not exist"):
         read_checkpoints(tmp_path / "nowhere", model)
-    with pytest.raises(ValueError, match=r"holds nothing, expected records of TracInCallback or \.ckpt, \.pt or \.pth"):
+    with pytest.raises(ValueError, match=r"holds nothing: expected records of TracInCallback, or \.ckpt, \.pt or"):
         read_checkpoints(tmp_path, model)
     with pytest.raises(ValueError, match="got an empty list"):
         read_checkpoints([], model)
     (tmp_path / "notes.txt").write_text("?")
-    with pytest.raises(ValueError, match=r"holds other things \(notes\.txt\), expected records"):
+    with pytest.raises(ValueError, match=r"holds other things \(notes\.txt\): expected records"):
         read_checkpoints(tmp_path, model)
 
 
 def test_folders_of_something_else(run, tmp_path):
     folder, model = run
-    with pytest.raises(ValueError, match=r"Name the folder that they are in.* Did you mean .*/kept\?"):
+    with pytest.raises(ValueError, match=r"Give the folder that holds them, .* Did you mean .*/files\?"):
         read_checkpoints(folder, model)
     path = write_record(tmp_path / "stride", "step=1", {"kind": "stride"}, {})
     for other in (path, path.parent):
-        with pytest.raises(ValueError, match=r"holds .*'stride', expected records of TracInCallback"):
+        with pytest.raises(ValueError, match=r"holds .*'stride': expected records of TracInCallback"):
             read_checkpoints(other, model)
     shutil.copytree(folder / "records/step=2", tmp_path / "stride/step=2")
     assert steps(read_checkpoints(tmp_path / "stride", model)) == [2]
@@ -317,25 +317,25 @@ def test_folders_of_something_else(run, tmp_path):
 def test_damage(run, tmp_path):
     folder, model = run
     shutil.copytree(folder / "records", tmp_path / "records")
-    found = read_checkpoints(tmp_path / "records", model)
+    checkpoints = read_checkpoints(tmp_path / "records", model)
     path = tmp_path / "records/step=4/weights.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    assert found[0].load()
+    assert checkpoints[0].load()
     with pytest.raises(RecordError, match="SHA-256"):
-        found[1].load()
+        checkpoints[1].load()
     for source in (tmp_path / "records", path.parent):
         with pytest.raises(RecordError, match=r"weights\.safetensors.*expected SHA-256"):
             read_checkpoints(source, model)
     (path.parent / "MANIFEST").unlink()
     with pytest.raises(RecordError, match="not a record"):
         read_checkpoints(path.parent, model)
-    half = (folder / "kept/step=4.ckpt").read_bytes()
+    half = (folder / "files/step=4.ckpt").read_bytes()
     (tmp_path / "half.ckpt").write_bytes(half[: len(half) // 2])
     with pytest.raises(ValueError, match=r"half\.ckpt cannot be read; it may be damaged"):
         read_checkpoints(tmp_path / "half.ckpt", model)
-    torch.save({"model": {}, "epoch": 3}, tmp_path / "own.pt")
-    with pytest.raises(ValueError, match=r"own\.pt holds no weights: expected .* found a dictionary of \['epoch', 'mo"):
-        read_checkpoints(tmp_path / "own.pt", model)
+    torch.save({"model": {}, "epoch": 3}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other\.pt holds no weights: expected .* got a dictionary .* \['epoch', 'mo"):
+        read_checkpoints(tmp_path / "other.pt", model)
 
 
 def test_another_architecture_is_refused_by_name_before_anything_is_computed(run, tmp_path):
@@ -343,7 +343,7 @@ def test_another_architecture_is_refused_by_name_before_anything_is_computed(run
     before = weight_hash(build(Classifier, width=9))
     wider = build(Classifier, width=9)
     shapes = r"network\.0\.bias is \(8,\), the model has \(9,\)"
-    for source in (folder / "records", folder / "kept"):
+    for source in (folder / "records", folder / "files"):
         with pytest.raises(ValueError, match=rf"{re.escape(str(source))}/step=2.*do not fit Classifier.*{shapes}"):
             read_checkpoints(source, wider)
     with pytest.raises(ValueError, match=r"missing: network\.1\.bias"):
@@ -357,31 +357,31 @@ def test_another_architecture_is_refused_by_name_before_anything_is_computed(run
 def test_given_by_the_caller(run):
     folder, model = run
     info = read_info(folder / "records/step=8")
-    found, data, note = tracin_checkpoints(folder / "records", None, model)
-    assert (steps(found), data) == ([2, 4, 6, 8], info["data"])
+    checkpoints, data, note = tracin_checkpoints(folder / "records", None, model)
+    assert (steps(checkpoints), data) == ([2, 4, 6, 8], info["data"])
     assert note == "4 checkpoints given by the caller"
-    found, data, _ = tracin_checkpoints(folder / "kept", None, model)
-    assert (steps(found), data) == ([2, 4, 6, 8], None)
+    checkpoints, data, _ = tracin_checkpoints(folder / "files", None, model)
+    assert (steps(checkpoints), data) == ([2, 4, 6, 8], None)
 
 
 def test_known_from_the_trainer_and_from_checkpoints(tmp_path):
     """Beside another callback whose records are of another kind."""
     model, tracin = build(Classifier), TracInCallback(every_n_train_steps=2)
-    callbacks = StrideCallback(num_subsets=6), tracin, keeping(tmp_path / "kept", filename="{step}")
+    callbacks = StrideCallback(num_subsets=6), tracin, keeping(tmp_path / "files", filename="{step}")
     trainer = make_trainer(tmp_path, *callbacks, enable_checkpointing=True)
     assert tracin_checkpoints(None, None, model) is None
     trainer.fit(model, IN_ORDER)
-    found, data, note = tracin_checkpoints(None, None, model)
-    assert [checkpoint.path for checkpoint in found] == tracin.records
+    checkpoints, data, note = tracin_checkpoints(None, None, model)
+    assert [checkpoint.path for checkpoint in checkpoints] == tracin.records
     assert data == read_info(tracin.records[0])["data"]
     assert note == "4 records of the attached trainer's fit"
     for step in (4, 8):
-        saved = torch.load(tmp_path / f"kept/step={step}.ckpt")
+        saved = torch.load(tmp_path / f"files/step={step}.ckpt")
         other = build(Classifier, seed=3)
         other.load_state_dict(saved["state_dict"])
-        found, *_, note = tracin_checkpoints(None, saved, other)
-        assert steps(found) == list(range(2, step + 1, 2))
-        assert note == f"{step // 2} records of the run that the checkpoint is of"
+        checkpoints, *_, note = tracin_checkpoints(None, saved, other)
+        assert steps(checkpoints) == list(range(2, step + 1, 2))
+        assert note == f"{step // 2} records of the checkpoint's run"
 
 
 def test_a_subclass_is_known_too(tmp_path):
@@ -410,8 +410,8 @@ def test_the_trainers_records_are_not_of_another_runs_checkpoint(tmp_path):
     model, other = build(Classifier), build(Classifier, seed=1)
     train(model, IN_ORDER, tmp_path, TracInCallback())
     train(other, IN_ORDER, tmp_path).save_checkpoint(tmp_path / "other.ckpt")
-    own = {"state_dict": model.state_dict()}
-    assert steps(tracin_checkpoints(None, own, model)[0]) == [4, 8]
+    checkpoint = {"state_dict": model.state_dict()}
+    assert steps(tracin_checkpoints(None, checkpoint, model)[0]) == [4, 8]
     model.load_state_dict(other.state_dict())
     assert tracin_checkpoints(None, torch.load(tmp_path / "other.ckpt"), model) is None
 
@@ -420,7 +420,7 @@ def test_records_that_are_gone(tmp_path):
     model, callback = build(Classifier), TracInCallback()
     train(model, IN_ORDER, tmp_path, callback)
     shutil.rmtree(callback.records[0])
-    with pytest.warns(UserWarning, match="1 of the 2 records of this run are no longer there"):
+    with pytest.warns(UserWarning, match="1 of the 2 records of this run no longer exist"):
         assert steps(tracin_checkpoints(None, None, model)[0]) == [8]
     shutil.rmtree(callback.records[1])
     with pytest.warns(UserWarning, match="2 of the 2 records"):

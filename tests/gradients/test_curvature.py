@@ -15,10 +15,10 @@ def test_another_damping_after_the_fit(method):
     attributor = fitted(model, data, method, **EXACT[method])
     before = attributor.attribute(data).scores
     attributor.damping = 60.0
-    found = attributor.attribute(data)
-    close_scores(found.scores, attributed(model, data, method, damping=60.0).scores)
-    assert (found.scores - before).abs().max() > 1e-3 * before.abs().max()
-    assert found.metadata["options"]["damping"] == 60.0
+    attribution = attributor.attribute(data)
+    close_scores(attribution.scores, attributed(model, data, method, damping=60.0).scores)
+    assert (attribution.scores - before).abs().max() > 1e-3 * before.abs().max()
+    assert attribution.metadata["options"]["damping"] == 60.0
     with pytest.raises(ValueError, match="`damping` must be"):
         attributor.damping = -1
     assert attributor.damping == 60.0
@@ -45,7 +45,7 @@ HalvedAttributor.method = "halved for a test"  # after the class was made, so th
 def test_a_curvature_of_your_own():
     data = points_for()
     attributor = HalvedAttributor(damping=3.0, batch_size=6, show_progress=False).fit(mlp(), data)
-    found = attributor.attribute(data)
-    close_scores(found.scores, attributed(mlp(), data, "grad-dot").scores / 8 / 14)
+    attribution = attributor.attribute(data)
+    close_scores(attribution.scores, attributed(mlp(), data, "grad-dot").scores / 8 / 14)
     assert attributor._fitted[0].curvature.seen == [(slice(0, 6), 6), (slice(6, 12), 6), (slice(12, 14), 2)]
-    assert found.metadata["curvature"] == [{"mean_eigenvalue": 2.0, "damping": 6.0}]
+    assert attribution.metadata["curvature"] == [{"mean_eigenvalue": 2.0, "damping": 6.0}]

@@ -94,9 +94,9 @@ def test_solvers_warn_of_a_singular_curvature(method):
 @pytest.mark.parametrize("method", DAMPED)
 def test_units_do_not_matter(method):
     """Losses in other units: the damping goes with them, and the ranking stays."""
-    data, asked = points_for("regression"), points_for("regression", 4, seed=1)
+    data, queries = points_for("regression"), points_for("regression", 4, seed=1)
     model = mlp(num_outputs=1)
-    one, other = (attributed(model, data, method, asked, task=Regression(noise_std=std)) for std in (1.0, 30.0))
+    one, other = (attributed(model, data, method, queries, task=Regression(noise_std=std)) for std in (1.0, 30.0))
     factor = float((one.scores * other.scores).sum() / other.scores.square().sum())
     assert factor > 0.5
     close_scores(other.scores * factor, one.scores, 1e-4)
@@ -113,8 +113,8 @@ def test_damping_matters(method):
 def test_strong_damping_is_grad_dot(method):
     """In the limit the curvature is a multiple of the identity."""
     data, model = points_for("regression"), mlp(num_outputs=1)
-    found, plain = attributed(model, data, method, damping=1e5), attributed(model, data, "grad-dot").scores
-    close_scores(found.scores * found.metadata["curvature"][0]["damping"] * len(data), plain, 1e-3)
+    attribution, plain = attributed(model, data, method, damping=1e5), attributed(model, data, "grad-dot").scores
+    close_scores(attribution.scores * attribution.metadata["curvature"][0]["damping"] * len(data), plain, 1e-3)
 
 
 def test_data_of_another_length_is_another_mean():

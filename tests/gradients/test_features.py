@@ -49,8 +49,8 @@ def order_of(capture):
     return torch.cat([at[name] for name in capture.parameters]).long()
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
 @torch.no_grad()
@@ -71,8 +71,8 @@ def test_losses(kind):
     task, num_outputs = TASKS[kind]
     model, data = mlp(num_outputs=num_outputs), points_for(kind)
     for size in (14, 4, 1):
-        (found,) = read(model, task, data, lambda batch: [batch.loss()], size)
-        close(found, gradients_of(model, task, data))
+        (gradients,) = read(model, task, data, lambda batch: [batch.loss()], size)
+        close(gradients, gradients_of(model, task, data))
 
 
 @pytest.mark.parametrize("kind", ["classification", "binary", "regression", "two real outputs"])
@@ -80,11 +80,11 @@ def test_margins(kind):
     task, num_outputs = TASKS[kind]
     model, data = mlp(num_outputs=num_outputs), points_for(kind)
     weights = []
-    (found,) = read(model, task, data, lambda batch: [weights.append(batch.margin_weights) or batch.margin()])
+    (gradients,) = read(model, task, data, lambda batch: [weights.append(batch.margin_weights) or batch.margin()])
     # (1 - p) times the gradient of the margin is that of minus the loss.
-    close(found * torch.cat(weights)[:, None], -gradients_of(model, task, data))
+    close(gradients * torch.cat(weights)[:, None], -gradients_of(model, task, data))
     if not isinstance(task, Regression):
-        close(found, gradients_of(model, task, data, margin_of))
+        close(gradients, gradients_of(model, task, data, margin_of))
         return
     assert (torch.cat(weights) > 0).all()
     residuals = data.tensors[1] - model(data.tensors[0]).detach()
@@ -209,11 +209,11 @@ def test_dictionaries():
     data = [dict(zip(("words", "numbers", "label"), row, strict=True)) for row in rows]
     model = seeded(DictModel)
     for batch_size in (9, 4):
-        found = attributed(model, data, "grad-dot", task=DictTask(), batch_size=batch_size).scores
+        scores = attributed(model, data, "grad-dot", task=DictTask(), batch_size=batch_size).scores
         rows = []
         for i in range(9):
             outputs = model({"words": words[i : i + 1], "numbers": numbers[i : i + 1]})
             loss = torch.nn.functional.cross_entropy(outputs, labels[i : i + 1])
             rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*model.parameters()])]))
         explicit = torch.stack(rows) @ torch.stack(rows).T
-        torch.testing.assert_close(found.double(), explicit, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(scores.double(), explicit, rtol=1e-5, atol=1e-5)

@@ -63,8 +63,8 @@ def test_conjugate_gradients(name):
     make, data, task = CASES[name]
     model = make()
     attributor = fitted(model, data, "influence-cg", damping=0.3, tolerance=1e-10, task=task, batch_size=5)
-    found, expected = exact_scores(attributor, data), expected_scores(attributor, model, task, data)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-7 * float(expected.abs().max()))
+    scores, expected = exact_scores(attributor, data), expected_scores(attributor, model, task, data)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-7 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["classification", "regression", "attention"])
@@ -80,9 +80,11 @@ def test_products(name):
         part = curvature.product(torch.eye(size, dtype=torch.float64), slice(2, 5))
     torch.testing.assert_close(matrix, matrix.T, rtol=0, atol=1e-12)
     assert torch.linalg.eigvalsh(matrix).min() > -1e-10
-    for found, rows in ((matrix, slice(None)), (part, slice(2, 5))):
+    for product, rows in ((matrix, slice(None)), (part, slice(2, 5))):
         explicit = gauss_newton_of(model, task, TensorDataset(*(t[rows] for t in data.tensors)))
-        torch.testing.assert_close(torch.linalg.eigvalsh(found), torch.linalg.eigvalsh(explicit), rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(
+            torch.linalg.eigvalsh(product), torch.linalg.eigvalsh(explicit), rtol=1e-9, atol=1e-10
+        )
 
 
 def test_chunks_of_tangents(monkeypatch):
@@ -118,8 +120,8 @@ def test_slow_convergence_warns():
 
 
 def test_iterations_are_told():
-    found = attributed(mlp(), points_for(), "influence-cg", damping=0.1, tolerance=1e-8)
-    assert 2 < found.metadata["curvature"][0]["iterations"] <= 200
+    attribution = attributed(mlp(), points_for(), "influence-cg", damping=0.1, tolerance=1e-8)
+    assert 2 < attribution.metadata["curvature"][0]["iterations"] <= 200
 
 
 @pytest.mark.filterwarnings("ignore:LiSSA ended with residuals")  # random batches leave some
@@ -131,9 +133,9 @@ def test_lissa(name, batch_size, monkeypatch):
     make, data, task = CASES[name]
     model = make()
     attributor = fitted(model, data, "influence-lissa", damping=10.0, depth=300, task=task)
-    found, expected = exact_scores(attributor, data), expected_scores(attributor, model, task, data)
+    scores, expected = exact_scores(attributor, data), expected_scores(attributor, model, task, data)
     tolerance = 1e-6 if batch_size == 14 else 0.2
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+    torch.testing.assert_close(scores, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
 @pytest.mark.filterwarnings("ignore:LiSSA ended with residuals")

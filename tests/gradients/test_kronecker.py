@@ -101,7 +101,7 @@ def by_hand(model, task, data, queries, damping, scored=gradients_of):
                 covariances[name] = [a, s + torch.einsum("ctl,cd,dtm->lm", back, second, back)]
 
     solved, spectra = [], []
-    asked, theirs = (scored(model, task, part) for part in (queries, data))
+    of_queries, of_data = (scored(model, task, part) for part in (queries, data))
     for name, flat in blocks_of(model).items():
         module = name.rpartition(".")[0]
         if isinstance(model.get_submodule(module), nn.Embedding):
@@ -115,7 +115,7 @@ def by_hand(model, task, data, queries, damping, scored=gradients_of):
             at, basis = flat, torch.linalg.eigh(rows.T @ rows)[1]
         spectrum = (columns[:, :, at] @ basis).square().sum(1).mean(0)
         spectra.append(spectrum)
-        solved.append((asked[:, at] @ basis, theirs[:, at] @ basis))
+        solved.append((of_queries[:, at] @ basis, of_data[:, at] @ basis))
     mean = torch.cat(spectra).mean()
     return sum(a / (values + damping * mean) @ b.T for (a, b), values in zip(solved, spectra, strict=True)), mean
 
@@ -153,7 +153,7 @@ def test_wide_sides_keep_their_own_basis(kind, limit, value, monkeypatch):
     monkeypatch.setattr(features, "MAX_EXACT_OUTPUTS", 50)
     attributor = fitted(model, data, "ekfac", damping=DAMPING)
     curvature = attributor._fitted[0].curvature
-    kept = {name: (basis.left is None, basis.right is None) for name, basis in curvature._bases.items()}
+    is_unrotated = {name: (basis.left is None, basis.right is None) for name, basis in curvature._bases.items()}
     if limit == "MAX_SIDE":
         expected = {
             "points": {"0.weight": (True, True), "2.weight": (False, True)},
@@ -162,7 +162,7 @@ def test_wide_sides_keep_their_own_basis(kind, limit, value, monkeypatch):
         }[kind]
     else:
         expected = {"points": {}, "words": {"norm.weight": (True, True)}, "tied": {"norm.bias": (True, True)}}[kind]
-    assert {name: kept[name] for name in expected} == expected
+    assert {name: is_unrotated[name] for name in expected} == expected
     assert exact_scores(attributor, data).isfinite().all()
 
     trace = curvature_columns(model, attributor.task, data).square().sum((1, 2)).mean()

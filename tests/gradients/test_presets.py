@@ -62,12 +62,12 @@ def by_blocks(model, grads, inverse):
     return sum(mine[:, at] @ inverse(at) @ theirs[:, at].T for at in blocks_of(model).values())
 
 
-def diagonal(model, task, data, grads, damping, found):
+def diagonal(model, task, data, grads, damping, described):
     squares = grads[1].square().mean(0)
     return grads[0] / (squares + damping * squares.mean()) @ grads[1].T
 
 
-def datainf(model, task, data, grads, damping, found):
+def datainf(model, task, data, grads, damping, described):
     """The literal formula: an inverse for every example, and the mean of them."""
 
     def inverse(at):
@@ -77,18 +77,18 @@ def datainf(model, task, data, grads, damping, found):
     return by_blocks(model, grads, inverse)
 
 
-def gauss_newton(model, task, data, grads, damping, found, layers=None):
-    return grads[0] @ inverse_of(gauss_newton_of(model, task, data, layers), found["damping"]) @ grads[1].T
+def gauss_newton(model, task, data, grads, damping, described, layers=None):
+    return grads[0] @ inverse_of(gauss_newton_of(model, task, data, layers), described["damping"]) @ grads[1].T
 
 
-def blocks_of_gauss_newton(model, task, data, grads, damping, found):
+def blocks_of_gauss_newton(model, task, data, grads, damping, described):
     matrix = gauss_newton_of(model, task, data)
-    return by_blocks(model, grads, lambda at: inverse_of(matrix[at][:, at], found["damping"]))
+    return by_blocks(model, grads, lambda at: inverse_of(matrix[at][:, at], described["damping"]))
 
 
 REFERENCES = {
-    "grad-dot": lambda model, task, data, grads, damping, found: grads[0] @ grads[1].T,
-    "grad-cos": lambda model, task, data, grads, damping, found: (
+    "grad-dot": lambda model, task, data, grads, damping, described: grads[0] @ grads[1].T,
+    "grad-cos": lambda model, task, data, grads, damping, described: (
         F.normalize(grads[0], dim=1) @ F.normalize(grads[1], dim=1).T
     ),
     "diagonal": diagonal,
@@ -118,11 +118,13 @@ def test_scores_by_hand(method, kind):
 def test_last_layer_by_hand(kind):
     task, model, data, queries = case(kind)
     last = {"words": "out", "pictures": "3"}.get(kind, "2")
-    found = attributed(model, data, "last-layer", queries, task=task)
+    attribution = attributed(model, data, "last-layer", queries, task=task)
     grads = [gradients_of(model, task, part, layers=[last]) for part in (queries, data)]
-    expected = gauss_newton(model, task, data, grads, 0.3, found.metadata["curvature"][0], [last]) / len(data)
-    close_scores(found.scores, expected)
-    assert torch.equal(attributed(model, data, "last-layer", queries, task=task, layers=[last]).scores, found.scores)
+    expected = gauss_newton(model, task, data, grads, 0.3, attribution.metadata["curvature"][0], [last]) / len(data)
+    close_scores(attribution.scores, expected)
+    assert torch.equal(
+        attributed(model, data, "last-layer", queries, task=task, layers=[last]).scores, attribution.scores
+    )
 
 
 def test_last_layer_is_the_one_that_runs_last():
@@ -180,16 +182,16 @@ def margins_by_hand(model, task, data):
 def test_trak_with_all_features(method, kind):
     """By the matrix where there are more examples than features, by the kernel where there are fewer."""
     task, model, data, queries = case(kind)
-    (features, weights, curved), (asked, *_) = (margins_by_hand(model, task, part) for part in (data, queries))
+    (features, weights, curved), (query_features, *_) = (margins_by_hand(model, task, part) for part in (data, queries))
     kernel = features.T @ (curved[:, None] ** (method == "trak-newton") * features) / len(data)
     damping = 0.3 * kernel.trace() / min(kernel.shape[0], len(data))
-    expected = asked @ inverse_of(kernel, damping) @ features.T
+    expected = query_features @ inverse_of(kernel, damping) @ features.T
     for batch_size in (len(data), 3):
         attributor = fitted(model, data, method, task=task, batch_size=batch_size, **EXACT[method])
         close_scores(exact_scores(attributor, queries), expected, 1e-8)
-        found = attributor.attribute(queries)
-        close_scores(found.scores, expected * weights / len(data))
-        assert found.metadata["curvature"][0]["damping"] == pytest.approx(float(damping), rel=1e-5)
+        attribution = attributor.attribute(queries)
+        close_scores(attribution.scores, expected * weights / len(data))
+        assert attribution.metadata["curvature"][0]["damping"] == pytest.approx(float(damping), rel=1e-5)
         (block,) = attributor._fitted[0].curvature._blocks.values()
         assert type(block).__name__ == ("DampedMatrix" if kind.startswith("more") else "DampedKernel")
 
@@ -231,12 +233,12 @@ def test_trak_projected(dim):
     attributor = fitted(model, data, "trak", projection_dim=dim, damping=0.3, task=task)
     project = projection_matrix(attributor)["all parameters"].dense()
     assert project.shape == (43, dim)
-    (features, weights, _), (asked, *_) = (margins_by_hand(model, task, part) for part in (data, queries))
+    (features, weights, _), (query_features, *_) = (margins_by_hand(model, task, part) for part in (data, queries))
     order = torch.cat([joined_places(model, name) for name in attributor.capture.layouts])
-    features, asked = features[:, order] @ project, asked[:, order] @ project
+    features, query_features = features[:, order] @ project, query_features[:, order] @ project
     kernel = features.T @ features / len(data)
     damping = 0.3 * kernel.trace() / min(dim, len(data))
-    expected = asked @ inverse_of(kernel, damping) @ features.T * weights / len(data)
+    expected = query_features @ inverse_of(kernel, damping) @ features.T * weights / len(data)
     close_scores(attributor.attribute(queries).scores, expected)
 
 
@@ -249,11 +251,11 @@ def test_logra_projected(dim):
     gauss_newton = gauss_newton_of(model, task, data)
     projected, start = {}, 0
     for name, layout in attributor.capture.layouts.items():
-        own = matrices[name].dense()[start : start + layout.num_parameters]
+        of_layer = matrices[name].dense()[start : start + layout.num_parameters]
         start += layout.num_parameters
         at = joined_places(model, name)
-        projected[name] = [g[:, at] @ own for g in grads], own.T @ gauss_newton[at][:, at] @ own
-        assert own.shape == (len(at), min(dim, layout.shapes[0][0]) * min(dim, len(at) // layout.shapes[0][0]))
+        projected[name] = [g[:, at] @ of_layer for g in grads], of_layer.T @ gauss_newton[at][:, at] @ of_layer
+        assert of_layer.shape == (len(at), min(dim, layout.shapes[0][0]) * min(dim, len(at) // layout.shapes[0][0]))
     ranks = sum(min(len(data), len(matrix)) for _, matrix in projected.values())
     damping = 0.3 * sum(float(matrix.trace()) for _, matrix in projected.values()) / ranks
     expected = sum(mine @ inverse_of(matrix, damping) @ theirs.T for (mine, theirs), matrix in projected.values())
@@ -272,15 +274,15 @@ def test_trak_over_models_averages_kernels_and_probabilities_by_themselves(tmp_p
     kernels, weights = [], []
     for seed in range(2):
         model = mlp(seed=seed)
-        (features, weight, _), (asked, *_) = (margins_by_hand(model, task, part) for part in (data, queries))
+        (features, weight, _), (query_features, *_) = (margins_by_hand(model, task, part) for part in (data, queries))
         kernel = features.T @ features / len(data)
         damping = 0.3 * kernel.trace() / min(len(data), len(kernel))
-        kernels.append(asked @ inverse_of(kernel, damping) @ features.T / len(data))
+        kernels.append(query_features @ inverse_of(kernel, damping) @ features.T / len(data))
         weights.append(weight)
     expected = torch.stack(kernels).mean(0) * torch.stack(weights).mean(0)
-    found = attributed(mlp(seed=5), data, "trak", queries, checkpoints=save_weights(tmp_path), task=task)
-    close_scores(found.scores, expected)
-    assert [one["name"] for one in found.metadata["checkpoints"]] == ["0.pt", "1.pt"]
+    attribution = attributed(mlp(seed=5), data, "trak", queries, checkpoints=save_weights(tmp_path), task=task)
+    close_scores(attribution.scores, expected)
+    assert [one["name"] for one in attribution.metadata["checkpoints"]] == ["0.pt", "1.pt"]
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------------------
@@ -316,11 +318,13 @@ def test_tracin(tmp_path, kind, rates):
         mine, theirs = (gradients_of(then, task, part) for part in (queries, data))
         expected = expected + mine * factors @ theirs.T
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = attributed(model, data, "tracin", queries, task=task, record=tmp_path)
-    close_scores(found.scores, expected)
+    attribution = attributed(model, data, "tracin", queries, task=task, record=tmp_path)
+    close_scores(attribution.scores, expected)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     checkpoints = [tmp_path / f"{step}.ckpt" for step in (2, 0, 1)]
-    close_scores(attributed(model, data, "tracin", queries, task=task, checkpoints=checkpoints).scores, found.scores)
+    close_scores(
+        attributed(model, data, "tracin", queries, task=task, checkpoints=checkpoints).scores, attribution.scores
+    )
 
 
 def test_tracin_leaves_parameters_alone_that_no_optimizer_had(tmp_path):
@@ -329,15 +333,15 @@ def test_tracin_leaves_parameters_alone_that_no_optimizer_had(tmp_path):
     save_checkpoint(tmp_path / "a.ckpt", model, 1, rates)
     factors = torch.cat([torch.full((p.numel(),), rates.get(name, 0)) for name, p in model.named_parameters()]).double()
     mine, theirs = (gradients_of(model, task, part) for part in (queries, data))
-    found = attributed(model, data, "tracin", queries, record=tmp_path)
-    close_scores(found.scores, mine * factors @ theirs.T)
+    attribution = attributed(model, data, "tracin", queries, record=tmp_path)
+    close_scores(attribution.scores, mine * factors @ theirs.T)
 
 
 def test_tracin_without_checkpoints_or_rates(tmp_path):
     torch.save(mlp().state_dict(), tmp_path / "weights.pt")
     for options, message in (
         ({}, r"TracInCallback\(\).*`record=`"),
-        ({"record": tmp_path}, r"weights\.pt hold no learning rates.*method='grad-dot'"),
+        ({"record": tmp_path}, r"needs learning rates.*weights\.pt holds none.*method='grad-dot'"),
         ({"record": tmp_path, "checkpoints": tmp_path}, "`record` and `checkpoints`"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -348,8 +352,8 @@ def test_tracin_without_checkpoints_or_rates(tmp_path):
 def test_the_mean_over_checkpoints(tmp_path, method):
     _, _, data, queries = case("classification")
     single = [attributed(mlp(seed=seed), data, method, queries).scores for seed in range(2)]
-    found = attributed(mlp(seed=7), data, method, queries, checkpoints=save_weights(tmp_path))
-    close_scores(found.scores, torch.stack(single).mean(0))
+    attribution = attributed(mlp(seed=7), data, method, queries, checkpoints=save_weights(tmp_path))
+    close_scores(attribution.scores, torch.stack(single).mean(0))
 
 
 # ---- what scores mean -------------------------------------------------------------------------------------------
@@ -359,16 +363,16 @@ def test_the_mean_over_checkpoints(tmp_path, method):
 def test_leaving_out_one_example_of_a_ridge_regression(method):
     """A linear model fitted in closed form, and again without each example: the sign and the size of every score."""
     num, size, ridge = 30, 2, 1.0
-    x, asked_x, truth = random_tensor(num, size, seed=0), random_tensor(8, size, seed=3), random_tensor(size, 1, seed=1)
+    x, query_x, truth = random_tensor(num, size, seed=0), random_tensor(8, size, seed=3), random_tensor(size, 1, seed=1)
     y = x @ truth + 0.3 * random_tensor(num, 1, seed=2)
-    asked_y = asked_x @ truth + 0.3 * random_tensor(8, 1, seed=4)
+    query_y = query_x @ truth + 0.3 * random_tensor(8, 1, seed=4)
 
-    def solved(kept):
-        matrix = x[kept].T @ x[kept] + num * ridge * torch.eye(size, dtype=x.dtype)
-        return torch.linalg.solve(matrix, x[kept].T @ y[kept])
+    def solved(rows):
+        matrix = x[rows].T @ x[rows] + num * ridge * torch.eye(size, dtype=x.dtype)
+        return torch.linalg.solve(matrix, x[rows].T @ y[rows])
 
     def losses(weights):
-        return (asked_x @ weights - asked_y).square()[:, 0] / 2
+        return (query_x @ weights - query_y).square()[:, 0] / 2
 
     everything = torch.arange(num)
     full = losses(solved(everything))
@@ -376,13 +380,13 @@ def test_leaving_out_one_example_of_a_ridge_regression(method):
     model = nn.Linear(size, 1, bias=False).double()
     with torch.no_grad():
         model.weight.copy_(solved(everything).T)
-    data, queries = TensorDataset(x, y), TensorDataset(asked_x, asked_y)
+    data, queries = TensorDataset(x, y), TensorDataset(query_x, query_y)
     damping = float(ridge / (x.T @ x / num).trace() * size)
-    found = attributed(model, data, method, queries, damping=damping).scores.double()
-    assert correlation(found, change) > 0.99
+    scores = attributed(model, data, method, queries, damping=damping).scores.double()
+    assert correlation(scores, change) > 0.99
     large = change.abs() > 0.05 * change.abs().max()
-    assert (found.sign() == change.sign())[large].all()
-    assert float(found[large].abs().sum() / change[large].abs().sum()) == pytest.approx(1, abs=0.1)
+    assert (scores.sign() == change.sign())[large].all()
+    assert float(scores[large].abs().sum() / change[large].abs().sum()) == pytest.approx(1, abs=0.1)
 
 
 def test_no_gradient_has_no_cosine():
@@ -434,9 +438,9 @@ def test_several_logits_have_no_margin_and_use_the_loss():
     """Binary outputs that stand for several questions: TRAK takes the direction of the loss."""
     data = TensorDataset(points_for().tensors[0], torch.randint(2, (14, 3), generator=torch.Generator().manual_seed(0)))
     model, task = mlp(), BinaryClassification()
-    found = attributed(model, data, "trak", task=task).scores
+    scores = attributed(model, data, "trak", task=task).scores
     sizes = (data.tensors[1] - model(data.tensors[0]).detach().sigmoid()).norm(dim=1)
     features = -gradients_of(model, task, data, loss_of) / sizes[:, None]
     damping = 0.3 * features.square().sum() / 14 / 14
     inverse = torch.linalg.inv(features.T @ features / 14 + damping * torch.eye(43, dtype=torch.float64))
-    close_scores(found, features @ inverse @ features.T * sizes / 14)
+    close_scores(scores, features @ inverse @ features.T * sizes / 14)

@@ -34,8 +34,8 @@ MAPS = {
 every_map = pytest.mark.parametrize("make", MAPS.values(), ids=MAPS)
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 @every_map
@@ -118,9 +118,9 @@ def test_more_features_are_closer():
 @pytest.mark.parametrize("dim", [SIZE, SIZE + 1, 10**6])
 def test_enough_features_keep_everything(dim):
     given = gradients()
-    found = MAPS["joint"](dim=dim)(given)
-    assert torch.equal(found.dense(), given.dense())
-    assert list(found) == [EVERYTHING]
+    projected = MAPS["joint"](dim=dim)(given)
+    assert torch.equal(projected.dense(), given.dense())
+    assert list(projected) == [EVERYTHING]
     assert MAPS["joint"](dim=SIZE - 1)(given).dense().shape == (6, SIZE - 1)
 
 
@@ -128,18 +128,20 @@ def test_enough_features_keep_everything(dim):
     ("dim", "sizes"), [(2, [4, 4, 4, 4]), (4, [16, 16, 16, 9]), (5, [20, 20, 20, 9]), (1, [1, 1, 1, 1])]
 )
 def test_narrow_sides_are_kept(dim, sizes):
-    found = MAPS["by layer"](dim=dim)(gradients())
-    assert [block.size for block in found.values()] == sizes
-    assert all(block.is_dense for block in found.values())
+    projected = MAPS["by layer"](dim=dim)(gradients())
+    assert [block.size for block in projected.values()] == sizes
+    assert all(block.is_dense for block in projected.values())
     if dim == 5:
-        close(found.dense(), gradients().dense())
+        close(projected.dense(), gradients().dense())
 
 
 def test_layer_projection_is_two_sided():
     """``P_S G P_A'``: of rank one matrices, the outer product of two projected sides."""
     left, right = random_tensor(3, 1, ROWS, seed=0), random_tensor(3, 1, COLUMNS, seed=1)
-    found = MAPS["by layer"]()(Gradients({"w": Block(None, (Outer(left, right, ROWS),))}))["w"].dense().view(3, 2, 2)
-    assert (torch.linalg.matrix_rank(found) == 1).all()
+    projected = (
+        MAPS["by layer"]()(Gradients({"w": Block(None, (Outer(left, right, ROWS),))}))["w"].dense().view(3, 2, 2)
+    )
+    assert (torch.linalg.matrix_rank(projected) == 1).all()
     same_left = Outer(left[:1].expand(3, 1, ROWS), right, ROWS)
     stacked = MAPS["by layer"]()(Gradients({"w": Block(None, (same_left,))}))["w"].dense().view(3, 2, 2)
     # One left factor: all matrices have one column space.
@@ -148,8 +150,8 @@ def test_layer_projection_is_two_sided():
 
 def test_layers_have_maps_of_their_own():
     block = gradients()["matrix"]
-    found = MAPS["by layer"]()(Gradients({"a": block, "b": block}))
-    assert (found["a"].dense() - found["b"].dense()).abs().max() > 1e-3
+    projected = MAPS["by layer"]()(Gradients({"a": block, "b": block}))
+    assert (projected["a"].dense() - projected["b"].dense()).abs().max() > 1e-3
 
 
 def test_products_of_many_places_are_made_in_chunks():

@@ -80,7 +80,7 @@ def fitted(kind, method, data=SHORT, collate_fn=padded, **options):
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("method", ["grad-dot", "grad-cos", "diagonal", "influence-cg", "influence-lissa"])
 def test_scores_by_hand(method, kind):
-    found = scores_of(kind, method)
+    attribution = scores_of(kind, method)
     theirs, mine = gradients_of(kind, SHORT), gradients_of(kind, QUERIES)
     if method == "grad-dot":
         expected = mine @ theirs.T
@@ -90,18 +90,22 @@ def test_scores_by_hand(method, kind):
         squares = theirs.square().mean(0)
         expected = mine / (squares + EXACT[method]["damping"] * squares.mean()) @ theirs.T / len(SHORT)
     else:
-        matrix, described = gauss_newton_of(kind, SHORT), found.metadata["curvature"][0]
+        matrix, described = gauss_newton_of(kind, SHORT), attribution.metadata["curvature"][0]
         assert described["mean_eigenvalue"] == pytest.approx(float(matrix.trace()) / len(SHORT))
         expected = mine @ inverse_of(matrix, described["damping"]) @ theirs.T / len(SHORT)
-    close_scores(found.scores, expected, 1e-4 if method == "influence-lissa" else 1e-5)
+    close_scores(attribution.scores, expected, 1e-4 if method == "influence-lissa" else 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["GPT-2", "Llama"])
 @pytest.mark.parametrize("method", ["datainf", "logra"])
 def test_scores_block_by_block_by_hand(method, kind):
     attributor = fitted(kind, method)
-    found = attributor.attribute(loader(QUERIES, padded))
-    theirs, mine, described = gradients_of(kind, SHORT), gradients_of(kind, QUERIES), found.metadata["curvature"][0]
+    attribution = attributor.attribute(loader(QUERIES, padded))
+    theirs, mine, described = (
+        gradients_of(kind, SHORT),
+        gradients_of(kind, QUERIES),
+        attribution.metadata["curvature"][0],
+    )
     expected = 0
     for at in places_of_blocks(attributor, model_of(kind)):
         rows = theirs[:, at]
@@ -111,20 +115,20 @@ def test_scores_block_by_block_by_hand(method, kind):
         else:
             inverse = inverse_of(gauss_newton_of(kind, SHORT)[at][:, at], described["damping"])
         expected = expected + mine[:, at] @ inverse @ rows.T
-    close_scores(found.scores, expected / len(SHORT))
+    close_scores(attribution.scores, expected / len(SHORT))
 
 
 @pytest.mark.parametrize("kind", ["GPT-2", "Llama"])
 def test_last_layer_by_hand(kind):
     # GPT-2's head is its table of embeddings, so that both parts of its gradient count; it is Llama's own.
     name = "transformer.wte" if kind == "GPT-2" else "lm_head"
-    found = scores_of(kind, "last-layer", **({"layers": ["lm_head"]} if kind == "GPT-2" else {}))
+    attribution = scores_of(kind, "last-layer", **({"layers": ["lm_head"]} if kind == "GPT-2" else {}))
     theirs, mine, matrix = (
         function(kind, *data, (name,))
         for function, data in ((gradients_of, [SHORT]), (gradients_of, [QUERIES]), (gauss_newton_of, [SHORT]))
     )
-    inverse = inverse_of(matrix, found.metadata["curvature"][0]["damping"])
-    close_scores(found.scores, mine @ inverse @ theirs.T / len(SHORT))
+    inverse = inverse_of(matrix, attribution.metadata["curvature"][0]["damping"])
+    close_scores(attribution.scores, mine @ inverse @ theirs.T / len(SHORT))
 
 
 def residuals_by_hand(kind, data):
@@ -146,8 +150,8 @@ def residuals_by_hand(kind, data):
 @pytest.mark.parametrize("kind", ["GPT-2", "Llama"])
 @pytest.mark.parametrize("method", ["trak", "trak-newton"])
 def test_trak_by_hand(method, kind):
-    (sizes, curved), (asked, _) = (residuals_by_hand(kind, data) for data in (SHORT, QUERIES))
-    theirs, mine = -gradients_of(kind, SHORT) / sizes[:, None], -gradients_of(kind, QUERIES) / asked[:, None]
+    (sizes, curved), (query_sizes, _) = (residuals_by_hand(kind, data) for data in (SHORT, QUERIES))
+    theirs, mine = -gradients_of(kind, SHORT) / sizes[:, None], -gradients_of(kind, QUERIES) / query_sizes[:, None]
     weights = curved if method == "trak-newton" else torch.ones_like(curved)
     kernel = theirs.T @ (weights[:, None] * theirs) / len(SHORT)
     damping = EXACT[method]["damping"] * kernel.trace() / len(SHORT)
@@ -156,9 +160,9 @@ def test_trak_by_hand(method, kind):
 
 
 def test_ekfac_has_the_trace_of_the_matrix():
-    found = scores_of("Llama", "ekfac").metadata["curvature"][0]
+    described = scores_of("Llama", "ekfac").metadata["curvature"][0]
     matrix = gauss_newton_of("Llama", SHORT)
-    assert found["mean_eigenvalue"] == pytest.approx(float(matrix.trace()) / len(matrix))
+    assert described["mean_eigenvalue"] == pytest.approx(float(matrix.trace()) / len(matrix))
 
 
 def test_tracin_by_hand(tmp_path):
@@ -170,17 +174,17 @@ def test_tracin_by_hand(tmp_path):
         torch.save(content, tmp_path / f"{step}.ckpt")
         theirs, mine = (gradients_by_hand(model, data) for data in (SHORT, QUERIES))
         expected = expected + rate * mine @ theirs.T
-    found = attributed(gpt2(seed=1), loader(SHORT), "tracin", loader(QUERIES), record=tmp_path, batch_size=4)
-    close_scores(found.scores, expected)
+    attribution = attributed(gpt2(seed=1), loader(SHORT), "tracin", loader(QUERIES), record=tmp_path, batch_size=4)
+    close_scores(attribution.scores, expected)
 
 
 def test_sums_and_weights_by_hand():
     weighted = Texts([{**one, "loss_weights": [0.5 * (i + 1) for i in range(len(one["labels"]))]} for one in SHORT])
     for reduction in ("mean", "sum"):
         task = CausalLanguageModeling(reduction)
-        found = attributed(model_of("Llama"), loader(weighted), "grad-dot", task=task, batch_size=4)
+        attribution = attributed(model_of("Llama"), loader(weighted), "grad-dot", task=task, batch_size=4)
         rows = gradients_by_hand(model_of("Llama"), weighted, reduction=reduction)
-        close_scores(found.scores, rows @ rows.T)
+        close_scores(attribution.scores, rows @ rows.T)
 
 
 # ---- padding and batches ----------------------------------------------------------------------------------------
@@ -196,19 +200,19 @@ def test_neither_padding_nor_the_batch_matters(method, data):
     expected = scores_of("Llama", method, data, batch_size=1, **options).scores
     ways = [(3, padded), (7, widely_padded), (4, packed), (5, left_padded)]
     for batch_size, collate_fn in ways:
-        found = scores_of("Llama", method, data, collate_fn=collate_fn, batch_size=batch_size, **options).scores
+        scores = scores_of("Llama", method, data, collate_fn=collate_fn, batch_size=batch_size, **options).scores
         # Llama's rotations of positions are in single precision, and padding on the left moves them; of a matrix of
         # low rank that decides which eigenvectors EK-FAC has.
         is_rounded = collate_fn is left_padded and method == "ekfac"
-        close_scores(found, expected, 1e-2 if is_rounded else 2e-6)
+        close_scores(scores, expected, 1e-2 if is_rounded else 2e-6)
 
 
 def test_neither_padding_nor_the_batch_matters_to_conjugate_gradients():
     # The trace that the damping is relative to, and the preconditioner, are of random directions here.
     expected = scores_of("GPT-2", "influence-cg", LONG, batch_size=1).scores
     for batch_size, collate_fn in ((3, padded), (4, packed)):
-        found = scores_of("GPT-2", "influence-cg", LONG, collate_fn=collate_fn, batch_size=batch_size).scores
-        close_scores(found, expected, 2e-6)
+        scores = scores_of("GPT-2", "influence-cg", LONG, collate_fn=collate_fn, batch_size=batch_size).scores
+        close_scores(scores, expected, 2e-6)
 
 
 def test_data_that_is_not_held_may_be_cut_anywhere(monkeypatch):
@@ -234,8 +238,8 @@ def test_random_directions_of_a_text_are_its_own():
     one_by_one = torch.cat(curvature_rows("Llama", LONG, padded, 1), 1)
     assert len(one_by_one) == features.NUM_DIRECTIONS
     for collate_fn, batch_size, tolerance in ((padded, 3, 1e-9), (widely_padded, 4, 1e-9), (left_padded, 9, 1e-5)):
-        found = torch.cat(curvature_rows("Llama", LONG, collate_fn, batch_size), 1)
-        torch.testing.assert_close(found, one_by_one, rtol=0, atol=tolerance)
+        rows = torch.cat(curvature_rows("Llama", LONG, collate_fn, batch_size), 1)
+        torch.testing.assert_close(rows, one_by_one, rtol=0, atol=tolerance)
     others = torch.cat(curvature_rows("Llama", LONG, padded, 9, seed=1), 1)
     assert not torch.allclose(others, one_by_one, atol=1e-2)
 
@@ -284,10 +288,10 @@ def test_classes_of_texts(method):
     model, data, queries = bert(), reviews(), reviews(3, seed=1)
 
     def scores(collate_fn, batch_size):
-        given, asked = loader(data, collate_fn), loader(queries, collate_fn)
-        return attributed(model, given, method, asked, batch_size=batch_size).scores
+        train_loader, query_loader = loader(data, collate_fn), loader(queries, collate_fn)
+        return attributed(model, train_loader, method, query_loader, batch_size=batch_size).scores
 
-    found = scores(padded_reviews, 3)
+    actual = scores(padded_reviews, 3)
     if method == "grad-dot":
         rows = []
         for one in (*queries, *data):
@@ -297,9 +301,9 @@ def test_classes_of_texts(method):
                 grads = torch.autograd.grad(loss, [*trainable(model).values()], allow_unused=True)
             rows.append(torch.cat([g.flatten() for g in grads if g is not None]))
         rows = torch.stack(rows)
-        close_scores(found, rows[:3] @ rows[3:].T)
+        close_scores(actual, rows[:3] @ rows[3:].T)
     for collate_fn, batch_size in ((padded_reviews, 1), (widely_padded_reviews, 4)):
-        close_scores(scores(collate_fn, batch_size), found, 1e-5)
+        close_scores(scores(collate_fn, batch_size), actual, 1e-5)
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------

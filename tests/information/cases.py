@@ -73,13 +73,13 @@ def diverse(*arguments, k=None, **options):
 def exact_of(attributor, queries):
     """Scores before they are rounded to float32."""
     with attributor.borrowed_model() as (model, device):
-        asked = attributor.read(model, examples_of(*queries.tensors), device, "label")
-        return attributor._tile(*attributor._query_side(asked), slice(0, len(attributor.train_data)))
+        reader = attributor.read(model, examples_of(*queries.tensors), device, "label")
+        return attributor._tile(*attributor._query_side(reader), slice(0, len(attributor.train_data)))
 
 
-def exactly(found, expected, tolerance=1e-10):
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+def exactly(actual, expected, tolerance=1e-10):
+    assert actual.dtype == torch.float64
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
 def many(monkeypatch):
@@ -90,7 +90,7 @@ def many(monkeypatch):
 @torch.no_grad()
 def rows_of(attributor, queries):
     """Features of the training examples and of queries, as they are compared."""
-    asked = attributor.read(attributor.model, examples_of(*queries.tensors), CPU, "label")
+    reader = attributor.read(attributor.model, examples_of(*queries.tensors), CPU, "label")
     tangents = attributor.tangents
-    batches = tangents.batches(attributor.reader), tangents.batches(asked, as_queries=True)
+    batches = tangents.batches(attributor.reader), tangents.batches(reader, as_queries=True)
     return [torch.cat([batch.rows for batch in part]) for part in batches]

@@ -41,17 +41,17 @@ from tests.information.cases import (
 def test_entropies_with_and_without_each_example(method, name, likelihood):
     make, data, queries, task = CASES[name]
     model = make()
-    train, asked = (dense.tangents_of(model, task, part, likelihood) for part in (data, queries))
-    expected = dense.single(METHODS[method], asked, train, RIDGE)
+    train, query_rows = (dense.tangents_of(model, task, part, likelihood) for part in (data, queries))
+    expected = dense.single(METHODS[method], query_rows, train, RIDGE)
     assert expected.max() > 1e-2
     options = {"likelihood": likelihood, "ridge": RIDGE, "batch_size": 4}
     exactly(exact_of(made(method, model, data, task=task, **options), queries), expected)
-    found = ask(method, model, data, queries, task=task, **options)
-    assert found.scores.dtype == torch.float32
-    torch.testing.assert_close(found.scores.double(), expected, rtol=1e-6, atol=1e-10)
-    assert found.metadata["unit"] == "nats, unsigned"
+    attribution = ask(method, model, data, queries, task=task, **options)
+    assert attribution.scores.dtype == torch.float32
+    torch.testing.assert_close(attribution.scores.double(), expected, rtol=1e-6, atol=1e-10)
+    assert attribution.metadata["unit"] == "nats, unsigned"
     chosen = {"likelihood": likelihood, "projection_dim": 512, "signed": False}
-    assert found.metadata["options"] == {"layers": None, "top_k": None} | chosen
+    assert attribution.metadata["options"] == {"layers": None, "top_k": None} | chosen
 
 
 @both_methods
@@ -61,17 +61,17 @@ def test_projected_features_are_those_of_the_process(method):
     with torch.no_grad():
         train = torch.cat([batch.rows for batch in attributor.tangents.batches(attributor.reader)])
         reader = attributor.read(attributor.model, examples_of(*QUERIES.tensors), CPU, "label")
-        asked = torch.cat([batch.rows for batch in attributor.tangents.batches(reader)])
-    exactly(exact_of(attributor, QUERIES), dense.single(METHODS[method], asked, train, RIDGE))
+        query_rows = torch.cat([batch.rows for batch in attributor.tangents.batches(reader)])
+    exactly(exact_of(attributor, QUERIES), dense.single(METHODS[method], query_rows, train, RIDGE))
 
 
 @both_methods
 def test_labels_enter_through_the_weights_alone(method):
     """Of all outputs; the margin is that of the label."""
     other = TensorDataset(DATA.tensors[0], (DATA.tensors[1] + 1) % 3)
-    asked = TensorDataset(QUERIES.tensors[0], (QUERIES.tensors[1] + 1) % 3)
+    relabelled = TensorDataset(QUERIES.tensors[0], (QUERIES.tensors[1] + 1) % 3)
     expected = exact_of(made(method, ridge=RIDGE), QUERIES)
-    exactly(exact_of(made(method, data=other, ridge=RIDGE), asked), expected)
+    exactly(exact_of(made(method, data=other, ridge=RIDGE), relabelled), expected)
 
 
 # ---- signs ------------------------------------------------------------------------------------------------------
@@ -86,9 +86,9 @@ def test_signs_are_those_of_influence(method, name, likelihood):
     assert set(signs.unique().tolist()) == {-1, 1}
     plain = exact_of(made(method, model, data, task=task, **options), queries)
     exactly(exact_of(made(method, model, data, task=task, signed=True, **options), queries), signs * plain)
-    found = ask(method, model, data, queries, task=task, signed=True, **options)
-    assert torch.equal(found.scores.double().sign(), signs)
-    assert found.metadata["unit"] == "nats"
+    attribution = ask(method, model, data, queries, task=task, signed=True, **options)
+    assert torch.equal(attribution.scores.double().sign(), signs)
+    assert attribution.metadata["unit"] == "nats"
 
 
 def test_a_positive_sign_lowers_the_loss_of_the_query():
@@ -182,11 +182,11 @@ def test_chosen_layers():
     """The same as freezing the others; the prior is that of the chosen weights."""
     frozen = mlp()
     frozen[0].requires_grad_(False)
-    found = ask(layers=["2"])
-    close_scores(found.scores, ask(model=frozen).scores)
-    assert found.metadata["gradients"]["num_parameters"] == 18
+    attribution = ask(layers=["2"])
+    close_scores(attribution.scores, ask(model=frozen).scores)
+    assert attribution.metadata["gradients"]["num_parameters"] == 18
     expected = evidence_of(frozen, frozen[2])[1]
-    assert found.metadata["posterior"]["ridge"] == pytest.approx(expected.ridge, rel=1e-4)
+    assert attribution.metadata["posterior"]["ridge"] == pytest.approx(expected.ridge, rel=1e-4)
 
 
 @both_methods
@@ -195,14 +195,14 @@ def test_features_that_are_not_kept(method, monkeypatch):
     options = plain | {"signed": True}
     expected = ask(method, **options)
     chosen = diverse(method, k=4, **plain)
-    own = self_influence(mlp(), train_data=DATA, method=method, **QUIET, **options)
+    influence = self_influence(mlp(), train_data=DATA, method=method, **QUIET, **options)
     places = made(method, **options).coreset(5).places
     monkeypatch.setattr(module, "KEPT_BYTES", 0)
     assert made(method, **options)._held is None
-    found = ask(method, **options)
-    close_scores(found.scores, expected.scores, 1e-7)
+    attribution = ask(method, **options)
+    close_scores(attribution.scores, expected.scores, 1e-7)
     assert torch.equal(diverse(method, k=4, **plain).proponents, chosen.proponents)
-    close_scores(self_influence(mlp(), train_data=DATA, method=method, **QUIET, **options), own, 1e-7)
+    close_scores(self_influence(mlp(), train_data=DATA, method=method, **QUIET, **options), influence, 1e-7)
     assert torch.equal(made(method, **options).coreset(5).places, places)
     monkeypatch.setattr(planned, "TILE_BYTES", 4 * 5 * 3)
     close_scores(ask(method, top_k=13, **options).top(13).proponent_scores, expected.top(13).proponent_scores, 1e-7)
@@ -210,9 +210,9 @@ def test_features_that_are_not_kept(method, monkeypatch):
 
 def test_features_are_kept_up_to_a_size(monkeypatch):
     size = 13 * 3 * 43 * 8
-    for limit, kept in ((size, True), (size - 1, False)):
+    for limit, is_held in ((size, True), (size - 1, False)):
         monkeypatch.setattr(module, "KEPT_BYTES", limit)
-        assert (made(batch_size=4)._held is not None) == kept
+        assert (made(batch_size=4)._held is not None) == is_held
 
 
 # ---- many outputs -----------------------------------------------------------------------------------------------
@@ -226,10 +226,10 @@ def test_many_outputs(method, monkeypatch):
     for size in (1, 5):
         close_scores(ask(method, batch_size=size, **options).scores, full)
     attributor = made(method, ridge=RIDGE)
-    train, asked = rows_of(attributor, QUERIES)
-    assert train.shape[1] == asked.shape[1] == 8
-    exactly(exact_of(attributor, QUERIES), dense.single(METHODS[method], asked, train, RIDGE))
-    close_scores(full.abs(), dense.single(METHODS[method], asked, train, RIDGE))
+    train, query_rows = rows_of(attributor, QUERIES)
+    assert train.shape[1] == query_rows.shape[1] == 8
+    exactly(exact_of(attributor, QUERIES), dense.single(METHODS[method], query_rows, train, RIDGE))
+    close_scores(full.abs(), dense.single(METHODS[method], query_rows, train, RIDGE))
     assert (full - ask(method, seed=1, **options).scores).abs().max() > 0.01 * full.abs().max()
     monkeypatch.setattr(module, "KEPT_BYTES", 0)
     close_scores(ask(method, batch_size=4, **options).scores, full)
@@ -270,11 +270,11 @@ def test_order_with_many_outputs(method, monkeypatch):
     queries = examples_of(*QUERIES.tensors)
     for some in (rows, rows[:2]):
         close_scores(ask(method, queries=queries.subset(some.tolist()), **options).scores, full[some])
-    found = ask(method, train_indices=order.tolist(), **options)
-    close_scores(found.scores, full[:, order])
-    own = made(method, **options).self_influence()
+    attribution = ask(method, train_indices=order.tolist(), **options)
+    close_scores(attribution.scores, full[:, order])
+    influence = made(method, **options).self_influence()
     again = self_influence(mlp(), train_data=DATA, method=method, train_indices=order.tolist(), **QUIET, **options)
-    close_scores(again, own[order])
+    close_scores(again, influence[order])
 
 
 @both_methods

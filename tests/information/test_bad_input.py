@@ -32,11 +32,11 @@ from tests.information.cases import (
 def test_rank_deficient_features():
     """Copies, and more parameters than rows: the prior settles what the data do not; without one it is refused."""
     data = TensorDataset(*(torch.cat([t[:3]] * 4) for t in DATA.tensors))
-    train, asked = (dense.tangents_of(mlp(), TASKS["classification"][0], part) for part in (data, QUERIES))
+    train, query_rows = (dense.tangents_of(mlp(), TASKS["classification"][0], part) for part in (data, QUERIES))
     for ridge in (1.0, 1e-3):
         for method, form in METHODS.items():
             attributor = made(method, data=data, ridge=ridge)
-            exactly(exact_of(attributor, QUERIES), dense.single(form, asked, train, ridge), 1e-8)
+            exactly(exact_of(attributor, QUERIES), dense.single(form, query_rows, train, ridge), 1e-8)
     with pytest.raises(ValueError, match=r"12 examples and 43 features is singular with a ridge of 0.*`ridge=`"):
         made(data=data, ridge=0)
 
@@ -44,10 +44,10 @@ def test_rank_deficient_features():
 def test_no_prior_where_the_data_determine_all_weights():
     model, data = seeded(lambda: nn.Linear(4, 1)), points_for("regression")
     queries, task = points_for("regression", 5, 1), Regression()
-    train, asked = (dense.tangents_of(model, task, part)[:, 0] for part in (data, queries))
+    train, query_rows = (dense.tangents_of(model, task, part)[:, 0] for part in (data, queries))
 
     def variance(rows):
-        return torch.einsum("qp,pr,qr->q", asked, torch.linalg.inv(rows.T @ rows), asked)
+        return torch.einsum("qp,pr,qr->q", query_rows, torch.linalg.inv(rows.T @ rows), query_rows)
 
     left = [train[[j for j in range(14) if j != i]] for i in range(14)]
     expected = torch.stack([0.5 * ((1 + variance(rows)) / (1 + variance(train))).log() for rows in left], 1)
@@ -110,9 +110,9 @@ class Dead(nn.Module):
 def test_zero_gradients(method):
     data = points_for("regression")
     for options in ({"signed": True}, {}):
-        attributor, found = informed(method, seeded(Dead), data, data, ridge=1.0, **options)
-        assert (found.scores == 0).all()
-    assert attributor.diverse(found, 2).proponents.tolist() == [[0, 1]] * 14
+        attributor, attribution = informed(method, seeded(Dead), data, data, ridge=1.0, **options)
+        assert (attribution.scores == 0).all()
+    assert attributor.diverse(attribution, 2).proponents.tolist() == [[0, 1]] * 14
     with pytest.raises(ValueError, match=r"All features are zero.*give `ridge=`"):
         ask(method, seeded(Dead), data, data)
     model = seeded(lambda: nn.Linear(4, 1))
@@ -185,8 +185,8 @@ def test_margin_of_a_task_without_one(method, name):
 
 @both_methods
 def test_one_training_example_and_one_query(method):
-    one, asked = (TensorDataset(*(t[:1] for t in part.tensors)) for part in (DATA, QUERIES))
-    attributor, found = informed(method, data=one, queries=asked, ridge=RIDGE)
-    train, query = (dense.tangents_of(mlp(), TASKS["classification"][0], part) for part in (one, asked))
-    close_scores(found.scores, dense.single(METHODS[method], query, train, RIDGE), 1e-6)
-    assert attributor.diverse(found).proponents.tolist() == [[0]]
+    one, one_query = (TensorDataset(*(t[:1] for t in part.tensors)) for part in (DATA, QUERIES))
+    attributor, attribution = informed(method, data=one, queries=one_query, ridge=RIDGE)
+    train, query = (dense.tangents_of(mlp(), TASKS["classification"][0], part) for part in (one, one_query))
+    close_scores(attribution.scores, dense.single(METHODS[method], query, train, RIDGE), 1e-6)
+    assert attributor.diverse(attribution).proponents.tolist() == [[0]]

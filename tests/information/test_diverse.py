@@ -56,28 +56,28 @@ def dense_rows():
 def test_diverse_is_greedy(method, name, likelihood):
     make, data, queries, task = CASES[name]
     model, options = make(), {"task": task, "likelihood": likelihood, "ridge": RIDGE}
-    attributor, found = informed(method, model, data, queries, **options)
-    train, asked = (dense.tangents_of(model, task, part, likelihood) for part in (data, queries))
-    chosen = attributor.diverse(found, 5)
-    check_greedy(chosen, (train, asked), 5, range(len(train)))
+    attributor, attribution = informed(method, model, data, queries, **options)
+    train, query_rows = (dense.tangents_of(model, task, part, likelihood) for part in (data, queries))
+    chosen = attributor.diverse(attribution, 5)
+    check_greedy(chosen, (train, query_rows), 5, range(len(train)))
     assert chosen.opponents.shape == chosen.opponent_scores.shape == (5, 0)
     assert "most told by" in repr(chosen)
     assert "harmed" not in repr(chosen)
     # All together they say what the whole set says.
-    every = attributor.diverse(found, 99)
+    every = attributor.diverse(attribution, 99)
     assert every.proponents.sort(1).values.tolist() == [list(range(len(train)))] * 5
-    exact = dense.gain(asked, train, list(range(len(train))), RIDGE, dense.next_to_no_noise(train, RIDGE))
+    exact = dense.gain(query_rows, train, list(range(len(train))), RIDGE, dense.next_to_no_noise(train, RIDGE))
     torch.testing.assert_close(every.proponent_scores.sum(1).double(), exact, rtol=1e-5, atol=0)
 
 
 def test_diverse_of_one_query_and_quietly(capsys):
-    attributor, found = informed()
-    expected = attributor.diverse(found, 4)
+    attributor, attribution = informed()
+    expected = attributor.diverse(attribution, 4)
     for row in (0, 3, -1):
-        one = attributor.diverse(found[row], 4)
+        one = attributor.diverse(attribution[row], 4)
         assert torch.equal(one.proponents[0], expected.proponents[row])
         close_scores(one.proponent_scores[0], expected.proponent_scores[row], 1e-6)
-    assert attributor.diverse(found).proponents.shape == (5, 10)
+    assert attributor.diverse(attribution).proponents.shape == (5, 10)
     assert capsys.readouterr() == ("", "")
 
 
@@ -85,10 +85,10 @@ def test_diverse_of_one_query_and_quietly(capsys):
 def test_diverse_with_many_outputs(options, monkeypatch):
     """By the features that scores are of; also for one query, where few are held, and of part of the data."""
     many(monkeypatch)
-    attributor, found = informed("information-gain", ridge=RIDGE, **options)
-    chosen = attributor.diverse(found, 4)
+    attributor, attribution = informed("information-gain", ridge=RIDGE, **options)
+    chosen = attributor.diverse(attribution, 4)
     check_greedy(chosen, rows_of(made(ridge=RIDGE), QUERIES), 4, options.get("train_indices", range(13)))
-    one = attributor.diverse(found[3], 4)
+    one = attributor.diverse(attribution[3], 4)
     assert torch.equal(one.proponents[0], chosen.proponents[3])
     close_scores(one.proponent_scores[0], chosen.proponent_scores[3], 1e-6)
 
@@ -96,8 +96,8 @@ def test_diverse_with_many_outputs(options, monkeypatch):
 @both_methods
 def test_diverse_among_the_held(method):
     """Among the proponents that a TopAttribution holds."""
-    attributor, found = informed(method, top_k=13, ridge=RIDGE)
-    check_greedy(attributor.diverse(found, 4), dense_rows(), 4, found.top(13).proponents.tolist())
+    attributor, attribution = informed(method, top_k=13, ridge=RIDGE)
+    check_greedy(attributor.diverse(attribution, 4), dense_rows(), 4, attribution.top(13).proponents.tolist())
     with pytest.raises(ValueError, match=r"among the 13 strongest .* attribute with `top_k=13`"):
         diverse(method, top_k=6, ridge=RIDGE, k=4)
 
@@ -114,10 +114,12 @@ def test_diverse_of_predicted_targets(method):
 
 
 def test_diverse_among_candidates_of_each_query(monkeypatch):
-    attributor, found = informed(ridge=RIDGE)
+    attributor, attribution = informed(ridge=RIDGE)
     # Never 0, 7 or 10: columns are not places among the candidates.
     candidates = torch.stack([torch.tensor([12, 9, 4, 6, 2]) + shift for shift in (0, -1, 0, 0, -1)])
-    best = Attribution(torch.zeros(5, 13).scatter_(1, candidates, 1.0), metadata=found.metadata, queries=found.queries)
+    best = Attribution(
+        torch.zeros(5, 13).scatter_(1, candidates, 1.0), metadata=attribution.metadata, queries=attribution.queries
+    )
     monkeypatch.setattr(module, "NUM_CANDIDATES", 1)
     monkeypatch.setattr(module, "CANDIDATES_EACH", 1)
     check_greedy(attributor.diverse(best, 5), dense_rows(), 5, candidates.tolist())
@@ -125,9 +127,9 @@ def test_diverse_among_candidates_of_each_query(monkeypatch):
 
 @pytest.mark.parametrize(("k", "num_candidates"), [(3, 500), (None, 500), (60, 600), (900, 1000)])
 def test_number_of_candidates(k, num_candidates):
-    attributor, found = informed()
+    attributor, attribution = informed()
     best = Attribution(torch.arange(5000.0).view(5, 1000)).top_columns(num_candidates - 1)
-    held = TopAttribution(best, 1000, metadata=found.metadata, queries=found.queries)
+    held = TopAttribution(best, 1000, metadata=attribution.metadata, queries=attribution.queries)
     with pytest.raises(ValueError, match=f"among the {num_candidates} strongest of each query, and "):
         attributor.diverse(held, k)
 
@@ -136,8 +138,8 @@ def distinct(**options):
     """Distinct examples among ten, plain and diverse, where each of twelve comes six times; mean over queries."""
     data, queries = points_for(num=12), points_for(num=4, seed=1)
     copied = TensorDataset(*(torch.cat([tensor] * 6) for tensor in data.tensors))
-    attributor, found = informed(data=copied, queries=queries, **options)
-    chosen = found.top(10).proponents % 12, attributor.diverse(found, 10).proponents % 12
+    attributor, attribution = informed(data=copied, queries=queries, **options)
+    chosen = attribution.top(10).proponents % 12, attributor.diverse(attribution, 10).proponents % 12
     return [sum(len(row.unique()) for row in rows) / 4 for rows in chosen]
 
 
@@ -150,9 +152,9 @@ def test_copies_are_left_out(method, options):
 
 
 def test_diverse_of_a_loaded_attribution(tmp_path):
-    attributor, found = informed()
-    path = found.save(tmp_path / "scores")
-    expected = attributor.diverse(found, 3)
+    attributor, attribution = informed()
+    path = attribution.save(tmp_path / "scores")
+    expected = attributor.diverse(attribution, 3)
     again = made().diverse(Attribution.load(path, queries=QUERIES), 3)
     assert torch.equal(again.proponents, expected.proponents)
     with pytest.raises(ValueError, match=r"holds no queries: load it with `Attribution\.load"):
@@ -162,11 +164,11 @@ def test_diverse_of_a_loaded_attribution(tmp_path):
 
 
 def test_diverse_where_it_cannot_be():
-    attributor, found = informed()
+    attributor, attribution = informed()
     with pytest.raises(ValueError, match="`k` must be an integer of at least 1, got 0"):
-        attributor.diverse(found, 0)
+        attributor.diverse(attribution, 0)
     with pytest.raises(RuntimeError, match=r"Call fit\(model, train_data\) before diverse"):
-        create("information-gain").diverse(found)
+        create("information-gain").diverse(attribution)
     for method in METHODS:  # those of signed scores might harm
         with pytest.raises(ValueError, match="Make the attributor without `signed=True`"):
             diverse(method, signed=True)
@@ -188,19 +190,19 @@ def test_diverse_where_it_cannot_be():
 
 
 def test_diverse_after_another_fit():
-    attributor, found = informed()
-    expected = attributor.diverse(found, 3)
+    attributor, attribution = informed()
+    expected = attributor.diverse(attribution, 3)
     attributor.fit(mlp(seed=5), points_for(num=13, seed=7))
     with pytest.raises(ValueError, match="These differ: weights, data"):
-        attributor.diverse(found, 3)
+        attributor.diverse(attribution, 3)
     other = TensorDataset(-DATA.tensors[0], DATA.tensors[1].clone())
     other.tensors[1][3] = 7
     with pytest.raises(ValueError, match="Training example 3 has the target 7"):
         attributor.fit(mlp(), other)
     with pytest.raises(RuntimeError, match=r"Call fit\(model, train_data\) before diverse"):
-        attributor.diverse(found, 3)
+        attributor.diverse(attribution, 3)
     attributor.fit(mlp(), DATA)
-    assert torch.equal(attributor.diverse(found, 3).proponents, expected.proponents)
+    assert torch.equal(attributor.diverse(attribution, 3).proponents, expected.proponents)
 
 
 # ---- coresets ---------------------------------------------------------------------------------------------------
@@ -214,9 +216,9 @@ def test_coreset_is_greedy(method, name, likelihood):
     attributor = made(method, model, data, task=task, likelihood=likelihood, ridge=RIDGE, batch_size=4)
     train = dense.tangents_of(model, task, data, likelihood)
     places, gains = dense.greedy_about_weights(train, 6, RIDGE)
-    found = attributor.coreset(6)
-    assert found.places.tolist() == places
-    assert found.gains.tolist() == pytest.approx(gains, abs=1e-10)
+    coreset = attributor.coreset(6)
+    assert coreset.places.tolist() == places
+    assert coreset.gains.tolist() == pytest.approx(gains, abs=1e-10)
     whole = dense.about_weights(train, list(range(len(data))), RIDGE)
     assert float(attributor.coreset(len(data)).gains.sum()) == pytest.approx(whole)
 
@@ -233,12 +235,12 @@ def test_coreset_where_it_cannot_be():
     with pytest.raises(RuntimeError, match=r"Call fit\(model, train_data\) before coreset\(\)"):
         create("information-loss", **QUIET).coreset(2)
     model = mlp()
-    attributor, found = informed(model=model)
+    attributor, attribution = informed(model=model)
     for size in (0, 14, True, "2"):
         with pytest.raises(ValueError, match=rf"`size` must be an integer .* and at most 13, .*, got {size!r}"):
             attributor.coreset(size)
     with torch.no_grad():
         model[0].weight += 1
-    for call in (lambda: attributor.coreset(2), lambda: attributor.diverse(found, 3)):
+    for call in (lambda: attributor.coreset(2), lambda: attributor.diverse(attribution, 3)):
         with pytest.raises(ValueError, match="weights have changed since fit"):
             call()

@@ -36,38 +36,38 @@ def fitted(X, w, z, **options):
 @pytest.mark.parametrize("noise", [None, 1.0, 0.05])
 def test_the_profile_is_the_laplace_approximation(noise):
     X, w, z = problem()
-    found = fitted(X, w, z, noise_variance=noise)
-    for ridge, value in list(zip(found.ridges.tolist(), found.log_evidences.tolist(), strict=True))[::7]:
+    evidence = fitted(X, w, z, noise_variance=noise)
+    for ridge, value in list(zip(evidence.ridges.tolist(), evidence.log_evidences.tolist(), strict=True))[::7]:
         residual = float((z - X @ w).square().sum() + ridge * w @ w)
         assert value == pytest.approx(dense(X, w, z, ridge, residual / N if noise is None else noise), rel=1e-10)
-    assert found.log_evidence == pytest.approx(dense(X, w, z, found.ridge, found.noise_variance), abs=1e-9)
+    assert evidence.log_evidence == pytest.approx(dense(X, w, z, evidence.ridge, evidence.noise_variance), abs=1e-9)
 
 
 def test_it_is_the_exact_evidence_of_a_linear_model_at_its_optimum():
     X, _, z = problem()
-    found = fitted(X, torch.linalg.solve(X.T @ X + 0.7 * torch.eye(K).double(), X.T @ z), z)
+    evidence = fitted(X, torch.linalg.solve(X.T @ X + 0.7 * torch.eye(K).double(), X.T @ z), z)
     w = torch.linalg.solve(X.T @ X + 0.7 * torch.eye(K).double(), X.T @ z)
     noise = float((z - X @ w).square().sum() + 0.7 * w @ w) / N
     covariance = noise * (X @ X.T / 0.7 + torch.eye(N).double())
     exact = torch.distributions.MultivariateNormal(torch.zeros(N).double(), covariance).log_prob(z)
     assert dense(X, w, z, 0.7, noise) == pytest.approx(float(exact), abs=1e-9)
-    assert found.log_evidence >= float(exact)
+    assert evidence.log_evidence >= float(exact)
 
 
 @pytest.mark.parametrize("noise", [None, 1.0])
 def test_the_best_of_a_fine_grid(noise):
     X, w, z = problem(1)
-    found = fitted(X, w, z, noise_variance=noise)
-    ridges = np.geomspace(found.ridge / 3, found.ridge * 3, 2001)
+    evidence = fitted(X, w, z, noise_variance=noise)
+    ridges = np.geomspace(evidence.ridge / 3, evidence.ridge * 3, 2001)
     residual = float((z - X @ w).square().sum())
     values = [
         dense(X, w, z, ridge, (residual + ridge * float(w @ w)) / N if noise is None else noise) for ridge in ridges
     ]
-    assert found.ridge == pytest.approx(float(ridges[int(np.argmax(values))]), rel=2e-3)
-    low, high = found.plausible()
-    assert low <= found.ridge <= high
-    shrunk = X @ torch.linalg.solve(X.T @ X + found.ridge * torch.eye(K).double(), X.T)
-    assert found.num_effective == pytest.approx(float(shrunk.trace()), rel=1e-9)
+    assert evidence.ridge == pytest.approx(float(ridges[int(np.argmax(values))]), rel=2e-3)
+    low, high = evidence.plausible()
+    assert low <= evidence.ridge <= high
+    shrunk = X @ torch.linalg.solve(X.T @ X + evidence.ridge * torch.eye(K).double(), X.T)
+    assert evidence.num_effective == pytest.approx(float(shrunk.trace()), rel=1e-9)
 
 
 def test_known_noise_and_prior_are_found():
@@ -75,9 +75,9 @@ def test_known_noise_and_prior_are_found():
     X = torch.randn(4000, 200, generator=generator, dtype=torch.float64)
     w = 0.5 * torch.randn(200, generator=generator, dtype=torch.float64)
     residuals = 2.0 * torch.randn(4000, generator=generator, dtype=torch.float64)
-    found = fit_evidence(X.T @ X, float(w @ w), float(residuals.square().sum()), 4000)
-    assert found.noise_variance == pytest.approx(4.0, rel=0.1)
-    assert found.ridge == pytest.approx(4.0 / 0.25, rel=0.25)
+    evidence = fit_evidence(X.T @ X, float(w @ w), float(residuals.square().sum()), 4000)
+    assert evidence.noise_variance == pytest.approx(4.0, rel=0.1)
+    assert evidence.ridge == pytest.approx(4.0 / 0.25, rel=0.25)
 
 
 def test_ends_of_the_grid_are_warned_of():
@@ -89,9 +89,9 @@ def test_ends_of_the_grid_are_warned_of():
 def test_a_plot_and_a_summary():
     pytest.importorskip("matplotlib")
     X, w, z = problem()
-    found = fitted(X, w, z)
-    assert found.plot().axes
-    assert f"{found.ridge:.3g}" in repr(found)
+    evidence = fitted(X, w, z)
+    assert evidence.plot().axes
+    assert f"{evidence.ridge:.3g}" in repr(evidence)
 
 
 @pytest.mark.parametrize(

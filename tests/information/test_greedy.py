@@ -21,18 +21,18 @@ def brute_force(form, queries, train, size):
 @pytest.mark.parametrize("form", FORMS)
 def test_choices_are_those_of_a_search(form, outputs):
     train, queries, posterior = case(*outputs)
-    found = greedy_sets(train, queries[:3], posterior, 5, form=form)
+    chosen = greedy_sets(train, queries[:3], posterior, 5, form=form)
     places, nats = brute_force(form, queries[:3], train, 5)
-    assert found.places.tolist() == places
-    torch.testing.assert_close(found.nats, nats, **close)
+    assert chosen.places.tolist() == places
+    torch.testing.assert_close(chosen.nats, nats, **close)
 
 
 @pytest.mark.parametrize("form", ["loss", "gain"])
 def test_everything_can_be_chosen(form):
     train, queries, posterior = case(1)
-    found = greedy_sets(train, queries, posterior, 14, form=form)
-    assert found.places.sort(1).values.tolist() == [list(range(14))] * 5
-    torch.testing.assert_close(found.nats[:, -1], FORMS["gain"](queries, train, list(range(14))), **close)
+    chosen = greedy_sets(train, queries, posterior, 14, form=form)
+    assert chosen.places.sort(1).values.tolist() == [list(range(14))] * 5
+    torch.testing.assert_close(chosen.nats[:, -1], FORMS["gain"](queries, train, list(range(14))), **close)
 
 
 @pytest.mark.parametrize("outputs", [(1, 1), (2, 3)])
@@ -41,21 +41,21 @@ def test_streams_and_groups_of_queries_change_nothing(form, outputs, monkeypatch
     train, queries, posterior = case(*outputs)
     whole = greedy_sets(train, queries, posterior, 4, form=form)
     monkeypatch.setattr("stride_lightning.information.greedy._ELEMENTS", 1)
-    found = greedy_sets(iter(train.split(3)), queries, posterior, 4, form=form)
-    assert torch.equal(found.places, whole.places)
-    torch.testing.assert_close(found.nats, whole.nats, **close)
+    chosen = greedy_sets(iter(train.split(3)), queries, posterior, 4, form=form)
+    assert torch.equal(chosen.places, whole.places)
+    torch.testing.assert_close(chosen.nats, whole.nats, **close)
     order = permutation(14)
-    found = greedy_sets(train[order], queries, posterior, 4, form=form)
-    assert torch.equal(order[found.places], whole.places)
+    chosen = greedy_sets(train[order], queries, posterior, 4, form=form)
+    assert torch.equal(order[chosen.places], whole.places)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_single_precision_is_close(form):
     train, queries, posterior = case(2)
     exact = greedy_sets(train, queries, posterior, 4, form=form)
-    found = greedy_sets(train.float(), queries.float(), Posterior.fit(train.float(), ridge=RIDGE), 4, form=form)
-    assert torch.equal(found.places, exact.places)
-    torch.testing.assert_close(found.nats, exact.nats, atol=1e-5, rtol=1e-4)
+    chosen = greedy_sets(train.float(), queries.float(), Posterior.fit(train.float(), ridge=RIDGE), 4, form=form)
+    assert torch.equal(chosen.places, exact.places)
+    torch.testing.assert_close(chosen.nats, exact.nats, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -76,9 +76,9 @@ def test_ties_and_zeros_come_in_order():
     train[3:, 0, 0] = 1.0
     posterior = Posterior.fit(train, ridge=1.0)
     for form in FORMS:
-        found = greedy_sets(train, train[3:4], posterior, 5, form=form)
-        assert found.places.tolist() == [[3, 4, 0, 1, 2]]
-        assert found.nats[0, 1:].tolist() == [float(found.nats[0, 1])] * 4
+        chosen = greedy_sets(train, train[3:4], posterior, 5, form=form)
+        assert chosen.places.tolist() == [[3, 4, 0, 1, 2]]
+        assert chosen.nats[0, 1:].tolist() == [float(chosen.nats[0, 1])] * 4
         assert greedy_sets(train, train[:1], posterior, 3, form=form).places.tolist() == [[0, 1, 2]]
 
 
@@ -93,31 +93,31 @@ def test_vague_priors_keep_their_digits():
     distinct = random_tensor(4, 1, 6, seed=5, dtype=torch.float32)
     train = torch.cat([distinct] * 3)
     query, posterior = distinct[:1], Posterior.fit(train, ridge=1e-8)
-    found = greedy_sets(train, query, posterior, 3, form="gain")
-    assert found.places.tolist() == [[0, 4, 8]]
+    chosen = greedy_sets(train, query, posterior, 3, form="gain")
+    assert chosen.places.tolist() == [[0, 4, 8]]
     copies = torch.arange(1, 4)
     variance = float(query.double().square().sum()) / 1e-8
     exact = 0.5 * torch.log((1 + variance) / (1 + variance / (1 + copies.double() * variance)))
-    torch.testing.assert_close(found.nats[0], exact, atol=1e-6, rtol=0)
+    torch.testing.assert_close(chosen.nats[0], exact, atol=1e-6, rtol=0)
 
 
 def test_examples_that_alone_determine_a_direction():
     train = torch.zeros(4, 1, 4, dtype=torch.float64)
     train[:, 0] = torch.eye(4)
     query = torch.tensor([[[1.0, 2.0, 3.0, 0.0]]], dtype=torch.float64)
-    found = greedy_sets(train, query, Posterior.fit(train, ridge=1e-9), 4)
-    assert found.places.tolist() == [[2, 1, 0, 3]]
-    assert found.nats.isfinite().all()
-    assert (found.nats.diff() >= 0).all()
+    chosen = greedy_sets(train, query, Posterior.fit(train, ridge=1e-9), 4)
+    assert chosen.places.tolist() == [[2, 1, 0, 3]]
+    assert chosen.nats.isfinite().all()
+    assert (chosen.nats.diff() >= 0).all()
 
 
 def test_more_features_than_the_data_span():
     train, queries, posterior = case(2, n=8, k=40)
     for form in FORMS:
         places, nats = brute_force(form, queries[:2], train, 4)
-        found = greedy_sets(train, queries[:2], posterior, 4, form=form)
-        assert found.places.tolist() == places
-        torch.testing.assert_close(found.nats, nats, **close)
+        chosen = greedy_sets(train, queries[:2], posterior, 4, form=form)
+        assert chosen.places.tolist() == places
+        torch.testing.assert_close(chosen.nats, nats, **close)
 
 
 def test_unusable_requests_are_refused():

@@ -30,8 +30,8 @@ def test_single_examples(form, outputs):
 @pytest.mark.parametrize("form", FORMS)
 def test_subsets(form, outputs, places):
     train, queries, posterior = case(*outputs)
-    found = subset_information(train[places], queries, posterior, form)
-    torch.testing.assert_close(found, FORMS[form](queries, train, places), **close)
+    values = subset_information(train[places], queries, posterior, form)
+    torch.testing.assert_close(values, FORMS[form](queries, train, places), **close)
 
 
 def test_large_subsets_take_no_more_memory_than_the_features(monkeypatch):
@@ -52,11 +52,11 @@ def test_influence_with_the_labels_averaged_over():
     """The expected square of the exact leave-one-out change of a prediction is the growth of its variance."""
     train, queries, posterior = case(1)
     labels = random_tensor(14, seed=5)
-    rows, asked = train[:, 0], queries[:, 0]
+    rows, query_rows = train[:, 0], queries[:, 0]
 
     def predict(places):
         system = rows[places].T @ rows[places] + RIDGE * torch.eye(9, dtype=rows.dtype)
-        return asked @ torch.linalg.solve(system, rows[places].T @ labels[places])
+        return query_rows @ torch.linalg.solve(system, rows[places].T @ labels[places])
 
     residuals = labels - rows @ torch.linalg.solve(
         rows.T @ rows + RIDGE * torch.eye(9, dtype=rows.dtype), rows.T @ labels
@@ -110,10 +110,10 @@ def test_streams_chunks_and_order_change_nothing(form, outputs, monkeypatch):
 def test_single_precision_is_close(form, outputs):
     train, queries, _ = case(*outputs)
     posterior = Posterior.fit(train.float(), ridge=RIDGE)
-    found = information(train.float(), queries.float(), posterior, form)
-    assert found.dtype == torch.float32
+    values = information(train.float(), queries.float(), posterior, form)
+    assert values.dtype == torch.float32
     exact = information(train, queries, Posterior.fit(train, ridge=RIDGE), form)
-    torch.testing.assert_close(found.double(), exact, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(values.double(), exact, atol=1e-6, rtol=1e-4)
 
 
 def test_little_information_keeps_its_digits():
@@ -124,9 +124,9 @@ def test_little_information_keeps_its_digits():
 
 def test_removing_everything_leaves_the_prior():
     train, queries, posterior = case(2)
-    found = subset_information(train, queries, posterior)
-    torch.testing.assert_close(found, dense.gain(queries, train, list(range(14))), **close)
-    torch.testing.assert_close(found, subset_information(train, queries, posterior, "gain"), **close)
+    values = subset_information(train, queries, posterior)
+    torch.testing.assert_close(values, dense.gain(queries, train, list(range(14))), **close)
+    torch.testing.assert_close(values, subset_information(train, queries, posterior, "gain"), **close)
     assert subset_information(train[:0], queries, posterior).tolist() == [0] * 5
 
 
@@ -135,9 +135,9 @@ def test_gradients_of_zero_tell_nothing():
     train[3], queries[1] = 0, 0
     posterior = Posterior.fit(train, ridge=RIDGE)
     for form in FORMS:
-        found = information(train, queries, posterior, form)
-        assert (found[:, 3] == 0).all()
-        assert (found[1] == 0).all()
+        values = information(train, queries, posterior, form)
+        assert (values[:, 3] == 0).all()
+        assert (values[1] == 0).all()
 
 
 def test_copies_lose_more_together_and_gain_less():
@@ -158,16 +158,16 @@ def test_an_example_that_alone_determines_a_direction(num_outputs):
     train[:5, :, :3] = random_tensor(5, num_outputs, 3, seed=6)
     train[5, 0, 3] = 1.0
     posterior = Posterior.fit(train, ridge=1e-9)  # leverage 1 - 1e-9
-    found = information(train, train[5:, :1], posterior)
-    assert float(found[0, 5]) == pytest.approx(0.5 * math.log1p(1 / (2 * MARGIN)), abs=1e-5)
-    assert float(found[0, :5].abs().max()) < 1e-12
+    values = information(train, train[5:, :1], posterior)
+    assert float(values[0, 5]) == pytest.approx(0.5 * math.log1p(1 / (2 * MARGIN)), abs=1e-5)
+    assert float(values[0, :5].abs().max()) < 1e-12
     other = random_tensor(1, 1, 3, seed=7)
     queries = torch.cat([other, torch.zeros(1, 1, 1, dtype=torch.float64)], 2)
     assert float(information(train, queries, posterior)[0, 5]) < 1e-12
     # Above the margin nothing is changed.
     exact = dense.loss(train[5:], train, [5], ridge=1e-5)
-    found = information(train[5:], train[5:], Posterior.fit(train, ridge=1e-5))
-    torch.testing.assert_close(found[:, 0], exact, atol=1e-8, rtol=0)
+    values = information(train[5:], train[5:], Posterior.fit(train, ridge=1e-5))
+    torch.testing.assert_close(values[:, 0], exact, atol=1e-8, rtol=0)
 
 
 def test_several_outputs_keep_what_is_not_alone():

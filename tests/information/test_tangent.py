@@ -20,8 +20,8 @@ EVERY = 10_000  # more features than any model here has parameters
 every_case = pytest.mark.parametrize("name", CASES)
 
 
-def close(found, expected, tolerance=1e-10):
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * max(1.0, float(expected.abs().max())))
+def close(actual, expected, tolerance=1e-10):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * max(1.0, float(expected.abs().max())))
 
 
 def model_of(name):
@@ -97,17 +97,17 @@ def matrix_of(projection, capture):
         inputs = torch.zeros(1, 4, dtype=torch.float64)
         like = backward.gradients(torch.ones_like(backward.run(inputs, 1)))
     parts = []
-    for own, block in like.items():
+    for layer, block in like.items():
         left, right = block.shape
         if block.is_dense:
-            everyone = {own: Block(torch.eye(block.size, dtype=torch.float64))}
+            everyone = {layer: Block(torch.eye(block.size, dtype=torch.float64))}
         else:
             places = torch.cartesian_prod(torch.arange(left), torch.arange(right))
             units = [
                 torch.eye(size, dtype=torch.float64)[places[:, side]][:, None]
                 for side, size in enumerate((left, right))
             ]
-            everyone = {own: Block(None, (Outer(*units, left),))}
+            everyone = {layer: Block(None, (Outer(*units, left),))}
         parts.append(projection(Gradients(everyone))[EVERYTHING].dense())
     return torch.cat(parts)
 
@@ -133,13 +133,13 @@ def test_batches_and_shares(likelihood, dim):
     model, data, task = model_of("words")
     whole = read(model, task, data, likelihood, dim=dim, batch_size=14, signed=True)
     for size in (1, 5):
-        for found, expected in zip(
+        for rows, expected in zip(
             read(model, task, data, likelihood, dim=dim, batch_size=size, signed=True), whole, strict=True
         ):
-            close(found, expected)
+            close(rows, expected)
     part = read(model, task, data, likelihood, dim=dim, signed=True, share=slice(3, 10))
-    for found, expected in zip(part, whole, strict=True):
-        close(found, expected[3:10])
+    for rows, expected in zip(part, whole, strict=True):
+        close(rows, expected[3:10])
 
 
 def test_between():
@@ -186,19 +186,19 @@ def test_directions_are_those_of_a_position(monkeypatch):
     attributor = fitted(model, data, "grad-dot", task=task)
     tangents = TangentFeatures(attributor.capture, task, "gauss-newton", EVERY, 3, signed=False)
 
-    def rows_at(places, *, asked=False):
+    def rows_at(places, *, as_queries=False):
         reader = Reader(examples_of(*data.tensors).subset(places), model, task, 3, **options)
-        return torch.cat([batch.rows for batch in tangents.batches(reader, as_queries=asked)])
+        return torch.cat([batch.rows for batch in tangents.batches(reader, as_queries=as_queries)])
 
     options = {"batch_size": 4, "device": CPU, "show_progress": False}
     every = range(len(data))
-    close(rows_at(every, asked=True), rows_at(every))
+    close(rows_at(every, as_queries=True), rows_at(every))
     monkeypatch.setattr(features, "MAX_EXACT_OUTPUTS", 1)
-    for asked in (False, True):
-        whole = rows_at(every, asked=asked)
+    for as_queries in (False, True):
+        whole = rows_at(every, as_queries=as_queries)
         for places in ([9, 3, 11, 0, 5, 12], [7]):
-            close(rows_at(places, asked=asked), whole[places])
-    train, queries = rows_at(every), rows_at(every, asked=True)
+            close(rows_at(places, as_queries=as_queries), whole[places])
+    train, queries = rows_at(every), rows_at(every, as_queries=True)
     # An example and its query have the same matrix on average, by directions that have nothing to do with each other.
     assert (train - queries).flatten(1).norm(dim=1).min() > 0.5 * train.flatten(1).norm(dim=1).min()
     same = data.tensors[0].new_ones(14, 1) * data.tensors[0][:1], data.tensors[1][:1].expand(14)
@@ -213,9 +213,9 @@ def test_directions_are_those_of_a_position(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_precision_of_the_model(dtype):
     model, data, task = model_of("classification")
-    found, exact = read(model.to(dtype), task, data)[0], read(mlp(), task, data)[0]
-    assert found.dtype == torch.float32
-    close(found.double(), exact, 1e-5 if dtype == torch.float32 else 0.03)
+    rows, exact = read(model.to(dtype), task, data)[0], read(mlp(), task, data)[0]
+    assert rows.dtype == torch.float32
+    close(rows.double(), exact, 1e-5 if dtype == torch.float32 else 0.03)
 
 
 def test_two_outputs_of_a_binary_task_have_no_margin():

@@ -60,8 +60,8 @@ def cheaper(request, monkeypatch):
     return request.param
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 @every_kind
@@ -146,10 +146,10 @@ def test_inner_products_of_factors_make_no_matrices(monkeypatch):
 )
 def test_concatenated(first, second, is_dense):
     parts = [KINDS[first](0), KINDS[second](20, num=2)]
-    found = concatenated([Gradients({"a": part, "b": KINDS["dense"](5, num=len(part))}) for part in parts])
-    close(found["a"].dense(), torch.cat([by_hand(part) for part in parts]))
-    assert found["a"].is_dense == is_dense
-    assert found.num_examples == NUM + 2
+    joined = concatenated([Gradients({"a": part, "b": KINDS["dense"](5, num=len(part))}) for part in parts])
+    close(joined["a"].dense(), torch.cat([by_hand(part) for part in parts]))
+    assert joined["a"].is_dense == is_dense
+    assert joined.num_examples == NUM + 2
 
 
 def test_all_blocks():
@@ -167,5 +167,5 @@ def test_all_blocks():
 
 def test_float32_stays_float32():
     block = Block(None, (Outer(tokens(2, 3, size=4), torch.ones(2, 3, 5), 4),))
-    for found in (block.dense(), block.squared_norms(), block.scaled(torch.ones(2)).dense(), block.inner(block)):
-        assert found.dtype == torch.float32
+    for result in (block.dense(), block.squared_norms(), block.scaled(torch.ones(2)).dense(), block.inner(block)):
+        assert result.dtype == torch.float32

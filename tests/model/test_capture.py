@@ -147,14 +147,14 @@ def planned(model, inputs, **options):
 
 def gradients_by_hand(capture, inputs, directions):
     """By name, one example after the other."""
-    found = {name: [] for name in capture.parameters}
+    by_name = {name: [] for name in capture.parameters}
     for i, direction in enumerate(directions):
         with torch.enable_grad():
             outputs = capture.outputs(cut(inputs, slice(i, i + 1)))
             given = torch.autograd.grad(outputs, [*capture.parameters.values()], direction[None], allow_unused=True)
         for (name, parameter), gradient in zip(capture.parameters.items(), given, strict=True):
-            found[name].append(torch.zeros_like(parameter) if gradient is None else gradient)
-    return {name: torch.stack(gradients) for name, gradients in found.items()}
+            by_name[name].append(torch.zeros_like(parameter) if gradient is None else gradient)
+    return {name: torch.stack(gradients) for name, gradients in by_name.items()}
 
 
 def gradients_of_sums(capture, inputs):
@@ -169,8 +169,8 @@ def check_one(capture, inputs, name):
     with torch.no_grad():
         directions = torch.ones_like(capture.outputs(inputs))
     expected = gradients_by_hand(capture, inputs, directions)[name]
-    found = capture.layouts[name].split(gradients_of_sums(capture, inputs)[name].dense())[name]
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    gradient = capture.layouts[name].split(gradients_of_sums(capture, inputs)[name].dense())[name]
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop because")  # torch's, of weight_norm under vmap
@@ -190,16 +190,16 @@ def test_every_layer(name):
 
     expected = gradients_by_hand(capture, inputs, directions)
     assert set(expected) == {plain for plain, p in model.named_parameters() if p.requires_grad}
-    found = {}
+    by_name = {}
     for block, layout in capture.layouts.items():
         vectors = gradients[block].dense()
         parts = layout.split(vectors)
         assert torch.equal(layout.join(parts), vectors)
         assert layout.num_parameters == gradients[block].size
-        assert not found.keys() & parts.keys()
-        found |= parts
-    torch.testing.assert_close(found, {key: expected[key] for key in found}, rtol=1e-9, atol=1e-12)
-    assert found.keys() == expected.keys()
+        assert not by_name.keys() & parts.keys()
+        by_name |= parts
+    torch.testing.assert_close(by_name, {key: expected[key] for key in by_name}, rtol=1e-9, atol=1e-12)
+    assert by_name.keys() == expected.keys()
     together = torch.cat([expected[key].reshape(NUM, -1) for key in expected], 1)
     torch.testing.assert_close(gradients.inner(gradients), together @ together.T, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(gradients.squared_norms(), together.square().sum(1), rtol=1e-9, atol=1e-12)
@@ -290,9 +290,9 @@ def test_times_rates(make, rates):
     model, inputs = seeded(lambda: nn.Sequential(make())), random_tensor(NUM, 4, seed=0)
     capture = planned(model, inputs)
     layout, block = capture.layouts["0.weight"], gradients_of_sums(capture, inputs)["0.weight"]
-    found = layout.split(layout.times(block, rates).dense())
+    actual = layout.split(layout.times(block, rates).dense())
     expected = {name: value * rates[name] for name, value in layout.split(block.dense()).items()}
-    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-12)
 
 
 def _conv1d_of_transformers(num_inputs, num_outputs):

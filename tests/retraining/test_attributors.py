@@ -205,7 +205,9 @@ def test_other_options_are_not_answered_by_the_record(fitted, name):
     assert f"made with other options: {name}" in attribution.metadata["record_note"]
     model.trainer = None
     assert attribution.scores.equal(ask(model, **options).scores)
-    with pytest.raises(ValueError, match=f"made with other options: {name}.*Leave them out, or `record`"):
+    with pytest.raises(
+        ValueError, match=f"made with other options: {name}.*Leave out these options to use the record, or"
+    ):
         ask(model, record=further.records[0], **options)
 
 
@@ -214,7 +216,7 @@ def test_other_queries_are_computed_on_the_spot(fitted):
     other, few = classification_data(5, seed=7), {"left_out": [12], "num_seeds": 2}
     attribution = ask(model, other, **few)
     assert attribution.metadata["record"] is None
-    assert attribution.metadata["record_note"] == "the record found is of other queries; computed on the spot"
+    assert attribution.metadata["record_note"] == "the record is of other queries; computed on the spot"
     expected = further_train(model, other, train_data=loader(DATA), left_out=[12], num_seeds=2, **QUIET)
     assert attribution.scores.equal(expected.effects())
     assert ask(model, target="predicted", **few).metadata["record"] is None
@@ -428,24 +430,24 @@ def test_a_truth_of_other_data_is_refused(retrained):
     make, data, truth = retrained
     how = {"method": "retraining", "truth": truth, "recovery": "ridge", **QUIET}
     queries = numbers(Q, seed=1)
-    with pytest.raises(ValueError, match="`train_data` is of other training data than the ground truth"):
+    with pytest.raises(ValueError, match="`train_data` has other training data than the ground truth"):
         attribute(make(), queries, train_data=numbers(N, seed=4), **how)
-    with pytest.raises(ValueError, match="`queries` is of other queries than the ground truth"):
+    with pytest.raises(ValueError, match="`queries` has other queries than the ground truth"):
         attribute(make(), numbers(Q, seed=4), train_data=data, **how)
     bare = how | {"truth": GroundTruth(truth.masks, truth.losses_by_seed, truth.seeds)}
-    with pytest.raises(ValueError, match="`truth` is of 25 training examples, got 24"):
+    with pytest.raises(ValueError, match="`truth` has 25 training examples, but `train_data` has 24"):
         attribute(make(), queries, train_data=numbers(24), **bare)
-    with pytest.raises(ValueError, match="`truth` is of 4 queries, got 3"):
+    with pytest.raises(ValueError, match="`truth` has 4 queries, but 3 were given"):
         attribute(make(), numbers(3, seed=1), train_data=data, **bare)
 
 
 WRONG = {
-    "nothing": ({"truth": None}, r"pass `truth=`, what retrain\(\) gave, or `model_fn=` and `max_epochs=`"),
+    "nothing": ({"truth": None}, r"pass `truth=`, a result of retrain\(\), or `model_fn=` and `max_epochs=`"),
     "no epochs": ({"truth": None, "model_fn": mlp}, "`model_fn=` and `max_epochs=` to retrain now"),
     "recovery": ({"recovery": "magic"}, "`recovery` must be one of .*got 'magic'"),
     "penalty": ({"penalty": 0.1}, "`penalty` belongs to recovery='lasso' or 'ridge'"),
-    "target": ({"target": "predicted", "recovery": "ridge"}, "use target='label'"),
-    "record": ({"record": "somewhere", "recovery": "ridge"}, "`record` is what recovery='prior' starts"),
+    "target": ({"target": "predicted", "recovery": "ridge"}, "Use target='label'"),
+    "record": ({"record": "somewhere", "recovery": "ridge"}, "Only recovery='prior' reads a record"),
     "batch size": ({"truth": None, "model_fn": mlp, "max_epochs": 1, "recovery": "ridge"}, "or `train_batch_size=`"),
     "folder": ({"truth": "/no/such/folder"}, "/no/such/folder"),
 }

@@ -93,7 +93,9 @@ def smoothed(weight=None, smoothing=0.0):
 
 
 WEIGHTS = torch.tensor([1.0, 2.0, 5.0])
-OTHER_LOSS = "returns another loss than the mean of the classification loss over examples .label smoothing, weights"
+OTHER_LOSS = (
+    "returns another loss than the mean of the classification loss over examples .does it have label smoothing, weights"
+)
 NO_STEP = "training_step cannot be called without a Trainer"
 REASONS = {
     "batchnorm": (net(network=batchnorm), r"depends on the others in its batch, likely by network.1 \(BatchNorm1d\)"),
@@ -101,7 +103,7 @@ REASONS = {
     "size of the batch": (net(network=Lengthwise), "depends on the others in its batch$"),
     "lstm": (net(network=LastState), r"torch.func cannot vectorise it, likely by network.lstm \(LSTM\): "),
     "control flow": (net(network=cases.Deciding), "torch.func cannot vectorise it: .*data-dependent control flow"),
-    "manual": (lambda: cases.Manual(mlp(), sgd), r"it optimizes by hand \(automatic_optimization=False\)"),
+    "manual": (lambda: cases.Manual(mlp(), sgd), r"it uses manual optimization \(automatic_optimization=False\)"),
     "smoothing": (net(training_step=smoothed(smoothing=0.1)), OTHER_LOSS),
     "smoothing from zero": (net(network=ZeroHead, training_step=smoothed(smoothing=0.1)), OTHER_LOSS),
     "weights": (net(training_step=smoothed(WEIGHTS)), OTHER_LOSS),
@@ -124,9 +126,9 @@ REASONS = {
     "lbfgs": (net(lambda m: torch.optim.LBFGS(m.parameters())), r"LBFGS is not .* \(SGD, Adam, AdamW\)"),
     "two optimizers": (net(two_optimizers), "configure_optimizers returns 2 optimizers and 0 schedulers"),
     "no optimizer": (net(lambda m: None), "configure_optimizers returns 0 optimizers"),
-    "plateau": (net(plateau), "its ReduceLROnPlateau needs what a Trainer monitors"),
+    "plateau": (net(plateau), "its ReduceLROnPlateau needs a metric that only a Trainer monitors"),
     "needs a trainer": (net(with_total_steps), r"configure_optimizers needs a Trainer \(RuntimeError: "),
-    "foreign parameters": (net(foreign), "its optimizer holds parameters that are not the model's"),
+    "foreign parameters": (net(foreign), "its optimizer has parameters that are not the model's"),
     **{
         f"hook {name}": (net(**{name: lambda self, *args, **kwargs: None}), f"hooks that only a Trainer calls: {name}$")
         for name in (
@@ -246,7 +248,7 @@ def test_one_by_one_comes_out_right(case, capsys):
     how = {"max_epochs": EPOCHS, "batch_size": BATCH}
     truth = retrain(model_fn, queries, train_data=data, masks=masks, num_seeds=2, **how)
     assert re.search(reason, truth.metadata["one_by_one_because"])
-    said = f"Models train one by one, each with its own Trainer, because {truth.metadata['one_by_one_because']}.\n"
+    said = f"Models train one by one, each with a fresh Trainer, because {truth.metadata['one_by_one_because']}.\n"
     assert said in capsys.readouterr().err
     if case == "needs a trainer":
         model_fn = net(scheduled_by_total)
@@ -344,7 +346,7 @@ def test_the_plain_loss_on_such_data_trains_together():
     how = {"train_data": loader, "max_epochs": 1, "num_subsets": 2, "num_seeds": 1, "show_progress": False}
     assert retrain(net(), rare_data(), **how).metadata["one_by_one_because"] is None
     forced = retrain(net(), rare_data(), one_by_one=True, **how)
-    assert forced.metadata["one_by_one_because"] == "one_by_one=True was asked for"
+    assert forced.metadata["one_by_one_because"] == "one_by_one=True was given"
     torch.testing.assert_close(forced.losses, retrain(net(), rare_data(), **how).losses, rtol=1e-4, atol=1e-6)
 
 
@@ -361,5 +363,5 @@ def test_one_initialisation_for_all_seeds_is_said():
         torch.manual_seed(0)
         return plain_net()
 
-    with pytest.warns(UserWarning, match="same initial weights under every seed"):
+    with pytest.warns(UserWarning, match="same initial weights with every seed"):
         retrain(model, rare_data(), train_data=rare_data(), batch_size=20, max_epochs=1, num_subsets=2)

@@ -111,12 +111,12 @@ def test_by_default_a_hundred_are_left_out():
 ARGUMENTS = {
     "unknown": ({"left_out": [3, 25]}, ValueError, r"\[25\] are not among the 25 training examples"),
     "negative": ({"left_out": [-1]}, ValueError, r"\[-1\] are not among the 25 training examples"),
-    "twice": ({"left_out": [3, 3]}, ValueError, "some stand twice"),
-    "none": ({"left_out": []}, ValueError, "`left_out` names no example"),
+    "twice": ({"left_out": [3, 3]}, ValueError, "it repeats some"),
+    "none": ({"left_out": []}, ValueError, "`left_out` must name at least one example"),
     "fractions": ({"left_out": [0.5]}, TypeError, r"integer positions in the training dataset, got torch\.float32"),
     "mask": ({"left_out": torch.ones(25, dtype=torch.bool)}, TypeError, r"integer positions.*got torch\.bool"),
     "no epochs": ({"epochs": 0}, ValueError, "`epochs` must be an integer of at least 1, got 0"),
-    "not one": ({"epochs": []}, ValueError, r"`epochs` must be one or several integers, got \[\]"),
+    "not one": ({"epochs": []}, ValueError, r"`epochs` must be an integer or a list of integers, got \[\]"),
     "half": ({"epochs": 1.5}, ValueError, r"`epochs` must be an integer of at least 1, got 1\.5"),
     "some wrong": ({"epochs": [2, 0]}, ValueError, r"`epochs` must be an integer of at least 1, got 0"),
     "no seeds": ({"num_seeds": 0}, ValueError, "`num_seeds` must be an integer of at least 1, got 0"),
@@ -127,10 +127,10 @@ ARGUMENTS = {
     "made": (
         {"optimizer": torch.optim.SGD(mlp().parameters(), lr=0.1)},
         TypeError,
-        r"got an instance of SGD\..*pass functools\.partial\(torch\.optim\.SGD, lr=",
+        r"got an instance of SGD\..*pass a function such as functools\.partial\(torch\.optim\.SGD, lr=",
     ),
     "a name": ({"optimizer": "sgd"}, TypeError, r"`optimizer` must be a function.*got 'sgd'.*functools\.partial"),
-    "a class": ({"model": Net}, TypeError, "`model` must be the final model.*got the class Net; make an instance"),
+    "a class": ({"model": Net}, TypeError, "`model` must be the final model.*got the class Net: make an instance"),
     "no model": ({"model": None}, TypeError, "`model` must be the final model.*got None"),
     "no batch": ({"batch_size": 0}, ValueError, "`batch_size` must be an integer of at least 1, got 0"),
     "class": ({"task": Regression}, TypeError, "`task` must be an instance of Task"),
@@ -163,7 +163,7 @@ def test_queries_without_a_finite_loss_are_named_before_training(loss):
 def test_data_with_nan_is_asked_about():
     data = in_double(points())
     data.tensors[0][20] = torch.nan
-    with pytest.raises(ValueError, match="Lower the learning rate; or does the data hold NaN"):
+    with pytest.raises(ValueError, match="Lower the learning rate, and check the data for NaN"):
         ask(make_net(mlp), batches_of(data), in_double(points(4, seed=1)))
 
 

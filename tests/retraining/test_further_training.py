@@ -50,7 +50,7 @@ def test_effects_are_means_over_seeds_with_their_standard_error(result):
     assert result.effects().equal(result.effects(2))
     assert result.std_error().equal(result.std_error(2))
     assert not result.effects(1).equal(result.effects(2))
-    with pytest.raises(ValueError, match=r"measured after \[1, 2\] epochs, not after 3"):
+    with pytest.raises(ValueError, match=r"one of \[1, 2\], after which .* got 3"):
         result.effects(3)
     assert repr(result) == "FurtherTraining(4 examples left out, 5 queries, 3 seeds, after 1, 2 epochs)"
 

@@ -117,10 +117,14 @@ def test_damage_and_other_kinds_are_refused(tmp_path):
 def test_losses_that_are_not_finite_are_named():
     losses = random(2, 5, 3)
     losses[1, 4, 2] = torch.nan
-    with pytest.raises(ValueError, match=r"1 losses are not finite, .* query 2 under the model of subset 4 and seed 9"):
+    with pytest.raises(
+        ValueError, match=r"1 losses are not finite\. .* query 2 under the model of subset 4 and seed 9"
+    ):
         GroundTruth(torch.ones(5, 3), losses, [8, 9])
     losses[0, 1, 0] = torch.inf
-    with pytest.raises(ValueError, match=r"2 losses are not finite, .* query 0 under the model of subset 1 and seed 8"):
+    with pytest.raises(
+        ValueError, match=r"2 losses are not finite\. .* query 0 under the model of subset 1 and seed 8"
+    ):
         GroundTruth(torch.ones(5, 3), losses, [8, 9])
 
 
@@ -139,10 +143,10 @@ def test_the_data_of_scores_are_compared():
     truth.check_data({})
     some_truth().check_data({"data": one})
     with pytest.raises(
-        ValueError, match=r"The attribution is of other training data .*: 4 examples b{12} against 3 ex"
+        ValueError, match=r"The attribution has other training data .*: 4 examples b{12} instead of 3 ex"
     ):
         truth.check_data({"data": other})
-    with pytest.raises(ValueError, match="Mine is of other queries"):
+    with pytest.raises(ValueError, match="Mine has other queries"):
         truth.check_data({"data": one, "query_data": one}, "Mine")
 
 
@@ -194,13 +198,13 @@ def test_numbers_of_removed_examples(ks):
 
 
 def test_scores_of_other_data_are_refused():
-    with pytest.raises(ValueError, match="of 2 queries and 25 training examples; got 3 queries and 25 training"):
+    with pytest.raises(ValueError, match="has 2 queries and 25 training examples, but 3 queries and 25 training"):
         without(Attribution(random(2, NUM_TRAIN), None))
-    with pytest.raises(ValueError, match="of 3 queries and 24 training examples"):
+    with pytest.raises(ValueError, match="has 3 queries and 24 training examples"):
         without(Attribution(random(3, 24), None))
     made = retrain(plain_net, QUERIES, train_data=points(), num_subsets=2, num_seeds=1, **HOW).metadata
     assert without(some_scores(data=made["data"], query_data=made["query_data"]), num_seeds=1).num_queries == 3
-    with pytest.raises(ValueError, match="of other training data"):
+    with pytest.raises(ValueError, match="has other training data"):
         without(some_scores(data=made["query_data"]))
-    with pytest.raises(ValueError, match="of other queries"):
+    with pytest.raises(ValueError, match="has other queries"):
         without(some_scores(query_data=made["data"]))

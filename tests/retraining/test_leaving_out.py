@@ -255,7 +255,7 @@ def test_what_cannot_train_together_trains_one_by_one_by_its_training_step(name,
     model, data, queries = make_net(network, loss=loss, kind=kind), in_double(points()), in_double(points(4, seed=1))
     result = ask(model, batches_of(data), queries, show_progress=True)
     assert re.search(reason, result.metadata["one_by_one_because"])
-    assert f"train on one by one, because {result.metadata['one_by_one_because']}." in capsys.readouterr().err
+    assert f"train one by one, because {result.metadata['one_by_one_because']}." in capsys.readouterr().err
 
     def step(m, batch):
         m.log = lambda *_: None
@@ -293,8 +293,8 @@ class AsksForTheEpoch(Net):
 
 
 NEEDING = {
-    AsksForTheEpoch: "AsksForTheEpoch cannot be trained on by its training_step without a Train",
-    cases.Manual: r"Manual optimizes by hand \(automatic_optimization=False\), so it has no loss to take.*Pass further",
+    AsksForTheEpoch: "the training_step of AsksForTheEpoch without a Trainer",
+    cases.Manual: r"Manual uses manual optimization \(automatic_optimization=False\).*no loss to subtract.*Pass",
 }
 
 

@@ -98,7 +98,7 @@ def test_modules_of_both_trees_are_retrained_alike(tree, one_by_one):
     expected = retrained(module_of(L)).losses
     truth = retrained(module_of(tree), one_by_one=one_by_one)
     torch.testing.assert_close(truth.losses, expected, rtol=1e-4, atol=1e-5)
-    assert truth.metadata["one_by_one_because"] == ("one_by_one=True was asked for" if one_by_one else None)
+    assert truth.metadata["one_by_one_because"] == ("one_by_one=True was given" if one_by_one else None)
 
 
 @TREES
@@ -146,7 +146,7 @@ def test_a_plateau_of_the_validation_loss(tree):
 
 @TREES
 def test_a_plateau_without_validation_data_is_refused_in_our_words(tree):
-    message = r"^Plateau waits for a metric .*val_loss.*LightningDataModule with a val_dataloader.*`optimizer=`"
+    message = r"^Plateau needs a metric .*val_loss.*LightningDataModule with a val_dataloader.*`optimizer=`"
     for data in (None, data_of(tree, validation=False)):
         with pytest.raises(ValueError, match=message):
             retrained(plateau_of(tree), data)

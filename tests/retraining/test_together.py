@@ -136,9 +136,9 @@ def test_where_steps_are_counted_none_may_be_skipped(optimizer, named, capsys):
     data, masks = in_double(points()), cases.some_masks(3, fraction=0.2)
     how = {"max_epochs": 1, "batch_size": 2}
     truth = retrain(model_fn, data, train_data=data, masks=masks, num_seeds=1, **how)
-    reason = f"some batches hold no example of some subsets, and {named} counts its steps"
+    reason = f"some batches have no example of some subsets, and {named} depends on its number of steps"
     assert truth.metadata["one_by_one_because"] == reason
-    assert f"one by one, each with its own Trainer, because {reason}." in capsys.readouterr().err
+    assert f"one by one, each with a fresh Trainer, because {reason}." in capsys.readouterr().err
     expected = by_hand(model_fn, data, data, masks, 0, **how)
     torch.testing.assert_close(truth.losses, expected.float(), rtol=1e-6, atol=1e-6)
 
@@ -148,7 +148,7 @@ def test_dampening_of_one_group_counts_too():
         return torch.optim.SGD([{"params": list(model.parameters()), "dampening": 0.5}], lr=0.1, momentum=0.9)
 
     recipe = Recipe(lambda: Net(mlp(), optimize), points(), train_data=points(), max_epochs=1, batch_size=2, task=None)
-    with pytest.raises(CannotBatch, match="SGD counts its steps"):
+    with pytest.raises(CannotBatch, match="SGD depends on its number of steps"):
         Together(recipe, 0).check_steps(cases.some_masks(3, 0.2), [0])
 
 
