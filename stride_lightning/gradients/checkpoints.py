@@ -30,7 +30,7 @@ class Checkpoint:
     path: Path
     learning_rates: Mapping[str, float] | None  # by plain parameter name; None where the file holds none
     step: int | None  # optimizer steps taken; None where the file holds no step
-    is_scheduled: bool = False  # whether rates were stored beside a scheduler, which may have moved them on already
+    is_scheduled: bool = False  # whether rates were stored beside a scheduler, which may have changed them already
     weights_only: bool | None = None  # as in torch.load; a record holds nothing else
 
     def load(self) -> dict[str, Tensor]:

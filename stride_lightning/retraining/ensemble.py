@@ -202,7 +202,7 @@ def bytes_per_model(model: nn.Module, optimizer: torch.optim.Optimizer, function
         return tensor
 
     with seeded(0), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        result = function(model, batch)  # noqa: F841 - keeps what was saved alive, so that no address comes twice
+        result = function(model, batch)  # noqa: F841 - holds the saved tensors, so that no two share an address
     for value in (*model.parameters(), *model.buffers()):
         saved.pop(value.untyped_storage().data_ptr(), None)
     states = 2 if "betas" in optimizer.defaults else int(optimizer.defaults.get("momentum", 0) > 0)
@@ -211,7 +211,7 @@ def bytes_per_model(model: nn.Module, optimizer: torch.optim.Optimizer, function
 
 
 def chunk_size(num_models: int, bytes_each: int, device: torch.device, memory_budget: int | None = None) -> int:
-    """How many models train together: all within the budget, cut so that chunks are of about one size."""
+    """Number of models in a chunk: as many as the budget allows, with chunks of about equal size."""
     budget = MEMORY_BUDGET.get(device.type, 2**29) if memory_budget is None else memory_budget
     largest = max(1, min(num_models, budget // max(1, bytes_each)))
     return -(-num_models // -(-num_models // largest))
