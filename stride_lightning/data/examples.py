@@ -188,10 +188,10 @@ class Examples:
         return self._hook("on_after_batch_transfer", lambda value, _: value)(batch, 0)
 
     def _hook(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        return next((hook for owner in self.owners if (hook := own_hook(owner, name))), default)
+        return next((hook for owner in self.owners if (hook := overridden_hook(owner, name))), default)
 
 
-def own_hook(owner: object, name: str) -> Callable[..., Any] | None:
+def overridden_hook(owner: object, name: str) -> Callable[..., Any] | None:
     """A data hook that a data module or a model defines, not Lightning's default."""
     method = getattr(owner, name, None)  # of the object: LightningDataModule.from_datasets() sets them there
     return None if method is None or method.__qualname__.startswith("DataHooks.") else method

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from stride_lightning.data.examples import Examples, own_hook
+from stride_lightning.data.examples import Examples, overridden_hook
 from stride_lightning.data.loading import loading_of, partial_sampler
 
 #: What errors call the examples of each side.
@@ -61,7 +61,7 @@ def resolve_queries(source: Any, model: object | None = None) -> Examples:
     if hasattr(source, "train_dataloader"):
         if getattr(source, "trainer", None) is None:
             source.prepare_data()
-        stage = next((s for s in ("test", "val") if own_hook(source, f"{s}_dataloader")), None)
+        stage = next((s for s in ("test", "val") if overridden_hook(source, f"{s}_dataloader")), None)
         if stage is None:
             raise ValueError(f"{type(source).__name__} defines neither test_dataloader nor val_dataloader for queries.")
         source.setup("test" if stage == "test" else "validate")

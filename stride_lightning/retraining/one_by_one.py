@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from stride_lightning.data.examples import own_hook
+from stride_lightning.data.examples import overridden_hook
 from stride_lightning.retraining.modules import overridden, tree_of
 from stride_lightning.retraining.recipe import Recipe
 from stride_lightning.runtime.checks import first_line
@@ -91,7 +91,7 @@ def train_alone(recipe: Recipe, mask: Tensor, seed: int) -> Tensor:
 
 def _validation(recipe: Recipe, model: nn.Module) -> Callable[[], Any] | None:
     """The function that makes the validation loader; None if the model has no validation step or there are no data."""
-    hooks = [own_hook(owner, "val_dataloader") for owner in (recipe.datamodule, model)]
+    hooks = [overridden_hook(owner, "val_dataloader") for owner in (recipe.datamodule, model)]
     return next(filter(None, hooks), None) if overridden(model, ["validation_step"]) else None
 
 

@@ -76,14 +76,14 @@ def test_record_holds_the_effects_at_the_final_weights(recorded):
     assert path.name == f"step={trainer.global_step}" == "step=8"
     assert further.records == [path]
     assert read_record(path).info["epoch"] == trainer.current_epoch
-    saved, own = FurtherTraining.load(path), expected(model, epochs=[1, 2], seed=5)
-    assert saved.effects_by_seed.equal(own.effects_by_seed)
+    saved, reference = FurtherTraining.load(path), expected(model, epochs=[1, 2], seed=5)
+    assert saved.effects_by_seed.equal(reference.effects_by_seed)
     assert saved.effects_by_seed.equal(further.result.effects_by_seed)
     assert saved.effects().abs().max() > 1e-4
     assert (saved.left_out.tolist(), saved.epochs, saved.seeds) == (LEFT_OUT, [1, 2], [5, 6])
     assert (saved.metadata["step"], saved.metadata["batch_size"]) == (8, 16)
     for name in ("data", "query_data", "weights", "optimizer", "batch_size", "shuffle"):
-        assert saved.metadata[name] == own.metadata[name], name
+        assert saved.metadata[name] == reference.metadata[name], name
 
 
 def test_csv_logger_gets_sizes_of_effects_and_scalars_of_the_scores(recorded):
@@ -94,8 +94,8 @@ def test_csv_logger_gets_sizes_of_effects_and_scalars_of_the_scores(recorded):
     for epoch in (1, 2):
         values = {"effect_rms": further.result.effects(epoch), "std_error_rms": further.result.std_error(epoch)}
         for name, value in values.items():
-            own = value.square().mean().sqrt().item()
-            assert logged[f"further-training/epochs={epoch}/{name}"] == (pytest.approx(own), 8)
+            reference = value.square().mean().sqrt().item()
+            assert logged[f"further-training/epochs={epoch}/{name}"] == (pytest.approx(reference), 8)
     scores = further.result.effects(2)
     assert logged["further-training/score_std"] == (pytest.approx(scores.std(correction=0).item()), 8)
     assert logged["further-training/positive_fraction"][0] == pytest.approx((scores > 0).float().mean().item())
@@ -142,9 +142,9 @@ def test_pictures_of_what_was_left_out(tmp_path, monkeypatch):
 def test_attribute_finds_it(recorded, monkeypatch):
     model, _, further = recorded
     monkeypatch.setattr("stride_lightning.retraining.attributors.measure_effects", None)
-    found = attribute(model, QUERIES, train_data=DATA, method="further-training", **QUIET)
-    assert found.scores.equal(further.result.effects())
-    assert found.metadata["record"] == str(further.records[0])
+    scored = attribute(model, QUERIES, train_data=DATA, method="further-training", **QUIET)
+    assert scored.scores.equal(further.result.effects())
+    assert scored.metadata["record"] == str(further.records[0])
 
 
 def test_by_default_a_hundred_examples_and_five_seeds(tmp_path):
@@ -175,10 +175,10 @@ def test_order_and_size_are_those_of_the_loader_or_as_passed(tmp_path):
     metadata = further.result.metadata
     assert (metadata["batch_size"], metadata["shuffle"], metadata["drop_last"]) == (7, False, True)
     assert further.result.effects_by_seed.equal(expected(model, sequential).effects_by_seed)
-    own = callback(batch_size=5, optimizer=SGD)
-    train(model, DATA, tmp_path, own)
-    assert own.result.metadata["optimizer"] == repr(SGD(model.parameters()))
-    assert own.result.effects_by_seed.equal(expected(model, batch_size=5, optimizer=SGD).effects_by_seed)
+    reference = callback(batch_size=5, optimizer=SGD)
+    train(model, DATA, tmp_path, reference)
+    assert reference.result.metadata["optimizer"] == repr(SGD(model.parameters()))
+    assert reference.result.effects_by_seed.equal(expected(model, batch_size=5, optimizer=SGD).effects_by_seed)
 
 
 def test_train_indices(tmp_path):
@@ -186,13 +186,13 @@ def test_train_indices(tmp_path):
     sampled = DataLoader(DATA, 4, sampler=SubsetRandomSampler(chosen))
     model, further = build(Classifier), callback(left_out=[9, 30], train_indices=chosen)
     train(model, sampled, tmp_path, further)
-    own = TensorDataset(*(tensor[chosen] for tensor in DATA.tensors))
+    reference = TensorDataset(*(tensor[chosen] for tensor in DATA.tensors))
     assert further.result.left_out.tolist() == [9, 30]
     torch.testing.assert_close(
-        further.result.effects(), expected(model, loader(own, 4), left_out=[3, 0]).effects(), rtol=1e-4, atol=1e-6
+        further.result.effects(), expected(model, loader(reference, 4), left_out=[3, 0]).effects(), rtol=1e-4, atol=1e-6
     )
-    found = attribute(model, QUERIES, train_data=DATA, train_indices=chosen, method="further-training", **QUIET)
-    assert found.metadata["record"] == str(further.records[0])
+    scored = attribute(model, QUERIES, train_data=DATA, train_indices=chosen, method="further-training", **QUIET)
+    assert scored.metadata["record"] == str(further.records[0])
 
 
 def test_data_modules(tmp_path):
@@ -207,9 +207,9 @@ def test_data_modules(tmp_path):
     data, held_out = Shifted(), Shifted()
     held_out.setup("test")
     x, y = held_out.held_out.tensors
-    own = expected(model, data, TensorDataset(x[:4] + 3, y[:4]))
+    reference = expected(model, data, TensorDataset(x[:4] + 3, y[:4]))
     assert further.result.effects().shape == (4, 3)
-    torch.testing.assert_close(further.result.effects(), own.effects())
+    torch.testing.assert_close(further.result.effects(), reference.effects())
 
 
 def test_a_task_of_ones_own(tmp_path):
@@ -373,9 +373,9 @@ def test_precision(tmp_path, precision, smoothing):
         assert ("label smoothing" in str(further.result.metadata["one_by_one_because"])) is (smoothing > 0)
     single = build(Smoothed)
     single.load_state_dict(model.state_dict())
-    own = expected(single, left_out=[12, 3])
+    reference = expected(single, left_out=[12, 3])
     rough = {"bf16-true": 0.1, "32-true": 0.0, "64-true": 1e-3}[precision]
-    torch.testing.assert_close(further.result.effects(), own.effects(), rtol=rough, atol=rough / 10)
+    torch.testing.assert_close(further.result.effects(), reference.effects(), rtol=rough, atol=rough / 10)
 
 
 # ---- two processes ----------------------------------------------------------------------------------------------
@@ -391,12 +391,12 @@ def fit_on_two(number, port, folder):
     trainer.fit(model, loader(pictures, batch_size=4))
     results = {"records": list(map(str, further.records)), "state": copy.deepcopy(model.state_dict())}
     results["effects"], results["size"] = further.result.effects_by_seed, further.result.metadata["batch_size"]
-    asked = {"train_data": loader(pictures, 8), "method": "further-training", **QUIET}
-    found = attribute(model, queries, **asked)
-    results["found"], results["record"] = found.scores, found.metadata["record"]
+    arguments = {"train_data": loader(pictures, 8), "method": "further-training", **QUIET}
+    scored = attribute(model, queries, **arguments)
+    results["found"], results["record"] = scored.scores, scored.metadata["record"]
     if number == 1:  # as on a node with a disk of its own
         further.dirpath = folder / "nowhere"
-    alone = attribute(model, queries, left_out=[7, 2, 31], num_seeds=3, **asked)
+    alone = attribute(model, queries, left_out=[7, 2, 31], num_seeds=3, **arguments)
     results["alone"], results["note"] = alone.scores, alone.metadata["record_note"]
     torch.set_num_threads(1 + number)  # ranks that would cut the work otherwise
     how = {"train_data": loader(pictures, 8), "left_out": [7, 2, 31], "num_seeds": 2, **QUIET}
@@ -426,15 +426,15 @@ def test_two_processes_give_what_one_gives(tmp_path):
     model.load_state_dict(first["state"])
     assert read_record(path).info["weights"] == weight_hash(model)
     how = {"left_out": [7, 2, 31], "num_seeds": 3}
-    own = expected(model, loader(picture_data(), 8), picture_data(3, seed=5), **how)
+    reference = expected(model, loader(picture_data(), 8), picture_data(3, seed=5), **how)
     close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-6)
-    assert own.effects_by_seed.abs().max() > 1e-4
-    close(first["effects"], own.effects_by_seed)
-    close(FurtherTraining.load(path).effects_by_seed, own.effects_by_seed)
-    close(first["found"], own.effects())
-    close(first["alone"], own.effects())
+    assert reference.effects_by_seed.abs().max() > 1e-4
+    close(first["effects"], reference.effects_by_seed)
+    close(FurtherTraining.load(path).effects_by_seed, reference.effects_by_seed)
+    close(first["found"], reference.effects())
+    close(first["alone"], reference.effects())
     for key in ("first", "again", "in memory"):
-        close(first[key], own.effects_by_seed[:2])
+        close(first[key], reference.effects_by_seed[:2])
     logged = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text()
     assert logged.count("further-training/epochs=1/effect_rms") == 1
 

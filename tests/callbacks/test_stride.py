@@ -241,10 +241,10 @@ def test_a_subclass_is_found_too(tmp_path):
     model = build(Classifier)
     trainer = train(model, DATA, tmp_path, Mine(num_subsets=8))
     trainer.save_checkpoint(tmp_path / "end.ckpt")
-    asked = {"train_data": DATA, **QUIET}
-    assert attribute(model, QUERIES, **asked).metadata["record"] is not None
+    arguments = {"train_data": DATA, **QUIET}
+    assert attribute(model, QUERIES, **arguments).metadata["record"] is not None
     other = build(Classifier, seed=1)
-    assert attribute(other, QUERIES, ckpt_path=tmp_path / "end.ckpt", **asked).metadata["record"] is not None
+    assert attribute(other, QUERIES, ckpt_path=tmp_path / "end.ckpt", **arguments).metadata["record"] is not None
 
 
 def test_augmented_data_warn_once_and_still_match(tmp_path):

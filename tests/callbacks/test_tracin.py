@@ -274,15 +274,15 @@ def test_second_fit_goes_on_and_another_trainer_begins_anew(tmp_path):
 
 def fit_on_two(number, port, folder):
     start(number, port)
-    found = {}
+    results = {}
     for name, saved in {"first": None, "resumed": folder / "end.ckpt"}.items():
         callback = TracInCallback(folder / "records", every_n_train_steps=2)
         model = build(ConvNet)
         trainer = make_trainer(folder, callback, strategy="ddp", devices=2, max_epochs=2 + (saved is not None))
         trainer.fit(model, loader(picture_data(), batch_size=8), ckpt_path=saved)
-        found[name] = {"hash": weight_hash(model), "state": callback.state_dict(), "steps": trainer.global_step}
+        results[name] = {"hash": weight_hash(model), "state": callback.state_dict(), "steps": trainer.global_step}
         trainer.save_checkpoint(folder / "end.ckpt")
-    torch.save(found, folder / f"rank{number}.pt")
+    torch.save(results, folder / f"rank{number}.pt")
 
 
 @pytest.mark.distributed

@@ -72,9 +72,9 @@ def test_a_run_that_is_resumed_leaves_what_an_uninterrupted_one_does(tmp_path, s
     assert find_records(tmp_path / "tracin") == second.records
     assert [trajectory_of(path) for path in second.records] == [trajectory_of(path) for path in whole.records]
     assert len({info["run"] for info in info_of(second)}) == 1
-    kept = [path for path in second.records if path in before]
-    assert len(kept) >= 1
-    assert all(path.stat().st_mtime_ns == before[path] for path in kept)
+    reused = [path for path in second.records if path in before]
+    assert len(reused) >= 1
+    assert all(path.stat().st_mtime_ns == before[path] for path in reused)
 
 
 def test_an_abandoned_path_is_left_alone_and_not_used(tmp_path):

@@ -294,21 +294,21 @@ STRIDE_OPTIONS = [
 
 def everything():
     """Scores of all methods for queries more and fewer than processes, their tops and their self-influences."""
-    found = {}
+    by_name = {}
     for kind, options in STRIDE_OPTIONS:
         for rows in (range(NUM_QUERIES), [2]):
-            found[kind, str(options), len(rows)] = scored("stride", kind, rows=rows, num_subsets=13, **options).scores
+            by_name[kind, str(options), len(rows)] = scored("stride", kind, rows=rows, num_subsets=13, **options).scores
     kind = "classification"
     for method in METHODS:
         attributor = fitted(method, kind)
-        found[method] = attributor.attribute(cases.queries_of(kind)).scores
+        by_name[method] = attributor.attribute(cases.queries_of(kind)).scores
         if not {(method, "self-influence"), (method, "asked again")} & EXEMPT.keys():
-            found[method, "self-influence"] = attributor.self_influence()
+            by_name[method, "self-influence"] = attributor.self_influence()
         if method in TOPS:
-            found[method, "top"] = scored(method, kind, top_k=4).top(4).proponent_scores
+            by_name[method, "top"] = scored(method, kind, top_k=4).top(4).proponent_scores
     for method in ("stride", "ekfac", "trak"):
-        found[method, "texts"] = scored(method, "language").scores
-    return found
+        by_name[method, "texts"] = scored(method, "language").scores
+    return by_name
 
 
 def on_each(number, port, folder):

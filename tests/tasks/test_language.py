@@ -51,8 +51,8 @@ def rows_of(batch):
     return [{name: value[row : row + 1] for name, value in batch.items()} for row in range(len(TEXTS))]
 
 
-def close(found, expected, tolerance=1e-12):
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+def close(actual, expected, tolerance=1e-12):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
 # ---- the loss ---------------------------------------------------------------------------------------------------
@@ -306,12 +306,12 @@ def test_classes_of_texts():
     task, model = SequenceClassification(), bert()
     batch = {**padded([{"input_ids": one["input_ids"]} for one in TEXTS]), "labels": torch.tensor([0, 1, 2, 0, 1, 2])}
     with torch.no_grad():
-        found = task.loss(task.outputs(model, task.inputs(batch)), task.encode(task.targets(batch), 3).double())
+        actual = task.loss(task.outputs(model, task.inputs(batch)), task.encode(task.targets(batch), 3).double())
         logits = torch.cat([model(input_ids=torch.tensor([one["input_ids"]])).logits for one in TEXTS])
         expected = F.cross_entropy(logits, batch["labels"], reduction="none")
         whole = model(**batch).loss
-    close(found, expected)
-    close(found.mean(), whole)
+    close(actual, expected)
+    close(actual.mean(), whole)
     assert task.targets({"input_ids": batch["input_ids"]}) is None
     assert task.targets((batch["input_ids"], batch["labels"])) is batch["labels"]
     assert isinstance(task, Classification)
