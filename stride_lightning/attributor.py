@@ -15,6 +15,7 @@ from typing_extensions import Self
 from stride_lightning.data.examples import Examples, first_look
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
 from stride_lightning.model.weights import (
+    alone_with,
     attached_trainer,
     borrowed,
     load_checkpoint,
@@ -87,7 +88,7 @@ class Attributor(ABC):
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a module (an instance of torch.nn.Module), got {model!r}.")
         check_task(task)
-        with Meter() as meter, call(show=self.show_progress):
+        with Meter() as meter, call(show=self.show_progress), alone_with(model):
             path = None if ckpt_path is None else resolve_ckpt_path(ckpt_path, model)
             checkpoint = None if path is None else load_checkpoint(path, weights_only)
             self.weights_only = weights_only
@@ -164,7 +165,12 @@ class Attributor(ABC):
     def borrowed_model(self) -> Iterator[tuple[nn.Module, torch.device]]:
         """The model with the fitted weights, and its device; afterwards the caller's model is as before."""
         assert self.model is not None
-        with torch.inference_mode(False), borrowed(self.model, self._state(), self._device) as where, torch.no_grad():
+        with (
+            alone_with(self.model),
+            torch.inference_mode(False),
+            borrowed(self.model, self._state(), self._device) as where,
+            torch.no_grad(),
+        ):
             if weight_hash(self.model) != self.weights:
                 raise ValueError(
                     "The model's weights have changed since fit(). Call fit() again, or give fit() a `ckpt_path=`: its "

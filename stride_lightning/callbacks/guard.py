@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from stride_lightning.runtime.distributed import RankError, leaving_together, world_size
+from stride_lightning.runtime.progress import call
 from stride_lightning.runtime.randomness import preserved_random_state
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class GuardedCallback(L.Callback):
         """
         try:
             with (
+                call(show=trainer.progress_bar_callback is not None),
                 leaving_together(),
                 preserved_random_state(self, pl_module, trainer.train_dataloader, beyond=trainer),
             ):

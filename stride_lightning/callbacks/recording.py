@@ -111,7 +111,8 @@ class RecordingCallback(GuardedCallback):
                 raise ValueError(
                     "The model has lazy layers that have seen no batch yet. Call the model on one before fit()."
                 )
-            self.begin(trainer, pl_module)
+            with borrowed(pl_module, None, None):  # hooks of the module that read batches may count, too
+                self.begin(trainer, pl_module)
             if rank() == 0 and not is_dev_run(trainer):
                 self._check_folder(self.record_bytes(pl_module))
 

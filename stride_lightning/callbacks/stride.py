@@ -17,7 +17,6 @@ from stride_lightning.model.layers import check_layers, in_precision_of
 from stride_lightning.model.weights import borrowed, rank_zero_state, weight_hash
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import rank
-from stride_lightning.runtime.progress import call
 from stride_lightning.steering.activations import capture_inputs
 from stride_lightning.steering.attributor import make_fit
 from stride_lightning.steering.fit import Fit, FitOptions
@@ -197,7 +196,7 @@ class StrideCallback(RecordingCallback):
         watched, step = self._watched, trainer.global_step
         fit_operators = final and self.fit_operators
         shows = trainer.progress_bar_callback is not None
-        with self.working(trainer, pl_module), call(show=shows, is_planned=fit_operators):
+        with self.working(trainer, pl_module):
             with borrowed(pl_module, rank_zero_state(pl_module), None) as device, torch.no_grad():
                 weights = weight_hash(pl_module)
                 # Weights, not steps: weight averaging may have changed them since the record of the last step.

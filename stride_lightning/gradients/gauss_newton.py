@@ -125,7 +125,7 @@ class ConjugateGradient(GaussNewton):
         super().expect(train, num_queries)
         EKFAC().expect(train, num_queries)
         # About eight products, each with one pass forward and two backward for every query, and as much for EK-FAC.
-        work = 8 * num_queries * train.num_shared * 2 * train.loss_work
+        work = 5 * num_queries * train.num_shared * 2 * train.loss_work
         expect("Conjugate gradients", PERCENT, work / PERCENT)
 
     @override

@@ -8,12 +8,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from threading import RLock
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from stride_lightning.model.contents import restorer
 from stride_lightning.model.layers import plain_name
 from stride_lightning.model.pickled_objects import pickled_objects
 from stride_lightning.runtime.checks import first_line
@@ -136,6 +139,18 @@ def rank_zero_state(model: nn.Module) -> dict[str, Any] | None:
     return cast("dict[str, Any]", broadcast_object(model.state_dict()))
 
 
+_locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+
+
+def alone_with(model: nn.Module) -> RLock:
+    """A lock to hold while a call borrows a model: other threads that ask for the same model wait."""
+    return _locks.setdefault(model, RLock())
+
+
+#: Attributes of every module that are restored by other means, or not changed by a forward pass.
+_TORCH_OWN = frozenset(vars(nn.Module()))
+
+
 @contextmanager
 def borrowed(
     model: nn.Module, state: Mapping[str, Tensor] | None, device: torch.device | None
@@ -151,6 +166,7 @@ def borrowed(
     # A forward pass may count, log, or keep what it computed: attributes, buffers and metrics are put back, and
     # `self.log` does nothing meanwhile.
     attributes = [(module, dict(vars(module))) for module in model.modules()]
+    contents = [restorer(value) for _, values in attributes for name, value in values.items() if name not in _TORCH_OWN]
     named_buffers = [(held, dict(held)) for module in model.modules() if isinstance(held := module._buffers, dict)]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     metrics = [(m, copy.deepcopy(m.metric_state), m._update_count) for m in model.modules() if isinstance(m, Metric)]
@@ -181,6 +197,8 @@ def borrowed(
             model.load_state_dict(saved)
         for module, values in attributes:
             _restore(vars(module), values)
+        for restore in contents:
+            restore()
         for by_name, values in named_buffers:
             _restore(by_name, values)
         for metric, values, count in metrics:
@@ -231,6 +249,7 @@ def check_fits(model: nn.Module, state: Mapping[str, Any], where: str = "") -> d
         ]
         raise ValueError(
             f"{where}The checkpoint's weights do not fit {type(model).__name__} "
-            f"({' | '.join(filter(None, parts))}). Build the model with the settings it was trained with."
+            f"({' | '.join(filter(None, parts))}). Build the model with the settings it was trained with, and if it "
+            "makes its layers in configure_model() or setup(), call that first."
         )
     return {names[name]: value for name, value in given.items()}

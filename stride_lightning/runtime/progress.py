@@ -50,7 +50,7 @@ def on_one_bar(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
-        with call(show=bool(kwargs.get("show_progress", True)), is_planned=False):
+        with call(show=bool(kwargs.get("show_progress", True))):
             return function(*args, **kwargs)
 
     return wrapped
@@ -222,7 +222,8 @@ class _Bar:
             bar.start_t -= time.perf_counter() - self._started
             while not self._stop.wait(BEAT):
                 left, passed = self.left(), time.perf_counter() - self._started
-                bar.set_description(self._name, refresh=False)
+                done, items = self._phase.done, self._phase.items
+                bar.set_description(f"{self._name} {done}/{items}" if items > 1 else self._name, refresh=False)
                 if left is not None:
                     bar.n = max(bar.n, passed / (passed + left))
                     bar.set_postfix_str(f"about {tqdm.format_interval(left)} left", refresh=False)

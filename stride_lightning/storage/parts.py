@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stride_lightning.runtime.distributed import barrier, broadcast_object, gather_objects, rank, world_size
 from stride_lightning.runtime.parallel import each_in_a_thread
-from stride_lightning.runtime.progress import counting
+from stride_lightning.runtime.progress import counting, expect
 from stride_lightning.runtime.randomness import preserved_random_state
 from stride_lightning.storage.records import RecordError, find_records, read_record, remove_record, write_record
 from stride_lightning.storage.stored import Stored
@@ -116,6 +116,7 @@ class Work:
         chunks = [(seed, slice(start, min(start + size, num_items))) for seed in seeds for start in starts]
         lengths = [ticks(items.stop - items.start) for _, items in chunks]
         mine = range(rank(), len(chunks), world_size())
+        expect(description, sum(lengths))
         with counting(sum(lengths), description, show_progress) as bar, preserved_random_state():
 
             def values_of(number: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from stride_lightning import Attribution, TopAttribution, methods
-from stride_lightning.attribute import class_of, create
+from stride_lightning.attribute import attribute, class_of, create
 from stride_lightning.gradients import planned
 from stride_lightning.steering.subsets import Design, sample_design
 from tests.contract import cases
@@ -323,3 +324,20 @@ def test_two_processes_give_what_one_gives(tmp_path):
     for key, expected in everything().items():
         assert first[key].equal(second[key]), key
         close_scores(first[key], expected, 1e-4)
+
+
+def test_calls_from_several_threads_on_one_model_wait_for_each_other():
+    """Each puts the model in another state for its time."""
+    case = CASES["classification"]
+    model = case.make().train()
+    methods_of_threads = ("grad-dot", "ekfac", "grad-dot", "stride", "ekfac", "stride")
+
+    def ask(method):
+        options = {"num_subsets": 8} if method == "stride" else {}
+        return attribute(model, case.queries, train_data=case.train, method=method, **options, **cases.QUIET).scores
+
+    expected = {method: ask(method) for method in set(methods_of_threads)}
+    with ThreadPoolExecutor(3) as pool:
+        for method, scores in zip(methods_of_threads, pool.map(ask, methods_of_threads), strict=True):
+            assert torch.equal(scores, expected[method])
+    assert model.training

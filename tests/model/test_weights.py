@@ -1,6 +1,9 @@
 """Weights: their hash, checkpoints, and models that are borrowed and given back."""
 
+from collections import deque
+
 import lightning.pytorch as L
+import numpy as np
 import pytest
 import torch
 import torchmetrics
@@ -291,3 +294,36 @@ def test_attributes_and_buffers_that_a_forward_pass_replaces_are_put_back():
     assert set(vars(model)) == before
     assert (model.calls, model.seen.item()) == (0, 0)
     assert model.seen is seen
+
+
+def test_what_a_forward_pass_changes_in_place_is_put_back():
+    """Lists and other containers, also inside each other, arrays and plain tensors: the same objects as before."""
+
+    class Keeping(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 1)
+            self.outputs, self.history = [], {"sizes": [1], "last": None}
+            self.running, self.counts = torch.ones(2), np.zeros(1)
+            self.recent, self.names = deque([1, 2], maxlen=2), {"a"}
+            self.loop = [self.names]
+            self.loop.append(self.loop)
+
+        def forward(self, x):
+            self.outputs.append(x)
+            self.history["sizes"].append(len(x))
+            self.history["new"] = x
+            self.running.mul_(0.5).add_(x.sum(0))
+            self.counts += 1
+            self.recent.append(3)
+            self.names.add("b")
+            return super().forward(x)
+
+    model = Keeping()
+    held = dict(vars(model))
+    with borrowed(model, None, None):
+        model(torch.ones(3, 2))
+        assert (len(model.outputs), model.counts.item(), list(model.recent)) == (1, 1, [2, 3])
+    assert all(vars(model)[name] is value for name, value in held.items())
+    assert (model.outputs, model.history) == ([], {"sizes": [1], "last": None})
+    assert (model.running.tolist(), model.counts.tolist()) == ([1, 1], [0])
+    assert (list(model.recent), model.names, len(model.loop)) == ([1, 2], {"a"}, 2)
