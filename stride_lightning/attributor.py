@@ -64,7 +64,8 @@ class Attributor(ABC):
 
     def __init__(self, *, seed: int = 0, batch_size: int = 256, show_progress: bool = True, **unknown: Any) -> None:
         if unknown:
-            raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(unknown))}. Check the spelling.")
+            name = type(self).__name__
+            raise TypeError(f"{name} has no option {', '.join(sorted(unknown))}. help({name}) shows its options.")
         self.seed, self.batch_size = check_count("seed", seed, 0), check_count("batch_size", batch_size)
         self.show_progress, self._is_fitted = show_progress, False
         self.metadata: dict[str, Any] = {}

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
+import stride_lightning
 from stride_lightning import (
     Attribution,
     Attributor,
@@ -220,7 +221,7 @@ def test_a_new_method_is_a_subclass(model):
         assert (attribution.scores == 2).all()
         assert attribution.metadata["value"] == 2
         assert Constant.method in methods()
-        with pytest.raises(TypeError, match=r"^Constant has no option valeu\. Check the spelling\.$"):
+        with pytest.raises(TypeError, match=r"^Constant has no option valeu\. help\(Constant\) shows its options\.$"):
             Constant(valeu=1.0)
         for wrong in (None, torch.zeros(4, 4), Attribution(torch.zeros(2, 3))):
             Constant.score_queries = lambda *_, wrong=wrong: wrong
@@ -411,3 +412,8 @@ def test_defaults_that_depend_on_the_task_are_known_after_fit():
     attributor.fit(build(Classifier), DATA)
     assert (attributor.recovery, attributor.stability) == ("prior", 0.0)
     assert StrideAttributor(recovery="lasso").recovery == "lasso"
+
+
+def test_a_name_that_the_package_lacks():
+    with pytest.raises(AttributeError, match="module 'stride_lightning' has no attribute 'atribute'"):
+        stride_lightning.atribute  # noqa: B018

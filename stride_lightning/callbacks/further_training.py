@@ -128,7 +128,7 @@ class FurtherTrainingCallback(RecordingCallback):
         if trainer.gradient_clip_val:
             rank_zero_warn(
                 f"The Trainer clips gradients (gradient_clip_val={trainer.gradient_clip_val}). Further training does "
-                "not: it measures effects without clipping."
+                "not: it measures effects without clipping. Leave out gradient_clip_val to train alike."
             )
 
     @override

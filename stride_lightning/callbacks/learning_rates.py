@@ -92,7 +92,7 @@ def _check(optimizers: Sequence[Any]) -> None:
             raise TypeError(f"Optimizers must be torch.optim.Optimizer, got {type(optimizer).__name__}.")
         if any("lr" not in group for group in optimizer.param_groups):
             raise ValueError(
-                f"A parameter group of {type(optimizer).__name__} has no 'lr'. TracIn needs its learning rate."
+                f"A parameter group of {type(optimizer).__name__} has no 'lr'. TracIn needs it: give every group one."
             )
 
 

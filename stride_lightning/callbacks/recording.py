@@ -60,7 +60,8 @@ class RecordingCallback(GuardedCallback):
         **unknown: Any,
     ) -> None:
         if unknown:
-            raise TypeError(f"{type(self).__name__} has no argument {', '.join(sorted(unknown))}.")
+            name = type(self).__name__
+            raise TypeError(f"{name} has no argument {', '.join(sorted(unknown))}. help({name}) shows its arguments.")
         super().__init__()
         with misconfigured():
             check_task(task)
@@ -144,7 +145,8 @@ class RecordingCallback(GuardedCallback):
         if isinstance(loader, list | tuple | dict) or not hasattr(loader, "dataset"):
             raise TypeError(
                 f"Training reads from a {type(loader).__name__}; expected one DataLoader over one map-style dataset. "
-                "With several loaders, positions in the training data are not defined."
+                "With several loaders, positions in the training data are not defined. Train with a single loader, or "
+                "without this callback."
             )
         examples = resolve_train_data(loader, self.train_indices, pl_module, getattr(trainer, "datamodule", None))
         if most is not None and is_dev_run(trainer):

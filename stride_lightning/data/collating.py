@@ -42,7 +42,8 @@ class OneByOne(Dataset[Numbered]):
         except Exception as error:
             call = f"{type(self.dataset).__name__}[{position}]"
             raise ValueError(
-                f"{self.kind.capitalize()} {position} cannot be read: {call} raised {_describe_error(error)}"
+                f"{self.kind.capitalize()} {position} cannot be read: {call} raised {_describe_error(error)} "
+                "Mend the dataset, or leave this one out: torch.utils.data.Subset(dataset, positions)."
             ) from error
         if example is None:
             raise ValueError(

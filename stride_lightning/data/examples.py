@@ -124,7 +124,7 @@ class Examples:
                 warnings.warn(
                     f"Two reads of one example of {type(self.dataset).__name__} differ (random augmentation). Examples "
                     "are read under a seed made from their position, and only the data set's length, shapes and "
-                    "targets identify it.",
+                    "targets identify it. For scores of examples without augmentation, pass a dataset that has none.",
                     stacklevel=2,
                 )
         return self._random

@@ -63,7 +63,10 @@ def resolve_queries(source: Any, model: object | None = None) -> Examples:
             source.prepare_data()
         stage = next((s for s in ("test", "val") if overridden_hook(source, f"{s}_dataloader")), None)
         if stage is None:
-            raise ValueError(f"{type(source).__name__} defines neither test_dataloader nor val_dataloader for queries.")
+            raise ValueError(
+                f"{type(source).__name__} defines neither test_dataloader nor val_dataloader for queries. Define "
+                "one of them, or pass a dataset of queries."
+            )
         source.setup("test" if stage == "test" else "validate")
         source = getattr(source, f"{stage}_dataloader")()
     examples = _from_loader_or_dataset(source, "queries", owners)
@@ -94,7 +97,7 @@ def _from_loader_or_dataset(source: Any, what: str, owners: tuple[Any, ...]) -> 
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or isinstance(dataset, Tensor | str):
         raise TypeError(wrong)
     if len(dataset) == 0:  # type: ignore[arg-type]
-        raise ValueError(f"`{what}` is empty.")
+        raise ValueError(f"`{what}` is empty: give at least one example.")
     examples = Examples(dataset, owners=owners, kind=QUERY if what == "queries" else TRAINING_EXAMPLE)
     if isinstance(source, DataLoader):
         examples.collate_fn, examples.loading = source.collate_fn, loading_of(source)
@@ -106,12 +109,17 @@ def checked_positions(indices: Sequence[int] | Tensor, size: int | None = None) 
     """``train_indices`` as int64; those of a dataset of ``size`` examples, if it is known."""
     positions = torch.as_tensor(indices).flatten()
     if positions.is_floating_point() or positions.dtype == torch.bool:
-        raise TypeError(f"`train_indices` must be integer positions, got {positions.dtype}.")
+        raise TypeError(
+            f"`train_indices` must be integer positions, at least one, got {positions.dtype} of shape "
+            f"{tuple(positions.shape)}."
+        )
     if len(positions) == 0:
         raise ValueError("`train_indices` names no example. Leave it out where the sampler reads them all.")
-    if int(positions.min()) < 0 or (size is not None and int(positions.max()) >= size):
+    outside = positions[(positions < 0) if size is None else (positions < 0) | (positions >= size)]
+    if len(outside):
         bounds = "not be negative" if size is None else f"be positions in 0..{size - 1}"
-        raise ValueError(f"`train_indices` must {bounds}; some of the {len(positions)} given are out of range.")
-    if len(positions.unique()) < len(positions):
-        raise ValueError("`train_indices` names some examples twice; each position may stand once.")
+        raise ValueError(f"`train_indices` must {bounds}, got {outside[:5].tolist()}.")
+    names, counts = positions.unique(return_counts=True)
+    if len(names) < len(positions):
+        raise ValueError(f"`train_indices` names examples twice, such as {int(names[counts > 1][0])}. Name each once.")
     return positions.long()

@@ -24,8 +24,8 @@ def singular(what: str, damping: float) -> str:
     """The message about a curvature that is singular with a damping."""
     return (
         f"The curvature of {what} is singular with damping={damping:g}, so scores would be noise. Give a larger "
-        "`damping=` (it is relative to the mean eigenvalue: 0.1 is a tenth of it), or fewer features (a smaller "
-        "`projection_dim=`)."
+        "`damping=` (it is relative to the mean eigenvalue: 0.1 is a tenth of it), or a smaller "
+        "`projection_dim=` where the method has one."
     )
 
 

@@ -118,7 +118,10 @@ def fit_evidence(
     if noise_variance is not None:
         check_positive("noise_variance", noise_variance)
     if not (math.isfinite(squared_norm + squared_residuals) and bool(gram.isfinite().all())):
-        raise ValueError("Features, weights or losses hold NaN or infinite values: did training diverge?")
+        raise ValueError(
+            "Features, weights or losses hold NaN or infinite values. Check the model's weights (did training "
+            "diverge?) and the data."
+        )
     if squared_norm <= 0 or float(gram.trace()) <= 0:
         raise ValueError(
             f"All {'features' if squared_norm > 0 else 'weights'} are zero, so every ridge is equally probable: "

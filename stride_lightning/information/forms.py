@@ -104,8 +104,8 @@ def check_members(variance: Tensor) -> None:
     largest = torch.linalg.eigvalsh(suspects)[:, -1]
     if bool((largest > 1.01).any()):
         raise ValueError(
-            f"The leverage of an example is {float(largest.max()):.3g}, and at most 1 for one of the data. Fit the "
-            "posterior on the features that are scored, with each example as often as it is removed."
+            f"The leverage of an example is {float(largest.max()):.3g}; expected at most 1, as for any of the data. "
+            "Fit the posterior on the features that are scored, with each example as often as it is removed."
         )
 
 

@@ -45,7 +45,10 @@ class Posterior:
         self.gram, self.ridge, self.num_examples, self.precision = gram, check_ridge(ridge), num_examples, precision
         self.num_features = len(gram)
         if not bool(gram.isfinite().all()):
-            raise ValueError("Features hold NaN or infinite values, or overflow when squared: did training diverge?")
+            raise ValueError(
+                "Features hold NaN or infinite values, or overflow when squared. Check the model's weights (did "
+                "training diverge?) and the inputs."
+            )
         if num_examples == 0:
             # The root of the prior is a number: nothing to factorise or to multiply by.
             if self.ridge == 0:

@@ -92,8 +92,8 @@ class TangentFeatures:
             self.task.margin(batch.outputs, batch.encoded)
         except ValueError as error:
             raise ValueError(
-                f"likelihood='margin' needs a margin: {error} With a single output likelihood='gauss-newton' takes no "
-                "more work."
+                f"likelihood='margin' needs a margin: {error} Use likelihood='gauss-newton', which takes no more work "
+                "with a single output."
             ) from error
         return (self._vectors(batch.margin(last=last)) * batch.margin_curvature.sqrt()[:, None])[:, None]
 

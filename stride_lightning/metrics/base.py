@@ -42,7 +42,11 @@ def reduce_over_queries(values: Tensor, reduction: Reduction, undefined: str, st
     check_choice("reduction", reduction, ("mean", "none"))
     num_undefined = int(values.isnan().sum())
     if num_undefined:
-        warnings.warn(f"{num_undefined} of {len(values)} queries have {undefined} and count 0.", stacklevel=stacklevel)
+        warnings.warn(
+            f"{num_undefined} of {len(values)} queries have {undefined} and count 0. Leave them out if they should not "
+            "count.",
+            stacklevel=stacklevel,
+        )
     values = values.nan_to_num(nan=0.0)
     return values.mean() if reduction == "mean" else values
 

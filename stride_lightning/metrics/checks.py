@@ -66,7 +66,10 @@ def check_flags(name: str, values: Tensor) -> None:
     """Refuse flags that are neither booleans nor zeros and ones."""
     bad = int(((values != 0) & (values != 1)).sum())
     if bad:
-        raise ValueError(f"Expected `{name}` to hold booleans (or 0 and 1), got {bad} other values: compare first.")
+        raise ValueError(
+            f"Expected `{name}` to hold booleans (or 0 and 1), got {bad} other values. Compare first, for "
+            "instance with `> 0`."
+        )
 
 
 def listed(rows: Collection[int], limit: int = 10) -> str:

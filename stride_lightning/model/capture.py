@@ -36,7 +36,11 @@ class Outputs(nn.Module):
     def check(self, outputs: object, num_examples: int) -> None:
         """Refuse outputs that are not one row of numbers per example, by a TypeError."""
         if not isinstance(outputs, Tensor) or outputs.ndim < 2 or len(outputs) != num_examples:
-            raise TypeError(f"Expected outputs of shape ({num_examples}, C) from {type(self.model).__name__}.")
+            what = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise TypeError(
+                f"Expected outputs of shape ({num_examples}, C) from {type(self.model).__name__}, got {what}. Pass a "
+                "`task` whose outputs() gives them."
+            )
 
 
 class Capture:

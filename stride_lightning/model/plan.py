@@ -119,7 +119,9 @@ class _Probe:
         try:
             outputs = watch.run(lambda: self._capture.outputs(cloned(example)))
         except ValueError as error:  # as BatchNorm without running statistics does
-            raise ValueError(f"The model cannot evaluate a single example: {error} {_BY_ITSELF}") from error
+            raise ValueError(
+                f"The model cannot evaluate a single example: {str(error).rstrip('.')}. {_BY_ITSELF}"
+            ) from error
         check_finite(outputs, "outputs", row=place)
         if not outputs.requires_grad:
             raise ValueError(

@@ -93,10 +93,14 @@ def load_checkpoint(ckpt_path: str | Path, weights_only: bool | None = None) -> 
             "torch refuses it with weights_only=True" if is_refused else f"{type(error).__name__}: {first_line(error)}"
         )
         raise ValueError(
-            f"The checkpoint {path} cannot be read; it may be damaged, cut short or no checkpoint ({detail})."
+            f"The checkpoint {path} cannot be read; it may be damaged, cut short or no checkpoint ({detail}). "
+            "Copy it again, or pass another."
         ) from error
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"The checkpoint {path} holds a {type(checkpoint).__name__}, expected a dictionary.")
+        raise ValueError(
+            f"The checkpoint {path} holds a {type(checkpoint).__name__}, expected a dictionary. Pass one that a "
+            "Trainer wrote."
+        )
     return checkpoint
 
 

@@ -137,7 +137,7 @@ class AttributionResult(ABC):
         if not isinstance(query, int):
             raise TypeError(f"Queries are taken one at a time, by an integer; got {query!r}.")
         if not -self.num_queries <= query < self.num_queries:
-            raise IndexError(f"Query {query} of {self.num_queries}.")
+            raise IndexError(f"There is no query {query}: the {self.num_queries} queries are numbered from 0.")
         rows = [query % self.num_queries]
         known = {field.name: getattr(self, field.name) for field in fields(AttributionResult)}
         known["query_targets"] = None if self.query_targets is None else self.query_targets[rows]
@@ -206,7 +206,10 @@ class AttributionResult(ABC):
         # Attribution.load reads every kind, so that nobody has to remember which one they saved.
         if kind not in cls.registry or cls.kind not in (AttributionResult.kind, kind):
             expected = "attribution" if cls.kind == AttributionResult.kind else cls.__name__
-            raise RecordError(f"{path} holds a {kind!r} record, not a saved {expected}.")
+            raise RecordError(
+                f"{path} holds a {kind!r} record, not a saved {expected}. Read it with load() of the class that wrote "
+                "it."
+            )
         tensors = record.tensors("attribution")
         known = {name: tensors.pop(name) for name in list(tensors) if name.startswith(("train_", "query_"))}
         loaded: Any = cls.registry[kind]._from_tensors(tensors, **known, **{name: record.info[name] for name in _PLAIN})

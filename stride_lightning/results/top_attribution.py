@@ -47,8 +47,8 @@ class TopAttribution(AttributionResult):
         if not 1 <= examples.proponents.shape[1] <= num_train or ((columns < 0) | (columns >= num_train)).any():
             raise ValueError(
                 f"`examples` must hold from 1 to {num_train} columns in 0..{num_train - 1} for each query (these are "
-                f"places in the reading order, not positions in the dataset), got {shapes['proponents'][1]} of them "
-                f"in {columns.min().item() if len(columns) else '-'}..{columns.max().item() if len(columns) else '-'}."
+                f"places in the reading order, not positions in the dataset), got {shapes['proponents'][1]} of them"
+                f"{f' in {columns.min().item()}..{columns.max().item()}' if len(columns) else ''}."
             )
         self.examples, self._num_train = examples, num_train
         super().__init__(**described)

@@ -207,7 +207,7 @@ def check_vectorises(
             if is_of_checkpointing(error):
                 raise CannotBatch(_CHECKPOINTING) from error
             named = _named(model, nn.modules.batchnorm._BatchNorm, nn.RNNBase)
-            raise CannotBatch(f"torch.func cannot vectorise it{named}: {first_line(error)}") from error
+            raise CannotBatch(f"torch.func cannot vectorise it{named}: {first_line(error).rstrip('.')}") from error
         for index, scale in enumerate((1.0, 0.9)):
             with seeded(0):
                 alone = gradient({name: scale * value for name, value in one.items()})

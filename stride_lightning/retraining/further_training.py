@@ -191,7 +191,7 @@ def read_amounts(epochs: int | Sequence[int]) -> list[int]:
     """
     amounts = {check_count("epochs", amount) for amount in (epochs if isinstance(epochs, Iterable) else [epochs])}
     if not amounts:
-        raise ValueError(f"`epochs` must be an integer or a list of integers, got {epochs!r}.")
+        raise ValueError(f"`epochs` must be an integer or a list of at least one, got {epochs!r}.")
     return sorted(amounts)
 
 

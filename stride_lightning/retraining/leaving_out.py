@@ -55,7 +55,7 @@ class LeavingOut(Batches):
         if warn and (hooks := overridden(model, GRADIENT_HOOKS)):
             warnings.warn(
                 f"{type(model).__name__} overrides {', '.join(hooks)}. Further training does not call these hooks, so "
-                "effects are those of training without them.",
+                "effects are those of training without them. What changes the loss belongs in training_step.",
                 stacklevel=3,
             )
         if not getattr(model, "automatic_optimization", True):

@@ -97,7 +97,10 @@ class Recipe(Batches):
             model, train, head, task, batch_size=batch_size, optimizer=optimizer, memory_budget=memory_budget
         )
         if measure == "margin":  # a task without margins raises now
-            task.margin(torch.zeros(1, self.num_outputs), torch.eye(1, self.num_outputs))
+            try:
+                task.margin(torch.zeros(1, self.num_outputs), torch.eye(1, self.num_outputs))
+            except ValueError as error:
+                raise ValueError(f"measure='margin' needs a margin: {error} Use measure='loss'.") from error
         self.model_fn, self.queries, self.max_epochs = model_fn, resolve_queries(queries, model), max_epochs
         #: The data module of the training data, with validation data for every model; None if there is none.
         self.datamodule: Any = train.owners[0] if train.owners else None

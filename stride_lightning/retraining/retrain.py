@@ -230,7 +230,9 @@ def _measured(
         together.check_steps(masks, seeds)
     except CannotBatch as reason:
         together, recipe.one_by_one_because = None, str(reason)
-        announce(f"Models train one by one, each with a fresh Trainer, because {reason}.", show=show_progress)
+        announce(
+            f"Copies of the model train one by one, each with a fresh Trainer, because {reason}.", show=show_progress
+        )
 
     def losses_of(seed: int, subsets: slice, tick: Callable[[int], Any]) -> Tensor:
         chunk = masks[subsets]

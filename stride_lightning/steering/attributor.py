@@ -100,9 +100,15 @@ class StrideAttributor(Attributor):
             raise ValueError(f"`recovery` must be one of {self.recoveries}, got {recovery!r}.")
         check_layers(layers)
         if penalty is not None and recovery not in ("lasso", "ridge"):
-            raise ValueError(f"`penalty` belongs to recovery='lasso' or 'ridge'; recovery={recovery!r} has none.")
+            raise ValueError(
+                f"`penalty` belongs to recovery='lasso' or 'ridge'; recovery={recovery!r} has none. Pass one of these "
+                "two, or leave out `penalty`."
+            )
         if rank is not None and basis != "learned":
-            raise ValueError("`rank` belongs to basis='learned'; the statistics basis keeps all its features.")
+            raise ValueError(
+                "`rank` belongs to basis='learned'; the statistics basis keeps all its features. Pass basis='learned', "
+                "or leave out `rank`."
+            )
         self.num_subsets, self.degree, self.layers = num_subsets, degree, layers
         self.basis: BasisName = basis
         self.rank, self.ridge, self.penalty = rank, ridge, penalty
@@ -164,13 +170,16 @@ class StrideAttributor(Attributor):
         if not in_closed_form:
             return
         if self.basis == "learned":
-            raise ValueError("recovery='closed-form' fits no operators, so basis='learned' has no part in it.")
+            raise ValueError(
+                "recovery='closed-form' fits no operators, so basis='learned' has no part in it. Pass "
+                "recovery='prior', or leave out `basis`."
+            )
         given = {"num_subsets": self.num_subsets, "degree": self.degree, "stability": self._given_stability}
         idle = [name for name, value in given.items() if value is not None] + ["steps"] * has_steps
         if idle:
             raise ValueError(
                 f"recovery='closed-form', the default of language models, fits no operators, so {', '.join(idle)} "
-                "would have no effect. Leave out, or pass recovery='prior'."
+                "would have no effect. Leave out the option, or pass recovery='prior'."
             )
 
     def _options_of_records(self) -> dict[str, Any]:

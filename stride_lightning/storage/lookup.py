@@ -56,7 +56,12 @@ def choose_record(
         except (RecordError, FileNotFoundError) as error:
             problems.append(str(error))
     if not conflicts and (others or problems):
-        reasons = [f"{others[0]} is of other weights than those that are attributed."] if others else []
+        reasons = []
+        if others:
+            reasons.append(
+                f"{others[0]} is of other weights than those that are attributed. To use it, pass the checkpoint of "
+                "the same step as ckpt_path=."
+            )
         warnings.warn(
             f"No record that {WRITERS[kind]} wrote can be used, so everything is computed on the spot: "
             f"{' '.join(reasons + problems)}",

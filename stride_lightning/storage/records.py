@@ -232,7 +232,8 @@ def _storable(group: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     memory: set[int] = set()
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            raise TypeError(f"tensors[{group!r}][{name!r}]: expected a dense torch.Tensor, got {type(tensor).__name__}")
+            kind = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"tensors[{group!r}][{name!r}]: expected a dense torch.Tensor, got {kind}. Convert it")
         if not isinstance(name, str) or name == "__metadata__":  # safetensors writes it and then cannot read the file
             raise ValueError(f"tensors[{group!r}]: {name!r} cannot be the name of a tensor")
         tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
@@ -279,14 +280,14 @@ def _require_record(path: Path) -> None:
     if not os.path.lexists(path / _MANIFEST):
         if path.is_dir() and (held := [record.name for record in find_records(path)]):
             raise RecordError(f"'{path}' holds records and is not one: choose one of {held}")
-        raise RecordError(f"'{path}' is not a record: expected a folder with the file '{_MANIFEST}', which is missing")
+        raise RecordError(f"'{path}' is not a record: it has no file '{_MANIFEST}'. Give the folder of a record")
 
 
 def _read_file(record: Path, file: str, checksum: str | None = None) -> bytes:
     try:
         mode = os.lstat(record / file).st_mode
     except FileNotFoundError as error:
-        raise _damaged(record, file, "this file, which the manifest lists", "that it is missing") from error
+        raise _damaged(record, file, "this file, which the manifest lists", "nothing: it is missing") from error
     if not stat.S_ISREG(mode):
         raise _damaged(record, file, "a regular file", "a symlink" if stat.S_ISLNK(mode) else "a folder or device")
     content = (record / file).read_bytes()

@@ -63,5 +63,8 @@ class Stored(ABC):
     def from_record(cls, record: Record) -> Self:
         """The result in a record that is open already."""
         if record.info.get("kind") != cls.kind:
-            raise RecordError(f"{record.path} holds a {record.info.get('kind')!r} record, not a {cls.kind!r} record.")
+            raise RecordError(
+                f"{record.path} holds a {record.info.get('kind')!r} record, not a {cls.kind!r} record. Read it with "
+                "load() of the class that wrote it."
+            )
         return cls.from_contents(record.info, record.tensors(cls.group))

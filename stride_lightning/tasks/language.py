@@ -55,7 +55,7 @@ class _TokenTask(Classification):
             raise RowError(
                 row,
                 f"has {len(ids)} tokens with ids up to {int(ids.max())}, and the model has no embedding for one of "
-                f"them or its position ({error})",
+                f"them or its position ({error}). Check the tokenizer, and how long a text may be",
             ) from error
 
     @override
@@ -68,7 +68,9 @@ class _TokenTask(Classification):
             )
         lengths = torch.full((len(ids),), ids.shape[1]) if mask is None else mask.sum(1).cpu()
         if int(lengths.min()) == 0:
-            raise RowError(int(lengths.argmin()), "has no tokens: its text is empty, or all of it is padding")
+            raise RowError(
+                int(lengths.argmin()), "has no tokens: its text is empty, or all of it is padding. Leave it out"
+            )
         if mask is not None and "position_ids" not in inputs and not mask[:, 0].all() and texts.counts_positions(model):
             warnings.warn(
                 "Texts are padded on the left, and this model counts positions from the padding on: other padding is "
@@ -78,7 +80,9 @@ class _TokenTask(Classification):
         size, limit = texts.vocabulary_size(model), texts.max_length(model)
         if (row := _first_row(ids < 0)) is not None:
             raise RowError(
-                row, f"has the token id {int(ids[row].min())}; padding takes an attention_mask and labels -100"
+                row,
+                f"has the token id {int(ids[row].min())}, and ids are not negative. Mark padding by an attention_mask, "
+                "and by labels of -100",
             )
         if size is not None and (row := _first_row(ids >= size)) is not None:
             raise RowError(
@@ -177,7 +181,7 @@ class CausalLanguageModeling(_TokenTask):
     def encode(self, targets: Tensor, num_outputs: int) -> Tensor:
         labels, weights = targets[..., 0], targets[..., 1]
         if (row := _first_row(weights < 0)) is not None:
-            raise RowError(row, "has a negative loss weight")
+            raise RowError(row, "has a negative loss weight. Give it 0 or more")
         if (row := _first_row(~(weights.sum(1, keepdim=True) > 0))) is not None:
             raise RowError(
                 row,
@@ -187,7 +191,9 @@ class CausalLanguageModeling(_TokenTask):
         outside = (labels < 0) | (labels >= num_outputs)
         if (row := _first_row(outside)) is not None:
             raise RowError(
-                row, f"has the label {int(labels[row][outside[row]][0])}; the model predicts 0..{num_outputs - 1}"
+                row,
+                f"has the label {int(labels[row][outside[row]][0])}; the model predicts 0..{num_outputs - 1}. Is the "
+                "tokenizer that of the model? Labels of tokens not to predict are -100",
             )
         return targets
 
@@ -213,7 +219,7 @@ class CausalLanguageModeling(_TokenTask):
 
     @override
     def margin(self, outputs: Tensor, encoded: Tensor) -> Tensor:
-        raise ValueError("A sequence has no margin, only its tokens have. Use the loss.")
+        raise ValueError("A sequence has no margin, only its tokens have.")
 
     @override
     def predict(self, outputs: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ class Task(ABC):
 
         Reference: arXiv:2303.14186 (TRAK), equation 4.
         """
-        raise ValueError(f"A {self.name} has no margin; only classifications do. Use the loss.")
+        raise ValueError(f"A {self.name} has no margin; only classifications do.")
 
     @property
     def dispersion(self) -> float:
@@ -216,7 +216,7 @@ class BinaryClassification(Task):
     @override
     def margin(self, outputs: Tensor, encoded: Tensor) -> Tensor:
         if outputs.shape[-1] != 1:
-            raise ValueError("Several independent logits have no one margin. Use the loss.")
+            raise ValueError("Several independent logits have no one margin.")
         return ((2 * encoded - 1) * outputs)[:, 0]
 
     @override

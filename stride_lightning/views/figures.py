@@ -93,7 +93,10 @@ def as_image(example: Any, *, image_shape: ImageShape = None) -> Tensor | None:
     if image_shape is not None:
         if example.numel() != torch.Size(image_shape).numel():
             shape = tuple(example.shape)
-            raise ValueError(f"An input of shape {shape} cannot be shown with image_shape={image_shape}.")
+            raise ValueError(
+                f"An input of shape {shape} cannot be shown with image_shape={image_shape}. Give a shape of "
+                f"{example.numel()} values."
+            )
         example = example.reshape(image_shape)
     if not (example.is_floating_point() or example.dtype == torch.uint8):
         return None

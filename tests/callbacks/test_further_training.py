@@ -261,7 +261,7 @@ class Stream(IterableDataset):
         ({"epochs": True}, "`epochs` must be an integer of at least 1, got True"),
         ({"batch_size": 0}, "`batch_size` must be an integer of at least 1, got 0"),
         ({"epochs": [1, 0]}, r"`epochs` must be an integer of at least 1, got 0"),
-        ({"epochs": []}, r"`epochs` must be an integer or a list of integers, got \[\]"),
+        ({"epochs": []}, r"`epochs` must be an integer or a list of at least one, got \[\]"),
         ({"epochs": 0.5}, r"`epochs` must be an integer of at least 1, got 0\.5"),
         ({"task": Classification}, "`task` must be an instance of Task, got the class Classification"),
         ({"queries": Stream()}, "`queries` is an IterableDataset"),
@@ -271,7 +271,10 @@ class Stream(IterableDataset):
         ({"left_out": []}, "`left_out` must name at least one example"),
         ({"memory_budget": 0}, "`memory_budget` must be an integer of at least 1, got 0"),
         ({"seed": -1}, "`seed` must be an integer of at least 0, got -1"),
-        ({"train_indices": [0.5]}, "`train_indices` must be integer positions, got torch.float32"),
+        (
+            {"train_indices": [0.5]},
+            r"`train_indices` must be integer positions, at least one, got torch.float32 of shape \(1,\)",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )

@@ -361,7 +361,9 @@ def test_a_design_that_cannot_be():
 
 
 def test_an_unknown_argument_is_named():
-    with pytest.raises(TypeError, match=r"^StrideCallback has no argument num_subset\.$"):
+    with pytest.raises(
+        TypeError, match=r"^StrideCallback has no argument num_subset\. help\(StrideCallback\) shows its arguments\.$"
+    ):
         StrideCallback(num_subset=3)
 
 

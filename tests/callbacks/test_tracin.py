@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from stride_lightning import Classification
+from stride_lightning import Classification, attribute
 from stride_lightning.callbacks.tracin import TracInCallback
 from stride_lightning.data.examples import Examples
 from stride_lightning.data.reading import fingerprint_of
@@ -329,6 +329,19 @@ def test_optimizers_that_cannot_work(tmp_path):
             del optimizer.param_groups[0]["lr"]
             return optimizer
 
+    class Own:
+        """All that Lightning asks of an optimizer."""
+
+        def __init__(self, inner):
+            names = "param_groups", "defaults", "state", "state_dict", "load_state_dict", "step", "zero_grad"
+            vars(self).update({name: getattr(inner, name) for name in names})
+
+    class Foreign(Classifier):
+        def configure_optimizers(self):
+            return Own(super().configure_optimizers())
+
+    with pytest.raises(TypeError, match=r"must be torch\.optim\.Optimizer, got Own"):
+        train(build(Foreign), DATA, tmp_path, TracInCallback())
     with pytest.raises(ValueError, match=r"A parameter group of SGD has no 'lr'\. TracIn needs"):
         train(build(NoRate), DATA, tmp_path, TracInCallback())
     with (
@@ -366,3 +379,10 @@ def test_yaml(tmp_path, monkeypatch):
     (callback,) = callbacks_of(run_cli(monkeypatch, tmp_path, "fit", "--config", config), TracInCallback)
     assert callback.every_n_epochs is None
     assert steps_of(callback) == [3, 4]
+
+
+def test_records_of_other_training_data_are_refused(tmp_path):
+    model = build(Classifier)
+    train(model, DATA, tmp_path, TracInCallback())
+    with pytest.raises(ValueError, match=r"(?s)made with other training data\..*random_split given no seed"):
+        attribute(model, DATA, train_data=classification_data(seed=1), method="tracin", show_progress=False)

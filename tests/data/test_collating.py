@@ -46,7 +46,8 @@ def dropping(items):
 @pytest.mark.parametrize("position", [0, 13])
 def test_an_example_that_cannot_be_read(resolve, kind, position):
     examples = resolve(Except(position, missing))
-    message = rf"^{kind.capitalize()} {position} cannot be read: Except\[{position}\] raised KeyError: 'scan_13.png'\.$"
+    cause = rf"Except\[{position}\] raised KeyError: 'scan_13.png'\."
+    message = rf"^{kind.capitalize()} {position} cannot be read: {cause} Mend the dataset, or leave this one out: "
     with pytest.raises(ValueError, match=message) as caught:
         read(examples)
     assert isinstance(caught.value.__cause__, KeyError)

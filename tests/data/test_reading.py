@@ -93,7 +93,7 @@ def test_a_bad_row_is_named_by_kind_and_position(resolve, name, batch_size):
     ids = torch.ones(20, 3, dtype=torch.long)
     ids[13, 1] = -5
     examples = resolve(TensorDataset(ids))
-    with pytest.raises(ValueError, match=f"^{name} 13 has the token id -5; padding takes"):
+    with pytest.raises(ValueError, match=f"^{name} 13 has the token id -5, and ids are not negative. Mark padding by"):
         list(reading_of(examples, nn.Linear(1, 1), CausalLanguageModeling(), batch_size))
     examples.positions = torch.tensor([3, 8, 13, 2])
     for share in (None, slice(1, 4), slice(2, 3)):

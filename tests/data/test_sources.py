@@ -103,12 +103,13 @@ def test_sources_that_are_refused(source, error, message):
 @pytest.mark.parametrize(
     ("indices", "error", "message"),
     [
-        ([0, 20], ValueError, r"positions in 0\.\.19"),
-        ([-1], ValueError, r"positions in 0\.\.19"),
+        ([0, 20], ValueError, r"positions in 0\.\.19, got \[20\]"),
+        ([-1], ValueError, r"positions in 0\.\.19, got \[-1\]"),
         ([], (TypeError, ValueError), "`train_indices` must be"),
-        ([1, 2, 1], ValueError, "names some examples twice"),
-        (torch.tensor([0.5]), TypeError, "integer positions, got torch.float32"),
-        (torch.ones(20, dtype=torch.bool), TypeError, "integer positions, got torch.bool"),
+        ([1, 2, 1], ValueError, r"names examples twice, such as 1\. Name"),
+        (torch.zeros(0, dtype=torch.int64), ValueError, "names no example"),
+        (torch.tensor([0.5]), TypeError, "integer positions, at least one, got torch.float32"),
+        (torch.ones(20, dtype=torch.bool), TypeError, "integer positions, at least one, got torch.bool"),
     ],
     ids=str,
 )

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
-from stride_lightning import StrideCallback
+from stride_lightning import StrideCallback, attribute
 from stride_lightning.callbacks.tracin import TracInCallback
 from stride_lightning.gradients.checkpoints import read_checkpoints, tracin_checkpoints
 from stride_lightning.model.weights import weight_hash
@@ -425,3 +425,10 @@ def test_records_that_are_gone(tmp_path):
     shutil.rmtree(callback.records[1])
     with pytest.warns(UserWarning, match="2 of the 2 records"):
         assert tracin_checkpoints(None, None, model) is None
+
+
+def test_rates_beside_a_scheduler_may_have_changed(tmp_path):
+    model = build(Stepped)
+    train(model, IN_ORDER, tmp_path, keeping(tmp_path), enable_checkpointing=True)
+    with pytest.warns(UserWarning, match="beside a scheduler, which may have changed them after the last step"):
+        attribute(model, DATA, train_data=DATA, method="tracin", record=tmp_path, show_progress=False)

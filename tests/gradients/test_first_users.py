@@ -6,9 +6,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
-from stride_lightning import Classification, TracInCallback
+from stride_lightning import Classification, TracInCallback, attribute
 from tests.helpers.gradient_models import attributed, gradients_of
 from tests.helpers.models import Classifier, build, classification_data, loader, train
+from tests.retraining.cases import LastState, points
 
 
 class SortedInside(nn.Module):
@@ -226,3 +227,8 @@ def test_inputs_of_a_subclass_of_tensor(method):
     model, queries = build(Classifier), classification_data(6, seed=1)
     attribution = attributed(model, annotated, method, queries)
     torch.testing.assert_close(attribution.scores, attributed(model, TensorDataset(x, y), method, queries).scores)
+
+
+def test_parameters_that_are_slow_to_read_are_announced(capsys):
+    attribute(LastState(), points(), train_data=points(), method="grad-dot", task=Classification())
+    assert "are taken one example at a time, because torch cannot vectorise them" in capsys.readouterr().err

@@ -76,7 +76,8 @@ def examples_of(*tensors: Tensor) -> Examples:
 def read(examples: Examples, batch_size: int = 6) -> tuple[Tensor, dict[str, Any]]:
     """All inputs in order, and the fingerprint."""
     reading = Reading(examples, Classification(), batch_size=batch_size, device=CPU)
-    return torch.cat([rows.batch[0] for rows in reading]), reading.fingerprint
+    all_rows = list(reading)
+    return torch.cat([rows.batch[0] for rows in all_rows]), reading.fingerprint
 
 
 def perceptron(num_inputs: int = 4, num_outputs: int = 3, seed: int = 0) -> nn.Sequential:

@@ -185,7 +185,7 @@ def test_several_outputs_keep_what_is_not_alone():
 
 def test_examples_that_are_not_in_the_data_are_refused():
     train, queries, posterior = case(2)
-    with pytest.raises(ValueError, match=r"The leverage of an example is .*at most 1 for one of the data"):
+    with pytest.raises(ValueError, match=r"The leverage of an example is .*expected at most 1, as for any of the data"):
         information(10 * train, queries, posterior)
     with pytest.raises(ValueError, match="as often as it is removed"):
         subset_information(torch.cat([train] * 3), queries, posterior)

@@ -74,7 +74,7 @@ def test_what_does_not_fit_is_refused() -> None:
             refused,
             *((shape, wrong, mislabelled) for wrong in (suspicion[:0], suspicion[None, None], torch.tensor(1.0))),
             *((rf"{flags} .* got \(199,\)", form, mislabelled[1:]) for form in (suspicion, suspicion[None])),
-            (r"`mislabelled` to hold booleans .*, got 1 other values: compare first", suspicion, other_values),
+            (r"`mislabelled` to hold booleans .*, got 1 other values\. Compare first", suspicion, other_values),
             (r"finite `suspicion`, got 2 of 200 values .* in examples 3, 8:", broken, mislabelled),
             (r"finite `suspicion`, got 2 of 400 values .* in queries 1:", broken_scores, mislabelled),
         )

@@ -389,7 +389,9 @@ def test_examples_that_influence_each_other_or_chance(make, named, cure):
 def test_outputs_of_another_form_are_refused(outputs):
     module = Outputs(nn.Linear(3, 3))
     module.check(torch.zeros(5, 3), 5)
-    with pytest.raises(TypeError, match=r"Expected outputs of shape \(5, C\) from Linear"):
+    with pytest.raises(
+        TypeError, match=r"Expected outputs of shape \(5, C\) from Linear, got (shape \(|tuple|None).*\. Pass"
+    ):
         module.check(outputs, 5)
 
 
@@ -401,6 +403,8 @@ def test_wrong_layers():
         planned(model, inputs, layers=["7"])
     with pytest.raises(ValueError, match=r"^No parameter of '1' is trainable.*layers="):
         planned(model, inputs, layers=["1"])
+    with pytest.raises(ValueError, match="`layers` is empty: name at least one module"):
+        planned(model, inputs, layers=[])
     with pytest.raises(ValueError, match=r"^No parameter of Sequential is trainable.*requires_grad=True"):
         planned(model.requires_grad_(False), inputs)
 

@@ -75,7 +75,7 @@ def test_one_query():
     assert len(example()) == 2
     assert [len(query) for query in example()] == [1, 1]
     for beyond in (2, -3):
-        with pytest.raises(IndexError, match="of 2"):
+        with pytest.raises(IndexError, match="There is no query"):
             example()[beyond]
 
 

@@ -52,8 +52,10 @@ def test_one_query():
     assert (top[1].query_info, top[1].query_targets.tolist()) == ({"name": ["b"]}, [0])
     assert isinstance(top[1], TopAttribution)
     assert [len(one) for one in top] == [1, 1, 1]
-    with pytest.raises(IndexError, match="Query 3 of 3"):
+    with pytest.raises(IndexError, match="There is no query 3: the 3 queries"):
         top[3]
+    with pytest.raises(TypeError, match="one at a time, by an integer; got slice"):
+        top[:2]
 
 
 def test_tables_and_views_show_what_they_show_of_all_scores():

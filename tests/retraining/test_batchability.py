@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from stride_lightning.data.examples import Examples
@@ -61,6 +62,13 @@ class Contrasting(nn.Module):
         return self.layer(x - x.mean(0))
 
 
+class Checkpointed(Contrasting):
+    """Keeps no activations."""
+
+    def forward(self, x):
+        return checkpoint(self.layer, x, use_reentrant=False)
+
+
 class Lengthwise(Contrasting):
     """Depends on how many examples there are, but not on which."""
 
@@ -101,6 +109,7 @@ REASONS = {
     "batchnorm": (net(network=batchnorm), r"depends on the others in its batch, likely by network.1 \(BatchNorm1d\)"),
     "mean of the batch": (net(network=Contrasting), "depends on the others in its batch$"),
     "size of the batch": (net(network=Lengthwise), "depends on the others in its batch$"),
+    "checkpointing": (net(network=Checkpointed), "it runs activation checkpointing, which torch.func does not"),
     "lstm": (net(network=LastState), r"torch.func cannot vectorise it, likely by network.lstm \(LSTM\): "),
     "control flow": (net(network=cases.Deciding), "torch.func cannot vectorise it: .*data-dependent control flow"),
     "manual": (lambda: cases.Manual(mlp(), sgd), r"it uses manual optimization \(automatic_optimization=False\)"),
@@ -248,13 +257,19 @@ def test_one_by_one_comes_out_right(case, capsys):
     how = {"max_epochs": EPOCHS, "batch_size": BATCH}
     truth = retrain(model_fn, queries, train_data=data, masks=masks, num_seeds=2, **how)
     assert re.search(reason, truth.metadata["one_by_one_because"])
-    said = f"Models train one by one, each with a fresh Trainer, because {truth.metadata['one_by_one_because']}.\n"
-    assert said in capsys.readouterr().err
+    said = f"each with a fresh Trainer, because {truth.metadata['one_by_one_because']}.\n"
+    assert f"Copies of the model train one by one, {said}" in capsys.readouterr().err
     if case == "needs a trainer":
         model_fn = net(scheduled_by_total)
     for number, losses in enumerate(truth.losses_by_seed):
         expected = by_hand(model_fn, data, queries, masks, number, loss=loss, **how)
         torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_one_by_one_where_it_is_wanted(capsys):
+    how = {"masks": some_masks(1), "num_seeds": 1, "max_epochs": 1, "batch_size": 25}
+    retrain(net(), points(), train_data=points(), one_by_one=True, **how)
+    assert "because one_by_one=True was given." in capsys.readouterr().err
 
 
 def test_nothing_is_said_without_progress(capsys):

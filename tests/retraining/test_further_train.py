@@ -116,7 +116,7 @@ ARGUMENTS = {
     "fractions": ({"left_out": [0.5]}, TypeError, r"integer positions in the training dataset, got torch\.float32"),
     "mask": ({"left_out": torch.ones(25, dtype=torch.bool)}, TypeError, r"integer positions.*got torch\.bool"),
     "no epochs": ({"epochs": 0}, ValueError, "`epochs` must be an integer of at least 1, got 0"),
-    "not one": ({"epochs": []}, ValueError, r"`epochs` must be an integer or a list of integers, got \[\]"),
+    "not one": ({"epochs": []}, ValueError, r"`epochs` must be an integer or a list of at least one, got \[\]"),
     "half": ({"epochs": 1.5}, ValueError, r"`epochs` must be an integer of at least 1, got 1\.5"),
     "some wrong": ({"epochs": [2, 0]}, ValueError, r"`epochs` must be an integer of at least 1, got 0"),
     "no seeds": ({"num_seeds": 0}, ValueError, "`num_seeds` must be an integer of at least 1, got 0"),

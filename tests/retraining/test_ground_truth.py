@@ -208,3 +208,21 @@ def test_scores_of_other_data_are_refused():
         without(some_scores(data=made["query_data"]))
     with pytest.raises(ValueError, match="has other queries"):
         without(some_scores(query_data=made["data"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda scores: scores, TypeError, r"must be an Attribution, got Tensor\. Wrap scores in"),
+        (lambda scores: Attribution(scores / scores.new_tensor([[1], [0], [1]])), ValueError, r"queries \[1\] are not"),
+        (
+            lambda scores: Attribution(scores, train_indices=torch.arange(NUM_TRAIN) + 1),
+            ValueError,
+            "are not the positions of",
+        ),
+    ],
+    ids=["tensor", "infinite", "positions"],
+)
+def test_scores_that_cannot_be_checked(change, error, message):
+    with pytest.raises(error, match=message):
+        retrain_without(change(some_scores().scores), plain_net, QUERIES, train_data=points(), ks=2, **HOW)

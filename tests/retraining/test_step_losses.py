@@ -96,3 +96,13 @@ def test_what_cannot_be_copied_is_refused_with_a_hint():
     model.last_outputs = model(data.tensors[0])
     with pytest.raises(ValueError, match=r"Net cannot be copied.*Detach or delete them"):
         ask(model, batches_of(data), data)
+
+
+def test_a_loss_without_gradient_is_refused():
+    class Detached(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx).detach()
+
+    data = in_double(points())
+    with pytest.raises(ValueError, match="it returned a loss without gradient"):
+        ask(make_net(mlp, kind=Detached), batches_of(data), data)

@@ -255,6 +255,11 @@ class LossOnly(Wrapped):
         return self.model(**batch).loss
 
 
+class TwoTexts(Wrapped):
+    def forward(self, input_ids, other):
+        return self.model(input_ids)
+
+
 class LastTokenOnly(nn.Module):
     """Predicts the next token alone where it is not given targets."""
 
@@ -269,6 +274,8 @@ class LastTokenOnly(nn.Module):
 def test_outputs_without_logits_of_every_token():
     with pytest.raises(TypeError, match="LossOnly gave NoneType for a batch of token ids, expected logits"):
         infer_task_of(padded(TEXTS), LossOnly())
+    with pytest.raises(TypeError, match=r"TwoTexts\.forward\(input_ids, other\) was given what it names of a dict"):
+        infer_task_of(padded(TEXTS), TwoTexts())
     ids = TensorDataset(torch.ones(3, 4, dtype=torch.long))
     with pytest.raises(TypeError, match=r"logits of shape \(3, 1, 7\) for token ids of shape \(3, 4\)"):
         attributed(LastTokenOnly(), ids, "grad-dot", task=CausalLanguageModeling())
@@ -384,7 +391,9 @@ def test_rows_of_a_batch_are_named():
     batch = padded(TEXTS)
     batch["loss_weights"] = torch.ones(batch["labels"].shape)
     batch["loss_weights"][3, 1] = -1
-    with pytest.raises(RowError, match=r"Row 3 of the batch has a negative loss weight\.") as caught:
+    with pytest.raises(
+        RowError, match=r"Row 3 of the batch has a negative loss weight\. Give it 0 or more\."
+    ) as caught:
         task.encode(task.targets(batch), VOCABULARY)
     assert caught.value.row == 3
 
@@ -416,3 +425,9 @@ def test_what_a_sequence_has_not():
     assert task.shown(encoded) is None
     with pytest.raises(ValueError, match="`reduction` must be one of"):
         CausalLanguageModeling("median")
+
+
+def test_a_mask_of_another_shape_is_refused():
+    batch = {"input_ids": torch.ones(2, 5, dtype=torch.long), "attention_mask": torch.ones(2, 3)}
+    with pytest.raises(TypeError, match=r"Expected an attention_mask of shape \(2, 5\) as input_ids, got .*\(2, 3\)"):
+        CausalLanguageModeling().check_batch(gpt2(), batch)

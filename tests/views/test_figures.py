@@ -186,7 +186,7 @@ def test_missing_matplotlib_names_the_extra(monkeypatch):
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="nothing to plot"):
         plot_grid(make_attribution(), [])
-    with pytest.raises(IndexError, match="Query 2 of 2"):
+    with pytest.raises(IndexError, match="There is no query 2: the 2 queries"):
         make_attribution().plot(2)
     with pytest.raises(ValueError, match="`k` must be an integer of at least 1"):
         make_attribution().plot(0, 0)

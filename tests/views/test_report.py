@@ -53,7 +53,7 @@ def test_queries_can_be_chosen(tmp_path):
     assert "<dd>1 of 3</dd>" in attribution.report(tmp_path / "a", queries=1).read_text("utf-8")
     with pytest.raises(ValueError, match="nothing to report"):
         attribution.report(tmp_path / "none", queries=[])
-    with pytest.raises(IndexError, match="Query 3 of 3"):
+    with pytest.raises(IndexError, match="There is no query 3: the 3 queries"):
         attribution.report(tmp_path / "none", queries=3)
     with pytest.raises(ValueError, match="`k` must be an integer of at least 1"):
         attribution.report(tmp_path / "none", k=0)

@@ -188,7 +188,7 @@ class VectorIndex(ABC):
         )
         if differences:
             raise VectorIndexError(
-                f"{self.name} has another identity; {differences}. Open the index of this model and projection, or "
+                f"{self.name} has another identity; {differences}. Open the index of this model and these data, or "
                 "build one in another folder."
             )
 

@@ -57,7 +57,10 @@ def as_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return json.loads(json.dumps(dict(identity), allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise TypeError(f"`identity` must be plain JSON values, which {identity!r} is not ({error}).") from error
+        raise TypeError(
+            f"`identity` must be plain JSON values, which {identity!r} is not ({error}). Convert it, for instance "
+            "tensors to lists."
+        ) from error
 
 
 def as_column_types(columns: Mapping[str, type]) -> dict[str, type]:

@@ -116,7 +116,9 @@ class InformationIndex(VectorIndex):
             index = cls(path, made["dim"], made["identity"], made["columns"])
             layout = made["format"]
         except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise VectorIndexError(f"'{path}' holds a table that is not an InformationIndex ({error!r}).") from error
+            raise VectorIndexError(
+                f"'{path}' holds a table that is not an InformationIndex ({error!r}). Give the folder of an index."
+            ) from error
         if layout != lance.FORMAT or not schema.equals(index._schema):
             raise VectorIndexError(
                 f"{index.name} has layout {layout!r} and columns {schema.names}; expected layout {lance.FORMAT} and "

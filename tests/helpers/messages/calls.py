@@ -82,7 +82,10 @@ def _running(frame):
     statement = next((node for node in reversed(around) if isinstance(node, ast.stmt)), None)
     if hasattr(statement, "body"):  # the head of a `with`, a `for` or an `if`
         return next((node for node in around if isinstance(node, ast.Call)), None)
-    return getattr(statement, "value", None) or getattr(statement, "test", None) or statement
+    value = getattr(statement, "value", None)
+    if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Attribute):
+        return statement  # its target refuses the value
+    return value or getattr(statement, "test", None) or statement
 
 
 def _holds(node, place):

@@ -15,7 +15,7 @@ _SPEAKERS = {"warn", "rank_zero_warn", "rank_zero_info", "announce"}
 #: A text of as many words that a message takes up from elsewhere is a wording of its own; a shorter one just varies.
 _PROSE = 4
 #: A wording with fewer letters is sought as a whole message only, not inside other messages.
-_FEW_LETTERS = 15
+_FEW_LETTERS = 12
 #: How many assignments, properties and functions are followed from a message to its texts.
 _DEPTH = 5
 _LITERAL = ast.Constant | ast.JoinedStr | ast.BinOp | ast.IfExp

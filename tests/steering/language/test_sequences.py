@@ -197,6 +197,10 @@ def test_what_belongs_to_other_models_is_refused(model):
         ask(model, target="predicted")
     with pytest.raises(ValueError, match="'nothing' is not a submodule"):
         ask(model, layers=["nothing"])
+    with_more = copy.deepcopy(model)
+    with_more.unused = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="Layer 'unused' did not run in the model's forward pass"):
+        ask(with_more, layers=["unused"])
 
 
 def test_the_model_is_as_it_was(model):

@@ -106,3 +106,6 @@ def test_it_attributes():
     attributor = StrideAttributor(basis="learned", layers=["embedding"], num_subsets=6, show_progress=False)
     with pytest.raises(ValueError, match="is not a hidden state"):
         attributor.fit(model, loader(TRAIN))
+    model.unused = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="Layer 'unused' did not run in the model's forward pass"):
+        ask(model, basis="learned", layers=["unused"], num_subsets=6)
