@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from typing import Any
@@ -138,15 +139,16 @@ class ConjugateGradient(GaussNewton):
     def solve(self, gradients: Gradients) -> Gradients:
         dense = gradients.dense()
         norms = dense.norm(dim=1, keepdim=True).clamp(min=torch.finfo(dense.dtype).tiny)
-        damping = self.absolute_damping
+        damping, steps = self.absolute_damping, itertools.count()
 
         def product(vectors: Tensor) -> Tensor:
             return self.product(vectors) + damping * vectors
 
         def precondition(vectors: Tensor) -> Tensor:
-            # The logarithm of the residuals falls about evenly, from 1 to the tolerance.
+            # The logarithm of the residuals falls about evenly, from 1 to the tolerance; the first steps say little.
             reached = math.log(max(float(vectors.norm(dim=1).max()), self.tolerance)) / math.log(self.tolerance)
-            bar.update(max(0, int(PERCENT * reached) - bar.done))
+            done = max(int(PERCENT * reached), min(5 * next(steps), PERCENT // 2))
+            bar.update(max(0, done - bar.done))
             return self._preconditioner.solve_damped(self._gradients(vectors), damping).dense()
 
         with counting(PERCENT, "Conjugate gradients", self._train.reader.show_progress) as bar:
