@@ -1,4 +1,5 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,12 +13,12 @@ class Counted(TinyLM):
 
     def __init__(self):
         super().__init__()
-        self.rows, self.limit = [], 10**9  # a list: numbers among the attributes are put back
+        self.count = SimpleNamespace(rows=0, limit=10**9)  # an object: numbers and lists would be put back
 
     def forward(self, input_ids, attention_mask=None):
-        if sum(self.rows) >= self.limit:
+        if self.count.rows >= self.count.limit:
             raise KeyboardInterrupt
-        self.rows.append(len(input_ids))
+        self.count.rows += len(input_ids)
         return super().forward(input_ids, attention_mask)
 
 
@@ -30,9 +31,9 @@ def filled(tmp_path):
 
 
 def rows_of(model, **options):
-    model.rows = []
+    model.count.rows = 0
     scores = ask(model, batch_size=2, **options).scores
-    return scores, sum(model.rows)
+    return scores, model.count.rows
 
 
 def test_the_model_runs_over_cached_sequences_once(tmp_path):
@@ -56,11 +57,11 @@ def test_its_size_is_known_beforehand(tmp_path):
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
     model = Counted().eval()
     expected, _ = rows_of(model)
-    model.rows = []
-    model.limit = 12
+    model.count.rows = 0
+    model.count.limit = 12
     with pytest.raises(KeyboardInterrupt):
         ask(model, batch_size=2, cache_dir=tmp_path)
-    model.limit = 10**9
+    model.count.limit = 10**9
     _, complete = rows_of(model, cache_dir=tmp_path / "other")
     scores, rest = rows_of(model, cache_dir=tmp_path)
     assert torch.allclose(scores, expected, atol=1e-6)
