@@ -120,7 +120,7 @@ class GradientAttributor(PlannedAttributor):
         curvature = self.curvature()
         with self._at(model, checkpoint):
             of_share = self.capture, self.task, self.reader, self.share
-            side = TrainingSide(*of_share, self._compared, self.seed, self._projected, self.effort)
+            side = TrainingSide(*of_share, self._compared, self.seed, self._projected, self.effort, self.batch_bytes)
             self._expect(side, curvature)
             weights = None if self._map is None else self._store(side)
             curvature.fit(side)

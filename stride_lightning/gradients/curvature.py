@@ -33,6 +33,7 @@ class TrainingSide:
     seed: int
     project: Callable[[Gradients], Gradients]  # the projection that is part of the features
     effort: Effort  # work and memory of one example
+    batch_bytes: int  # largest size of a batch
     stored: Gradients | None = None  # features of this process's examples; None if each pass computes them
     stored_weights: Tensor | None = None  # factors of their outer products in a Fisher matrix; None for 1
 

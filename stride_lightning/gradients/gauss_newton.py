@@ -22,8 +22,6 @@ from stride_lightning.runtime.distributed import total
 from stride_lightning.runtime.progress import counting, expect, track
 from stride_lightning.runtime.randomness import mix
 
-#: Number of values of tangents in memory at once, while a batch is multiplied.
-CHUNK_VALUES = 2**24
 #: Number of steps of a progress bar for iterations of unknown number.
 PERCENT = 100
 #: Examples of a random batch of LiSSA; the size of forward passes does not change it.
@@ -71,8 +69,6 @@ class GaussNewton(Curvature):
     def _batch_product(self, inputs: Any, encoded: Tensor, tangents: dict[str, Tensor]) -> dict[str, Tensor]:
         capture, task = self._train.capture, self._train.task
         parameters = capture.parameters.values()
-        # Values per example in a forward pass, roughly: the outputs of all layers.
-        width = sum((layout.shapes[0] or (1,))[0] for layout in capture.layouts.values())
         # Plain autograd, not torch.func, which refuses activation checkpointing.
         unused: dict[str, Any] = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
         with uncompiled(), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
@@ -82,7 +78,8 @@ class GaussNewton(Curvature):
             # operations, and counts padding rows.
             transposed = torch.autograd.grad(outputs, [*parameters], back, create_graph=True, **unused)
             mean, weights = task.mean(outputs.detach()), task.output_weights(encoded)
-            step = max(1, CHUNK_VALUES // (outputs[..., 0].numel() * width))
+            # Beside the graph of the forward pass stays that of the backward pass, and tangents pass through both.
+            step = max(1, self._train.batch_bytes // (2 * len(outputs) * self._train.effort.num_bytes))
             parts = []
             for chunk in zip(*(tangent.split(step) for tangent in tangents.values()), strict=True):
                 batched = {"is_grads_batched": True, **unused}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,9 @@ class PlannedAttributor(Attributor):
         kwargs: Arguments of :class:`Attributor`.
     """
 
+    #: Graphs of a batch that are held at once.
+    graphs: ClassVar[int] = 1
+
     def __init__(
         self,
         *,
@@ -103,7 +106,7 @@ class PlannedAttributor(Attributor):
         #: Work and memory of one example's gradients.
         self.effort = self.capture.effort(together, len(places))
         #: Examples of one forward pass.
-        self.chunk_size = min(self.batch_size, max(1, self.batch_bytes // self.effort.num_bytes))
+        self.chunk_size = min(self.batch_size, max(1, self.batch_bytes // (self.graphs * self.effort.num_bytes)))
         self.reader = self.read(model, self.train_data, device, "label")
         self.check_data(self.reader.fingerprint)
         if len(self.train_data) < world_size():

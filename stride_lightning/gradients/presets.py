@@ -103,7 +103,7 @@ class ConjugateGradientAttributor(InfluenceAttributor):
     """
 
     method, default_damping = "influence-cg", 3.0
-    copies = 8
+    copies, graphs = 8, 2
 
     def __init__(self, *, tolerance: float = 1e-3, max_iterations: int = 200, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -126,7 +126,7 @@ class LiSSAAttributor(InfluenceAttributor):
     """
 
     method, default_damping = "influence-lissa", 3.0
-    copies = 8
+    copies, graphs = 8, 2
 
     def __init__(self, *, depth: int = 200, **kwargs: Any) -> None:
         super().__init__(**kwargs)
