@@ -72,7 +72,7 @@ class DenseFit:
         expect("Fitting operators", chunks, 12 * gradient * k / chunks)
         if self._given.recovery == "prior":
             chunks = len(even_slices(num_queries, QUERY_CHUNK, device))
-            expect("Influence", 2 * chunks, 25 * gradient * num_queries / max(1, chunks))
+            expect("Influence", 2 * chunks, 15 * gradient * num_queries / max(1, chunks))
             chunks = len(even_slices(num_queries, queries_per_system(k), device))
             expect("Recovering scores", chunks, 4 * n * k**2 * num_queries / max(1, chunks))
 
