@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from stride_lightning.callbacks import guard, recording
+from stride_lightning.runtime import progress
 from stride_lightning.storage import records
 from stride_lightning.storage.records import find_records, read_record
 from tests.contract.test_callbacks import CALLBACKS, callback_of, every_callback, is_untouched
@@ -176,6 +177,40 @@ def test_a_fit_that_goes_well_is_the_one_without(name, kind, num_workers, tmp_pa
     assert callback.records == find_records(tmp_path / name)
     assert callback.records
     assert trainer.global_step == NUM_STEPS
+
+
+class CountsBatches(Classifier):
+    """Counts the batches that it is handed, by an attribute that any reading of data changes."""
+
+    handed = 0
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        self.handed += 1
+        return batch
+
+
+@every_callback
+def test_data_that_are_read_before_the_first_step_count_for_nothing(name, tmp_path):
+    """On a bar, if the Trainer shows one."""
+    seen = []
+
+    class Watching(type(callback_of(name))):
+        def begin(self, trainer, pl_module):
+            super().begin(trainer, pl_module)
+            seen.append((pl_module.handed, progress._current.get()))
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append(pl_module.handed)
+
+    callback = often(name)
+    callback.__class__ = Watching
+    model = build(CountsBatches)
+    bar = {"enable_progress_bar": True, "limit_train_batches": 1, "max_epochs": 1}
+    make_trainer(tmp_path, callback, **bar).fit(model, loader(DATA))
+    (while_reading, shown), at_first_batch = seen
+    assert while_reading > 0
+    assert shown is not None
+    assert at_first_batch == 1
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------------------------
