@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from stride_lightning.gradients.damping import Damped, DampedKernel, DampedMatrix, RelativeDamping, singular
-from stride_lightning.gradients.features import NUM_DIRECTIONS, Batch, Reader, has_exact_curvature, run_batches
+from stride_lightning.gradients.features import Batch, Reader, count_directions, run_batches
 from stride_lightning.model.blocks import Gradients
 from stride_lightning.model.capture import Capture, Effort
 from stride_lightning.runtime.distributed import gather, total
@@ -53,9 +53,8 @@ class TrainingSide:
     @property
     def curvature_work(self) -> int:
         """Multiplications for the gradients along all directions of one example's curvature."""
-        num_outputs, most_tokens = self.reader.num_outputs, self.reader.most_tokens
-        is_exact = has_exact_curvature(num_outputs, most_tokens)
-        return (1 + 2 * (num_outputs * most_tokens if is_exact else NUM_DIRECTIONS)) * self.effort.forward
+        directions = count_directions(self.reader.num_outputs, self.reader.most_tokens)
+        return (1 + 2 * directions) * self.effort.forward
 
     def batches(self, description: str = "", share: slice | None = None) -> Iterator[Batch]:
         """Batches of this process's examples, or of a part of them, after their forward pass."""

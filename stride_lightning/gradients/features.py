@@ -164,7 +164,7 @@ class Batch:
         """
         mean, width = self._task.mean(self.outputs), self.outputs.shape[-1]
         weights = torch.as_tensor(self._task.output_weights(self.encoded))
-        exact = has_exact_curvature(width, self.most_tokens)
+        exact = width * self.most_tokens <= MAX_EXACT_OUTPUTS
         number = self._token_numbers()
         # The signs are functions of these keys; every token has another key.
         keys = self.positions if number is None else _scrambled(self.positions)[:, None] + number
@@ -205,9 +205,10 @@ def run_batches(
             yield Batch(places, reader.examples.positions[places], outputs, encoded, reader.most_tokens, task, backward)
 
 
-def has_exact_curvature(num_outputs: int, most_tokens: int) -> bool:
-    """Whether curvature is a sum over all outputs of an example."""
-    return num_outputs * most_tokens <= MAX_EXACT_OUTPUTS
+def count_directions(num_outputs: int, most_tokens: int) -> int:
+    """Number of directions of an example's curvature: all its outputs, or random ones if these are too many."""
+    every = num_outputs * most_tokens
+    return every if every <= MAX_EXACT_OUTPUTS else NUM_DIRECTIONS
 
 
 def _counted(task: Task, encoded: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ class ConjugateGradient(GaussNewton):
     def expect(self, train: TrainingSide, num_queries: int) -> None:
         super().expect(train, num_queries)
         EKFAC().expect(train, num_queries)
-        # About eight products, each with one pass forward and two backward for every query, and as much for EK-FAC.
+        # About five products, each with one pass forward and two backward for every query, and as much for EK-FAC.
         work = 5 * num_queries * train.num_shared * 2 * train.loss_work
         expect("Conjugate gradients", PERCENT, work / PERCENT)
 

@@ -14,9 +14,8 @@ from typing_extensions import override
 from stride_lightning.data.examples import Examples
 from stride_lightning.data.reading import fingerprint_of
 from stride_lightning.data.sources import resolve_queries
-from stride_lightning.gradients.features import NUM_DIRECTIONS, Reader, has_exact_curvature
+from stride_lightning.gradients.features import Reader
 from stride_lightning.gradients.planned import PlannedAttributor
-from stride_lightning.gradients.projection import JointProjection
 from stride_lightning.information.coreset import Coreset, choose_coreset
 from stride_lightning.information.evidence import Evidence, fit_evidence
 from stride_lightning.information.forms import Form, index_vectors, nats, query_vectors
@@ -106,8 +105,9 @@ class InformationAttributor(PlannedAttributor):
         self.tangents = TangentFeatures(
             self.capture, self.task, self.likelihood, self.projection_dim, self.seed, signed=self.signed
         )
-        expect("Tangent features", self.share.stop - self.share.start, self._work())
-        expect("Queries", self.expected_queries, self._work())
+        work = self.tangents.work(self.effort, self.num_outputs)
+        expect("Tangent features", self.share.stop - self.share.start, work)
+        expect("Queries", self.expected_queries, work)
         self._held: list[Tangents] | None = []
         gram = torch.zeros(self.tangents.dim, self.tangents.dim, dtype=torch.float64, device=device)
         losses, size = torch.zeros((), dtype=torch.float64, device=device), 0
@@ -128,13 +128,6 @@ class InformationAttributor(PlannedAttributor):
             "mean_squared_feature": float(gram.trace()) / len(self.train_data),
             **({} if self.evidence is None else self.evidence.described()),
         }
-
-    def _work(self) -> float:
-        """Multiplications for the features of one example."""
-        is_exact = has_exact_curvature(self.num_outputs, self.reader.most_tokens)
-        count = 1 if self.likelihood == "margin" else self.num_outputs if is_exact else NUM_DIRECTIONS
-        project = JointProjection(self.projection_dim, self.seed, self.capture.num_parameters)
-        return (1 + 2 * count) * self.effort.forward + count * project.work(self.effort.shapes)
 
     def _choose_ridge(self, gram: Tensor, losses: float) -> float:
         weights = sum(float(weight.detach().double().square().sum()) for weight in self.capture.parameters.values())

@@ -13,7 +13,7 @@ from stride_lightning.gradients import features
 from stride_lightning.gradients.features import Batch, Reader, run_batches
 from stride_lightning.gradients.projection import EVERYTHING, JointProjection
 from stride_lightning.model.blocks import Gradients
-from stride_lightning.model.capture import Capture
+from stride_lightning.model.capture import Capture, Effort
 from stride_lightning.runtime.randomness import mix
 from stride_lightning.tasks.likelihoods import Task
 
@@ -68,6 +68,11 @@ class TangentFeatures:
         #: Whether rows are those of all outputs, not random combinations; known once examples have been read.
         self.is_exact = True
         self._project = JointProjection(projection_dim, seed, capture.num_parameters)
+
+    def work(self, effort: Effort, num_outputs: int) -> float:
+        """Multiplications for the features of one example with so many outputs."""
+        count = 1 if self.likelihood == "margin" else features.count_directions(num_outputs, 1)
+        return (1 + 2 * count) * effort.forward + count * self._project.work(effort.shapes)
 
     def batches(
         self, reader: Reader, share: slice | None = None, description: str = "", *, as_queries: bool = False

@@ -97,6 +97,7 @@ def test_budgets_are_halved_between_batches_and_queries():
     each = free.effort.num_bytes
     attributor = fitted(mlp(), DATA, "grad-dot", memory_budget=2 * 3 * each)
     assert (attributor.chunk_size, free.chunk_size) == (3, 256)
+    assert fitted(mlp(), DATA, "influence-cg", memory_budget=2 * 4 * each).chunk_size == 2  # which holds two graphs
 
 
 @every_method
