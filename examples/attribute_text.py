@@ -152,7 +152,7 @@ def main():
     queries = [encoded(tokenizer, prompt, more) for prompt, more in zip(PROMPTS, said, strict=True)]
     attribution = attribute(model, queries, train_data=data)
     attribution.train_info = {"chapter": chapters, "text": texts}
-    attribution.query_info = {"text": [f"{prompt} […]{more}" for prompt, more in zip(PROMPTS, said, strict=True)]}
+    attribution.query_info["text"] = [f"{prompt} […]{more}" for prompt, more in zip(PROMPTS, said, strict=True)]
     print(f"\n{attribution}")
     for row, text in enumerate(attribution.query_info["text"]):
         print("\n" + textwrap.fill(text, 110))

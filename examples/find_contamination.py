@@ -167,7 +167,7 @@ def main():
 
     attribution = attribute(model, queries, train_data=data)
     attribution.train_info = {"text": texts}
-    attribution.query_info = {"text": [f"{prompt} {item[2]}" for prompt, item in zip(prompts, items, strict=True)]}
+    attribution.query_info["text"] = [f"{prompt} {item[2]}" for prompt, item in zip(prompts, items, strict=True)]
     questions = attribution.query_info["text"]
     words = TfidfVectorizer().fit(texts)
     shared = torch.tensor((words.transform(questions) @ words.transform(texts).T).toarray()).float()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from stride_lightning.results.deferred import Deferred, DeferredField
 from stride_lightning.results.scores import AttributionResult
 from stride_lightning.results.top_examples import TopExamples, rank_columns
 
@@ -21,7 +22,9 @@ class Attribution(AttributionResult):
     Args:
         scores: float32, shape ``(num_queries, num_train)``, in nats of query loss to first order; positive is
             helpful: training on the example lowers the query's loss. A ranking, not calibrated to retraining.
-        std: Posterior standard deviation of each score, same shape; None if the method gives none.
+        std: Standard deviation of each score, same shape; None if the method gives none. It is uncalibrated: nobody
+            compared it with retraining. A function without arguments that returns it runs when ``std`` is first read,
+            and ``std`` then holds the tensor; :attr:`has_std` tells whether there is one without computing it.
         train_indices: Position in the training dataset of every column, int64, shape ``(num_train,)``. Give it by
             keyword, like the other arguments: ``train_targets``, ``query_targets``, ``metadata``, ``train_info``,
             ``query_info``, ``queries`` and ``train_data``. See
@@ -35,14 +38,15 @@ class Attribution(AttributionResult):
     """
 
     scores: Tensor
-    std: Tensor | None = None
+    std: DeferredField = DeferredField(like="scores")  # noqa: RUF009 (a descriptor)
 
     @override
     def __post_init__(self) -> None:
         if self.scores.ndim != 2:
             raise ValueError(f"Scores must have shape (num_queries, num_train), got {tuple(self.scores.shape)}.")
-        if self.std is not None and self.std.shape != self.scores.shape:
-            raise ValueError(f"`std` must have the shape of the scores, got {tuple(self.std.shape)}.")
+        std = self._tensors().get("std")
+        if isinstance(std, Tensor) and std.shape != self.scores.shape:
+            raise ValueError(f"`std` must have the shape of the scores, got {tuple(std.shape)}.")
         super().__post_init__()
 
     @property
@@ -54,6 +58,10 @@ class Attribution(AttributionResult):
     @override
     def distributions(self) -> dict[str, Tensor]:
         return {"scores": self.scores} | ({} if self.std is None else {"std": self.std})
+
+    @override
+    def _tensors(self) -> dict[str, Tensor | Deferred]:
+        return {name: value for name in ("scores", "std") if (value := vars(self)[name]) is not None}
 
     @override
     def pairs(self, k: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -95,7 +103,7 @@ class Attribution(AttributionResult):
 
     @override
     def _ranked(self, k: int) -> TopExamples:
-        return rank_columns(self.scores, k, self.std)
+        return rank_columns(self.scores, k, self._tensors().get("std"))
 
     @override
     def _summary(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
@@ -14,6 +14,9 @@ from typing_extensions import Self
 
 from stride_lightning.data.examples import Examples
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
+from stride_lightning.results.agreement import AGREES, agreement_text
+from stride_lightning.results.deferred import Deferred, as_tensor
+from stride_lightning.results.texts import STD
 from stride_lightning.results.top_examples import TopExamples
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import barrier, rank
@@ -43,7 +46,8 @@ class AttributionResult(ABC):
         query_targets: The target that each query's scores are about; None if queries have none.
         metadata: Method, options, every automatic choice, versions, fingerprints, seconds and peak memory.
         train_info: Your columns beside the positions (ids, sources, texts), by name: one value per training example.
-        query_info: The same for queries.
+        query_info: The same for queries. Methods with a readout add the loss and the prediction of the model and of the
+            readout, and whether they agree.
         queries: The data behind the rows, for pictures; not saved.
         train_data: The data behind the columns, for pictures; not saved.
     """
@@ -82,7 +86,7 @@ class AttributionResult(ABC):
     @property
     def num_queries(self) -> int:
         """Number of queries, rows of the scores."""
-        return len(next(iter(self._tensors().values())))
+        return next(len(values) for values in self._tensors().values() if isinstance(values, Tensor))
 
     @property
     @abstractmethod
@@ -96,7 +100,7 @@ class AttributionResult(ABC):
 
     @property
     def has_std(self) -> bool:
-        """Whether scores come with a posterior standard deviation."""
+        """Whether scores come with a standard deviation; it computes nothing."""
         return any("std" in name for name in self._tensors())
 
     @property
@@ -116,9 +120,9 @@ class AttributionResult(ABC):
     def _ranked(self, k: int) -> TopExamples:
         """The ``k`` strongest of each side as columns of the scores; ``k`` is from 1 to ``num_train``."""
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """The scores, as they are saved."""
-        return self.distributions
+    @abstractmethod
+    def _tensors(self) -> dict[str, Tensor | Deferred]:
+        """The scores and what belongs to them, by name, scores first; what is deferred stays so."""
 
     @classmethod
     def _from_tensors(cls, tensors: dict[str, Any], **described: Any) -> Self:
@@ -146,6 +150,18 @@ class AttributionResult(ABC):
         return self._from_tensors({name: values[rows] for name, values in self._tensors().items()}, **known)
 
     @property
+    def disagreeing(self) -> tuple[int, ...]:
+        """Rows of the queries that :meth:`disagrees` names."""
+        return tuple(filter(self.disagrees, range(self.num_queries)))
+
+    def disagrees(self, query: int) -> bool:
+        """Whether the readout disagrees with the model on a query, so that its scores explain another prediction.
+
+        Never for methods without a readout.
+        """
+        return AGREES in self.query_info and not self.query_info[AGREES][query]
+
+    @property
     def is_signed(self) -> bool:
         """Whether the sign of a score tells helpful from harmful, which it does not for unsigned information."""
         return "unsigned" not in self.metadata.get("unit", "")
@@ -168,7 +184,8 @@ class AttributionResult(ABC):
         Raises:
             ValueError: If ``k`` is below 1, or more than the result holds.
         """
-        return replace(self.top_columns(k).renamed(self.train_indices), is_signed=self.is_signed)
+        top = self.top_columns(k).renamed(self.train_indices)
+        return top.with_fields(is_signed=self.is_signed, disagreeing=self.disagreeing)
 
     def top_columns(self, k: int | None = None) -> TopExamples:
         """The same as :meth:`top`, with columns of the scores in place of positions in the training dataset."""
@@ -178,11 +195,13 @@ class AttributionResult(ABC):
     def save(self, path: str | Path) -> Path:
         """Write everything but the data into one folder of safetensors and JSON, all or nothing.
 
+        A standard deviation that nobody read yet is computed first: the file holds tensors, no function.
         An existing folder is never overwritten: the new one becomes ``<path>-v1``, ``-v2``, ... In a distributed
         run rank 0 writes. Returns the folder that was written.
         """
         known = {name: getattr(self, name) for name in ("train_indices", "train_targets", "query_targets")}
-        tensors = self._tensors() | {name: value for name, value in known.items() if value is not None}
+        tensors = {name: as_tensor(value) for name, value in self._tensors().items()}
+        tensors |= {name: value for name, value in known.items() if value is not None}
         info = {"kind": self.kind} | {name: getattr(self, name) for name in _PLAIN}
         written = write_once(path, info, {"attribution": tensors})
         announce(f"{Path(path)} already exists: the scores were saved as {written}.", show=written != Path(path))
@@ -225,9 +244,11 @@ class AttributionResult(ABC):
 
     def __repr__(self) -> str:
         method = self.metadata.get("method", "scores")
-        certain = ", with posterior std" if self.has_std else ""
+        text = agreement_text(self.query_info)
+        agreement = "" if text is None else f", readout {text}"
+        certain = f", with {STD} of each score" if self.has_std else ""
         duration = f", {self.seconds:.1f} s" if self.seconds is not None else ""
-        return f"{type(self).__name__}({method}: {self._summary()}{certain}{duration})"
+        return f"{type(self).__name__}({method}: {self._summary()}{agreement}{certain}{duration})"
 
     def to_dataframe(self, k: int | None = None) -> DataFrame:
         """A table with one row per query and training example, or only with the top ``k`` proponents and opponents.

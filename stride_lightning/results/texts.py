@@ -2,6 +2,11 @@
 
 import math
 
+#: The name of the standard deviation wherever one is shown: it knows nothing of seeds and of features that move.
+STD = "uncalibrated std"
+#: The same as a column's name.
+STD_COLUMN = STD.replace(" ", "_")
+
 
 def score_text(score: float) -> str:
     """A score with its sign and at least two significant digits, with an exponent only if it is tiny or huge.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self, override
 
+from stride_lightning.results.deferred import Deferred
 from stride_lightning.results.scores import AttributionResult
 from stride_lightning.results.top_examples import TopExamples
 
@@ -40,7 +41,9 @@ class TopAttribution(AttributionResult):
     kind = "top-attribution"
 
     def __init__(self, examples: TopExamples, num_train: int, **described: Any) -> None:
-        shapes = {name: tuple(tensor.shape) for name, tensor in examples.tensors().items()}
+        # Deferred standard deviations are parts of a tensor like the scores.
+        held = examples.tensors().items()
+        shapes = {name: tuple(tensor.shape) for name, tensor in held if isinstance(tensor, Tensor)}
         if examples.proponents.ndim != 2 or len(set(shapes.values())) != 1:
             raise ValueError(f"`examples` must hold tensors of one shape (num_queries, k), got {shapes}.")
         columns = torch.cat([examples.proponents, examples.opponents]).flatten()
@@ -100,7 +103,7 @@ class TopAttribution(AttributionResult):
         return self.examples.first(k)
 
     @override
-    def _tensors(self) -> dict[str, Tensor]:
+    def _tensors(self) -> dict[str, Tensor | Deferred]:
         return self.examples.tensors()
 
     @classmethod

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stride_lightning.results.agreement import EXPLANATION, MARK
+from stride_lightning.results.deferred import Deferred, DeferredField
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import gather_objects, world_size
 
@@ -22,44 +25,53 @@ class TopExamples:
         proponent_scores: Their scores, same shape.
         opponents: Positions in the training dataset, most harmful first, shape ``(q, k)``.
         opponent_scores: Their scores, same shape.
-        proponent_stds: Posterior standard deviations of the scores, or None; likewise ``opponent_stds``.
+        proponent_stds: Uncalibrated standard deviations of the scores, or None; likewise ``opponent_stds``. They are
+            computed when they are first read, if nobody read those of the scores before.
         is_signed: Whether the sign of a score tells who helps and who harms; if not, its size tells how much.
+        disagreeing: Rows of the queries on which the readout disagrees with the model.
     """
 
     proponents: Tensor
     proponent_scores: Tensor
     opponents: Tensor
     opponent_scores: Tensor
-    proponent_stds: Tensor | None = None
-    opponent_stds: Tensor | None = None
+    proponent_stds: DeferredField = DeferredField(like="proponent_scores")  # noqa: RUF009 (a descriptor)
+    opponent_stds: DeferredField = DeferredField(like="opponent_scores")  # noqa: RUF009 (a descriptor)
     is_signed: bool = True
+    disagreeing: tuple[int, ...] = ()
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The fields that are tensors, by name."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+    def tensors(self) -> dict[str, Tensor | Deferred]:
+        """The fields that are tensors, by name; it computes none of them."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor | Deferred)}
+
+    def with_fields(self, **changes: Any) -> TopExamples:
+        """The same with other values in some fields; unlike ``dataclasses.replace`` it computes nothing."""
+        return TopExamples(**(vars(self) | changes))
 
     def first(self, k: int) -> TopExamples:
         """The first ``k`` of each kind."""
-        return replace(self, **{name: tensor[:, :k] for name, tensor in self.tensors().items()})
+        return self.with_fields(**{name: tensor[:, :k] for name, tensor in self.tensors().items()})
 
     def renamed(self, names: Tensor) -> TopExamples:
         """The same with ``names[column]`` in place of each column; ``names`` has shape ``(num_train,)``."""
-        return replace(self, proponents=names[self.proponents], opponents=names[self.opponents])
+        return self.with_fields(proponents=names[self.proponents], opponents=names[self.opponents])
 
     def __repr__(self) -> str:
         lines = []
         for query in range(min(len(self.proponents), 10)):
+            name = f"query {query}{f' {MARK}' if query in self.disagreeing else ''}:"
             helpful = _listed(self.proponents[query], self.proponent_scores[query], sign=1)
             if not self.is_signed:
-                lines.append(f"query {query}: most told by {helpful}")
+                lines.append(f"{name} most told by {helpful}")
                 continue
             harmful = _listed(self.opponents[query], self.opponent_scores[query], sign=-1)
-            lines.append(f"query {query}: helped by {helpful}\n{' ' * len(f'query {query}:')} harmed by {harmful}")
+            lines.append(f"{name} helped by {helpful}\n{' ' * len(name)} harmed by {harmful}")
         more = len(self.proponents) - 10
-        return "\n".join([*lines, f"... and {more} more queries"] if more > 0 else lines)
+        lines += [f"... and {more} more queries"] if more > 0 else []
+        return "\n".join([*lines, EXPLANATION] if any(query < 10 for query in self.disagreeing) else lines)
 
 
-def rank_columns(scores: Tensor, k: int, std: Tensor | None = None) -> TopExamples:
+def rank_columns(scores: Tensor, k: int, std: Tensor | Deferred | None = None) -> TopExamples:
     """The ``k <= n`` best and worst columns of each row of scores, ``(q, n)``; ties come in order of columns.
 
     Example:
@@ -70,7 +82,8 @@ def rank_columns(scores: Tensor, k: int, std: Tensor | None = None) -> TopExampl
     # Stable sorts, so that ties (the zeros of a lasso) come in order of position.
     helpful, harmful = (scores.sort(dim=1, descending=down, stable=True) for down in (True, False))
     best, worst = helpful.indices[:, :k], harmful.indices[:, :k]
-    stds = (None, None) if std is None else (std.gather(1, best), std.gather(1, worst))
+    rows = torch.arange(len(scores), device=scores.device)[:, None]
+    stds = (None, None) if std is None else (std[rows, best], std[rows, worst])
     return TopExamples(best, helpful.values[:, :k], worst, harmful.values[:, :k], *stds)
 
 
@@ -85,9 +98,10 @@ def joined(parts: Sequence[TopExamples]) -> TopExamples:
         query 1: helped by 1 (+1)
                  harmed by nothing
     """
-    named = [part.tensors() for part in parts]
-    together: dict[str, Any] = {name: torch.cat([tensors[name] for tensors in named]) for name in named[0]}
-    return TopExamples(**together)
+    together = {name: torch.cat([getattr(part, name) for part in parts]) for name in parts[0].tensors()}
+    starts = itertools.accumulate((len(part.proponents) for part in parts), initial=0)
+    rows = tuple(start + row for start, part in zip(starts, parts, strict=False) for row in part.disagreeing)
+    return parts[0].with_fields(**together, disagreeing=rows)
 
 
 class TopCollector:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from torch import Tensor
 
+from stride_lightning.results.agreement import EXPLANATION
 from stride_lightning.results.scores import AttributionResult
-from stride_lightning.results.texts import interval_text, score_text, shortened
-from stride_lightning.views.ranking import RankedExample, query_facts
+from stride_lightning.results.texts import STD, interval_text, score_text, shortened
+from stride_lightning.views.ranking import RankedExample, query_facts, query_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,8 +38,10 @@ def draw_pictures(
     assert attribution.queries is not None
     assert attribution.train_data is not None
     counts = [1, *(max(len(sides[side]) for sides in ranked) for side in (0, 1))]
-    has_info = bool(attribution.train_info or attribution.query_info)
-    figure = blank_figure(_CELL * sum(counts), 0.4 + (1.55 if has_info else 1.4) * len(queries))
+    facts_of = {query: query_facts(attribution, query, with_readout=False) for query in queries}
+    has_info = bool(attribution.train_info) or any(facts.keys() - {"target"} for facts in facts_of.values())
+    height = 0.4 + (1.55 if has_info else 1.4) * len(queries)
+    figure = _figure(attribution, queries, _CELL * sum(counts), height)
     grids = _panels(figure, counts, len(queries))
 
     def show(example: Any, side: int, row: int, place: int, heading: str, captions: list[str]) -> None:
@@ -54,9 +58,10 @@ def draw_pictures(
         axes.set_xlabel("\n".join(lines), color=GREY, size=7, labelpad=3, parse_math=False)
 
     for row, (query, sides) in enumerate(zip(queries, ranked, strict=True)):
-        facts = query_facts(attribution, query)
+        facts = dict(facts_of[query])
         label = f"label {facts.pop('target')}" if "target" in facts else ""
-        show(attribution.queries[query], 0, row, 0, f"query {query}", [label, " · ".join(facts.values())])
+        heading = f"query {query_name(attribution, query)}"
+        show(attribution.queries[query], 0, row, 0, heading, [label, " · ".join(facts.values())])
         for side, examples in enumerate(sides, 1):
             for place, example in enumerate(examples):
                 label = "" if example.target is None else f" · label {example.target}"
@@ -81,23 +86,35 @@ def _panels(figure: Figure, counts: list[int], num_rows: int) -> dict[int, tuple
 
 
 def draw_bars(attribution: AttributionResult, queries: Sequence[int], ranked: Ranked) -> Figure:
-    """One chart per query, bars in order of their score, error bars of one posterior standard deviation."""
+    """One chart per query, bars in order of their score, error bars of one uncalibrated standard deviation."""
     counts = [max(1, len(proponents) + len(opponents)) for proponents, opponents in ranked]
-    figure = blank_figure(7.5, 0.27 * sum(counts) + 0.85 * len(counts))
+    figure = _figure(attribution, queries, 7.5, 0.27 * sum(counts) + 0.85 * len(counts))
     charts = figure.subplots(len(counts), 1, squeeze=False, height_ratios=counts)[:, 0]
     for axes, query, (proponents, opponents) in zip(charts, queries, ranked, strict=True):
-        facts = query_facts(attribution, query)
+        facts = query_facts(attribution, query, with_readout=False)
         label = [f"label {facts.pop('target')}"] if "target" in facts else []
-        title = fitted(figure, " · ".join([f"Query {query}", *label, *facts.values()]), 9, 4.6)
+        title = fitted(figure, " · ".join([f"Query {query_name(attribution, query)}", *label, *facts.values()]), 9, 4.6)
         axes.set_title(title, loc="left", color=INK, size=9, parse_math=False)
         _fill_chart(figure, axes, [*proponents, *reversed(opponents)])
     return figure
 
 
+def _figure(attribution: AttributionResult, queries: Sequence[int], width: float, height: float) -> Figure:
+    """A blank figure for some queries; if one is marked, a note below everything says once what the mark means."""
+    # A line takes at most 18 characters of this size per inch.
+    lines = textwrap.wrap(EXPLANATION, int(18 * width)) if any(map(attribution.disagrees, queries)) else []
+    figure = blank_figure(width, height + 0.14 * len(lines))
+    if lines:
+        figure.supxlabel("\n".join(lines), color=GREY, size=7.5, parse_math=False)
+    return figure
+
+
 def _fill_chart(figure: Figure, axes: Axes, examples: list[RankedExample]) -> None:
-    style_axes(axes, "score (positive: training on the example lowers the query's loss)", grid="x")
     scores = [example.score for example in examples]
     stds = [example.std or 0.0 for example in examples]
+    has_std = any(example.std is not None for example in examples)
+    meaning = "score (positive: training on the example lowers the query's loss)"
+    style_axes(axes, f"{meaning}; ± and error bars: {STD}" if has_std else meaning, grid="x")
     places = range(len(examples))
     colors = [GREEN if score > 0 else RED for score in scores]
     axes.barh(places, scores, height=0.66, color=colors)

@@ -44,8 +44,9 @@ def plot_grid(
         raise ValueError("`queries` is empty: nothing to plot.")
     # Rows are counted from the start, as captions name them.
     rows = [query % attribution.num_queries if query < 0 else query for query in queries]
-    ranked = [rank_examples(attribution, query, k) for query in rows]
-    if shows_images(attribution, image_shape=image_shape):
+    pictures = shows_images(attribution, image_shape=image_shape)
+    ranked = [rank_examples(attribution, query, k, with_std=not pictures) for query in rows]
+    if pictures:
         return draw_pictures(attribution, rows, ranked, partial(as_image, image_shape=image_shape))
     return draw_bars(attribution, rows, ranked)
 

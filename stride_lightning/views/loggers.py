@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
+from stride_lightning.results.agreement import AGREES, EXPLANATION
 from stride_lightning.results.scores import AttributionResult, ImageShape
-from stride_lightning.results.texts import interval_text, shortened
+from stride_lightning.results.texts import STD, STD_COLUMN, interval_text, shortened
 from stride_lightning.views.figures import plot_grid, shows_images
-from stride_lightning.views.ranking import RankedExample, query_facts, rank_examples
+from stride_lightning.views.ranking import RankedExample, query_facts, query_name, rank_examples
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,9 +83,9 @@ def log_attribution(
     """Log scalars to every logger, and histograms, tables and pictures to the loggers that can show them.
 
     Names begin with the attribution's method, here ``stride``. TensorBoard gets the histograms ``stride/scores`` and
-    ``stride/std``, the text ``stride/top_examples`` and the figure ``stride/top_pictures``. Weights & Biases gets the
-    last two as a table and an image. The figure needs inputs that are images, and matplotlib. Arguments are those of
-    :meth:`~stride_lightning.Attribution.log`; ``stride/top_share`` takes the same ``k``.
+    ``stride/uncalibrated_std``, the text ``stride/top_examples`` and the figure ``stride/top_pictures``. Weights &
+    Biases gets the last two as a table and an image. The figure needs inputs that are images, and matplotlib.
+    Arguments are those of :meth:`~stride_lightning.Attribution.log`; ``stride/top_share`` takes the same ``k``.
     """
     tag, queries, tables, figures = tag_of(attribution), range(min(max_queries, attribution.num_queries)), {}, {}
     if queries:
@@ -92,7 +93,8 @@ def log_attribution(
         tables[f"{tag}/top_examples"] = makers
     if queries and importlib.util.find_spec("matplotlib") and shows_images(attribution, image_shape=image_shape):
         figures[f"{tag}/top_pictures"] = plot_grid(attribution, queries, k, image_shape=image_shape)
-    histograms = {f"{tag}/{name}": values for name, values in attribution.distributions.items()}
+    names = {"std": STD_COLUMN}
+    histograms = {f"{tag}/{names.get(name, name)}": values for name, values in attribution.distributions.items()}
     log_views(loggers, step, summarize(attribution, k), tables, figures, histograms)
 
 
@@ -106,9 +108,10 @@ def summarize(attribution: AttributionResult, k: int) -> dict[str, float]:
 
     Returns:
         ``stride/score_std`` (over all scores), ``stride/top_share`` (share of a query's total absolute score that its
-        ``k`` largest hold, mean over queries), ``stride/positive_fraction`` and ``stride/nonzero_fraction``. With a
-        posterior also ``stride/posterior_std`` (mean) and ``stride/significant_fraction`` (beyond two of them).
-        Seconds and peak memory come from the metadata.
+        ``k`` largest hold, mean over queries), ``stride/positive_fraction`` and ``stride/nonzero_fraction``. With
+        standard deviations also ``stride/mean_uncalibrated_std`` and ``stride/beyond_two_uncalibrated_std`` (the share
+        of scores). With a readout also ``stride/readout_agreement`` (the share of queries). Seconds and peak memory
+        come from the metadata.
 
     Example:
         >>> import torch
@@ -129,15 +132,17 @@ def summarize(attribution: AttributionResult, k: int) -> dict[str, float]:
             f"{tag}/nonzero_fraction": (scores != 0).float().mean().item(),
         }
         if "std" in distributions:
-            scalars[f"{tag}/posterior_std"] = distributions["std"].float().mean().item()
-            scalars[f"{tag}/significant_fraction"] = (size > 2 * distributions["std"]).float().mean().item()
+            scalars[f"{tag}/mean_{STD_COLUMN}"] = distributions["std"].float().mean().item()
+            scalars[f"{tag}/beyond_two_{STD_COLUMN}"] = (size > 2 * distributions["std"]).float().mean().item()
+    if agrees := attribution.query_info.get(AGREES):
+        scalars[f"{tag}/readout_agreement"] = sum(map(bool, agrees)) / len(agrees)
     for name, value in attribution.metadata.items():
         if name.startswith(("seconds", "peak_memory")):
             scalars |= dict(_numbers(f"{tag}/{name}", value))
     return scalars
 
 
-def markdown_table(attribution: AttributionResult, queries: Iterable[int], k: int) -> str:
+def markdown_table(attribution: AttributionResult, queries: Sequence[int], k: int) -> str:
     """Proponents and opponents of some queries as Markdown, one table each; text from the data is escaped.
 
     Example:
@@ -154,19 +159,22 @@ def markdown_table(attribution: AttributionResult, queries: Iterable[int], k: in
     """
     has_target = attribution.train_targets is not None
     names = ["target"] * has_target + [escaped(name) for name in attribution.train_info]
+    score = f"score ± {STD}" if attribution.has_std else "score"
     header = [
-        "| " + " | ".join(["| rank | position | score", *names]) + " |",
+        "| " + " | ".join([f"| rank | position | {score}", *names]) + " |",
         "|---|---:|---:|---:|" + "---|" * len(names),
     ]
     parts = []
     for query in queries:
         facts = [f"{escaped(name)} {escaped(value)}" for name, value in query_facts(attribution, query).items()]
-        lines = ["### " + " · ".join([f"Query {query}", *facts]), "", *header]
+        lines = ["### " + " · ".join([f"Query {query_name(attribution, query)}", *facts]), "", *header]
         for side, rank, example in _ranked_rows(attribution, query, k):
             score = interval_text(example.score, example.std)
             cells = [side, str(rank), str(example.position), score, *map(escaped, _texts(example))]
             lines.append("| " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
+    if any(map(attribution.disagrees, queries)):
+        parts.append(EXPLANATION)
     return "\n\n".join(parts)
 
 
@@ -180,7 +188,7 @@ def example_table(attribution: AttributionResult, queries: Iterable[int], k: int
         (['query', 'side', 'rank', 'position', 'score'], [[0, 'proponent', 1, 0, 0.5], [0, 'opponent', 1, 1, -0.25]])
     """
     columns = ["query"] + [f"query_{name}" for name in query_facts(attribution, 0)]
-    columns += ["side", "rank", "position", "score"] + ["std"] * attribution.has_std
+    columns += ["side", "rank", "position", "score"] + [STD_COLUMN] * attribution.has_std
     columns += ["target"] * (attribution.train_targets is not None) + list(attribution.train_info)
     rows = []
     for query in queries:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stride_lightning.results.scores import AttributionResult
+from stride_lightning.results.texts import STD_COLUMN
 from stride_lightning.runtime.checks import check_count
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def dataframe(attribution: AttributionResult, k: int | None = None) -> DataFrame
     rows, columns, scores, std = attribution.pairs(k)
     table: dict[str, Any] = {"query": rows, "train_index": attribution.train_indices[columns], "score": scores}
     if std is not None:
-        table["std"] = std
+        table[STD_COLUMN] = std
     if attribution.train_targets is not None and attribution.train_targets.ndim == 1:
         table["target"] = attribution.train_targets[columns]
     frame = pd.DataFrame({name: value.numpy() for name, value in table.items()})

@@ -109,7 +109,7 @@ def test_tensorboard_shows_scalars_and_the_table(recorded):
     events = accumulator.EventAccumulator(trainer.loggers[1].log_dir).Reload()
     (event,) = events.Scalars("further-training/epochs=1/effect_rms")
     assert (event.step, event.value) == (8, pytest.approx(further.result.effects(1).square().mean().sqrt().item()))
-    assert {"further-training/scores", "further-training/std"} <= set(events.Tags()["histograms"])
+    assert {"further-training/scores", "further-training/uncalibrated_std"} <= set(events.Tags()["histograms"])
     (text,) = events.Tensors("further-training/top_examples/text_summary")
     table = text.tensor_proto.string_val[0].decode()
     best = LEFT_OUT[further.result.effects()[0].argmax()]

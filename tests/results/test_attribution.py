@@ -52,7 +52,7 @@ def test_top_is_ten_by_default_and_no_more_than_there_are():
 def test_scores_and_their_top_read_well():
     text = repr(example())
     assert "stride: 2 queries x 4 training examples" in text
-    assert "with posterior std, 1.2 s" in text
+    assert "with uncalibrated std of each score, 1.2 s" in text
     assert repr(Attribution(torch.ones(1, 1))) == "Attribution(scores: 1 queries x 1 training examples, sum 1)"
     assert "0 queries" in repr(Attribution(torch.empty(0, 3)))
     assert repr(example().top(2)) == (
@@ -94,11 +94,11 @@ def test_sum_by():
 
 def test_to_dataframe():
     frame = example().to_dataframe()
-    assert list(frame) == ["query", "train_index", "score", "std", "target", "source", "query_name"]
+    assert list(frame) == ["query", "train_index", "score", "uncalibrated_std", "target", "source", "query_name"]
     assert len(frame) == 8
     row = frame[(frame["query"] == 1) & (frame["train_index"] == 30)].iloc[0]
     assert (row.score, row.target, row.source, row.query_name) == (-3.0, 0, "web", "second")
-    assert row["std"] == pytest.approx(3.1)
+    assert row["uncalibrated_std"] == pytest.approx(3.1)
     ends = example().to_dataframe(k=1)
     assert ends[["query", "train_index"]].values.tolist()[:2] == [[0, 40], [0, 20]]
     assert len(ends) == 4

@@ -16,7 +16,8 @@ from stride_lightning.results.attribution import Attribution
 from stride_lightning.results.evaluation import Evaluation, EvaluationRow
 from stride_lightning.results.texts import interval_text, score_text
 from stride_lightning.views.figures import as_image, plot_grid
-from stride_lightning.views.ranking import rank_examples
+from stride_lightning.views.loggers import pixels_of
+from stride_lightning.views.ranking import query_facts, rank_examples
 
 SCORES = torch.tensor([[0.5, -0.25, 0.0, 0.012, -0.13], [0.0, 0.0, 3.0, -1.0, 2.0]])
 POSITIONS = torch.tensor([10, 11, 12, 13, 14])
@@ -112,6 +113,30 @@ def test_evaluations_with_long_names_are_readable(ceiling):
         assert_readable(Evaluation(shown, ceiling, 10, 2, 9, 0.9, queries).plot())
 
 
+READOUT = {"loss": [0.123456, 2.0], "readout loss": [0.1, 2.5], "readout agrees": [True, False]}
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3,)], ids=["pictures", "bars"])
+def test_queries_on_which_the_readout_disagrees_are_marked_and_the_mark_is_explained_once(shape):
+    attribution = make_attribution(shape, query_info=READOUT)
+
+    def shown(figure):
+        headings = [axes.get_title(loc) for axes in figure.axes for loc in ("left", "center")]
+        marks = [heading.lower().split(" · ")[0] for heading in headings if heading.lower().startswith("query")]
+        return marks, " ".join(figure.get_supxlabel().split())
+
+    note = "! the readout disagrees with the model on this query: its scores explain another prediction"
+    assert shown(attribution.plot([1, 0], k=1)) == (["query 1 !", "query 0"], note)
+    assert shown(attribution.plot([0], k=1)) == (["query 0"], "")
+    assert shown(make_attribution(shape).plot([1], k=1)) == (["query 1"], "")
+    for k in (1, 4):
+        assert_readable(attribution.plot([0, 1], k))
+    # Losses without their names would say nothing, so captions and titles leave them out.
+    agreeing = make_attribution(shape, query_info=READOUT | {"readout agrees": [True, True]})
+    pixels = [pixels_of(one.plot([0, 1], k=2)) for one in (agreeing, make_attribution(shape))]
+    assert np.array_equal(*pixels)
+
+
 def test_pictures_have_one_size_whatever_their_captions():
     figure = plot_grid(make_attribution(train_info={"text": LONG}), [0, 1], k=5)
     figure.canvas.draw()
@@ -149,6 +174,8 @@ def test_bars_are_scores_with_error_bars_of_one_std():
     assert [label.get_text() for label in right.get_yticklabels()] == [
         *("+0.50 ± 0.10", "+0.012 ± 0.0040", "-0.13 ± 0.020", "-0.25 ± 0.050"),
     ]
+    assert axes.get_xlabel().endswith("; ± and error bars: uncalibrated std")
+    assert "std" not in make_attribution(shape=(3,)).plot(0, k=2).axes[0].get_xlabel()
     # The chart's top bar is the strongest proponent.
     assert axes.get_ylim()[0] > axes.get_ylim()[1]
 
@@ -226,6 +253,17 @@ def test_ranking_keeps_columns_and_positions_apart():
     ranked = [(e.column, e.position, e.score, e.std, e.target, e.info) for e in helpful]
     assert ranked == [(2, 12, 3.0, 7.0, "2", ("c",)), (4, 14, 2.0, 9.0, "4", ("e",))]
     assert [(e.column, e.position, e.score) for e in harmful] == [(3, 13, -1.0)]
+
+
+def test_facts_of_a_readout_have_few_digits_and_those_of_users_all():
+    info = READOUT | {"id": [0.123456, 1.0], "prediction": [[0.123456, 1.0, 2.0, 3.0], 3], "readout prediction": [3, 3]}
+    attribution = make_attribution(query_info=info)
+    assert query_facts(attribution, 0) == {
+        **{"target": "7", "loss": "0.123", "readout loss": "0.1", "readout agrees": "True", "id": "0.123456"},
+        **{"prediction": "(0.123, 1, 2, ...)", "readout prediction": "3"},
+    }
+    assert query_facts(attribution, 0, with_readout=False) == {"target": "7", "id": "0.123456"}
+    assert query_facts(make_attribution(query_info={"loss": [0.123456, 1.0]}), 0)["loss"] == "0.123456"
 
 
 WRITTEN = {0.0: "+0.00", 0.0996: "+0.100", -0.00123: "-0.0012", 123.4: "+123", 1e-5: "+1.0e-05", -3e6: "-3.0e+06"}

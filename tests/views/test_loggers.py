@@ -55,9 +55,9 @@ def test_summary_by_hand(attribution):
             "stride/top_share": (3 / 4 + 2 / 4) / 2,
             "stride/positive_fraction": 3 / 8,
             "stride/nonzero_fraction": 5 / 8,
-            "stride/posterior_std": 5.45 / 8,
+            "stride/mean_uncalibrated_std": 5.45 / 8,
             # |score| > 2 std: 3 > 2 | 2 > 1 and 1 > 0.2, while 1 < 2 and 1 < 1.5.
-            "stride/significant_fraction": 3 / 8,
+            "stride/beyond_two_uncalibrated_std": 3 / 8,
             "stride/seconds/fit": 1.5,
             "stride/seconds/total": 2.5,
             "stride/peak_memory": 4096.0,
@@ -80,7 +80,7 @@ def test_tensorboard_shows_scalars_histograms_text_and_pictures(attribution, tmp
     for tag, value in expected.items():
         (event,) = events.Scalars(tag)
         assert (event.step, event.value) == (7, pytest.approx(value))
-    (scores,), (std,) = events.Histograms("stride/scores"), events.Histograms("stride/std")
+    (scores,), (std,) = events.Histograms("stride/scores"), events.Histograms("stride/uncalibrated_std")
     assert (scores.step, scores.histogram_value.num) == (7, 8)
     assert (scores.histogram_value.min, scores.histogram_value.max) == (-1, 3)
     assert std.histogram_value.sum == pytest.approx(5.45)
@@ -114,6 +114,33 @@ def test_hostile_text_stays_text_in_tensorboard_and_long_text_is_cut(attribution
     assert len(markdown_table(attribution, [0], 1)) < 400
 
 
+def test_disagreeing_queries_are_marked_explained_once_and_counted(attribution):
+    note = "! the readout disagrees with the model on this query: its scores explain another prediction"
+    assert "!" not in markdown_table(attribution, [0, 1], 1)
+    attribution.query_info = {"loss": [0.123456, 1.0], "readout loss": [2.0, 1.0], "readout agrees": [False, True]}
+    text = markdown_table(attribution, [0, 1], 1)
+    headings = [line for line in text.splitlines() if line.startswith("###")]
+    assert headings == [
+        "### Query 0 ! · target 7 · loss 0.123 · readout loss 2 · readout agrees False",
+        "### Query 1 · target 8 · loss 1 · readout loss 1 · readout agrees True",
+    ]
+    assert text.endswith(f"\n\n{note}")
+    assert text.count("!") == 2
+    assert note not in markdown_table(attribution, [1], 1)
+    columns, rows = example_table(attribution, [0, 1], 1)
+    assert [(row[0], row[columns.index("query_readout agrees")]) for row in rows] == [
+        *([(0, "False")] * 2),
+        *([(1, "True")] * 2),
+    ]
+    assert summarize(attribution, 1)["stride/readout_agreement"] == 0.5
+
+
+def test_the_head_of_the_text_table_says_what_stands_behind_the_scores(attribution):
+    assert "| rank | position | score ± uncalibrated std | target |" in markdown_table(attribution, [0], 1)
+    attribution.std = None
+    assert "| rank | position | score | target |" in markdown_table(attribution, [0], 1)
+
+
 def test_names_begin_with_the_method(attribution, tmp_path):
     """Several methods side by side: nothing of one is under the name of the other."""
     attribution.metadata["method"] = "further-training"
@@ -128,7 +155,7 @@ def test_names_begin_with_the_method(attribution, tmp_path):
     board = TensorBoardLogger(tmp_path)
     attribution.log(board, step=7, k=1, max_queries=1)
     tags = read_events(board).Tags()
-    assert tags["histograms"] == ["further-training/scores", "further-training/std"]
+    assert tags["histograms"] == ["further-training/scores", "further-training/uncalibrated_std"]
     assert tags["tensors"] == ["further-training/top_examples/text_summary"]
     assert all(tag.startswith("further-training/") for tag in tags["scalars"] + tags["images"])
 
@@ -151,7 +178,7 @@ def test_wandb_like_logger_gets_table_and_image(attribution):
     assert metrics == [summarize(attribution, k=1), 5]
     assert (*tags, image_tag) == ("stride/top_examples", "stride/top_pictures")
     assert step == image_step == 5
-    assert " ".join(columns) == "query query_target query_id side rank position score std target text"
+    assert " ".join(columns) == "query query_target query_id side rank position score uncalibrated_std target text"
     assert data == [
         [0, "7", "q|0", "proponent", 1, 10, 3.0, 1.0, "0", "plain"],
         [0, "7", "q|0", "opponent", 1, 11, -1.0, 1.0, "1", HOSTILE],

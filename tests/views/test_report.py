@@ -40,9 +40,28 @@ def test_page_holds_each_query_with_its_proponents_and_opponents(tmp_path):
     }
     assert page.held["title"] == "Training-data attribution · stride · 3 queries, 5 training examples"
     facts = "<dd>12.3 s</dd>", "<dd>2 strongest of each side</dd>"
-    for phrase in (*facts, "nats of query loss", "Positive scores are", "Whiskers"):
+    for phrase in (*facts, "nats of query loss", "Positive scores are", "± and whiskers: one uncalibrated std"):
         assert phrase in page.text
-    assert "Whiskers" not in Page(make_attribution().report(tmp_path / "plain")).text
+    assert "whiskers:" not in Page(make_attribution().report(tmp_path / "plain")).text
+
+
+def test_disagreeing_queries_are_marked_and_the_mark_is_explained_once(tmp_path):
+    info = {"id": [0.123456, 1, 2], "loss": [0.123456, 2.0, 3.0], "readout loss": [0.1, 2.5, 3.0]}
+    info |= {"readout agrees": [True, False, True]}
+    attribution = make_attribution(query_info=info)
+    page = Page(attribution.report(tmp_path / "page"))
+    assert [query["disagrees"] for query in page.data["queries"]] == [False, True, False]
+    assert page.data["queries"][0]["facts"] == [
+        *(["id", "0.123456"], ["loss", "0.123"], ["readout loss", "0.1"], ["readout agrees", "True"]),
+    ]
+    assert page.data["readout"] == ["loss", "readout loss", "readout agrees"]
+    assert "<dt>Readout</dt><dd>agrees with the model on 2 of 3 queries</dd>" in page.text
+    note = "<p>! the readout disagrees with the model on this query: its scores explain another prediction</p>"
+    assert page.text.count(note) == 1
+    assert note not in attribution.report(tmp_path / "page", queries=[0, 2]).read_text("utf-8")
+    plain = Page(make_attribution().report(tmp_path / "plain"))
+    assert "readout" not in plain.text.replace("data.readout", "").replace('"readout":[]', "")
+    assert (plain.data["std"], plain.data["readout"]) == (None, [])
 
 
 def test_queries_can_be_chosen(tmp_path):

@@ -110,6 +110,20 @@ def test_search_filters_queries_and_examples(opened):
     assert (positions(opened, 1), positions(opened, 2)) == (["#10", "#13"], ["#11", "#14"])
 
 
+def test_disagreeing_queries_are_marked_in_the_list_and_in_their_heading(browser, tmp_path):
+    std = torch.full((3, 5), 0.1)
+    info = {"id": ["x", "y", "z"], "loss": [0.5, 1.5, 2.5], "readout loss": [0.5, 1.0, 2.5]}
+    info |= {"readout agrees": [True, False, True]}
+    browser.open(make_attribution(query_info=info, std=std).report(tmp_path / "report.html"))
+    assert browser.texts("nav b") == ["Query 0", "Query 1 !", "Query 2"]
+    assert browser.texts("nav .about") == ["target 7 · x", "target 10 · y", "target 8 · z"]
+    browser.click('nav a[data-query="1"]')
+    browser.wait_for("main h2", ["Query 1 !"])
+    assert browser.texts(".shown .facts span")[2:] == ["loss1.5", "readout loss1", "readout agreesFalse"]
+    assert [name.split(" ")[0] for name in browser.texts(".sort button")] == ["score", "position", "uncalibrated"]
+    assert browser.problems == []
+
+
 def test_keys_move_from_query_to_query(opened):
     opened.press("ArrowRight")
     assert opened.texts("main h2") == ["Query 1"]

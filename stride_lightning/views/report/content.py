@@ -9,12 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from stride_lightning.data.examples import Examples
+from stride_lightning.results.agreement import is_of_readout
 from stride_lightning.results.scores import AttributionResult, ImageShape, TextSource
 from stride_lightning.results.texts import interval_text
 from stride_lightning.runtime.progress import track
 from stride_lightning.runtime.randomness import seeded
 from stride_lightning.views.figures import as_image
-from stride_lightning.views.ranking import RankedExample, rank_examples, target_text
+from stride_lightning.views.ranking import RankedExample, info_text, rank_examples, target_text
 from stride_lightning.views.report.pictures import Pictures
 
 #: The page holds so many characters of a text. A column with a longer fact than this is shown as texts.
@@ -59,10 +60,13 @@ def report_content(
         return [place[example.column], _brief(example.score), std, text]
 
     queries = query_source.described(rows, attribution.num_queries, pictures)
-    for query, sides in zip(queries, ranked.values(), strict=True):
+    for query, (row, sides) in zip(queries, ranked.items(), strict=True):
+        query["disagrees"] = attribution.disagrees(row)
         query["ranked"] = [[entry(example) for example in side] for side in sides]
     examples = train_source.described(columns, attribution.num_train, pictures)
-    return {"queries": queries, "examples": examples, "pictures": pictures.uris()}
+    # The list of queries shows values without their names, so it leaves these out.
+    readout = [name for name in attribution.query_info if is_of_readout(name, attribution.query_info)]
+    return {"queries": queries, "examples": examples, "pictures": pictures.uris(), "readout": readout}
 
 
 def _brief(value: float) -> float:
@@ -91,7 +95,7 @@ class _Source:
         for place in track(places, "Reading what is shown", len(places), show=reads or callable(self.text)):
             example = self._read(place) if reads else None
             image = as_image(example, image_shape=self.image_shape) if reads else None
-            shown = {name: str(values[place]) for name, values in self.info.items()}
+            shown = {name: info_text(self.info, name, place) for name in self.info}
             texts = self._texts(place, example) + [(name, shown[name]) for name in shown if name in blocks]
             values = {
                 "name": str(place if self.indices is None else int(self.indices[place])),

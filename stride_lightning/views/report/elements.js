@@ -17,6 +17,7 @@ queries.forEach((query, i) => {
   query.strongestText = strongest ? strongest[3].split(" ±")[0] : "0";
   all.forEach(([example, , , text]) => appearances[example].push([i, text]));
 });
+const nameOf = (query) => (query.disagrees ? `Query ${query.name} ${data.mark}` : `Query ${query.name}`);
 const words = (item, title) =>
   [
     title,

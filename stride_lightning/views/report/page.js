@@ -6,7 +6,7 @@ const items = queries.map((query, i) => {
   const texts = query.texts.map(([, text]) => text.slice(0, 80));
   const about = [
     query.target === null ? "" : `target ${query.target}`,
-    ...query.facts.map(([, value]) => value),
+    ...query.facts.filter(([name]) => !data.readout.includes(name)).map(([, value]) => value),
     ...texts,
   ].filter(Boolean);
   return make(
@@ -19,7 +19,7 @@ const items = queries.map((query, i) => {
       make(
         "span",
         { class: "named" },
-        make("b", {}, `Query ${query.name}`),
+        make("b", {}, nameOf(query)),
         make("span", { class: "about" }, about.join(" · ")),
       ),
       make("span", { class: "strongest", title: "strongest score" }, query.strongestText),

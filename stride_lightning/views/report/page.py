@@ -12,7 +12,9 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from stride_lightning.results.agreement import EXPLANATION, MARK, agreement_text
 from stride_lightning.results.scores import AttributionResult
+from stride_lightning.results.texts import STD
 from stride_lightning.storage.files import hidden_name
 from stride_lightning.views.report.content import report_content
 
@@ -89,10 +91,10 @@ def page(attribution: AttributionResult, content: dict[str, Any], *, k: int, tit
         heading="Training-data attribution" if title is None else title,
         sizes=sizes,
         facts=header_facts(attribution, count, k),
-        meaning=meaning(attribution),
         style=_file("page.css"),
         script='"use strict";\n{\n' + "\n".join(map(_file, _SCRIPTS)) + "}\n",
-        data={"sides": named, "has_std": attribution.has_std, **content},
+        notes=[meaning(attribution)] + [EXPLANATION] * any(query["disagrees"] for query in content["queries"]),
+        data={"sides": named, "std": STD if attribution.has_std else None, "mark": MARK, **content},
     )
 
 
@@ -117,6 +119,8 @@ def header_facts(attribution: AttributionResult, num_shown: int, k: int) -> dict
     }
     if isinstance(seconds, int | float):
         facts["Computed in"] = f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"
+    agreement = agreement_text(attribution.query_info)
+    facts |= {} if agreement is None else {"Readout": agreement}
     return facts | {"Unit of scores": str(metadata.get("unit") or "that of the method")}
 
 
@@ -125,7 +129,7 @@ def meaning(attribution: AttributionResult) -> str:
     words = "Positive scores are helpful: training on the example lowers the query's loss."
     if not attribution.is_signed:
         words = "Scores have no direction: they say how much an example tells about the query, not which way."
-    return words + (" Whiskers span one posterior standard deviation to each side." if attribution.has_std else "")
+    return words + (f" ± and whiskers: one {STD} to each side." if attribution.has_std else "")
 
 
 def _file(name: str) -> str:

@@ -83,7 +83,7 @@ function sorted(entries) {
 }
 
 function sortButtons() {
-  const names = data.has_std ? ["score", "position", "std"] : ["score", "position"];
+  const names = data.std === null ? ["score", "position"] : ["score", "position", "std"];
   const buttons = names.map((name) => {
     const chosen = state.sort === name;
     return make(
@@ -99,7 +99,7 @@ function sortButtons() {
           document.querySelector(`[data-sort="${name}"]`).focus({ preventScroll: true });
         },
       },
-      name,
+      name === "std" ? data.std : name,
       chosen ? (state.down ? " ↓" : " ↑") : "",
     );
   });
@@ -131,7 +131,7 @@ function showQuery() {
         : make("p", { class: "empty" }, all.length ? "None of them matches the search." : side.none),
     );
   });
-  const title = `Query ${query.name}`;
+  const title = nameOf(query);
   main.replaceChildren(
     make(
       "section",
