@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from stride_lightning.retraining.ground_truth import GroundTruth as GroundTruth
     from stride_lightning.retraining.retrain import retrain as retrain
     from stride_lightning.retraining.retrain import retrain_without as retrain_without
-    from stride_lightning.steering.attributor import LanguageStrideAttributor as LanguageStrideAttributor
     from stride_lightning.steering.attributor import StrideAttributor as StrideAttributor
     from stride_lightning.steering.module import StrideModule as StrideModule
     from stride_lightning.storage.records import RecordError as RecordError
@@ -72,7 +71,7 @@ _FILES = {
     "retraining.further_training": ("further_train",),
     "retraining.ground_truth": ("Counterfactual", "GroundTruth"),
     "retraining.retrain": ("retrain", "retrain_without"),
-    "steering.attributor": ("LanguageStrideAttributor", "StrideAttributor"),
+    "steering.attributor": ("StrideAttributor",),
     "steering.module": ("StrideModule",),
     "storage.records": ("RecordError",),
     "tasks.language": ("CausalLanguageModeling", "SequenceClassification"),

@@ -15,9 +15,9 @@ from stride_lightning.callbacks.recording import RecordingCallback, check_freque
 from stride_lightning.data.examples import Examples
 from stride_lightning.model.layers import check_layers, in_precision_of
 from stride_lightning.model.weights import borrowed, rank_zero_state, weight_hash
+from stride_lightning.readout.activations import capture_inputs
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import rank
-from stride_lightning.steering.activations import capture_inputs
 from stride_lightning.steering.attributor import make_fit
 from stride_lightning.steering.fit import Fit, FitOptions
 from stride_lightning.steering.statistics import StreamingStatistics
@@ -223,8 +223,8 @@ class StrideCallback(RecordingCallback):
             if watched.statistics[layer].count
         }
         subsets = design.responses(losses[None].float())[0] / design.sizes.clamp(min=1)
-        tensors = {"design": design.tensors(), "statistics": statistics}
-        tensors |= {"losses": {"train": losses, "subsets": subsets}} | record.tensors
+        tensors = {"design": design.tensors(), "losses": {"train": losses, "subsets": subsets}} | record.tensors
+        tensors["statistics"] = statistics | tensors.get("statistics", {})
         info: dict[str, Any] = {
             "weights": weights,
             "data": fit.fingerprint,

@@ -3,61 +3,65 @@
 from __future__ import annotations
 
 import time
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from stride_lightning.attributor import Attributor
 from stride_lightning.data.examples import Examples
+from stride_lightning.data.sources import resolve_queries
 from stride_lightning.model.layers import check_layers
 from stride_lightning.results.attribution import Attribution
-from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import all_equal, broadcast_object, gather
+from stride_lightning.runtime.progress import call
 from stride_lightning.steering.dense import DenseFit
-from stride_lightning.steering.fit import Answers, BasisName, Fit, FitOptions
+from stride_lightning.steering.fit import Answers, BasisName, Fit, FitOptions, ScoresName
 from stride_lightning.steering.language.sequences import SequenceStride
-from stride_lightning.steering.recovery import Recovery, RecoveryName, recover
-from stride_lightning.steering.subsets import Design, sample_design
+from stride_lightning.steering.recovery import Recovery, recover
+from stride_lightning.steering.subsets import NUM_SUBSETS, Design, default_num_subsets, sample_design
 from stride_lightning.storage.lookup import choose_record, explain_mismatch
 from stride_lightning.storage.records import Record
 from stride_lightning.tasks.language import CausalLanguageModeling
 from stride_lightning.tasks.likelihoods import Task
 
-LanguageRecoveryName = Literal["prior", "lasso", "ridge", "closed-form"]
-
 
 class StrideAttributor(Attributor):
     """STRIDE: steering operators imitate training on subsets; their effects on a query are turned into scores.
 
-    Of a language model, tokens are steered: the defaults are then those of :class:`LanguageStrideAttributor`, which
-    has options of its own besides.
+    A readout is refit from scratch on the network's features (:class:`~stride_lightning.readout.readout.Readout`), and
+    the operator of a subset is the readout refit on that. Scores explain the loss of the readout; ``query_info`` holds
+    its loss and prediction for each query beside those of the network. Of a language model, tokens are steered, at the
+    model's own logits: :class:`~stride_lightning.steering.language.sequences.SequenceStride`.
 
     Args:
-        num_subsets: Number of subsets K; by default 200 up to 10,000 examples, then 200 more for every factor of 10.
+        num_subsets: Number of subsets K; by default 16, and with ``recovery="lasso"`` or ``"ridge"``, or a learned
+            basis, 200 up to 10,000 examples, then 200 more for every factor of 10.
         degree: Subsets each example is in; by default ``K / 2`` while ``n K <= 1e8``, else 10.
-        layers: Names of the modules whose inputs make the basis. By default the input features and the input of each
+        layers: Names of the modules whose inputs make the features. By default the input features and the input of each
             layer with a weight matrix, eight at most (five of a language model). With a learned basis of a language
             model, the one module whose input is steered.
-        basis: ``"statistics"``, or ``"learned"`` as published.
+        basis: ``"statistics"``, the readout; or ``"learned"`` as published.
         rank: Rank of a learned basis.
-        stability: Weight of the stability term, which ties operators to the frozen model outside their subset (see
-            :class:`~stride_lightning.steering.module.StrideModule`); by default 0 with ``recovery="prior"``, where
-            operators are refits of the readouts, else 1 as published.
-        ridge: Penalty of the operators relative to the mean curvature; read off the data by default.
-        recovery: ``"prior"``, ``"lasso"`` as published, or ``"ridge"``.
+        recovery: ``"prior"``, ``"lasso"`` as published, ``"ridge"``, or ``"closed-form"``: the influence that operators
+            have on average, without fitting any, which is the default of language models.
         penalty: Of the lasso relative to its largest useful value, or of the ridge relative to the mean diagonal;
             by cross-validation over subsets by default.
-        seed: Seed of the design, where it is not read from a record, and of a learned basis.
+        cache_dir: Folder for features that do not fit memory, which are folded to fewer without it; of language models,
+            for the activations of training tokens, so that the model runs over them once and an interrupted run
+            continues.
+        seed: Seed of the design, where it is not read from a record, of a learned basis, and of standard deviations.
         batch_size: Examples per forward pass; of language models at most, where logits would take too much memory.
         show_progress: Show how far the work is and how much time is left.
 
-    Memory beyond the model, for n training examples, r features, C outputs, K subsets and q queries asked at once, is
-    ``4 (2 n r + n (3 C + 1) + C r K + 8 q n) + t (2304 C r + 64 n)`` bytes and 200 MB of blocks for each of t threads.
-    Nothing is of size ``n K C`` or ``n`` times the model's parameters.
+    Memory beyond the model, for n training examples, r features (4096 at most if n is larger), ``m = min(n, r)``
+    coordinates, C outputs, K subsets and q queries asked at once, is ``4 (n r + n m + 2 min(n, r)^2 + 3 q n)`` bytes,
+    64 MB for columns that are solved together, 100 MB of blocks and ``4 m C K`` bytes for operators. Nothing is of size
+    ``n K C`` or ``n`` times the model's parameters.
 
     Example:
         Fit once, ask as often as you like:
@@ -73,11 +77,6 @@ class StrideAttributor(Attributor):
     """
 
     method = "stride"
-    #: Values of ``recovery``.
-    recoveries: ClassVar[tuple[str, ...]] = get_args(RecoveryName)
-    # Options of language models, see LanguageStrideAttributor.
-    steps: int = 1
-    cache_dir: str | Path | None = None
 
     def __init__(
         self,
@@ -87,17 +86,16 @@ class StrideAttributor(Attributor):
         layers: list[str] | None = None,
         basis: BasisName = "statistics",
         rank: int | None = None,
-        stability: float | None = None,
-        ridge: float | None = None,
-        recovery: RecoveryName | None = None,
+        recovery: ScoresName | None = None,
         penalty: float | None = None,
+        cache_dir: str | Path | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if basis not in get_args(BasisName):
             raise ValueError(f"`basis` must be one of {get_args(BasisName)}, got {basis!r}.")
-        if recovery not in (None, *self.recoveries):
-            raise ValueError(f"`recovery` must be one of {self.recoveries}, got {recovery!r}.")
+        if recovery not in (None, *get_args(ScoresName)):
+            raise ValueError(f"`recovery` must be one of {get_args(ScoresName)}, got {recovery!r}.")
         check_layers(layers)
         if penalty is not None and recovery not in ("lasso", "ridge"):
             raise ValueError(
@@ -111,8 +109,8 @@ class StrideAttributor(Attributor):
             )
         self.num_subsets, self.degree, self.layers = num_subsets, degree, layers
         self.basis: BasisName = basis
-        self.rank, self.ridge, self.penalty = rank, ridge, penalty
-        self._given_recovery, self._given_stability = recovery, stability
+        self.rank, self.penalty, self.cache_dir = rank, penalty, cache_dir
+        self._given_recovery = recovery
 
     @property
     def recovery(self) -> str:
@@ -121,15 +119,9 @@ class StrideAttributor(Attributor):
             return self._given_recovery
         if not hasattr(self, "task"):
             raise RuntimeError(
-                "Call fit(model, train_data) before reading `recovery` or `stability`: their defaults depend on the "
-                "task."
+                "Call fit(model, train_data) before reading `recovery`: its default depends on the task."
             )
         return "closed-form" if self.task.has_tokens and self.basis == "statistics" else "prior"
-
-    @property
-    def stability(self) -> float:
-        """What was given; recovery with a prior wants what retraining gives, the others published operators."""
-        return float(self.recovery != "prior") if self._given_stability is None else self._given_stability
 
     @override
     def fit_model(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
@@ -155,27 +147,20 @@ class StrideAttributor(Attributor):
             "design": None if design is None else design.info(),
             "data": fit.fingerprint,
             "record": None if start is None else str(start.path),
-            "record_note": note,
+            "record_note": note if start is None else f"{note}{missing_parts(start, self.task)}",
             **fit.metadata,
         }
 
     def _check_options(self) -> None:
-        """Refuse options that are for another kind of task, or would have no effect."""
-        in_closed_form, has_steps = self.recovery == "closed-form", self.steps != 1
-        if not self.task.has_tokens and (in_closed_form or has_steps or self.cache_dir is not None):
-            raise ValueError(
-                "recovery='closed-form', `steps` and `cache_dir` are for language models; the task is "
-                f"{self.task!r}. Leave them out."
-            )
-        if not in_closed_form:
+        """Refuse options that would have no effect."""
+        if self.recovery != "closed-form":
             return
         if self.basis == "learned":
             raise ValueError(
                 "recovery='closed-form' fits no operators, so basis='learned' has no part in it. Pass "
                 "recovery='prior', or leave out `basis`."
             )
-        given = {"num_subsets": self.num_subsets, "degree": self.degree, "stability": self._given_stability}
-        idle = [name for name, value in given.items() if value is not None] + ["steps"] * has_steps
+        idle = [name for name in ("num_subsets", "degree") if getattr(self, name) is not None]
         if idle:
             raise ValueError(
                 f"recovery='closed-form', the default of language models, fits no operators, so {', '.join(idle)} "
@@ -195,11 +180,17 @@ class StrideAttributor(Attributor):
         return fit
 
     def _choose_design(self, record: Record | None) -> Design:
-        if record is not None:
+        """The design of the record if it has one of the wanted size, else a new one."""
+        count = len(self.train_data)
+        wanted = self.num_subsets
+        if wanted is None:
+            few = self.recovery == "prior" and self.basis == "statistics"
+            wanted = NUM_SUBSETS if few else default_num_subsets(count)
+        if record is not None and "design" in record.groups:
             design = Design.restore(record.info["design"], record.tensors("design"))
-            if self.num_subsets in (None, design.num_subsets) and self.degree in (None, design.degree):
+            if wanted == design.num_subsets and self.degree in (None, design.degree):
                 return design
-        return sample_design(len(self.train_data), self.num_subsets, self.degree, seed=self.seed)
+        return sample_design(count, wanted, self.degree, seed=self.seed)
 
     @override
     def score_queries(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
@@ -207,19 +198,25 @@ class StrideAttributor(Attributor):
         answers = self.fitted.ask(queries, target)
         measured = time.perf_counter()
         recovered = self._recover(answers)
-        parts = [part.float() for part in (recovered.scores, recovered.std) if part is not None]
+        parts = [None if part is None else part.float() for part in (recovered.scores, recovered.std)]
         if answers.share is not None:
-            parts = [gather(part, len(queries)) for part in parts]
+            parts = [None if part is None else gather(part, len(queries)) for part in parts]
+        scores, std = (None if part is None else part.cpu() for part in parts)
+        assert scores is not None
+        agree = answers.opinions.get("readout agrees")
         return Attribution(
-            *(part.cpu() for part in parts),
+            scores,
+            std if answers.spread is None else replace(answers.spread, of_recovery=std),
             train_targets=self.fitted.train_targets,
             query_targets=answers.targets,
+            query_info=answers.opinions,
             metadata={
                 "recovered": broadcast_object(recovered.chosen),
                 "query_data": answers.fingerprint,
                 "attribute_seconds": {"measure": measured - started, "recover": time.perf_counter() - measured},
                 "mean_query_loss": float(answers.losses.mean()),
-            },
+            }
+            | ({} if agree is None else {"agreement": {"agree": sum(agree), "queries": len(agree)}}),
         )
 
     def _recover(self, answers: Answers) -> Recovery:
@@ -234,45 +231,99 @@ class StrideAttributor(Attributor):
             return Recovery(nothing, None if self.recovery == "lasso" else nothing)
         settings: dict[str, Any] = {"penalty": self.penalty, "seed": self.seed, "show_progress": self.show_progress}
         if self.recovery == "prior":
-            priors = answers.prior, answers.second_opinion
-            return recover(measurements[share], self.design, "prior", *priors, **settings)
+            return recover(measurements[share], self.design, "prior", answers.prior, **settings)
         # The ridge is one system for all queries, and the lasso solves queries in batches: every rank does all of them,
         # so that the number of ranks changes nothing.
         return recover(measurements, self.design, self.recovery, **settings).select(share)
 
+    @override
+    def score_training_data(self, model: nn.Module, device: torch.device) -> Tensor:
+        effects = self.fitted.self_influence()
+        return super().score_training_data(model, device) if effects is None else effects.cpu()
 
-class LanguageStrideAttributor(StrideAttributor):
-    """STRIDE with the options of language models; what ``attribute(method="stride")`` makes, whatever the task.
-
-    :class:`~stride_lightning.steering.language.sequences.SequenceStride` says what it computes and what memory it
-    takes. If the task turns out not to be of a language model, it works as :class:`StrideAttributor` does, and its own
-    options are refused.
-
-    Args:
-        steps: Steps of each operator towards its optimum; 1 is Newton's, in closed form.
-        cache_dir: Folder for the activations of training tokens, ``4 (r + c + 1)`` bytes each, so that the model runs
-            over them once and an interrupted run goes on; by default they are computed again.
-        recovery: As there, or ``"closed-form"``, the influence that operators have on average, without fitting any,
-            which is the default of language models.
-        **kwargs: As there; ``ridge`` is the damping of the features' second moment, by default .1.
-
-    Reference: arXiv:2606.05165 (STRIDE).
-    """
-
-    method = "stride"  # takes the name over: its options are those of both
-    recoveries = get_args(LanguageRecoveryName)
-
-    def __init__(
+    def effect(
         self,
+        queries: Any,
+        groups: Sequence[Sequence[int]] | Tensor,
         *,
-        steps: int = 1,
-        cache_dir: str | Path | None = None,
-        recovery: LanguageRecoveryName | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(recovery=recovery, **kwargs)  # pyright: ignore[reportArgumentType]  # one more value
-        check_count("steps", steps)
-        self.steps, self.cache_dir = steps, cache_dir
+        action: Literal["remove"] = "remove",
+        target: Literal["label", "predicted"] = "label",
+    ) -> Tensor:
+        """Effect of groups of training examples on queries; call :meth:`fit` before.
+
+        The readout is refit without each group. That predicts retraining better than the sum of the scores: examples of
+        a group may stand in for each other.
+
+        Args:
+            queries: As in :meth:`attribute`.
+            groups: Positions in the training dataset of the members of each group, or bool of shape
+                ``(num_groups, num_train)``.
+            action: What happens to a group: ``"remove"`` leaves it out.
+            target: As in :meth:`attribute`.
+
+        Returns:
+            Rise of the loss of each query, in the unit of the task's loss, float32 of shape
+            ``(num_queries, num_groups)``; positive where the removal hurts.
+
+        Raises:
+            ValueError: If a group is all of the training data, or names an example that is not part of them.
+
+        Example:
+            >>> from torch.utils.data import TensorDataset
+            >>> x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+            >>> data = TensorDataset(x, x.sum(1))
+            >>> attributor = StrideAttributor(show_progress=False).fit(nn.Linear(3, 1), data)
+            >>> attributor.effect(TensorDataset(x[:2], x[:2].sum(1)), [[0, 1, 2], range(20)]).shape
+            torch.Size([2, 2])
+        """
+        self.check_fitted("effect(queries, groups)")
+        if action != "remove":
+            raise ValueError(f"`action` must be 'remove', got {action!r}.")
+        if target not in ("label", "predicted"):
+            raise ValueError(f"`target` must be 'label' or 'predicted', got {target!r}.")
+        weights = remaining(groups, self.train_data.positions)
+        with call(show=self.show_progress):
+            examples = resolve_queries(queries, self.model)
+            with self.borrowed_model():
+                return self.fitted.effects(examples, target, weights).float().cpu()
+
+
+def remaining(groups: Sequence[Sequence[int]] | Tensor, positions: Tensor) -> Tensor:
+    """Weights of the training examples without each group, 0 or 1 of shape ``(n, num_groups)``."""
+    if isinstance(groups, Tensor) and groups.dtype == torch.bool:
+        if groups.ndim != 2 or groups.shape[1] != len(positions):
+            raise ValueError(
+                f"Groups as bool must have shape (num_groups, {len(positions)}), a column for each training example; "
+                f"got {tuple(groups.shape)}."
+            )
+        weights = 1 - groups.T.float()
+    else:
+        place = {position: number for number, position in enumerate(positions.tolist())}
+        weights = torch.ones(len(positions), len(groups))
+        for number, group in enumerate(groups):
+            members = torch.as_tensor(list(group)).tolist()
+            if strangers := [member for member in members if member not in place]:
+                raise ValueError(
+                    f"Group {number} names {strangers[:5]}, which are no positions of training examples. Positions "
+                    "count in the training dataset, from 0."
+                )
+            weights[[place[member] for member in members], number] = 0
+    if whole := (weights.sum(0) == 0).nonzero().flatten().tolist():
+        raise ValueError(
+            f"Groups {whole[:5]} are all of the training data, so nothing is left to train on. Leave them out."
+        )
+    return weights
+
+
+def missing_parts(record: Record, task: Task) -> str:
+    """What a record lacks, which is computed on the spot."""
+    parts = (
+        {"design": "design"}
+        if task.has_tokens
+        else {"design": "design", "statistics": "scales of features", "readout": "readout"}
+    )
+    missing = [words for group, words in parts.items() if group not in record.groups]
+    return f"; it has no {' and no '.join(missing)}, so that was computed on the spot" if missing else ""
 
 
 def make_fit(task: Task, options: FitOptions) -> Fit:

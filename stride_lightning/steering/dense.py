@@ -1,121 +1,176 @@
-"""STRIDE for examples with one row of outputs: one evaluation pass, and operators on its features."""
+"""STRIDE for examples with one row of outputs: one pass, a readout on its features, and operators on that."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples, first_batch
-from stride_lightning.model.layers import in_precision_of
+from stride_lightning.readout.features import Observation, fit_features, observe
+from stride_lightning.readout.network import default_layers
+from stride_lightning.readout.readout import Points, Readout
+from stride_lightning.readout.solver import column_chunks
+from stride_lightning.readout.spread import Spread
 from stride_lightning.runtime.distributed import gather, shard
 from stride_lightning.runtime.parallel import even_slices
 from stride_lightning.runtime.progress import expect
-from stride_lightning.steering.basis import Basis, choose_layers, fit_basis, observe
 from stride_lightning.steering.fit import Answers, FitOptions, FitRecord
-from stride_lightning.steering.influence import QUERY_CHUNK
 from stride_lightning.steering.module import StrideModule
-from stride_lightning.steering.penalty import NUM_RIDGES
+from stride_lightning.steering.opinions import compare_predictions
 from stride_lightning.steering.recovery import check_measurements, queries_per_system
-from stride_lightning.steering.solvers import MAX_CHUNK
 from stride_lightning.steering.subsets import Design
 from stride_lightning.storage.records import Record
 from stride_lightning.tasks.likelihoods import Task
 
 
 class DenseFit:
-    """A :class:`~stride_lightning.steering.fit.Fit`: one pass over the training data, then operators of a design."""
+    """A :class:`~stride_lightning.steering.fit.Fit`: one pass over the training data, then a readout and operators."""
 
     module: StrideModule | None = None
+    readout: Readout
 
     def __init__(self, task: Task, options: FitOptions) -> None:
         self.task, self._given, self.layers = task, options, options.layers or []
-        self.options: dict[str, Any] = {"stability": options.stability}
-        if options.basis == "learned":
-            self.options["rank"] = options.known_rank
+        self.options: dict[str, Any] = {"rank": options.known_rank} if options.basis == "learned" else {}
         self._settings: dict[str, Any] = {"batch_size": options.batch_size, "show_progress": options.show_progress}
         self.metadata: dict[str, Any] = {}
+        self._has_recorded_scales = False
 
     def choose_layers(self, model: nn.Module, inputs: Any, size: int) -> list[str]:
         """The input features and the input of each layer with a weight matrix, eight at most."""
-        return choose_layers(model, lambda: self.task.outputs(model, inputs), size)
+        return default_layers(model, self.task, inputs, size)
 
     def prepare(self, model: nn.Module, train: Examples, device: torch.device, record: Record | None = None) -> None:
-        """One pass over the training set, in the basis of a record if there is one, else in a basis of its own."""
+        """One pass over the training set, at the scales of a record if there is one, else at those of the set."""
         started = time.perf_counter()
         self._model, self._settings["device"] = model, device
         if record is not None:
             self.layers = record.info["layers"]
-            self.basis = Basis.from_tensors(self.layers, record.tensors("basis"))
-            self.train_pass = observe(model, self.task, train, self.basis, **self._settings)
-        else:
-            if not self.layers:
-                size = min(self._given.batch_size, 64, len(train))
-                inputs = in_precision_of(model, self.task.inputs(first_batch(train, size, device)))
-                self.layers = self.choose_layers(model, inputs, size)
-            self.basis, self.train_pass = fit_basis(model, self.task, train, self.layers, **self._settings)
+        elif not self.layers:
+            size = min(self._given.batch_size, 64, len(train))
+            self.layers = self.choose_layers(model, self.task.inputs(first_batch(train, size, device)), size)
+        scales = None if record is None else _part(record, "statistics", "scales")
+        self._has_recorded_scales = scales is not None
+        how = {**self._settings, "cache_dir": self._given.cache_dir, "scales": scales}
+        self.features, self.train_pass = fit_features(model, self.task, train, self.layers, **how)
         self.fingerprint, self.losses = self.train_pass.fingerprint, self.train_pass.losses.cpu()
         self.train_targets = self.task.shown(self.train_pass.encoded)
         self._pass_seconds = time.perf_counter() - started
 
     def expect(self, design: Design | None, num_queries: int) -> None:
         """Tell the call in progress what phases will come, by typical numbers of iterations."""
+        (n, r), c = self.train_pass.features.shape, self.train_pass.outputs.shape[1]
+        smaller = min(n, r)
+        product = 4 * n * smaller * c  # of one column
+        expect("Readout", 1, 2 * n * r * smaller + 20 * smaller**3 + 100 * product)
+        chunks = column_chunks(smaller, c, self.train_pass.features, num_queries)
+        expect("Influence", len(chunks), 6 * product * num_queries / max(1, len(chunks)))
         if design is None:
             return
-        (n, r), c, k = self.train_pass.features.shape, self.train_pass.outputs.shape[1], design.num_subsets
-        gradient, device = 4 * n * r * c, self.train_pass.features.device  # of one operator
-        ridges = sum(len(even_slices(number, MAX_CHUNK, device)) for number in NUM_RIDGES)
-        expect("Choosing the ridge", ridges, 40 * gradient * sum(NUM_RIDGES) / ridges)
-        chunks = len(even_slices(k, MAX_CHUNK, device))
-        expect("Fitting operators", chunks, 12 * gradient * k / chunks)
+        k = design.num_subsets
+        chunks = column_chunks(smaller, c, self.train_pass.features, k)
+        expect("Operators", len(chunks), 40 * product * k / len(chunks))
         if self._given.recovery == "prior":
-            chunks = len(even_slices(num_queries, QUERY_CHUNK, device))
-            expect("Influence", 2 * chunks, 15 * gradient * num_queries / max(1, chunks))
-            chunks = len(even_slices(num_queries, queries_per_system(k), device))
-            expect("Recovering scores", chunks, 4 * n * k**2 * num_queries / max(1, chunks))
+            systems = len(even_slices(num_queries, queries_per_system(k), self.train_pass.features.device))
+            expect("Recovering scores", systems, 4 * n * k**2 * num_queries / max(1, systems))
 
     def fit(self, design: Design | None, record: Record | None = None) -> None:
-        """Fit the operators of a design, or take those of a record if they are what the options ask for."""
-        if design is None:
-            return
-        started = time.perf_counter()
-        given = self._given
-        options: dict[str, Any] = {name: getattr(given, name) for name in ("basis", "stability", "ridge", "seed")}
-        self.module = module = StrideModule(design, self.task, rank=given.known_rank, **options)
-        as_recorded = given.basis == "statistics" and given.stability == 0 and given.ridge is None
-        stored = record is not None and "operators" in record.groups and as_recorded
-        if record is not None and stored:
-            module.restore(record.info["operators"], record.tensors("operators"), self._settings["device"])
-        else:
-            module.fit_operators(self.train_pass, show_progress=given.show_progress)
-        self._train_mean = module.mean_prediction(self.train_pass) if given.recovery == "prior" else None
+        """Fit the readout, and the operators of a design if there is one; start from what a record has of them."""
+        started, given = time.perf_counter(), self._given
+        start = None if record is None else _part(record, "readout", "coefficients", self.train_pass.features.shape[1])
+        self.readout = Readout.fit(self.train_pass, self.task, start=start, show_progress=given.show_progress)
+        self.train_pass = replace(self.train_pass, features=self.readout.problem.features)
+        problem = self.readout.problem
         self.metadata |= {
-            "operators": {**module.chosen, "from_record": stored},
-            "num_features": self.train_pass.features.shape[1],
-            "fit_seconds": {"pass": self._pass_seconds, "operators": time.perf_counter() - started},
+            "readout": {
+                "num_features": sum(self.features.widths) + 1,
+                "num_coordinates": problem.shape[0],
+                "noise_variance": None if problem.noise is None else problem.noise.tolist(),
+                "scales_from_record": self._has_recorded_scales,
+                "from_record": start is not None,
+            }
+        }
+        readout_seconds = time.perf_counter() - started
+        is_restored = design is not None and self._fit_operators(design, record)
+        self.metadata |= {
+            "operators": None if design is None else {"num_subsets": design.num_subsets, "from_record": is_restored},
+            "fit_seconds": {
+                "pass": self._pass_seconds,
+                "readout": readout_seconds,
+                "operators": time.perf_counter() - started - readout_seconds,
+            },
         }
 
+    def _fit_operators(self, design: Design, record: Record | None) -> bool:
+        """Fit the operators of a design, or take those of the record; returns whether the record had them."""
+        given = self._given
+        self.module = StrideModule(design, self.task, basis=given.basis, rank=given.known_rank, seed=given.seed)
+        recorded = None
+        if record is not None and given.basis == "statistics" and design.info() == record.info["design"]:
+            width = self.readout.coordinates.width
+            recorded = _part(record, "operators", "coefficients", width)
+        if recorded is not None:
+            self.module.restore(self.readout.coordinates.inward(recorded.to(self.readout.coefficients)))
+        else:
+            self.module.fit_operators(self.train_pass, self.readout, show_progress=given.show_progress)
+        return recorded is not None
+
     def ask(self, queries: Examples, target: str = "label") -> Answers:
-        """One pass over the queries; every rank measures a share of them and finds their priors."""
-        assert self.module is not None
-        observed = observe(self._model, self.task, queries, self.basis, target=target, **self._settings)
-        share = shard(len(observed))
-        part = observed.select(share)
-        # Gathered at once, so that a choice made over all queries is the same on every rank.
-        measurements = gather(self.module.measure(part), len(observed))
-        check_measurements(measurements, self.module.design)
-        priors: tuple[Tensor, ...] = ()
-        if self._train_mean is not None and len(part):
-            how = {"show_progress": self._given.show_progress}
-            priors = self.module.priors(self.train_pass, part, self._train_mean, **how)
-        targets = self.task.shown(observed.encoded)
-        return Answers(observed.losses, measurements, observed.fingerprint, targets, share, *priors)
+        """One pass over the queries; every rank measures a share of them and computes their influence."""
+        observed, points = self._read(queries, target)
+        share, given = shard(len(observed)), self._given
+        part, mine = observed.select(share), points.select(share)
+        measurements = observed.losses.new_empty(len(observed), 0)
+        if self.module is not None:
+            # Gathered at once, so that a choice made over all queries is the same on every rank.
+            measurements = gather(self.module.measure(self.readout, part, mine), len(observed))
+            check_measurements(measurements, self.module.design)
+        prior = None
+        if given.recovery in ("prior", "closed-form"):
+            prior = self.readout.influence(mine, show_progress=given.show_progress)
+        return Answers(
+            observed.losses,
+            measurements,
+            observed.fingerprint,
+            self.task.shown(observed.encoded),
+            share,
+            prior,
+            compare_predictions(self.task, self.readout, observed, points),
+            None if prior is None else Spread(self.readout, points, None, given.seed, given.show_progress),
+        )
+
+    def _read(self, queries: Examples, target: str) -> tuple[Observation, Points]:
+        observed = observe(self._model, self.task, queries, self.features, target=target, **self._settings)
+        return observed, self.readout.points(observed)
+
+    def effects(self, queries: Examples, target: str, weights: Tensor) -> Tensor:
+        """Rise of each query's loss when the readout is refit with weights ``(n, G)``, shape ``(q, G)``."""
+        points, show = self._read(queries, target)[1], self._given.show_progress
+        readout = self.readout.for_groups()
+        moves = readout.refit(weights, "Groups", show_progress=show)
+        return readout.losses(points, moves) - readout.losses(points)[:, None]
+
+    def self_influence(self) -> Tensor:
+        """Effect of every training example on its own loss, shape ``(n,)``."""
+        return self.readout.self_influence(show_progress=self._given.show_progress)
 
     def record(self) -> FitRecord:
-        """The basis, and the operators if there are any."""
-        basis, module = {"basis": self.basis.tensors()}, self.module
-        if module is None:
-            return FitRecord(basis)
-        return FitRecord(basis | {"operators": module.tensors()}, {"operators": module.info()})
+        """Scales and readout, and the operators if there are any."""
+        outward = self.readout.coordinates.outward
+        tensors = {
+            "statistics": {"scales": self.features.scales},
+            "readout": {"coefficients": outward(self.readout.coefficients)},
+        }
+        if self.module is not None:
+            tensors["operators"] = {"coefficients": outward(self.module.operators)}
+        return FitRecord(tensors)
+
+
+def _part(record: Record, group: str, name: str, width: int | None = None) -> Tensor | None:
+    """A tensor of a record, or None where the record has none, or one of other features."""
+    values = record.tensors(group).get(name) if group in record.groups else None
+    return None if values is None or (width is not None and len(values) != width) else values

@@ -10,27 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples
+from stride_lightning.readout.spread import Spread
 from stride_lightning.steering.subsets import Design
 from stride_lightning.storage.records import Record
 
 BasisName = Literal["statistics", "learned"]
+ScoresName = Literal["prior", "lasso", "ridge", "closed-form"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
-    """Options of :class:`~stride_lightning.LanguageStrideAttributor`; the last three are for language models."""
+    """Options of :class:`~stride_lightning.StrideAttributor`."""
 
     layers: list[str] | None = None
     basis: BasisName = "statistics"
     rank: int | None = None
-    stability: float = 0.0
-    ridge: float | None = None
     #: Name of the recovery that will follow; none without queries.
     recovery: str = ""
     seed: int = 0
     batch_size: int = 256
     show_progress: bool = True
-    steps: int = 1
     cache_dir: str | Path | None = None
     #: Hash of the model's weights, which a cache must be of.
     weights: str = ""
@@ -57,8 +56,10 @@ class Answers:
     share: slice | None = None
     #: First-order influence of the training examples, shape ``(q, n)``, where the recovery starts from it.
     prior: Tensor | None = None
-    #: Another first-order influence of the same shape.
-    second_opinion: Tensor | None = None
+    #: Columns of ``query_info``, of all queries.
+    opinions: dict[str, list[Any]] = field(default_factory=dict)
+    #: Computes the standard deviation of the prior, of all queries.
+    spread: Spread | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,14 @@ class Fit(Protocol):
 
     def ask(self, queries: Examples, target: str = "label") -> Answers:
         """Run over the queries and measure what the operators do to them; ranks share the work."""
+        ...
+
+    def effects(self, queries: Examples, target: str, weights: Tensor) -> Tensor:
+        """Rise of each query's loss with weights ``(n, G)`` of the training examples, shape ``(q, G)``."""
+        ...
+
+    def self_influence(self) -> Tensor | None:
+        """Effect of every training example on its own loss, shape ``(n,)``; None where scores of queries give it."""
         ...
 
     def record(self) -> FitRecord:

@@ -1,4 +1,4 @@
-"""StrideModule: holds the steering operators of a design and fits them."""
+"""StrideModule: holds a readout and the steering operators of a design, measures queries and recovers scores."""
 
 from __future__ import annotations
 
@@ -7,36 +7,30 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from stride_lightning.runtime.checks import check_count, check_positive
+from stride_lightning.readout.features import Observation
+from stride_lightning.readout.readout import Points, Readout
+from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import gather, shard
-from stride_lightning.steering.basis import Observation
 from stride_lightning.steering.fit import BasisName
-from stride_lightning.steering.influence import influence
-from stride_lightning.steering.operators import mean_prediction, measure
-from stride_lightning.steering.penalty import choose_penalties
-from stride_lightning.steering.published.learned_basis import LearnedBasis
-from stride_lightning.steering.solvers import fit_operators, refit
+from stride_lightning.steering.published.learned_basis import LearnedBasis, steered_losses
+from stride_lightning.steering.recovery import Recovery, recover
 from stride_lightning.steering.subsets import Design
 from stride_lightning.tasks.likelihoods import Task
 
 
 class StrideModule(nn.Module):
-    r"""Steering operators that imitate what training on each subset of a design does.
+    r"""A readout and steering operators that imitate what training on each subset of a design does to it.
 
-    ``basis="statistics"`` takes the features of the basis as they are and solves a convex problem for every operator
-    (:func:`~stride_lightning.steering.solvers.fit_operators`). ``basis="learned"`` is the published form: features of
-    low rank are learned together with the operators, through ``Trainer.fit``
-    (:class:`~stride_lightning.steering.published.learned_basis.LearnedBasis`).
+    With ``basis="statistics"`` the operator of a subset is the difference between the readout refit on the subset and
+    the readout on all data, :class:`~stride_lightning.readout.readout.Readout`. With ``basis="learned"`` operators are
+    as published: features of low rank are learned together with operators on the network's outputs, through
+    ``Trainer.fit`` (:class:`~stride_lightning.steering.published.learned_basis.LearnedBasis`).
 
     Args:
         design: Which example is in which subset.
         task: The likelihood.
         basis: ``"statistics"`` or ``"learned"``.
         rank: Rank of a learned basis.
-        stability: Weight of the stability loss; by default 0 with the statistics basis (operators are refits of the
-            readouts on the subset) and 1 with a learned one. Positive values anchor operators at the frozen model.
-        ridge: Penalty relative to the mean curvature of the training loss in the basis. By default the one with which
-            a refit on all data best imitates the frozen model, or half the mean curvature for anchored operators.
         learning_rate: Learning rate of Adam for a learned basis.
         max_steps: Optimizer steps for a learned basis.
         seed: Seed of a learned basis: initialisation, sketch and batch order.
@@ -44,8 +38,7 @@ class StrideModule(nn.Module):
     Reference: arXiv:2606.05165 (STRIDE).
     """
 
-    coefficients: Tensor
-    relative_gradient: Tensor
+    operators: Tensor
 
     def __init__(
         self,
@@ -54,8 +47,6 @@ class StrideModule(nn.Module):
         *,
         basis: BasisName = "statistics",
         rank: int = 16,
-        stability: float | None = None,
-        ridge: float | None = None,
         learning_rate: float = 3e-2,
         max_steps: int = 600,
         seed: int = 0,
@@ -63,95 +54,52 @@ class StrideModule(nn.Module):
         super().__init__()
         if basis not in get_args(BasisName):
             raise ValueError(f"`basis` must be one of {get_args(BasisName)}, got {basis!r}.")
-        check_count("rank", rank)
-        if stability is not None and not stability >= 0:
-            raise ValueError(f"`stability` must be a number of at least 0, got {stability}.")
-        if ridge is not None:
-            check_positive("ridge", ridge)
-        self.design, self.task, self.basis, self.rank = design, task, basis, rank
-        self.stability = stability if stability is not None else float(basis == "learned")
-        self.ridge, self.learning_rate, self.max_steps, self.seed = ridge, learning_rate, max_steps, seed
-        self.anchored = basis == "learned" or self.stability > 0
-        #: What was chosen while fitting; plain values.
-        self.chosen: dict[str, Any] = {}
-        self.register_buffer("coefficients", torch.empty(0))
-        self.register_buffer("relative_gradient", torch.empty(0))
+        self.design, self.task, self.basis, self.rank = design, task, basis, check_count("rank", rank)
+        self.learning_rate, self.max_steps, self.seed = learning_rate, max_steps, seed
+        self.register_buffer("operators", torch.empty(0))
 
-    def fit_operators(self, observed: Observation, *, show_progress: bool = True) -> StrideModule:
-        """Fit all operators to an evaluation pass over the training set; ranks share the work.
+    def fit_operators(self, train: Observation, readout: Readout, *, show_progress: bool = True) -> StrideModule:
+        """Fit all operators to an evaluation pass over the training set and the readout on it; ranks share the work.
 
         Returns:
-            This module, with ``coefficients`` of shape ``(C, r, K)`` for r features, C outputs and K subsets.
+            This module, with ``operators`` of shape ``(m, C, K)`` for m coordinates, C outputs and K subsets.
         """
-        if len(observed) != self.design.num_train:
+        if len(train) != self.design.num_train:
             raise ValueError(
-                f"The design is for {self.design.num_train} examples, but the pass read {len(observed)}. Make the "
-                f"design for {len(observed)} examples."
+                f"The design is for {self.design.num_train} examples, but the pass read {len(train)}. Make the "
+                f"design for {len(train)} examples."
             )
-        rule = {"ridge": self.ridge, "stability": self.stability, "anchored": self.anchored}
-        self.chosen = choose_penalties(observed, self.design, self.task, **rule, show_progress=show_progress)
         if self.basis == "learned":
-            names = ("rank", "stability", "learning_rate", "max_steps", "seed")
+            names = ("rank", "learning_rate", "max_steps", "seed")
             options = {name: getattr(self, name) for name in names}
-            learned = LearnedBasis(self.design, self.task, observed, **options)
-            self.coefficients = learned.fit(show_progress=show_progress)
-            self.relative_gradient = self.coefficients.new_empty(0)
-            self.chosen["steps"] = self.max_steps
+            learned = LearnedBasis(self.design, self.task, train, readout.problem.features, **options)
+            self.operators = learned.fit(show_progress=show_progress)
             return self
-        typical = torch.tensor([self.chosen["operator_ridge"]])
-        fitted = fit_operators(
-            observed,
-            self.design,
-            self.task,
-            self.chosen["ridge"],
-            stability=self.stability,
-            start=None if self.anchored else refit(observed, self.task, typical)[..., 0],
-            subsets=shard(self.design.num_subsets),
-            show_progress=show_progress,
-        )
-        self.coefficients = gather(fitted.coefficients, self.design.num_subsets, dim=2)
-        self.relative_gradient = gather(fitted.relative_gradient, self.design.num_subsets)
-        self.chosen["iterations"] = fitted.iterations
-        self.chosen["relative_gradient_max"] = float(self.relative_gradient.max())
+        subsets = shard(self.design.num_subsets)
+        weights = self.design.rows(slice(None))[:, subsets]
+        mine = readout.refit(weights, show_progress=show_progress)
+        self.operators = gather(mine, self.design.num_subsets, dim=2)
         return self
 
-    def measure(self, queries: Observation) -> Tensor:
-        """Effect of every operator on every query, shape ``(q, K)`` in nats; positive helps."""
-        return measure(queries, self._fitted, self.task, anchored=self.anchored)
+    def measure(self, readout: Readout, queries: Observation, points: Points) -> Tensor:
+        """Effect of every operator on every query, shape ``(q, K)`` in nats; positive helps.
 
-    def mean_prediction(self, observed: Observation) -> Tensor:
-        """Predictions averaged over operators, shape ``(n, C)``: those of a typical model trained on a subset."""
-        return mean_prediction(observed, self._fitted, self.task, anchored=self.anchored)
+        An operator's effect is the loss of a query before steering minus that under the operator: of the readout, or of
+        the network where the basis is learned.
 
-    def priors(
-        self, train: Observation, queries: Observation, train_mean: Tensor, *, show_progress: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """First-order influence at the mean of the operators and at the frozen model, each ``(q, n)``.
-
-        ``train`` and ``queries`` are evaluation passes, ``train_mean`` is :meth:`mean_prediction` of the first.
+        Reference: arXiv:2606.05165 (STRIDE), measurement of subset effects.
         """
-        task, quiet = self.task, {"show_progress": show_progress}
-        at_subset = train_mean, self.mean_prediction(queries), task, self.chosen["operator_ridge"]
-        at_frozen = task.mean(train.outputs), task.mean(queries.outputs), task, self.chosen["frozen_ridge"]
-        return influence(train, queries, *at_subset, **quiet), influence(train, queries, *at_frozen, **quiet)
+        if self.operators.numel() == 0:
+            raise RuntimeError("The operators are not fitted yet: call fit_operators(train, readout) first.")
+        if self.basis == "learned":
+            return queries.losses[:, None] - steered_losses(self.task, queries, points.features, self.operators)
+        return readout.losses(points)[:, None] - readout.losses(points, self.operators)
 
-    @property
-    def _fitted(self) -> Tensor:
-        if self.coefficients.numel() == 0:
-            raise RuntimeError("The operators are not fitted yet: call fit_operators(observed) first.")
-        return self.coefficients
+    def recover(self, measurements: Tensor, prior: Tensor | None, recovery: str, **how: Any) -> Recovery:
+        """Scores from measurements ``(q, K)`` as :func:`~stride_lightning.steering.recovery.recover` makes them."""
+        return recover(measurements, self.design, recovery, prior, **how)
 
-    def info(self) -> dict[str, Any]:
-        """Plain values to store beside :meth:`tensors`."""
-        return {"basis": self.basis, "rank": self.rank, "stability": self.stability, "chosen": self.chosen}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Plain tensors to store."""
-        return {"coefficients": self._fitted, "relative_gradient": self.relative_gradient}
-
-    def restore(self, info: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> StrideModule:
-        """Take fitted operators from a record."""
-        self.chosen = dict(info["chosen"])
-        self.coefficients = tensors["coefficients"].to(device)
-        self.relative_gradient = tensors["relative_gradient"].to(device)
+    def restore(self, operators: Tensor) -> StrideModule:
+        """Take fitted operators."""
+        self.operators = operators
         return self

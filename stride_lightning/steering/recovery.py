@@ -42,7 +42,6 @@ def recover(
     design: Design,
     how: str,
     prior: Tensor | None = None,
-    second_opinion: Tensor | None = None,
     *,
     penalty: float | None = None,
     seed: int = 0,
@@ -50,14 +49,14 @@ def recover(
 ) -> Recovery:
     """Recover scores from measurements ``(q, K)`` in nats.
 
-    With ``"prior"`` by :func:`recover_with_prior`, which alone takes the priors ``(q, n)``; with ``"ridge"`` by
+    With ``"prior"`` by :func:`recover_with_prior`, which alone takes the prior ``(q, n)``; with ``"ridge"`` by
     :func:`recover_ridge`; with ``"lasso"`` by :func:`~stride_lightning.steering.lasso.solve_lasso`. The penalty of the
     last two is by cross-validation over subsets when None, whose folds the seed deals.
     """
     quiet: dict[str, Any] = {"show_progress": show_progress}
     if how == "prior":
         assert prior is not None
-        return recover_with_prior(measurements, design, prior.to(measurements), second_opinion, **quiet)
+        return recover_with_prior(measurements, design, prior.to(measurements), **quiet)
     if how == "ridge":
         return recover_ridge(measurements, design, penalty=penalty, **quiet)
     relative = cross_validate_penalty(measurements, design, seed=seed, **quiet) if penalty is None else penalty
@@ -74,7 +73,6 @@ def recover_with_prior(
     measurements: Tensor,
     design: Design,
     prior: Tensor,
-    second_opinion: Tensor | None = None,
     *,
     noise: float | None = None,
     show_progress: bool = True,
@@ -91,14 +89,10 @@ def recover_with_prior(
     the marginal likelihood of each query, so that the posterior standard deviation of each score is in nats too; it
     takes ``c`` and ``V`` as known.
 
-    A second opinion, another first-order influence, counts as much as the recovered scores: the result is the equal
-    mixture of both at the same norm, whose standard deviation includes half their disagreement.
-
     Memory: the result, twice; and for each thread ``6 K^2`` floats for each query of a block (32 MB in all, or one
     query) and 8192 rows of memberships.
 
-    Measurements have shape ``(q, K)``, prior and second opinion ``(q, n)``; the overall scale of these two does not
-    matter.
+    Measurements have shape ``(q, K)``, the prior ``(q, n)``; its overall scale does not matter.
 
     Example:
         >>> from stride_lightning.steering.subsets import sample_design
@@ -125,11 +119,6 @@ def recover_with_prior(
     scores, std, noises = posterior(residual, design, variances, noise, show_progress=show_progress)
     scores.addcmul_(agreement[:, None], prior)
     chosen = {"prior_agreement": float(agreement.mean()), "noise": float(noises.median())}
-    if second_opinion is not None:
-        norms = second_opinion.norm(dim=1, keepdim=True)
-        other = second_opinion * (scores.norm(dim=1, keepdim=True) / norms.clamp(min=1e-38))
-        gap = torch.where(norms > 0, (other - scores) / 2, 0.0)
-        scores, std = scores + gap, (std.square() + gap.square()).sqrt()
     return Recovery(scores, std, chosen)
 
 

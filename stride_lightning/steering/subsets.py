@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from stride_lightning.runtime.checks import check_count
 
+#: Subsets that are enough where a prior knows most of the scores.
+NUM_SUBSETS = 16
 #: Above this many memberships (subsets x examples) a default design becomes sparse.
 DENSE_LIMIT = 10**8
 #: Examples drawn at once. Part of the seeded recipe: changing it changes every design.

@@ -80,6 +80,13 @@ class Task(ABC):
         return None if targets is None else targets.cpu()
 
     @abstractmethod
+    def constant(self, encoded: Tensor) -> Tensor:
+        """Outputs of the best constant prediction of targets ``(n, C)``, shape ``(C,)``.
+
+        Frequencies are smoothed by one more example, spread evenly over all classes.
+        """
+
+    @abstractmethod
     def mean(self, outputs: Tensor, dim: int = -1) -> Tensor:
         """Predicted mean of the statistic; classes lie along ``dim``."""
 
@@ -155,6 +162,10 @@ class Classification(Task):
         return encoded.argmax(-1)
 
     @override
+    def constant(self, encoded: Tensor) -> Tensor:
+        return ((encoded.sum(0) + 1 / encoded.shape[1]) / (len(encoded) + 1)).log()
+
+    @override
     def mean(self, outputs: Tensor, dim: int = -1) -> Tensor:
         return outputs.softmax(dim)
 
@@ -204,6 +215,10 @@ class BinaryClassification(Task):
         encoded = _as_columns(targets, num_outputs)
         check_rows((encoded == 0) | (encoded == 1), encoded, f"and a binary target must be 0 or 1. {HOW_TO_PASS_TASK}")
         return encoded
+
+    @override
+    def constant(self, encoded: Tensor) -> Tensor:
+        return ((encoded.sum(0) + 1 / 2) / (len(encoded) + 1)).logit()
 
     @override
     def mean(self, outputs: Tensor, dim: int = -1) -> Tensor:
@@ -262,6 +277,10 @@ class Regression(Task):
     @override
     def encode(self, targets: Tensor, num_outputs: int) -> Tensor:
         return _as_columns(targets, num_outputs)
+
+    @override
+    def constant(self, encoded: Tensor) -> Tensor:
+        return encoded.mean(0)
 
     @override
     def mean(self, outputs: Tensor, dim: int = -1) -> Tensor:

@@ -132,11 +132,6 @@ class TokenCurvature:
         """``H^-1`` times gradients of shape ``(..., r, c)``, where ``H`` is the mean over the training weight."""
         return _times(self._inverse_a @ gradients, self._inverse_b)
 
-    def penalty(self, operators: Tensor) -> Tensor:
-        """What damping adds to ``H``, times operators of shape ``(..., r, c)``."""
-        damped = _times(self._damped_a @ operators, self._damped_b)
-        return damped - _times(self._a @ operators, self._b)
-
     def influence(self, solved: Tensor, gradients: Tensor) -> Tensor:
         """Scores ``(q, n)``: how much a query's loss would rise without a sequence, in nats.
 

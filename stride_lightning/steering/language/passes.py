@@ -54,10 +54,10 @@ class TrainingPasses:
         """Where the sequences at some places stand in this rank's share."""
         return slice(places.start - self.share.start, places.stop - self.share.start)
 
-    def __call__(self, description: str, with_logits: bool = False) -> Iterator[TokenBatch]:
-        """Read the sequences once, in order; logits are not cached."""
-        if self.cache is None or with_logits:
-            yield from self.reader.batches(self.train, description, share=self.share, with_logits=with_logits)
+    def __call__(self, description: str) -> Iterator[TokenBatch]:
+        """Read the sequences once, in order."""
+        if self.cache is None:
+            yield from self.reader.batches(self.train, description, share=self.share)
             return
         first = self.share.start
         with counting(self.cache.done, description, show=self.reader.show_progress) as bar:

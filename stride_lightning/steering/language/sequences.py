@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples, first_batch
 from stride_lightning.data.reading import fingerprint_of, required, survey
+from stride_lightning.readout.features import choose_layers
 from stride_lightning.runtime.distributed import gather, shard, total
 from stride_lightning.runtime.progress import announce, expect
-from stride_lightning.steering.basis import choose_layers
 from stride_lightning.steering.fit import Answers, FitOptions, FitRecord
-from stride_lightning.steering.language.curvature import FEATURE_DAMPING, TokenCurvature, TokenMoments
+from stride_lightning.steering.language.curvature import TokenCurvature, TokenMoments
 from stride_lightning.steering.language.operators import TokenOperators, fit_token_operators, measure_tokens
 from stride_lightning.steering.language.output_space import choose_output_space
 from stride_lightning.steering.language.passes import TrainingPasses
@@ -68,8 +68,7 @@ class SequenceStride:
 
     Args:
         task: The losses.
-        options: Layers are five by default; of a learned basis, the one whose input is steered. ``ridge`` is the
-            damping of ``A`` relative to its mean eigenvalue, by default .1.
+        options: Layers are five by default; of a learned basis, the one whose input is steered.
 
     Reference: arXiv:2606.05165 (STRIDE), steering operators in hidden-state space; the closed form is ours.
     """
@@ -136,7 +135,7 @@ class SequenceStride:
         if not self._is_recorded:
             expect("Statistics", len(self.passes))
         if design is not None and not self._is_learned:
-            expect("Operators", len(self.passes) * self._given.steps)
+            expect("Operators", len(self.passes))
         if num_queries and self._given.recovery in ("closed-form", "prior"):
             expect("Scores", len(self.passes))
         expect("Queries", num_queries)
@@ -176,7 +175,6 @@ class SequenceStride:
         self.curvature = TokenCurvature(
             self.moments,
             self.reader.widths,
-            damping=FEATURE_DAMPING if self._given.ridge is None else self._given.ridge,
             max_values=max(1024, min(MAX_VALUES, HELD_BYTES // (4 * count))),
             dtype=self.reader.dtype,
             device=self._device,
@@ -193,19 +191,16 @@ class SequenceStride:
 
     def fit_operators(self, design: Design, record: Record | None = None) -> None:
         """Fit the operators of a design, or take those of a record if they are what the options ask for."""
-        steps = self._given.steps
-        # Where something was cut, operators stand in directions of their own.
-        as_recorded = steps == 1 and self._given.ridge is None and self.curvature.is_whole
         if (
             record is not None
-            and as_recorded
+            and self.curvature.is_whole  # where something was cut, operators stand in directions of their own
             and "operators" in record.groups
             and design.info() == record.info["design"]
         ):
             coefficients = record.tensors("operators")["coefficients"].to(self._device)
-            self.operators = TokenOperators(coefficients, torch.full((len(coefficients),), torch.nan))
+            self.operators = TokenOperators(coefficients)
         else:
-            self.operators = fit_token_operators(self.passes, design, self.curvature, self.space, steps=steps)
+            self.operators = fit_token_operators(self.passes, design, self.curvature)
 
     def _learn_operators(self, design: Design) -> None:
         """Fit operators on a hidden state inside the network, as published."""
@@ -218,11 +213,20 @@ class SequenceStride:
             design,
             layer=None if layers is None else layers[0],
             rank=self._given.known_rank,
-            stability=self._given.stability,
             seed=self._given.seed,
         )
         self.hidden.fit_operators(self.passes.train, self._device, show_progress=self._given.show_progress)
         self.info |= {"steered": self.hidden.layer, "rank": self._given.known_rank, "steps": self.hidden.max_steps}
+
+    def effects(self, queries: Examples, target: str, weights: Tensor) -> Tensor:
+        """Refused: texts have no readout that could be refit."""
+        raise ValueError(
+            "effect() refits a readout without each group, and texts have none: their scores are a closed form at the "
+            "model's own logits. Sum scores over groups with Attribution.sum_by(), or retrain with retrain_without()."
+        )
+
+    def self_influence(self) -> None:
+        """Scores of the training sequences as queries tell it."""
 
     def record(self) -> FitRecord:
         """The moments and losses, and the operators if there are any."""

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from stride_lightning.data.examples import Examples
 from stride_lightning.data.reading import Reading, Rows, required
 from stride_lightning.model.layers import before_layers
+from stride_lightning.readout.activations import first_tensor, fold
 from stride_lightning.runtime.checks import check_finite
-from stride_lightning.steering.activations import first_tensor, fold
 from stride_lightning.steering.language.output_space import OutputSpace
 from stride_lightning.tasks.inference import check_outputs
 from stride_lightning.tasks.language import CausalLanguageModeling

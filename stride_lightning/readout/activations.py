@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from stride_lightning.model.layers import before_layers
 
 #: Spatial axes are average-pooled until an input has at most this many features.
-MAX_POOLED_FEATURES = 1024
+MAX_POOLED_FEATURES = 4000
 #: Wider inputs are folded to this many features by a seeded count sketch.
-MAX_LAYER_FEATURES = 2048
+MAX_LAYER_FEATURES = 4000
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 

@@ -1,0 +1,95 @@
+"""NetworkReadout: a readout refit on a network's features, from data sets on both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stride_lightning.data.examples import Examples, first_batch
+from stride_lightning.model.layers import in_precision_of
+from stride_lightning.readout.features import FeatureMap, Observation, choose_layers, fit_features, observe
+from stride_lightning.readout.readout import Points, Readout
+from stride_lightning.tasks.likelihoods import Task
+
+
+@dataclass(frozen=True)
+class NetworkReadout:
+    """A :class:`~stride_lightning.readout.readout.Readout` and the network whose features it reads.
+
+    Args:
+        model: The network, in eval mode on the device.
+        task: The likelihood.
+        features: The map from what enters the network's layers to features.
+        train: The evaluation pass over the training set.
+        readout: The readout.
+        how: ``batch_size``, ``device`` and ``show_progress`` of passes.
+    """
+
+    model: nn.Module
+    task: Task
+    features: FeatureMap
+    train: Observation
+    readout: Readout
+    how: dict[str, Any]
+
+    @classmethod
+    def fit(
+        cls,
+        model: nn.Module,
+        task: Task,
+        train: Examples,
+        *,
+        layers: Sequence[str] | None = None,
+        scales: Tensor | None = None,
+        start: Tensor | None = None,
+        cache_dir: str | Path | None = None,
+        batch_size: int,
+        device: torch.device,
+        show_progress: bool,
+    ) -> NetworkReadout:
+        """Refit a readout on the features of a network, from one pass over its training set.
+
+        Args:
+            model: In eval mode on ``device``.
+            task: The likelihood.
+            train: The training set.
+            layers: Names of the modules whose inputs are features; by default as :func:`default_layers` chooses.
+            scales: Of each layer, from a record; measured if None.
+            start: Coefficients on features to start from, from a record.
+            cache_dir: Folder for features that are too many for memory; without, they are folded to fewer.
+            batch_size: Examples per forward pass.
+            device: Holds features and all that is computed from them.
+            show_progress: Show a progress bar.
+        """
+        how: dict[str, Any] = {"batch_size": batch_size, "device": device, "show_progress": show_progress}
+        if layers is None:
+            size = min(batch_size, 64, len(train))
+            layers = default_layers(model, task, task.inputs(first_batch(train, size, device)), size)
+        features, observed = fit_features(model, task, train, layers, scales=scales, cache_dir=cache_dir, **how)
+        readout = Readout.fit(observed, task, start=start, show_progress=show_progress)
+        return cls(model, task, features, observed, readout, how)
+
+    @property
+    def train_outputs(self) -> Tensor:
+        """Natural parameters of the training examples, shape ``(n, C)``."""
+        return self.readout.outputs(self.readout.problem.features)
+
+    def observe(self, queries: Examples, target: str = "label") -> tuple[Observation, Points]:
+        """An evaluation pass over queries, and the queries as the readout sees them."""
+        observed = observe(self.model, self.task, queries, self.features, target=target, **self.how)
+        return observed, self.readout.points(observed)
+
+    def outputs_of(self, queries: Examples, target: str = "label") -> Tensor:
+        """Natural parameters of queries, shape ``(q, C)``."""
+        return self.readout.outputs(self.observe(queries, target)[1].features)
+
+
+def default_layers(model: nn.Module, task: Task, inputs: Any, size: int) -> list[str]:
+    """The input features and the input of each layer with a weight matrix, eight at most."""
+    inputs = in_precision_of(model, inputs)
+    return choose_layers(model, lambda: task.outputs(model, inputs), size)

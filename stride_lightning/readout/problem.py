@@ -1,0 +1,119 @@
+"""The convex problem of a readout: its losses, slopes and curvature, for many weightings of the data at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from stride_lightning.tasks.likelihoods import Task
+
+#: Bytes of the outputs of a block of examples under a block of coefficients.
+BLOCK_BYTES = 2**25
+
+
+@dataclass(frozen=True)
+class Problem:
+    r"""Coefficients ``a`` of shape ``(m, C)`` that minimise a penalised loss.
+
+    .. math:: \sum_i w_i \, \ell(b + \phi_i a, \; y_i) + \frac{1}{2} \sum_{jc} \lambda_{jc} a_{jc}^2
+
+    Coefficients for K weightings ``w`` of the data have shape ``(m, C, K)``, their outputs ``(n, C, K)``.
+
+    Args:
+        task: The likelihood.
+        features: Coordinates ``phi`` of the training examples, shape ``(n, m)``.
+        encoded: Targets, shape ``(n, C)``.
+        offset: Outputs ``b`` of the best constant prediction, shape ``(C,)``; no penalty pulls at it.
+        precision: Of the prior, ``lambda``, shape ``(m, C)``.
+        noise: Of a regression, the noise variance of each output in the targets' unit, shape ``(C,)``; else None.
+    """
+
+    task: Task
+    features: Tensor
+    encoded: Tensor
+    offset: Tensor
+    precision: Tensor
+    noise: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.features)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of coefficients, ``(m, C)``."""
+        return self.precision.shape[0], self.precision.shape[1]
+
+    def blocks(self, num_columns: int) -> Iterator[slice]:
+        """Blocks of examples whose outputs fit ``BLOCK_BYTES``, for so many columns of coefficients."""
+        step = max(64, BLOCK_BYTES // (self.features.element_size() * self.shape[1] * num_columns))
+        for start in range(0, len(self), step):
+            yield slice(start, min(start + step, len(self)))
+
+    def outputs(self, coefficients: Tensor, features: Tensor) -> Tensor:
+        """Outputs of some examples, shape ``(B, C, K)``."""
+        flat = features @ coefficients.flatten(1)
+        return flat.unflatten(1, coefficients.shape[1:]) + self.offset[:, None]
+
+    def objective(self, coefficients: Tensor, weights: Tensor | None) -> Tensor:
+        """The penalised loss, float64 of shape ``(K,)``; weights have shape ``(n, K)``, None are all 1."""
+        total = 0.5 * (self.precision[..., None] * coefficients.square()).double().sum((0, 1))
+        for rows in self.blocks(coefficients.shape[2]):
+            losses = self.losses(coefficients, self.features[rows], self.encoded[rows])
+            total += (losses if weights is None else losses * weights[rows]).double().sum(0)
+        return total
+
+    def losses(self, coefficients: Tensor, features: Tensor, encoded: Tensor) -> Tensor:
+        """Losses of some examples under every column of coefficients, shape ``(B, K)``."""
+        return self.task.loss(self.outputs(coefficients, features), encoded[..., None], dim=1)
+
+    def slope(self, coefficients: Tensor, weights: Tensor | None) -> Tensor:
+        """Gradient of the objective, shape ``(m, C, K)``."""
+        total = self.precision[..., None] * coefficients
+        for rows in self.blocks(coefficients.shape[2]):
+            means = self.task.mean(self.outputs(coefficients, self.features[rows]), dim=1)
+            surprise = (means - self.encoded[rows][..., None]) / self.task.dispersion
+            surprise = surprise if weights is None else surprise * weights[rows][:, None]
+            total += (self.features[rows].T @ surprise.flatten(1)).view_as(total)
+        return total
+
+    @cached_property
+    def temperature(self) -> Tensor:
+        """Factor of the covariance ``H^-1`` of each output, shape ``(C,)``: 1 unless the noise is known."""
+        return torch.ones_like(self.offset) if self.noise is None else self.noise / self.task.dispersion
+
+
+class Curvature:
+    """The second derivative of the objective at coefficients of shape ``(m, C, 1)`` or ``(m, C, K)``.
+
+    That of one column serves any number of vectors; its predictions are stored. With K columns every vector has one.
+    """
+
+    def __init__(self, problem: Problem, coefficients: Tensor, weights: Tensor | None = None) -> None:
+        self.problem, self._coefficients, self._weights = problem, coefficients, weights
+        self._stored = coefficients.new_empty(len(problem), problem.shape[1], 1) if coefficients.shape[2] == 1 else None
+        if self._stored is not None:
+            for rows in problem.blocks(1):
+                self._stored[rows] = self._means(rows)
+
+    def _means(self, rows: slice) -> Tensor:
+        return self.problem.task.mean(self.problem.outputs(self._coefficients, self.problem.features[rows]), dim=1)
+
+    def means(self, rows: slice) -> Tensor:
+        """Predictions of some examples, shape ``(B, C, 1)`` or ``(B, C, K)``."""
+        return self._means(rows) if self._stored is None else self._stored[rows]
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """The second derivative times vectors of shape ``(m, C, K)``."""
+        total = self.problem.precision[..., None] * vectors
+        for rows in self.problem.blocks(vectors.shape[2]):
+            features = self.problem.features[rows]
+            moved = (features @ vectors.flatten(1)).view(len(features), *vectors.shape[1:])
+            curved = self.problem.task.curvature(self.means(rows), moved, dim=1)
+            curved = curved if self._weights is None else curved * self._weights[rows][:, None]
+            total += (features.T @ curved.flatten(1)).view_as(total)
+        return total

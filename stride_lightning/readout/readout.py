@@ -1,0 +1,236 @@
+"""Readout: a convex model refit on the features of a network; its losses, influence and refits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from stride_lightning.readout.coordinates import Coordinates, principal_coordinates
+from stride_lightning.readout.features import Observation
+from stride_lightning.readout.noise import relative_noise
+from stride_lightning.readout.preconditioner import Preconditioner
+from stride_lightning.readout.problem import Curvature, Problem
+from stride_lightning.readout.solver import column_chunks, minimise, solve
+from stride_lightning.runtime.progress import counting, track
+from stride_lightning.tasks.likelihoods import Regression, Task
+
+#: Prior variance of an output: 3 for logits, whatever n, r and C are. Between 2 and 5 the LDS is flat on all data.
+PRIOR_VARIANCE = 3.0
+#: The same for a regression, over the variance of the targets: a priori the readout may explain all of it.
+REGRESSION_VARIANCE = 1.0
+#: Factor of the prior variance where a group of examples is left out rather than one.
+GROUP_FACTOR = 10 / 3
+
+
+@dataclass(frozen=True)
+class Points:
+    """Examples as a readout sees them."""
+
+    #: Coordinates, shape ``(B, m)``.
+    features: Tensor
+    #: Targets without the readout's shift, shape ``(B, C)``.
+    encoded: Tensor
+    #: Squared norm of the features that the training set does not span, shape ``(B,)``.
+    outside: Tensor
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.features)
+
+    def select(self, rows: slice | Tensor) -> Points:
+        """Some of the examples."""
+        return Points(self.features[rows], self.encoded[rows], self.outside[rows])
+
+
+@dataclass(frozen=True)
+class Readout:
+    r"""A readout ``o(x) = b + phi(x) a``, refit from scratch on the features of a network.
+
+    The network's answers have no part in it. A network that has memorised its data has residuals that are noise; those
+    of the readout say which examples were surprising. Its prior is ``a ~ N(0, v)`` with v = 3 for logits. A regression
+    has centred targets, a constant without a penalty, and a ridge from its noise, which is measured by leaving examples
+    out.
+
+    Args:
+        problem: The convex problem that it solves.
+        coordinates: The map from features to those of the problem.
+        coefficients: Its solution, shape ``(m, C)``.
+        shift: Mean of a regression's targets, float64 of shape ``(C,)``; else zeros.
+
+    Memory beyond the features: ``32 m C k`` bytes for k columns that are solved together (64 MiB at most, or one
+    column), 32 MiB of blocks, ``16 MAX_WHOLE^2`` for the preconditioner.
+    """
+
+    problem: Problem
+    coordinates: Coordinates
+    coefficients: Tensor
+    shift: Tensor
+
+    @classmethod
+    def fit(
+        cls, observed: Observation, task: Task, *, start: Tensor | None = None, show_progress: bool = False
+    ) -> Readout:
+        """Refit a readout on an evaluation pass, whose features become those of the problem (their memory is used).
+
+        ``start`` are coefficients on features to start from, as :meth:`Coordinates.outward` gives them.
+        """
+        with counting(1, "Readout", show_progress) as bar:
+            coordinates, features = principal_coordinates(observed.features, is_centred=isinstance(task, Regression))
+            problem, shift = _problem(task, coordinates, features, observed.encoded)
+            inward = None if start is None else coordinates.inward(start.to(features))[..., None]
+            coefficients, preconditioner = minimise(problem, start=inward)
+            readout = cls(problem, coordinates, coefficients[..., 0], shift)
+            if preconditioner is not None:
+                vars(readout)["preconditioner"] = preconditioner
+            bar.update(1)
+        return readout
+
+    def points(self, observed: Observation) -> Points:
+        """Examples of an evaluation pass."""
+        features = observed.features.to(self.coefficients)
+        encoded = (observed.encoded.to(self.shift) - self.shift).to(features)
+        return Points(self.coordinates(features), encoded, self.coordinates.outside(features))
+
+    def outputs(self, features: Tensor) -> Tensor:
+        """Natural parameters of examples with coordinates ``(B, m)``, shape ``(B, C)``."""
+        outputs = self.problem.outputs(self.coefficients[..., None], features)[..., 0]
+        return (outputs.to(self.shift) + self.shift).to(outputs)
+
+    def moved(self, move: Tensor) -> Readout:
+        """The same with other coefficients, by a move of shape ``(m, C)``."""
+        return replace(self, coefficients=self.coefficients + move)
+
+    def residuals(self, points: Points, moved: Tensor | float = 0.0) -> Tensor:
+        """Gradient of each example's loss in its outputs, which may be moved; shape ``(B, C)``."""
+        outputs = self.problem.outputs(self.coefficients[..., None], points.features)[..., 0] + moved
+        return (self.problem.task.mean(outputs) - points.encoded) / self.problem.task.dispersion
+
+    def losses(self, points: Points, moves: Tensor | None = None) -> Tensor:
+        """Losses of examples ``(B,)``, or under K moves of the coefficients, shape ``(m, C, K)``: ``(B, K)``."""
+        if moves is None:
+            return self.problem.losses(self.coefficients[..., None], points.features, points.encoded)[:, 0]
+        parts = [
+            self.problem.losses(self.coefficients[..., None] + moves[..., columns], points.features, points.encoded)
+            for columns in self._chunks(moves.shape[2])
+        ]
+        return torch.cat(parts, 1)
+
+    @cached_property
+    def training_points(self) -> Points:
+        """The training examples."""
+        problem = self.problem
+        return Points(problem.features, problem.encoded, problem.features.new_zeros(len(problem)))
+
+    @cached_property
+    def curvature(self) -> Curvature:
+        """The curvature ``H`` of the problem at its solution."""
+        return Curvature(self.problem, self.coefficients[..., None])
+
+    @cached_property
+    def preconditioner(self) -> Preconditioner:
+        """An approximate inverse of it."""
+        return Preconditioner(self.curvature)
+
+    def influence(
+        self, points: Points, residuals: tuple[Tensor, Tensor] | None = None, *, show_progress: bool = False
+    ) -> Tensor:
+        r"""First-order influence of every training example on the loss of some others, shape ``(q, n)``.
+
+        .. math:: w_{qi} = \langle \phi_q \otimes e_q, \, H^{-1} (\phi_i \otimes e_i) \rangle
+
+        Positive: without example i the loss of q would rise by so much. ``residuals`` of the examples ``(q, C)`` and of
+        the training set ``(n, C)`` take the place of the readout's.
+
+        Reference: arXiv:1703.04730 (influence functions).
+        """
+        mine, of_training = residuals or (self.residuals(points), self.residuals(self.training_points))
+        scores = points.features.new_empty(len(points), len(self.problem))
+        for rows in track(self._chunks(len(points)), "Influence", show=show_progress):
+            solved = self._solve(points.features[rows], mine[rows])  # (m, C, k)
+            for places in self.problem.blocks(len(rows)):
+                features = self.problem.features[places]
+                moved = (features @ solved.flatten(1)).view(len(features), *solved.shape[1:])
+                scores[rows, places] = (moved * of_training[places][..., None]).sum(1).T
+        return scores
+
+    def _chunks(self, count: int) -> list[Tensor]:
+        return column_chunks(*self.problem.shape, self.coefficients, count)
+
+    def _solve(self, features: Tensor, residuals: Tensor) -> Tensor:
+        right = features.T[:, None, :] * residuals.T
+        return solve(self.curvature, self.preconditioner, right)
+
+    def self_influence(self, *, show_progress: bool = False) -> Tensor:
+        """Effect of leaving each training example out on its own loss, shape ``(n,)``, never negative.
+
+        It is the influence divided by one minus the leverage, along the residual's direction: the step of Newton's
+        method from the readout on all data to the one without the example.
+        """
+        points, parts = self.training_points, []
+        residuals = self.residuals(points)
+        for rows in track(self._chunks(len(points)), "Self-influence", show=show_progress):
+            solved = self._solve(points.features[rows], residuals[rows])
+            moved = torch.einsum("km,mck->kc", points.features[rows], solved)  # outputs, (k, C)
+            influence = (moved * residuals[rows]).sum(1).clamp(min=0)
+            means = self.curvature.means(slice(None))[rows, :, 0]
+            bent = (moved * self.problem.task.curvature(means, moved)).sum(1)
+            # In exact arithmetic a leverage is below 1.
+            leverage = torch.where(influence > 0, bent / influence, 0.0).clamp(max=1 - 1e-6)
+            parts.append(influence / (1 - leverage))
+        return torch.cat(parts)
+
+    def refit(self, weights: Tensor, description: str = "Operators", *, show_progress: bool = False) -> Tensor:
+        """Moves of the coefficients to those of K weightings of the training data ``(n, K)``, shape ``(m, C, K)``.
+
+        The prior is the same; offset and noise stay.
+        """
+        parts = []
+        for columns in track(self._chunks(weights.shape[1]), description, show=show_progress):
+            chosen = weights[:, columns].to(self.coefficients)
+            start = self.coefficients[..., None]
+            parts.append(minimise(self.problem, chosen, start, self.preconditioner)[0] - start)
+        return torch.cat(parts, 2)
+
+    def for_groups(self) -> Readout:
+        """The readout whose refits tell the effects of groups: with a wider prior."""
+        problem = replace(self.problem, precision=self.problem.precision / GROUP_FACTOR)
+        coefficients, _ = minimise(problem, start=self.coefficients[..., None])
+        return Readout(problem, self.coordinates, coefficients[..., 0], self.shift)
+
+    def draws(self, count: int, seed: int) -> Tensor:
+        """Moves of the coefficients to draws from ``N(a, H^-1)``, shape ``(m, C, count)``."""
+        generator = torch.Generator().manual_seed(seed)
+        problem, task = self.problem, self.problem.task
+
+        def noise(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(self.coefficients)
+
+        right = noise(*problem.shape, count) * problem.precision.sqrt()[..., None]
+        for place in range(count):
+            for rows in problem.blocks(1):
+                means = self.curvature.means(rows)[..., 0]
+                right[..., place] += problem.features[rows].T @ task.curvature_root(means, noise(*means.shape))
+        parts = [solve(self.curvature, self.preconditioner, right[..., columns]) for columns in self._chunks(count)]
+        return torch.cat(parts, 2) * problem.temperature.sqrt()[None, :, None]
+
+
+def _problem(task: Task, coordinates: Coordinates, features: Tensor, encoded: Tensor) -> tuple[Problem, Tensor]:
+    """The problem of a readout, and the shift of its targets."""
+    encoded = encoded.to(features.device)
+    shape = features.shape[1], encoded.shape[1]
+    if not isinstance(task, Regression):
+        precision = features.new_full(shape, 1 / PRIOR_VARIANCE)
+        offset = task.constant(encoded).to(features)
+        return Problem(task, features, encoded.to(features), offset, precision), encoded.new_zeros(shape[1]).double()
+    shift = encoded.double().mean(0)
+    targets = encoded.double() - shift
+    noise = relative_noise(features, coordinates.energies, targets, REGRESSION_VARIANCE)
+    precision = (noise / (REGRESSION_VARIANCE * task.dispersion)).to(features).expand(shape).clone()
+    precision[-1] = 0
+    variances = targets.square().mean(0)
+    offset = features.new_zeros(shape[1])
+    problem = Problem(task, features, targets.to(features), offset, precision, (noise * variances).to(features))
+    return problem, shift
