@@ -146,6 +146,14 @@ class AttributionResult(ABC):
         return self._from_tensors({name: values[rows] for name, values in self._tensors().items()}, **known)
 
     @property
+    def label(self) -> str:
+        """The method in words, with options that make it another: the name of these scores in tables and dashboards.
+
+        It is the ``"label"`` of the metadata, or else their ``"method"``.
+        """
+        return str(self.metadata.get("label") or self.metadata.get("method", "scores"))
+
+    @property
     def is_signed(self) -> bool:
         """Whether the sign of a score tells helpful from harmful, which it does not for unsigned information."""
         return "unsigned" not in self.metadata.get("unit", "")
@@ -224,10 +232,9 @@ class AttributionResult(ABC):
         return loaded
 
     def __repr__(self) -> str:
-        method = self.metadata.get("method", "scores")
         certain = ", with posterior std" if self.has_std else ""
         duration = f", {self.seconds:.1f} s" if self.seconds is not None else ""
-        return f"{type(self).__name__}({method}: {self._summary()}{certain}{duration})"
+        return f"{type(self).__name__}({self.label}: {self._summary()}{certain}{duration})"
 
     def to_dataframe(self, k: int | None = None) -> DataFrame:
         """A table with one row per query and training example, or only with the top ``k`` proponents and opponents.

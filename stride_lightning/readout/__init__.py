@@ -1,0 +1,1 @@
+"""A readout refit on a network's features."""
