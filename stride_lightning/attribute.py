@@ -181,7 +181,9 @@ def class_of(method: str) -> type[Attributor]:
 
 
 def create(method: str, **options: Any) -> Attributor:
-    """The attributor of that name with these options; the error about an unknown option lists all options.
+    """The attributor of that name with these options.
+
+    The error about an unknown option lists all options of the method, and the methods that have it.
 
     Example:
         >>> create("ekfac", damping=0.3).method
@@ -190,9 +192,11 @@ def create(method: str, **options: Any) -> Attributor:
     cls = class_of(method)
     known = _options(cls)
     if unknown := sorted(options.keys() - known):
+        having = {name: [other for other in methods() if name in _options(class_of(other))] for name in unknown}
+        elsewhere = [f" Methods with `{name}`: {', '.join(others)}." for name, others in having.items() if others]
         raise TypeError(
             f"Unknown option{'s' if len(unknown) > 1 else ''} {', '.join(unknown)} for method {method!r}. "
-            f"Its options are: {', '.join(sorted(known - _options(Attributor)))}."
+            f"Its options are: {', '.join(sorted(known - _options(Attributor)))}.{''.join(elsewhere)}"
         )
     return cls(**options)
 

@@ -101,8 +101,8 @@ def _named(attributions: Mapping[str, _Result] | Sequence[_Result] | _Result) ->
     else:
         named = {}
         for attribution in [attributions] if isinstance(attributions, _Result) else attributions:
-            method = str(getattr(attribution, "metadata", {}).get("method", "scores"))
-            names = itertools.chain([method], (f"{method}-{number}" for number in itertools.count(2)))
+            label = str(getattr(attribution, "label", "scores"))
+            names = itertools.chain([label], (f"{label}-{number}" for number in itertools.count(2)))
             named[next(name for name in names if name not in named)] = attribution
     if not named:
         raise ValueError("`attributions` is empty: give at least one attribution.")

@@ -25,7 +25,7 @@ class DampingSearch:
     """The agreement of scores with retraining, by damping.
 
     Args:
-        method: The method.
+        method: The method, as the label of its attributions names it.
         dampings: All dampings tried, ascending.
         per_query: Linear datamodeling score of each query, shape ``(num_dampings, num_queries)``.
     """
@@ -113,9 +113,11 @@ def tune_damping(
         known = [name for name in methods() if issubclass(class_of(name), InfluenceAttributor)]
         raise ValueError(f"method={method!r} has no damping. Methods that have one: {', '.join(known)}.")
     attributor.fit(model, train_data, **fitting)
-    per_query = []
+    per_query, label = [], method
     for damping in track(ascending, "Dampings", show=show_progress):
         attributor.damping = damping
-        evaluation = evaluate({method: attributor.attribute(queries)}, truth, num_resamples=1, show_progress=False)
-        per_query.append(evaluation.per_query[method])
-    return DampingSearch(method, ascending, torch.stack(per_query))
+        attribution = attributor.attribute(queries)
+        label = attribution.label
+        evaluation = evaluate(attribution, truth, num_resamples=1, show_progress=False)
+        per_query.append(evaluation.per_query[label])
+    return DampingSearch(label, ascending, torch.stack(per_query))

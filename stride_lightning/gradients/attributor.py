@@ -22,6 +22,7 @@ from stride_lightning.gradients.projection import Projection
 from stride_lightning.model.blocks import Gradients, concatenated
 from stride_lightning.model.capture import Capture
 from stride_lightning.model.weights import borrowed
+from stride_lightning.readout.network import NetworkReadout
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.runtime.distributed import gather
@@ -36,6 +37,7 @@ class Fitted:
     rates: Mapping[str, float] | None  # learning rate of each parameter, where scores are weighted by it
     curvature: Curvature
     side: TrainingSide
+    readout: NetworkReadout | None  # whose outputs the loss is linearised at; None for the model's own
     example_weights: Tensor | None  # factors of the training examples of this process
 
 
@@ -89,6 +91,10 @@ class GradientAttributor(PlannedAttributor):
         """Factors of stored examples in the scores, shape ``(B,)``; checkpoints average them apart from the rest."""
         return None
 
+    def fit_readout(self, model: nn.Module) -> NetworkReadout | None:
+        """The readout at whose outputs the loss is linearised; None for the outputs of the model."""
+        return None
+
     def starting_points(self, model: nn.Module, record: Any, checkpoint: Any) -> list[tuple[Checkpoint | None, Any]]:
         """Checkpoints with their learning rates. No checkpoint: the attributed weights; no rates: equal weights."""
         if record is not None:
@@ -119,12 +125,14 @@ class GradientAttributor(PlannedAttributor):
     def _fit_one(self, model: nn.Module, checkpoint: Checkpoint | None, rates: Any) -> Fitted:
         curvature = self.curvature()
         with self._at(model, checkpoint):
-            of_share = self.capture, self.task, self.reader, self.share
+            readout = self.fit_readout(model)
+            reader = self.reader if readout is None else self.reader.linearised_at(readout.train_outputs)
+            of_share = self.capture, self.task, reader, self.share
             side = TrainingSide(*of_share, self._compared, self.seed, self._projected, self.effort, self.batch_bytes)
             self._expect(side, curvature)
             weights = None if self._map is None else self._store(side)
             curvature.fit(side)
-        return Fitted(checkpoint, rates, curvature, side, weights)
+        return Fitted(checkpoint, rates, curvature, side, readout, weights)
 
     def _expect(self, side: TrainingSide, curvature: Curvature) -> None:
         """Announce the phases of the call to its progress bar; each runs once a checkpoint."""
@@ -160,14 +168,22 @@ class GradientAttributor(PlannedAttributor):
         self, model: nn.Module, queries: Examples, device: torch.device, target: str
     ) -> Attribution | TopAttribution:
         reader = self.read(model, queries, device, target)
+        readers = [self._linearised(model, fitted, reader, target) for fitted in self._fitted]
 
         def tiles(chunk: slice) -> Callable[[slice], Tensor]:
             sides: dict[int, Gradients] = {}
-            return lambda columns: self._tile(model, reader, chunk, columns, sides)
+            return lambda columns: self._tile(model, readers, chunk, columns, sides)
 
         attribution = self.collect_scores(reader, self._query_chunks(len(reader)), tiles)
         attribution.metadata["curvature"] = [fitted.curvature.described() for fitted in self._fitted]
         return attribution
+
+    def _linearised(self, model: nn.Module, fitted: Fitted, queries: Reader, target: str) -> Reader:
+        """The queries, linearised where the training examples of this fit are."""
+        if fitted.readout is None:
+            return queries
+        with self._at(model, fitted.checkpoint):
+            return queries.linearised_at(fitted.readout.outputs_of(queries.examples, target))
 
     def _query_chunks(self, num_queries: int) -> list[slice]:
         """Slices of the queries, each as many as memory holds gradients of at once."""
@@ -176,15 +192,15 @@ class GradientAttributor(PlannedAttributor):
         return [slice(start, min(start + step, num_queries)) for start in range(0, num_queries, step)]
 
     def _tile(
-        self, model: nn.Module, queries: Reader, chunk: slice, columns: slice, sides: dict[int, Gradients]
+        self, model: nn.Module, readers: Sequence[Reader], chunk: slice, columns: slice, sides: dict[int, Gradients]
     ) -> Tensor:
-        """Scores of some queries for some training examples, shape ``(q, columns)``."""
+        """Scores of some queries for some training examples, shape ``(q, columns)``; each fit has its reader."""
         dtype = torch.promote_types(self.reader.encoded.dtype, torch.float32)
         shape, start = (chunk.stop - chunk.start, columns.stop - columns.start), columns.start
         part = torch.zeros(shape, dtype=dtype, device=self.reader.device)
         for number, fitted in enumerate(self._fitted):
             with self._at(model, fitted.checkpoint):
-                side = sides[number] if number in sides else self._query_side(fitted, queries, chunk)
+                side = sides[number] if number in sides else self._query_side(fitted, readers[number], chunk)
                 for places, gradients in fitted.side.gradients("Scores", columns):
                     side = side.prepared(gradients)
                     part[:, places.start - start : places.stop - start] += side.inner(gradients)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,6 +62,7 @@ class Reader:
         if encoded[0].ndim == 3:  # sequences; the padding has no weight
             longest = max(self._lengths)
             encoded = [F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in encoded]
+        self._points: Tensor | None = None
         #: Encoded targets of all examples, shape ``(n, C)``.
         self.encoded = torch.cat(encoded)
         self.fingerprint = reading.fingerprint
@@ -72,6 +74,16 @@ class Reader:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def linearised_at(self, points: Tensor) -> Reader:
+        """The same data, with the loss linearised at these natural parameters, shape ``(n, C)``, not at the outputs."""
+        reader = copy.copy(self)
+        reader._points = points
+        return reader
+
+    def natural_parameters(self, places: slice, outputs: Tensor) -> Tensor:
+        """Where the loss of some examples is linearised: at the model's outputs, unless other points were given."""
+        return outputs if self._points is None else self._points[places].to(outputs)
 
     def batches(self, share: slice | None = None, description: str = "") -> Iterator[tuple[slice, Any, Tensor]]:
         """Places, inputs and encoded targets of a share of the examples, in order; a description shows progress."""
@@ -106,7 +118,10 @@ class Reader:
 
 @dataclass
 class Batch:
-    """Examples after their forward pass, and gradients of functions of their outputs."""
+    """Examples after their forward pass, and gradients of functions of their outputs.
+
+    The functions are linearised at ``outputs``, which the reader may have been given; the Jacobian is the model's.
+    """
 
     places: slice
     positions: Tensor
@@ -202,7 +217,8 @@ def run_batches(
                 outputs = backward.run(inputs, places.stop - places.start)
                 check_finite(outputs, "outputs")
                 check_finite(task.loss(outputs, encoded), "loss")
-            yield Batch(places, reader.examples.positions[places], outputs, encoded, reader.most_tokens, task, backward)
+            points, positions = reader.natural_parameters(places, outputs), reader.examples.positions[places]
+            yield Batch(places, positions, points, encoded, reader.most_tokens, task, backward)
 
 
 def count_directions(num_outputs: int, most_tokens: int) -> int:

@@ -59,14 +59,16 @@ class GaussNewton(Curvature):
         count = len(self._train) if places is None else places.stop - places.start
         tangents = self._by_parameter(vectors)
         summed = {name: torch.zeros_like(tangent) for name, tangent in tangents.items()}
-        for _, inputs, encoded in self._train.reader.batches(share):
-            for name, value in self._batch_product(inputs, encoded, tangents).items():
+        for batch in self._train.reader.batches(share):
+            for name, value in self._batch_product(*batch, tangents).items():
                 summed[name] += value
         joined = torch.cat([layout.join(summed) for layout in self._train.capture.layouts.values()], 1)
         result = (joined if joined.dtype == torch.float64 else joined.float()) / count
         return total(result) if places is None else result
 
-    def _batch_product(self, inputs: Any, encoded: Tensor, tangents: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _batch_product(
+        self, places: slice, inputs: Any, encoded: Tensor, tangents: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         capture, task = self._train.capture, self._train.task
         parameters = capture.parameters.values()
         # Plain autograd, not torch.func, which refuses activation checkpointing.
@@ -77,7 +79,8 @@ class GaussNewton(Curvature):
             # Linear in `back`, so that its own derivative is the product with the tangents: forward mode knows fewer
             # operations, and counts padding rows.
             transposed = torch.autograd.grad(outputs, [*parameters], back, create_graph=True, **unused)
-            mean, weights = task.mean(outputs.detach()), task.output_weights(encoded)
+            points = self._train.reader.natural_parameters(places, outputs.detach())
+            mean, weights = task.mean(points), task.output_weights(encoded)
             # Beside the graph of the forward pass stays that of the backward pass, and tangents pass through both.
             step = max(1, self._train.batch_bytes // (2 * len(outputs) * self._train.effort.num_bytes))
             parts = []

@@ -13,21 +13,14 @@ from stride_lightning.gradients.attributor import GradientAttributor
 from stride_lightning.gradients.checkpoints import Checkpoint, recorded_weights, tracin_checkpoints
 from stride_lightning.gradients.curvature import Curvature, Identity
 from stride_lightning.gradients.features import Batch
+from stride_lightning.gradients.residuals import ResidualsAttributor
 from stride_lightning.model.blocks import Gradients
 from stride_lightning.model.capture import chosen_parameters
 from stride_lightning.storage.lookup import show_fingerprint
 
 
-class GradDotAttributor(GradientAttributor):
-    """Grad-Dot: inner products of loss gradients.
-
-    Unit: nats of query loss per unit of learning rate, for one step on the example alone.
-
-    Reference: arXiv:2002.08484 (TracIn), section 3.
-    """
-
-    method = "grad-dot"
-    unit = "nats of query loss per unit of learning rate"
+class PlainAttributor(GradientAttributor):
+    """The base of methods without a curvature: scores are inner products of what :meth:`features` gives."""
 
     @override
     def curvature(self) -> Curvature:
@@ -38,7 +31,19 @@ class GradDotAttributor(GradientAttributor):
         return 1 / len(self._fitted)
 
 
-class GradCosAttributor(GradDotAttributor):
+class GradDotAttributor(ResidualsAttributor, PlainAttributor):
+    """Grad-Dot: inner products of loss gradients.
+
+    Unit: nats of query loss per unit of learning rate, for one step on the example alone.
+
+    Reference: arXiv:2002.08484 (TracIn), section 3.
+    """
+
+    method = "grad-dot"
+    unit = "nats of query loss per unit of learning rate"
+
+
+class GradCosAttributor(PlainAttributor):
     """Grad-Cos: cosines of loss gradients, from -1 to 1, without a unit. An example without a gradient scores 0.
 
     Reference: Charpiat et al. 2019, Input similarity from the neural network perspective.
@@ -58,7 +63,7 @@ class GradCosAttributor(GradDotAttributor):
         return gradients.scaled((norms > 0) / norms.clamp(min=1e-30))
 
 
-class TracInAttributor(GradDotAttributor):
+class TracInAttributor(PlainAttributor):
     """TracIn: inner products of loss gradients at checkpoints along training, weighted by the learning rates there.
 
     Each parameter is weighted by the learning rate of its group. With one checkpoint per epoch the unit is nats of

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from typing_extensions import override
 
-from stride_lightning.gradients.attributor import GradientAttributor
 from stride_lightning.gradients.curvature import Curvature, DataInf, Diagonal, Fisher, GaussNewtonBlocks
 from stride_lightning.gradients.damping import check_damping
 from stride_lightning.gradients.features import Batch
@@ -16,6 +15,7 @@ from stride_lightning.gradients.gauss_newton import ConjugateGradient, LiSSA
 from stride_lightning.gradients.kronecker import EKFAC
 from stride_lightning.gradients.planned import TaskOutputs
 from stride_lightning.gradients.projection import JointProjection, LayerProjection, Projection
+from stride_lightning.gradients.residuals import ResidualsAttributor
 from stride_lightning.model.blocks import Gradients
 from stride_lightning.model.capture import Capture
 from stride_lightning.model.plan import last_layer
@@ -25,7 +25,7 @@ from stride_lightning.runtime.checks import check_count
 MAX_FACTORISED = 4096
 
 
-class InfluenceAttributor(GradientAttributor):
+class InfluenceAttributor(ResidualsAttributor):
     r"""The base of influence functions: a damped curvature, ``g_q' (H + \lambda I)^{-1} g_i / n``.
 
     Unit: nats of query loss, to first order, for taking the example out of the training set. Damping and an approximate
@@ -33,7 +33,7 @@ class InfluenceAttributor(GradientAttributor):
 
     Args:
         damping: Relative to the mean eigenvalue of the curvature.
-        kwargs: Arguments of :class:`GradientAttributor`.
+        kwargs: Arguments of :class:`~stride_lightning.gradients.residuals.ResidualsAttributor`.
     """
 
     default_damping: ClassVar[float]

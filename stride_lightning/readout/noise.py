@@ -29,7 +29,7 @@ def relative_noise(features: Tensor, energies: Tensor, targets: Tensor, prior_va
     """
     variances = targets.double().square().mean(0)
     projected = torch.stack([_projected(*parts) for parts in zip(*_blocks(features, targets), strict=True)]).sum(0)
-    noise = torch.ones_like(variances)
+    noise = measured = torch.ones_like(variances)
     for _ in range(MAX_ROUNDS):
         inverse = 1 / (energies.double()[:, None] + noise / prior_variance)  # (m, C)
         inverse[-1] = 1 / energies[-1].double()

@@ -79,7 +79,7 @@ def _descend(
     """Step against the direction, half as far wherever the objective would not fall."""
     expected = (slope * direction).sum((0, 1)).double()
     rounding = 4 * torch.finfo(start.dtype).eps * objective.abs()
-    step = torch.ones_like(expected)
+    step, reached, value = torch.ones_like(expected), start, objective
     for _ in range(20):
         reached = start - step.to(start) * direction
         value = problem.objective(reached, weights)

@@ -162,6 +162,14 @@ class AttributionResult(ABC):
         return AGREES in self.query_info and not self.query_info[AGREES][query]
 
     @property
+    def label(self) -> str:
+        """The method in words, with options that make it another: the name of these scores in tables and dashboards.
+
+        It is the ``"label"`` of the metadata, or else their ``"method"``.
+        """
+        return str(self.metadata.get("label") or self.metadata.get("method", "scores"))
+
+    @property
     def is_signed(self) -> bool:
         """Whether the sign of a score tells helpful from harmful, which it does not for unsigned information."""
         return "unsigned" not in self.metadata.get("unit", "")
@@ -243,12 +251,11 @@ class AttributionResult(ABC):
         return loaded
 
     def __repr__(self) -> str:
-        method = self.metadata.get("method", "scores")
         text = agreement_text(self.query_info)
         agreement = "" if text is None else f", readout {text}"
         certain = f", with {STD} of each score" if self.has_std else ""
         duration = f", {self.seconds:.1f} s" if self.seconds is not None else ""
-        return f"{type(self).__name__}({method}: {self._summary()}{agreement}{certain}{duration})"
+        return f"{type(self).__name__}({self.label}: {self._summary()}{agreement}{certain}{duration})"
 
     def to_dataframe(self, k: int | None = None) -> DataFrame:
         """A table with one row per query and training example, or only with the top ``k`` proponents and opponents.

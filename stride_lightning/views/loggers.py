@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -99,8 +100,11 @@ def log_attribution(
 
 
 def tag_of(attribution: AttributionResult) -> str:
-    """The first part of names in dashboards: the method, so that several methods stand side by side."""
-    return str(attribution.metadata.get("method", "stride"))
+    """The first part of names in dashboards: the method, so that several methods stand side by side.
+
+    Not every dashboard takes a comma or a space, so they become hyphens.
+    """
+    return re.sub(r"[, ]+", "-", attribution.label if "method" in attribution.metadata else "stride")
 
 
 def summarize(attribution: AttributionResult, k: int) -> dict[str, float]:

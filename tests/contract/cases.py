@@ -103,6 +103,12 @@ VARIANTS = {
     "information-gain, margin": ("information-gain", {"likelihood": "margin"}),
     "logra, projected": ("logra", {"projection_dim": 2}),
     "trak, projected": ("trak", {"projection_dim": 7}),
+    "ekfac, readout residuals": ("ekfac", {"residuals": "readout"}),
+    "influence-cg, readout residuals": (
+        "influence-cg",
+        {"residuals": "readout", "damping": 0.3, "tolerance": 1e-7},
+    ),
+    "trak-newton, readout residuals": ("trak-newton", {"residuals": "readout"}),
 }
 #: Those of the package: tests of others may have entered theirs.
 METHODS = [name for name in methods() if class_of(name).__module__.startswith("stride_lightning.")] + [*VARIANTS]
@@ -145,7 +151,15 @@ OPTIONS = {
 }
 #: The same, made for a kind of task and for the columns and rows of the scores.
 MADE = {"retraining": _truth, "tracin": lambda kind, columns, rows: {"checkpoints": _checkpoints(kind)}}
-NO_SEQUENCES = "information-gain", "information-gain, margin", "information-loss", "information-loss, signed"
+NO_SEQUENCES = (
+    "information-gain",
+    "information-gain, margin",
+    "information-loss",
+    "information-loss, signed",
+    "ekfac, readout residuals",
+    "influence-cg, readout residuals",
+    "trak-newton, readout residuals",
+)
 #: What a method cannot do, and why.
 EXEMPT = {
     ("grad-cos", "self-influence"): "the cosine of an example with itself is 1, and refused",

@@ -207,7 +207,7 @@ def test_embeddings_with_gradients_of_another_kind(kind):
 
 def test_metadata():
     metadata = ask("trak", layers=["2"]).metadata
-    assert metadata["options"] == {"layers": ["2"], "top_k": None, "damping": 0.3}
+    assert metadata["options"] == {"layers": ["2"], "top_k": None, "damping": 0.3, "residuals": "model"}
     assert metadata["gradients"] == {"num_parameters": 18, "blocks": {"factors": 1}}
 
 

@@ -112,7 +112,7 @@ def header_facts(attribution: AttributionResult, num_shown: int, k: int) -> dict
     total = f"{attribution.num_queries:,}"
     known = min(k, attribution.num_ranked)
     facts = {
-        "Method": str(metadata.get("method", "scores")),
+        "Method": attribution.label,
         "Queries": total if num_shown == attribution.num_queries else f"{num_shown:,} of {total}",
         "Training examples": f"{attribution.num_train:,}",
         "Shown per query": f"{known} strongest" + (" of each side" if attribution.is_signed else ""),
