@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 from stride_lightning.data.examples import Examples
 from stride_lightning.data.reading import Reading
-from stride_lightning.steering.basis import Observation
+from stride_lightning.readout.features import Observation
 from stride_lightning.tasks.likelihoods import BinaryClassification, Classification, Regression, Task
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.model.layers import find_module, layer_names
-from stride_lightning.steering import activations
-from stride_lightning.steering.activations import capture_inputs, pool
+from stride_lightning.readout import activations
+from stride_lightning.readout.activations import capture_inputs, pool
 from stride_lightning.steering.basis import choose_layers
 from tests.helpers.tiny import perceptron, random_tensor
 
