@@ -23,8 +23,9 @@ class Attribution(AttributionResult):
         scores: float32, shape ``(num_queries, num_train)``, in nats of query loss to first order; positive is
             helpful: training on the example lowers the query's loss. A ranking, not calibrated to retraining.
         std: Standard deviation of each score, same shape; None if the method gives none. It is uncalibrated: nobody
-            compared it with retraining. A function without arguments that returns it runs when ``std`` is first read,
-            and ``std`` then holds the tensor; :attr:`has_std` tells whether there is one without computing it.
+            compared it with retraining. It may be a function without arguments that returns the tensor. The function
+            runs when ``std`` is first read, in the process that reads it, and is then dropped; until then the result
+            holds it, so it should hold tensors, no model. :attr:`has_std` computes nothing.
         train_indices: Position in the training dataset of every column, int64, shape ``(num_train,)``. Give it by
             keyword, like the other arguments: ``train_targets``, ``query_targets``, ``metadata``, ``train_info``,
             ``query_info``, ``queries`` and ``train_data``. See

@@ -49,8 +49,8 @@ class Deferred:
         given = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
         if self._shape is not None and given != self._shape:
             raise ValueError(
-                f"The function given as `std` must return a tensor of the shape of the scores, {self._shape}; "
-                f"it returned {given}."
+                f"The function given as `std` must return a tensor of the shape of the scores, {self._shape}; it "
+                f"returned {given}. Return one standard deviation for each score."
             )
         self._source = tensor
         return tensor
