@@ -21,8 +21,8 @@ from stride_lightning.tasks.likelihoods import Regression, Task
 PRIOR_VARIANCE = 3.0
 #: The same for a regression, over the variance of the targets: a priori the readout may explain all of it.
 REGRESSION_VARIANCE = 1.0
-#: Factor of the prior variance where a group of examples is left out rather than one.
-GROUP_FACTOR = 10 / 3
+#: Prior variance of a logit where groups of examples are left out rather than single ones.
+GROUP_VARIANCE = 10.0
 
 
 @dataclass(frozen=True)
@@ -195,8 +195,10 @@ class Readout:
         return torch.cat(parts, 2)
 
     def for_groups(self) -> Readout:
-        """The readout whose refits tell the effects of groups: with a wider prior."""
-        problem = replace(self.problem, precision=self.problem.precision / GROUP_FACTOR)
+        """The readout whose refits tell the effects of groups: of logits, with a wider prior."""
+        if isinstance(self.problem.task, Regression):
+            return self
+        problem = replace(self.problem, precision=self.problem.precision * PRIOR_VARIANCE / GROUP_VARIANCE)
         coefficients, _ = minimise(problem, start=self.coefficients[..., None])
         return Readout(problem, self.coordinates, coefficients[..., 0], self.shift)
 

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 from stride_lightning.data.examples import Examples
 from stride_lightning.model.layers import layer_names
 from stride_lightning.steering import basis as basis_module
-from stride_lightning.steering.basis import Basis, Observation, choose_layers, fit_basis, observe
+from stride_lightning.readout.features import Basis, Observation, choose_layers, fit_basis, observe
 from stride_lightning.tasks.likelihoods import BinaryClassification, Classification, Regression
 from tests.helpers.models import Dicts, DictTask
 from tests.helpers.tiny import CPU, examples_of, perceptron, random_tensor
