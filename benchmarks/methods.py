@@ -4,7 +4,7 @@ Protocol. A truth file (``.npz``, see ``common/truth.py``): data, an MLP with on
 half subsets and the losses of the queries under models retrained on those. The methods are those of ``attribute()``
 that train no models of their own, with their defaults. Seconds are of the whole ``attribute()`` call; memory is the
 peak of the resident set above what was there when it began; damping is relative to the mean eigenvalue of the
-curvature (STRIDE's is its ridge, which it chooses by itself). Every row is a process of its own.
+curvature. Every row is a process of its own.
 
 TracIn needs checkpoints along training, which a truth file does not hold: the same MLP is trained as the models of the
 truth were (SGD with learning rate .02, momentum .9, weight decay 1e-2, batches of 100, weights uniform in
@@ -12,6 +12,7 @@ truth were (SGD with learning rate .02, momentum .9, weight decay 1e-2, batches 
 
     STRIDE_TRUTH=../truth python benchmarks/methods.py --truth digits mnist
     python benchmarks/methods.py --truth digits.npz --methods ekfac,trak --sweep
+    python benchmarks/methods.py --truth cnn_mnist --methods ekfac,trak-newton --residuals readout
 
 ``--sweep`` adds, for each method with a damping, the LDS over a grid of them, the default in brackets: what a better
 choice would have brought.
@@ -89,6 +90,8 @@ def find_truth(name):
 def train_along(arguments):
     """Train the truth's MLP from scratch and leave a record of every epoch in a folder."""
     model, train, _ = load(arguments.truth[0])
+    if len(model) > 3:
+        raise ValueError("checkpoints are made for MLPs only")
     torch.manual_seed(arguments.seed)
     for layer in (model[0], model[2]):
         layer.reset_parameters()  # uniform in +-1/sqrt(fan in), weights and biases
@@ -117,6 +120,8 @@ def run_row(arguments, method, dampings):
 
 def measure(arguments, method, damping, model, train, queries, masks, losses):
     options = {} if damping is None else {"damping": damping}
+    if arguments.residuals is not None:
+        options["residuals"] = arguments.residuals
     if method == "tracin":
         options["record"] = arguments.records
     model = Classifier(model)
@@ -126,9 +131,8 @@ def measure(arguments, method, damping, model, train, queries, masks, losses):
     )
     seconds, memory = time.perf_counter() - started, peak_memory() / 2**20
     known = attribution.metadata
-    used = known["operators"]["ridge_relative"] if method == "stride" else known["options"].get("damping")
     lds = float(linear_datamodeling_score(attribution.scores, masks, losses))
-    return {"lds": lds, "seconds": seconds, "memory": memory, "damping": used}
+    return {"lds": lds, "seconds": seconds, "memory": memory, "damping": known["options"].get("damping")}
 
 
 # ---------------------------------------------------------------- in this process
@@ -139,6 +143,7 @@ def child(arguments, truth, records, *more):
     command = [sys.executable, __file__, "--truth", str(truth), "--threads", str(arguments.threads)]
     command += ["--seed", str(arguments.seed), "--records", str(records), *more]
     command += ["--epochs", str(arguments.epochs)] if arguments.epochs else []
+    command += ["--residuals", arguments.residuals] if arguments.residuals else []
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
             yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
@@ -208,6 +213,7 @@ def main():
     )
     parser.add_argument("--methods", type=some_methods, default=method_names(), help="separated by commas; all")
     parser.add_argument("--damping", type=float, help="of all methods that have one, in place of their defaults")
+    parser.add_argument("--residuals", choices=("model", "readout"), help="of gradient methods that have the option")
     parser.add_argument("--sweep", action="store_true", help="also the LDS over a grid of dampings")
     parser.add_argument("--epochs", type=int, help="of the training that TracIn's checkpoints come from")
     parser.add_argument("--threads", type=int, default=2)
