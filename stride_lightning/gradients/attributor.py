@@ -126,7 +126,9 @@ class GradientAttributor(PlannedAttributor):
         curvature = self.curvature()
         with self._at(model, checkpoint):
             readout = self.fit_readout(model)
-            reader = self.reader if readout is None else self.reader.linearised_at(readout.train_outputs)
+            reader = self.reader
+            if readout is not None:
+                reader, readout = reader.linearised_at(readout.train_outputs), readout.without_training()
             of_share = self.capture, self.task, reader, self.share
             side = TrainingSide(*of_share, self._compared, self.seed, self._projected, self.effort, self.batch_bytes)
             self._expect(side, curvature)

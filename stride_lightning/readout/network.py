@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ class NetworkReadout:
             layers = default_layers(model, task, task.inputs(first_batch(train, size, device)), size)
         features, observed = fit_features(model, task, train, layers, scales=scales, cache_dir=cache_dir, **how)
         readout = Readout.fit(observed, task, start=start, show_progress=show_progress)
+        observed = replace(observed, features=readout.problem.features)  # their memory is the readout's now
         return cls(model, task, features, observed, readout, how)
 
     @property
@@ -83,6 +84,14 @@ class NetworkReadout:
         """An evaluation pass over queries, and the queries as the readout sees them."""
         observed = observe(self.model, self.task, queries, self.features, target=target, **self.how)
         return observed, self.readout.points(observed)
+
+    def without_training(self) -> NetworkReadout:
+        """The same without the training examples, for outputs of queries only."""
+        problem = self.readout.problem
+        nothing = {"features": problem.features.new_empty(0, problem.shape[0]), "encoded": problem.encoded[:0]}
+        readout = replace(self.readout, problem=replace(problem, **nothing))
+        train = replace(self.train, features=nothing["features"])
+        return replace(self, train=train, readout=readout)
 
     def outputs_of(self, queries: Examples, target: str = "label") -> Tensor:
         """Natural parameters of queries, shape ``(q, C)``."""
