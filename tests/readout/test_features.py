@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -311,7 +312,7 @@ def test_at_most_eight_layers_are_evenly_spaced_from_first_to_last() -> None:
         network = nn.Sequential(*(nn.Linear(2, 2) for _ in range(depth)))
         chosen = [int(name) for name in choose()]
         assert (len(chosen), chosen[0], chosen[-1]) == (8, 0, depth - 1)
-        gaps = {later - earlier for earlier, later in zip(chosen, chosen[1:], strict=False)}
+        gaps = {later - earlier for earlier, later in pairwise(chosen)}
         assert max(gaps) - min(gaps) <= 1
 
 
