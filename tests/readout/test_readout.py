@@ -105,7 +105,7 @@ def test_kernel_and_primal_form_agree(task: Task, monkeypatch: pytest.MonkeyPatc
 
     def from_moments(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         energies, rotation = coordinates_module._from_moments(features)
-        return energies, features @ rotation, rotation
+        return energies, rotation, features @ rotation
 
     kernel = answers()
     monkeypatch.setattr(coordinates_module, "_from_products", from_moments)

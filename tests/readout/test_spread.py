@@ -55,12 +55,17 @@ def root_mean_square(values: Tensor) -> float:
 @every_size
 @every_task
 def test_sixteen_draws_equal_ten_thousand(task: Task, size: tuple[int, int]) -> None:
-    """The root mean square over all pairs within 15 %, and the pattern."""
+    """The root mean square over all pairs and four seeds within 15 %, and the pattern.
+
+    Sixteen draws of few coefficients move all pairs together: one seed is up to 25 % off.
+    """
     observed, queries = observation(task, *size), observation(task, 24, size[1], seed=1)
-    expected, values = dense_std(task, observed, queries), spread(task, observed, queries)().double()
-    assert values.shape == expected.shape
+    expected = dense_std(task, observed, queries)
+    values = torch.stack([spread(task, observed, queries, seed=seed)().double() for seed in range(4)])
+    assert values[0].shape == expected.shape
     assert root_mean_square(values) == pytest.approx(root_mean_square(expected), rel=0.15)
-    logs = torch.stack([values.flatten(), expected.flatten()]).log()
+    assert root_mean_square(values[0]) == pytest.approx(root_mean_square(expected), rel=0.3)
+    logs = torch.stack([values[0].flatten(), expected.flatten()]).log()
     assert float(torch.corrcoef(logs)[0, 1]) > 0.85
 
 
@@ -78,10 +83,16 @@ def test_queries_outside_the_training_span_have_the_variance_of_the_prior(task: 
     observed, queries = observation(task, 40, 8), observation(task, 24, 8, seed=1)
     observed.features[:, 2:4] = 0  # that no training example has
     queries.features[:, 2:4] *= 4
-    expected, scores = dense_std(task, observed, queries), spread(task, observed, queries)
-    assert root_mean_square(scores().double()) == pytest.approx(root_mean_square(expected), rel=0.15)
-    scores.queries.outside.zero_()
-    assert root_mean_square(scores().double()) < 0.8 * root_mean_square(expected)
+    expected = root_mean_square(dense_std(task, observed, queries))
+    spreads = [spread(task, observed, queries, seed=seed) for seed in range(4)]
+
+    def values() -> float:
+        return root_mean_square(torch.stack([one().double() for one in spreads]))
+
+    assert values() == pytest.approx(expected, rel=0.15)
+    for one in spreads:
+        one.queries.outside.zero_()
+    assert values() < 0.8 * expected
 
 
 @every_task
