@@ -19,9 +19,10 @@ class Coordinates:
     on those of ``phi``. What the training set does not span has no influence.
 
     Args:
-        rotation: ``V``, shape ``(r, m)``.
+        rotation: ``V``, shape ``(r, m)``; ``(r - 1, m - 1)`` where the constant stands apart.
         energies: Sum of squares of each coordinate over the training set, shape ``(m,)``.
-        centre: Mean of the features, shape ``(r,)``, where the constant stands apart as the last coordinate; else None.
+        centre: Mean of the features, shape ``(r - 1,)``, where the constant stands apart as the last coordinate; else
+            None.
     """
 
     rotation: Tensor
@@ -30,57 +31,68 @@ class Coordinates:
 
     @property
     def width(self) -> int:
-        """Number of coefficients on features, as :meth:`outward` returns them."""
+        """Number of features ``r``."""
         return len(self.rotation) + (self.centre is not None)
 
     def __call__(self, features: Tensor) -> Tensor:
         """Coordinates of examples with features ``(B, r)``, shape ``(B, m)``."""
         if self.centre is None:
             return features @ self.rotation
-        return torch.cat([(features - self.centre) @ self.rotation, torch.ones_like(features[:, :1])], 1)
+        return torch.cat([(features[:, :-1] - self.centre) @ self.rotation, torch.ones_like(features[:, :1])], 1)
 
     def outward(self, coefficients: Tensor) -> Tensor:
-        """Coefficients on features, of those on coordinates ``(m, C, ...)``; a constant that stands apart is last."""
-        if self.centre is None:
-            return (self.rotation @ coefficients.flatten(1)).unflatten(1, coefficients.shape[1:])
-        turned = (self.rotation @ coefficients[:-1].flatten(1)).unflatten(1, coefficients.shape[1:])
-        return torch.cat([turned, coefficients[-1:]])
+        """Coefficients on features ``(r, C, ...)``, of those on coordinates ``(m, C, ...)``.
+
+        Where the constant stands apart, those of the other features are of their deviations from the centre.
+        """
+        return self._turned(self.rotation, coefficients)
 
     def inward(self, coefficients: Tensor) -> Tensor:
         """Undo :meth:`outward`."""
-        if self.centre is None:
-            return (self.rotation.T @ coefficients.flatten(1)).unflatten(1, coefficients.shape[1:])
-        turned = (self.rotation.T @ coefficients[:-1].flatten(1)).unflatten(1, coefficients.shape[1:])
-        return torch.cat([turned, coefficients[-1:]])
+        return self._turned(self.rotation.T, coefficients)
+
+    def _turned(self, rotation: Tensor, coefficients: Tensor) -> Tensor:
+        count = rotation.shape[1]
+        turned = (rotation @ coefficients[:count].flatten(1)).unflatten(1, coefficients.shape[1:])
+        return torch.cat([turned, coefficients[count:]])
 
     def outside(self, features: Tensor) -> Tensor:
         """Squared norm of the part of each example's features that the training set does not span, shape ``(B,)``."""
-        moved = features if self.centre is None else features - self.centre
+        moved = features if self.centre is None else features[:, :-1] - self.centre
         return (moved.square().sum(1) - (moved @ self.rotation).square().sum(1)).clamp(min=0)
 
 
 def principal_coordinates(features: Tensor, *, is_centred: bool) -> tuple[Coordinates, Tensor]:
     """Coordinates of training examples with features ``(n, r)``, and the map to them.
 
-    With ``is_centred``, the mean is taken off the features and the constant stands apart. The features' memory is used
-    for the result: with more examples than features for the coordinates, else for the map.
+    With ``is_centred``, the constant stands apart and the mean is taken off the other features. The features' memory is
+    used for the result: with more examples than features for the coordinates, else for the map.
     """
-    centre = None
-    if is_centred:
-        centre = torch.stack([part.double().sum(0) for part in features.split(8192)]).sum(0) / len(features)
-        centre = centre.to(features)
-        features -= centre
-    if features.shape[1] <= len(features):
-        energies, rotation = _from_moments(features)
-        for block in features.split(8192):
-            block[:, : len(energies)] = block @ rotation
+    if not is_centred:
+        energies, rotation, coordinates = _turn(features)
+        return Coordinates(rotation, energies), coordinates
+    varying = features[:, :-1]
+    centre = torch.stack([part.double().sum(0) for part in varying.split(8192)]).sum(0) / len(features)
+    centre = centre.to(features)
+    varying -= centre
+    energies, rotation, coordinates = _turn(varying)
+    energies = torch.cat([energies, energies.new_tensor([len(features)])])
+    if varying.shape[1] > len(features):
+        coordinates = torch.cat([coordinates, coordinates.new_ones(len(features), 1)], 1)
+    else:  # There is room beside them, and they may be too many to copy.
         coordinates = features[:, : len(energies)]
-    else:
-        energies, coordinates, rotation = _from_products(features)
-    if centre is not None:
-        coordinates = torch.cat([coordinates, torch.ones_like(coordinates[:, :1])], 1)
-        energies = torch.cat([energies, energies.new_tensor([len(features)])])
+        coordinates[:, -1] = 1
     return Coordinates(rotation, energies, centre), coordinates
+
+
+def _turn(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Energies, directions and coordinates; the coordinates, or the directions, are where the features were."""
+    if features.shape[1] > len(features):
+        return _from_products(features)
+    energies, rotation = _from_moments(features)
+    for block in features.split(8192):
+        block[:, : len(energies)] = block @ rotation
+    return energies, rotation, features[:, : len(energies)]
 
 
 def _from_moments(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +107,7 @@ def _from_moments(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _from_products(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Energies, coordinates and directions from the ``n x n`` inner products; directions replace the features."""
+    """Energies, directions and coordinates from the ``n x n`` inner products; directions replace the features."""
     count = len(features)
     products = _exact_zeros(features, count)
     blocks = features.split(max(1, BLOCK_NUMBERS // count), 1)
@@ -107,7 +119,7 @@ def _from_products(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     inward = (directions / roots).T.to(features)
     for block in blocks:
         block[: len(roots)] = inward @ block
-    return energies.to(features), (directions * roots).to(features), features[: len(roots)].T
+    return energies.to(features), features[: len(roots)].T, (directions * roots).to(features)
 
 
 def _exact_zeros(features: Tensor, size: int) -> Tensor:

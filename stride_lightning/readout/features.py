@@ -136,9 +136,10 @@ def fit_features(
     Other arguments and errors are those of :func:`observe`.
     """
     count, device = len(examples), how["device"]
-    widths = _layer_widths(model, Reading(examples, task, model, share=slice(how["batch_size"]), **how), layers)
+    head = Reading(examples, task, model, share=slice(how["batch_size"]), **how)
+    widths, item_size = _layer_widths(model, head, layers)
     budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else MAX_BYTES
-    fitting = max(64, budget // (4 * count)) - 1
+    fitting = max(64, budget // (item_size * count)) - 1
     limit = sum(widths) if count <= MAX_FEATURES else MAX_FEATURES - 1
     on_disk = cache_dir is not None and fitting < min(limit, sum(widths))
     kept = _allot(widths, limit if on_disk else min(limit, fitting))
@@ -150,13 +151,13 @@ def fit_features(
     return features if scales is not None else _rescale(features, observed.features), observed
 
 
-def _layer_widths(model: nn.Module, head: Reading, layers: Sequence[str]) -> list[int]:
-    """Features of each layer, from a first batch."""
+def _layer_widths(model: nn.Module, head: Reading, layers: Sequence[str]) -> tuple[list[int], int]:
+    """Features of each layer, and bytes of one, from a first batch."""
     with capture_inputs(model, layers) as captured, torch.no_grad():
         for rows in head:
             with rows.naming():
-                run(model, rows, captured)
-            return [captured[name].shape[1] for name in layers]
+                outputs = run(model, rows, captured)
+            return [captured[name].shape[1] for name in layers], outputs.element_size()
     raise ValueError("The training set is empty: give at least one example.")
 
 

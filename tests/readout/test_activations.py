@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stride_lightning.model.layers import find_module, layer_names
 from stride_lightning.readout import activations
 from stride_lightning.readout.activations import capture_inputs, pool
-from stride_lightning.steering.basis import choose_layers
+from stride_lightning.readout.features import choose_layers
 from tests.helpers.tiny import perceptron, random_tensor
 
 
@@ -53,6 +53,37 @@ def test_inputs_of_any_shape_are_pooled_to_rows(name: str, monkeypatch: pytest.M
     monkeypatch.setattr(activations, "MAX_POOLED_FEATURES", most)
     inputs = single(*shape)
     torch.testing.assert_close(pool(layer, inputs), expected(inputs).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "grid"),
+    [
+        (1, (63, 63), (63, 63)),
+        (1, (64, 64), (63, 63)),
+        (3, (224, 224), (36, 36)),
+        (64, (56, 56), (7, 7)),  # 64 * 7^2 = 3,136 and 64 * 8^2 = 4,096
+        (250, (8, 8), (4, 4)),  # exactly 4,000
+        (251, (8, 8), (3, 3)),
+        (512, (7, 4), (2, 2)),
+        (4000, (2, 2), (1, 1)),
+        (40, (20, 4), (10, 4)),  # the short side stays as it is
+    ],
+)
+def test_spatial_inputs_keep_the_largest_grid_of_4000_features(
+    channels: int, size: tuple[int, int], grid: tuple[int, int]
+) -> None:
+    inputs = single(2, channels, *size)
+    expected = nn.functional.adaptive_avg_pool2d(inputs, grid).flatten(1)
+    torch.testing.assert_close(pool(nn.Conv2d(channels, 1, 1), inputs), expected)
+    side = max(grid)
+    assert channels * side**2 <= 4000
+    assert side >= max(size) or channels * (side + 1) ** 2 > 4000
+
+
+def test_images_of_too_many_channels_are_folded() -> None:
+    inputs = single(2, 5000, 3, 3)
+    pooled = pool(nn.Conv2d(5000, 1, 1), inputs)
+    assert pooled.equal(activations.fold(inputs.mean((2, 3)), 4000))
 
 
 def test_inputs_of_all_layers_are_captured_in_order() -> None:

@@ -1,0 +1,291 @@
+"""The readout, its influence and its refits against dense float64 algebra in the space of the features."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from stride_lightning.readout import coordinates as coordinates_module
+from stride_lightning.readout import preconditioner as preconditioner_module
+from stride_lightning.readout import problem as problem_module
+from stride_lightning.readout import solver as solver_module
+from stride_lightning.readout.features import Observation
+from stride_lightning.readout.readout import Readout
+from stride_lightning.tasks.likelihoods import BinaryClassification, Classification, Regression, Task
+from tests.helpers.tiny import every_task, observation, permutation, random_tensor, rows_of
+from tests.readout.dense import dense_readout
+
+SIZES = {"more examples than features": (40, 5), "more features than examples": (15, 24)}
+every_size = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
+#: Of the curvature: all of it is factorised, that of the leading features, none.
+every_head = pytest.mark.parametrize("whole", [2048, 6, 2], ids=["whole", "partial", "diagonal"])
+
+
+def fit(task: Task, observed: Observation) -> Readout:
+    """Fit a readout; it uses the features' memory, so it gets a copy."""
+    return Readout.fit(rows_of(observed, torch.arange(len(observed))), task)
+
+
+def halves(count: int, seed: int = 9) -> Tensor:
+    """Weights of the examples in four subsets, and in two weightings that are none."""
+    zero_one = (random_tensor(count, 4, seed=seed) > 0).double()
+    return torch.cat([zero_one, 2 * zero_one[:, :1], random_tensor(count, 1, seed=seed + 1).abs()], 1)
+
+
+def close(one: Tensor, other: Tensor, tolerance: float = 1e-6) -> None:
+    """Equal within the tolerance, relative to the largest entry."""
+    torch.testing.assert_close(one.double(), other.double(), rtol=0, atol=tolerance * float(other.abs().max()))
+
+
+# ---- exactness ----------------------------------------------------------------------------------------------
+
+
+@every_head
+@every_size
+@every_task
+def test_readout_influence_and_refits_equal_a_dense_solve(
+    task: Task, size: tuple[int, int], whole: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preconditioner_module, "MAX_WHOLE", whole)
+    observed, queries = observation(task, *size), observation(task, 7, size[1], seed=1)
+    readout, dense = fit(task, observed), dense_readout(task, observed)
+    points, (features, encoded) = readout.points(queries), dense.points(queries)
+    solution = dense.fit()
+
+    close(readout.outputs(points.features), dense.outputs(solution, features) + dense.shift)
+    close(readout.outputs(readout.problem.features), dense.outputs(solution, dense.features) + dense.shift)
+    close(readout.losses(points), task.loss(dense.outputs(solution, features), encoded))
+    close(readout.residuals(points), dense.residuals(solution, features, encoded))
+    close(readout.influence(points), dense.influence(features, encoded))
+
+    weights = halves(len(observed))
+    moves = readout.refit(weights)
+    refits = [dense.outputs(dense.fit(column), features) for column in weights.T]
+    close(
+        torch.stack([readout.outputs(points.features) + points.features @ move for move in moves.unbind(2)]),
+        torch.stack(refits) + dense.shift,
+    )
+    close(readout.losses(points, moves), torch.stack([task.loss(outputs, encoded) for outputs in refits], 1))
+
+
+@every_size
+@every_task
+def test_refits_for_groups_have_a_wider_prior(task: Task, size: tuple[int, int]) -> None:
+    observed, queries = observation(task, *size), observation(task, 7, size[1], seed=1)
+    readout, weights = fit(task, observed), halves(len(observed))[:, :3]
+    dense = dense_readout(task, observed)
+    dense.precision.div_(10 / 3)
+    points, (features, _) = readout.points(queries), dense.points(queries)
+    wider = readout.for_groups()
+    close(wider.outputs(points.features), dense.outputs(dense.fit(), features) + dense.shift)
+    for column, move in zip(weights.T, wider.refit(weights).unbind(2), strict=True):
+        outputs = wider.outputs(points.features) + points.features @ move
+        close(outputs, dense.outputs(dense.fit(column), features) + dense.shift)
+
+
+@every_task
+def test_kernel_and_primal_form_agree(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer examples than features, from the inner products of examples and from the moments of features."""
+    observed, queries = observation(task, 15, 24), observation(task, 7, 24, seed=1)
+    weights = halves(15)
+
+    def answers() -> list[Tensor]:
+        readout = fit(task, observed)
+        points, moves = readout.points(queries), readout.refit(weights)
+        return [
+            readout.outputs(points.features),
+            readout.influence(points),
+            readout.losses(points, moves),
+            readout.self_influence(),
+            points.outside,
+        ]
+
+    def from_moments(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        energies, rotation = coordinates_module._from_moments(features)
+        return energies, rotation, features @ rotation
+
+    kernel = answers()
+    monkeypatch.setattr(coordinates_module, "_from_products", from_moments)
+    for one, other in zip(kernel, answers(), strict=True):
+        close(one, other, 1e-5)
+
+
+@every_task
+def test_single_precision_is_close(task: Task) -> None:
+    observed, queries = observation(task, dtype=torch.float32), observation(task, 7, seed=1, dtype=torch.float32)
+    readout, dense = fit(task, observed), dense_readout(task, observed)
+    scores = readout.influence(readout.points(queries))
+    assert scores.dtype == torch.float32
+    close(scores, dense.influence(*dense.points(queries)), 2e-3)
+
+
+def test_a_classification_starts_at_the_log_frequencies_of_its_classes() -> None:
+    """Without features but the constant, whose prior is wide, the readout tells the frequencies; so does its start."""
+    encoded = torch.eye(3).double()[[0] * 90 + [1] * 9 + [2]]
+    nothing = torch.zeros(100, 1).double()
+    observed = Observation(nothing, nothing.expand(100, 3), encoded, nothing[:, 0], {})
+    readout = fit(Classification(), observed)
+    assert readout.problem.shape[0] == 0
+    frequencies = (torch.tensor([90.0, 9.0, 1.0]).double() + 1 / 3) / 101
+    torch.testing.assert_close(readout.outputs(readout.problem.features[:1])[0], frequencies.log())
+    signs = Observation(nothing, nothing.expand(100, 2), encoded[:, 1:], nothing[:, 0], {})
+    shares = (torch.tensor([9.0, 1.0]).double() + 1 / 2) / 101
+    torch.testing.assert_close(fit(BinaryClassification(), signs).problem.offset, shares.logit())
+
+
+# ---- leaving one out ----------------------------------------------------------------------------------------
+
+
+def left_out(readout: Readout) -> Tensor:
+    """Moves of the coefficients when each training example is left out."""
+    return readout.refit(1 - torch.eye(len(readout.problem), dtype=torch.float64))
+
+
+@every_task
+def test_error_of_influence_falls_as_one_over_n(task: Task) -> None:
+    """Against refits that leave each example out; the self-influence, a finite effect, is closer than the influence."""
+    everything, queries = observation(task, 400), observation(task, 10, seed=1)
+    errors, sizes = [], [50, 100, 200, 400]
+    for size in sizes:
+        readout = fit(task, rows_of(everything, torch.arange(size)))
+        points, own, moves = readout.points(queries), readout.training_points, left_out(readout)
+        truth = readout.losses(points, moves) - readout.losses(points)[:, None]
+        errors.append(float((readout.influence(points) - truth).norm() / truth.norm()))
+        effects = readout.losses(own, moves).diagonal() - readout.losses(own)
+        first_order, finite = readout.influence(own).diagonal(), readout.self_influence()
+        assert (finite >= first_order).all()
+        assert (finite >= 0).all()
+        assert float((finite - effects).norm()) < 0.75 * float((first_order - effects).norm())
+    logs = torch.tensor(errors).log()
+    steps = torch.tensor(sizes).log()
+    slope = float(((steps - steps.mean()) * (logs - logs.mean())).sum() / (steps - steps.mean()).square().sum())
+    assert slope == pytest.approx(-1, abs=0.25), errors
+    assert errors[-1] < 0.05
+
+
+@every_task
+def test_self_influence_at_a_leverage_near_one(task: Task) -> None:
+    """An example whose feature no other has, and far out, is explained by itself alone."""
+    observed = observation(task, 30)
+    observed.features[:, 2] = 0
+    observed.features[4, 2] = 100
+    readout = fit(task, observed)
+    points, moves = readout.training_points, left_out(readout)
+    effects = readout.losses(points, moves).diagonal() - readout.losses(points)
+    first_order, finite = readout.influence(points).diagonal(), readout.self_influence()
+    assert finite.isfinite().all()
+    assert (finite >= 0).all()
+    assert float(effects[4]) > 10 * float(first_order[4])  # its leverage is near one indeed
+    assert abs(float(finite[4] - effects[4])) < abs(float(first_order[4] - effects[4]))
+    single = fit(task, observation_of(observed, torch.float32)).self_influence()
+    assert single.isfinite().all()
+    assert (single >= 0).all()
+
+
+def observation_of(observed: Observation, dtype: torch.dtype) -> Observation:
+    values = (observed.features, observed.outputs, observed.encoded, observed.losses)
+    return Observation(*(value.to(dtype) for value in values), fingerprint={})
+
+
+# ---- draws --------------------------------------------------------------------------------------------------
+
+
+@every_size
+@every_task
+def test_draws_have_the_covariance_of_the_posterior(task: Task, size: tuple[int, int]) -> None:
+    """Of the outputs at training points, whose coordinates are all that draws move."""
+    observed, count = observation(task, *size), 4000
+    readout, dense = fit(task, observed), dense_readout(task, observed)
+    draws = readout.draws(count, seed=0)
+    outputs = torch.einsum("nm,mck->knc", readout.problem.features, draws).flatten(1)
+    assert float(outputs.mean(0).norm() / outputs.std(0).norm()) < 4 / math.sqrt(count)
+    num_features, num_outputs = dense.precision.shape
+    posterior = dense.inverse(dense.fit()).view(num_features, num_outputs, num_features, num_outputs)
+    posterior = posterior * (dense.temperature[:, None] * dense.temperature).sqrt()[:, None, :]
+    expected = torch.einsum("np,pcqd,mq->ncmd", dense.features, posterior, dense.features).flatten(2).flatten(0, 1)
+    error = float((outputs.T @ outputs / count - expected).norm() / expected.norm())
+    sampling = float((1 + expected.trace().square() / expected.square().sum()) / count) ** 0.5
+    assert error < 2 * sampling < 0.25
+    assert readout.draws(2, seed=0).equal(readout.draws(2, seed=0))
+    assert not readout.draws(2, seed=1).equal(readout.draws(2, seed=0))
+
+
+# ---- what must not matter -----------------------------------------------------------------------------------
+
+
+@every_size
+@every_task
+def test_order_of_examples_and_columns_solved_together_do_not_matter(
+    task: Task, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observed, queries, order = observation(task, *size), observation(task, 7, size[1], seed=1), permutation(size[0])
+    weights = halves(size[0])
+
+    def answers(order: Tensor) -> list[Tensor]:
+        readout = fit(task, rows_of(observed, order))
+        points, back = readout.points(queries), order.argsort()
+        return [
+            readout.outputs(points.features),
+            readout.influence(points)[:, back],
+            readout.self_influence()[back],
+            readout.losses(points, readout.refit(weights[order])),
+        ]
+
+    expected = answers(torch.arange(size[0]))
+    for one, other in zip(answers(order), expected, strict=True):
+        close(one, other, 1e-8)
+    # One column at a time, and blocks of few examples.
+    monkeypatch.setattr(solver_module, "MAX_COLUMNS", 1)
+    monkeypatch.setattr(problem_module, "BLOCK_BYTES", 1)
+    for one, other in zip(answers(torch.arange(size[0])), expected, strict=True):
+        close(one, other, 1e-8)
+
+
+@every_task
+def test_more_examples_than_a_block_holds(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    observed, queries = observation(task, 200), observation(task, 7, seed=1)
+    expected = fit(task, observed)
+    monkeypatch.setattr(problem_module, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(preconditioner_module, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(coordinates_module, "BLOCK_NUMBERS", 1)
+    readout = fit(task, observed)
+    assert len(list(readout.problem.blocks(1))) == 4
+    close(readout.influence(readout.points(queries)), expected.influence(expected.points(queries)), 1e-8)
+
+
+@every_task
+def test_a_start_changes_only_the_way(task: Task) -> None:
+    observed = observation(task)
+    readout = fit(task, observed)
+    outward = readout.coordinates.outward(readout.coefficients)
+    assert len(outward) == readout.coordinates.width
+    for start in (outward, random_tensor(*outward.shape, seed=3)):
+        again = Readout.fit(rows_of(observed, torch.arange(40)), task, start=start)
+        close(again.coefficients, readout.coefficients, 1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e5])
+@pytest.mark.parametrize("shift", [0.0, 35.0, 2000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shifting_and_scaling_targets_changes_no_ranking(dtype: torch.dtype, shift: float, scale: float) -> None:
+    """Scores grow as the square of the targets' scale, and that is all; targets are double, as data sets may have."""
+    task = Regression()
+    observed, queries = observation(task), observation(task, 7, seed=1)
+
+    def scores(shift: float, scale: float) -> tuple[Tensor, Tensor]:
+        def moved(pass_: Observation) -> Observation:
+            return Observation(
+                pass_.features.to(dtype), pass_.outputs.to(dtype), pass_.encoded * scale + shift, pass_.losses, {}
+            )
+
+        readout = fit(task, moved(observed))
+        return readout.influence(readout.points(moved(queries))), readout.self_influence()
+
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-9
+    for got, expected in zip(scores(shift, scale), scores(0.0, 1.0), strict=True):
+        close(got.double() / scale**2, expected, tolerance)
+        if dtype == torch.float64:
+            assert got.flatten().argsort().equal(expected.flatten().argsort())
