@@ -39,8 +39,8 @@ class StrideAttributor(Attributor):
     model's own logits: :class:`~stride_lightning.steering.language.sequences.SequenceStride`.
 
     Args:
-        num_subsets: Number of subsets K; by default 16, and with ``recovery="lasso"`` or ``"ridge"``, or a learned
-            basis, 200 up to 10,000 examples, then 200 more for every factor of 10.
+        num_subsets: Number of subsets K; by default that of the record, else 16, and with ``recovery="lasso"`` or
+            ``"ridge"``, or a learned basis, 200 up to 10,000 examples, then 200 more for every factor of 10.
         degree: Subsets each example is in; by default ``K / 2`` while ``n K <= 1e8``, else 10.
         layers: Names of the modules whose inputs make the features. By default the input features and the input of each
             layer with a weight matrix, eight at most (five of a language model). With a learned basis of a language
@@ -180,16 +180,19 @@ class StrideAttributor(Attributor):
         return fit
 
     def _choose_design(self, record: Record | None) -> Design:
-        """The design of the record if it has one of the wanted size, else a new one."""
+        """The design of the record where it serves the recovery and the options, else a new one."""
         count = len(self.train_data)
-        wanted = self.num_subsets
-        if wanted is None:
-            few = self.recovery == "prior" and self.basis == "statistics"
-            wanted = NUM_SUBSETS if few else default_num_subsets(count)
+        has_prior = self.recovery == "prior" and self.basis == "statistics"
         if record is not None and "design" in record.groups:
             design = Design.restore(record.info["design"], record.tensors("design"))
-            if wanted == design.num_subsets and self.degree in (None, design.degree):
+            # Without a prior, the few subsets that a callback draws by default say too little.
+            serves = has_prior or design.num_subsets > NUM_SUBSETS
+            is_wanted = serves if self.num_subsets is None else self.num_subsets == design.num_subsets
+            if is_wanted and self.degree in (None, design.degree):
                 return design
+        wanted = self.num_subsets
+        if wanted is None:
+            wanted = NUM_SUBSETS if has_prior else default_num_subsets(count)
         return sample_design(count, wanted, self.degree, seed=self.seed)
 
     @override
