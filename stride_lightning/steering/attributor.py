@@ -293,24 +293,32 @@ class StrideAttributor(Attributor):
 
 def remaining(groups: Sequence[Sequence[int]] | Tensor, positions: Tensor) -> Tensor:
     """Weights of the training examples without each group, 0 or 1 of shape ``(n, num_groups)``."""
-    if isinstance(groups, Tensor) and groups.dtype == torch.bool:
-        if groups.ndim != 2 or groups.shape[1] != len(positions):
+    place = {position: number for number, position in enumerate(positions.tolist())}
+    weights = torch.ones(len(positions), len(groups))
+    for number, group in enumerate(groups):
+        try:
+            members = torch.as_tensor(group if isinstance(group, Tensor) else list(group))
+        except (TypeError, ValueError):
+            members = torch.empty(())
+        if members.ndim != 1:
             raise ValueError(
-                f"Groups as bool must have shape (num_groups, {len(positions)}), a column for each training example; "
-                f"got {tuple(groups.shape)}."
+                f"Each group must be the positions of its members, or bool with one value for each training example; "
+                f"group {number} is {group!r}. For a single group, pass a list that holds it."
             )
-        weights = 1 - groups.T.float()
-    else:
-        place = {position: number for number, position in enumerate(positions.tolist())}
-        weights = torch.ones(len(positions), len(groups))
-        for number, group in enumerate(groups):
-            members = torch.as_tensor(list(group)).tolist()
-            if strangers := [member for member in members if member not in place]:
+        if members.dtype == torch.bool:
+            if len(members) != len(positions):
                 raise ValueError(
-                    f"Group {number} names {strangers[:5]}, which are no positions of training examples. Positions "
-                    "count in the training dataset, from 0."
+                    f"Groups as bool must have shape (num_groups, {len(positions)}), a column for each training "
+                    f"example; group {number} has {len(members)} values."
                 )
-            weights[[place[member] for member in members], number] = 0
+            weights[members, number] = 0
+            continue
+        if strangers := [member for member in members.tolist() if member not in place]:
+            raise ValueError(
+                f"Group {number} names {strangers[:5]}, which are no positions of training examples. Positions count "
+                "in the training dataset, from 0."
+            )
+        weights[[place[member] for member in members.tolist()], number] = 0
     if whole := (weights.sum(0) == 0).nonzero().flatten().tolist():
         raise ValueError(
             f"Groups {whole[:5]} are all of the training data, so nothing is left to train on. Leave them out."
@@ -321,7 +329,7 @@ def remaining(groups: Sequence[Sequence[int]] | Tensor, positions: Tensor) -> Te
 def missing_parts(record: Record, task: Task) -> str:
     """What a record lacks, which is computed on the spot."""
     parts = (
-        {"design": "design"}
+        {"design": "design", "moments": "moments of tokens"}
         if task.has_tokens
         else {"design": "design", "statistics": "scales of features", "readout": "readout"}
     )
