@@ -47,9 +47,8 @@ class StrideCallback(RecordingCallback):
     batch at hand, every few steps). It logs their statistics to every logger as ``stride/<layer>/norm``,
     ``effective_rank`` and ``dead_fraction``. At the end, and every n epochs or steps on demand, it makes one eval pass
     and writes a record: the design (which example is in which subset), the statistics, the readout (of texts: the
-    moments of their tokens), the loss of every training example and subset, a fingerprint of the data, and a hash of the
-    weights.
-    Hooks live only inside the callback's own forward passes.
+    moments of their tokens), the loss of every training example and subset, a fingerprint of the data, and a hash of
+    the weights. Hooks live only inside the callback's own forward passes.
 
     List it after callbacks that change the final weights, such as weight averaging.
 
