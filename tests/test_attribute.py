@@ -152,7 +152,6 @@ def test_model_is_as_before(options, tmp_path):
         ({"penalty": 0.1}, ValueError, "`penalty` belongs to recovery="),
         ({"rank": 4}, ValueError, "`rank` belongs to basis='learned'"),
         ({"num_subsets": 4, "degree": 4}, ValueError, "degree=4 with num_subsets=4"),
-        ({"ridge": -1.0}, ValueError, "`ridge` must be a positive number"),
         ({"task": "classification"}, TypeError, "`task` must be an instance of Task, got 'classification'"),
         ({"task": Classification}, TypeError, "got the class Classification; make an instance"),
         ({"layers": "network.0"}, TypeError, r"write layers=\['network.0'\]"),
@@ -244,10 +243,18 @@ def test_metadata_states_every_choice(expected):
         "layers": ["network.0", "network.3"],
         "basis": "statistics",
         "recovery": "prior",
-        "stability": 0.0,
     }
     assert metadata["design"] == {"num_subsets": 16, "num_train": NUM_TRAIN, "degree": 8, "seed": 0}
-    assert metadata["operators"]["ridge"] > 0
+    assert metadata["operators"] == {"num_subsets": 16, "from_record": False}
+    assert metadata["readout"] == {
+        "num_features": 4 + 8 + 1,
+        "num_coordinates": 4 + 8 + 1,
+        "noise_variance": None,
+        "scales_from_record": False,
+        "from_record": False,
+    }
+    agreement = metadata["agreement"]
+    assert agreement == {"agree": sum(expected.query_info["readout agrees"]), "queries": len(QUERIES)}
     assert metadata["recovered"].keys() == {"prior_agreement", "noise"}
     assert metadata["peak_memory_bytes"] >= 0  # 0 where the process has held more before
 
@@ -281,14 +288,14 @@ def trained(request, tmp_path_factory):
         {"recovery": "ridge"},
         {"basis": "learned"},
         {"basis": "learned", "rank": 3, "recovery": "lasso"},
-        {"stability": 1.0},
+        {"recovery": "closed-form", "num_subsets": None},
     ],
     ids=str,
 )
 def test_end_to_end(trained, options):
     model, data, queries = trained
-    attribution = attribute(model, queries, train_data=data, **FEW, **options)
-    again = attribute(model, queries, train_data=data, **FEW, **options)
+    attribution = attribute(model, queries, train_data=data, **FEW | options)
+    again = attribute(model, queries, train_data=data, **FEW | options)
     assert torch.equal(attribution.scores, again.scores)
     assert torch.isfinite(attribution.scores).all()
     assert attribution.scores.abs().max() > 0
@@ -402,15 +409,12 @@ def test_scores_predict_retraining():
     assert score > 0.8
 
 
-def test_defaults_that_depend_on_the_task_are_known_after_fit():
+def test_a_default_that_depends_on_the_task_is_known_after_fit():
     attributor = StrideAttributor(num_subsets=16, show_progress=False)
-    for name in ("recovery", "stability"):
-        with pytest.raises(
-            RuntimeError, match=r"Call fit\(model, train_data\) before reading `recovery` or `stability`"
-        ):
-            getattr(attributor, name)
+    with pytest.raises(RuntimeError, match=r"Call fit\(model, train_data\) before reading `recovery`: its default"):
+        attributor.recovery  # noqa: B018
     attributor.fit(build(Classifier), DATA)
-    assert (attributor.recovery, attributor.stability) == ("prior", 0.0)
+    assert attributor.recovery == "prior"
     assert StrideAttributor(recovery="lasso").recovery == "lasso"
 
 

@@ -236,21 +236,21 @@ def test_weights_without_a_record_are_warned_of_once(run):
 def test_damaged_record(run, tmp_path):
     model, callback, keep, folder = run
     damaged = shutil.copytree(folder / "stride", tmp_path / "stride")
-    file = damaged / "step=8" / "basis.safetensors"
+    file = damaged / "step=8" / "readout.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(RecordError, match=r"basis\.safetensors"):
+    with pytest.raises(RecordError, match=r"readout\.safetensors"):
         attribute(model, QUERIES, train_data=DATA, record=damaged, **FEW)
     other = build(Classifier)
     checkpoint = torch.load(keep.last_model_path, weights_only=True)
     checkpoint["callbacks"][callback.state_key]["dirpath"] = str(damaged)
     torch.save(checkpoint, tmp_path / "moved.ckpt")
-    with pytest.warns(UserWarning, match=r"No record that StrideCallback wrote can be used.*basis\.safetensors"):
+    with pytest.warns(UserWarning, match=r"No record that StrideCallback wrote can be used.*readout\.safetensors"):
         attribution = attribute(other, QUERIES, train_data=DATA, ckpt_path=tmp_path / "moved.ckpt", **FEW)
     assert attribution.metadata["record"] is None
     assert "computed on the spot" in attribution.metadata["record_note"]
-    assert "basis.safetensors" in attribution.metadata["record_note"]
+    assert "readout.safetensors" in attribution.metadata["record_note"]
     same(attribution, attribute(model, QUERIES, train_data=DATA, **FEW))
 
 

@@ -21,7 +21,7 @@ from stride_lightning.runtime.distributed import rank
 from stride_lightning.steering.attributor import make_fit
 from stride_lightning.steering.fit import Fit, FitOptions
 from stride_lightning.steering.statistics import StreamingStatistics
-from stride_lightning.steering.subsets import Design, sample_design
+from stride_lightning.steering.subsets import NUM_SUBSETS, Design, sample_design
 from stride_lightning.storage.records import remove_record
 from stride_lightning.tasks.likelihoods import Task
 
@@ -46,23 +46,23 @@ class StrideCallback(RecordingCallback):
     While the model trains, the callback samples the activations that enter the chosen layers (in eval mode, on the
     batch at hand, every few steps). It logs their statistics to every logger as ``stride/<layer>/norm``,
     ``effective_rank`` and ``dead_fraction``. At the end, and every n epochs or steps on demand, it makes one eval pass
-    and writes a record: the design (which example is in which subset), the statistics, the basis of the steering
-    operators, the loss of every training example and subset, a fingerprint of the data, and a hash of the weights.
-    Hooks live only inside the callback's own forward passes.
+    and writes a record: the design (which example is in which subset), the statistics, the readout (of texts: the
+    moments of their tokens), the loss of every training example and subset, a fingerprint of the data, and a hash of
+    the weights. Hooks live only inside the callback's own forward passes.
 
     List it after callbacks that change the final weights, such as weight averaging.
 
     Args:
         dirpath: Folder of the records; by default ``stride`` in the trainer's log folder.
-        layers: Names of the modules whose inputs make the basis. By default the input features and the input of
+        layers: Names of the modules whose inputs make the features. By default the input features and the input of
             each layer with a weight matrix, eight at most.
-        num_subsets: Number of subsets K; by default from the size of the training set.
+        num_subsets: Number of subsets K.
         degree: Subsets each example is in; by default half of them, or 10 for very large training sets.
         seed: Seed of the design.
         every_n_epochs: Also write a record at the end of every n-th epoch.
         every_n_train_steps: Also write a record after every n-th optimizer step.
         save_last_k: Keep only the last k records of this run; -1 keeps all.
-        fit_operators: Fit the steering operators at the end, so that attribution need not.
+        fit_operators: Refit the readout on every subset at the end, so that attribution need not.
         statistics_every_n_steps: Sample activations every so many optimizer steps.
         batch_size: Examples per forward pass when a record is made.
         **kwargs: ``task`` and ``train_indices`` of every
@@ -88,7 +88,7 @@ class StrideCallback(RecordingCallback):
         dirpath: str | Path | None = None,
         *,
         layers: list[str] | None = None,
-        num_subsets: int | None = None,
+        num_subsets: int = NUM_SUBSETS,
         degree: int | None = None,
         seed: int = 0,
         every_n_epochs: int | None = None,
@@ -105,8 +105,7 @@ class StrideCallback(RecordingCallback):
             check_count("seed", seed, 0)
             if degree is not None:
                 check_count("degree", degree)
-            if num_subsets is not None:
-                sample_design(2, num_subsets, degree)  # refuses numbers that make no design of any data
+            sample_design(2, num_subsets, degree)  # refuses numbers that make no design of any data
         check_frequencies(
             save_last_k,
             every_n_epochs=every_n_epochs,

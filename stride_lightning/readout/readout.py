@@ -112,11 +112,11 @@ class Readout:
         """Losses of examples ``(B,)``, or under K moves of the coefficients, shape ``(m, C, K)``: ``(B, K)``."""
         if moves is None:
             return self.problem.losses(self.coefficients[..., None], points.features, points.encoded)[:, 0]
-        parts = [
-            self.problem.losses(self.coefficients[..., None] + moves[..., columns], points.features, points.encoded)
-            for columns in self._chunks(moves.shape[2])
-        ]
-        return torch.cat(parts, 1)
+        losses = points.features.new_empty(len(points), moves.shape[2])
+        for columns in self._chunks(moves.shape[2]):
+            moved = self.coefficients[..., None] + moves[..., columns]
+            losses[:, columns] = self.problem.losses(moved, points.features, points.encoded)
+        return losses
 
     @cached_property
     def training_points(self) -> Points:
@@ -187,12 +187,12 @@ class Readout:
 
         The prior is the same; offset and noise stay.
         """
-        parts = []
+        start = self.coefficients[..., None]
+        moves = start.new_empty(*self.problem.shape, weights.shape[1])
         for columns in track(self._chunks(weights.shape[1]), description, show=show_progress):
             chosen = weights[:, columns].to(self.coefficients)
-            start = self.coefficients[..., None]
-            parts.append(minimise(self.problem, chosen, start, self.preconditioner)[0] - start)
-        return torch.cat(parts, 2)
+            moves[..., columns] = minimise(self.problem, chosen, start, self.preconditioner)[0] - start
+        return moves
 
     def for_groups(self) -> Readout:
         """The readout whose refits tell the effects of groups: of logits, with a wider prior."""

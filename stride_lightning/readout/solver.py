@@ -24,7 +24,7 @@ SMALL_ERROR = 1e-3
 def column_chunks(num_features: int, num_outputs: int, like: Tensor, count: int) -> list[Tensor]:
     """Columns of coefficients, of the type of ``like``, in chunks that are solved together."""
     size = COLUMN_BYTES // (8 * like.element_size() * num_features * num_outputs)
-    return list(torch.arange(count).split(max(1, min(MAX_COLUMNS, size))))
+    return list(torch.arange(count).split(max(1, min(MAX_COLUMNS, size)))) if count else []
 
 
 def minimise(

@@ -39,8 +39,8 @@ class StrideAttributor(Attributor):
     model's own logits: :class:`~stride_lightning.steering.language.sequences.SequenceStride`.
 
     Args:
-        num_subsets: Number of subsets K; by default 16, and with ``recovery="lasso"`` or ``"ridge"``, or a learned
-            basis, 200 up to 10,000 examples, then 200 more for every factor of 10.
+        num_subsets: Number of subsets K; by default that of the record, else 16, and with ``recovery="lasso"`` or
+            ``"ridge"``, or a learned basis, 200 up to 10,000 examples, then 200 more for every factor of 10.
         degree: Subsets each example is in; by default ``K / 2`` while ``n K <= 1e8``, else 10.
         layers: Names of the modules whose inputs make the features. By default the input features and the input of each
             layer with a weight matrix, eight at most (five of a language model). With a learned basis of a language
@@ -180,16 +180,19 @@ class StrideAttributor(Attributor):
         return fit
 
     def _choose_design(self, record: Record | None) -> Design:
-        """The design of the record if it has one of the wanted size, else a new one."""
+        """The design of the record where it serves the recovery and the options, else a new one."""
         count = len(self.train_data)
-        wanted = self.num_subsets
-        if wanted is None:
-            few = self.recovery == "prior" and self.basis == "statistics"
-            wanted = NUM_SUBSETS if few else default_num_subsets(count)
+        has_prior = self.recovery == "prior" and self.basis == "statistics"
         if record is not None and "design" in record.groups:
             design = Design.restore(record.info["design"], record.tensors("design"))
-            if wanted == design.num_subsets and self.degree in (None, design.degree):
+            # Without a prior, the few subsets that a callback draws by default say too little.
+            serves = has_prior or design.num_subsets > NUM_SUBSETS
+            is_wanted = serves if self.num_subsets is None else self.num_subsets == design.num_subsets
+            if is_wanted and self.degree in (None, design.degree):
                 return design
+        wanted = self.num_subsets
+        if wanted is None:
+            wanted = NUM_SUBSETS if has_prior else default_num_subsets(count)
         return sample_design(count, wanted, self.degree, seed=self.seed)
 
     @override
@@ -290,24 +293,32 @@ class StrideAttributor(Attributor):
 
 def remaining(groups: Sequence[Sequence[int]] | Tensor, positions: Tensor) -> Tensor:
     """Weights of the training examples without each group, 0 or 1 of shape ``(n, num_groups)``."""
-    if isinstance(groups, Tensor) and groups.dtype == torch.bool:
-        if groups.ndim != 2 or groups.shape[1] != len(positions):
+    place = {position: number for number, position in enumerate(positions.tolist())}
+    weights = torch.ones(len(positions), len(groups))
+    for number, group in enumerate(groups):
+        try:
+            members = torch.as_tensor(group if isinstance(group, Tensor) else list(group))
+        except (TypeError, ValueError):
+            members = torch.empty(())
+        if members.ndim != 1:
             raise ValueError(
-                f"Groups as bool must have shape (num_groups, {len(positions)}), a column for each training example; "
-                f"got {tuple(groups.shape)}."
+                f"Each group must be the positions of its members, or bool with one value for each training example; "
+                f"group {number} is {group!r}. For a single group, pass a list that holds it."
             )
-        weights = 1 - groups.T.float()
-    else:
-        place = {position: number for number, position in enumerate(positions.tolist())}
-        weights = torch.ones(len(positions), len(groups))
-        for number, group in enumerate(groups):
-            members = torch.as_tensor(list(group)).tolist()
-            if strangers := [member for member in members if member not in place]:
+        if members.dtype == torch.bool:
+            if len(members) != len(positions):
                 raise ValueError(
-                    f"Group {number} names {strangers[:5]}, which are no positions of training examples. Positions "
-                    "count in the training dataset, from 0."
+                    f"Groups as bool must have shape (num_groups, {len(positions)}), a column for each training "
+                    f"example; group {number} has {len(members)} values."
                 )
-            weights[[place[member] for member in members], number] = 0
+            weights[members, number] = 0
+            continue
+        if strangers := [member for member in members.tolist() if member not in place]:
+            raise ValueError(
+                f"Group {number} names {strangers[:5]}, which are no positions of training examples. Positions count "
+                "in the training dataset, from 0."
+            )
+        weights[[place[member] for member in members.tolist()], number] = 0
     if whole := (weights.sum(0) == 0).nonzero().flatten().tolist():
         raise ValueError(
             f"Groups {whole[:5]} are all of the training data, so nothing is left to train on. Leave them out."
@@ -318,7 +329,7 @@ def remaining(groups: Sequence[Sequence[int]] | Tensor, positions: Tensor) -> Te
 def missing_parts(record: Record, task: Task) -> str:
     """What a record lacks, which is computed on the spot."""
     parts = (
-        {"design": "design"}
+        {"design": "design", "moments": "moments of tokens"}
         if task.has_tokens
         else {"design": "design", "statistics": "scales of features", "readout": "readout"}
     )

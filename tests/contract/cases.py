@@ -160,6 +160,8 @@ NO_SEQUENCES = (
     "influence-cg, readout residuals",
     "trak-newton, readout residuals",
 )
+#: Methods and kinds whose self-influence is the effect of leaving the whole example out, not the first order of it.
+FINITE_EFFECTS = {("stride", "classification")}
 #: What a method cannot do, and why.
 EXEMPT = {
     ("grad-cos", "self-influence"): "the cosine of an example with itself is 1, and refused",

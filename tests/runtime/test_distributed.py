@@ -149,7 +149,6 @@ def test_one_record_by_rank_zero(both):
     assert record.info["step"] == first["steps"]
     assert record.tensors("losses")["train"].shape == (41,)
     assert record.tensors("operators")["coefficients"].shape[2] == NUM_SUBSETS
-    assert record.tensors("operators")["relative_gradient"].max() < 0.1
     model = build(Classifier)
     model.load_state_dict(first["state"])
     assert record.info["weights"] == weight_hash(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,79 +13,104 @@ import pytest
 import torch
 from torch import Tensor
 
+from stride_lightning.readout.features import Observation
+from stride_lightning.readout.readout import Readout
 from stride_lightning.steering import module as module_module
-from stride_lightning.steering.basis import Observation
-from stride_lightning.steering.influence import influence
 from stride_lightning.steering.module import StrideModule
-from stride_lightning.steering.operators import mean_prediction, measure
-from stride_lightning.steering.published import learned_basis
-from stride_lightning.steering.solvers import fit_operators
+from stride_lightning.steering.published import fitting, learned_basis
+from stride_lightning.steering.recovery import recover
 from stride_lightning.steering.subsets import Design, sample_design
 from stride_lightning.tasks.likelihoods import Classification, Task
-from tests.helpers.tiny import CPU, every_task, observation, random_tensor
+from tests.helpers.tiny import every_task, observation, random_tensor
 
 DESIGN = sample_design(40, 8, 4, seed=0)
 QUIET = {"show_progress": False}
 
 
-def statistics_module(task: Task | None = None, **options: Any) -> tuple[StrideModule, Observation]:
+def readout_of(task: Task, size: int = 40, dtype: torch.dtype = torch.float64) -> tuple[Readout, Observation]:
+    """A readout and the pass it was fit on, in its coordinates."""
+    observed = observation(task, size=size, dtype=dtype)
+    readout = Readout.fit(observed, task)
+    return readout, replace(observed, features=readout.problem.features)
+
+
+def statistics_module(task: Task | None = None) -> tuple[StrideModule, Readout, Observation]:
     task = task or Classification()
-    observed = observation(task)
-    return StrideModule(DESIGN, task, **options).fit_operators(observed, **QUIET), observed
+    readout, observed = readout_of(task)
+    return StrideModule(DESIGN, task).fit_operators(observed, readout, **QUIET), readout, observed
 
 
 def learned_module(
     task: Task | None = None, max_steps: int = 60, dtype: torch.dtype = torch.float32, **options: Any
-) -> tuple[StrideModule, Observation]:
+) -> tuple[StrideModule, Readout, Observation]:
     task = task or Classification()
-    observed = observation(task, dtype=dtype)
+    readout, observed = readout_of(task, dtype=dtype)
     module = StrideModule(DESIGN, task, basis="learned", max_steps=max_steps, **({"rank": 3} | options))
-    return module.fit_operators(observed, **QUIET), observed
+    return module.fit_operators(observed, readout, **QUIET), readout, observed
 
 
 # ---- the statistics basis -----------------------------------------------------------------------------------
 
 
 @every_task
-@pytest.mark.parametrize("stability", [None, 0.0, 0.5])
-def test_operators_are_those_of_the_solver(task: Task, stability: float | None) -> None:
-    module, observed = statistics_module(task, stability=stability)
-    tau = stability or 0.0
-    expected = fit_operators(observed, DESIGN, task, module.chosen["ridge"], stability=tau, tolerance=1e-8, **QUIET)
-    assert module.anchored == (tau > 0)
-    assert module.coefficients.shape == (3, 5, 8)
-    gap = (module.coefficients - expected.coefficients).norm() / expected.coefficients.norm()
-    assert gap < 0.02  # both solved, to different tolerances
-    assert module.chosen["relative_gradient_max"] == pytest.approx(float(module.relative_gradient.max()))
-    assert module.chosen["relative_gradient_max"] <= 5e-3
-    measured = measure(observed, module.coefficients, task, anchored=module.anchored)
-    assert torch.equal(module.measure(observed), measured)
-    predicted = mean_prediction(observed, module.coefficients, task, anchored=module.anchored)
-    assert torch.equal(module.mean_prediction(observed), predicted)
+def test_operators_are_refits_on_the_subsets(task: Task) -> None:
+    module, readout, _ = statistics_module(task)
+    problem, members = readout.problem, DESIGN.dense(torch.float64)
+    assert module.operators.shape == (*problem.shape, 8)
+    assert torch.equal(module.operators, readout.refit(members.T))
+    for operator, inside in zip(module.operators.unbind(2), members.bool(), strict=True):
+        # The subset's own objective has no slope there, and no other prior than the whole's.
+        coefficients = (readout.coefficients + operator).requires_grad_()
+        outputs = problem.offset + problem.features[inside] @ coefficients
+        loss = task.loss(outputs, problem.encoded[inside]).sum()
+        (slope,) = torch.autograd.grad(loss + 0.5 * (problem.precision * coefficients.square()).sum(), coefficients)
+        assert slope.abs().max() < 1e-6
+        assert operator.abs().max() > 1e-3
 
 
 @every_task
-def test_priors_are_influences_at_both_predictions(task: Task) -> None:
-    module, train = statistics_module(task)
+def test_measurements_are_losses_of_the_readout_less_those_under_the_operators(task: Task) -> None:
+    module, readout, _ = statistics_module(task)
     queries = observation(task, size=6, seed=1)
-    priors = module.priors(train, queries, module.mean_prediction(train), **QUIET)
-    at_subset = module.mean_prediction(train), module.mean_prediction(queries)
-    at_frozen = task.mean(train.outputs), task.mean(queries.outputs)
-    for prior, means, ridge in zip(priors, (at_subset, at_frozen), ("operator_ridge", "frozen_ridge"), strict=True):
-        expected = influence(train, queries, *means, task, module.chosen[ridge], **QUIET)
-        torch.testing.assert_close(prior, expected)
+    points = readout.points(queries)
+    measured = module.measure(readout, queries, points)
+    assert measured.shape == (6, 8)
+    before = task.loss(readout.outputs(points.features), queries.encoded)
+    for operator, column in zip(module.operators.unbind(2), measured.unbind(1), strict=True):
+        outputs = readout.outputs(points.features) + points.features @ operator
+        torch.testing.assert_close(column, before - task.loss(outputs, queries.encoded))
+    assert measured.abs().max() > 1e-3
+
+
+@every_task
+def test_members_gain_and_the_others_lose(task: Task) -> None:
+    module, readout, observed = statistics_module(task)
+    measured, members = module.measure(readout, observed, readout.training_points), DESIGN.dense(torch.bool).T
+    assert measured[members].mean() > 0 > measured[~members].mean()
+
+
+@pytest.mark.parametrize("recovery", ["prior", "lasso", "ridge"])
+def test_scores_are_recovered_from_the_measurements(recovery: str) -> None:
+    module, readout, _ = statistics_module()
+    queries = observation(Classification(), size=6, seed=1)
+    points = readout.points(queries)
+    measured, prior = module.measure(readout, queries, points), readout.influence(points)
+    options = {"penalty": None if recovery == "prior" else 0.1, **QUIET}
+    scores = module.recover(measured, prior, recovery, **options).scores
+    assert scores.shape == (6, 40)
+    assert torch.equal(scores, recover(measured, DESIGN, recovery, prior, **options).scores)
 
 
 @pytest.mark.parametrize("shards", [2, 3, 12])
 def test_ranks_share_the_operators(shards: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rank fits its slice; put side by side they are what one process fits, even with more ranks than subsets."""
-    whole, observed = statistics_module()
+    whole, readout, observed = statistics_module()
     parts: list[Tensor] = []
 
     def collect(part: Tensor, length: int, dim: int = 0) -> Tensor:
-        if dim == 2:
-            parts.append(part)
-        return torch.cat([part, part.new_zeros(1)]) if dim == 0 else part
+        assert (length, dim) == (8, 2)
+        parts.append(part)
+        return part
 
     monkeypatch.setattr(module_module, "gather", collect)
     for rank in range(shards):
@@ -92,95 +118,96 @@ def test_ranks_share_the_operators(shards: int, monkeypatch: pytest.MonkeyPatch)
         start = rank * size + min(rank, extra)
         share = slice(start, start + size + (rank < extra))
         monkeypatch.setattr(module_module, "shard", lambda _, share=share: share)
-        StrideModule(DESIGN, Classification()).fit_operators(observed, **QUIET)
-    joined = torch.cat(parts, 2)
-    assert joined.shape == whole.coefficients.shape
-    assert (joined - whole.coefficients).norm() < 0.02 * whole.coefficients.norm()
+        StrideModule(DESIGN, Classification()).fit_operators(observed, readout, **QUIET)
+        assert parts[-1].shape[2] == share.stop - share.start
+    torch.testing.assert_close(torch.cat(parts, 2), whole.operators, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("learned", [False, True])
-def test_stored_operators_come_back(learned: bool) -> None:
-    module, observed = learned_module(max_steps=5) if learned else statistics_module()
-    stored, info = module.tensors(), module.info()
-    assert sorted(stored) == ["coefficients", "relative_gradient"]
-    assert info["basis"] == ("learned" if learned else "statistics")
-    assert info["stability"] == float(learned)
-    other = StrideModule(DESIGN, Classification(), basis=info["basis"])
-    other.restore(info, stored, CPU)
-    assert torch.equal(other.measure(observed), module.measure(observed))
-    assert other.chosen == module.chosen
-    assert other.chosen is not module.chosen
+def test_stored_operators_come_back() -> None:
+    module, readout, observed = statistics_module()
+    other = StrideModule(DESIGN, Classification()).restore(module.state_dict()["operators"])
+    points = readout.training_points
+    assert torch.equal(other.measure(readout, observed, points), module.measure(readout, observed, points))
 
 
 @pytest.mark.parametrize("basis", ["statistics", "learned"])
 def test_modules_that_are_not_fitted_say_so(basis: str) -> None:
-    module, queries = StrideModule(DESIGN, Classification(), basis=basis), observation(Classification(), size=3)
-    for ask in (lambda: module.measure(queries), lambda: module.mean_prediction(queries), module.tensors):
-        with pytest.raises(RuntimeError, match=r"not fitted yet: call fit_operators\(observed\) first"):
-            ask()
+    readout, observed = readout_of(Classification())
+    module = StrideModule(DESIGN, Classification(), basis=basis)
+    with pytest.raises(RuntimeError, match=r"not fitted yet: call fit_operators\(train, readout\) first"):
+        module.measure(readout, observed, readout.training_points)
 
 
 def test_wrong_options_are_refused() -> None:
     for options, message in (
         ({"basis": "fourier"}, r"`basis` must be one of \('statistics', 'learned'\), got 'fourier'"),
         ({"rank": 0}, "`rank` must be an integer of at least 1, got 0"),
-        ({"stability": -0.1}, "`stability` must be a number of at least 0, got -0.1"),
-        ({"stability": float("nan")}, "`stability` must be a number of at least 0, got nan"),
-        ({"ridge": 0.0}, "`ridge` must be a positive number, got 0.0"),
     ):
         with pytest.raises(ValueError, match=message):
             StrideModule(DESIGN, Classification(), **options)
+    readout, observed = readout_of(Classification(), size=39)
     with pytest.raises(ValueError, match="The design is for 40 examples, but the pass read 39"):
-        StrideModule(DESIGN, Classification()).fit_operators(observation(Classification(), size=39), **QUIET)
+        StrideModule(DESIGN, Classification()).fit_operators(observed, readout, **QUIET)
 
 
 # ---- the learned basis --------------------------------------------------------------------------------------
 
 
-def fidelity(module: StrideModule, observed: Observation) -> float:
+def fidelity(module: StrideModule, readout: Readout, observed: Observation) -> float:
     """Mean loss on their subsets under the operators."""
     members = module.design.dense(observed.losses.dtype)
-    losses = observed.losses[:, None] - module.measure(observed)
+    losses = observed.losses[:, None] - module.measure(readout, observed, readout.training_points)
     return float(((members @ losses).diagonal() / module.design.sizes).mean())
 
 
 @every_task
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_learning_lowers_the_loss_on_the_subsets(task: Task, dtype: torch.dtype) -> None:
-    module, observed = learned_module(task, dtype=dtype)
-    frozen = float((DESIGN.dense(dtype) @ observed.losses / DESIGN.sizes).mean())
-    assert fidelity(module, observed) < frozen - 0.02
-    assert module.anchored
-    assert module.stability == 1
-    assert module.coefficients.shape == (3, 5, 8)
-    assert module.coefficients.dtype == dtype
-    assert not module.coefficients.requires_grad
+    module, readout, observed = learned_module(task, dtype=dtype)
+    network = float((DESIGN.dense(dtype) @ observed.losses / DESIGN.sizes).mean())
+    assert fidelity(module, readout, observed) < network - 0.02
+    assert module.operators.shape == (*readout.problem.shape, 8)
+    assert module.operators.dtype == dtype
+    assert not module.operators.requires_grad
     # Rank 3: all operators lie in the span of three features.
-    assert torch.linalg.matrix_rank(module.coefficients.movedim(1, 0).flatten(1).double(), rtol=1e-5) == 3
+    assert torch.linalg.matrix_rank(module.operators.flatten(1).double(), rtol=1e-5) == 3
+
+
+@every_task
+def test_learned_operators_steer_the_network(task: Task) -> None:
+    """They stand on top of the network's outputs: without them nothing changes, whatever the readout says."""
+    module, readout, _ = learned_module(task, max_steps=5, dtype=torch.float64)
+    queries = observation(task, size=6, seed=1)
+    points = readout.points(queries)
+    measured = module.measure(readout, queries, points)
+    for operator, column in zip(module.operators.unbind(2), measured.unbind(1), strict=True):
+        steered = task.loss(queries.outputs + points.features @ operator, queries.encoded)
+        torch.testing.assert_close(column, queries.losses - steered)
+    still = module.restore(torch.zeros_like(module.operators)).measure(readout, queries, points)
+    assert torch.equal(still, torch.zeros(6, 8).double())
 
 
 def test_learning_more_fits_more() -> None:
-    first, observed = learned_module(max_steps=2)
-    longer, _ = learned_module(max_steps=150)
-    assert fidelity(longer, observed) < fidelity(first, observed)
-    assert longer.chosen["steps"] == 150
+    assert fidelity(*learned_module(max_steps=150)) < fidelity(*learned_module(max_steps=2))
 
 
-def test_stability_holds_the_rest_at_the_frozen_model() -> None:
-    drifts = []
+def test_stability_holds_the_rest_at_the_network() -> None:
+    task, drifts = Classification(), []
+    readout, observed = readout_of(task)
     for stability in (0.0, 30.0):
-        module, observed = learned_module(stability=stability, max_steps=150)
-        predicted = module.task.mean(observed.outputs)
-        soft = Observation(observed.features, observed.outputs, predicted, observed.losses, fingerprint={})
-        base = module.task.loss(observed.outputs, predicted)
-        losses = observed.losses[:, None] - module.measure(soft)
-        outside = 1 - DESIGN.dense().T
-        drifts.append(float((outside * (losses - base[:, None])).sum() / outside.sum()))
+        options = {"rank": 3, "stability": stability, "max_steps": 150, "learning_rate": 3e-2, "seed": 0}
+        learned = learned_basis.LearnedBasis(DESIGN, task, observed, readout.problem.features, **options)
+        operators = learned.fit(**QUIET)
+        soft = replace(observed, encoded=task.mean(observed.outputs))
+        steered = learned_basis.steered_losses(task, soft, readout.problem.features, operators)
+        drift = steered - task.loss(soft.outputs, soft.encoded)[:, None]
+        outside = 1 - DESIGN.dense(torch.float64).T
+        drifts.append(float((outside * drift).sum() / outside.sum()))
     assert drifts[1] < drifts[0] / 4
 
 
 def test_learning_is_deterministic_by_seed() -> None:
-    first, other, again = (learned_module(seed=seed, max_steps=10)[0].coefficients for seed in (3, 4, 3))
+    first, other, again = (learned_module(seed=seed, max_steps=10)[0].operators for seed in (3, 4, 3))
     assert torch.equal(first, again)
     assert not torch.allclose(first, other)
 
@@ -215,23 +242,23 @@ def test_learning_is_quiet(
 
 def test_gradients_switched_off_by_the_caller_do_not_matter() -> None:
     with torch.no_grad():
-        module, _ = learned_module(max_steps=5)
+        module = learned_module(max_steps=5)[0]
         assert not torch.is_grad_enabled()
-    assert torch.equal(module.coefficients, learned_module(max_steps=5)[0].coefficients)
+    assert torch.equal(module.operators, learned_module(max_steps=5)[0].operators)
 
 
 def test_nothing_of_the_training_set_stays_in_the_module() -> None:
-    module, _ = learned_module(max_steps=5)
+    module = learned_module(max_steps=5)[0]
     assert list(module.parameters()) == []
-    assert sorted(name for name, _ in module.named_buffers()) == ["coefficients", "relative_gradient"]
-    assert not any(isinstance(value, Observation) for value in vars(module).values())
+    assert [name for name, _ in module.named_buffers()] == ["operators"]
+    assert not any(isinstance(value, Observation | Readout) for value in vars(module).values())
 
 
 @every_task
 @pytest.mark.parametrize("num_seen", [40, 10])
 def test_training_step_adds_up_its_three_losses(task: Task, num_seen: int) -> None:
     observed = observation(task)
-    module = learned_basis.LearnedBasis(DESIGN, task, observed, rank=2, stability=0.7)
+    module = learned_basis.LearnedBasis(DESIGN, task, observed, observed.features, rank=2, stability=0.7)
     module.operators.data.copy_(0.3 * random_tensor(3, 2, 8, seed=5))
     positions = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:num_seen]
     members, sizes = DESIGN.dense(torch.float64), DESIGN.sizes
@@ -255,7 +282,7 @@ def test_training_step_adds_up_its_three_losses(task: Task, num_seen: int) -> No
 
 def test_linearity_matrix_is_the_residual_of_a_ridge_on_a_sketch() -> None:
     design = sample_design(60, 20, 10, seed=0)
-    matrix = learned_basis.unexplained(design, torch.Generator().manual_seed(3))
+    matrix = fitting.unexplained(design, torch.Generator().manual_seed(3))
     sketch = torch.randn(5, 60, generator=torch.Generator().manual_seed(3)).double()
     columns = design.dense(torch.float64) @ sketch.T  # M R, a quarter as many columns as subsets
     columns = columns - columns.mean(0)
@@ -273,9 +300,9 @@ def test_linearity_matrix_is_the_residual_of_a_ridge_on_a_sketch() -> None:
 
 
 def test_small_designs_have_a_sketch_of_one_column() -> None:
-    matrix = learned_basis.unexplained(sample_design(6, 2, 1), torch.Generator())
+    matrix = fitting.unexplained(sample_design(6, 2, 1), torch.Generator())
     assert torch.isfinite(matrix).all()
     design = Design(2, 6, 1, 0, bits=torch.tensor([[128]] * 3 + [[64]] * 3, dtype=torch.uint8))
-    observed = observation(Classification(), size=6)
+    readout, observed = readout_of(Classification(), size=6)
     module = StrideModule(design, Classification(), basis="learned", rank=1, max_steps=3)
-    assert torch.isfinite(module.fit_operators(observed, **QUIET).coefficients).all()
+    assert torch.isfinite(module.fit_operators(observed, readout, **QUIET).operators).all()

@@ -106,7 +106,8 @@ class SequenceStride:
         description = "Reading" if self._given.show_progress else ""
         texts = survey(train, self.task, model, space.vocabulary, description=description)
         self.fingerprint, self.space = texts.fingerprint, replace(space, longest=texts.longest)
-        self._device, self._is_recorded = device, record is not None
+        self._device = device
+        self._is_recorded = record is not None and "moments" in record.groups
         self.reader = TokenReader(
             model,
             self.task,
@@ -143,14 +144,14 @@ class SequenceStride:
     def fit(self, design: Design | None = None, record: Record | None = None) -> None:
         """Sum up all training tokens, or take the sums from a record; then fit the operators of a design, if any."""
         self.design, started = design, time.perf_counter()
-        if record is None:
+        if record is None or not self._is_recorded:
             self._sum_up()
         else:
             stored = dict(record.tensors("moments"))
             self.losses = stored.pop("losses")
             self.moments = TokenMoments(**{name: values.to(self._device) for name, values in stored.items()})
         self.curve()
-        self.info["seconds"] = {"statistics": 0.0 if record is not None else time.perf_counter() - started}
+        self.info["seconds"] = {"statistics": 0.0 if self._is_recorded else time.perf_counter() - started}
         if design is None:
             return
         started = time.perf_counter()

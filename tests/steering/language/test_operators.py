@@ -1,5 +1,3 @@
-from itertools import pairwise
-
 import pytest
 import torch
 
@@ -29,8 +27,8 @@ def fitted():
     return attributor.fit(TinyLM().double().eval(), loader(TRAIN)).fitted
 
 
-def operators_of(fitted, design=DESIGN, **options):
-    return fit_token_operators(fitted.passes, design, fitted.curvature, fitted.space, **options)
+def operators_of(fitted, design=DESIGN):
+    return fit_token_operators(fitted.passes, design, fitted.curvature)
 
 
 def batches(fitted, data=TRAIN, with_logits=True):
@@ -42,50 +40,16 @@ def gradients(fitted):
     return torch.cat([fitted.curvature.gradients(batch) for batch in batches(fitted)])
 
 
-def objective(fitted, operator, members):
-    """``F_k`` of one operator, sequence by sequence."""
-    total = 0.0
-    for batch in batches(fitted):
-        for row in range(len(batch.losses)):
-            member = members[batch.places.start + row]
-            if not member:
-                continue
-            moved = fitted.curvature.features(batch.features[row]) @ operator
-            logits = batch.logits[row] + fitted.space.push(fitted.curvature.steering(moved))
-            losses = logits.logsumexp(1) - logits.gather(1, batch.labels[row][:, None])[:, 0]
-            total = total + (losses * batch.weights[row]).sum() - batch.losses[row]
-    mean = gradients(fitted).mean(0)
-    penalty = (operator * fitted.curvature.penalty(operator)).sum() / 2
-    return total / members.sum() - (mean * operator).sum() + penalty
-
-
-def test_one_step_is_the_closed_form(fitted):
+def test_operators_are_one_step_in_closed_form(fitted):
     operators = operators_of(fitted)
     every, members = gradients(fitted), DESIGN.dense(torch.float64)
     slopes = (members @ every.flatten(1)).view(4, *every.shape[1:]) / members.sum(1)[:, None, None] - every.mean(0)
     assert torch.allclose(operators.coefficients, -fitted.curvature.solve(slopes))
-    assert operators.relative_gradient.isnan().all()
-
-
-def test_further_steps_reach_the_optimum(fitted):
-    operators = operators_of(fitted, steps=60)
-    assert float(operators.relative_gradient.max()) < 1e-4
-    for subset, members in enumerate(DESIGN.dense(torch.bool)):
-        best = operators.coefficients[subset].clone().requires_grad_()
-        value = objective(fitted, best, members)
-        (slope,) = torch.autograd.grad(value, best)
-        best = best.detach()
-        assert float(slope.norm()) < 1e-4
-        nudged = objective(fitted, best + 1e-2 * torch.randn_like(best), members)
-        assert float(nudged) > float(value.detach())
-        # The closed form was already most of the way.
-        assert float(objective(fitted, torch.zeros_like(best), members)) == pytest.approx(0)
-        assert float(value.detach()) < 0
 
 
 def test_the_operator_of_all_data_is_zero(fitted):
     design = Design.from_masks(torch.stack([torch.ones(9, dtype=torch.bool), torch.arange(9) < 4]))
-    operators = operators_of(fitted, design, steps=3)
+    operators = operators_of(fitted, design)
     assert float(operators.coefficients[0].abs().max()) < 1e-10
     assert float(operators.coefficients[1].abs().max()) > 1e-3
 
@@ -116,10 +80,9 @@ def test_measurements_add_up_the_scores_to_first_order(fitted):
     assert correlation(observed.measurements, expected) > 0.95
 
 
-def test_steps_lower_the_objective_of_every_subset(fitted):
-    values, members = [], DESIGN.dense(torch.bool)
-    for steps in (1, 2, 5):
-        coefficients = operators_of(fitted, steps=steps).coefficients
-        values.append([float(objective(fitted, a, m)) for a, m in zip(coefficients, members, strict=True)])
-    for before, after in pairwise(values):
-        assert all(later <= earlier + 1e-9 for earlier, later in zip(before, after, strict=True))
+def test_operators_help_their_subsets_more_than_the_rest(fitted):
+    fitted.fit(DESIGN)
+    measured = fitted.measure(fitted.passes.train).measurements.T
+    members = DESIGN.dense(torch.bool)
+    for effects, inside in zip(measured, members, strict=True):
+        assert effects[inside].mean() > 0 > effects[~inside].mean()

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from stride_lightning import CausalLanguageModeling, LanguageStrideAttributor, StrideAttributor, attribute
+from stride_lightning import CausalLanguageModeling, StrideAttributor, attribute
 from stride_lightning.steering.language import curvature as token_curvature
 from stride_lightning.steering.language import output_space, sequences, tokens
 from stride_lightning.steering.language.activation_cache import ActivationCache
@@ -185,12 +185,6 @@ def test_other_recoveries_read_the_same_measurements(model, recovery):
 
 
 def test_what_belongs_to_other_models_is_refused(model):
-    data = torch.utils.data.TensorDataset(torch.randn(8, 3), torch.randint(2, (8,)))
-    for option in ({"recovery": "closed-form"}, {"steps": 3}, {"cache_dir": "somewhere"}):
-        with pytest.raises(ValueError, match="are for language models"):
-            attribute(nn.Linear(3, 2), data, train_data=data, show_progress=False, **option)
-    with pytest.raises(ValueError, match="`steps` must be an integer of at least 1"):
-        LanguageStrideAttributor(steps=0)
     with pytest.raises(ValueError, match="fits no operators"):
         ask(model, basis="learned", recovery="closed-form", layers=["blocks.1"])
     with pytest.raises(ValueError, match="not for language models"):
@@ -242,6 +236,6 @@ def test_recoveries_have_the_scale_of_the_closed_form(model):
 
 
 def test_options_without_effect_are_refused(model):
-    for option in ({"num_subsets": 8}, {"degree": 3}, {"steps": 2}, {"stability": 1.0}):
+    for option in ({"num_subsets": 8}, {"degree": 3}):
         with pytest.raises(ValueError, match=f"so {next(iter(option))} would have no effect"):
             ask(model, **option)
