@@ -12,7 +12,7 @@ import torch
 from typing_extensions import override
 
 from stride_lightning.callbacks.recording import RecordingCallback, check_frequencies, is_dev_run, misconfigured
-from stride_lightning.data.examples import Examples
+from stride_lightning.data.examples import FIRST_LOOK, Examples
 from stride_lightning.model.layers import check_layers, in_precision_of
 from stride_lightning.model.weights import borrowed, rank_zero_state, weight_hash
 from stride_lightning.readout.activations import capture_inputs
@@ -129,7 +129,7 @@ class StrideCallback(RecordingCallback):
             inputs = in_precision_of(pl_module, task.inputs(batch))
             if self.layers is None:
                 is_text = isinstance(inputs, Mapping) and "input_ids" in inputs
-                size = len(inputs["input_ids"]) if is_text else min(self.batch_size, 64, len(examples))
+                size = len(inputs["input_ids"]) if is_text else min(self.batch_size, FIRST_LOOK, len(examples))
                 layers = make_fit(task, FitOptions()).choose_layers(pl_module, inputs, size)
             else:
                 layers = list(self.layers)

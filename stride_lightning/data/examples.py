@@ -28,6 +28,8 @@ from stride_lightning.data.loading import Loading
 from stride_lightning.runtime.checks import RowError
 from stride_lightning.runtime.randomness import mix, preserved_random_state
 
+#: Most examples of the first batch that is looked at.
+FIRST_LOOK = 32
 #: Bytes of the largest data set that stays in memory while models train on it again and again.
 HELD_BYTES = 2**28
 #: Examples that are read twice, to see whether reading is random.
@@ -214,7 +216,7 @@ def first_batch(examples: Examples, batch_size: int, device: torch.device) -> An
 
 
 def first_look(examples: Examples, batch_size: int, device: torch.device) -> Any:
-    """The first batch, of up to 64 examples, or 4 texts: the logits of many long texts may not fit."""
+    """The first batch, of up to ``FIRST_LOOK`` examples, or 4 texts: more of them may not fit memory."""
     one = first_batch(examples, 1, device)
     is_text = isinstance(one, Mapping) and "input_ids" in one
-    return first_batch(examples, min(batch_size, 4 if is_text else 64), device)
+    return first_batch(examples, min(batch_size, 4 if is_text else FIRST_LOOK), device)

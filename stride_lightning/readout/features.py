@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from stride_lightning.data.examples import Examples
 from stride_lightning.data.reading import Reading, Rows, required
-from stride_lightning.model.layers import before_layers, layer_names
+from stride_lightning.model.layers import before_layers, layer_names, plain_name
 from stride_lightning.readout.activations import Captured, capture_inputs, first_tensor, fold, rows_first
 from stride_lightning.runtime.checks import check_finite
 from stride_lightning.runtime.progress import announce
@@ -25,6 +26,10 @@ from stride_lightning.tasks.likelihoods import Task
 MAX_LAYERS = 8
 #: Features of more examples than these are folded to so many: coordinates need a square matrix of either size.
 MAX_FEATURES = 4096
+#: Examples of a forward pass that finds out about a network.
+FIRST_EXAMPLES = 8
+#: Bytes of the activations of a forward pass; on a GPU, a quarter of what is free.
+FORWARD_BYTES = 2**28
 #: Bytes of the training set's features in memory; on a GPU, half of what is free.
 MAX_BYTES = 2**30
 
@@ -40,6 +45,7 @@ class FeatureMap:
         layers: Names of the layers, in the order they run.
         widths: Features of each layer; wider inputs are folded to them by a seeded count sketch.
         scales: ``s_l``, float64 of shape ``(L,)``.
+        most_rows: Most examples of a forward pass, so that activations fit ``FORWARD_BYTES``.
 
     Reference: arXiv:2606.05165 (STRIDE), the basis B of the steering operators; here it is read off the activations.
     """
@@ -47,6 +53,7 @@ class FeatureMap:
     layers: tuple[str, ...]
     widths: tuple[int, ...]
     scales: Tensor
+    most_rows: int
 
     def __call__(self, captured: Captured) -> Tensor:
         """Features of a batch from its layers' inputs, shape ``(B, r)``."""
@@ -136,8 +143,8 @@ def fit_features(
     Other arguments and errors are those of :func:`observe`.
     """
     count, device = len(examples), how["device"]
-    head = Reading(examples, task, model, share=slice(how["batch_size"]), **how)
-    widths, item_size = _layer_widths(model, head, layers)
+    head = Reading(examples, task, model, share=slice(min(how["batch_size"], FIRST_EXAMPLES)), **how)
+    widths, item_size, most_rows = _first_look(model, head, layers)
     budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else MAX_BYTES
     fitting = max(64, budget // (item_size * count)) - 1
     limit = sum(widths) if count <= MAX_FEATURES else MAX_FEATURES - 1
@@ -145,19 +152,32 @@ def fit_features(
     kept = _allot(widths, limit if on_disk else min(limit, fitting))
     if kept != widths:
         announce(f"STRIDE folds {sum(widths):,} features of an example to {sum(kept):,}.", show=how["show_progress"])
-    features = FeatureMap(tuple(layers), tuple(kept), torch.ones(len(layers)) if scales is None else scales)
+    unscaled = torch.ones(len(layers)) if scales is None else scales
+    features = FeatureMap(tuple(layers), tuple(kept), unscaled, most_rows)
     folder = cache_dir if on_disk else None
     observed = observe(model, task, examples, features, folder=folder, **how)
     return features if scales is not None else _rescale(features, observed.features), observed
 
 
-def _layer_widths(model: nn.Module, head: Reading, layers: Sequence[str]) -> tuple[list[int], int]:
-    """Features of each layer, and bytes of one, from a first batch."""
-    with capture_inputs(model, layers) as captured, torch.no_grad():
+def _first_look(model: nn.Module, head: Reading, layers: Sequence[str]) -> tuple[list[int], int, int]:
+    """From a first batch: features of each layer, bytes of one, and the most examples of a forward pass."""
+    largest = 0
+
+    def hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal largest
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        largest = max(largest, sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+
+    every = [plain_name(name) for name, _ in model.named_modules()]
+    with capture_inputs(model, layers) as captured, before_layers(model, every, hook), torch.no_grad():
         for rows in head:
             with rows.naming():
                 outputs = run(model, rows, captured)
-            return [captured[name].shape[1] for name in layers], outputs.element_size()
+            device = outputs.device
+            budget = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else FORWARD_BYTES
+            # A module's input, its output, what it needs itself, and a branch beside it.
+            most_rows = max(1, budget * len(rows) // (4 * max(1, largest)))
+            return [captured[name].shape[1] for name in layers], outputs.element_size(), most_rows
     raise ValueError("The training set is empty: give at least one example.")
 
 
@@ -209,6 +229,7 @@ def observe(
     Raises:
         ValueError: If outputs, features or losses are not finite, naming the first such example.
     """
+    how = {**how, "batch_size": min(how["batch_size"], features.most_rows)}
     reading = Reading(examples, task, model, description="Evaluating", **how)
     stored: dict[str, Tensor] = {}
     with capture_inputs(model, features.layers) as captured, torch.no_grad():

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples, first_batch
 from stride_lightning.model.layers import in_precision_of
-from stride_lightning.readout.features import FeatureMap, Observation, choose_layers, fit_features, observe
+from stride_lightning.readout.features import (
+    FIRST_EXAMPLES,
+    FeatureMap,
+    Observation,
+    choose_layers,
+    fit_features,
+    observe,
+)
 from stride_lightning.readout.readout import Points, Readout
 from stride_lightning.tasks.likelihoods import Task
 
@@ -68,7 +75,7 @@ class NetworkReadout:
         """
         how: dict[str, Any] = {"batch_size": batch_size, "device": device, "show_progress": show_progress}
         if layers is None:
-            size = min(batch_size, 64, len(train))
+            size = min(batch_size, FIRST_EXAMPLES, len(train))
             layers = default_layers(model, task, task.inputs(first_batch(train, size, device)), size)
         features, observed = fit_features(model, task, train, layers, scales=scales, cache_dir=cache_dir, **how)
         readout = Readout.fit(observed, task, start=start, show_progress=show_progress)

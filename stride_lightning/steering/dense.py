@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples, first_batch
-from stride_lightning.readout.features import Observation, fit_features, observe
+from stride_lightning.readout.features import FIRST_EXAMPLES, Observation, fit_features, observe
 from stride_lightning.readout.network import default_layers
 from stride_lightning.readout.readout import Points, Readout
 from stride_lightning.readout.solver import column_chunks
@@ -51,7 +51,7 @@ class DenseFit:
         if record is not None:
             self.layers = record.info["layers"]
         elif not self.layers:
-            size = min(self._given.batch_size, 64, len(train))
+            size = min(self._given.batch_size, FIRST_EXAMPLES, len(train))
             self.layers = self.choose_layers(model, self.task.inputs(first_batch(train, size, device)), size)
         scales = None if record is None else _part(record, "statistics", "scales")
         self._has_recorded_scales = scales is not None
