@@ -118,4 +118,4 @@ def test_a_few_texts_are_looked_at_and_many_other_examples():
     assert len(first_look(resolve_train_data(texts), 256, CPU)["input_ids"]) == 4
     assert len(first_look(resolve_train_data(texts), 2, CPU)["input_ids"]) == 2
     others = TensorDataset(torch.zeros(100, 3))
-    assert len(first_look(resolve_train_data(others), 256, CPU)[0]) == 64
+    assert len(first_look(resolve_train_data(others), 256, CPU)[0]) == 32
