@@ -192,12 +192,14 @@ class SequenceStride:
 
     def fit_operators(self, design: Design, record: Record | None = None) -> None:
         """Fit the operators of a design, or take those of a record if they are what the options ask for."""
-        if (
+        is_restored = (
             record is not None
             and self.curvature.is_whole  # where something was cut, operators stand in directions of their own
             and "operators" in record.groups
             and design.info() == record.info["design"]
-        ):
+        )
+        self.metadata["operators"] = {"num_subsets": design.num_subsets, "from_record": is_restored}
+        if record is not None and is_restored:
             coefficients = record.tensors("operators")["coefficients"].to(self._device)
             self.operators = TokenOperators(coefficients)
         else:
