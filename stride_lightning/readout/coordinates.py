@@ -100,8 +100,7 @@ def _from_moments(features: Tensor) -> tuple[Tensor, Tensor]:
     width = features.shape[1]
     moments = _exact_zeros(features, width)
     for block in features.split(max(1, BLOCK_NUMBERS // width)):
-        exact = block.to(moments)
-        moments += exact.T @ exact
+        moments += _inner_products(block.to(moments).T)
     energies, directions = _spanned(moments, features)
     return energies.to(features), directions.to(features)
 
@@ -112,14 +111,18 @@ def _from_products(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     products = _exact_zeros(features, count)
     blocks = features.split(max(1, BLOCK_NUMBERS // count), 1)
     for block in blocks:
-        exact = block.to(products)
-        products += exact @ exact.T
+        products += _inner_products(block.to(products))
     energies, directions = _spanned(products, features)
     roots = energies.sqrt()
     inward = (directions / roots).T.to(features)
     for block in blocks:
         block[: len(roots)] = inward @ block
     return energies.to(features), features[: len(roots)].T, (directions * roots).to(features)
+
+
+def _inner_products(rows: Tensor) -> Tensor:
+    # A function, so that the copy of the last block is gone before the eigenvectors take their memory.
+    return rows @ rows.T
 
 
 def _exact_zeros(features: Tensor, size: int) -> Tensor:
