@@ -24,6 +24,7 @@ class Spread:
     Args:
         readout: The readout.
         queries: The queries, q of them.
+        factor: Factor of the influence in each query's scores, shape ``(q,)``; None for 1.
         of_recovery: Standard deviation that the recovery from subsets adds, shape ``(q, n)``; None without.
         seed: Seed of the draws.
         show_progress: Show a progress bar.
@@ -31,6 +32,7 @@ class Spread:
 
     readout: Readout
     queries: Points
+    factor: Tensor | None = None
     of_recovery: Tensor | None = None
     seed: int = 0
     show_progress: bool = True
@@ -55,6 +57,8 @@ class Spread:
                 mean += gap / (number + 1)
                 squares += gap * (scores - mean)
         variance = squares / (NUM_DRAWS - 1)
+        if self.factor is not None:
+            variance *= self.factor.cpu().to(variance)[:, None].square()
         if self.of_recovery is not None:
             variance += self.of_recovery.cpu().to(variance).square()
         return variance.sqrt().float()

@@ -201,15 +201,17 @@ class StrideAttributor(Attributor):
         answers = self.fitted.ask(queries, target)
         measured = time.perf_counter()
         recovered = self._recover(answers)
-        parts = [None if part is None else part.float() for part in (recovered.scores, recovered.std)]
+        parts = [
+            None if part is None else part.float() for part in (recovered.scores, recovered.std, recovered.agreement)
+        ]
         if answers.share is not None:
             parts = [None if part is None else gather(part, len(queries)) for part in parts]
-        scores, std = (None if part is None else part.cpu() for part in parts)
+        scores, std, factor = (None if part is None else part.cpu() for part in parts)
         assert scores is not None
         agree = answers.opinions.get("readout agrees")
         return Attribution(
             scores,
-            std if answers.spread is None else replace(answers.spread, of_recovery=std),
+            std if answers.spread is None else replace(answers.spread, factor=factor, of_recovery=std),
             train_targets=self.fitted.train_targets,
             query_targets=answers.targets,
             query_info=answers.opinions,
@@ -231,7 +233,8 @@ class StrideAttributor(Attributor):
         measurements = answers.measurements
         if not len(measurements[share]):
             nothing = measurements.new_empty(0, self.design.num_train)
-            return Recovery(nothing, None if self.recovery == "lasso" else nothing)
+            agreement = nothing[:, 0] if self.recovery == "prior" else None
+            return Recovery(nothing, None if self.recovery == "lasso" else nothing, agreement=agreement)
         settings: dict[str, Any] = {"penalty": self.penalty, "seed": self.seed, "show_progress": self.show_progress}
         if self.recovery == "prior":
             return recover(measurements[share], self.design, "prior", answers.prior, **settings)

@@ -142,7 +142,7 @@ class DenseFit:
             share,
             prior,
             compare_predictions(self.task, self.readout, observed, points),
-            None if prior is None else Spread(self.readout, points, None, given.seed, given.show_progress),
+            None if prior is None else Spread(self.readout, points, seed=given.seed, show_progress=given.show_progress),
         )
 
     def _read(self, queries: Examples, target: str) -> tuple[Observation, Points]:

@@ -31,10 +31,13 @@ class Recovery:
     std: Tensor | None = None
     #: What was chosen from the data, plain values.
     chosen: dict[str, Any] = field(default_factory=dict)
+    #: Factor of the prior in each query's scores, shape ``(q,)``, where the recovery starts from a prior.
+    agreement: Tensor | None = None
 
     def select(self, queries: slice) -> Recovery:
         """The same, of some of the queries."""
-        return Recovery(self.scores[queries], None if self.std is None else self.std[queries], self.chosen)
+        std, agreement = (None if part is None else part[queries] for part in (self.std, self.agreement))
+        return Recovery(self.scores[queries], std, self.chosen, agreement)
 
 
 def recover(
@@ -119,7 +122,7 @@ def recover_with_prior(
     scores, std, noises = posterior(residual, design, variances, noise, show_progress=show_progress)
     scores.addcmul_(agreement[:, None], prior)
     chosen = {"prior_agreement": float(agreement.mean()), "noise": float(noises.median())}
-    return Recovery(scores, std, chosen)
+    return Recovery(scores, std, chosen, agreement)
 
 
 def recover_ridge(
