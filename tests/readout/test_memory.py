@@ -22,31 +22,33 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the resident se
 
 def formula(n: int, r: int, num_outputs: int, q: int, copies: int) -> float:
     """Bytes, as the docstring says; with so many copies of the scores while these are recovered."""
-    k, mb = min(n, r), 1e6
-    columns = min(64 * mb, 32 * k * num_outputs * min(64, q))
-    return 4 * (n * r + k**2) + max(28 * k**2, 4 * copies * q * n, 160 * mb + columns)
+    k, columns = min(n, r), min(64, q)
+    blocks = 5 * min(32e6, 4 * n * num_outputs * columns)
+    answer = 4 * copies * q * n + blocks + min(64e6, 32 * k * num_outputs * columns)
+    return 4 * (n * r + k**2) + max(130e6, 28 * k**2, answer)
 
 
 def check(meter: Meter, expected: float) -> None:
     assert meter.peak_memory is not None
-    print("MEM", meter.peak_memory/1e6, expected/1e6)
     assert meter.peak_memory == pytest.approx(expected, rel=0.25)
 
 
 @pytest.fixture(autouse=True)
 def tidy() -> None:
-    """Give back what earlier tests have freed, so that it is not taken without notice."""
+    """Large blocks go back to the system when they are freed, and so does what earlier tests have freed."""
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    libc, mmap_threshold = ctypes.CDLL("libc.so.6"), -3
+    libc.mallopt(mmap_threshold, 2**20)
+    libc.malloc_trim(0)
 
 
 @pytest.mark.parametrize(
     ("n", "r", "num_outputs", "q", "recovery", "copies"),
     [
-        (90_000, 300, 2, 20, "prior", 6),
-        (20_000, 60, 2, 1500, "prior", 6),
-        (20_000, 60, 2, 4000, "closed-form", 1),
-        (6_000, 200, 40, 60, "closed-form", 1),
+        (60_000, 300, 2, 20, "closed-form", 1),
+        (20_000, 40, 2, 500, "prior", 6),
+        (20_000, 40, 2, 1500, "closed-form", 1),
+        (4_000, 60, 40, 60, "closed-form", 1),
     ],
     ids=["many examples", "many queries", "many queries in closed form", "many classes"],
 )
@@ -63,7 +65,7 @@ def test_peak_of_an_attribution(n: int, r: int, num_outputs: int, q: int, recove
 
 
 def test_peak_with_more_features_than_examples() -> None:
-    n, r, q = 1500, 16_000, 60
+    n, r, q = 1200, 16_000, 60
     with Meter() as meter:
         features = torch.randn(n, r, generator=torch.Generator().manual_seed(0))
         features /= r**0.5
