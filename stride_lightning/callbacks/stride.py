@@ -62,7 +62,7 @@ class StrideCallback(RecordingCallback):
         every_n_epochs: Also write a record at the end of every n-th epoch.
         every_n_train_steps: Also write a record after every n-th optimizer step.
         save_last_k: Keep only the last k records of this run; -1 keeps all.
-        fit_operators: Refit the readout on every subset at the end, so that attribution need not.
+        fit_operators: Fit the steering operators at the end, so that attribution need not.
         statistics_every_n_steps: Sample activations every so many optimizer steps.
         batch_size: Examples per forward pass when a record is made.
         **kwargs: ``task`` and ``train_indices`` of every

@@ -24,7 +24,7 @@ from stride_lightning.steering.opinions import compare_predictions
 from stride_lightning.steering.recovery import check_measurements, queries_per_system
 from stride_lightning.steering.subsets import Design
 from stride_lightning.storage.records import Record
-from stride_lightning.tasks.likelihoods import Regression, Task
+from stride_lightning.tasks.likelihoods import Task
 
 
 class DenseFit:
@@ -81,9 +81,7 @@ class DenseFit:
     def fit(self, design: Design | None, record: Record | None = None) -> None:
         """Fit the readout, and the operators of a design if there is one; start from what a record has of them."""
         started, given = time.perf_counter(), self._given
-        # Of a regression, a constant stands apart.
-        width = self.train_pass.features.shape[1] + isinstance(self.task, Regression)
-        start = None if record is None else _part(record, "readout", "coefficients", width)
+        start = None if record is None else _part(record, "readout", "coefficients", self.train_pass.features.shape[1])
         self.readout = Readout.fit(self.train_pass, self.task, start=start, show_progress=given.show_progress)
         self.train_pass = replace(self.train_pass, features=self.readout.problem.features)
         problem = self.readout.problem

@@ -45,7 +45,7 @@ def readout_outputs(attributor: StrideAttributor, queries: TensorDataset) -> Ten
     readout = fitted.readout
     coefficients = readout.coordinates.outward(readout.coefficients)
     if readout.coordinates.centre is not None:
-        moved = features - readout.coordinates.centre
+        moved = features[:, :-1] - readout.coordinates.centre
         return moved @ coefficients[:-1] + coefficients[-1] + readout.shift
     return features @ coefficients + readout.problem.offset
 
