@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stride_lightning.data.examples import Examples, first_batch
 from stride_lightning.readout.features import FIRST_EXAMPLES, Observation, fit_features, observe
 from stride_lightning.readout.network import default_layers
+from stride_lightning.readout.preconditioner import MAX_WHOLE
 from stride_lightning.readout.readout import Points, Readout
 from stride_lightning.readout.solver import column_chunks
 from stride_lightning.readout.spread import Spread
@@ -65,15 +66,15 @@ class DenseFit:
         """Tell the call in progress what phases will come, by typical numbers of iterations."""
         (n, r), c = self.train_pass.features.shape, self.train_pass.outputs.shape[1]
         smaller = min(n, r)
-        product = 4 * n * smaller * c  # of one column
-        expect("Readout", 1, 2 * n * r * smaller + 20 * smaller**3 + 100 * product)
+        product, whole = 4 * n * smaller * c, min(smaller * c, MAX_WHOLE)  # of one column
+        expect("Readout", 1, 2 * n * r * smaller + 20 * smaller**3 + 2 * n * whole**2 + 300 * product)
         chunks = column_chunks(smaller, c, self.train_pass.features, num_queries)
-        expect("Influence", len(chunks), 6 * product * num_queries / max(1, len(chunks)))
+        expect("Influence", len(chunks), 5 * product * num_queries / max(1, len(chunks)))
         if design is None:
             return
         k = design.num_subsets
         chunks = column_chunks(smaller, c, self.train_pass.features, k)
-        expect("Operators", len(chunks), 40 * product * k / len(chunks))
+        expect("Operators", len(chunks), 20 * product * k / len(chunks))
         if self._given.recovery == "prior":
             systems = len(even_slices(num_queries, queries_per_system(k), self.train_pass.features.device))
             expect("Recovering scores", systems, 4 * n * k**2 * num_queries / max(1, systems))
