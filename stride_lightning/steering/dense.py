@@ -31,8 +31,7 @@ from stride_lightning.tasks.likelihoods import Task
 class DenseFit:
     """A :class:`~stride_lightning.steering.fit.Fit`: one pass over the training data, then a readout and operators."""
 
-    module: StrideModule | None = None
-    readout: Readout
+    module: StrideModule
 
     def __init__(self, task: Task, options: FitOptions) -> None:
         self.task, self._given, self.layers = task, options, options.layers or []
@@ -82,43 +81,34 @@ class DenseFit:
     def fit(self, design: Design | None, record: Record | None = None) -> None:
         """Fit the readout, and the operators of a design if there is one; start from what a record has of them."""
         started, given = time.perf_counter(), self._given
-        start = None if record is None else _part(record, "readout", "coefficients", self.train_pass.features.shape[1])
-        self.readout = Readout.fit(self.train_pass, self.task, start=start, show_progress=given.show_progress)
-        self.train_pass = replace(self.train_pass, features=self.readout.problem.features)
+        width = self.train_pass.features.shape[1]
+        start = None if record is None else _part(record, "readout", "coefficients", width)
+        operators = None
+        if record is not None and design is not None and given.basis == "statistics":
+            is_its = design.info() == record.info["design"]
+            operators = _part(record, "operators", "coefficients", width) if is_its else None
+        self.module = StrideModule(design, self.task, basis=given.basis, rank=given.known_rank, seed=given.seed)
+        self.module.fit(self.train_pass, start=start, operators=operators, show_progress=given.show_progress)
         problem = self.readout.problem
+        self.train_pass = replace(self.train_pass, features=problem.features)
         self.metadata |= {
             "readout": {
-                "num_features": sum(self.features.widths) + 1,
+                "num_features": width,
                 "num_coordinates": problem.shape[0],
                 "noise_variance": None if problem.noise is None else problem.noise.tolist(),
                 "scales_from_record": self._has_recorded_scales,
                 "from_record": start is not None,
-            }
-        }
-        readout_seconds = time.perf_counter() - started
-        is_restored = design is not None and self._fit_operators(design, record)
-        self.metadata |= {
-            "operators": None if design is None else {"num_subsets": design.num_subsets, "from_record": is_restored},
-            "fit_seconds": {
-                "pass": self._pass_seconds,
-                "readout": readout_seconds,
-                "operators": time.perf_counter() - started - readout_seconds,
             },
+            "operators": None
+            if design is None
+            else {"num_subsets": design.num_subsets, "from_record": operators is not None},
+            "fit_seconds": {"pass": self._pass_seconds, "readout and operators": time.perf_counter() - started},
         }
 
-    def _fit_operators(self, design: Design, record: Record | None) -> bool:
-        """Fit the operators of a design, or take those of the record; returns whether the record had them."""
-        given = self._given
-        self.module = StrideModule(design, self.task, basis=given.basis, rank=given.known_rank, seed=given.seed)
-        recorded = None
-        if record is not None and given.basis == "statistics" and design.info() == record.info["design"]:
-            width = self.readout.coordinates.width
-            recorded = _part(record, "operators", "coefficients", width)
-        if recorded is not None:
-            self.module.restore(self.readout.coordinates.inward(recorded.to(self.readout.coefficients)))
-        else:
-            self.module.fit_operators(self.train_pass, self.readout, show_progress=given.show_progress)
-        return recorded is not None
+    @property
+    def readout(self) -> Readout:
+        """The readout that the operators steer."""
+        return self.module.readout
 
     def ask(self, queries: Examples, target: str = "label") -> Answers:
         """One pass over the queries; every rank measures a share of them and computes their influence."""
@@ -126,9 +116,9 @@ class DenseFit:
         share, given = shard(len(observed)), self._given
         part, mine = observed.select(share), points.select(share)
         measurements = observed.losses.new_empty(len(observed), 0)
-        if self.module is not None:
+        if self.module.design is not None:
             # Gathered at once, so that a choice made over all queries is the same on every rank.
-            measurements = gather(self.module.measure(self.readout, part, mine), len(observed))
+            measurements = gather(self.module.measure(part, mine), len(observed))
             check_measurements(measurements, self.module.design)
         prior = None
         if given.recovery in ("prior", "closed-form"):
@@ -166,7 +156,7 @@ class DenseFit:
             "statistics": {"scales": self.features.scales},
             "readout": {"coefficients": outward(self.readout.coefficients)},
         }
-        if self.module is not None:
+        if self.module.design is not None:
             tensors["operators"] = {"coefficients": outward(self.module.operators)}
         return FitRecord(tensors)
 

@@ -11,7 +11,7 @@ from stride_lightning.readout.features import Observation
 from stride_lightning.readout.readout import Points, Readout
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import gather, shard
-from stride_lightning.steering.fit import BasisName
+from stride_lightning.steering.fit import BasisName, ScoresName
 from stride_lightning.steering.published.learned_basis import LearnedBasis, steered_losses
 from stride_lightning.steering.recovery import Recovery, recover
 from stride_lightning.steering.subsets import Design
@@ -27,7 +27,7 @@ class StrideModule(nn.Module):
     ``Trainer.fit`` (:class:`~stride_lightning.steering.published.learned_basis.LearnedBasis`).
 
     Args:
-        design: Which example is in which subset.
+        design: Which example is in which subset; None for a readout without operators.
         task: The likelihood.
         basis: ``"statistics"`` or ``"learned"``.
         rank: Rank of a learned basis.
@@ -38,11 +38,13 @@ class StrideModule(nn.Module):
     Reference: arXiv:2606.05165 (STRIDE).
     """
 
+    #: Fitted by :meth:`fit`.
+    readout: Readout
     operators: Tensor
 
     def __init__(
         self,
-        design: Design,
+        design: Design | None,
         task: Task,
         *,
         basis: BasisName = "statistics",
@@ -58,48 +60,71 @@ class StrideModule(nn.Module):
         self.learning_rate, self.max_steps, self.seed = learning_rate, max_steps, seed
         self.register_buffer("operators", torch.empty(0))
 
-    def fit_operators(self, train: Observation, readout: Readout, *, show_progress: bool = True) -> StrideModule:
-        """Fit all operators to an evaluation pass over the training set and the readout on it; ranks share the work.
+    def fit(
+        self,
+        train: Observation,
+        *,
+        start: Tensor | None = None,
+        operators: Tensor | None = None,
+        show_progress: bool = True,
+    ) -> StrideModule:
+        """Fit the readout, then all operators; ranks share the operators.
+
+        Args:
+            train: An evaluation pass over the training set, whose features become coordinates in place.
+            start: Coefficients of the readout to start from, shape ``(r, C)``, on features.
+            operators: Operators that are known, shape ``(r, C, K)``, on features; None to fit them.
+            show_progress: Show a progress bar.
 
         Returns:
             This module, with ``operators`` of shape ``(m, C, K)`` for m coordinates, C outputs and K subsets.
         """
-        if len(train) != self.design.num_train:
+        if self.design is not None and len(train) != self.design.num_train:
             raise ValueError(
                 f"The design is for {self.design.num_train} examples, but the pass read {len(train)}. Make the "
                 f"design for {len(train)} examples."
             )
+        self.readout = readout = Readout.fit(train, self.task, start=start, show_progress=show_progress)
+        if operators is not None:
+            self.operators = readout.coordinates.inward(operators.to(readout.coefficients))
+        elif self.design is not None:
+            self.operators = self._fit_operators(self.design, train, show_progress=show_progress)
+        return self
+
+    def _fit_operators(self, design: Design, train: Observation, *, show_progress: bool) -> Tensor:
         if self.basis == "learned":
             names = ("rank", "learning_rate", "max_steps", "seed")
             options = {name: getattr(self, name) for name in names}
-            learned = LearnedBasis(self.design, self.task, train, readout.problem.features, **options)
-            self.operators = learned.fit(show_progress=show_progress)
-            return self
-        subsets = shard(self.design.num_subsets)
-        weights = self.design.rows(slice(None))[:, subsets]
-        mine = readout.refit(weights, show_progress=show_progress)
-        self.operators = gather(mine, self.design.num_subsets, dim=2)
-        return self
+            learned = LearnedBasis(design, self.task, train, self.readout.problem.features, **options)
+            return learned.fit(show_progress=show_progress)
+        weights = design.rows(slice(None))[:, shard(design.num_subsets)]
+        return gather(self.readout.refit(weights, show_progress=show_progress), design.num_subsets, dim=2)
 
-    def measure(self, readout: Readout, queries: Observation, points: Points) -> Tensor:
+    def measure(self, queries: Observation, points: Points) -> Tensor:
         """Effect of every operator on every query, shape ``(q, K)`` in nats; positive helps.
 
         An operator's effect is the loss of a query before steering minus that under the operator: of the readout, or of
-        the network where the basis is learned.
+        the network where the basis is learned. ``points`` are the queries as the readout sees them.
 
         Reference: arXiv:2606.05165 (STRIDE), measurement of subset effects.
         """
         if self.operators.numel() == 0:
-            raise RuntimeError("The operators are not fitted yet: call fit_operators(train, readout) first.")
+            raise RuntimeError("The operators are not fitted yet: call fit(train) first, with a design.")
         if self.basis == "learned":
             return queries.losses[:, None] - steered_losses(self.task, queries, points.features, self.operators)
-        return readout.losses(points)[:, None] - readout.losses(points, self.operators)
+        return self.readout.losses(points)[:, None] - self.readout.losses(points, self.operators)
 
-    def recover(self, measurements: Tensor, prior: Tensor | None, recovery: str, **how: Any) -> Recovery:
-        """Scores from measurements ``(q, K)`` as :func:`~stride_lightning.steering.recovery.recover` makes them."""
-        return recover(measurements, self.design, recovery, prior, **how)
+    def recover(self, queries: Observation, recovery: ScoresName = "prior", **how: Any) -> Recovery:
+        """Scores of the training examples for queries, from an evaluation pass over these.
 
-    def restore(self, operators: Tensor) -> StrideModule:
-        """Take fitted operators."""
-        self.operators = operators
-        return self
+        With ``"closed-form"`` they are the influence on the readout alone; options of the others are those of
+        :func:`~stride_lightning.steering.recovery.recover`.
+        """
+        points = self.readout.points(queries)
+        prior = self.readout.influence(points) if recovery in ("prior", "closed-form") else None
+        if recovery == "closed-form":
+            assert prior is not None
+            return Recovery(prior)
+        if self.design is None:
+            raise ValueError(f"recovery={recovery!r} needs operators: make the module with a design.")
+        return recover(self.measure(queries, points), self.design, recovery, prior, **how)
