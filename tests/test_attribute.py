@@ -196,7 +196,7 @@ def test_queries_without_labels(model):
 
 def test_a_fitted_attributor_is_asked_again(model, expected, monkeypatch):
     attributor = StrideAttributor(**FEW).fit(model, DATA)
-    monkeypatch.setattr(dense.StrideModule, "fit_operators", None)  # asking must not fit
+    monkeypatch.setattr(dense.StrideModule, "fit", None)  # asking must not fit
     same(attributor.attribute(QUERIES), expected)
     same(attributor.attribute(Subset(QUERIES, [4, 1])), expected.scores[[4, 1]], rtol=SOLVED_TOGETHER)
 

@@ -73,7 +73,7 @@ def test_features_are_the_layers_inputs_at_their_scales() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_layer_weights_fall_linearly_and_add_up_to_one(count: int) -> None:
-    features = FeatureMap(("",) * count, (1,) * count, torch.full((count,), 2.0).double())
+    features = FeatureMap(("",) * count, (1,) * count, torch.full((count,), 2.0).double(), 8)
     weights = (features.factors * 2).square()
     assert float(weights.sum()) == pytest.approx(1)
     torch.testing.assert_close(weights / weights[-1], torch.arange(count, 0, -1).double())

@@ -37,7 +37,7 @@ def readout_of(task: Task, size: int = 40, dtype: torch.dtype = torch.float64) -
 def statistics_module(task: Task | None = None) -> tuple[StrideModule, Readout, Observation]:
     task = task or Classification()
     readout, observed = readout_of(task)
-    return StrideModule(DESIGN, task).fit_operators(observed, readout, **QUIET), readout, observed
+    return StrideModule(DESIGN, task).fit(observation(task), **QUIET), readout, observed
 
 
 def learned_module(
@@ -46,7 +46,7 @@ def learned_module(
     task = task or Classification()
     readout, observed = readout_of(task, dtype=dtype)
     module = StrideModule(DESIGN, task, basis="learned", max_steps=max_steps, **({"rank": 3} | options))
-    return module.fit_operators(observed, readout, **QUIET), readout, observed
+    return module.fit(observation(task, dtype=dtype), **QUIET), readout, observed
 
 
 # ---- the statistics basis -----------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def test_measurements_are_losses_of_the_readout_less_those_under_the_operators(t
     module, readout, _ = statistics_module(task)
     queries = observation(task, size=6, seed=1)
     points = readout.points(queries)
-    measured = module.measure(readout, queries, points)
+    measured = module.measure(queries, points)
     assert measured.shape == (6, 8)
     before = task.loss(readout.outputs(points.features), queries.encoded)
     for operator, column in zip(module.operators.unbind(2), measured.unbind(1), strict=True):
@@ -85,7 +85,7 @@ def test_measurements_are_losses_of_the_readout_less_those_under_the_operators(t
 @every_task
 def test_members_gain_and_the_others_lose(task: Task) -> None:
     module, readout, observed = statistics_module(task)
-    measured, members = module.measure(readout, observed, readout.training_points), DESIGN.dense(torch.bool).T
+    measured, members = module.measure(observed, readout.training_points), DESIGN.dense(torch.bool).T
     assert measured[members].mean() > 0 > measured[~members].mean()
 
 
@@ -94,9 +94,9 @@ def test_scores_are_recovered_from_the_measurements(recovery: str) -> None:
     module, readout, _ = statistics_module()
     queries = observation(Classification(), size=6, seed=1)
     points = readout.points(queries)
-    measured, prior = module.measure(readout, queries, points), readout.influence(points)
+    measured, prior = module.measure(queries, points), readout.influence(points)
     options = {"penalty": None if recovery == "prior" else 0.1, **QUIET}
-    scores = module.recover(measured, prior, recovery, **options).scores
+    scores = module.recover(queries, recovery, **options).scores
     assert scores.shape == (6, 40)
     assert torch.equal(scores, recover(measured, DESIGN, recovery, prior, **options).scores)
 
@@ -118,24 +118,26 @@ def test_ranks_share_the_operators(shards: int, monkeypatch: pytest.MonkeyPatch)
         start = rank * size + min(rank, extra)
         share = slice(start, start + size + (rank < extra))
         monkeypatch.setattr(module_module, "shard", lambda _, share=share: share)
-        StrideModule(DESIGN, Classification()).fit_operators(observed, readout, **QUIET)
+        StrideModule(DESIGN, Classification()).fit(observation(Classification()), **QUIET)
         assert parts[-1].shape[2] == share.stop - share.start
     torch.testing.assert_close(torch.cat(parts, 2), whole.operators, rtol=1e-6, atol=1e-8)
 
 
 def test_stored_operators_come_back() -> None:
     module, readout, observed = statistics_module()
-    other = StrideModule(DESIGN, Classification()).restore(module.state_dict()["operators"])
+    known = {"start": readout.coordinates.outward(readout.coefficients)}
+    known["operators"] = readout.coordinates.outward(module.state_dict()["operators"])
+    other = StrideModule(DESIGN, Classification()).fit(observation(Classification()), **known, **QUIET)
     points = readout.training_points
-    assert torch.equal(other.measure(readout, observed, points), module.measure(readout, observed, points))
+    torch.testing.assert_close(other.measure(observed, points), module.measure(observed, points))
 
 
 @pytest.mark.parametrize("basis", ["statistics", "learned"])
 def test_modules_that_are_not_fitted_say_so(basis: str) -> None:
     readout, observed = readout_of(Classification())
     module = StrideModule(DESIGN, Classification(), basis=basis)
-    with pytest.raises(RuntimeError, match=r"not fitted yet: call fit_operators\(train, readout\) first"):
-        module.measure(readout, observed, readout.training_points)
+    with pytest.raises(RuntimeError, match=r"not fitted yet: call fit\(train\) first, with a design"):
+        module.measure(observed, readout.training_points)
 
 
 def test_wrong_options_are_refused() -> None:
@@ -145,9 +147,20 @@ def test_wrong_options_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             StrideModule(DESIGN, Classification(), **options)
-    readout, observed = readout_of(Classification(), size=39)
     with pytest.raises(ValueError, match="The design is for 40 examples, but the pass read 39"):
-        StrideModule(DESIGN, Classification()).fit_operators(observed, readout, **QUIET)
+        StrideModule(DESIGN, Classification()).fit(observation(Classification(), size=39), **QUIET)
+    without = StrideModule(None, Classification()).fit(observation(Classification()), **QUIET)
+    with pytest.raises(ValueError, match="recovery='prior' needs operators: make the module with a design"):
+        without.recover(observation(Classification(), size=6, seed=1))
+
+
+@every_task
+def test_in_closed_form_scores_are_the_influence(task: Task) -> None:
+    queries = observation(task, size=6, seed=1)
+    module = StrideModule(None, task).fit(observation(task), **QUIET)
+    recovered = module.recover(queries, "closed-form")
+    assert torch.equal(recovered.scores, module.readout.influence(module.readout.points(queries)))
+    assert recovered.std is None
 
 
 # ---- the learned basis --------------------------------------------------------------------------------------
@@ -156,7 +169,7 @@ def test_wrong_options_are_refused() -> None:
 def fidelity(module: StrideModule, readout: Readout, observed: Observation) -> float:
     """Mean loss on their subsets under the operators."""
     members = module.design.dense(observed.losses.dtype)
-    losses = observed.losses[:, None] - module.measure(readout, observed, readout.training_points)
+    losses = observed.losses[:, None] - module.measure(observed, readout.training_points)
     return float(((members @ losses).diagonal() / module.design.sizes).mean())
 
 
@@ -179,11 +192,12 @@ def test_learned_operators_steer_the_network(task: Task) -> None:
     module, readout, _ = learned_module(task, max_steps=5, dtype=torch.float64)
     queries = observation(task, size=6, seed=1)
     points = readout.points(queries)
-    measured = module.measure(readout, queries, points)
+    measured = module.measure(queries, points)
     for operator, column in zip(module.operators.unbind(2), measured.unbind(1), strict=True):
         steered = task.loss(queries.outputs + points.features @ operator, queries.encoded)
         torch.testing.assert_close(column, queries.losses - steered)
-    still = module.restore(torch.zeros_like(module.operators)).measure(readout, queries, points)
+    module.operators = torch.zeros_like(module.operators)
+    still = module.measure(queries, points)
     assert torch.equal(still, torch.zeros(6, 8).double())
 
 
@@ -247,11 +261,11 @@ def test_gradients_switched_off_by_the_caller_do_not_matter() -> None:
     assert torch.equal(module.operators, learned_module(max_steps=5)[0].operators)
 
 
-def test_nothing_of_the_training_set_stays_in_the_module() -> None:
+def test_operators_are_all_of_the_learned_module_that_stays() -> None:
     module = learned_module(max_steps=5)[0]
     assert list(module.parameters()) == []
     assert [name for name, _ in module.named_buffers()] == ["operators"]
-    assert not any(isinstance(value, Observation | Readout) for value in vars(module).values())
+    assert not any(isinstance(value, Observation) for value in vars(module).values())
 
 
 @every_task
@@ -305,4 +319,4 @@ def test_small_designs_have_a_sketch_of_one_column() -> None:
     design = Design(2, 6, 1, 0, bits=torch.tensor([[128]] * 3 + [[64]] * 3, dtype=torch.uint8))
     readout, observed = readout_of(Classification(), size=6)
     module = StrideModule(design, Classification(), basis="learned", rank=1, max_steps=3)
-    assert torch.isfinite(module.fit_operators(observed, readout, **QUIET).operators).all()
+    assert torch.isfinite(module.fit(observed, **QUIET).operators).all()
