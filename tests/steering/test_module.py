@@ -104,7 +104,7 @@ def test_scores_are_recovered_from_the_measurements(recovery: str) -> None:
 @pytest.mark.parametrize("shards", [2, 3, 12])
 def test_ranks_share_the_operators(shards: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rank fits its slice; put side by side they are what one process fits, even with more ranks than subsets."""
-    whole, readout, observed = statistics_module()
+    whole, _, _ = statistics_module()
     parts: list[Tensor] = []
 
     def collect(part: Tensor, length: int, dim: int = 0) -> Tensor:
@@ -317,6 +317,6 @@ def test_small_designs_have_a_sketch_of_one_column() -> None:
     matrix = fitting.unexplained(sample_design(6, 2, 1), torch.Generator())
     assert torch.isfinite(matrix).all()
     design = Design(2, 6, 1, 0, bits=torch.tensor([[128]] * 3 + [[64]] * 3, dtype=torch.uint8))
-    readout, observed = readout_of(Classification(), size=6)
+    observed = observation(Classification(), size=6)
     module = StrideModule(design, Classification(), basis="learned", rank=1, max_steps=3)
     assert torch.isfinite(module.fit(observed, **QUIET).operators).all()
