@@ -148,3 +148,21 @@ def test_columns_fit_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(chunk) for chunk in column_chunks(4096, 1000, like, 3)] == [1, 1, 1]
     assert torch.cat(wide).equal(torch.arange(100))
     assert sum(map(len, column_chunks(10, 2, like, 0))) == 0
+
+
+@every_task
+@pytest.mark.parametrize("size", [1e-15, 1e-22, 1e-30])
+def test_tiny_right_sides_are_solved_too(task: Task, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In single precision, whose squares vanish: residuals of sure predictions are as small as that."""
+    monkeypatch.setattr(preconditioner_module, "MAX_WHOLE", 6)
+    problem = problem_of(task, dtype=torch.float32)
+    curvature = Curvature(problem, random_tensor(*problem.shape, 1, seed=4).float())
+    right = random_tensor(*problem.shape, 2, seed=5).float()
+    expected = torch.linalg.solve(whole(curvature).double(), right.double().flatten(0, 1)).view_as(right)
+    products = []
+    counted = lambda vectors: products.append(0) or curvature(vectors)  # noqa: E731
+    values = solve(counted, Preconditioner(curvature), right * torch.tensor([1.0, size]))  # pyright: ignore
+    torch.testing.assert_close(
+        values.double() / torch.tensor([1.0, size]).double(), expected, rtol=0, atol=5e-3 * float(expected.abs().max())
+    )
+    assert len(products) <= 20
