@@ -66,7 +66,7 @@ def warm() -> None:
         (40_000, 400, 2, 20, "closed-form", 1),
         (20_000, 20, 2, 800, "prior", 6),
         (20_000, 20, 2, 1500, "closed-form", 1),
-        (4_000, 40, 40, 60, "closed-form", 1),
+        (4_000, 100, 40, 60, "closed-form", 1),
     ],
     ids=["many examples", "many queries", "many queries in closed form", "many classes"],
 )
