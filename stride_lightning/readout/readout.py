@@ -60,7 +60,7 @@ class Readout:
         coefficients: Its solution, shape ``(m, C)``.
         shift: Mean of a regression's targets, float64 of shape ``(C,)``; else zeros.
 
-    Memory beyond the features, for n examples and m coordinates: ``4 m^2`` bytes, and the larger of two: 130 MB, or
+    Memory beyond the features, for n examples and m coordinates: ``4 m^2`` bytes, and the larger of two: 90 MB, or
     ``28 m^2`` if that is more, while it is fit; and the result with five blocks of ``4 n C c`` (32 MB each at most) and
     ``32 m C c`` (64 MB at most) for the ``c <= 64`` columns that are solved together.
     """

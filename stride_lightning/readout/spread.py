@@ -42,8 +42,11 @@ class Spread:
         """Compute it: shape ``(q, n)``, on the CPU. It takes ``NUM_DRAWS`` times as long as the scores."""
         readout, problem, queries = self.readout, self.readout.problem, self.queries
         generator = torch.Generator().manual_seed(self.seed + 1)
-        # Directions that the training set does not span have their prior variance.
-        outside = (queries.outside[:, None] * problem.temperature / problem.precision[0]).sqrt()
+        # Directions that the training set does not span have their prior variance. A constant that stands apart has
+        # precision 0, and where it is all there is, nothing is known of others.
+        precision = problem.precision.amax(0)
+        of_prior = torch.where(precision > 0, problem.temperature / precision, 0.0)
+        outside = (queries.outside[:, None] * of_prior).sqrt()
         mean = torch.zeros(len(queries), len(problem), dtype=problem.features.dtype)
         squares = torch.zeros_like(mean)
         with call(show=self.show_progress):

@@ -25,7 +25,7 @@ def formula(n: int, r: int, num_outputs: int, q: int, copies: int) -> float:
     k, columns = min(n, r), min(64, q)
     blocks = 5 * min(32e6, 4 * n * num_outputs * columns)
     answer = 4 * copies * q * n + blocks + min(64e6, 32 * k * num_outputs * columns)
-    return 4 * (n * r + k**2) + max(130e6, 28 * k**2, answer)
+    return 4 * (n * r + k**2) + max(90e6, 28 * k**2, answer)
 
 
 def check(meter: Meter, expected: float) -> None:
@@ -38,21 +38,11 @@ def tidy() -> None:
     """Large blocks go back to the system when they are freed, and so does what earlier tests have freed."""
     gc.collect()
     libc, mmap_threshold = ctypes.CDLL("libc.so.6"), -3
-    libc.mallopt(mmap_threshold, 2**20)
+    libc.mallopt(mmap_threshold, 2**23)
     libc.malloc_trim(0)
 
 
-@pytest.mark.parametrize(
-    ("n", "r", "num_outputs", "q", "recovery", "copies"),
-    [
-        (60_000, 300, 2, 20, "closed-form", 1),
-        (20_000, 40, 2, 500, "prior", 6),
-        (20_000, 40, 2, 1500, "closed-form", 1),
-        (4_000, 60, 40, 60, "closed-form", 1),
-    ],
-    ids=["many examples", "many queries", "many queries in closed form", "many classes"],
-)
-def test_peak_of_an_attribution(n: int, r: int, num_outputs: int, q: int, recovery: str, copies: int) -> None:
+def peak(n: int, r: int, num_outputs: int, q: int, recovery: str) -> Meter:
     inputs = torch.randn(n, r - 1, generator=torch.Generator().manual_seed(0))
     targets = inputs[:, :num_outputs].argmax(1)
     model = nn.Sequential(nn.Linear(r - 1, num_outputs)).eval()
@@ -61,7 +51,27 @@ def test_peak_of_an_attribution(n: int, r: int, num_outputs: int, q: int, recove
         attributor = StrideAttributor(recovery=recovery, show_progress=False)
         attribution = attributor.fit(model, data, task=Classification()).attribute(queries)
     assert attribution.scores.shape == (q, n)
-    check(meter, formula(n, r, num_outputs, q, copies))
+    return meter
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm() -> None:
+    """What the libraries take once is taken before."""
+    peak(9_000, 40, 2, 300, "prior")
+
+
+@pytest.mark.parametrize(
+    ("n", "r", "num_outputs", "q", "recovery", "copies"),
+    [
+        (40_000, 400, 2, 20, "closed-form", 1),
+        (20_000, 20, 2, 800, "prior", 6),
+        (20_000, 20, 2, 1500, "closed-form", 1),
+        (4_000, 100, 40, 60, "closed-form", 1),
+    ],
+    ids=["many examples", "many queries", "many queries in closed form", "many classes"],
+)
+def test_peak_of_an_attribution(n: int, r: int, num_outputs: int, q: int, recovery: str, copies: int) -> None:
+    check(peak(n, r, num_outputs, q, recovery), formula(n, r, num_outputs, q, copies))
 
 
 def test_peak_with_more_features_than_examples() -> None:
