@@ -39,6 +39,9 @@ def losses_after(attributor: StrideAttributor, queries: TensorDataset, places: l
     features, encoded = problem.features[chosen], problem.encoded[chosen]
     # The prior of single examples in logits is 3; that of a regression is the same for groups.
     wider = 1.0 if isinstance(task, Regression) else 3.0 / GROUP_VARIANCE
+    precision = wider * problem.precision
+    if isinstance(task, Regression):
+        precision[-1] = 0  # of the constant
     coefficients = torch.zeros(problem.shape, dtype=torch.float64, requires_grad=True)
     search = {"line_search_fn": "strong_wolfe", "tolerance_grad": 1e-12, "tolerance_change": 1e-15}
     optimizer = torch.optim.LBFGS([coefficients], max_iter=3000, history_size=50, **search)
@@ -46,7 +49,7 @@ def losses_after(attributor: StrideAttributor, queries: TensorDataset, places: l
     def objective() -> Tensor:
         optimizer.zero_grad()
         loss = task.loss(problem.offset + features @ coefficients, encoded).sum()
-        loss = loss + 0.5 * wider * (problem.precision * coefficients.square()).sum()
+        loss = loss + 0.5 * (precision * coefficients.square()).sum()
         loss.backward()
         return loss
 
