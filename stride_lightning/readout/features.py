@@ -149,11 +149,11 @@ def fit_features(
     fitting = max(64, budget // (item_size * count)) - 1
     limit = sum(widths) if count <= MAX_FEATURES else MAX_FEATURES - 1
     on_disk = cache_dir is not None and fitting < min(limit, sum(widths))
-    kept = _allot(widths, limit if on_disk else min(limit, fitting))
-    if kept != widths:
-        announce(f"STRIDE folds {sum(widths):,} features of an example to {sum(kept):,}.", show=how["show_progress"])
+    folded = _allot(widths, limit if on_disk else min(limit, fitting))
+    if folded != widths:
+        announce(f"STRIDE folds {sum(widths):,} features of an example to {sum(folded):,}.", show=how["show_progress"])
     unscaled = torch.ones(len(layers)) if scales is None else scales
-    features = FeatureMap(tuple(layers), tuple(kept), unscaled, most_rows)
+    features = FeatureMap(tuple(layers), tuple(folded), unscaled, most_rows)
     folder = cache_dir if on_disk else None
     observed = observe(model, task, examples, features, folder=folder, **how)
     return features if scales is not None else _rescale(features, observed.features), observed

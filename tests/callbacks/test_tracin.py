@@ -162,7 +162,7 @@ def test_record_names_what_it_is_of(tmp_path, monkeypatch):
     assert len({info["run"] for info in infos}) == 1
     assert last["data"] == fingerprint_of(Examples(DATA), Classification())
     # One example and the first batch; by the callback, once; by the line above.
-    assert reads == [1, 64, 1024, 1024]
+    assert reads == [1, 32, 1024, 1024]
 
 
 def test_rates_reach_every_logger(tmp_path):
