@@ -21,6 +21,9 @@ from stride_lightning.tasks.likelihoods import Regression, Task
 PRIOR_VARIANCE = 3.0
 #: The same for a regression, over the variance of the targets: a priori the readout may explain all of it.
 REGRESSION_VARIANCE = 1.0
+#: Least noise that the ridge of a regression is made for, over the variance of the targets. A network is not trained
+#: long enough for finer directions: where targets have next to no noise (energy), this is worth .05 to .12 of LDS.
+RIDGE_NOISE = 0.05
 #: Prior variance of a logit where groups of examples are left out rather than single ones.
 GROUP_VARIANCE = 10.0
 
@@ -231,7 +234,8 @@ def _problem(task: Task, coordinates: Coordinates, features: Tensor, encoded: Te
     shift = encoded.double().mean(0)
     targets = encoded.double() - shift
     noise = relative_noise(features, coordinates.energies, targets, REGRESSION_VARIANCE)
-    precision = (noise / (REGRESSION_VARIANCE * task.dispersion)).to(features).expand(shape).clone()
+    ridge = noise.clamp(min=RIDGE_NOISE) / (REGRESSION_VARIANCE * task.dispersion)
+    precision = ridge.to(features).expand(shape).clone()
     precision[-1] = 0
     variances = targets.square().mean(0)
     offset = features.new_zeros(shape[1])

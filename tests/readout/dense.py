@@ -95,7 +95,7 @@ def dense_readout(task: Task, observed: Observation, variance: float = 3.0) -> D
     shift = encoded.mean(0)
     variances = (encoded - shift).square().mean(0)
     noise = torch.stack([noise_fixed_point(features, column) for column in (encoded - shift).T])
-    precision = (noise / task.dispersion).expand(features.shape[1], outputs).clone()
+    precision = (noise.clamp(min=0.05) / task.dispersion).expand(features.shape[1], outputs).clone()
     precision[-1] = 0
     return DenseReadout(task, features, encoded - shift, shift, nothing, precision, noise * variances / task.dispersion)
 
