@@ -48,9 +48,13 @@ def is_of_checkpointing(error: Exception) -> bool:
 
 
 def check_layers(layers: Sequence[str] | None) -> None:
-    """Refuse a string, which is a sequence of letters."""
+    """Refuse a string, which is a sequence of letters, and lists without names or with one twice."""
     if isinstance(layers, str):
         raise TypeError(f"`layers` must be a list of names, got the string {layers!r}: write layers=[{layers!r}].")
+    if layers is not None and not (layers and len(set(layers)) == len(layers)):
+        raise ValueError(
+            f"`layers` must be names of modules, each once; got {list(layers)}. Leave it out for the default."
+        )
 
 
 def layer_names(model: nn.Module) -> list[str]:

@@ -28,6 +28,8 @@ class Preconditioner:
         self._inverse_diagonal = (1 / diagonal)[..., None]
         self._size = min(num_features, MAX_WHOLE // num_outputs)
         self._factor = self._factorised(problem, means) if self._size else None
+        #: Whether it is the inverse of the whole curvature.
+        self.is_whole = self._size == num_features
 
     def _factorised(self, problem: Problem, means: Tensor) -> Tensor:
         """Cholesky factor of the head, shape ``(k C, k C)``."""

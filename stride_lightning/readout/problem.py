@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -30,6 +30,9 @@ class Problem:
         offset: Outputs ``b`` of the best constant prediction, shape ``(C,)``; no penalty pulls at it.
         precision: Of the prior, ``lambda``, shape ``(m, C)``.
         noise: Of a regression, the noise variance of each output in the targets' unit, shape ``(C,)``; else None.
+        base: Outputs of the training examples where coefficients are zero, shape ``(n, C)``; None for the offset.
+        balance: Residuals of these, shape ``(n, C)``, whose slope is taken off, so that zero is the solution on all
+            data; None for nothing.
     """
 
     task: Task
@@ -38,6 +41,8 @@ class Problem:
     offset: Tensor
     precision: Tensor
     noise: Tensor | None = None
+    base: Tensor | None = None
+    balance: Tensor | None = None
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -59,13 +64,42 @@ class Problem:
         flat = features @ coefficients.flatten(1)
         return flat.unflatten(1, coefficients.shape[1:]) + self.offset[:, None]
 
+    def around(self, coefficients: Tensor) -> Problem:
+        """The problem in moves from its solution, shape ``(m, C)``.
+
+        The move of all data is exactly zero, and small moves lose no digits beside large coefficients.
+        """
+        base = torch.cat([self._outputs(rows, coefficients[..., None])[..., 0] for rows in self.blocks(1)])
+        return replace(self, base=base, balance=self.residuals(base, self.encoded))
+
+    def residuals(self, outputs: Tensor, encoded: Tensor) -> Tensor:
+        """Gradient of each example's loss in its outputs, shape ``(B, C)``."""
+        return (self.task.mean(outputs) - encoded) / self.task.dispersion
+
+    def means(self, rows: slice, coefficients: Tensor) -> Tensor:
+        """Predictions of some training examples, shape ``(B, C, K)``."""
+        return self.task.mean(self._outputs(rows, coefficients), dim=1)
+
+    def _outputs(self, rows: slice, coefficients: Tensor) -> Tensor:
+        """Outputs of some training examples, shape ``(B, C, K)``."""
+        flat = self.features[rows] @ coefficients.flatten(1)
+        base = self.offset if self.base is None else self.base[rows]
+        return flat.unflatten(1, coefficients.shape[1:]) + base[..., None]
+
     def objective(self, coefficients: Tensor, weights: Tensor | None) -> Tensor:
         """The penalised loss, float64 of shape ``(K,)``; weights have shape ``(n, K)``, None are all 1."""
         total = 0.5 * (self.precision[..., None] * coefficients.square()).double().sum((0, 1))
         for rows in self.blocks(coefficients.shape[2]):
-            losses = self.losses(coefficients, self.features[rows], self.encoded[rows])
+            losses = self.task.loss(self._outputs(rows, coefficients), self.encoded[rows][..., None], dim=1)
             total += (losses if weights is None else losses * weights[rows]).double().sum(0)
+        if self.balance is not None:
+            total -= (self._balancing_slope[..., None] * coefficients).double().sum((0, 1))
         return total
+
+    @cached_property
+    def _balancing_slope(self) -> Tensor:
+        assert self.balance is not None
+        return self.features.T @ self.balance
 
     def losses(self, coefficients: Tensor, features: Tensor, encoded: Tensor) -> Tensor:
         """Losses of some examples under every column of coefficients, shape ``(B, K)``."""
@@ -75,9 +109,11 @@ class Problem:
         """Gradient of the objective, shape ``(m, C, K)``."""
         total = self.precision[..., None] * coefficients
         for rows in self.blocks(coefficients.shape[2]):
-            means = self.task.mean(self.outputs(coefficients, self.features[rows]), dim=1)
+            means = self.means(rows, coefficients)
             surprise = (means - self.encoded[rows][..., None]) / self.task.dispersion
             surprise = surprise if weights is None else surprise * weights[rows][:, None]
+            if self.balance is not None:
+                surprise = surprise - self.balance[rows][..., None]
             total += (self.features[rows].T @ surprise.flatten(1)).view_as(total)
         return total
 
@@ -98,14 +134,11 @@ class Curvature:
         self._stored = coefficients.new_empty(len(problem), problem.shape[1], 1) if coefficients.shape[2] == 1 else None
         if self._stored is not None:
             for rows in problem.blocks(1):
-                self._stored[rows] = self._means(rows)
-
-    def _means(self, rows: slice) -> Tensor:
-        return self.problem.task.mean(self.problem.outputs(self._coefficients, self.problem.features[rows]), dim=1)
+                self._stored[rows] = problem.means(rows, coefficients)
 
     def means(self, rows: slice) -> Tensor:
         """Predictions of some examples, shape ``(B, C, 1)`` or ``(B, C, K)``."""
-        return self._means(rows) if self._stored is None else self._stored[rows]
+        return self.problem.means(rows, self._coefficients) if self._stored is None else self._stored[rows]
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """The second derivative times vectors of shape ``(m, C, K)``."""

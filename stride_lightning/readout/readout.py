@@ -87,7 +87,8 @@ class Readout:
             inward = None if start is None else coordinates.inward(start.to(features))[..., None]
             coefficients, preconditioner = minimise(problem, start=inward)
             readout = cls(problem, coordinates, coefficients[..., 0], shift)
-            if preconditioner is not None:
+            # One that is the whole curvature is made again at the solution, where it is exact.
+            if preconditioner is not None and not preconditioner.is_whole:
                 vars(readout)["preconditioner"] = preconditioner
             bar.update(1)
         return readout
@@ -110,17 +111,25 @@ class Readout:
     def residuals(self, points: Points, moved: Tensor | float = 0.0) -> Tensor:
         """Gradient of each example's loss in its outputs, which may be moved; shape ``(B, C)``."""
         outputs = self.problem.outputs(self.coefficients[..., None], points.features)[..., 0] + moved
-        return (self.problem.task.mean(outputs) - points.encoded) / self.problem.task.dispersion
+        return self.problem.residuals(outputs, points.encoded)
 
-    def losses(self, points: Points, moves: Tensor | None = None) -> Tensor:
-        """Losses of examples ``(B,)``, or under K moves of the coefficients, shape ``(m, C, K)``: ``(B, K)``."""
-        if moves is None:
-            return self.problem.losses(self.coefficients[..., None], points.features, points.encoded)[:, 0]
-        losses = points.features.new_empty(len(points), moves.shape[2])
+    def losses(self, points: Points) -> Tensor:
+        """Losses of examples, shape ``(B,)``."""
+        return self.problem.losses(self.coefficients[..., None], points.features, points.encoded)[:, 0]
+
+    def rises(self, points: Points, moves: Tensor) -> Tensor:
+        """Rise of the losses of examples under K moves of the coefficients ``(m, C, K)``, shape ``(B, K)``.
+
+        Losses are compared in double precision, since a single example may change them by less than their rounding.
+        """
+        before = self.problem.outputs(self.coefficients[..., None], points.features).double()  # (B, C, 1)
+        encoded = points.encoded.double()[..., None]
+        losses = self.problem.task.loss(before, encoded, dim=1)
+        rises = points.features.new_empty(len(points), moves.shape[2])
         for columns in self._chunks(moves.shape[2]):
-            moved = self.coefficients[..., None] + moves[..., columns]
-            losses[:, columns] = self.problem.losses(moved, points.features, points.encoded)
-        return losses
+            moved = (points.features @ moves[..., columns].flatten(1)).view(len(points), -1, len(columns))
+            rises[:, columns] = (self.problem.task.loss(before + moved, encoded, dim=1) - losses).to(rises)
+        return rises
 
     @cached_property
     def training_points(self) -> Points:
@@ -153,7 +162,8 @@ class Readout:
         mine, of_training = residuals or (self.residuals(points), self.residuals(self.training_points))
         scores = points.features.new_empty(len(points), len(self.problem))
         for rows in track(self._chunks(len(points)), "Influence", show=show_progress):
-            solved = self._solve(points.features[rows], mine[rows])  # (m, C, k)
+            right = points.features[rows].T[:, None, :] * mine[rows].T
+            solved = solve(self.curvature, self.preconditioner, right)  # (m, C, k)
             for places in self.problem.blocks(len(rows)):
                 features = self.problem.features[places]
                 moved = (features @ solved.flatten(1)).view(len(features), *solved.shape[1:])
@@ -162,10 +172,6 @@ class Readout:
 
     def _chunks(self, count: int) -> list[Tensor]:
         return column_chunks(*self.problem.shape, self.coefficients, count)
-
-    def _solve(self, features: Tensor, residuals: Tensor) -> Tensor:
-        right = features.T[:, None, :] * residuals.T
-        return solve(self.curvature, self.preconditioner, right)
 
     def self_influence(self, *, show_progress: bool = False) -> Tensor:
         """Effect of leaving each training example out on its own loss, shape ``(n,)``, never negative.
@@ -176,7 +182,10 @@ class Readout:
         points, parts = self.training_points, []
         residuals = self.residuals(points)
         for rows in track(self._chunks(len(points)), "Self-influence", show=show_progress):
-            solved = self._solve(points.features[rows], residuals[rows])
+            right = points.features[rows].T[:, None, :] * residuals[rows].T
+            # A product takes as long as the number of examples, and there are as many systems.
+            is_exact = self.preconditioner.is_whole
+            solved = self.preconditioner(right) if is_exact else solve(self.curvature, self.preconditioner, right)
             moved = torch.einsum("km,mck->kc", points.features[rows], solved)  # outputs, (k, C)
             influence = (moved * residuals[rows]).sum(1).clamp(min=0)
             means = self.curvature.means(slice(None))[rows, :, 0]
@@ -191,11 +200,11 @@ class Readout:
 
         The prior is the same; offset and noise stay.
         """
-        start = self.coefficients[..., None]
-        moves = start.new_empty(*self.problem.shape, weights.shape[1])
+        problem = self.problem.around(self.coefficients)
+        moves = self.coefficients.new_empty(*problem.shape, weights.shape[1])
         for columns in track(self._chunks(weights.shape[1]), description, show=show_progress):
             chosen = weights[:, columns].to(self.coefficients)
-            moves[..., columns] = minimise(self.problem, chosen, start, self.preconditioner)[0] - start
+            moves[..., columns] = minimise(problem, chosen, preconditioner=self.preconditioner)[0]
         return moves
 
     def for_groups(self) -> Readout:

@@ -48,7 +48,7 @@ def minimise(
     zeros = problem.features.new_zeros(*problem.shape, count)
     coefficients = zeros if start is None else zeros + start
     tolerance = 1e-4 if zeros.dtype == torch.float32 else 1e-10
-    diagonal = _inverse_diagonal(problem, weights, zeros)
+    diagonal = _inverse_diagonal(problem, weights, zeros) if preconditioner is None else preconditioner
     slope = problem.slope(zeros, weights)
     largest = _norm(slope, diagonal(slope)).clamp(min=torch.finfo(zeros.dtype).tiny)
     objective, before = problem.objective(coefficients, weights), math.inf

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stride_lightning.readout.readout import Points, Readout
-from stride_lightning.runtime.progress import call, track
+from stride_lightning.runtime.progress import call, expect, track
 
 #: Number of draws.
 NUM_DRAWS = 16
@@ -50,6 +50,7 @@ class Spread:
         mean = torch.zeros(len(queries), len(problem), dtype=problem.features.dtype)
         squares = torch.zeros_like(mean)
         with call(show=self.show_progress):
+            expect("Standard deviations", NUM_DRAWS)
             moves = readout.draws(NUM_DRAWS, self.seed)
             for number in track(range(NUM_DRAWS), "Standard deviations", show=self.show_progress):
                 drawn = readout.moved(moves[..., number])

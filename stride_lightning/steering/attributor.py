@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -47,8 +47,9 @@ class StrideAttributor(Attributor):
             model, the one module whose input is steered.
         basis: ``"statistics"``, the readout; or ``"learned"`` as published.
         rank: Rank of a learned basis.
-        recovery: ``"prior"``, ``"lasso"`` as published, ``"ridge"``, or ``"closed-form"``: the influence that operators
-            have on average, without fitting any, which is the default of language models.
+        recovery: ``"closed-form"``, the influence of each example on the readout, without any operator: the default.
+            Or from the operators of subsets: ``"prior"``, which starts from that influence and is the default where
+            ``num_subsets``, ``degree`` or ``basis`` is given; ``"lasso"`` as published; or ``"ridge"``.
         penalty: Of the lasso relative to its largest useful value, or of the ridge relative to the mean diagonal;
             by cross-validation over subsets by default.
         cache_dir: Folder for features that do not fit memory, which are folded to fewer without it; of language models,
@@ -117,14 +118,9 @@ class StrideAttributor(Attributor):
 
     @property
     def recovery(self) -> str:
-        """The recovery that was given, or the default of the task."""
-        if self._given_recovery is not None:
-            return self._given_recovery
-        if not hasattr(self, "task"):
-            raise RuntimeError(
-                "Call fit(model, train_data) before reading `recovery`: its default depends on the task."
-            )
-        return "closed-form" if self.task.has_tokens and self.basis == "statistics" else "prior"
+        """The recovery that was given; else with a prior where operators are asked for, and in closed form."""
+        wants_operators = self.basis == "learned" or self.num_subsets is not None or self.degree is not None
+        return self._given_recovery or ("prior" if wants_operators else "closed-form")
 
     @override
     def fit_model(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
@@ -166,15 +162,14 @@ class StrideAttributor(Attributor):
         idle = [name for name in ("num_subsets", "degree") if getattr(self, name) is not None]
         if idle:
             raise ValueError(
-                f"recovery='closed-form', the default of language models, fits no operators, so {', '.join(idle)} "
-                "would have no effect. Leave out the option, or pass recovery='prior'."
+                f"recovery='closed-form' fits no operators, so {', '.join(idle)} would have no effect. Leave out the "
+                "option, or pass recovery='prior'."
             )
 
     def _options_of_records(self) -> dict[str, Any]:
-        """Options that a record must agree with, where they were given; one of a language model serves any design."""
-        if self.task.has_tokens:
-            return {"layers": None if self.basis == "learned" else self.layers}
-        return {"layers": self.layers, "num_subsets": self.num_subsets, "degree": self.degree}
+        """Options that a record must agree with, where they were given; it serves any design."""
+        is_learned_of_texts = self.task.has_tokens and self.basis == "learned"
+        return {"layers": None if is_learned_of_texts else self.layers}
 
     def _prepared(self, model: nn.Module, device: torch.device, record: Record | None) -> Fit:
         options = {option.name: getattr(self, option.name) for option in fields(FitOptions)}
@@ -297,16 +292,19 @@ class StrideAttributor(Attributor):
                 return self.fitted.effects(examples, target, weights).float().cpu()
 
 
-def remaining(groups: Sequence[Sequence[int]] | Tensor, positions: Tensor) -> Tensor:
+def remaining(groups: Iterable[Sequence[int]] | Tensor, positions: Tensor) -> Tensor:
     """Weights of the training examples without each group, 0 or 1 of shape ``(n, num_groups)``."""
     place = {position: number for number, position in enumerate(positions.tolist())}
-    weights = torch.ones(len(positions), len(groups))
-    for number, group in enumerate(groups):
+    if not isinstance(groups, Iterable):
+        raise ValueError(f"`groups` must be a list of groups, each a list of positions; got {groups!r}.")
+    listed = list(groups)
+    weights = torch.ones(len(positions), len(listed))
+    for number, group in enumerate(listed):
         try:
             members = torch.as_tensor(group if isinstance(group, Tensor) else list(group))
         except (TypeError, ValueError):
             members = torch.empty(())
-        if members.ndim != 1:
+        if members.ndim != 1 or (members.is_floating_point() and len(members)):
             raise ValueError(
                 f"Each group must be the positions of its members, or bool with one value for each training example; "
                 f"group {number} is {group!r}. For a single group, pass a list that holds it."
@@ -323,6 +321,10 @@ def remaining(groups: Sequence[Sequence[int]] | Tensor, positions: Tensor) -> Te
             raise ValueError(
                 f"Group {number} names {strangers[:5]}, which are no positions of training examples. Positions count "
                 "in the training dataset, from 0."
+            )
+        if len(members.unique()) < len(members):
+            raise ValueError(
+                f"Group {number} names a position more than once. If it is a mask of 0 and 1, make it bool."
             )
         weights[[place[member] for member in members.tolist()], number] = 0
     if whole := (weights.sum(0) == 0).nonzero().flatten().tolist():

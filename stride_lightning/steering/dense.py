@@ -130,7 +130,8 @@ class DenseFit:
             self.task.shown(observed.encoded),
             share,
             prior,
-            compare_predictions(self.task, self.readout, observed, points),
+            # A learned basis steers the network itself.
+            compare_predictions(self.task, self.readout, observed, points) if given.basis == "statistics" else {},
             None if prior is None else Spread(self.readout, points, seed=given.seed, show_progress=given.show_progress),
         )
 
@@ -142,8 +143,7 @@ class DenseFit:
         """Rise of each query's loss when the readout is refit with weights ``(n, G)``, shape ``(q, G)``."""
         points, show = self._read(queries, target)[1], self._given.show_progress
         readout = self.readout.for_groups()
-        moves = readout.refit(weights, "Groups", show_progress=show)
-        return readout.losses(points, moves) - readout.losses(points)[:, None]
+        return readout.rises(points, readout.refit(weights, "Groups", show_progress=show))
 
     def self_influence(self) -> Tensor:
         """Effect of every training example on its own loss, shape ``(n,)``."""

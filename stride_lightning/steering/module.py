@@ -112,7 +112,7 @@ class StrideModule(nn.Module):
             raise RuntimeError("The operators are not fitted yet: call fit(train) first, with a design.")
         if self.basis == "learned":
             return queries.losses[:, None] - steered_losses(self.task, queries, points.features, self.operators)
-        return self.readout.losses(points)[:, None] - self.readout.losses(points, self.operators)
+        return -self.readout.rises(points, self.operators)
 
     def recover(self, queries: Observation, recovery: ScoresName = "prior", **how: Any) -> Recovery:
         """Scores of the training examples for queries, from an evaluation pass over these.
