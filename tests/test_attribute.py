@@ -154,10 +154,12 @@ def test_model_is_as_before(options, tmp_path):
         ({"num_subsets": 4, "degree": 4}, ValueError, "degree=4 with num_subsets=4"),
         ({"task": "classification"}, TypeError, "`task` must be an instance of Task, got 'classification'"),
         ({"task": Classification}, TypeError, "got the class Classification; make an instance"),
+        ({"layers": []}, ValueError, r"`layers` must be names of modules, each once; got \[\]"),
+        ({"layers": ["network.0", "network.0"]}, ValueError, "each once; got"),
         ({"layers": "network.0"}, TypeError, r"write layers=\['network.0'\]"),
         ({"train_data": [DataLoader(DATA), DataLoader(DATA)]}, TypeError, "pass one of several loaders"),
         ({"model": Classifier}, TypeError, "`model` must be a module"),
-        ({"train_data": Subset(DATA, [0])}, ValueError, "at least 2 training examples, got 1"),
+        ({"train_data": Subset(DATA, [0]), "recovery": "prior"}, ValueError, "at least 2 training examples, got 1"),
         ({"train_data": HIGH}, ValueError, r"a model with 3 outputs takes 0\.\.2"),
     ],
 )
@@ -407,15 +409,6 @@ def test_scores_predict_retraining():
     attribution = attribute(model, TensorDataset(query_x, query_y), train_data=TensorDataset(x, y), show_progress=False)
     score = linear_datamodeling_score(attribution.scores, masks, torch.stack(losses))
     assert score > 0.8
-
-
-def test_a_default_that_depends_on_the_task_is_known_after_fit():
-    attributor = StrideAttributor(num_subsets=16, show_progress=False)
-    with pytest.raises(RuntimeError, match=r"Call fit\(model, train_data\) before reading `recovery`: its default"):
-        attributor.recovery  # noqa: B018
-    attributor.fit(build(Classifier), DATA)
-    assert attributor.recovery == "prior"
-    assert StrideAttributor(recovery="lasso").recovery == "lasso"
 
 
 def test_a_name_that_the_package_lacks():

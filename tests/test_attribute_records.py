@@ -144,7 +144,7 @@ def test_record_from_the_checkpoints_callback_state(run):
 
 def test_record_from_the_attached_trainer(run):
     model, callback, _, _ = run
-    metadata = attribute(model, QUERIES, train_data=DATA, show_progress=False).metadata
+    metadata = attribute(model, QUERIES, train_data=DATA, recovery="prior", show_progress=False).metadata
     assert metadata["record"] == str(callback.records[1])
     assert metadata["design"]["num_subsets"] == 16
 

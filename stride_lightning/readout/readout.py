@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stride_lightning.readout.coordinates import Coordinates, principal_coordinates
 from stride_lightning.readout.features import Observation
-from stride_lightning.readout.noise import relative_noise
+from stride_lightning.readout.noise import relative_noise, ridge_of
 from stride_lightning.readout.preconditioner import Preconditioner
 from stride_lightning.readout.problem import Curvature, Problem
 from stride_lightning.readout.solver import column_chunks, minimise, solve
@@ -21,9 +21,6 @@ from stride_lightning.tasks.likelihoods import Regression, Task
 PRIOR_VARIANCE = 3.0
 #: The same for a regression, over the variance of the targets: a priori the readout may explain all of it.
 REGRESSION_VARIANCE = 1.0
-#: Least noise that the ridge of a regression is made for, over the variance of the targets. A network is not trained
-#: long enough for finer directions: where targets have next to no noise (energy), this is worth .05 to .12 of LDS.
-RIDGE_NOISE = 0.05
 #: Prior variance of a logit where groups of examples are left out rather than single ones.
 GROUP_VARIANCE = 10.0
 
@@ -63,7 +60,7 @@ class Readout:
         coefficients: Its solution, shape ``(m, C)``.
         shift: Mean of a regression's targets, float64 of shape ``(C,)``; else zeros.
 
-    Memory beyond the features, for n examples and m coordinates: ``4 m^2`` bytes, and the larger of two: 90 MB, or
+    Memory beyond the features, for n examples and m coordinates: ``4 m^2`` bytes, and the larger of two: 130 MB, or
     ``28 m^2`` if that is more, while it is fit; and the result with five blocks of ``4 n C c`` (32 MB each at most) and
     ``32 m C c`` (64 MB at most) for the ``c <= 64`` columns that are solved together.
     """
@@ -243,7 +240,7 @@ def _problem(task: Task, coordinates: Coordinates, features: Tensor, encoded: Te
     shift = encoded.double().mean(0)
     targets = encoded.double() - shift
     noise = relative_noise(features, coordinates.energies, targets, REGRESSION_VARIANCE)
-    ridge = noise.clamp(min=RIDGE_NOISE) / (REGRESSION_VARIANCE * task.dispersion)
+    ridge = ridge_of(noise, REGRESSION_VARIANCE) / task.dispersion
     precision = ridge.to(features).expand(shape).clone()
     precision[-1] = 0
     variances = targets.square().mean(0)

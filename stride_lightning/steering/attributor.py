@@ -61,7 +61,7 @@ class StrideAttributor(Attributor):
 
     Memory beyond the model, for n training examples, r features (4096 at most if n is larger), ``k = min(n, r)``, C
     outputs, K subsets and q queries asked at once, is ``4 (n r + k^2 + k C K)`` bytes, and on top the larger of two:
-    90 MB, or ``28 k^2`` if that is more, while the readout is fit; and, while it answers, ``4 s q n`` for scores
+    130 MB, or ``28 k^2`` if that is more, while the readout is fit; and, while it answers, ``4 s q n`` for scores
     (``s = 6`` where they are recovered from subsets, 1 with ``recovery="closed-form"``, 5 for standard deviations when
     they are read) with five blocks of ``4 n C c`` (32 MB each at most) and ``32 k C c`` (64 MB at most) for the
     ``c <= 64`` columns that are solved together. Models in double precision take twice that. Nothing is of size
@@ -167,9 +167,10 @@ class StrideAttributor(Attributor):
             )
 
     def _options_of_records(self) -> dict[str, Any]:
-        """Options that a record must agree with, where they were given; it serves any design."""
-        is_learned_of_texts = self.task.has_tokens and self.basis == "learned"
-        return {"layers": None if is_learned_of_texts else self.layers}
+        """Options that a record must agree with, where they were given; one of a language model serves any design."""
+        if self.task.has_tokens:
+            return {"layers": None if self.basis == "learned" else self.layers}
+        return {"layers": self.layers, "num_subsets": self.num_subsets, "degree": self.degree}
 
     def _prepared(self, model: nn.Module, device: torch.device, record: Record | None) -> Fit:
         options = {option.name: getattr(self, option.name) for option in fields(FitOptions)}

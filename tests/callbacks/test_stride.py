@@ -222,7 +222,7 @@ def test_several_instances(tmp_path):
 def test_operators_of_the_record_are_used_and_give_equal_scores(tmp_path, kind, data, queries):
     model = build(kind)
     train(model, data, tmp_path, StrideCallback(num_subsets=12, fit_operators=True))
-    reused = attribute(model, queries, train_data=data, **QUIET)
+    reused = attribute(model, queries, train_data=data, recovery="prior", **QUIET)
     assert reused.metadata["operators"]["from_record"]
     assert reused.metadata["record"].endswith(("step=8", "step=6"))
     metadata = attribute(model, queries, train_data=data, basis="learned", num_subsets=12, **QUIET).metadata
@@ -278,7 +278,7 @@ def test_precision(tmp_path, precision):
     with torch.no_grad():
         outputs = model.eval()(x.to(model.network[0].weight.dtype))
     torch.testing.assert_close(losses.float(), F.cross_entropy(outputs.float(), y, reduction="none"))
-    attribution = attribute(model, QUERIES, train_data=DATA, **QUIET)
+    attribution = attribute(model, QUERIES, train_data=DATA, recovery="prior", **QUIET)
     assert attribution.metadata["operators"]["from_record"]
     assert torch.isfinite(attribution.scores).all()
     assert attribution.scores.dtype == torch.float32

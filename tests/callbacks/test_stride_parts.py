@@ -48,7 +48,9 @@ def rewritten(record, folder, without=(), **changed):
 
 
 def ask(model, record=None, **options):
-    return attribute(model, QUERIES, train_data=DATA, record=record, show_progress=False, **options)
+    return attribute(
+        model, QUERIES, train_data=DATA, record=record, show_progress=False, **{"recovery": "prior", **options}
+    )
 
 
 def same(one, other, tolerance=1e-3):
@@ -57,9 +59,13 @@ def same(one, other, tolerance=1e-3):
 
 
 def test_the_first_example_of_the_readme_reads_every_part(tmp_path):
-    """Without any option on either side."""
+    """By default the scales and the readout; with operators the design too."""
     model, callback = build(Classifier), StrideCallback(seed=5)
     train(model, DATA, tmp_path, callback)
+    by_default = attribute(model, QUERIES, train_data=DATA, show_progress=False).metadata
+    assert by_default["record"] == str(callback.records[-1])
+    assert by_default["readout"]["scales_from_record"] is by_default["readout"]["from_record"] is True
+    assert by_default["design"] is by_default["operators"] is None  # in closed form there are none
     attribution = ask(model)
     metadata = attribution.metadata
     assert metadata["record"] == str(callback.records[-1])
@@ -85,7 +91,7 @@ def test_the_first_example_of_the_readme_reads_every_part(tmp_path):
 def test_a_record_changes_no_score(tmp_path, kind, data):
     model, queries = build(kind), data(5, seed=1)
     train(model, data(), tmp_path, StrideCallback(fit_operators=True))
-    arguments = {"train_data": data(), "show_progress": False}
+    arguments = {"train_data": data(), "recovery": "prior", "show_progress": False}
     reused = attribute(model, queries, **arguments)
     assert reused.metadata["operators"]["from_record"]
     assert reused.metadata["readout"]["from_record"]

@@ -121,7 +121,7 @@ def noise_fixed_point(features: Tensor, targets: Tensor, rounds: int = 20) -> Te
     """Noise variance over the variance of the targets ``(n,)`` at which leaving one out measures what it assumed."""
     variance, noise = targets.square().mean(), torch.ones((), dtype=torch.float64)
     for _ in range(rounds):
-        measured = (left_out_error(features, targets, noise) / variance).clamp(min=1e-6)
+        measured = (left_out_error(features, targets, noise.clamp(min=0.05)) / variance).clamp(min=1e-6)
         if abs(measured - noise) <= 1e-4 * noise:
             return measured
         noise = measured

@@ -69,7 +69,7 @@ def test_few_examples(count: int) -> None:
 
 def test_one_example_has_no_subsets_but_explains_itself() -> None:
     with pytest.raises(ValueError, match="A design needs at least 2 training examples, got 1"):
-        scored(inputs(1), torch.tensor([1]))
+        scored(inputs(1), torch.tensor([1]), recovery="prior")
     scores = check_sensible(scored(inputs(1), torch.tensor([1]), recovery="closed-form"), 1, 1)
     assert float(scores) > 0
 

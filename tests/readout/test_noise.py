@@ -34,7 +34,7 @@ def test_noise_is_a_fixed_point_of_leaving_one_out(size: tuple[int, int], noise:
     features, targets = regression(*size, noise)
     values = measured(features, targets)
     for value, column in zip(values, targets.T, strict=True):
-        again = (left_out_error(features, column, value) / column.square().mean()).clamp(min=FLOOR)
+        again = (left_out_error(features, column, value.clamp(min=0.05)) / column.square().mean()).clamp(min=FLOOR)
         assert float(again) == pytest.approx(float(value), rel=1e-3)
         assert float(value) == pytest.approx(float(noise_fixed_point(features, column)), rel=1e-6)
 
@@ -48,17 +48,21 @@ def test_noise_is_that_of_the_data() -> None:
 def test_prior_variance_divides_the_ridge() -> None:
     features, targets = regression(40, 5, 1.0)
     value = measured(features, targets, 0.1)[0]
-    again = left_out_error(features, targets[:, 0], value / 0.1) / targets[:, 0].square().mean()
+    again = left_out_error(features, targets[:, 0], value.clamp(min=0.05) / 0.1) / targets[:, 0].square().mean()
     assert float(again) == pytest.approx(float(value), rel=1e-3)
 
 
-def test_targets_without_noise_stop_at_the_floor() -> None:
+def test_targets_without_noise_stop_at_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
     features, targets = regression(40, 5, 0.0)
+    noise = measured(features, targets)
+    assert FLOOR < float(noise.min()) < 1e-2  # that of a ridge as for 5 %
+    monkeypatch.setattr(noise_module, "RIDGE_NOISE", 0.0)
     assert measured(features, targets).tolist() == [FLOOR] * 2
 
 
 def test_rounds_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     """At most 20, however slowly they come to rest: one reading of the data in each, and one before."""
+    monkeypatch.setattr(noise_module, "RIDGE_NOISE", 0.0)  # which comes to rest at once
     readings = []
     plain = noise_module._blocks
     monkeypatch.setattr(noise_module, "_blocks", lambda *parts: readings.append(0) or plain(*parts))

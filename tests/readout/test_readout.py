@@ -68,7 +68,8 @@ def test_readout_influence_and_refits_equal_a_dense_solve(
         torch.stack([readout.outputs(points.features) + points.features @ move for move in moves.unbind(2)]),
         torch.stack(refits) + dense.shift,
     )
-    close(readout.losses(points, moves), torch.stack([task.loss(outputs, encoded) for outputs in refits], 1))
+    losses = readout.losses(points)[:, None] + readout.rises(points, moves)
+    close(losses, torch.stack([task.loss(outputs, encoded) for outputs in refits], 1))
 
 
 @every_size
@@ -99,7 +100,7 @@ def test_kernel_and_primal_form_agree(task: Task, monkeypatch: pytest.MonkeyPatc
         return [
             readout.outputs(points.features),
             readout.influence(points),
-            readout.losses(points, moves),
+            readout.rises(points, moves),
             readout.self_influence(),
             points.outside,
         ]
@@ -153,9 +154,9 @@ def test_error_of_influence_falls_as_one_over_n(task: Task) -> None:
     for size in sizes:
         readout = fit(task, rows_of(everything, torch.arange(size)))
         points, own, moves = readout.points(queries), readout.training_points, left_out(readout)
-        truth = readout.losses(points, moves) - readout.losses(points)[:, None]
+        truth = readout.rises(points, moves)
         errors.append(float((readout.influence(points) - truth).norm() / truth.norm()))
-        effects = readout.losses(own, moves).diagonal() - readout.losses(own)
+        effects = readout.rises(own, moves).diagonal()
         first_order, finite = readout.influence(own).diagonal(), readout.self_influence()
         assert (finite >= first_order).all()
         assert (finite >= 0).all()
@@ -175,7 +176,7 @@ def test_self_influence_at_a_leverage_near_one(task: Task) -> None:
     observed.features[4, 2] = 100
     readout = fit(task, observed)
     points, moves = readout.training_points, left_out(readout)
-    effects = readout.losses(points, moves).diagonal() - readout.losses(points)
+    effects = readout.rises(points, moves).diagonal()
     first_order, finite = readout.influence(points).diagonal(), readout.self_influence()
     assert finite.isfinite().all()
     assert (finite >= 0).all()
@@ -232,7 +233,7 @@ def test_order_of_examples_and_columns_solved_together_do_not_matter(
             readout.outputs(points.features),
             readout.influence(points)[:, back],
             readout.self_influence()[back],
-            readout.losses(points, readout.refit(weights[order])),
+            readout.rises(points, readout.refit(weights[order])),
         ]
 
     expected = answers(torch.arange(size[0]))
@@ -290,3 +291,21 @@ def test_shifting_and_scaling_targets_changes_no_ranking(dtype: torch.dtype, shi
         close(got.double() / scale**2, expected, tolerance)
         if dtype == torch.float64:
             assert got.flatten().argsort().equal(expected.flatten().argsort())
+
+
+@every_task
+def test_moves_of_single_examples_lose_no_digits_in_single_precision(task: Task) -> None:
+    """Their effects lie below the rounding of coefficients and losses."""
+    effects = []
+    for dtype in (torch.float32, torch.float64):
+        observed, queries = observation(task, 400, dtype=dtype), observation(task, 7, seed=1, dtype=dtype)
+        readout = fit(task, observed)
+        weights = 1 - torch.eye(400, dtype=dtype)[:, :30]
+        effects.append(readout.rises(readout.points(queries), readout.refit(weights)).double())
+    close(*effects, 1e-3)
+
+
+@every_task
+def test_all_data_move_nothing(task: Task) -> None:
+    readout = fit(task, observation(task, dtype=torch.float32))
+    assert float(readout.refit(torch.ones(40, 2)).abs().max()) < 1e-6 * float(readout.coefficients.abs().max())

@@ -94,7 +94,12 @@ def test_scores_are_recovered_from_the_refits(task: Task, recovery: str) -> None
 
 @pytest.mark.parametrize(
     ("options", "num_subsets"),
-    [({}, 16), ({"recovery": "ridge"}, 200), ({"recovery": "lasso", "penalty": 0.1}, 200), ({"basis": "learned"}, 200)],
+    [
+        ({"recovery": "prior"}, 16),
+        ({"recovery": "ridge"}, 200),
+        ({"recovery": "lasso", "penalty": 0.1}, 200),
+        ({"basis": "learned"}, 200),
+    ],
     ids=str,
 )
 def test_few_subsets_are_enough_where_a_prior_knows_most(
@@ -106,6 +111,29 @@ def test_few_subsets_are_enough_where_a_prior_knows_most(
     assert (design["num_subsets"], design["degree"]) == (num_subsets, num_subsets // 2)
     assert metadata["options"]["basis"] == options.get("basis", "statistics")
     assert fitted(Classification(), **options, degree=3).metadata["design"]["degree"] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "recovery"),
+    [
+        ({}, "closed-form"),
+        ({"num_subsets": 8}, "prior"),
+        ({"degree": 4}, "prior"),
+        ({"basis": "learned"}, "prior"),
+        ({"recovery": "lasso"}, "lasso"),
+    ],
+    ids=str,
+)
+def test_scores_are_in_closed_form_unless_operators_are_wanted(options: dict[str, Any], recovery: str) -> None:
+    assert StrideAttributor(**options).recovery == recovery
+
+
+def test_duplicates_have_equal_scores() -> None:
+    x, y = data_of(Classification(), NUM_TRAIN, 0).tensors
+    twice = TensorDataset(x.repeat(2, 1), y.repeat(2))
+    attributor = StrideAttributor(**QUIET).fit(perceptron().double(), twice, Classification())
+    first, second = attributor.attribute(queries_of(Classification())).scores.split(NUM_TRAIN, 1)
+    torch.testing.assert_close(first, second)
 
 
 # ---- self-influence -------------------------------------------------------------------------------------------------
@@ -146,9 +174,7 @@ def test_self_influence_is_near_leaving_one_out(task: Task) -> None:
     attributor = fitted(task)
     readout = attributor.fitted.readout
     moves = readout.refit(1 - torch.eye(NUM_TRAIN))
-    rises = (
-        readout.losses(readout.training_points, moves) - readout.losses(readout.training_points)[:, None]
-    ).diagonal()
+    rises = (readout.rises(readout.training_points, moves)).diagonal()
     assert correlation(attributor.self_influence(), rises) > 0.95
 
 
@@ -197,7 +223,7 @@ def test_only_the_influence_has_a_spread(computed: list[spread.Spread], options:
 @every_task
 def test_std_holds_the_recovery_s_variance_too(task: Task) -> None:
     plain = fitted(task, recovery="closed-form").attribute(queries_of(task)).std
-    attributor = fitted(task)
+    attributor = fitted(task, recovery="prior")
     attribution, module = attributor.attribute(queries_of(task)), attributor.fitted.module
     assert module is not None
     readout, (observed, points) = attributor.fitted.readout, seen(attributor, task)

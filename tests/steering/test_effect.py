@@ -109,7 +109,7 @@ def test_groups_are_positions_masks_or_tensors_of_either() -> None:
         masks.tolist(),
         [torch.tensor(group) for group in GROUPS],
         [np.array(group) for group in GROUPS],
-        (range(3, 4), [4, 0, 21, 7, 7], {*range(15)}),
+        (range(3, 4), [4, 0, 21, 7], {*range(15)}),
     ):
         torch.testing.assert_close(attributor.effect(queries, same), expected, rtol=1e-5, atol=1e-7)
     pairs = torch.tensor([[1, 2], [3, 4]])
@@ -160,7 +160,9 @@ def test_what_is_no_group_is_refused() -> None:
         effect,
         (r"Group 0 names \[30\], which are no positions of training examples", [[0, 30]]),
         (r"Group 1 names \[-1\], which are no positions", [[0], [-1, 2]]),
-        (r"Group 0 names \[0.5\], which are no positions", [[0.5]]),
+        (r"Each group must be the positions of its members.*group 0 is \[0.5\]", [[0.5]]),
+        ("`groups` must be a list of groups, each a list of positions; got 0", 0),
+        ("Group 1 names a position more than once. If it is a mask of 0 and 1, make it bool", [[3], [0, 1, 0]]),
         (r"Groups \[1\] are all of the training data, so nothing is left to train on", [[0], range(30)]),
         (r"Groups \[0, 1\] are all of the training data", torch.ones(2, 30) == 1),
         (r"must have shape \(num_groups, 30\).*group 0 has 29 values", torch.ones(2, 29) == 1),

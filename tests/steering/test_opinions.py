@@ -127,3 +127,24 @@ def test_texts_have_no_readout_to_compare() -> None:
     assert attribution.query_info == {}
     assert "agreement" not in attribution.metadata
     assert "readout" not in repr(attribution)
+
+
+def test_a_constant_output_is_agreed_on() -> None:
+    """Targets that never change have no noise; rounding is no disagreement."""
+    x = random_tensor(40, 4, seed=0).float()
+    targets = torch.stack([x.sum(1), torch.full((40,), 3.0)], 1)
+    model = torch.nn.Linear(4, 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.stack([torch.ones(4), torch.zeros(4)]))
+        model.bias.copy_(torch.tensor([0.0, 3.0]))
+    data = TensorDataset(x, targets)
+    attribution = StrideAttributor(show_progress=False).fit(model, data, Regression()).attribute(data)
+    assert sum(attribution.query_info["readout agrees"]) > 15  # one standard deviation of the other output
+
+
+def test_operators_on_the_network_have_no_other_opinion() -> None:
+    train = TensorDataset(random_tensor(40, 4, seed=0), random_targets(Classification(), 40, 3, 1))
+    attributor = StrideAttributor(basis="learned", num_subsets=8, recovery="ridge", penalty=1.0, show_progress=False)
+    attribution = attributor.fit(perceptron().double(), train, Classification()).attribute(train)
+    assert attribution.query_info == {}
+    assert "readout" not in repr(attribution)

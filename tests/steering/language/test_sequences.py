@@ -238,4 +238,4 @@ def test_recoveries_have_the_scale_of_the_closed_form(model):
 def test_options_without_effect_are_refused(model):
     for option in ({"num_subsets": 8}, {"degree": 3}):
         with pytest.raises(ValueError, match=f"so {next(iter(option))} would have no effect"):
-            ask(model, **option)
+            ask(model, recovery="closed-form", **option)
