@@ -137,7 +137,8 @@ def self_influence(
 
     Returns:
         float32, shape ``(num_train,)``, in the unit of the method: the score of each training example for itself, which
-        is the diagonal of the attribution of the training data to themselves. The order is that of ``train_indices``,
+        is the diagonal of the attribution of the training data to themselves (of ``"stride"``, in closed form and over
+        one minus the leverage: the effect of leaving the example out). The order is that of ``train_indices``,
         by default that of the dataset. A method that scores only some examples (``left_out``) gives those, in their
         order. A method that chooses an option over all queries of a call, such as the penalty of a lasso, chooses it
         for every ``batch_size`` of them.

@@ -154,7 +154,7 @@ def test_model_is_as_before(options, tmp_path):
         ({"num_subsets": 4, "degree": 4}, ValueError, "degree=4 with num_subsets=4"),
         ({"task": "classification"}, TypeError, "`task` must be an instance of Task, got 'classification'"),
         ({"task": Classification}, TypeError, "got the class Classification; make an instance"),
-        ({"layers": []}, ValueError, r"`layers` must be names of modules, each once; got \[\]"),
+        ({"layers": []}, ValueError, "`layers` is empty: name at least one module"),
         ({"layers": ["network.0", "network.0"]}, ValueError, "each once; got"),
         ({"layers": "network.0"}, TypeError, r"write layers=\['network.0'\]"),
         ({"train_data": [DataLoader(DATA), DataLoader(DATA)]}, TypeError, "pass one of several loaders"),

@@ -302,8 +302,6 @@ def chosen_parameters(model: nn.Module, layers: Sequence[str] | None) -> dict[st
         ValueError: If a name is not a submodule or nothing is trainable.
     """
     check_layers(layers)
-    if layers is not None and len(layers) == 0:
-        raise ValueError("`layers` is empty: name at least one module, or leave it out for all that are trainable.")
     modules = [model] if layers is None else [find_module(model, name) for name in layers]
     chosen = {id(parameter) for module in modules for parameter in module.parameters() if parameter.requires_grad}
     named = {plain_name(name): parameter for name, parameter in model.named_parameters() if id(parameter) in chosen}

@@ -51,10 +51,10 @@ def check_layers(layers: Sequence[str] | None) -> None:
     """Refuse a string, which is a sequence of letters, and lists without names or with one twice."""
     if isinstance(layers, str):
         raise TypeError(f"`layers` must be a list of names, got the string {layers!r}: write layers=[{layers!r}].")
-    if layers is not None and not (layers and len(set(layers)) == len(layers)):
-        raise ValueError(
-            f"`layers` must be names of modules, each once; got {list(layers)}. Leave it out for the default."
-        )
+    if layers is not None and not layers:
+        raise ValueError("`layers` is empty: name at least one module, or leave it out for the default.")
+    if layers is not None and len(set(layers)) < len(layers):
+        raise ValueError(f"`layers` must be names of modules, each once; got {list(layers)}.")
 
 
 def layer_names(model: nn.Module) -> list[str]:

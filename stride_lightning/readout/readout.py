@@ -124,7 +124,9 @@ class Readout:
         losses = self.problem.task.loss(before, encoded, dim=1)
         rises = points.features.new_empty(len(points), moves.shape[2])
         for columns in self._chunks(moves.shape[2]):
-            moved = (points.features @ moves[..., columns].flatten(1)).view(len(points), -1, len(columns))
+            moved = (points.features @ moves[..., columns].flatten(1)).view(
+                len(points), self.problem.shape[1], len(columns)
+            )
             rises[:, columns] = (self.problem.task.loss(before + moved, encoded, dim=1) - losses).to(rises)
         return rises
 

@@ -230,7 +230,8 @@ class RetrainingAttributor(Attributor):
                 "method='retraining' needs models retrained on subsets: pass `truth=`, a result of retrain(), or "
                 "`model_fn=` and `max_epochs=` to retrain now."
             )
-        self._stride = StrideAttributor(recovery=recovery, penalty=penalty, **kwargs)
+        StrideAttributor(recovery=recovery, penalty=penalty)  # refuses what does not go together
+        self._stride = StrideAttributor(recovery="closed-form", **kwargs)
         self.truth = GroundTruth.load(truth) if isinstance(truth, str | Path) else truth
         self.recovery: RecoveryName = recovery
         self.penalty = penalty
