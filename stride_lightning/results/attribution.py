@@ -108,5 +108,7 @@ class Attribution(AttributionResult):
 
     @override
     def _summary(self) -> str:
-        spread = f"std {self.scores.std():.2g}" if self.scores.numel() > 1 else f"sum {self.scores.sum():.2g}"
+        spread = (
+            f"scores vary by {self.scores.std():.2g}" if self.scores.numel() > 1 else f"sum {self.scores.sum():.2g}"
+        )
         return f"{self.num_queries} queries x {self.num_train} training examples, {spread}"

@@ -180,3 +180,10 @@ def test_what_attribute_gives_can_be_saved_and_shown_again(tmp_path):
 def test_shapes_are_checked(changes, message):
     with pytest.raises(ValueError, match=message):
         example(**changes)
+
+
+def test_the_spread_of_scores_is_not_called_a_standard_deviation():
+    """That word stands with "uncalibrated", for the uncertainty of each score."""
+    plain = Attribution(torch.tensor([[0.5, -0.25, 1.0]]))
+    assert "std" not in repr(plain)
+    assert repr(Attribution(plain.scores, plain.scores.abs())).count("std") == repr(plain).count("std") + 1
