@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +30,6 @@ class NetworkReadout:
         model: The network, in eval mode on the device.
         task: The likelihood.
         features: The map from what enters the network's layers to features.
-        train: The evaluation pass over the training set.
         readout: The readout.
         how: ``batch_size``, ``device`` and ``show_progress`` of passes.
     """
@@ -40,7 +37,6 @@ class NetworkReadout:
     model: nn.Module
     task: Task
     features: FeatureMap
-    train: Observation
     readout: Readout
     how: dict[str, Any]
 
@@ -51,10 +47,6 @@ class NetworkReadout:
         task: Task,
         train: Examples,
         *,
-        layers: Sequence[str] | None = None,
-        scales: Tensor | None = None,
-        start: Tensor | None = None,
-        cache_dir: str | Path | None = None,
         batch_size: int,
         device: torch.device,
         show_progress: bool,
@@ -65,22 +57,15 @@ class NetworkReadout:
             model: In eval mode on ``device``.
             task: The likelihood.
             train: The training set.
-            layers: Names of the modules whose inputs are features; by default as :func:`default_layers` chooses.
-            scales: Of each layer, from a record; measured if None.
-            start: Coefficients on features to start from, from a record.
-            cache_dir: Folder for features that are too many for memory; without, they are folded to fewer.
             batch_size: Examples per forward pass.
             device: Holds features and all that is computed from them.
             show_progress: Show a progress bar.
         """
         how: dict[str, Any] = {"batch_size": batch_size, "device": device, "show_progress": show_progress}
-        if layers is None:
-            size = min(batch_size, FIRST_EXAMPLES, len(train))
-            layers = default_layers(model, task, task.inputs(first_batch(train, size, device)), size)
-        features, observed = fit_features(model, task, train, layers, scales=scales, cache_dir=cache_dir, **how)
-        readout = Readout.fit(observed, task, start=start, show_progress=show_progress)
-        observed = replace(observed, features=readout.problem.features)  # their memory is the readout's now
-        return cls(model, task, features, observed, readout, how)
+        size = min(batch_size, FIRST_EXAMPLES, len(train))
+        layers = default_layers(model, task, task.inputs(first_batch(train, size, device)), size)
+        features, observed = fit_features(model, task, train, layers, **how)
+        return cls(model, task, features, Readout.fit(observed, task, show_progress=show_progress), how)
 
     @property
     def train_outputs(self) -> Tensor:
@@ -96,9 +81,7 @@ class NetworkReadout:
         """The same without the training examples, for outputs of queries only."""
         problem = self.readout.problem
         nothing = {"features": problem.features.new_empty(0, problem.shape[0]), "encoded": problem.encoded[:0]}
-        readout = replace(self.readout, problem=replace(problem, **nothing))
-        train = replace(self.train, features=nothing["features"])
-        return replace(self, train=train, readout=readout)
+        return replace(self, readout=replace(self.readout, problem=replace(problem, **nothing)))
 
     def outputs_of(self, queries: Examples, target: str = "label") -> Tensor:
         """Natural parameters of queries, shape ``(q, C)``."""

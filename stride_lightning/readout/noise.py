@@ -8,7 +8,7 @@ from torch import Tensor
 #: Most rounds, and the least noise relative to the variance of the targets.
 MAX_ROUNDS, FLOOR = 20, 1e-6
 #: Least noise that the ridge is made for, over the variance of the targets. A network is not trained long enough for
-#: finer directions: where targets have next to no noise (energy), this is worth .05 to .12 of LDS.
+#: finer directions: where targets have next to no noise (energy), this is worth .04 to .12 of LDS.
 RIDGE_NOISE = 0.05
 
 

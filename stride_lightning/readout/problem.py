@@ -59,15 +59,15 @@ class Problem:
         for start in range(0, len(self), step):
             yield slice(start, min(start + step, len(self)))
 
-    def outputs(self, coefficients: Tensor, features: Tensor) -> Tensor:
-        """Outputs of some examples, shape ``(B, C, K)``."""
+    def outputs(self, coefficients: Tensor, features: Tensor, base: Tensor | None = None) -> Tensor:
+        """Outputs of some examples, shape ``(B, C, K)``: ``base``, or the offset, where coefficients are zero."""
         flat = features @ coefficients.flatten(1)
-        return flat.unflatten(1, coefficients.shape[1:]) + self.offset[:, None]
+        return flat.unflatten(1, coefficients.shape[1:]) + (self.offset if base is None else base)[..., None]
 
     def around(self, coefficients: Tensor) -> Problem:
         """The problem in moves from its solution, shape ``(m, C)``.
 
-        The move of all data is exactly zero, and small moves lose no digits beside large coefficients.
+        The move of all data is zero up to rounding, and small moves lose no digits beside large coefficients.
         """
         base = torch.cat([self._outputs(rows, coefficients[..., None])[..., 0] for rows in self.blocks(1)])
         return replace(self, base=base, balance=self.residuals(base, self.encoded))
@@ -82,9 +82,7 @@ class Problem:
 
     def _outputs(self, rows: slice, coefficients: Tensor) -> Tensor:
         """Outputs of some training examples, shape ``(B, C, K)``."""
-        flat = self.features[rows] @ coefficients.flatten(1)
-        base = self.offset if self.base is None else self.base[rows]
-        return flat.unflatten(1, coefficients.shape[1:]) + base[..., None]
+        return self.outputs(coefficients, self.features[rows], None if self.base is None else self.base[rows])
 
     def objective(self, coefficients: Tensor, weights: Tensor | None) -> Tensor:
         """The penalised loss, float64 of shape ``(K,)``; weights have shape ``(n, K)``, None are all 1."""

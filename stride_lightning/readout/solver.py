@@ -37,9 +37,9 @@ def minimise(
 
     Args:
         problem: The problem.
-        weights: Shape ``(n, K)``; None for one column with all weights 1.
-        start: Coefficients to start from, shape ``(m, C, 1)`` or ``(m, C, K)``; zeros if None.
-        preconditioner: Of the curvature; made on the way, for one column, if None.
+        weights: Shape ``(n, K)``, with a preconditioner; None for one column with all weights 1.
+        start: Coefficients to start from, shape ``(m, C, 1)``; zeros if None.
+        preconditioner: Of the curvature of all data; made on the way if None.
 
     Returns:
         The coefficients, and a preconditioner at (nearly) these, if one was given or made.
@@ -48,7 +48,7 @@ def minimise(
     zeros = problem.features.new_zeros(*problem.shape, count)
     coefficients = zeros if start is None else zeros + start
     tolerance = 1e-4 if zeros.dtype == torch.float32 else 1e-10
-    diagonal = _inverse_diagonal(problem, weights, zeros) if preconditioner is None else preconditioner
+    diagonal = _inverse_diagonal(problem) if preconditioner is None else preconditioner
     slope = problem.slope(zeros, weights)
     largest = _norm(slope, diagonal(slope)).clamp(min=torch.finfo(zeros.dtype).tiny)
     objective, before = problem.objective(coefficients, weights), math.inf
@@ -60,7 +60,7 @@ def minimise(
         if error <= tolerance or before / 2 < error < SMALL_ERROR:
             break
         curvature, before = Curvature(problem, coefficients, weights), error
-        if preconditioner is None and weights is None and step == FIRST_STEPS:
+        if preconditioner is None and step == FIRST_STEPS:
             preconditioner = Preconditioner(curvature)
         direction = conjugate_gradients(
             curvature,
@@ -90,16 +90,11 @@ def _descend(
     return reached, value
 
 
-def _inverse_diagonal(problem: Problem, weights: Tensor | None, coefficients: Tensor) -> Callable[[Tensor], Tensor]:
-    """The inverse of the curvature's diagonal at some coefficients, as a function of vectors."""
-    means = problem.task.mean(problem.outputs(coefficients[..., :1], problem.features[:1]), dim=1)[..., 0]
-    typical = problem.task.curvature_diagonal(means)  # (1, C): all predictions are alike there
-    if weights is None:
-        energies = torch.stack([problem.features[rows].square().sum(0) for rows in problem.blocks(1)]).sum(0)[:, None]
-    else:
-        parts = [problem.features[rows].square().T @ weights[rows] for rows in problem.blocks(weights.shape[1])]
-        energies = torch.stack(parts).sum(0)
-    inverse = 1 / (problem.precision[..., None] + typical.T * energies[:, None, :])
+def _inverse_diagonal(problem: Problem) -> Callable[[Tensor], Tensor]:
+    """The inverse of the curvature's diagonal where coefficients are zero, as a function of vectors."""
+    typical = problem.task.curvature_diagonal(problem.task.mean(problem.offset[None]))  # (1, C): of every example
+    energies = torch.stack([problem.features[rows].square().sum(0) for rows in problem.blocks(1)]).sum(0)
+    inverse = (1 / (problem.precision + typical * energies[:, None]))[..., None]
     return lambda vectors: inverse * vectors
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,6 +21,7 @@ from stride_lightning.runtime.distributed import all_equal, broadcast_object, ga
 from stride_lightning.runtime.progress import call
 from stride_lightning.steering.dense import DenseFit
 from stride_lightning.steering.fit import Answers, BasisName, Fit, FitOptions, ScoresName
+from stride_lightning.steering.groups import remaining
 from stride_lightning.steering.language.sequences import SequenceStride
 from stride_lightning.steering.recovery import Recovery, recover
 from stride_lightning.steering.subsets import NUM_SUBSETS, Design, default_num_subsets, sample_design
@@ -291,48 +292,6 @@ class StrideAttributor(Attributor):
             examples = resolve_queries(queries, self.model)
             with self.borrowed_model():
                 return self.fitted.effects(examples, target, weights).float().cpu()
-
-
-def remaining(groups: Iterable[Sequence[int]] | Tensor, positions: Tensor) -> Tensor:
-    """Weights of the training examples without each group, 0 or 1 of shape ``(n, num_groups)``."""
-    place = {position: number for number, position in enumerate(positions.tolist())}
-    if not isinstance(groups, Iterable):
-        raise ValueError(f"`groups` must be a list of groups, each a list of positions; got {groups!r}.")
-    listed = list(groups)
-    weights = torch.ones(len(positions), len(listed))
-    for number, group in enumerate(listed):
-        try:
-            members = torch.as_tensor(group if isinstance(group, Tensor) else list(group))
-        except (TypeError, ValueError):
-            members = torch.empty(())
-        if members.ndim != 1 or (members.is_floating_point() and len(members)):
-            raise ValueError(
-                f"Each group must be the positions of its members, or bool with one value for each training example; "
-                f"group {number} is {group!r}. For a single group, pass a list that holds it."
-            )
-        if members.dtype == torch.bool:
-            if len(members) != len(positions):
-                raise ValueError(
-                    f"Groups as bool must have shape (num_groups, {len(positions)}), a column for each training "
-                    f"example; group {number} has {len(members)} values."
-                )
-            weights[members, number] = 0
-            continue
-        if strangers := [member for member in members.tolist() if member not in place]:
-            raise ValueError(
-                f"Group {number} names {strangers[:5]}, which are no positions of training examples. Positions count "
-                "in the training dataset, from 0."
-            )
-        if len(members.unique()) < len(members):
-            raise ValueError(
-                f"Group {number} names a position more than once. If it is a mask of 0 and 1, make it bool."
-            )
-        weights[[place[member] for member in members.tolist()], number] = 0
-    if whole := (weights.sum(0) == 0).nonzero().flatten().tolist():
-        raise ValueError(
-            f"Groups {whole[:5]} are all of the training data, so nothing is left to train on. Leave them out."
-        )
-    return weights
 
 
 def missing_parts(record: Record, task: Task) -> str:

@@ -435,3 +435,19 @@ def test_nothing_is_left_behind_after_an_error() -> None:
         graphs.clear()
         torch.compiler.reset()
         assert caught.value.__traceback__ is not None
+
+
+def test_forward_passes_fit_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches are smaller where a layer's input is large; features are the same."""
+    sizes: list[int] = []
+    model = nn.Sequential(nn.Linear(4, 500), nn.ReLU(), nn.Linear(500, 3)).double()
+    model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    data = examples_of(random_tensor(40, 4, seed=0), torch.arange(40) % 3)
+    how = {"batch_size": 40, "device": CPU, "show_progress": False}
+    _, whole = fit_features(model, Classification(), data, ["0", "2"], **how)
+    assert max(sizes) == 40
+    sizes.clear()
+    monkeypatch.setattr(features_module, "FORWARD_BYTES", 4 * 500 * 8 * 5)  # four times five inputs of the widest layer
+    _, parts = fit_features(model, Classification(), data, ["0", "2"], **how)
+    assert sizes[1:] == [5] * 8
+    torch.testing.assert_close(parts.features, whole.features)

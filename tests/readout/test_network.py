@@ -31,7 +31,6 @@ def test_it_is_the_readout_of_the_default_layers() -> None:
     expected = Readout.fit(observed, TASK)
     torch.testing.assert_close(network.readout.coefficients, expected.coefficients)
     torch.testing.assert_close(network.train_outputs, expected.outputs(expected.problem.features))
-    assert fitted(layers=["2"]).features.layers == ("2",)
 
 
 def test_queries_that_are_training_examples_have_their_outputs() -> None:
@@ -55,13 +54,11 @@ def test_predicted_targets_are_the_network_s() -> None:
     assert not network.outputs_of(examples_of(inputs), "predicted").argmax(1).equal(predicted)
 
 
-def test_scales_and_start_of_a_record_are_used() -> None:
-    first = fitted()
-    outward = first.readout.coordinates.outward(first.readout.coefficients)
-    again = fitted(scales=first.features.scales, start=outward)
-    torch.testing.assert_close(again.train_outputs, first.train_outputs, rtol=0, atol=1e-7)
-    other = fitted(scales=3 * first.features.scales)
-    assert (other.train_outputs - first.train_outputs).abs().max() > 0.1
+def test_queries_need_no_training_examples() -> None:
+    network, queries = fitted(), examples_of(INPUTS[3:9], TARGETS[3:9])
+    light = network.without_training()
+    assert len(light.readout.problem) == 0
+    assert torch.equal(light.outputs_of(queries), network.outputs_of(queries))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
