@@ -13,9 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from stride_lightning.gradients.damping import Damped, DampedKernel, DampedMatrix, RelativeDamping, singular
-from stride_lightning.gradients.features import Batch, Reader
-from stride_lightning.gradients.own_batch import OwnBatch
-from stride_lightning.gradients.own_reader import OwnReader
+from stride_lightning.gradients.reading import AnyBatch, AnyReader
 from stride_lightning.gradients.signs import count_directions
 from stride_lightning.model.blocks import Gradients
 from stride_lightning.model.capture import Capture, Effort
@@ -29,9 +27,9 @@ class TrainingSide:
 
     capture: Capture
     is_padded: bool  # whether examples of different lengths are padded
-    reader: Reader | OwnReader
+    reader: AnyReader
     share: slice  # the training examples of this process
-    features: Callable[[Batch | OwnBatch], Gradients]  # the gradients to compare
+    features: Callable[[AnyBatch], Gradients]  # the gradients to compare
     seed: int
     project: Callable[[Gradients], Gradients]  # the projection that is part of the features
     effort: Effort  # work and memory of one example
@@ -58,7 +56,7 @@ class TrainingSide:
         directions = count_directions(self.reader.num_outputs, self.reader.most_tokens)
         return (1 + 2 * directions) * self.effort.forward
 
-    def batches(self, description: str = "", share: slice | None = None) -> Iterator[Batch | OwnBatch]:
+    def batches(self, description: str = "", share: slice | None = None) -> Iterator[AnyBatch]:
         """Batches of this process's examples, or of a part of them, after their forward pass."""
         return self.reader.run(self.capture, share or self.share, description)
 

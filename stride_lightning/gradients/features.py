@@ -22,7 +22,6 @@ from stride_lightning.runtime.checks import check_finite
 from stride_lightning.runtime.progress import counting
 from stride_lightning.tasks.likelihoods import Task
 
-
 #: Outputs with their graph, shape ``(B, C)``, and a function that multiplies changes of them, ``(q, B, C)``, by the
 #: curvature of the losses.
 Linearised = tuple[Tensor, Callable[[Tensor], Tensor]]

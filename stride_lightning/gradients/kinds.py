@@ -1,4 +1,4 @@
-"""How the loss of a batch is made of the losses of its examples: their mean, their sum, a weighted mean, or not at all."""
+"""How a batch's loss is made of those of its examples: their mean, sum or weighted mean, or of all together."""
 
 from __future__ import annotations
 

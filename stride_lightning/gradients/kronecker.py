@@ -13,8 +13,7 @@ from typing_extensions import override
 
 from stride_lightning.gradients.curvature import Curvature, TrainingSide
 from stride_lightning.gradients.damping import singular
-from stride_lightning.gradients.features import Batch
-from stride_lightning.gradients.own_batch import OwnBatch
+from stride_lightning.gradients.reading import AnyBatch
 from stride_lightning.model.blocks import Block, Gradients, Outer
 from stride_lightning.runtime.distributed import total
 from stride_lightning.runtime.progress import expect
@@ -103,7 +102,7 @@ class EKFAC(Curvature):
 
         return gradients.vectors(solved)
 
-    def _squares(self, batch: Batch | OwnBatch, train: TrainingSide) -> Iterator[tuple[str, Tensor]]:
+    def _squares(self, batch: AnyBatch, train: TrainingSide) -> Iterator[tuple[str, Tensor]]:
         """Squared gradients in the bases, summed over examples and directions of the outputs."""
         lefts: defaultdict[str, Any] = defaultdict(float)
         rights: defaultdict[str, Any] = defaultdict(float)

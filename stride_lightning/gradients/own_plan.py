@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +14,10 @@ from torch.utils import _pytree as pytree
 
 from stride_lightning.data.examples import Examples, first_batch
 from stride_lightning.gradients.kinds import KINDS, Kind, kind_of
-from stride_lightning.gradients.single import SingleCapture, kind_by_gradients
+from stride_lightning.gradients.signs import count_directions
+from stride_lightning.gradients.single import LossOutputs, SingleCapture, kind_by_gradients
 from stride_lightning.gradients.step_outputs import SkippedStep, StepInputs, StepOutputs
-from stride_lightning.model.capture import Capture
+from stride_lightning.model.capture import Capture, Effort, Outputs
 from stride_lightning.model.layers import in_precision_of
 from stride_lightning.model.plan import plan_capture, probe_places
 from stride_lightning.model.tap import find_tap
@@ -24,6 +25,9 @@ from stride_lightning.model.weights import moved
 from stride_lightning.runtime.checks import first_line
 from stride_lightning.tasks.own_loss import OwnLoss
 from stride_lightning.tasks.training_step import Mode, Moment, TrainingStep
+
+#: Names of the modules whose parameters count, from outputs and a batch of their inputs.
+ChooseLayers = Callable[[Outputs, Any], Sequence[str] | None]
 
 #: Examples on which a loss is looked at.
 NUM_EXAMPLES = 32
@@ -41,6 +45,7 @@ class OwnPlan:
         own: The loss.
         step: The loss as a function of batches.
         capture: Reads gradients of functions of the tap's outputs; of single examples where there is no tap.
+        effort: What an example takes.
         kind: How a batch's loss is made of those of its examples.
         mode: The mode in which it is defined.
         num_draws: Draws over which a random loss is averaged; 1 for any other.
@@ -52,6 +57,7 @@ class OwnPlan:
     own: OwnLoss
     step: TrainingStep
     capture: Capture
+    effort: Effort
     kind: Kind
     mode: Mode
     num_draws: int
@@ -59,9 +65,15 @@ class OwnPlan:
     is_padded: bool
     #: Whether the curvature of the loss is that at the tap's outputs; else gradients of examples make it (Fisher).
     is_curved: bool
+    num_outputs: int  # along which curvature is taken
     notes: tuple[str, ...]
     #: Mean weight of the training examples in a weighted mean, where the partner's is 1.
     mean_weight: float = 1.0
+
+    @property
+    def num_directions(self) -> int:
+        """Gradients that make the curvature of an example."""
+        return count_directions(self.num_outputs, 1)
 
     @property
     def has_rows(self) -> bool:
@@ -87,7 +99,9 @@ def plan_own_loss(
     device: torch.device,
     *,
     moment: Moment | None,
-    layers: Sequence[str] | None,
+    choose_layers: ChooseLayers,
+    like: Capture | None = None,
+    mode: Mode = "train",
 ) -> OwnPlan:
     """Look at a module's own loss on a few training examples, and plan how its gradients are read.
 
@@ -97,19 +111,22 @@ def plan_own_loss(
         train: The training examples.
         device: Device of the computation.
         moment: The moment of training.
-        layers: Names of the modules whose parameters count.
+        choose_layers: Names of the modules whose parameters count, from the outputs and a batch.
+        like: A capture with whose gradients those of the loss are compared.
+        mode: The mode in which the loss is defined; where training mixes the examples of a batch, it is eval mode.
 
     Raises:
         ValueError: If no example has a loss, or it is of a kind that is not known.
     """
     probes = _Probes(model, train, device)
     problem: ValueError | None = None
-    for mode in ("train", "eval"):
+    modes: list[Mode] = list(dict.fromkeys((mode, "eval")))
+    for tried in modes:
         try:
-            return _planned(own, model, probes, mode, moment, layers)
-        except _NoRows as error:
+            return _planned(own, model, probes, tried, moment, choose_layers, like)
+        except _NoRows as error:  # noqa: PERF203
             problem = problem or error
-    return _one_by_one(own, model, probes, moment, layers, problem)
+    return _one_by_one(own, model, probes, mode, moment, choose_layers, like, problem)
 
 
 class _NoRows(ValueError):
@@ -136,7 +153,13 @@ class _Probes:
 
 
 def _planned(
-    own: OwnLoss, model: nn.Module, probes: _Probes, mode: Mode, moment: Moment | None, layers: Sequence[str] | None
+    own: OwnLoss,
+    model: nn.Module,
+    probes: _Probes,
+    mode: Mode,
+    moment: Moment | None,
+    choose_layers: ChooseLayers,
+    like: Capture | None,
 ) -> OwnPlan:
     step = own.of(model, moment, mode)
     every = list(range(len(probes)))
@@ -159,7 +182,8 @@ def _planned(
             widths = {outputs(inputs).shape[1] for inputs in (together, *singles)}
             if is_padded := len(widths) > 1:
                 singles = [_row(together, row, len(chosen)) for row in range(len(chosen))]
-            capture = plan_capture(outputs, singles, together, layers)
+            capture = plan_capture(outputs, singles, together, choose_layers(outputs, together), like)
+            effort = capture.effort(together, len(chosen))
         except (ValueError, TypeError, IndexError) as error:
             raise _NoRows(str(error)) from error
     kind = _kind(outputs, probes, alone)
@@ -169,21 +193,36 @@ def _planned(
     notes = ("the penalty on weights belongs to no example",) if tap.penalised else ()
     num_draws = NUM_DRAWS if is_random(step, whole) else 1
     partner = max(every, key=lambda row: float(_slopes(outputs, alone[row]).abs().max()))
-    is_curved = kind != "coupled" and _is_curved(outputs, together)
-    return OwnPlan(own, step, capture, kind, mode, num_draws, probes.places[partner], is_padded, is_curved, notes)
+    is_curved = kind != "coupled" and not is_padded and _is_curved(outputs, together)
+    return OwnPlan(
+        own,
+        step,
+        capture,
+        effort,
+        kind,
+        mode,
+        num_draws,
+        probes.places[partner],
+        is_padded,
+        is_curved,
+        max(widths) if is_curved else 1,
+        notes,
+    )
 
 
 def _one_by_one(
     own: OwnLoss,
     model: nn.Module,
     probes: _Probes,
+    mode: Mode,
     moment: Moment | None,
-    layers: Sequence[str] | None,
+    choose_layers: ChooseLayers,
+    like: Capture | None,
     problem: ValueError | None,
 ) -> OwnPlan:
     """The plan where rows of a batch cannot be told apart: every example in a batch of its own."""
-    step = own.of(model, moment, "train")
-    capture = SingleCapture(model, step, layers)
+    step = own.of(model, moment, mode)
+    capture = SingleCapture(model, step, choose_layers(LossOutputs(model, step), probes.batch([0])), like)
     few = list(range(min(4, len(probes))))
     with says_why(model):
         kind = kind_by_gradients(capture, [probes.batch(few), probes.batch(few[:2])], [probes.batch([i]) for i in few])
@@ -194,7 +233,8 @@ def _one_by_one(
             "and its loss is neither the mean nor the sum of the losses of single examples. Pass `loss=`, a function "
             "of (model, batch) that returns the loss of each example, shape (B,)."
         )
-    return OwnPlan(own, step, capture, kind, "train", num_draws, probes.places[0], False, False, ())
+    effort = capture.effort(probes.batch([0]), 1)
+    return OwnPlan(own, step, capture, effort, kind, mode, num_draws, probes.places[0], False, False, 1, ())
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch.utils import _pytree as pytree
 
 from stride_lightning.data.examples import HELD_BYTES, Examples
 from stride_lightning.data.fingerprints import Fingerprint
-from stride_lightning.gradients.own_batch import OwnBatch, Run
+from stride_lightning.gradients.features import Linearised
+from stride_lightning.gradients.own_batch import OwnBatch, Run, curvature_roots, slopes_of
 from stride_lightning.gradients.own_plan import OwnPlan
-from stride_lightning.gradients.step_outputs import StepInputs, StepOutputs
+from stride_lightning.gradients.step_outputs import SkippedStep, StepInputs, StepOutputs
 from stride_lightning.model.capture import Capture
 from stride_lightning.model.layers import in_precision_of
 from stride_lightning.runtime.progress import counting
@@ -44,8 +46,8 @@ class OwnReader:
         show_progress: Show a progress bar.
     """
 
-    #: Numbers of outputs and tokens, by which work is estimated.
-    num_outputs, most_tokens = 1, 1
+    #: Largest number of tokens that count in one example's loss.
+    most_tokens = 1
 
     def __init__(
         self,
@@ -65,6 +67,8 @@ class OwnReader:
         self._are_queries, self._seed = are_queries, seed
         if not plan.has_rows or (plan.kind == "coupled" and are_queries):
             self.batch_size = 1
+        #: Number of outputs along which curvature is taken.
+        self.num_outputs = plan.num_outputs
         self.dtype = next(iter(plan.capture.parameters.values())).dtype
         self._held: dict[tuple[int, ...], Any] = {}
         self._free = HELD_BYTES
@@ -84,6 +88,27 @@ class OwnReader:
     def shown(self) -> None:
         """No targets are known of a loss of the module's own."""
 
+    def linearised_at(self, points: Tensor) -> OwnReader:
+        """Only the loss of a likelihood is linearised elsewhere than at the model's outputs."""
+        raise ValueError("Residuals of a readout need a likelihood, and the loss is the module's own.")
+
+    def linearised(self, capture: Capture, share: slice | None = None) -> Iterator[Linearised]:
+        """The outputs of some examples with their graph, and the curvature of their losses there."""
+        start, stop, _ = (share or slice(None)).indices(len(self))
+        with capture.watch() as backward:
+            alone = self._partner_alone(backward)
+        for places, entries in self._entries(start, stop):
+            size = len(self.examples.positions[places])
+            for run in self._runs(entries, alone):
+                try:
+                    outputs = capture.outputs(run.inputs)
+                except SkippedStep:
+                    continue
+                roots = curvature_roots(self.plan, slopes_of(self.plan, run, outputs.detach()))
+                roots[size:] = 0  # a partner, and examples of the training set beside queries
+                count = len(entries) * self.plan.num_draws
+                yield outputs, partial(_times, roots / count**0.5)
+
     def run(self, capture: Capture, share: slice | None = None, description: str = "") -> Iterator[OwnBatch]:
         """Batches of a share of the examples; a description shows progress."""
         start, stop, _ = (share or slice(None)).indices(len(self))
@@ -94,14 +119,18 @@ class OwnReader:
         with capture.watch() as backward:
             alone = self._partner_alone(backward)
             for places, entries in self._entries(start, stop):
-                runs = []
-                for row in entries:
-                    batch = self._batch(row)
-                    keys = torch.tensor([self._key(entry) for entry in row], device=self.device)
-                    runs += [Run(StepInputs(batch, keys, draw), alone[draw]) for draw in range(self.plan.num_draws)]
+                runs = self._runs(entries, alone)
                 positions = self.examples.positions[places]
                 yield OwnBatch(places, positions, runs, self.plan, self.examples, backward)
                 tick(len(positions))
+
+    def _runs(self, entries: Sequence[Sequence[int]], alone: Sequence[Tensor | None]) -> list[Run]:
+        runs = []
+        for row in entries:
+            batch = self._batch(row)
+            keys = torch.tensor([self._key(entry) for entry in row], device=self.device)
+            runs += [Run(StepInputs(batch, keys, draw), alone[draw]) for draw in range(self.plan.num_draws)]
+        return runs
 
     # ---- which examples stand together; a training example beside those that are read is ``-1 - place`` ----
 
@@ -201,6 +230,12 @@ class OwnReader:
         if self.plan.kind == "weighted":
             sums = [batch.sum_of_weights() for batch in self.run(capture, description="Weights")]
             self.plan.mean_weight = float(sum(sums)) / len(self)
+
+
+def _times(roots: Tensor, changes: Tensor) -> Tensor:
+    """Curvature from its roots ``(B, C, K)``, times changes of outputs ``(q, B, C)``."""
+    inner = torch.einsum("bck,qbc->qbk", roots, changes)
+    return torch.einsum("bck,qbk->qbc", roots, inner)
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,14 +39,20 @@ class LossOutputs(Outputs):
 
 
 class SingleCapture(Capture):
-    """Gradients of the loss of a batch in all parameters, each as a vector."""
+    """Gradients of the loss of a batch in all parameters, as vectors, in the blocks of another capture if given."""
 
-    def __init__(self, model: nn.Module, step: TrainingStep, layers: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        step: TrainingStep,
+        layers: Sequence[str] | None = None,
+        like: Capture | None = None,
+    ) -> None:
         super().__init__(LossOutputs(model, step), layers)
-        self.layouts = {
-            name: Layout((name,), (value.shape,), 1, [Source(WHOLE, None, vectorized=False)])
-            for name, value in self.parameters.items()
-        }
+        single = {name: Layout((name,), (value.shape,), 1, []) for name, value in self.parameters.items()}
+        layouts = single if like is None else like.layouts
+        source = [Source(WHOLE, None, vectorized=False)]
+        self.layouts = {name: replace(layout, sources=source) for name, layout in layouts.items()}
 
     @contextmanager
     @override
@@ -67,8 +74,8 @@ class SingleBackward(Backward):
 
     @override
     def read(self, layout: Layout) -> Block:
-        gradient = self._gradients[layout.parameters[0]]
-        return Block((gradient.to_dense() if gradient.is_sparse else gradient).reshape(1, -1))
+        gradients = {name: self._gradients[name] for name in layout.parameters}
+        return Block(layout.join({n: (g.to_dense() if g.is_sparse else g)[None] for n, g in gradients.items()}))
 
 
 def kind_by_gradients(

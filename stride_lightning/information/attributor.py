@@ -103,9 +103,9 @@ class InformationAttributor(PlannedAttributor):
             )
         self.plan(model, device)
         self.tangents = TangentFeatures(
-            self.capture, self.task, self.likelihood, self.projection_dim, self.seed, signed=self.signed
+            self.capture, self.likelihood, self.projection_dim, self.seed, signed=self.signed
         )
-        work = self.tangents.work(self.effort, self.num_outputs)
+        work = self.tangents.work(self.effort, self.reader.num_outputs)
         expect("Tangent features", self.share.stop - self.share.start, work)
         expect("Queries", self.expected_queries, work)
         self._held: list[Tangents] | None = []
@@ -133,7 +133,7 @@ class InformationAttributor(PlannedAttributor):
         weights = sum(float(weight.detach().double().square().sum()) for weight in self.capture.parameters.values())
         # The distribution of labels gives their noise; the noise of a regression is unknown.
         noise = None if isinstance(self.task, Regression) else 1.0
-        num_rows = len(self.train_data) * self.num_outputs
+        num_rows = len(self.train_data) * self.reader.num_outputs
         self.evidence = fit_evidence(gram, weights, 2 * losses, num_rows, noise_variance=noise)
         return self.evidence.ridge
 

@@ -9,10 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stride_lightning.gradients.features import Batch, Reader
-from stride_lightning.gradients.own_batch import OwnBatch
-from stride_lightning.gradients.own_reader import OwnReader
 from stride_lightning.gradients.projection import EVERYTHING, JointProjection
+from stride_lightning.gradients.reading import AnyBatch, AnyReader
 from stride_lightning.gradients.signs import count_directions
 from stride_lightning.model.blocks import Gradients
 from stride_lightning.model.capture import Capture, Effort
@@ -76,7 +74,7 @@ class TangentFeatures:
         return (1 + 2 * count) * effort.forward + count * self._project.work(effort.shapes)
 
     def batches(
-        self, reader: Reader | OwnReader, share: slice | None = None, description: str = "", *, as_queries: bool = False
+        self, reader: AnyReader, share: slice | None = None, description: str = "", *, as_queries: bool = False
     ) -> Iterator[Tangents]:
         """The features of some examples, batch by batch; every pass runs the model again.
 
@@ -89,7 +87,7 @@ class TangentFeatures:
             downhill = -self._vectors(batch.loss()) if self.signed else None
             yield Tangents(batch.places, rows, batch.losses, downhill)
 
-    def _rows(self, batch: Batch | OwnBatch, seed: int) -> Tensor:
+    def _rows(self, batch: AnyBatch, seed: int) -> Tensor:
         self.is_exact = self.likelihood == "margin" or batch.is_exact
         last = not self.signed
         if self.likelihood == "gauss-newton":
