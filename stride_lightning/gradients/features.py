@@ -18,6 +18,7 @@ from stride_lightning.data.reading import Reading
 from stride_lightning.model.blocks import Gradients
 from stride_lightning.model.capture import Backward, Capture
 from stride_lightning.runtime.checks import check_finite
+from stride_lightning.runtime.hashed_numbers import scrambled
 from stride_lightning.runtime.progress import counting
 from stride_lightning.tasks.likelihoods import Task
 
@@ -182,7 +183,7 @@ class Batch:
         exact = width * self.most_tokens <= MAX_EXACT_OUTPUTS
         number = self._token_numbers()
         # The signs are functions of these keys; every token has another key.
-        keys = self.positions if number is None else _scrambled(self.positions)[:, None] + number
+        keys = self.positions if number is None else scrambled(self.positions)[:, None] + number
         count = NUM_DIRECTIONS if not exact else width if number is None else width * (int(number.max()) + 1)
         for column in range(count):
             if exact:
@@ -236,12 +237,4 @@ def random_signs(positions: Tensor, column: int, width: int, seed: int, like: Te
     """Signs of shape ``(*positions, width)``; they depend on the seed, the column and each position only."""
     rows = positions.to(like.device)[..., None]
     keys = (rows * NUM_DIRECTIONS + column) * width + torch.arange(width, device=like.device)
-    return ((_scrambled(keys + _scrambled(torch.tensor(seed, device=like.device))) & 1) * 2 - 1).to(like)
-
-
-def _scrambled(keys: Tensor) -> Tensor:
-    """The finaliser of SplitMix64, in wrapping 64-bit arithmetic."""
-    keys = keys + -7046029254386353131
-    keys = (keys ^ (keys >> 30 & 0x3FFFFFFFF)) * -4658895280553007687
-    keys = (keys ^ (keys >> 27 & 0x1FFFFFFFFF)) * -7723592293110705685
-    return keys ^ (keys >> 31 & 0x1FFFFFFFF)
+    return ((scrambled(keys + scrambled(torch.tensor(seed, device=like.device))) & 1) * 2 - 1).to(like)
