@@ -17,8 +17,36 @@ from stride_lightning.runtime.hashed_numbers import random_bits, scrambled, unif
 from stride_lightning.runtime.randomness import mix, preserved_random_state, seed_all
 
 
+class DrawnShapes:
+    """Shapes that each call drew in batches of different sizes; they tell which axis counts the examples.
+
+    One batch cannot tell: in a batch of one, ``torch.rand(1)`` may be a number for the example or for the batch.
+    """
+
+    def __init__(self) -> None:
+        self._shapes: dict[int, dict[int, tuple[int, ...]]] = {}
+
+    def axis(self, call: int, num_examples: int, shape: Sequence[int]) -> int | None:
+        """The axis of a tensor that counts examples, or consecutive rows of each; None for tensors of the batch."""
+        shapes = self._shapes.setdefault(call, {})
+        if len(shapes) < 2:
+            shapes.setdefault(num_examples, tuple(shape))
+        others = [(size, other) for size, other in shapes.items() if size != num_examples and len(other) == len(shape)]
+        for size, other in others[:1]:
+            for axis, (extent, other_extent) in enumerate(zip(shape, other, strict=True)):
+                if extent * size == other_extent * num_examples and extent % num_examples == 0:
+                    return axis
+            if tuple(shape) == other:
+                return None
+        if shape and shape[0] % num_examples == 0:
+            return 0
+        return 1 if len(shape) > 1 and shape[1] == num_examples else None
+
+
 @contextmanager
-def row_draws(keys: Tensor | None, draw: int, *owners: object, beyond: object = None) -> Iterator[None]:
+def row_draws(
+    keys: Tensor | None, draw: int, *owners: object, beyond: object = None, shapes: DrawnShapes | None = None
+) -> Iterator[None]:
     """Inside the block, torch's random functions draw for every example of a batch on its own.
 
     The numbers of example i are functions of ``keys[i]``, the number of the draw and the number of the call, so neither
@@ -34,6 +62,8 @@ def row_draws(keys: Tensor | None, draw: int, *owners: object, beyond: object = 
         draw: Number of the draw.
         owners: Objects that may hold generators.
         beyond: Generators that are reached only through this object are left alone.
+        shapes: What earlier blocks with the same calls drew; after two batches of different sizes it is certain which
+            tensors have rows of examples.
 
     Example:
         >>> with row_draws(torch.tensor([7, 8, 9]), draw=0):
@@ -47,16 +77,17 @@ def row_draws(keys: Tensor | None, draw: int, *owners: object, beyond: object = 
         if keys is None:
             yield
         else:
-            with _RowDraws(keys, draw):
+            with _RowDraws(keys, draw, shapes or DrawnShapes()):
                 yield
 
 
 class _RowDraws(TorchDispatchMode):
     """Answers the calls of random functions; it works below autograd, which sees the functions that were called."""
 
-    def __init__(self, keys: Tensor, draw: int) -> None:
+    def __init__(self, keys: Tensor, draw: int, shapes: DrawnShapes) -> None:
         super().__init__()
-        self._keys, self._draw, self._num_calls = scrambled(keys.reshape(-1)), draw, 0
+        self._keys, self._draw, self._shapes = scrambled(keys.reshape(-1)), draw, shapes
+        self._num_calls = 0
 
     @override
     def __torch_dispatch__(
@@ -71,7 +102,8 @@ class _RowDraws(TorchDispatchMode):
         if given.get("generator") is not None or device.type == "meta":
             return func(*args, **kwargs)
         self._num_calls += 1
-        numbers = _Numbers(self._keys, mix(self._draw, self._num_calls), device)
+        axis = partial(self._shapes.axis, self._num_calls, len(self._keys))
+        numbers = _Numbers(self._keys, mix(self._draw, self._num_calls), axis, device)
         name = func._schema.name.removeprefix("aten::")
         if name in _SAMPLERS:
             return _SAMPLERS[name](numbers, given)
@@ -94,17 +126,14 @@ def _names(func: Any) -> list[str]:
 class _Numbers:
     """Random numbers for one call, from seeds of the examples or of the call."""
 
-    def __init__(self, keys: Tensor, call: int, device: torch.device) -> None:
+    def __init__(
+        self, keys: Tensor, call: int, axis: Callable[[Sequence[int]], int | None], device: torch.device
+    ) -> None:
         self._keys, self._call = keys, call
+        #: The axis of a tensor of a shape that counts examples, or None.
+        self.axis = axis
         #: Where the numbers are made: not every device knows float64.
         self._device = torch.device("cpu") if device.type == "mps" else device
-
-    def axis(self, shape: Sequence[int]) -> int | None:
-        """The axis of a tensor that counts examples, or consecutive rows of each; None for tensors of the batch."""
-        num_examples = len(self._keys)
-        if shape and shape[0] % num_examples == 0:
-            return 0
-        return 1 if len(shape) > 1 and shape[1] == num_examples else None
 
     def seeds(self, axis: int | None) -> Tensor:
         """One seed for each example, or a single one where no axis counts them."""

@@ -13,7 +13,7 @@ from torch import distributions as D
 
 from stride_lightning.runtime.hashed_numbers import scrambled, uniforms
 from stride_lightning.runtime.randomness import preserved_random_state
-from stride_lightning.runtime.row_draws import row_draws
+from stride_lightning.runtime.row_draws import DrawnShapes, row_draws
 
 KEYS = torch.tensor([12, 3, 1_000_000_007, 0, 2**40, 5, 77])
 SIZE = len(KEYS)
@@ -222,6 +222,37 @@ def test_tensors_that_do_not_count_examples_depend_on_draw_and_call_alone():
     assert sorted(three[2].tolist()) == list(range(9))
     other = draw(torch.arange(3), 1)
     assert not any(torch.equal(a, b) for a, b in zip(three, other, strict=True))
+
+
+#: What one call draws in a batch, and whether the examples have parts of it.
+AMBIGUOUS = {
+    "one number for the batch": (lambda x: torch.rand(1), lambda y, i: y),
+    "one number for each": (lambda x: torch.rand(len(x)), lambda y, i: y[i : i + 1]),
+    "noise of weights": (lambda x: torch.randn(12, 2), lambda y, i: y),
+    "samples first": (lambda x: torch.randn(4, len(x), 2), lambda y, i: y[:, i : i + 1]),
+    "several rows": (lambda x: torch.randn(4 * len(x), 4), lambda y, i: y[4 * i : 4 * i + 4]),
+    "as many as the longest": (
+        lambda x: torch.randn(len(x) * (len(x) + 3), 1),
+        lambda y, i: y[i * (math.isqrt(len(y) + 2) + 2) :][:4],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_two_batch_sizes_tell_which_axis_counts_examples(name):
+    function, part = AMBIGUOUS[name]
+    shapes = DrawnShapes()
+
+    def draw(keys):
+        with row_draws(keys, 0, shapes=shapes):
+            return function(keys)
+
+    draw(KEYS[:3])
+    draw(KEYS[:1])
+    for size in (1, 2, 4, 6):
+        whole = draw(KEYS[:size])
+        for index in range(size):
+            assert torch.equal(part(whole, index), draw(KEYS[index : index + 1])), (size, index)
 
 
 def test_gradients_flow():
