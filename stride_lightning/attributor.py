@@ -199,7 +199,7 @@ class Attributor(ABC):
         """The example of each column of the scores; all training examples unless a method scores only some."""
         return self.train_data
 
-    def check_objective(self, objective: Objective) -> None:
+    def check_objective(self, objective: Objective) -> None:  # noqa: B027
         """Refuse a loss that the method cannot attribute; by default none is refused."""
 
     @abstractmethod

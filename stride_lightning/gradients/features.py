@@ -15,10 +15,11 @@ from torch.utils import _pytree as pytree
 
 from stride_lightning.data.examples import HELD_BYTES, Examples, num_bytes
 from stride_lightning.data.reading import Reading
-from stride_lightning.gradients.signs import NUM_DIRECTIONS, is_exact, random_signs, scrambled
+from stride_lightning.gradients.signs import NUM_DIRECTIONS, is_exact, random_signs
 from stride_lightning.model.blocks import Gradients
 from stride_lightning.model.capture import Backward, Capture
 from stride_lightning.runtime.checks import check_finite
+from stride_lightning.runtime.hashed_numbers import scrambled
 from stride_lightning.runtime.progress import counting
 from stride_lightning.tasks.likelihoods import Task
 

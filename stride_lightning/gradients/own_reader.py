@@ -121,7 +121,7 @@ class OwnReader:
             for places, entries in self._entries(start, stop):
                 runs = self._runs(entries, alone)
                 positions = self.examples.positions[places]
-                yield OwnBatch(places, positions, runs, self.plan, self.examples, backward)
+                yield OwnBatch(places, positions, runs, self.plan, backward)
                 tick(len(positions))
 
     def _runs(self, entries: Sequence[Sequence[int]], alone: Sequence[Tensor | None]) -> list[Run]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stride_lightning.runtime.hashed_numbers import scrambled
+
 #: Up to so many outputs, curvature is a sum over all of them; beyond, a mean over random directions.
 MAX_EXACT_OUTPUTS = 32
 #: Number of random directions of an example.
@@ -27,11 +29,3 @@ def random_signs(positions: Tensor, column: int, width: int, seed: int, like: Te
     rows = positions.to(like.device)[..., None]
     keys = (rows * NUM_DIRECTIONS + column) * width + torch.arange(width, device=like.device)
     return ((scrambled(keys + scrambled(torch.tensor(seed, device=like.device))) & 1) * 2 - 1).to(like)
-
-
-def scrambled(keys: Tensor) -> Tensor:
-    """Integers made of other integers by the finaliser of SplitMix64, in wrapping 64-bit arithmetic."""
-    keys = keys + -7046029254386353131
-    keys = (keys ^ (keys >> 30 & 0x3FFFFFFFF)) * -4658895280553007687
-    keys = (keys ^ (keys >> 27 & 0x1FFFFFFFFF)) * -7723592293110705685
-    return keys ^ (keys >> 31 & 0x1FFFFFFFF)

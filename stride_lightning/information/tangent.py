@@ -24,7 +24,7 @@ Likelihood = Literal["gauss-newton", "margin"]
 class Tangents:
     """The features of the examples at `places` in the reading order."""
 
-    places: slice
+    places: slice | Tensor
     rows: Tensor  # whitened features (B, C, k)
     losses: Tensor  # (B,)
     downhill: Tensor | None  # projected gradients of minus the loss (B, k), if scores are signed
