@@ -172,7 +172,7 @@ def slopes_of(plan: OwnPlan, run: Run, outputs: Tensor) -> Slopes:
         raise RowError(rows[0], "has a loss or outputs that are not finite", rows[1:])
     factor = {"sum": 1.0}.get(plan.kind, float(size))
     if run.partner is not None:
-        share = float(shares_of(values[-1:].double(), run.partner.double()))
+        share = _share(values[-1], run.partner[0])
         if share <= 0:
             raise ValueError(
                 "The weights of a weighted mean cannot be told, because the loss of the training example that "
@@ -180,6 +180,13 @@ def slopes_of(plan: OwnPlan, run: Run, outputs: Tensor) -> Slopes:
             )
         factor = 1 / (share * plan.mean_weight)
     return Slopes(values * factor, factor, loss)
+
+
+def _share(together: Tensor, alone: Tensor) -> float:
+    """The share of an example in a batch: its slopes there over those alone, which may have less padding."""
+    if len(together) == len(alone):
+        return float(shares_of(together[None].double(), alone[None].double()))
+    return float(together.double().norm() / alone.double().norm())
 
 
 def curvature_roots(plan: OwnPlan, slopes: Slopes) -> Tensor:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from stride_lightning.data.examples import Examples, first_batch
@@ -181,18 +180,26 @@ def _planned(
         try:
             widths = {outputs(inputs).shape[1] for inputs in (together, *singles)}
             if is_padded := len(widths) > 1:
-                singles = [_row(together, row, len(chosen)) for row in range(len(chosen))]
+                singles = [_cut(together, slice(row, row + 1)) for row in range(len(chosen))]
             capture = plan_capture(outputs, singles, together, choose_layers(outputs, together), like)
             effort = capture.effort(together, len(chosen))
         except (ValueError, TypeError, IndexError) as error:
             raise _NoRows(str(error)) from error
-    kind = _kind(outputs, probes, alone)
-    if kind is None:
-        with moved(model):
-            kind = _kind(outputs, probes, alone) or "mean"
+    sizes = (max(2, len(every) // 6), 2)
+    if is_padded:  # alike in all batches, for outputs of one width
+        alone = [_cut(whole, slice(row, row + 1)) for row in every]
+        parts = [_cut(whole, slice(0, size)) for size in sizes]
+    else:
+        parts = [probes.batch(every[:size]) for size in sizes]
+    with says_why(model):
+        kind = _kind(outputs, whole, parts, alone)
+        if kind is None:
+            with moved(model):
+                kind = _kind(outputs, whole, parts, alone) or "mean"
     notes = ("the penalty on weights belongs to no example",) if tap.penalised else ()
     num_draws = NUM_DRAWS if is_random(step, whole) else 1
-    partner = max(every, key=lambda row: float(_slopes(outputs, alone[row]).abs().max()))
+    sizes_of = [_slopes(outputs, inputs) for inputs in alone]
+    partner = max(every, key=lambda row: 0.0 if sizes_of[row] is None else float(sizes_of[row].abs().max()))
     is_curved = kind != "coupled" and not is_padded and _is_curved(outputs, together)
     return OwnPlan(
         own,
@@ -278,35 +285,27 @@ def _runs(outputs: StepOutputs, inputs: StepInputs) -> bool:
     return True
 
 
-def _slopes(outputs: StepOutputs, inputs: StepInputs) -> Tensor:
-    """Slopes of the loss of a batch; zero where it has none, or one that is not finite."""
-    with outputs.without_loss():
-        rows = outputs(inputs).detach()
+def _slopes(outputs: StepOutputs, inputs: StepInputs) -> Tensor | None:
+    """Slopes of the loss of a batch; None where it has no loss, or one that is not finite."""
     try:
         outputs(inputs)
-    except Exception:
-        return torch.zeros_like(rows)
-    slopes = outputs.slopes()
-    return slopes if torch.isfinite(slopes).all() else torch.zeros_like(slopes)
+        slopes = outputs.slopes()
+    except Exception:  # a single example may be too few for a loss, which may raise anything then
+        return None
+    return slopes if torch.isfinite(slopes).all() else None
 
 
-def _kind(outputs: StepOutputs, probes: _Probes, alone: Sequence[StepInputs]) -> Kind | None:
-    every = torch.arange(len(probes))
-    parts = [every, every[: max(2, len(every) // 6)], every[:2]]
-    batches = [(part, _slopes(outputs, probes.batch(part.tolist()))) for part in parts if len(part) > 1]
-    singles = [_slopes(outputs, inputs) if _runs_at_all(outputs, inputs) else None for inputs in alone]
-    width = max(slopes.shape[1] for _, slopes in batches)
-    rows = [torch.zeros(1, width).to(batches[0][1]) if slopes is None else _wide(slopes, width) for slopes in singles]
-    return kind_of([(part, _wide(slopes, width)) for part, slopes in batches], torch.cat(rows))
-
-
-def _wide(slopes: Tensor, width: int) -> Tensor:
-    return F.pad(slopes, (0, width - slopes.shape[1]))
-
-
-def _runs_at_all(outputs: StepOutputs, inputs: StepInputs) -> bool:
-    with outputs.without_loss():
-        return _runs(outputs, inputs)
+def _kind(
+    outputs: StepOutputs, whole: StepInputs, parts: Sequence[StepInputs], alone: Sequence[StepInputs]
+) -> Kind | None:
+    """The kind of a loss, from a batch, parts of it that begin as it does, and its single examples."""
+    batches = [(torch.arange(len(inputs.keys)), _slopes(outputs, inputs)) for inputs in (whole, *parts)]
+    batches = [(places, slopes) for places, slopes in batches if slopes is not None]
+    if not batches:
+        raise ValueError("training_step returns no finite loss")
+    nothing = torch.zeros_like(batches[0][1][:1])
+    singles = [_slopes(outputs, inputs) for inputs in alone]
+    return kind_of(batches, torch.cat([nothing if slopes is None else slopes for slopes in singles]))
 
 
 def _views_first(outputs: StepOutputs, together: StepInputs, singles: Sequence[StepInputs]) -> frozenset[str]:
@@ -325,11 +324,11 @@ def _views_first(outputs: StepOutputs, together: StepInputs, singles: Sequence[S
     return frozenset(names)
 
 
-def _row(inputs: StepInputs, row: int, size: int) -> StepInputs:
-    """One example of a batch, with the padding of the batch."""
+def _cut(inputs: StepInputs, rows: slice) -> StepInputs:
+    """Some examples of a batch, with the padding of the batch."""
+    size = len(inputs.keys)
 
-    def cut(leaf: Any) -> Any:
-        is_rows = isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == size
-        return leaf[row : row + 1] if is_rows else leaf
+    def part(leaf: Any) -> Any:
+        return leaf[rows] if isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == size else leaf
 
-    return StepInputs(pytree.tree_map(cut, inputs.batch), inputs.keys[row : row + 1], inputs.draw)
+    return StepInputs(pytree.tree_map(part, inputs.batch), inputs.keys[rows], inputs.draw)

@@ -103,7 +103,9 @@ class PlannedAttributor(Attributor):
         self.batch_bytes = self.query_bytes = memory_budget(self.memory_budget, device) // 2
         #: Examples of one forward pass.
         self.chunk_size = min(self.batch_size, max(1, self.batch_bytes // (self.graphs * self.effort.num_bytes)))
-        self.reader = self._read(model, self.train_data, device)
+        self.reader = self.read_training(model, self.train_data, device)
+        if isinstance(self.reader, OwnReader):
+            self.reader.measure_weights(self.capture)
         self.check_data(self.reader.fingerprint)
         if len(self.train_data) < world_size():
             raise ValueError(
@@ -133,13 +135,11 @@ class PlannedAttributor(Attributor):
         #: Work and memory of one example's gradients.
         self.effort = self.capture.effort(together, len(places))
 
-    def _read(self, model: nn.Module, train: Examples, device: torch.device) -> AnyReader:
-        """The training examples."""
+    def read_training(self, model: nn.Module, examples: Examples, device: torch.device) -> AnyReader:
+        """Training examples, all or some."""
         if self.own_plan is None:
-            return self.read(model, train, device, "label")
-        reader = self._own_reader(self.own_plan, model, train, device, are_queries=False)
-        reader.measure_weights(self.capture)
-        return reader
+            return self.read(model, examples, device, "label")
+        return self._own_reader(self.own_plan, model, examples, device, are_queries=False)
 
     @property
     def is_padded(self) -> bool:

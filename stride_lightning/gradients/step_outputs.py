@@ -109,8 +109,8 @@ class StepOutputs(Outputs):
         options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
         with torch.enable_grad():
             parts = torch.autograd.grad(self.loss, self.points, create_graph=create_graph, retain_graph=True, **options)
-        named = zip(self._keys, parts, strict=True)
-        return torch.cat([self.rows(key, part, self._size) for key, part in named], 1)
+            named = zip(self._keys, parts, strict=True)
+            return torch.cat([self.rows(key, part, self._size) for key, part in named], 1)
 
     def second_derivatives(self) -> Tensor:
         """Second derivatives with respect to each example's outputs, shape ``(B, C, C)``; 0 where there are none."""
@@ -120,7 +120,9 @@ class StepOutputs(Outputs):
         options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
         columns = []
         for column in range(slopes.shape[1]):
-            parts = torch.autograd.grad(slopes[:, column].sum(), self.points, **options)
+            with torch.enable_grad():
+                total = slopes[:, column].sum()
+            parts = torch.autograd.grad(total, self.points, **options)
             named = zip(self._keys, parts, strict=True)
             columns.append(torch.cat([self.rows(key, part, self._size) for key, part in named], 1))
         return torch.stack(columns, 1).detach()

@@ -24,7 +24,7 @@ Likelihood = Literal["gauss-newton", "margin"]
 class Tangents:
     """The features of the examples at `places` in the reading order."""
 
-    places: slice | Tensor
+    places: slice
     rows: Tensor  # whitened features (B, C, k)
     losses: Tensor  # (B,)
     downhill: Tensor | None  # projected gradients of minus the loss (B, k), if scores are signed
@@ -85,6 +85,7 @@ class TangentFeatures:
             rows = self._rows(batch, mix(self.seed, int(as_queries)))
             self.num_rows = rows.shape[1]
             downhill = -self._vectors(batch.loss()) if self.signed else None
+            assert isinstance(batch.places, slice)
             yield Tangents(batch.places, rows, batch.losses, downhill)
 
     def _rows(self, batch: AnyBatch, seed: int) -> Tensor:
