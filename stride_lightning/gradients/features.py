@@ -167,7 +167,8 @@ class Batch:
             unit = downhill / size.clamp(min=torch.finfo(size.dtype).tiny).reshape(-1, *[1] * (downhill.ndim - 1))
             curved = task.curvature(task.mean(self.outputs), unit) * task.output_weights(self.encoded)
             return unit, size, (unit * curved).flatten(1).sum(1)
-        rest = torch.sigmoid(-margin)
+        weights = torch.as_tensor(task.output_weights(self.encoded)).to(margin).flatten() / task.dispersion
+        rest = torch.sigmoid(-margin) * weights
         return self._derivative(task.margin), rest, rest * torch.sigmoid(margin)
 
     def curvature(self, seed: int, *, last: bool = True) -> Iterator[Gradients]:

@@ -108,6 +108,7 @@ class PlannedAttributor(Attributor):
         #: Examples of one forward pass.
         self.chunk_size = min(self.batch_size, max(1, self.batch_bytes // (self.graphs * self.effort.num_bytes)))
         self.reader = self.read(model, self.train_data, device, "label")
+        self.task = self.task.scaled_to(self.reader.encoded)
         self.check_data(self.reader.fingerprint)
         if len(self.train_data) < world_size():
             raise ValueError(
