@@ -18,7 +18,7 @@ from stride_lightning.model.weights import borrowed
 from stride_lightning.runtime.checks import check_finite, first_line
 from stride_lightning.runtime.randomness import preserved_random_state
 from stride_lightning.tasks.inference import infer_task_of, likely_tasks
-from stride_lightning.tasks.likelihoods import Classification, Task, columns
+from stride_lightning.tasks.likelihoods import Classification, Regression, Task, columns
 from stride_lightning.tasks.training_step import TrainingStep
 
 #: Texts of a trial: logits of every token take much memory.
@@ -86,7 +86,8 @@ class _Comparison:
         if not candidates:
             return Agreement(None, f"no likelihood fits: {problem}")
         trials = self._trials(head, candidates[0])
-        settings = settings_of(self.model, lambda: self._read(candidates[0], head)[0])
+        is_number = isinstance(candidates[0], Regression)
+        settings = settings_of(self.model, lambda: self._read(candidates[0], head)[0], far=is_number)
         try:
             with torch.enable_grad():
                 gradients = StepGradients(self.model, self.step, trials, settings)
@@ -115,8 +116,8 @@ class _Comparison:
         def fits(task: Task) -> bool:
             nonlocal problem
             try:
-                outputs, encoded = self._read(task, head)
-                return bool(torch.isfinite(task.loss(outputs, encoded)).all())
+                task.loss(*self._read(task, head))
+                return True
             except Exception as error:  # a shape that does not fit
                 problem = problem or first_line(error)
                 return False

@@ -18,8 +18,8 @@ from stride_lightning.tasks.training_step import Moment, TrainingStep
 SKETCH = 4096
 #: Moves that are tried, and larger weights, until outputs stay moderate.
 NOISES, FACTORS = (1.0, 0.3, 0.1, 0.03), (8.0, 4.0, 2.0, 1.4)
-#: Outputs up to so many are moderate; beyond, rounding drowns what a softmax tells.
-MODERATE = 64.0
+#: Logits up to so many are moderate; beyond, a sigmoid in single precision is 1. Numbers may be further out.
+MODERATE, FAR = 12.0, 64.0
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,19 @@ def weights_at(model: nn.Module, setting: Setting) -> Iterator[None]:
                 parameter.copy_(value)
 
 
-def settings_of(model: nn.Module, outputs: Callable[[], Tensor]) -> list[Setting]:
-    """The weights as they are, moved ones, and larger ones, at which outputs stay moderate."""
+def settings_of(model: nn.Module, outputs: Callable[[], Tensor], *, far: bool) -> list[Setting]:
+    """The weights as they are, moved ones, and larger ones, at which outputs stay moderate.
+
+    Outputs that are numbers may go ``far``: eight times as far as they are.
+    """
 
     def largest(setting: Setting) -> float:
         with weights_at(model, setting), torch.no_grad():
             values = outputs()
         return float(values.abs().max()) if bool(torch.isfinite(values).all()) else torch.inf
 
-    most = max(MODERATE, 8 * largest(Setting()))
+    now = largest(Setting())
+    most = max(FAR, 8 * now) if far else max(MODERATE, now)
     noise = next((noise for noise in NOISES if largest(Setting(noise)) <= most), NOISES[-1])
     factor = next((factor for factor in FACTORS if largest(Setting(noise, factor)) <= most), None)
     return [Setting(), Setting(noise), *([] if factor is None else [Setting(noise, factor)])]
@@ -96,7 +100,9 @@ class StepGradients:
             elif setting.factor == 1:
                 self.problem = "training_step returned a loss that is not finite"
                 return
-        if len(settings) > 1 and self.parameters:
+        if self.parameters and all(value is None for value in self.values.values()):
+            self.problem = "training_step skips every batch that was tried"
+        elif len(settings) > 1 and self.parameters:
             self._compare_moments(step, settings[1], min(1, len(trials) - 1))
 
     def _of_step(self, step: TrainingStep, setting: Setting, numbers: Sequence[int]) -> dict[int, Tensor | None] | None:
