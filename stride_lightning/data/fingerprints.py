@@ -18,7 +18,7 @@ _FINGERPRINTED = (
 
 
 class Fingerprint:
-    """The identity of a data set: its length, the content of its examples in order, and their shapes and targets.
+    """The identity of a data set: its length, and the content of its examples in order.
 
     Under random augmentation the content is left out, so that only length, shapes and targets identify it.
 
@@ -38,19 +38,21 @@ class Fingerprint:
         """Add a batch: the digests of its examples and its targets; for tokens, the targets that count."""
         self._num_examples += len(digests)
         self._examples.update(digests.numpy().tobytes())
+        if self._has_content:
+            return
         if targets is not None and targets.ndim == 3 and targets.shape[2] == 2:  # labels and weights
             targets = targets[targets[..., 1] != 0]
         if targets is not None:
             self._targets.update(raw_bytes(targets))
 
     def summary(self) -> dict[str, Any]:
-        """Plain values to store: ``num_examples``, ``content`` or ``shapes`` (the other is None), ``targets``."""
+        """Plain values to store: ``num_examples``, and ``content``, or ``shapes`` and ``targets`` (others are None)."""
         examples = self._examples.hexdigest()
         return {
             "num_examples": self._num_examples,
             "content": examples if self._has_content else None,
             "shapes": None if self._has_content else examples,
-            "targets": self._targets.hexdigest(),
+            "targets": None if self._has_content else self._targets.hexdigest(),
         }
 
 

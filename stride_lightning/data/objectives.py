@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from stride_lightning.data.examples import Examples, first_look
-from stride_lightning.tasks.inference import check_task, infer_task_of
+from stride_lightning.data.agreement import agree
+from stride_lightning.data.examples import Examples
+from stride_lightning.tasks.inference import check_task
 from stride_lightning.tasks.likelihoods import Task
 from stride_lightning.tasks.measures import check_function
 from stride_lightning.tasks.own_loss import FunctionLoss, OwnLoss, RowFunction, name_of
@@ -57,8 +58,9 @@ def resolve_objective(
         return Objective(task, f"{name}, as `task` says")
     if loss is not None:
         return Objective(FunctionLoss(loss), f"{name_of(loss)}, as `loss` says")
-    if hasattr(model, "training_step"):
-        return Objective(OwnLoss(), "the module's own loss")
-    head = first_look(examples, batch_size, device)
-    with examples.naming(0):
-        return Objective(infer_task_of(head, model), "shapes")
+    own = OwnLoss()
+    step = own.of(model, moment) if hasattr(model, "training_step") else None
+    agreement = agree(model, examples, device, step, batch_size=batch_size)
+    if agreement.task is not None:
+        return Objective(agreement.task, agreement.reason)
+    return Objective(own, f"the module's own loss ({agreement.reason})")

@@ -76,6 +76,11 @@ class Reader:
     def __len__(self) -> int:
         return len(self.examples)
 
+    def rescale(self) -> Task:
+        """Scale the weights of a likelihood to a mean of 1 over these examples; returns the task with that scale."""
+        self._task = self._task.scaled_to(self.encoded)
+        return self._task
+
     def linearised_at(self, points: Tensor) -> Reader:
         """The same data, with the loss linearised at these natural parameters, shape ``(n, C)``, not at the outputs."""
         reader = copy.copy(self)
@@ -216,7 +221,8 @@ class Batch:
             unit = downhill / size.clamp(min=torch.finfo(size.dtype).tiny).reshape(-1, *[1] * (downhill.ndim - 1))
             curved = task.curvature(task.mean(self.outputs), unit) * task.output_weights(self.encoded)
             return unit, size, (unit * curved).flatten(1).sum(1)
-        rest = torch.sigmoid(-margin)
+        weights = torch.as_tensor(task.output_weights(self.encoded)).to(margin).flatten() / task.dispersion
+        rest = torch.sigmoid(-margin) * weights
         return self._derivative(task.margin), rest, rest * torch.sigmoid(margin)
 
     def curvature(self, seed: int, *, last: bool = True) -> Iterator[Gradients]:

@@ -106,6 +106,8 @@ class PlannedAttributor(Attributor):
         self.reader = self.read_training(model, self.train_data, device)
         if isinstance(self.reader, OwnReader):
             self.reader.measure_weights(self.capture)
+        else:
+            self.task = self.reader.rescale()
         self.check_data(self.reader.fingerprint)
         if len(self.train_data) < world_size():
             raise ValueError(

@@ -211,7 +211,8 @@ def borrowed(
             metric._update_count, metric._computed = count, None
         with torch.no_grad():
             for buffer, value in buffers:
-                buffer.copy_(value)
+                if not torch.equal(buffer, value):  # a graph that holds it would refuse to run backward
+                    buffer.copy_(value)
         for module, training in modes.items():
             module.training = training
 
