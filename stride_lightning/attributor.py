@@ -108,8 +108,7 @@ class Attributor(ABC):
                 self.moment = moment_of(model, checkpoint)
                 chosen: dict[str, Any] = {"task": task, "loss": loss, "moment": self.moment}
                 objective = resolve_objective(model, self.train_data, where, batch_size=self.batch_size, **chosen)
-                self.task, self.measure = objective.task, measure
-                self.check_objective(objective)
+                self.task, self.measure = self.checked_task(objective, model), measure
                 self.metadata = {
                     "method": self.method,
                     "unit": self.unit,
@@ -199,8 +198,9 @@ class Attributor(ABC):
         """The example of each column of the scores; all training examples unless a method scores only some."""
         return self.train_data
 
-    def check_objective(self, objective: Objective) -> None:  # noqa: B027
-        """Refuse a loss that the method cannot attribute; by default none is refused."""
+    def checked_task(self, objective: Objective, model: nn.Module) -> Task | OwnLoss:
+        """What stands for training; a method that takes no loss of the module's own refuses it here."""
+        return objective.task
 
     @abstractmethod
     def fit_model(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:

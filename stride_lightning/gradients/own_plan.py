@@ -198,8 +198,8 @@ def _planned(
                 kind = _kind(outputs, whole, parts, alone) or "mean"
     notes = ("the penalty on weights belongs to no example",) if tap.penalised else ()
     num_draws = NUM_DRAWS if is_random(step, whole) else 1
-    sizes_of = [_slopes(outputs, inputs) for inputs in alone]
-    partner = max(every, key=lambda row: 0.0 if sizes_of[row] is None else float(sizes_of[row].abs().max()))
+    largest = [0.0 if (slopes := _slopes(outputs, one)) is None else float(slopes.abs().max()) for one in alone]
+    partner = largest.index(max(largest))
     is_curved = kind != "coupled" and not is_padded and _is_curved(outputs, together)
     return OwnPlan(
         own,

@@ -77,7 +77,7 @@ class OwnReader:
             for places, (batch, digests) in zip(
                 self._slices(0, len(self)), examples.batches(self.batch_size, device), strict=True
             ):
-                fingerprint.update(digests, None)
+                fingerprint.update(digests)
                 self._hold(tuple(range(places.start, places.stop)), in_precision_of(model, batch))
                 bar.update(len(digests))
         self.fingerprint = fingerprint.summary()

@@ -30,7 +30,7 @@ from stride_lightning.results.top_examples import TopExamples
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import gather, total
 from stride_lightning.runtime.progress import expect
-from stride_lightning.tasks.likelihoods import Regression, Task
+from stride_lightning.tasks.likelihoods import Regression
 
 #: Bytes of the features of training examples that are held between calls.
 KEPT_BYTES = 2**29
@@ -104,7 +104,7 @@ class InformationAttributor(PlannedAttributor):
         self.plan(model, device)
         if self.own_plan is not None and self.own_plan.kind == "coupled":
             raise ValueError(
-                f"method={self.method!r} needs examples with a loss each, and the loss of a batch couples its examples. "
+                f"method={self.method!r} needs a loss of each example, and that of a batch couples its examples. "
                 "Use method='grad-dot', 'ekfac' or 'trak', or pass `loss=`, a function of (model, batch) that returns "
                 "the loss of each example."
             )
@@ -313,7 +313,7 @@ class InformationAttributor(PlannedAttributor):
         form, data = form or self.form, self.metadata["data"]
         if num_train is not None and num_train < len(self.train_data):
             part = self.train_data.subset(range(num_train))
-            data = fingerprint_of(part, self.task if isinstance(self.task, Task) else None)
+            data = fingerprint_of(part)
         identity = {
             "weights": self.weights,
             "task": repr(self.task),

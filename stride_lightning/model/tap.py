@@ -124,7 +124,7 @@ def _depends(tensor: Tensor, keys: dict[Any, Key], reached: set[Key]) -> bool:
 def _before(tensor: Tensor) -> list[GradientEdge]:
     """The edges that lead into the operation that made a tensor."""
     node = get_gradient_edge(tensor).node
-    return [GradientEdge(*following) for following in node.next_functions if following[0] is not None]
+    return [GradientEdge(before, number) for before, number in node.next_functions if before is not None]
 
 
 def _walk(start: Iterable[GradientEdge], keys: dict[Any, Key], trainable: dict[int, str]) -> tuple[set[Key], set[str]]:
