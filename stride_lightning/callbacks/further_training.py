@@ -14,7 +14,6 @@ from typing_extensions import override
 
 from stride_lightning.callbacks.recording import RecordingCallback, is_dev_run, misconfigured
 from stride_lightning.data.examples import Examples, first_look
-from stride_lightning.data.reading import Reading
 from stride_lightning.data.sources import resolve_queries
 from stride_lightning.model.weights import borrowed, rank_zero_state, weight_hash
 from stride_lightning.retraining.further_training import (
@@ -25,10 +24,14 @@ from stride_lightning.retraining.further_training import (
     read_positions,
 )
 from stride_lightning.retraining.leaving_out import LeavingOut
+from stride_lightning.retraining.modules import moment_of
 from stride_lightning.retraining.optimizers import MakeOptimizer, check_optimizer
+from stride_lightning.retraining.resolving import check_loss, resolved_task
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import rank
 from stride_lightning.tasks.likelihoods import Task
+from stride_lightning.tasks.measures import check_function
+from stride_lightning.tasks.own_loss import OwnLoss, RowFunction
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class _Questions:
 
     examples: Examples
     queries: Examples
-    task: Task
+    task: Task | OwnLoss
 
 
 class FurtherTrainingCallback(RecordingCallback):
@@ -58,6 +61,9 @@ class FurtherTrainingCallback(RecordingCallback):
         optimizer: Makes the optimizer of a model's parameters; by default the model's ``configure_optimizers``
             without its schedule, at the initial learning rate.
         batch_size: Examples of a batch; by default those of one optimizer step of the fit, over all processes.
+        loss: What training minimises, if ``training_step`` does not say it: ``fn(model, batch) -> (B,)``.
+        measure: What is measured of the queries, ``fn(model, batch) -> (B,)`` with the module in eval mode; by default
+            their loss. Positive effects raise it.
         seed: The first of the seeds.
         memory_budget: Bytes that copies trained together may take.
         **kwargs: ``dirpath``, ``task`` and ``train_indices`` of every
@@ -89,6 +95,8 @@ class FurtherTrainingCallback(RecordingCallback):
         num_seeds: int = 5,
         optimizer: MakeOptimizer | None = None,
         batch_size: int | None = None,
+        loss: RowFunction | None = None,
+        measure: RowFunction | None = None,
         seed: int = 0,
         memory_budget: int | None = None,
         **kwargs: Any,
@@ -101,6 +109,8 @@ class FurtherTrainingCallback(RecordingCallback):
                 if value is not None:
                     check_count(name, value)
             check_optimizer(optimizer)
+            check_loss(self.task, loss)
+            check_function(measure, "measure")
             if left_out is not None:
                 read_positions(left_out)
             if not hasattr(queries, "train_dataloader"):  # a data module is set up when the fit begins
@@ -108,6 +118,7 @@ class FurtherTrainingCallback(RecordingCallback):
             self.epochs = read_amounts(epochs)
         self.queries, self.left_out, self.num_seeds, self.optimizer = queries, left_out, num_seeds, optimizer
         self.batch_size, self.seed, self.memory_budget = batch_size, seed, memory_budget
+        self.loss, self.measure = loss, measure
         #: Effects measured at the end of the last fit; None if there are none.
         self.result: FurtherTraining | None = None
 
@@ -118,13 +129,13 @@ class FurtherTrainingCallback(RecordingCallback):
         # A shallow copy: a data module may be the fit's own, which must not see another setup().
         queries = resolve_queries(copy.copy(self.queries), pl_module)
         find_left_out(self.left_out, examples)
-        task, head = self.look(examples, pl_module)
+        head = first_look(examples, 64, pl_module.device)
+        task = resolved_task(pl_module, examples, head, task=self.task, loss=self.loss)
         self._questions = _Questions(examples, queries, task)
         with borrowed(pl_module, None, None), torch.no_grad():
             # This tries everything out now: the end of a long fit would be too late.
             leaving_out = self._leaving_out(trainer, pl_module, head, warn=True)
-            reading = Reading(queries, task, pl_module, batch_size=256, device=pl_module.device)
-            leaving_out.check_queries(queries, reading.encoded(leaving_out.num_outputs))
+            leaving_out.check_queries(queries, leaving_out.query_values(queries))
         if trainer.gradient_clip_val:
             rank_zero_warn(
                 f"The Trainer clips gradients (gradient_clip_val={trainer.gradient_clip_val}). Further training does "
@@ -145,18 +156,17 @@ class FurtherTrainingCallback(RecordingCallback):
         known = self._questions
         with borrowed(pl_module, rank_zero_state(pl_module), None) as device, torch.no_grad():
             leaving_out = self._leaving_out(trainer, pl_module, first_look(known.examples, 64, device), warn=False)
-            reading = Reading(known.queries, known.task, pl_module, batch_size=256, device=device)
-            batches = reading.encoded(leaving_out.num_outputs)
+            values = leaving_out.query_values(known.queries)
             weights = weight_hash(pl_module)
         return measure_effects(
             leaving_out,
             known.queries,
-            batches,
+            values,
             left_out=self.left_out,
             epochs=self.epochs,
             seeds=range(self.seed, self.seed + self.num_seeds),
             path=None,
-            metadata={"weights": weights, "query_data": reading.fingerprint, "step": trainer.global_step},
+            metadata={"weights": weights, "query_data": values.fingerprint, "step": trainer.global_step},
             show_progress=trainer.progress_bar_callback is not None,
         )
 
@@ -164,8 +174,9 @@ class FurtherTrainingCallback(RecordingCallback):
         known, size, loading = self._questions, self.batch_size, self._questions.examples.loading
         if size is None and loading is not None:  # the examples of one optimizer step
             size = loading.batch_size * trainer.world_size * trainer.accumulate_grad_batches
-        how = {"optimizer": self.optimizer, "memory_budget": self.memory_budget, "warn": warn}
-        return LeavingOut(pl_module, known.examples, head, known.task, batch_size=size, **how)
+        how = {"optimizer": self.optimizer, "memory_budget": self.memory_budget, "warn": warn, "batch_size": size}
+        how |= {"measure": self.measure, "moment": moment_of(trainer)}
+        return LeavingOut(pl_module, known.examples, head, known.task, **how)
 
     def _log(self, trainer: L.Trainer, result: FurtherTraining) -> None:
         """Log the size of the effects after each amount of training, and the effects after the last in full."""

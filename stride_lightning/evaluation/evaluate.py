@@ -119,6 +119,7 @@ def _checked(name: str, attribution: _Result, truth: GroundTruth) -> Tensor:
     """The scores, their columns in the order of the truth's."""
     what = f"The attribution {name!r}"
     truth.check_data(attribution.metadata, what)
+    truth.check_measure(attribution.metadata, what)
     if attribution.num_queries != truth.num_queries:
         raise ValueError(
             f"{what} has {attribution.num_queries} queries, the ground truth has {truth.num_queries}. Make both with "
@@ -173,6 +174,7 @@ def _rises(name: str, removal: Counterfactual, scores: Tensor, truth: GroundTrut
     if not isinstance(removal, Counterfactual):
         raise TypeError(f"{what} must be what retrain_without() returns, got {type(removal).__name__}.")
     truth.check_data(removal.metadata, what)
+    truth.check_measure(removal.metadata, what)
     if (removal.num_queries, removal.num_train) != (truth.num_queries, truth.num_train):
         raise ValueError(
             f"{what} has {removal.num_queries} queries and {removal.num_train} training examples, the ground truth has "

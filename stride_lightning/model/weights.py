@@ -172,7 +172,7 @@ def borrowed(
     attributes = [(module, dict(vars(module))) for module in model.modules()]
     contents = [restorer(value) for _, values in attributes for name, value in values.items() if name not in _TORCH_OWN]
     named_buffers = [(held, dict(held)) for module in model.modules() if isinstance(held := module._buffers, dict)]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [(buffer, buffer.detach().clone(), _version(buffer)) for buffer in model.buffers()]
     metrics = [(m, copy.deepcopy(m.metric_state), m._update_count) for m in model.modules() if isinstance(m, Metric)]
     silenced = [name for name in ("log", "log_dict") if hasattr(model, name) and name not in vars(model)]
     home = next(
@@ -210,8 +210,8 @@ def borrowed(
                 setattr(metric, name, value)
             metric._update_count, metric._computed = count, None
         with torch.no_grad():
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):  # a graph that holds it would refuse to run backward
+            for buffer, value, version in buffers:
+                if version is None or buffer._version != version:  # else a graph that holds it would be spoilt
                     buffer.copy_(value)
         for module, training in modes.items():
             module.training = training
@@ -228,6 +228,10 @@ def moved(model: nn.Module, size: float = 1.0) -> Iterator[None]:
             state[name] = value.detach() + size * (spread or 0.1) * noise
     with borrowed(model, state, None):
         yield
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 def _restore(attributes: dict[str, Any], before: Mapping[str, Any]) -> None:

@@ -12,13 +12,17 @@ from typing_extensions import override
 
 from stride_lightning.attributor import Attributor
 from stride_lightning.data.examples import Examples, first_look
-from stride_lightning.data.reading import Reading, survey
+from stride_lightning.data.reading import survey
+from stride_lightning.model.weights import attached_trainer
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.retraining.effects import FurtherTraining
 from stride_lightning.retraining.further_training import find_left_out, measure_effects
 from stride_lightning.retraining.ground_truth import GroundTruth
 from stride_lightning.retraining.leaving_out import LeavingOut
+from stride_lightning.retraining.modules import moment_of
 from stride_lightning.retraining.optimizers import MakeOptimizer
+from stride_lightning.retraining.query_values import reader_of
+from stride_lightning.retraining.resolving import functions_of
 from stride_lightning.retraining.retrain import retrain
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import all_equal
@@ -26,6 +30,8 @@ from stride_lightning.steering.attributor import StrideAttributor
 from stride_lightning.steering.recovery import RecoveryName, recover
 from stride_lightning.steering.subsets import Design
 from stride_lightning.storage.lookup import choose_record, explain_mismatch
+from stride_lightning.tasks.measures import in_words, measure_info, measure_of
+from stride_lightning.tasks.own_loss import FunctionLoss, RowFunction
 
 _NO_BATCH_SIZE = (
     "Training needs a batch size, and `train_data` does not give one. Pass a DataLoader with a batch_size, or "
@@ -57,6 +63,8 @@ class FurtherTrainingAttributor(Attributor):
     method = "further-training"
     unit = "nats of query loss"
     asks_at_once = True
+    #: What is explained of a query; None is its loss.
+    measure: RowFunction | None = None
 
     def __init__(
         self,
@@ -82,7 +90,7 @@ class FurtherTrainingAttributor(Attributor):
         if not all_equal(None if saved_record is None else dict(saved_record.checksums)):
             # Otherwise some ranks would compute, and wait forever for those that read a record.
             saved_record, self._note = None, "the ranks have different records; computed on the spot"
-        surveyed = survey(self.train_data, self.task)
+        surveyed = survey(self.train_data, reader_of(self.task))
         self._fingerprint, self._targets = surveyed.fingerprint, surveyed.targets
         self._chosen = None if self.left_out is None else find_left_out(self.left_out, self.train_data)[0]
         self._saved: FurtherTraining | None = None
@@ -103,6 +111,13 @@ class FurtherTrainingAttributor(Attributor):
     def _conflict(self, saved: FurtherTraining, model: nn.Module) -> str | None:
         """The options of a record that differ from the given ones, in words; None if there are none."""
         stored, differing = saved.metadata, []
+        loss = self.task.fn if isinstance(self.task, FunctionLoss) else None
+        functions = functions_of(loss=loss, measure=self.measure).get("functions", {})
+        for argument, identity in functions.items():
+            if stored.get("functions", {}).get(argument) != identity:
+                differing.append(argument)
+        if self.measure is None and measure_of(stored) != measure_info(None):
+            differing.append(f"measure (it holds what {in_words(measure_of(stored))})")
         if self._chosen is not None and not set(self._chosen.tolist()) <= set(saved.left_out.tolist()):
             differing.append("left_out")
         if self.epochs is not None and self.epochs not in saved.epochs:
@@ -126,15 +141,14 @@ class FurtherTrainingAttributor(Attributor):
             if self.train_batch_size is None and self.train_data.loading is None:
                 raise ValueError(_NO_BATCH_SIZE)
             head = first_look(self.train_data, 64, device)
-            how = {"optimizer": self.optimizer, "memory_budget": self.memory_budget}
-            self._leaving_out = LeavingOut(
-                model, self.train_data, head, self.task, batch_size=self.train_batch_size, **how
-            )
+            how = {"optimizer": self.optimizer, "memory_budget": self.memory_budget, "measure": self.measure}
+            how |= {"batch_size": self.train_batch_size, "moment": moment_of(attached_trainer(model))}
+            self._leaving_out = LeavingOut(model, self.train_data, head, self.task, **how)
         return self._leaving_out
 
     @override
     def score_queries(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> Attribution:
-        surveyed = survey(queries, self.task)
+        surveyed = survey(queries, reader_of(self.task))
         query_data, result, note = surveyed.fingerprint, self._saved, self._note
         if result is not None and (target != "label" or result.metadata["query_data"] != query_data):
             if self._explicit:
@@ -145,11 +159,10 @@ class FurtherTrainingAttributor(Attributor):
         record = None if result is None else self.metadata["record"]
         if result is None:
             leaving_out = self._prepare(model, device)
-            reading = Reading(queries, self.task, model, batch_size=self.batch_size, device=device)
             result = measure_effects(
                 leaving_out,
                 queries,
-                reading.encoded(leaving_out.num_outputs, target),
+                leaving_out.query_values(queries, target),
                 left_out=self.train_data.positions if self._chosen is None else self._chosen,
                 epochs=1 if self.epochs is None else self.epochs,
                 seeds=range(self.seed, self.seed + (5 if self.num_seeds is None else self.num_seeds)),
@@ -206,6 +219,8 @@ class RetrainingAttributor(Attributor):
     method = "retraining"
     unit = "nats of query loss"
     asks_at_once = True
+    #: What is explained of a query; None is its loss.
+    measure: RowFunction | None = None
 
     def __init__(
         self,
@@ -247,7 +262,7 @@ class RetrainingAttributor(Attributor):
                 f"Only recovery='prior' reads a record, got recovery={self.recovery!r} with record={record!r}. Leave "
                 "out `record`."
             )
-        surveyed = survey(self.train_data, self.task)
+        surveyed = survey(self.train_data, reader_of(self.task))
         self._fingerprint, self._targets = surveyed.fingerprint, surveyed.targets
         self.metadata |= {"data": self._fingerprint, "options": {"recovery": self.recovery}}
         if self.truth is not None:
@@ -269,11 +284,13 @@ class RetrainingAttributor(Attributor):
             raise ValueError(
                 f"method='retraining' measures losses of labelled queries, got target={target!r}. Use target='label'."
             )
-        surveyed, truth = survey(queries, self.task), self.truth
+        surveyed, truth = survey(queries, reader_of(self.task)), self.truth
         if truth is None:
-            how = {**self._how, "task": self.task, "device": device, "show_progress": self.show_progress}
+            how = {**self._how, "device": device, "show_progress": self.show_progress, "measure": self.measure}
+            how |= {"loss": self.task.fn} if isinstance(self.task, FunctionLoss) else {"task": self.task}
             truth = retrain(queries=queries, train_data=self.train_data, **how)
         truth.check_data({"query_data": surveyed.fingerprint}, "`queries`")
+        truth.check_measure({"measure": measure_info(self.measure)}, "The attribution")
         if truth.num_queries != len(queries):
             raise ValueError(
                 f"`truth` has {truth.num_queries} queries, but {len(queries)} were given. Pass the queries of `truth`."

@@ -64,6 +64,10 @@ def check_hooks(model: nn.Module) -> None:
         raise CannotBatch(f"it has hooks that only a Trainer calls: {', '.join(hooks)}")
 
 
+class OtherLoss(CannotBatch):
+    """The reason why models do not train on a task's loss, so that only ``training_step`` knows theirs."""
+
+
 def loss_factor(model: nn.Module, task: Task, batch: Any, prepared: tuple[Any, Tensor], num_batches: int = 64) -> float:
     """The factor between the task's mean loss and the loss that ``training_step`` returns.
 
@@ -73,7 +77,7 @@ def loss_factor(model: nn.Module, task: Task, batch: Any, prepared: tuple[Any, T
     ``prepared`` are its inputs and encoded targets.
 
     Raises:
-        CannotBatch: If there is no such factor: label smoothing, class weights, auxiliary losses.
+        OtherLoss: If there is no such factor: label smoothing, class weights, auxiliary losses.
     """
     if tree_of(model) is None:
         return 1.0
@@ -95,7 +99,7 @@ def loss_factor(model: nn.Module, task: Task, batch: Any, prepared: tuple[Any, T
                     with seeded(0), torch.enable_grad():
                         step_loss = loss_of_step(model, part, number)
                 except Exception as error:
-                    raise CannotBatch(
+                    raise OtherLoss(
                         f"its training_step cannot be called without a Trainer ({type(error).__name__}: {error})"
                     ) from error
                 if scale > 1 and not torch.isfinite(task_loss):
@@ -105,7 +109,7 @@ def loss_factor(model: nn.Module, task: Task, batch: Any, prepared: tuple[Any, T
                 with torch.enable_grad():
                     same = _same_loss(model, step_loss, task_loss * factor, gradients=len(rows) > 1)
                 if not same:
-                    raise CannotBatch(
+                    raise OtherLoss(
                         f"its training_step returns another loss than the mean of the {task.name} loss over examples "
                         f"(does it have {'a mean over all tokens of the batch, ' if task.has_tokens else ''}label "
                         "smoothing, weights or auxiliary losses?)"

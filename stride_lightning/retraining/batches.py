@@ -24,6 +24,7 @@ from stride_lightning.retraining.optimizers import MakeOptimizer, check_optimize
 from stride_lightning.runtime.parallel import num_workers
 from stride_lightning.runtime.randomness import mix, seed_torch
 from stride_lightning.tasks.likelihoods import Task, columns
+from stride_lightning.tasks.own_loss import OwnLoss
 
 
 class Batches:
@@ -45,20 +46,30 @@ class Batches:
         model: nn.Module,
         train: Examples,
         head: Any,
-        task: Task,
+        task: Task | OwnLoss,
         *,
         batch_size: int | None = None,
         optimizer: MakeOptimizer | None = None,
         memory_budget: int | None = None,
     ) -> None:
         check_optimizer(optimizer)
-        self.train, self.task, self.loading = train, task, check_loading(train.loading, batch_size)
+        self.train, self.loading = train, check_loading(train.loading, batch_size)
+        #: The likelihood, or the loss of the module's own where none says it.
+        self.meaning: Task | OwnLoss = task
         self.optimizer, self.memory_budget = optimizer, memory_budget
         self.device = next(model.parameters()).device
         #: Traced steps, for all models of this kind.
         self.kernels: dict[Hashable, Any] = {}
-        with train.naming(0):
-            self.num_outputs = count_outputs(model, task, head)
+        self.num_outputs = 0
+        if isinstance(task, Task):
+            with train.naming(0):
+                self.num_outputs = count_outputs(model, task, head)
+
+    @property
+    def task(self) -> Task:
+        """The likelihood, for those who have checked that there is one."""
+        assert isinstance(self.meaning, Task)
+        return self.meaning
 
     def set_mode(self, model: nn.Module) -> None:
         """Set the modes in which a model trains; by default its present ones, as a Trainer leaves them."""
@@ -126,7 +137,7 @@ class Batches:
         """Plain values that identify these batches, apart from the data."""
         how = self.loading
         made = {"batch_size": how.batch_size, "shuffle": how.shuffle, "drop_last": how.drop_last}
-        return {**made, "task": repr(self.task)}
+        return {**made, "task": repr(self.meaning)}
 
     def losses(self, model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
         """The task's loss of every example of a batch from :meth:`prepared`, shape ``(B,)``."""

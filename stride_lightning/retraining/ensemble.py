@@ -116,11 +116,17 @@ class Ensemble:
         return objectives
 
     @torch.no_grad()
-    def evaluate(self, function: BatchFunction, batch: Any) -> Tensor:
-        """A function of every copy and a batch; the first axis is the copies."""
+    def evaluate(self, function: BatchFunction, batch: Any, *, vectorise: bool = True) -> Tensor:
+        """A function of every copy and a batch, on all copies at once or one by one; the first axis is the copies."""
         call = Call(self.model, function)
-        values_of = vmap(lambda parameters: call.with_weights({**parameters, **self.fixed}, batch), randomness="same")
-        return values_of(self.parameters)
+
+        def value_of(parameters: dict[str, Tensor]) -> Tensor:
+            return call.with_weights({**parameters, **self.fixed}, batch)
+
+        if vectorise:
+            return vmap(value_of, randomness="same")(self.parameters)
+        names, stacked = list(self.parameters), list(self.parameters.values())
+        return torch.stack([value_of(dict(zip(names, weights, strict=True))) for weights in zip(*stacked, strict=True)])
 
     def _function(self, arguments: tuple[Any, ...]) -> Callable[..., Any]:
         """The vectorised gradient, traced if that pays; a trace from another ensemble is checked first."""
@@ -163,7 +169,7 @@ class Single:
         self.optimizer.step()
 
     @torch.no_grad()
-    def evaluate(self, function: BatchFunction, batch: Any) -> Tensor:
+    def evaluate(self, function: BatchFunction, batch: Any, *, vectorise: bool = True) -> Tensor:
         """A function of the copy and a batch, with a first axis of size 1."""
         return function(self.model, batch)[None]
 

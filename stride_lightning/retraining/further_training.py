@@ -13,19 +13,29 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples, first_look
-from stride_lightning.data.reading import Reading, survey
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
-from stride_lightning.model.weights import borrowed, load_checkpoint, rank_zero_state, resolve_ckpt_path, weight_hash
+from stride_lightning.model.weights import (
+    attached_trainer,
+    borrowed,
+    load_checkpoint,
+    rank_zero_state,
+    resolve_ckpt_path,
+    weight_hash,
+)
 from stride_lightning.retraining.batchability import vectorised_attention
 from stride_lightning.retraining.effects import FurtherTraining
 from stride_lightning.retraining.leaving_out import LeavingOut
+from stride_lightning.retraining.modules import moment_of
 from stride_lightning.retraining.optimizers import MakeOptimizer
+from stride_lightning.retraining.query_values import QueryValues
+from stride_lightning.retraining.resolving import check_loss, resolved_task
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.progress import announce, on_one_bar
 from stride_lightning.runtime.versions import versions
 from stride_lightning.storage.parts import Work
-from stride_lightning.tasks.inference import check_task, infer_task_of
 from stride_lightning.tasks.likelihoods import Task
+from stride_lightning.tasks.measures import check_function
+from stride_lightning.tasks.own_loss import OwnLoss, RowFunction
 
 #: Largest number of examples to leave out by default.
 NUM_LEFT_OUT = 100
@@ -46,7 +56,9 @@ def further_train(
     weights_only: bool | None = None,
     batch_size: int | None = None,
     optimizer: MakeOptimizer | None = None,
-    task: Task | None = None,
+    task: Task | OwnLoss | None = None,
+    loss: RowFunction | None = None,
+    measure: RowFunction | None = None,
     train_indices: Sequence[int] | Tensor | None = None,
     device: str | torch.device | None = None,
     memory_budget: int | None = None,
@@ -60,8 +72,8 @@ def further_train(
     the work.
 
     A step is the optimizer's alone: gradients are not clipped, and hooks that change them are not called; a warning
-    names these. If ``training_step`` gives the loss, a batch's loss must be the mean of its examples' losses. Losses of
-    queries are measured in double precision.
+    names these. Where no likelihood is the training loss, ``training_step`` gives it. An example's share is then what
+    its kind of loss says: a mean, a sum, a mean with weights, or a loss that couples the examples of a batch.
 
     Args:
         model: The final model.
@@ -78,7 +90,10 @@ def further_train(
         batch_size: Examples of a batch.
         optimizer: Function that makes the optimizer of a model's parameters; by default the model's
             ``configure_optimizers`` without its schedule, at the initial learning rate.
-        task: The meaning of a batch; by default inferred.
+        task: The meaning of a batch; by default inferred. ``OwnLoss()`` is the loss that ``training_step`` computes.
+        loss: What training minimised, if ``training_step`` does not say it: ``fn(model, batch) -> (B,)``.
+        measure: What is measured of the queries, ``fn(model, batch) -> (B,)`` with the model in eval mode; by default
+            their loss. Positive effects raise it.
         train_indices: Positions in the dataset that the model trains on, if the sampler does not give them.
         device: Device of the training; by default the model's.
         memory_budget: Bytes for the copies that train together; by default 32 MiB on a CPU, 2 GiB on a GPU.
@@ -106,30 +121,29 @@ def further_train(
     if not isinstance(model, nn.Module):
         instead = f"the class {model.__name__}: make an instance" if isinstance(model, type) else repr(model)
         raise TypeError(f"`model` must be the final model, an instance of torch.nn.Module, got {instead}.")
-    check_task(task)
+    check_loss(task, loss)
+    check_function(measure, "measure")
     num_seeds = check_count("num_seeds", num_seeds)
     checkpoint = None if ckpt_path is None else load_checkpoint(resolve_ckpt_path(ckpt_path, model), weights_only)
     state = rank_zero_state(model) if checkpoint is None else checkpoint.get("state_dict", checkpoint)
     train, queries = resolve_train_data(train_data, train_indices, model), resolve_queries(queries, model)
+    moment = moment_of(attached_trainer(model))
     with borrowed(model, state, None if device is None else torch.device(device)) as home, torch.no_grad():
         head = first_look(train, 64, home)
-        with train.naming(0):
-            task = infer_task_of(head, model) if task is None else task
-        leaving_out = LeavingOut(
-            model, train, head, task, batch_size=batch_size, optimizer=optimizer, memory_budget=memory_budget
-        )
-        reading = Reading(queries, task, model, batch_size=256, device=home)
-        batches = reading.encoded(leaving_out.num_outputs)
+        meaning = resolved_task(model, train, head, task=task, loss=loss)
+        how = {"batch_size": batch_size, "optimizer": optimizer, "memory_budget": memory_budget}
+        leaving_out = LeavingOut(model, train, head, meaning, measure=measure, moment=moment, **how)
+        values = leaving_out.query_values(queries)
         weights = weight_hash(model)
     return measure_effects(
         leaving_out,
         queries,
-        batches,
+        values,
         left_out=left_out,
         epochs=epochs,
         seeds=range(seed, seed + num_seeds),
         path=path,
-        metadata={"weights": weights, "query_data": reading.fingerprint},
+        metadata={"weights": weights, "query_data": values.fingerprint},
         show_progress=show_progress,
     )
 
@@ -137,7 +151,7 @@ def further_train(
 def measure_effects(
     leaving_out: LeavingOut,
     queries: Examples,
-    batches: Sequence[tuple[Any, Tensor]],
+    values: QueryValues,
     *,
     left_out: Sequence[int] | Tensor | None,
     epochs: int | Sequence[int],
@@ -146,24 +160,24 @@ def measure_effects(
     metadata: Mapping[str, Any],
     show_progress: bool,
 ) -> FurtherTraining:
-    """Measure all effects, part by part; arguments as in :func:`further_train`, and the queries' encoded batches."""
+    """Measure all effects, part by part; arguments as in :func:`further_train`, and the values of queries."""
     started, train, seeds = time.perf_counter(), leaving_out.train, list(seeds)
     positions, places = find_left_out(left_out, train)
     amounts = read_amounts(epochs)
     check_count("num_seeds", len(seeds))
     identity = {**metadata, **leaving_out.identity(), "epochs": amounts, "seeds": seeds}
     if "data" not in identity:
-        identity["data"] = survey(train, leaving_out.task, leaving_out.model, leaving_out.num_outputs).fingerprint
+        identity["data"] = leaving_out.fingerprint()
     work = Work(path, identity, {"left_out": positions})
     if (finished := work.finished(FurtherTraining)) is not None:
         return finished
-    leaving_out.check_queries(queries, batches)
+    leaving_out.check_queries(queries, values)
     reason = leaving_out.one_by_one_because
     if reason:
         announce(f"Copies of the model train one by one, because {reason}.", show=show_progress)
 
     def effects_of(seed: int, chosen: slice, tick: Callable[[int], Any]) -> Tensor:
-        return leaving_out.effects(places[chosen], batches, amounts, seed, tick)
+        return leaving_out.effects(places[chosen], values, amounts, seed, tick)
 
     with nullcontext() if reason else vectorised_attention():
         effects = work.run(

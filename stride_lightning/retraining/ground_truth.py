@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from stride_lightning.storage.stored import Stored
+from stride_lightning.tasks.measures import harm_of, in_words, measure_of
 
 
 @dataclass
@@ -22,9 +23,11 @@ class Retrained(Stored):
 
     Args:
         masks: The training examples of each model, bool of shape ``(K, n)``.
-        losses_by_seed: Loss of every query under every model, shape ``(S, K, q)``.
+        losses_by_seed: Loss of every query under every model, shape ``(S, K, q)``; or minus the value of the measure,
+            so that lower is better, always.
         seeds: The seeds, ``S`` of them.
-        metadata: Settings of the training, fingerprints of both data sets, seconds, versions.
+        metadata: Settings of the training, fingerprints of both data sets, seconds, versions. ``"measure"`` is what was
+            measured, its name and direction.
     """
 
     masks: Tensor
@@ -56,6 +59,16 @@ class Retrained(Stored):
         return self.losses_by_seed.double().mean(0).float()
 
     @property
+    def measure(self) -> dict[str, str]:
+        """Name of what was measured of the queries, and whether a positive score ``"lowers"`` or ``"raises"`` it."""
+        return measure_of(self.metadata)
+
+    @property
+    def values(self) -> Tensor:
+        """What was measured, in its own sign, averaged over seeds, shape ``(K, q)``: losses, or values of a measure."""
+        return self.losses if self.measure["direction"] == "lowers" else -self.losses
+
+    @property
     def num_train(self) -> int:
         """Number of training examples, which are the columns of the masks."""
         return self.masks.shape[1]
@@ -84,11 +97,20 @@ class Retrained(Stored):
         """Refuse scores of other data, by the fingerprints in both ``metadata``; the error names the difference."""
         for key, name in {"data": "training data", "query_data": "queries"}.items():
             expected, given = self.metadata.get(key), metadata.get(key)
-            if expected is not None and given is not None and expected != given:
+            if expected is not None and given is not None and _differ(expected, given):
                 raise ValueError(
                     f"{what} has other {name} than the ground truth: {_short(given)} instead of {_short(expected)}. "
                     "Make both with the same data in the same order."
                 )
+
+    def check_measure(self, metadata: Mapping[str, Any], what: str = "The attribution") -> None:
+        """Refuse scores that explain something else than was measured, where their ``metadata`` say what."""
+        given = measure_of(metadata)
+        if "measure" in metadata and given != self.measure:
+            raise ValueError(
+                f"{what} explains what {in_words(given)}, but the ground truth measures what {in_words(self.measure)}. "
+                "Make both with the same `measure=`."
+            )
 
 
 @dataclass
@@ -126,10 +148,11 @@ class GroundTruth(Retrained):
         return float(np.sqrt(whole * single / (1 + (whole - 1) * single)))
 
     def __repr__(self) -> str:
+        measured = "" if self.measure["direction"] == "lowers" else f", {in_words(self.measure)}"
         ceiling = "unknown" if (ceiling := self.ceiling) is None else f"{ceiling:.2f}"
         return (
             f"GroundTruth({len(self.masks)} subsets of {self.num_train} examples x {len(self.seeds)} seeds, "
-            f"{self.num_queries} queries, noise ceiling {ceiling})"
+            f"{self.num_queries} queries{measured}, noise ceiling {ceiling})"
         )
 
 
@@ -161,7 +184,7 @@ class Counterfactual(Retrained):
     def __repr__(self) -> str:
         rises = (self.losses_removed - self.losses_full).mean(1).tolist()
         curve = ", ".join(f"top {k}: {rise:+.3g}" for k, rise in zip(self.ks, rises, strict=True))
-        return f"Counterfactual({self.num_queries} queries; mean rise of the loss without {curve})"
+        return f"Counterfactual({self.num_queries} queries; mean {harm_of(self.measure)} without {curve})"
 
     @override
     def info(self) -> dict[str, Any]:
@@ -207,6 +230,12 @@ def _splits(num_seeds: int, num_splits: int) -> list[tuple[Sequence[int], Sequen
 def _centred_ranks(values: Tensor) -> np.ndarray:
     ranks = rankdata(values.numpy(), axis=1)
     return ranks - ranks.mean(1, keepdims=True)
+
+
+def _differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether fingerprints are of other data; targets count where the content, which holds them, is unknown."""
+    keys = {*one, *other} - ({"targets"} if one.get("content") is not None else set())
+    return any(one.get(key) != other.get(key) for key in keys)
 
 
 def _short(fingerprint: Mapping[str, Any]) -> str:

@@ -14,75 +14,109 @@ from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from stride_lightning.data.examples import Examples, first_batch
-from stride_lightning.model.layers import in_precision_of
-from stride_lightning.model.weights import borrowed
-from stride_lightning.retraining.batchability import GRADIENT_HOOKS, loss_of_step, vectorised_attention
+from stride_lightning.data.reading import survey
+from stride_lightning.retraining.batchability import GRADIENT_HOOKS, OtherLoss, vectorised_attention
 from stride_lightning.retraining.batches import Batches
 from stride_lightning.retraining.ensemble import Ensemble, Single
-from stride_lightning.retraining.modules import overridden, tree_of
-from stride_lightning.retraining.optimizers import CannotBatch, check_together, read_optimization
-from stride_lightning.retraining.step_losses import check_additive, check_step, detached_copy, train_mode
+from stride_lightning.retraining.modules import overridden
+from stride_lightning.retraining.optimizers import CannotBatch, check_parameters, check_together, read_optimizer
+from stride_lightning.retraining.own_steps import OwnSteps
+from stride_lightning.retraining.query_values import QueryValues, query_values, reader_of
+from stride_lightning.retraining.resolving import functions_of
+from stride_lightning.retraining.step_losses import detached_copy, train_mode
 from stride_lightning.runtime.checks import check_finite, first_line
 from stride_lightning.runtime.randomness import mix, seeded
-from stride_lightning.tasks.likelihoods import Task, columns
+from stride_lightning.tasks.likelihoods import Task
+from stride_lightning.tasks.measures import measure_info
+from stride_lightning.tasks.own_loss import FunctionLoss, OwnLoss, RowFunction
+from stride_lightning.tasks.training_step import Moment
 
-#: Numbers of examples: those of the check for additive losses, and those among which it chooses them (texts: more).
-_NUM_CHECKED, _NUM_CANDIDATES, _NUM_TEXTS = 16, 64, 1024
+#: Examples among which those of the check of the loss are chosen (texts: more).
+_NUM_CANDIDATES, _NUM_TEXTS = 64, 1024
 
 
 class LeavingOut(Batches):
     """Trains a model further, several copies at once, each without another example.
 
     Example i is left out of every batch by subtracting its share of the training loss: the objective is
-    ``mean over the batch of l_b - l_i / n``. All copies of a seed see the same batches and the same dropout.
+    ``mean over the batch of l_b - l_i / n``. All copies of a seed see the same batches and the same dropout. Where no
+    likelihood gives the loss, :class:`~stride_lightning.retraining.own_steps.OwnSteps` says what ``l_i`` is.
 
-    The final model is copied, never changed. The statistics of its BatchNorm layers do not change; weights of half
+    The final model is copied, never changed. The statistics of its normalisation layers do not change; weights of half
     precision are trained in float32. The model's optimizer starts at its initial learning rate. Losses of queries are
     measured in double precision if the device has it. If ``torch.func`` cannot vectorise the model, copies train one by
     one, and :attr:`one_by_one_because` is the reason.
 
-    Args as in :class:`Batches`; ``warn`` decides whether a warning names hooks that are not called.
+    Args:
+        model: The final model, on its device.
+        train: The training data.
+        head: The first batch.
+        task: The likelihood, or the loss of the module's own.
+        measure: What is measured of the queries, by default their loss.
+        moment: The moment of training at which a loss of the module's own is taken.
+        warn: Whether a warning names hooks that are not called.
+        **how: As in :class:`Batches`.
 
     Raises:
-        ValueError: If the model uses manual optimization, its optimizer or ``training_step`` needs a Trainer, or its
-            loss of a batch is not the mean of the losses of the examples.
+        ValueError: If the model's optimizer needs a Trainer, or its loss cannot be computed.
     """
 
     def __init__(
-        self, model: nn.Module, train: Examples, head: Any, task: Task, *, warn: bool = True, **how: Any
+        self,
+        model: nn.Module,
+        train: Examples,
+        head: Any,
+        task: Task | OwnLoss,
+        *,
+        measure: RowFunction | None = None,
+        moment: Moment | None = None,
+        warn: bool = True,
+        **how: Any,
     ) -> None:
         super().__init__(model, train, head, task, **how)
+        self.measure = measure
         if warn and (hooks := overridden(model, GRADIENT_HOOKS)):
             warnings.warn(
                 f"{type(model).__name__} overrides {', '.join(hooks)}. Further training does not call these hooks, so "
                 "effects are those of training without them. What changes the loss belongs in training_step.",
                 stacklevel=3,
             )
-        if not getattr(model, "automatic_optimization", True):
-            raise ValueError(
-                f"{type(model).__name__} uses manual optimization (automatic_optimization=False), so it returns no "
-                "loss to subtract an example's share from. Pass further_train() the network inside it, and "
-                "`optimizer=`."
-            )
         self.model = model = detached_copy(model)
         if any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters()):
             model.float()  # in half precision one example's share of a step is below the rounding
-        batch = first_batch(train, self.loading.batch_size, self.device)
-        with train.naming(0):
-            sample = self.prepared(model, batch)
         optimizer = self._make_optimizer(model)
+        #: Steps on a loss of the module's own; None where the task's loss is trained on.
+        self.steps: OwnSteps | None = None
+        try:
+            if not isinstance(task, Task):
+                raise OtherLoss(f"its loss is no likelihood, but {task!r}")
+            sample = self._try_out(model, optimizer)
+        except OtherLoss as reason:
+            self.one_by_one_because = str(reason)
+            own = OwnLoss() if isinstance(task, Task) else task
+            self.steps = OwnSteps(own, model, train, self.loading.batch_size, moment)
+            self.train.hold()
+            return
+        self.get_ready(model, optimizer, self._task_loss, sample)
+
+    def _try_out(self, model: nn.Module, optimizer: Any) -> tuple[Any, Tensor]:
+        """Try whether copies can train together on the task's loss; returns a batch of it.
+
+        Raises:
+            OtherLoss: If the task's loss is not the one that the model trains on.
+        """
+        batch = first_batch(self.train, self.loading.batch_size, self.device)
+        with self.train.naming(0):
+            sample = self.prepared(model, batch)
         try:
             self.try_out(model, sample, self._drawn(self._mixed_examples(self.loading.batch_size)))
+            check_together(optimizer, model)
             self._check_single_examples(sample)
+        except OtherLoss:
+            raise
         except CannotBatch as reason:
             self.one_by_one_because = str(reason)
-        #: Whether ``training_step`` gives the loss, because it differs from the task's.
-        self._is_step = self.one_by_one_because is not None and tree_of(model) is not None
-        if self._is_step:
-            check_step(copy.deepcopy(model), in_precision_of(model, batch))
-            check_additive(copy.deepcopy(model), self._mixed_examples(_NUM_CHECKED), self.device)
-        self._in_double = self.device.type != "mps" and _takes_double(task, sample[1])
-        self.get_ready(model, optimizer, self._task_loss, sample)
+        return sample
 
     @override
     def set_mode(self, model: nn.Module) -> None:
@@ -95,46 +129,68 @@ class LeavingOut(Batches):
 
     def identity(self) -> dict[str, Any]:
         """Plain values that determine further training, apart from weights and data."""
-        return {**self.described(), "optimizer": repr(self._make_optimizer(self.model))}
+        loss = self.meaning.fn if isinstance(self.meaning, FunctionLoss) else None
+        return {
+            **self.described(),
+            **({} if self.steps is None else self.steps.described()),
+            "measure": measure_info(self.measure),
+            **functions_of(loss=loss, measure=self.measure),
+            "optimizer": repr(self._make_optimizer(self.model)),
+        }
+
+    def fingerprint(self) -> dict[str, Any]:
+        """That of the training data, every example of which must be one that the task takes."""
+        model = self.model if self.num_outputs else None
+        return survey(self.train, reader_of(self.meaning), model, self.num_outputs).fingerprint
+
+    def query_values(self, queries: Examples, target: str = "label") -> QueryValues:
+        """Read the queries, for what is measured of them."""
+        return query_values(
+            queries,
+            self.meaning,
+            self.model,
+            measure=self.measure,
+            num_outputs=self.num_outputs,
+            steps=self.steps,
+            target=target,
+        )
 
     def effects(
         self,
         left_out: Tensor,
-        queries: Sequence[tuple[Any, Tensor]],
+        queries: QueryValues,
         epochs: Sequence[int],
         seed: int,
         tick: Callable[[int], Any] = lambda models: None,
     ) -> Tensor:
         """Loss of each query without an example minus loss with it, positive is helpful: ``(len(epochs), m, q)``.
 
-        ``left_out`` holds places of the examples, shape ``(m,)``; queries are inputs and encoded targets, batch by
-        batch. They are measured after the given epochs (ascending). After every epoch ``tick`` gets the number of
-        models.
+        With a measure, it is the value with the example minus that without it. ``left_out`` holds places of the
+        examples, shape ``(m,)``. Queries are measured after the given epochs (ascending). After every epoch ``tick``
+        gets the number of models.
         """
-        queries = [in_precision_of(self.model, batch) for batch in queries]
         # Every chunk has a copy that leaves out nothing, so differences have no rounding of other shapes.
         shares = torch.full((len(left_out) + 1,), 1 / len(self.train), dtype=torch.float64)
         shares[0] = 0
         examples = torch.cat([left_out[:1], left_out])
         size = 1 if self.one_by_one_because else len(examples)
         parts = zip(examples.split(size), shares.split(size), strict=True)
-        losses = torch.cat([self._train(*part, queries, epochs, seed, tick) for part in parts], 1)
+        train = self._train if self.steps is None else self._train_alone
+        losses = torch.cat([train(*part, queries, epochs, seed, tick) for part in parts], 1)
         # Differences of losses close to zero need double precision; single precision can store them.
         stored_dtype = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
         return (losses[:, 1:] - losses[:, :1]).to(stored_dtype).cpu()
 
-    def check_queries(self, queries: Examples, batches: Sequence[tuple[Any, Tensor]]) -> None:
+    def check_queries(self, queries: Examples, values: QueryValues) -> None:
         """Refuse queries whose loss is not finite before any further training; the error names the first."""
-        batches = [in_precision_of(self.model, batch) for batch in batches]
-        with borrowed(self.model, None, None), torch.no_grad(), seeded(0), queries.naming(0):
-            losses = torch.cat([self._query_losses(self.model, batch) for batch in batches])
-            check_finite(losses, "loss before any further training")
+        with seeded(0), queries.naming(0):
+            check_finite(values.of(self.model), "loss before any further training")
 
     def _train(
         self,
         left_out: Tensor,
         shares: Tensor,
-        queries: Sequence[tuple[Any, Tensor]],
+        queries: QueryValues,
         epochs: Sequence[int],
         seed: int,
         tick: Callable[[int], Any],
@@ -145,7 +201,7 @@ class LeavingOut(Batches):
         optimizer = self._make_optimizer(model)
         shares = shares.to(self.device, next(model.parameters()).dtype)
         if alone:
-            trained = Single(model, optimizer, loss_of_step if self._is_step else self._task_loss, _without_share)
+            trained = Single(model, optimizer, self._task_loss, _without_share)
         else:
             options = {"kernels": self.kernels, "num_steps": epochs[-1] * len(self.order(0, 0))}
             trained = Ensemble(model, optimizer, len(left_out), self._task_loss, _without_share, **options)
@@ -159,32 +215,57 @@ class LeavingOut(Batches):
             tick(len(left_out))
             if epoch + 1 in epochs:
                 model.eval()
-                losses.append(torch.cat([trained.evaluate(self._query_losses, batch) for batch in queries], 1))
+                parts = [trained.evaluate(queries.of_batch, b, vectorise=queries.vectorises) for b in queries.batches]
+                losses.append(torch.cat(parts, 1))
                 train_mode(model)
         return torch.stack(losses)
 
-    def _shown(self, batch: Any) -> Any:
-        """Input of the training loss: inputs and encoded targets, or the batch for ``training_step``."""
-        return in_precision_of(self.model, batch) if self._is_step else self.prepared(self.model, batch)
+    def _train_alone(
+        self,
+        left_out: Tensor,
+        shares: Tensor,
+        queries: QueryValues,
+        epochs: Sequence[int],
+        seed: int,
+        tick: Callable[[int], Any],
+    ) -> Tensor:
+        """The same for one copy, on a loss of the module's own."""
+        assert self.steps is not None
+        steps, model, place, is_left_out = self.steps, copy.deepcopy(self.model), int(left_out[0]), float(shares[0]) > 0
+        optimizer, losses, parts = self._make_optimizer(model), [], []
+        for epoch in range(epochs[-1]):
+            if is_left_out and (epoch == 0 or self.train.is_random or steps.kind == "coupled"):
+                parts = steps.parts(place, mix(seed, epoch))
+            for number, (places, batch) in enumerate(self.epoch(seed, epoch, lambda batch: batch)):
+                with torch.enable_grad():
+                    draw = mix(seed, epoch, number)
+                    loss = steps.of_batch(model, batch, places, draw)
+                    if loss is None or not loss.requires_grad:
+                        continue  # as Lightning skips it
+                    if is_left_out:
+                        loss = loss - steps.share(len(places)) * steps.of_example(model, parts, draw, dropout=True)
+                    optimizer.zero_grad()
+                    loss.backward()
+                optimizer.step()
+            tick(1)
+            if epoch + 1 in epochs:
+                losses.append(queries.of(model)[None])
+        return torch.stack(losses)
 
-    def _make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+    def _shown(self, batch: Any) -> Any:
+        """Input of the training loss: inputs and encoded targets."""
+        return self.prepared(self.model, batch)
+
+    def _make_optimizer(self, model: nn.Module) -> Any:
         try:
-            optimizer = read_optimization(model, self.optimizer).optimizer
-            check_together(optimizer, model)
+            optimizer = read_optimizer(model, self.optimizer)
+            check_parameters(optimizer, model)
         except CannotBatch as reason:
             raise ValueError(
                 f"Further training cannot use the model's optimizer, because {reason}. Pass `optimizer=`, such as "
                 "functools.partial(torch.optim.SGD, lr=0.01)."
             ) from reason
-        for group in optimizer.param_groups:
-            group["lr"] = group.get("initial_lr", group["lr"])  # a schedule may have begun with a warm-up
         return optimizer
-
-    def _query_losses(self, model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
-        outputs, encoded = columns(self.task.outputs(model, batch[0])), batch[1]
-        if self._in_double:
-            outputs, encoded = outputs.double(), encoded.double()
-        return self.task.loss(outputs, encoded)
 
     def _task_loss(self, model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
         return self.factor * self.losses(model, batch).mean()
@@ -237,15 +318,6 @@ class LeavingOut(Batches):
 def _stacked(shown: Any) -> Any:
     """A batch as batches of one example, one for each copy."""
     return pytree.tree_map(lambda value: value[:, None], shown)
-
-
-def _takes_double(task: Task, encoded: Tensor) -> bool:
-    """Whether a task's loss works in double precision; a task with weights may fail."""
-    try:
-        task.loss(torch.zeros_like(encoded, dtype=torch.float64), encoded.double())
-    except Exception:
-        return False
-    return True
 
 
 def _without_share(call: Callable[[Any], Tensor], shared: Any, single: tuple[Any, Tensor]) -> Tensor:

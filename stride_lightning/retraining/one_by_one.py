@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from stride_lightning.data.examples import overridden_hook
+from stride_lightning.model.layers import in_precision_of
 from stride_lightning.retraining.modules import overridden, tree_of
 from stride_lightning.retraining.recipe import Recipe
 from stride_lightning.runtime.checks import first_line
 from stride_lightning.runtime.randomness import seeded
+from stride_lightning.tasks.own_loss import FunctionLoss
 
 
 @contextmanager
@@ -115,13 +117,15 @@ def _of_tree(kind: type, base: type) -> Any:
 
 
 class _Plain:
-    """A LightningModule that trains a plain module on the task's loss."""
+    """A LightningModule that trains a plain module on the task's loss, or on the mean of the user's function."""
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         super().__init__()
         self.model, self.recipe = model, recipe
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if isinstance(self.recipe.meaning, FunctionLoss):
+            return self.recipe.meaning.fn(self.model, in_precision_of(self.model, batch)).mean()
         return self.recipe.losses(self.model, self.recipe.prepared(self.model, batch)).mean()
 
 

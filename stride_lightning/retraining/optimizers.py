@@ -54,6 +54,43 @@ class Optimization:
         return f"{self.optimizer!r} {type(self.scheduler).__name__} {state} every {self.frequency} {self.interval}"
 
 
+class Several:
+    """Several optimizers as one, as a module that optimizes by hand may have them."""
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        self.optimizers = optimizers
+        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+
+    def zero_grad(self) -> None:
+        """Clear the gradients of all."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def step(self) -> None:
+        """One step of each; parameters without gradient stay."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def __repr__(self) -> str:
+        return " and ".join(map(repr, self.optimizers))
+
+
+def read_optimizer(model: nn.Module, make_optimizer: MakeOptimizer | None) -> torch.optim.Optimizer | Several:
+    """The optimizer of a model's training without its schedule, at the initial learning rate.
+
+    Raises:
+        CannotBatch: If it needs a Trainer.
+    """
+    if make_optimizer is not None:
+        return read_optimization(model, make_optimizer).optimizer
+    optimizers, _ = _configured(model)
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = group.get("initial_lr", group["lr"])  # a schedule may have begun with a warm-up
+    if not optimizers:
+        raise CannotBatch("configure_optimizers returns no optimizer")
+    return optimizers[0] if len(optimizers) == 1 else Several(optimizers)
+
+
 def read_optimization(model: nn.Module, make_optimizer: MakeOptimizer | None) -> Optimization:
     """The optimizer for a model's training, and its scheduler if ``configure_optimizers`` returns one.
 
@@ -65,6 +102,20 @@ def read_optimization(model: nn.Module, make_optimizer: MakeOptimizer | None) ->
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"`optimizer` must return a torch optimizer, got {type(optimizer).__name__}.")
         return Optimization(optimizer)
+    optimizers, schedules = _configured(model)
+    if len(optimizers) != 1 or len(schedules) > 1:
+        raise CannotBatch(f"configure_optimizers returns {len(optimizers)} optimizers and {len(schedules)} schedulers")
+    if not schedules:
+        return Optimization(optimizers[0])
+    config = schedules[0] if isinstance(schedules[0], dict) else {"scheduler": schedules[0]}
+    scheduler = config["scheduler"]
+    if isinstance(scheduler, ReduceLROnPlateau) or not isinstance(scheduler, LRScheduler):
+        raise CannotBatch(f"its {type(scheduler).__name__} needs a metric that only a Trainer monitors")
+    return Optimization(optimizers[0], scheduler, config.get("interval", "epoch"), config.get("frequency", 1))
+
+
+def _configured(model: nn.Module) -> tuple[list[torch.optim.Optimizer], list[Any]]:
+    """Optimizers and schedulers of ``configure_optimizers``, from any form that Lightning accepts."""
     if tree_of(model) is None:
         raise TypeError(
             f"{type(model).__name__} is no LightningModule, so its optimizer is unknown. Pass `optimizer=`, such as "
@@ -74,7 +125,16 @@ def read_optimization(model: nn.Module, make_optimizer: MakeOptimizer | None) ->
         configured: Any = cast("L.LightningModule", model).configure_optimizers()
     except Exception as error:
         raise CannotBatch(f"configure_optimizers needs a Trainer ({type(error).__name__}: {error})") from error
-    return _read(configured)
+    if isinstance(configured, tuple) and len(configured) == 2 and all(isinstance(x, list) for x in configured):
+        return configured
+    several = configured if isinstance(configured, list | tuple) else [configured] * (configured is not None)
+    optimizers, schedules = [], []
+    for each in several:
+        is_config = isinstance(each, dict)
+        optimizers.append(each["optimizer"] if is_config else each)
+        if is_config and each.get("lr_scheduler") is not None:
+            schedules.append(each["lr_scheduler"])
+    return optimizers, schedules
 
 
 def check_optimizer(make_optimizer: MakeOptimizer | None) -> None:
@@ -88,37 +148,20 @@ def check_optimizer(make_optimizer: MakeOptimizer | None) -> None:
         )
 
 
-def _read(configured: Any) -> Optimization:
-    """One optimizer and at most one scheduler, from any form that Lightning accepts."""
-    if isinstance(configured, torch.optim.Optimizer):
-        return Optimization(configured)
-    if isinstance(configured, dict):
-        schedule = configured.get("lr_scheduler")
-        optimizers, schedules = [configured["optimizer"]], [] if schedule is None else [schedule]
-    elif isinstance(configured, tuple) and len(configured) == 2 and all(isinstance(x, list) for x in configured):
-        optimizers, schedules = configured
-    elif isinstance(configured, list | tuple) and len(configured) == 1:
-        return _read(configured[0])
-    else:
-        optimizers, schedules = (configured or []), []
-    if len(optimizers) != 1 or len(schedules) > 1:
-        raise CannotBatch(f"configure_optimizers returns {len(optimizers)} optimizers and {len(schedules)} schedulers")
-    if not schedules:
-        return Optimization(optimizers[0])
-    config = schedules[0] if isinstance(schedules[0], dict) else {"scheduler": schedules[0]}
-    scheduler = config["scheduler"]
-    if isinstance(scheduler, ReduceLROnPlateau) or not isinstance(scheduler, LRScheduler):
-        raise CannotBatch(f"its {type(scheduler).__name__} needs a metric that only a Trainer monitors")
-    return Optimization(optimizers[0], scheduler, config.get("interval", "epoch"), config.get("frequency", 1))
-
-
-def check_together(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+def check_together(optimizer: Any, model: nn.Module) -> None:
     """Refuse, by :class:`CannotBatch`, an optimizer that cannot train many copies of its model at once."""
     if type(optimizer) not in TOGETHER:
         names = ", ".join(kind.__name__ for kind in TOGETHER)
         raise CannotBatch(f"{type(optimizer).__name__} is not one of the optimizers that train together ({names})")
+    check_parameters(optimizer, model)
+
+
+def check_parameters(optimizer: Any, model: nn.Module) -> None:
+    """Refuse, by :class:`CannotBatch`, an optimizer of other parameters than the model's, or that runs the model."""
     if {id(p) for group in optimizer.param_groups for p in group["params"]} - {id(p) for p in model.parameters()}:
         raise CannotBatch("its optimizer has parameters that are not the model's")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise CannotBatch("LBFGS computes the loss several times in a step")
 
 
 def _is_plain(value: object) -> bool:

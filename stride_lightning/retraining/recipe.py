@@ -6,25 +6,28 @@ import copy
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, TypedDict
 
 import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
 
 from stride_lightning.data.examples import first_look
-from stride_lightning.data.reading import Reading, survey
+from stride_lightning.data.reading import survey
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
-from stride_lightning.model.weights import borrowed, weight_hash
+from stride_lightning.model.weights import weight_hash
 from stride_lightning.retraining.batches import Batches
 from stride_lightning.retraining.modules import build
 from stride_lightning.retraining.optimizers import CannotBatch, MakeOptimizer, read_optimization
+from stride_lightning.retraining.own_steps import OwnSteps
+from stride_lightning.retraining.query_values import QueryValues, query_values, reader_of
+from stride_lightning.retraining.resolving import check_loss, functions_of, resolved_task
 from stride_lightning.runtime.checks import check_count, check_finite
 from stride_lightning.runtime.randomness import seeded
-from stride_lightning.tasks.inference import check_task, infer_task_of
-from stride_lightning.tasks.likelihoods import Task, columns
-
-Measure = Literal["loss", "margin"]
+from stride_lightning.tasks.likelihoods import Task
+from stride_lightning.tasks.measures import check_function, measure_info
+from stride_lightning.tasks.own_loss import OwnLoss, RowFunction
+from stride_lightning.tasks.training_step import Moment
 
 
 class Training(TypedDict, total=False):
@@ -35,8 +38,11 @@ class Training(TypedDict, total=False):
         optimizer: Function that makes the optimizer of a model's parameters; by default ``configure_optimizers``.
         trainer_fn: Function that makes a fresh Trainer for each model, for other settings (precision, clipping); models
             then train one by one.
-        task: The meaning of a batch; by default inferred.
-        measure: ``"loss"``, or ``"margin"`` for minus the log-odds of the target.
+        task: The meaning of a batch; by default inferred. ``OwnLoss()`` is the loss that ``training_step`` computes.
+        loss: What training minimised, where that is another loss than the module's: ``fn(model, batch) -> (B,)``. A
+            module that is no LightningModule trains on its mean.
+        measure: What is measured of the queries, ``fn(model, batch) -> (B,)`` with the module in eval mode; by default
+            their loss. Positive scores raise it.
         train_indices: Positions in the dataset that models train on, if the sampler does not give them.
         device: Device of the training; by default the model's.
         memory_budget: Bytes for the models that train together; by default 32 MiB on a CPU, the size of its caches, and
@@ -48,8 +54,9 @@ class Training(TypedDict, total=False):
     batch_size: int | None
     optimizer: MakeOptimizer | None
     trainer_fn: Callable[[], L.Trainer] | None
-    task: Task | None
-    measure: Measure
+    task: Task | OwnLoss | None
+    loss: RowFunction | None
+    measure: RowFunction | None
     train_indices: Sequence[int] | Tensor | None
     device: str | torch.device | None
     memory_budget: int | None
@@ -75,39 +82,33 @@ class Recipe(Batches):
         batch_size: int | None = None,
         optimizer: MakeOptimizer | None = None,
         trainer_fn: Callable[[], L.Trainer] | None = None,
-        task: Task | None = None,
-        measure: Measure = "loss",
+        task: Task | OwnLoss | None = None,
+        loss: RowFunction | None = None,
+        measure: RowFunction | None = None,
         train_indices: Sequence[int] | Tensor | None = None,
         device: str | torch.device | None = None,
         memory_budget: int | None = None,
         one_by_one: bool = False,
     ) -> None:
-        check_task(task)
-        if measure not in get_args(Measure):
-            raise ValueError(f"`measure` must be one of {get_args(Measure)}, got {measure!r}.")
+        check_loss(task, loss)
+        check_function(measure, "measure")
         max_epochs = check_count("max_epochs", max_epochs)
         model = _checked_model(model_fn)
         train = resolve_train_data(train_data, train_indices, model)
         model.to(device)
         head = first_look(train, 64, next(model.parameters()).device)
-        if task is None:
-            with borrowed(model, None, None), torch.no_grad(), train.naming(0):
-                task = infer_task_of(head, model)
+        meaning = resolved_task(model, train, head, task=task, loss=loss)
         super().__init__(
-            model, train, head, task, batch_size=batch_size, optimizer=optimizer, memory_budget=memory_budget
+            model, train, head, meaning, batch_size=batch_size, optimizer=optimizer, memory_budget=memory_budget
         )
-        if measure == "margin":  # a task without margins raises now
-            try:
-                task.margin(torch.zeros(1, self.num_outputs), torch.eye(1, self.num_outputs))
-            except ValueError as error:
-                raise ValueError(f"measure='margin' needs a margin: {error} Use measure='loss'.") from error
         self.model_fn, self.queries, self.max_epochs = model_fn, resolve_queries(queries, model), max_epochs
         #: The data module of the training data, with validation data for every model; None if there is none.
         self.datamodule: Any = train.owners[0] if train.owners else None
-        self.trainer_fn, self.measure, self.one_by_one = trainer_fn, measure, one_by_one
+        self.trainer_fn, self.loss, self.measure, self.one_by_one = trainer_fn, loss, measure, one_by_one
         #: Kind of each training example, as a number; None before :meth:`identity` has read the examples.
         self.train_kinds: Tensor | None = None
-        self._query_batches: list[tuple[Any, Tensor]] = []
+        self._query_values: QueryValues | None = None
+        self._steps: OwnSteps | None = None
         self._initial: dict[int, nn.Module] = {}
 
     def fresh_model(self, seed: int) -> nn.Module:
@@ -121,12 +122,20 @@ class Recipe(Batches):
             self._initial[seed] = self.fresh_model(seed)
         return copy.deepcopy(self._initial[seed])
 
-    def query_batches(self, model: nn.Module) -> list[tuple[Any, Tensor]]:
-        """Inputs and encoded targets of the queries, read once."""
-        if not self._query_batches:
-            reading = Reading(self.queries, self.task, model, batch_size=256, device=self.device)
-            self._query_batches = reading.encoded(self.num_outputs)
-        return self._query_batches
+    def query_values(self, model: nn.Module) -> QueryValues:
+        """What is measured of the queries, which are read once; lower is better."""
+        if self._query_values is None:
+            if isinstance(self.meaning, OwnLoss) and self.measure is None:
+                self._steps = OwnSteps(self.meaning, model, self.train, self.loading.batch_size, self._last_moment)
+            self._query_values = query_values(
+                self.queries,
+                self.meaning,
+                model,
+                measure=self.measure,
+                num_outputs=self.num_outputs,
+                steps=self._steps,
+            )
+        return self._query_values
 
     def check_queries(self, model: nn.Module) -> None:
         """Refuse queries whose loss is not finite even under an untrained model; the error names the first."""
@@ -134,21 +143,29 @@ class Recipe(Batches):
             check_finite(self.measured(model), "loss under an untrained model")
 
     def measured(self, model: nn.Module) -> Tensor:
-        """The measure of all queries under a model, shape ``(q,)``."""
-        with borrowed(model, None, self.device), torch.no_grad():
-            return torch.cat([self.values(model, batch) for batch in self.query_batches(model)])
+        """The loss of all queries under a model, or minus the measure, shape ``(q,)``."""
+        return self.query_values(model).of(model)
 
-    def values(self, model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
-        """The measure of a batch of queries, lower is better, shape ``(b,)``."""
-        outputs, encoded = columns(self.task.outputs(model, batch[0])), batch[1]
-        if outputs.device.type != "mps":  # float64 preserves the digits of small losses, but MPS has none
-            outputs, encoded = outputs.double(), encoded.double()
-        return -self.task.margin(outputs, encoded) if self.measure == "margin" else self.task.loss(outputs, encoded)
+    @property
+    def own_loss(self) -> dict[str, Any]:
+        """How losses of the module's own were measured, for the metadata; nothing where they were not."""
+        return {} if self._steps is None else self._steps.described()
+
+    @property
+    def _last_moment(self) -> Moment:
+        """That of the last step of a training on all examples."""
+        num_batches = len(self.order(0, 0))
+        steps = self.max_epochs * num_batches
+        return Moment(self.max_epochs - 1, steps - 1, self.max_epochs, num_batches, steps)
 
     def identity(self, seeds: Sequence[int]) -> dict[str, Any]:
         """Plain values that identify this recipe, for the comparison with a stored run."""
         models = [self.initial_model(seed) for seed in seeds]
-        surveyed = survey(self.train, self.task, models[0], self.num_outputs)
+        reader = reader_of(self.meaning)
+        # With a model, targets that it cannot take are refused; a measure decides by itself what queries need.
+        checked = models[0] if self.num_outputs else None
+        surveyed = survey(self.train, reader, checked, self.num_outputs)
+        checked = checked if self.measure is None else None
         self.train_kinds = surveyed.kinds
         return {
             **self.described(),
@@ -158,10 +175,11 @@ class Recipe(Batches):
             "optimizer": self._describe_optimizer(models[0]),
             "trainer_fn": self.trainer_fn is not None,
             "max_epochs": self.max_epochs,
-            "measure": self.measure,
+            "measure": measure_info(self.measure),
+            **functions_of(loss=self.loss, measure=self.measure),
             "seeds": list(seeds),
             "data": surveyed.fingerprint,
-            "query_data": survey(self.queries, self.task, models[0], self.num_outputs).fingerprint,
+            "query_data": survey(self.queries, reader, checked, self.num_outputs).fingerprint,
             "train_indices": None if self.train.is_whole else self.train.positions.tolist(),
         }
 

@@ -47,7 +47,7 @@ def retrain(
     show_progress: bool = True,
     **how: Unpack[Training],
 ) -> GroundTruth:
-    """Losses of queries under models trained from scratch on random subsets of the training data.
+    """Losses of queries, or a measure of them, under models trained from scratch on random subsets of the data.
 
     All subsets of a seed share the initial weights and the order of batches; each model skips the examples outside its
     subset. Models train together if ``torch.func`` can vectorise them. Otherwise they train one by one, each with a
@@ -67,8 +67,9 @@ def retrain(
             run that is started again continues from there, with the same result.
         masks: Subsets to use instead of random ones, bool of shape ``(K, n)``.
         show_progress: Show a progress bar, and the reason why models train one by one.
-        **how: How to train: ``batch_size``, ``optimizer``, ``trainer_fn``, ``task``, ``measure``, ``train_indices``,
-            ``device``, ``memory_budget``, ``one_by_one``; see :class:`~stride_lightning.retraining.recipe.Training`.
+        **how: How to train: ``batch_size``, ``optimizer``, ``trainer_fn``, ``task``, ``loss``, ``measure``,
+            ``train_indices``, ``device``, ``memory_budget``, ``one_by_one``; see
+            :class:`~stride_lightning.retraining.recipe.Training`.
 
     Returns:
         Masks, losses and noise ceiling.
@@ -213,7 +214,9 @@ def _measured(
     started = time.perf_counter()
     identity = recipe.identity(seeds)
     if attribution is not None:
-        Retrained(masks, torch.zeros(len(seeds), len(masks), 1), seeds, identity).check_data(attribution.metadata)
+        planned = Retrained(masks, torch.zeros(len(seeds), len(masks), 1), seeds, identity)
+        planned.check_data(attribution.metadata)
+        planned.check_measure(attribution.metadata)
     work = Work(path, identity, {"masks": masks})
     if (finished := work.finished(kind)) is not None:
         return finished
@@ -257,7 +260,7 @@ def _measured(
             show_progress=show_progress,
         )
     how = {"one_by_one_because": recipe.one_by_one_because, "seconds": time.perf_counter() - started}
-    metadata = {**identity, **how, "versions": versions(), "chunk_size": work.chunk_size}
+    metadata = {**identity, **recipe.own_loss, **how, "versions": versions(), "chunk_size": work.chunk_size}
     return work.keep(kind(masks, losses, seeds, metadata, **more))
 
 

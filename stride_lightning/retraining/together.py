@@ -12,6 +12,7 @@ from stride_lightning.retraining.batchability import check_hooks, check_separate
 from stride_lightning.retraining.ensemble import Ensemble
 from stride_lightning.retraining.optimizers import CannotBatch, check_together, read_optimization
 from stride_lightning.retraining.recipe import Recipe
+from stride_lightning.tasks.likelihoods import Task
 
 
 class Together:
@@ -29,6 +30,8 @@ class Together:
             raise CannotBatch("`trainer_fn` was given")
         if recipe.one_by_one:
             raise CannotBatch("one_by_one=True was given")
+        if not isinstance(recipe.meaning, Task):
+            raise CannotBatch(f"its loss is no likelihood, but {recipe.meaning!r}")
         self.recipe, model = recipe, recipe.fresh_model(seed)  # a copy would lose hooks on its parameters
         check_hooks(model)
         self.optimization = read_optimization(model, recipe.optimizer)
@@ -40,7 +43,7 @@ class Together:
             check_separate(model, recipe.task, sample[0], len(sample[1]))
         recipe.try_out(model, sample, batch)
         recipe.get_ready(model, self.optimization.optimizer, self._losses, sample)
-        recipe.query_batches(model)  # read them now, before several threads need them
+        recipe.query_values(model)  # read them now, before several threads need them
 
     def check_steps(self, masks: Tensor, seeds: list[int]) -> None:
         """Refuse, by :class:`CannotBatch`, skipped steps if the optimizer or schedule depends on their number."""
@@ -72,7 +75,8 @@ class Together:
             optimization.advance("epoch", epoch + 1)
             tick(len(masks))
         model.eval()
-        losses = [ensemble.evaluate(recipe.values, batch) for batch in recipe.query_batches(model)]
+        values = recipe.query_values(model)
+        losses = [ensemble.evaluate(values.of_batch, part, vectorise=values.vectorises) for part in values.batches]
         return torch.cat(losses, 1).float().cpu()
 
     def _losses(self, model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:

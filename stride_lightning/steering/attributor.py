@@ -83,6 +83,7 @@ class StrideAttributor(Attributor):
     """
 
     method = "stride"
+    task: Task
 
     def __init__(
         self,

@@ -42,7 +42,10 @@ def measure_info(measure: RowFunction | None) -> dict[str, str]:
 
 def measure_of(metadata: Mapping[str, Any]) -> dict[str, str]:
     """Name and direction of what a result explains; results without an entry explain losses."""
-    return metadata.get("measure") or dict(OF_LOSS)
+    measure = metadata.get("measure", "loss")
+    if isinstance(measure, str):  # stored by an earlier version
+        return dict(OF_LOSS) if measure == "loss" else {"name": measure, "direction": "raises"}
+    return measure
 
 
 def in_words(measure: Mapping[str, str]) -> str:
@@ -53,6 +56,16 @@ def in_words(measure: Mapping[str, str]) -> str:
         'raises margin'
     """
     return f"{measure['direction']} {measure['name']}"
+
+
+def harm_of(measure: Mapping[str, str]) -> str:
+    """What happens to a query when helpful examples are removed.
+
+    Example:
+        >>> harm_of({"name": "loss", "direction": "lowers"}), harm_of({"name": "margin", "direction": "raises"})
+        ('rise of the loss', 'fall of margin')
+    """
+    return "rise of the loss" if measure["direction"] == "lowers" else f"fall of {measure['name']}"
 
 
 def function_identity(function: Callable[..., Any]) -> dict[str, str]:

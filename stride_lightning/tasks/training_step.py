@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from stride_lightning.model.weights import borrowed
 from stride_lightning.runtime.row_draws import row_draws
 
-#: The mode in which a loss is defined: training, or eval where training mixes the examples of a batch.
-Mode = Literal["train", "eval"]
+#: The mode in which a loss is defined: training, or eval where training mixes the examples of a batch. Training that
+#: goes on (``"fit"``) has dropout too.
+Mode = Literal["train", "eval", "fit"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class TrainingStep:
     Args:
         model: A LightningModule.
         moment: The moment of training; None where it is unknown.
-        mode: Training mode keeps ``training=True``, with dropout and normalisation layers in eval mode.
+        mode: Training mode keeps ``training=True``, with dropout and normalisation layers in eval mode. In mode
+            ``"fit"`` there is dropout.
         optimizer_idx: Which of the losses handed to ``manual_backward`` counts.
     """
 
@@ -76,17 +78,17 @@ class TrainingStep:
     @contextmanager
     def _ready(self) -> Iterator[None]:
         with borrowed(self.model, None, None):
-            if self.mode == "train":
-                training_mode(self.model)
+            if self.mode != "eval":
+                training_mode(self.model, dropout=self.mode == "fit")
             yield
 
 
-def training_mode(model: nn.Module) -> None:
-    """Training mode, except for dropout layers and for normalisation layers with running statistics."""
+def training_mode(model: nn.Module, *, dropout: bool = False) -> None:
+    """Training mode, except for normalisation layers with running statistics and, by default, dropout layers."""
     model.train()
     for module in model.modules():
         has_statistics = getattr(module, "track_running_stats", False) or isinstance(
             module, nn.modules.batchnorm._BatchNorm
         )
-        if has_statistics or isinstance(module, nn.modules.dropout._DropoutNd):
+        if has_statistics or (not dropout and isinstance(module, nn.modules.dropout._DropoutNd)):
             module.training = False

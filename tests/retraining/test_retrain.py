@@ -15,6 +15,7 @@ from stride_lightning.retraining.recipe import Recipe, Training
 from stride_lightning.retraining.retrain import retrain, sample_masks
 from stride_lightning.runtime.distributed import barrier, world_size
 from stride_lightning.storage.records import write_record
+from stride_lightning.tasks.own_loss import OwnLoss
 from tests.helpers.models import Augmented, Dicts, DictTask, make_trainer
 from tests.helpers.processes import run_two, start
 from tests.retraining import cases
@@ -59,10 +60,19 @@ def test_sampled_masks():
     assert not masks.equal(sample_masks(30, 2000, 0.3, seed=1))
 
 
+def row_losses(model, batch):
+    return cases.cross_entropies(model(batch[0]), batch[1])
+
+
 def test_metadata():
     truth = ask()
     known = {"model": "Net", "max_epochs": 2, "batch_size": 9, "shuffle": True, "drop_last": False, "seeds": [0, 1]}
-    known |= {"measure": "loss", "task": "Classification()", "one_by_one_because": None, "trainer_fn": False}
+    known |= {
+        "measure": {"name": "loss", "direction": "lowers"},
+        "task": "Classification()",
+        "one_by_one_because": None,
+        "trainer_fn": False,
+    }
     assert {name: truth.metadata[name] for name in known} == known
     assert truth.metadata["seconds"] > 0
     assert "torch" in truth.metadata["versions"]
@@ -217,11 +227,10 @@ MISTAKES = {
     "half an epoch": ({"max_epochs": 0.5}, "`max_epochs` must be an integer"),
     "no batch size": ({"batch_size": None}, "do not say their batch size.*Pass a DataLoader"),
     "batch size 0": ({"batch_size": 0}, "`batch_size` must be an integer of at least 1, got 0"),
-    "measure": ({"measure": "accuracy"}, r"`measure` must be one of \('loss', 'margin'\), got 'accuracy'"),
-    "margin": (
-        {"measure": "margin", "train_data": numbers(), "model": lambda: Net(mlp(1), sgd, nn.functional.mse_loss)},
-        "A regression has no margin; only classifications do",
-    ),
+    "measure": ({"measure": "margin"}, r"`measure` must be a function fn\(model, batch\).*got 'margin'. Leave it out"),
+    "loss": ({"loss": nn.MSELoss()}, r"`loss` must be a function fn\(model, batch\).*got MSELoss. Leave it out"),
+    "loss and task": ({"loss": row_losses, "task": Classification()}, "Give either `task` or `loss`"),
+    "own loss without a step": ({"model": mlp, "task": OwnLoss()}, r"OwnLoss\(\) is what training_step computes"),
     "no labels": ({"queries": TensorDataset(cases.random(4, 4))}, "has no targets, so losses cannot be measured"),
     "the same model": ({"model": lambda: SAME}, "`model_fn` returned the same model, or the same parameters, twice"),
     "shared weights": ({"model": lambda: Net(SHARED, sgd)}, "the same parameters, twice"),

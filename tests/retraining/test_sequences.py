@@ -164,11 +164,6 @@ def test_texts_without_what_an_attribution_calls_helpful():
         close(result.losses_removed[0, query], losses_by_hand(model, QUERIES)[query])
 
 
-def test_there_is_no_margin():
-    with pytest.raises(ValueError, match="A sequence has no margin"):
-        retrained(fresh_gpt2, measure="margin")
-
-
 def test_tuning_the_damping():
     truth = retrained(fresh_gpt2, DATA, QUERIES)
     result = tune_damping(gpt2(), loader(QUERIES), train_data=loader(DATA), truth=truth, method="diagonal", **QUIET)

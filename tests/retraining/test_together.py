@@ -152,9 +152,19 @@ def test_dampening_of_one_group_counts_too():
         Together(recipe, 0).check_steps(cases.some_masks(3, 0.2), [0])
 
 
+def margin(model, batch):
+    outputs, targets = model(batch[0]), batch[1][:, None]
+    others = outputs.scatter(1, targets, -torch.inf).logsumexp(1)
+    return outputs.gather(1, targets)[:, 0] - others
+
+
 def odds(outputs, targets):
     p = outputs.softmax(1).gather(1, targets[:, None])[:, 0]
     return -(p / (1 - p)).log()
+
+
+def signed_margin(model, batch):
+    return ((2 * batch[1] - 1) * model(batch[0]))[:, 0]
 
 
 def signed(outputs, targets):
@@ -167,8 +177,8 @@ def one_logit():
 
 OPTIMIZER = partial(torch.optim.SGD, lr=0.1)
 MEASURED = {
-    "margins": (lambda: Net(mlp(), sgd), points, {"measure": "margin"}, odds),
-    "margins of one logit": (one_logit, cases.yes_or_no, {"measure": "margin"}, signed),
+    "margins": (lambda: Net(mlp(), sgd), points, {"measure": margin}, odds),
+    "margins of one logit": (one_logit, cases.yes_or_no, {"measure": signed_margin}, signed),
     # Half the squared error, where a LightningModule with mse_loss trains on all of it.
     "a plain module": (partial(mlp, 1), cases.numbers, {"optimizer": OPTIMIZER}, cases.half_squares),
     # The noise scales what is measured, but not training.
