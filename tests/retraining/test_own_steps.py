@@ -124,7 +124,9 @@ def shares(name, model, x, y, place, seed, epoch, size):
 
 
 def query_losses(name, model, x, y, train):
-    losses = F.cross_entropy(model(x), y, reduction="none", label_smoothing={"mean": 0.2}.get(name, 0.1 * ("sum" in name)))
+    losses = F.cross_entropy(
+        model(x), y, reduction="none", label_smoothing={"mean": 0.2}.get(name, 0.1 * ("sum" in name))
+    )
     if name == "weighted":
         return WEIGHTS[y] / WEIGHTS[train[1]].mean() * losses
     if name.startswith("weighted"):
