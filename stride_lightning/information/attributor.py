@@ -132,7 +132,7 @@ class InformationAttributor(PlannedAttributor):
     def _choose_ridge(self, gram: Tensor, losses: float) -> float:
         weights = sum(float(weight.detach().double().square().sum()) for weight in self.capture.parameters.values())
         # The distribution of labels gives their noise; the noise of a regression is unknown.
-        noise = None if isinstance(self.task, Regression) else 1.0
+        noise = None if isinstance(self.task, Regression) else 1 / self.task.dispersion
         num_rows = len(self.train_data) * self.num_outputs
         self.evidence = fit_evidence(gram, weights, 2 * losses, num_rows, noise_variance=noise)
         return self.evidence.ridge

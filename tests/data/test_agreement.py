@@ -1,4 +1,4 @@
-"""Which losses are taken for a likelihood: losses that look like one, real ones in disguise, and the price of asking."""
+"""Losses that are taken for a likelihood, and those that are not; and the price of the check."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
 
-from stride_lightning import BinaryClassification, CausalLanguageModeling, Classification, Regression
+from stride_lightning import BinaryClassification, Classification, Regression
 from stride_lightning.data.agreement import Agreement, agree
 from stride_lightning.data.examples import Examples
 from stride_lightning.tasks.own_loss import OwnLoss
