@@ -57,6 +57,9 @@ class DenseFit:
         self._has_recorded_scales = scales is not None
         how = {**self._settings, "cache_dir": self._given.cache_dir, "scales": scales}
         self.features, self.train_pass = fit_features(model, self.task, train, self.layers, **how)
+        before, self.task = self.task, self.task.scaled_to(self.train_pass.encoded)
+        losses = self.train_pass.losses * (before.dispersion / self.task.dispersion)
+        self.train_pass = replace(self.train_pass, losses=losses)
         self.fingerprint, self.losses = self.train_pass.fingerprint, self.train_pass.losses.cpu()
         self.train_targets = self.task.shown(self.train_pass.encoded)
         self._pass_seconds = time.perf_counter() - started
