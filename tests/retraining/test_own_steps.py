@@ -1,21 +1,18 @@
 """Further training on a loss of the module's own, against a plain loop: what leaving an example out takes away."""
 
 import copy
-import inspect
 
-import lightning.pytorch as L
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from stride_lightning.data.examples import Examples
 from stride_lightning.retraining.batches import batch_order
-from stride_lightning.retraining.own_steps import NUM_BATCHES, OwnSteps
+from stride_lightning.retraining.own_steps import OwnSteps
 from stride_lightning.runtime.randomness import mix
-from stride_lightning.tasks.own_loss import FunctionLoss, OwnLoss
-from tests.retraining import cases
+from stride_lightning.tasks.own_loss import OwnLoss
 from tests.retraining.cases import NUM_TRAIN, Net, in_double, mlp, points
 from tests.retraining.further import BATCH, EPOCHS, LEFT_OUT, SEEDS, ask, batches_of, make_net
 
@@ -127,7 +124,9 @@ def shares(name, model, x, y, place, seed, epoch, size):
 
 
 def query_losses(name, model, x, y, train):
-    losses = F.cross_entropy(model(x), y, reduction="none", label_smoothing={"mean": 0.2}.get(name, 0.1 * ("sum" in name)))
+    losses = F.cross_entropy(
+        model(x), y, reduction="none", label_smoothing={"mean": 0.2}.get(name, 0.1 * ("sum" in name))
+    )
     if name == "weighted":
         return WEIGHTS[y] / WEIGHTS[train[1]].mean() * losses
     if name.startswith("weighted"):
