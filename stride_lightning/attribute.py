@@ -18,6 +18,7 @@ from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.runtime.metering import Meter
 from stride_lightning.runtime.progress import call
 from stride_lightning.tasks.likelihoods import Task
+from stride_lightning.tasks.own_loss import OwnLoss, RowFunction
 
 #: The modules with methods; importing them registers their classes.
 _HOMES = (
@@ -38,7 +39,9 @@ def attribute(
     ckpt_path: str | Path | None = None,
     weights_only: bool | None = None,
     record: str | Path | None = None,
-    task: Task | None = None,
+    task: Task | OwnLoss | None = None,
+    loss: RowFunction | None = None,
+    measure: RowFunction | None = None,
     target: str = "label",
     train_indices: Sequence[int] | Tensor | None = None,
     batch_size: int = 256,
@@ -66,7 +69,14 @@ def attribute(
         record: A record that a callback wrote, or a folder of records. By default the checkpoint or the attached
             trainer names the records, and the one of these weights is used. Without one, everything is computed now,
             and the metadata says so.
-        task: The meaning of a batch; by default inferred from the first batch.
+        task: The likelihood that training maximised, or ``OwnLoss()`` for the loss of the module's own
+            ``training_step``. By default a likelihood where it agrees with ``training_step``, else ``OwnLoss()``; the
+            metadata say which under ``loss``.
+        loss: What training minimised, in place of ``task``: ``loss(model, batch)`` returns the loss of each example,
+            shape ``(B,)``.
+        measure: What is explained of each query: ``measure(model, batch)`` returns a number for each query, shape
+            ``(B,)``, such as the margin between two answers. A positive score raises it. By default the query's loss,
+            which a positive score lowers.
         target: ``"label"``, or ``"predicted"`` for queries without labels.
         train_indices: Positions in the dataset that the model was trained on, if the sampler does not give them.
         batch_size: Examples per forward pass; changes nothing but rounding.
@@ -102,6 +112,8 @@ def attribute(
             model,
             train_data,
             task,
+            loss=loss,
+            measure=measure,
             ckpt_path=ckpt_path,
             weights_only=weights_only,
             record=record,
@@ -121,7 +133,8 @@ def self_influence(
     ckpt_path: str | Path | None = None,
     weights_only: bool | None = None,
     record: str | Path | None = None,
-    task: Task | None = None,
+    task: Task | OwnLoss | None = None,
+    loss: RowFunction | None = None,
     train_indices: Sequence[int] | Tensor | None = None,
     batch_size: int = 256,
     device: str | torch.device | None = None,
@@ -158,6 +171,7 @@ def self_influence(
             model,
             train_data,
             task,
+            loss=loss,
             ckpt_path=ckpt_path,
             weights_only=weights_only,
             record=record,

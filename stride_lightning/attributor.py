@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from stride_lightning.data.examples import Examples, first_look
+from stride_lightning.data.examples import Examples
+from stride_lightning.data.objectives import Objective, check_objective, resolve_objective
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
 from stride_lightning.model.weights import (
     alone_with,
@@ -29,8 +30,10 @@ from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.metering import Meter
 from stride_lightning.runtime.progress import call, track
 from stride_lightning.runtime.versions import versions
-from stride_lightning.tasks.inference import check_task, infer_task_of
 from stride_lightning.tasks.likelihoods import Task
+from stride_lightning.tasks.measures import check_function, measure_info
+from stride_lightning.tasks.own_loss import OwnLoss, RowFunction
+from stride_lightning.tasks.training_step import moment_of
 
 
 class Attributor(ABC):
@@ -77,8 +80,10 @@ class Attributor(ABC):
         self,
         model: nn.Module,
         train_data: Any,
-        task: Task | None = None,
+        task: Task | OwnLoss | None = None,
         *,
+        loss: RowFunction | None = None,
+        measure: RowFunction | None = None,
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
         record: str | Path | None = None,
@@ -88,7 +93,8 @@ class Attributor(ABC):
         """Do all work that does not depend on the queries; arguments as in :func:`attribute`."""
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a module (an instance of torch.nn.Module), got {model!r}.")
-        check_task(task)
+        check_objective(task, loss)
+        check_function(measure, "measure")
         with Meter() as meter, call(show=self.show_progress), alone_with(model):
             path = None if ckpt_path is None else resolve_ckpt_path(ckpt_path, model)
             checkpoint = None if path is None else load_checkpoint(path, weights_only)
@@ -99,13 +105,16 @@ class Attributor(ABC):
             self.train_data = resolve_train_data(train_data, train_indices, model)
             with torch.inference_mode(False), borrowed(model, self._state(), self._device) as where, torch.no_grad():
                 self.weights = weight_hash(model)
-                head = None if task is not None else first_look(self.train_data, self.batch_size, where)
-                with self.train_data.naming(0):
-                    self.task = infer_task_of(head, model) if task is None else task
+                self.moment = moment_of(model, checkpoint)
+                chosen: dict[str, Any] = {"task": task, "loss": loss, "moment": self.moment}
+                objective = resolve_objective(model, self.train_data, where, batch_size=self.batch_size, **chosen)
+                self.task, self.measure = self.checked_task(objective, model), measure
                 self.metadata = {
                     "method": self.method,
                     "unit": self.unit,
                     "task": repr(self.task),
+                    "loss": objective.reason,
+                    "measure": measure_info(measure),
                     "weights": self.weights,
                     "ckpt_path": None if ckpt_path is None else str(ckpt_path),
                     "seed": self.seed,
@@ -183,10 +192,15 @@ class Attributor(ABC):
         """Use the model, data and task that another attributor was fitted to, as a part of it."""
         self.model, self._device, self._checkpoint_state = other.model, other._device, other._checkpoint_state
         self.train_data, self.task, self.weights = other.train_data, other.task, other.weights
+        self.measure, self.moment = other.measure, other.moment
 
     def scored_examples(self) -> Examples:
         """The example of each column of the scores; all training examples unless a method scores only some."""
         return self.train_data
+
+    def checked_task(self, objective: Objective, model: nn.Module) -> Task | OwnLoss:
+        """What stands for training; a method that takes no loss of the module's own refuses it here."""
+        return objective.task
 
     @abstractmethod
     def fit_model(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:

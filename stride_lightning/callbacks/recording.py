@@ -19,16 +19,17 @@ from typing_extensions import override
 
 from stride_lightning.callbacks.guard import GuardedCallback
 from stride_lightning.data.examples import Examples, first_look
-from stride_lightning.data.reading import count_outputs, encoded_batch
+from stride_lightning.data.objectives import Objective, check_objective, resolve_objective
 from stride_lightning.data.sources import checked_positions, resolve_train_data
 from stride_lightning.model.weights import borrowed
-from stride_lightning.runtime.checks import check_count, check_finite
+from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import rank
 from stride_lightning.runtime.versions import versions
 from stride_lightning.storage.files import hidden_name, write_file
 from stride_lightning.storage.records import write_record
-from stride_lightning.tasks.inference import check_task, infer_task_of
-from stride_lightning.tasks.likelihoods import Task, columns
+from stride_lightning.tasks.own_loss import OwnLoss, RowFunction
+from stride_lightning.tasks.task import Task
+from stride_lightning.tasks.training_step import moment_of
 
 #: Strategies under which every process holds the whole model.
 _WHOLE_MODEL_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
@@ -43,7 +44,8 @@ class RecordingCallback(GuardedCallback):
         dirpath: Folder of the records; by default a folder named as their kind in the trainer's log folder.
         train_indices: Positions in the dataset that are trained on. Needed only for samplers of other kinds than
             random, sequential and distributed.
-        task: What a batch means; inferred from the first batch by default.
+        task: The likelihood that training maximises, or ``OwnLoss()``; by default as :func:`attribute` chooses it.
+        loss: What training minimises, in place of ``task``: ``loss(model, batch)`` returns the loss of each example.
     """
 
     #: Kind of the records, by which lookup knows the callback.
@@ -56,7 +58,8 @@ class RecordingCallback(GuardedCallback):
         dirpath: str | Path | None = None,
         *,
         train_indices: list[int] | None = None,
-        task: Task | None = None,
+        task: Task | OwnLoss | None = None,
+        loss: RowFunction | None = None,
         **unknown: Any,
     ) -> None:
         if unknown:
@@ -64,12 +67,12 @@ class RecordingCallback(GuardedCallback):
             raise TypeError(f"{name} has no argument {', '.join(sorted(unknown))}. help({name}) shows its arguments.")
         super().__init__()
         with misconfigured():
-            check_task(task)
+            check_objective(task, loss)
             if train_indices is not None:
                 checked_positions(train_indices)
             self._explicit_dirpath = None if dirpath is None else Path(dirpath)
         self.dirpath: Path = self._explicit_dirpath  # pyright: ignore[reportAttributeAccessIssue]  # set in setup()
-        self.train_indices, self.task = train_indices, task
+        self.train_indices, self.task, self.loss = train_indices, task, loss
         #: Records written so far, oldest first.
         self.records: list[Path] = []
         self._written: list[Path] = []  # by this fit
@@ -129,14 +132,14 @@ class RecordingCallback(GuardedCallback):
         names = [path.name for path in self._written if path in self.records]
         return f"In this fit it wrote {', '.join(names)} in {self.dirpath}." if names else "It wrote no record."
 
-    def look(self, examples: Examples, pl_module: L.LightningModule, batch_size: int = 64) -> tuple[Task, Any]:
-        """The task, and the first batch; its loss must be finite."""
-        batch = first_look(examples, batch_size, pl_module.device)
-        with borrowed(pl_module, None, None), torch.no_grad(), examples.naming(0):
-            task = self.task or infer_task_of(batch, pl_module)
-            inputs, targets = encoded_batch(pl_module, task, batch, count_outputs(pl_module, task, batch))
-            check_finite(task.loss(columns(task.outputs(pl_module, inputs)), targets), "loss")
-        return task, batch
+    def look(self, examples: Examples, pl_module: L.LightningModule, batch_size: int = 64) -> tuple[Objective, Any]:
+        """What stands for training, and the first batch."""
+        device = pl_module.device
+        with borrowed(pl_module, None, None), torch.no_grad():
+            moment = moment_of(pl_module, None)
+            how: dict[str, Any] = {"task": self.task, "loss": self.loss, "moment": moment, "batch_size": batch_size}
+            objective = resolve_objective(pl_module, examples, device, **how)
+        return objective, first_look(examples, batch_size, device)
 
     def training_examples(self, trainer: L.Trainer, pl_module: L.LightningModule, most: int | None = None) -> Examples:
         """The examples that a trainer trains on, which must have positions; at most ``most`` in a ``fast_dev_run``."""

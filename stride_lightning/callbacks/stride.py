@@ -18,7 +18,7 @@ from stride_lightning.model.weights import borrowed, rank_zero_state, weight_has
 from stride_lightning.readout.activations import capture_inputs
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import rank
-from stride_lightning.steering.attributor import make_fit
+from stride_lightning.steering.attributor import likelihood_of, make_fit
 from stride_lightning.steering.fit import Fit, FitOptions
 from stride_lightning.steering.statistics import StreamingStatistics
 from stride_lightning.steering.subsets import NUM_SUBSETS, Design, sample_design
@@ -65,7 +65,7 @@ class StrideCallback(RecordingCallback):
         fit_operators: Fit the steering operators at the end, so that attribution need not.
         statistics_every_n_steps: Sample activations every so many optimizer steps.
         batch_size: Examples per forward pass when a record is made.
-        **kwargs: ``task`` and ``train_indices`` of every
+        **kwargs: ``task``, ``loss`` and ``train_indices`` of every
             :class:`~stride_lightning.callbacks.recording.RecordingCallback`.
 
     Raises:
@@ -124,7 +124,8 @@ class StrideCallback(RecordingCallback):
     def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._sampled_step, self._recorded_step, self._recorded_weights = -1, -1, ""
         examples = self.training_examples(trainer, pl_module, most=self.batch_size)
-        task, batch = self.look(examples, pl_module, self.batch_size)
+        objective, batch = self.look(examples, pl_module, self.batch_size)
+        task = likelihood_of(objective, pl_module)
         with borrowed(pl_module, None, None), torch.no_grad():
             inputs = in_precision_of(pl_module, task.inputs(batch))
             if self.layers is None:

@@ -55,7 +55,7 @@ class TracInCallback(RecordingCallback):
             ``every_n_train_steps`` is given.
         every_n_train_steps: Write a record after every n-th optimizer step.
         save_last_k: Keep only the last k records of this run; -1 keeps all.
-        **kwargs: ``task`` and ``train_indices`` of every
+        **kwargs: ``task``, ``loss`` and ``train_indices`` of every
             :class:`~stride_lightning.callbacks.recording.RecordingCallback`.
 
     Raises:
@@ -70,7 +70,7 @@ class TracInCallback(RecordingCallback):
     """
 
     record_kind = "tracin"  # told apart by its folder alone: a run resumed with another frequency is the same run
-    _about: dict[str, Any]  # data and task, which all records name; known from the start of training
+    _about: dict[str, Any]  # the data, which all records name; known from the start of training
 
     def __init__(
         self,
@@ -113,8 +113,7 @@ class TracInCallback(RecordingCallback):
             self._run, self._due_epoch, self.records = None, None, []
             self._rates.restore([])
         examples = self.training_examples(trainer, pl_module, most=64)
-        task, _ = self.look(examples, pl_module)
-        self._about = {"data": fingerprint_of(examples, task), "task": repr(task)}
+        self._about = {"data": fingerprint_of(examples)}
         self._rates.watch(trainer.optimizers)
         self._take_up(step)
         self._seen_step = step

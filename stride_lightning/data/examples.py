@@ -84,6 +84,10 @@ class Examples:
         """The same examples, which errors call ``kind``."""
         return self if self.kind == kind else self._changed(kind=kind)
 
+    def with_data(self, dataset: Any, positions: Tensor) -> Examples:
+        """Examples of another dataset, read and collated in the same way."""
+        return self._changed(dataset=dataset, positions=positions, num_workers=0)
+
     def _changed(self, **changes: Any) -> Examples:
         other = replace(self, **changes)
         other._random = self._random

@@ -18,44 +18,34 @@ _FINGERPRINTED = (
 
 
 class Fingerprint:
-    """The identity of a data set: its length, the content of its examples in order, and their shapes and targets.
+    """The identity of a data set: its length, and the content of its examples in order.
 
-    Under random augmentation the content is left out, so that only length, shapes and targets identify it.
+    Under random augmentation only shapes identify it, and what is a single integer, such as a label.
 
     Example:
         >>> fingerprint = Fingerprint(content=True)
-        >>> fingerprint.update(torch.zeros(2, 32, dtype=torch.uint8), torch.tensor([0, 1]))
+        >>> fingerprint.update(torch.zeros(2, 32, dtype=torch.uint8))
         >>> sorted(fingerprint.summary())
-        ['content', 'num_examples', 'shapes', 'targets']
+        ['content', 'num_examples', 'shapes']
     """
 
     def __init__(self, *, content: bool) -> None:
-        self._has_content = content
-        self._examples, self._targets = hashlib.sha256(), hashlib.sha256()
-        self._num_examples = 0
+        self._has_content, self._examples, self._num_examples = content, hashlib.sha256(), 0
 
-    def update(self, digests: Tensor, targets: Tensor | None) -> None:
-        """Add a batch: the digests of its examples and its targets; for tokens, the targets that count."""
+    def update(self, digests: Tensor) -> None:
+        """Add a batch, by the digests of its examples."""
         self._num_examples += len(digests)
         self._examples.update(digests.numpy().tobytes())
-        if targets is not None and targets.ndim == 3 and targets.shape[2] == 2:  # labels and weights
-            targets = targets[targets[..., 1] != 0]
-        if targets is not None:
-            self._targets.update(raw_bytes(targets))
 
     def summary(self) -> dict[str, Any]:
-        """Plain values to store: ``num_examples``, ``content`` or ``shapes`` (the other is None), ``targets``."""
-        examples = self._examples.hexdigest()
-        return {
-            "num_examples": self._num_examples,
-            "content": examples if self._has_content else None,
-            "shapes": None if self._has_content else examples,
-            "targets": self._targets.hexdigest(),
-        }
+        """Plain values to store: ``num_examples``, and ``content`` or ``shapes`` (the other is None)."""
+        examples, names = self._examples.hexdigest(), ("content", "shapes")
+        values = (examples, None) if self._has_content else (None, examples)
+        return {"num_examples": self._num_examples, **dict(zip(names, values, strict=True))}
 
 
 def digest(example: Any, *, content: bool = True) -> bytes:
-    """SHA-256 of an example's leaves: types and shapes, and their values if ``content``.
+    """SHA-256 of an example's leaves: types and shapes, single integers, and all values if ``content``.
 
     Raises:
         TypeError: If it holds something whose content is not known, as a clause that says what "it" holds.
@@ -73,7 +63,7 @@ def _feed(hasher: Any, value: Any, *, content: bool) -> None:
         if value.layout != torch.strided or value.is_quantized:
             raise TypeError(f"it holds a tensor with layout {value.layout} and dtype {value.dtype}. {_FINGERPRINTED}")
         hasher.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        if content:
+        if content or (value.numel() == 1 and not value.is_floating_point()):
             hasher.update(raw_bytes(value))
     elif isinstance(value, dict):
         for key in value:
@@ -84,9 +74,10 @@ def _feed(hasher: Any, value: Any, *, content: bool) -> None:
         for item in value:
             _feed(hasher, item, content=content)
     elif isinstance(value, np.ndarray | np.generic):
-        hasher.update(f"{value.dtype}{value.shape}".encode() + (value.tobytes() if content else b""))
+        is_label = value.size == 1 and value.dtype.kind in "biu"
+        hasher.update(f"{value.dtype}{value.shape}".encode() + (value.tobytes() if content or is_label else b""))
     elif isinstance(value, bool | int | float | str | bytes) or value is None:
-        hasher.update(repr(value).encode() if content else type(value).__name__.encode())
+        hasher.update(repr(value).encode() if content or isinstance(value, int) else type(value).__name__.encode())
     elif hasattr(value, "tobytes") and hasattr(value, "size"):  # PIL images
         hasher.update(f"{type(value).__name__}{value.size}".encode() + (value.tobytes() if content else b""))
     elif isinstance(value, type):

@@ -16,9 +16,9 @@ from typing_extensions import override
 from stride_lightning.data.examples import Examples
 from stride_lightning.gradients.checkpoints import Checkpoint, read_checkpoints
 from stride_lightning.gradients.curvature import Curvature, TrainingSide
-from stride_lightning.gradients.features import Batch, Reader, run_batches
 from stride_lightning.gradients.planned import PlannedAttributor
 from stride_lightning.gradients.projection import Projection
+from stride_lightning.gradients.reading import AnyBatch, AnyReader
 from stride_lightning.model.blocks import Gradients, concatenated
 from stride_lightning.model.capture import Capture
 from stride_lightning.model.weights import borrowed
@@ -75,7 +75,7 @@ class GradientAttributor(PlannedAttributor):
     def curvature(self) -> Curvature:
         """A new curvature; each checkpoint fits one."""
 
-    def features(self, batch: Batch) -> Gradients:
+    def features(self, batch: AnyBatch) -> Gradients:
         """The gradients to compare, of training examples and queries alike."""
         return batch.loss()
 
@@ -83,11 +83,11 @@ class GradientAttributor(PlannedAttributor):
         """A projection to so few features that those of all training examples are stored; None to store none."""
         return None
 
-    def kernel_weights(self, batch: Batch) -> Tensor | None:
+    def kernel_weights(self, batch: AnyBatch) -> Tensor | None:
         """Factors of stored examples in the Fisher matrix, shape ``(B,)``; None for 1."""
         return None
 
-    def example_weights(self, batch: Batch) -> Tensor | None:
+    def example_weights(self, batch: AnyBatch) -> Tensor | None:
         """Factors of stored examples in the scores, shape ``(B,)``; checkpoints average them apart from the rest."""
         return None
 
@@ -129,7 +129,7 @@ class GradientAttributor(PlannedAttributor):
             reader = self.reader
             if readout is not None:
                 reader, readout = reader.linearised_at(readout.train_outputs), readout.without_training()
-            of_share = self.capture, self.task, reader, self.share
+            of_share = self.capture, self.is_padded, reader, self.share
             side = TrainingSide(*of_share, self._compared, self.seed, self._projected, self.effort, self.batch_bytes)
             self._expect(side, curvature)
             weights = None if self._map is None else self._store(side)
@@ -151,15 +151,19 @@ class GradientAttributor(PlannedAttributor):
     def _store(self, side: TrainingSide) -> Tensor | None:
         """Store the features of the training examples, from one pass; returns the factors of the examples."""
         batches = side.batches("Features")
-        parts = [(self._compared(batch), self.kernel_weights(batch), self.example_weights(batch)) for batch in batches]
+        parts, every = [], []
+        for batch in batches:
+            parts.append((self._compared(batch), self.kernel_weights(batch), self.example_weights(batch)))
+            every.append(torch.arange(len(self.train_data))[batch.places])
         features, in_kernel, of_examples = zip(*parts, strict=True)
-        side.stored, side.stored_weights = concatenated(features), _joined(in_kernel)
-        return _joined(of_examples)
+        order = torch.cat(every).argsort()  # batches of a coupled loss are in random order
+        side.stored, side.stored_weights = concatenated(features).rows(order), _joined(in_kernel, order)
+        return _joined(of_examples, order)
 
     def _at(self, model: nn.Module, checkpoint: Checkpoint | None) -> AbstractContextManager[Any]:
         return nullcontext() if checkpoint is None else borrowed(model, checkpoint.load(), None)
 
-    def _compared(self, batch: Batch) -> Gradients:
+    def _compared(self, batch: AnyBatch) -> Gradients:
         return self._projected(self.features(batch))
 
     def _projected(self, gradients: Gradients) -> Gradients:
@@ -169,7 +173,7 @@ class GradientAttributor(PlannedAttributor):
     def score_queries(
         self, model: nn.Module, queries: Examples, device: torch.device, target: str
     ) -> Attribution | TopAttribution:
-        reader = self.read(model, queries, device, target)
+        reader = self.read_queries(model, queries, device, target)
         readers = [self._linearised(model, fitted, reader, target) for fitted in self._fitted]
 
         def tiles(chunk: slice) -> Callable[[slice], Tensor]:
@@ -180,7 +184,7 @@ class GradientAttributor(PlannedAttributor):
         attribution.metadata["curvature"] = [fitted.curvature.described() for fitted in self._fitted]
         return attribution
 
-    def _linearised(self, model: nn.Module, fitted: Fitted, queries: Reader, target: str) -> Reader:
+    def _linearised(self, model: nn.Module, fitted: Fitted, queries: AnyReader, target: str) -> AnyReader:
         """The queries, linearised where the training examples of this fit are."""
         if fitted.readout is None:
             return queries
@@ -194,10 +198,15 @@ class GradientAttributor(PlannedAttributor):
         return [slice(start, min(start + step, num_queries)) for start in range(0, num_queries, step)]
 
     def _tile(
-        self, model: nn.Module, readers: Sequence[Reader], chunk: slice, columns: slice, sides: dict[int, Gradients]
+        self,
+        model: nn.Module,
+        readers: Sequence[AnyReader],
+        chunk: slice,
+        columns: slice,
+        sides: dict[int, Gradients],
     ) -> Tensor:
         """Scores of some queries for some training examples, shape ``(q, columns)``; each fit has its reader."""
-        dtype = torch.promote_types(self.reader.encoded.dtype, torch.float32)
+        dtype = torch.promote_types(self.reader.dtype, torch.float32)
         shape, start = (chunk.stop - chunk.start, columns.stop - columns.start), columns.start
         part = torch.zeros(shape, dtype=dtype, device=self.reader.device)
         for number, fitted in enumerate(self._fitted):
@@ -205,15 +214,15 @@ class GradientAttributor(PlannedAttributor):
                 side = sides[number] if number in sides else self._query_side(fitted, readers[number], chunk)
                 for places, gradients in fitted.side.gradients("Scores", columns):
                     side = side.prepared(gradients)
-                    part[:, places.start - start : places.stop - start] += side.inner(gradients)
+                    part[:, within(places, start)] += side.inner(gradients)
                 if len(self._fitted) == 1:  # with several checkpoints each tile computes them again
                     sides[number] = side
         if self._column_weights is not None:
             part *= self._column_weights[start - self.share.start :][: shape[1]]
         return part * self.scale()
 
-    def _query_side(self, fitted: Fitted, queries: Reader, chunk: slice) -> Gradients:
-        batches = run_batches(self.capture, self.task, queries, chunk, "Queries")
+    def _query_side(self, fitted: Fitted, queries: AnyReader, chunk: slice) -> Gradients:
+        batches = queries.run(self.capture, chunk, "Queries")
         return self._solved(fitted, concatenated([self._compared(batch) for batch in batches]))
 
     def _solved(self, fitted: Fitted, gradients: Gradients) -> Gradients:
@@ -234,16 +243,21 @@ class GradientAttributor(PlannedAttributor):
                     for rows in self._query_chunks(gradients.num_examples):
                         some = gradients.rows(rows)
                         solved = self._solved(fitted, some).row_inner(some).float().cpu()
-                        influences[places.start + rows.start :][: len(solved)] += solved
+                        influences[within(places, 0)][rows] += solved
         mine = influences[self.share] * self.scale()
         if self._column_weights is not None:
             mine *= self._column_weights.float().cpu()
         return gather(mine, len(self.train_data))
 
 
-def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+def within(places: slice | Tensor, start: int) -> slice | Tensor:
+    """Places counted from another start."""
+    return slice(places.start - start, places.stop - start) if isinstance(places, slice) else places - start
+
+
+def _joined(parts: Sequence[Tensor | None], order: Tensor) -> Tensor | None:
     given = [part for part in parts if part is not None]
-    return torch.cat(given) if given else None
+    return torch.cat(given)[order] if given else None
 
 
 def _shown(rates: Mapping[str, float] | None) -> float | dict[str, float] | None:

@@ -13,12 +13,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from stride_lightning.gradients.damping import Damped, DampedKernel, DampedMatrix, RelativeDamping, singular
-from stride_lightning.gradients.features import Batch, Reader, count_directions, run_batches
+from stride_lightning.gradients.reading import AnyBatch, AnyReader
+from stride_lightning.gradients.signs import count_directions
 from stride_lightning.model.blocks import Gradients
 from stride_lightning.model.capture import Capture, Effort
 from stride_lightning.runtime.distributed import gather, total
 from stride_lightning.runtime.progress import expect
-from stride_lightning.tasks.likelihoods import Task
 
 
 @dataclass
@@ -26,10 +26,10 @@ class TrainingSide:
     """The training examples, for a curvature to fit to."""
 
     capture: Capture
-    task: Task
-    reader: Reader
+    is_padded: bool  # whether examples of different lengths are padded
+    reader: AnyReader
     share: slice  # the training examples of this process
-    features: Callable[[Batch], Gradients]  # the gradients to compare
+    features: Callable[[AnyBatch], Gradients]  # the gradients to compare
     seed: int
     project: Callable[[Gradients], Gradients]  # the projection that is part of the features
     effort: Effort  # work and memory of one example
@@ -56,11 +56,13 @@ class TrainingSide:
         directions = count_directions(self.reader.num_outputs, self.reader.most_tokens)
         return (1 + 2 * directions) * self.effort.forward
 
-    def batches(self, description: str = "", share: slice | None = None) -> Iterator[Batch]:
+    def batches(self, description: str = "", share: slice | None = None) -> Iterator[AnyBatch]:
         """Batches of this process's examples, or of a part of them, after their forward pass."""
-        return run_batches(self.capture, self.task, self.reader, share or self.share, description)
+        return self.reader.run(self.capture, share or self.share, description)
 
-    def gradients(self, description: str = "", share: slice | None = None) -> Iterator[tuple[slice, Gradients]]:
+    def gradients(
+        self, description: str = "", share: slice | None = None
+    ) -> Iterator[tuple[slice | Tensor, Gradients]]:
         """The gradients to compare and the places of their examples, batch by batch."""
         share = share or self.share
         if self.stored is not None:

@@ -15,16 +15,17 @@ from torch.utils import _pytree as pytree
 
 from stride_lightning.data.examples import HELD_BYTES, Examples, num_bytes
 from stride_lightning.data.reading import Reading
+from stride_lightning.gradients.signs import NUM_DIRECTIONS, is_exact, random_signs
 from stride_lightning.model.blocks import Gradients
 from stride_lightning.model.capture import Backward, Capture
 from stride_lightning.runtime.checks import check_finite
+from stride_lightning.runtime.hashed_numbers import scrambled
 from stride_lightning.runtime.progress import counting
 from stride_lightning.tasks.likelihoods import Task
 
-#: Up to so many outputs, curvature is a sum over all of them; beyond, a mean over random directions.
-MAX_EXACT_OUTPUTS = 32
-#: Number of random directions of an example.
-NUM_DIRECTIONS = 8
+#: Outputs with their graph, shape ``(B, C)``, and a function that multiplies changes of them, ``(q, B, C)``, by the
+#: curvature of the losses.
+Linearised = tuple[Tensor, Callable[[Tensor], Tensor]]
 
 
 class Reader:
@@ -75,6 +76,11 @@ class Reader:
     def __len__(self) -> int:
         return len(self.examples)
 
+    def rescale(self) -> Task:
+        """Scale the weights of a likelihood to a mean of 1 over these examples; returns the task with that scale."""
+        self._task = self._task.scaled_to(self.encoded)
+        return self._task
+
     def linearised_at(self, points: Tensor) -> Reader:
         """The same data, with the loss linearised at these natural parameters, shape ``(n, C)``, not at the outputs."""
         reader = copy.copy(self)
@@ -84,6 +90,35 @@ class Reader:
     def natural_parameters(self, places: slice, outputs: Tensor) -> Tensor:
         """Where the loss of some examples is linearised: at the model's outputs, unless other points were given."""
         return outputs if self._points is None else self._points[places].to(outputs)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the outputs."""
+        return self.encoded.dtype
+
+    def shown(self) -> Tensor | None:
+        """The targets, to show beside scores."""
+        return self._task.shown(self.encoded)
+
+    def run(self, capture: Capture, share: slice | None = None, description: str = "") -> Iterator[Batch]:
+        """Run the model forward over some examples. An output or loss that is not finite raises, naming its example."""
+        task = self._task
+        with capture.watch() as backward:
+            for places, inputs, encoded in self.batches(share, description):
+                with self.examples.naming(places.start):
+                    outputs = backward.run(inputs, places.stop - places.start)
+                    check_finite(outputs, "outputs")
+                    check_finite(task.loss(outputs, encoded), "loss")
+                points, positions = self.natural_parameters(places, outputs), self.examples.positions[places]
+                yield Batch(places, positions, points, encoded, self.most_tokens, task, backward)
+
+    def linearised(self, capture: Capture, share: slice | None = None) -> Iterator[Linearised]:
+        """The outputs of some examples with their graph, and the curvature of their losses there."""
+        for places, inputs, encoded in self.batches(share):
+            outputs = capture.outputs(inputs)
+            points = self.natural_parameters(places, outputs.detach())
+            mean, weights = self._task.mean(points), self._task.output_weights(encoded)
+            yield outputs, lambda moved, mean=mean, weights=weights: weights * self._task.curvature(mean, moved)
 
     def batches(self, share: slice | None = None, description: str = "") -> Iterator[tuple[slice, Any, Tensor]]:
         """Places, inputs and encoded targets of a share of the examples, in order; a description shows progress."""
@@ -146,6 +181,25 @@ class Batch:
         return self._backward.gradients(self._margin[0], last=last)
 
     @property
+    def shares_inputs(self) -> bool:
+        """Whether all gradients of :meth:`curvature` are of one run, with the same inputs of layers."""
+        return True
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether :meth:`curvature` gives a gradient for each output."""
+        return is_exact(self.outputs.shape[-1] * self.most_tokens)
+
+    @property
+    def losses(self) -> Tensor:
+        """The loss of each example, shape ``(B,)``."""
+        return self._task.loss(self.outputs, self.encoded)
+
+    def check_margin(self) -> None:
+        """Refuse, by a ValueError, a task without log-odds."""
+        self._task.margin(self.outputs, self.encoded)
+
+    @property
     def margin_weights(self) -> Tensor:
         """Factors that turn :meth:`margin` into gradients of minus the loss, ``1 - p`` for a margin; shape ``(B,)``."""
         return self._margin[1]
@@ -167,7 +221,8 @@ class Batch:
             unit = downhill / size.clamp(min=torch.finfo(size.dtype).tiny).reshape(-1, *[1] * (downhill.ndim - 1))
             curved = task.curvature(task.mean(self.outputs), unit) * task.output_weights(self.encoded)
             return unit, size, (unit * curved).flatten(1).sum(1)
-        rest = torch.sigmoid(-margin)
+        weights = torch.as_tensor(task.output_weights(self.encoded)).to(margin).flatten() / task.dispersion
+        rest = torch.sigmoid(-margin) * weights
         return self._derivative(task.margin), rest, rest * torch.sigmoid(margin)
 
     def curvature(self, seed: int, *, last: bool = True) -> Iterator[Gradients]:
@@ -179,10 +234,10 @@ class Batch:
         """
         mean, width = self._task.mean(self.outputs), self.outputs.shape[-1]
         weights = torch.as_tensor(self._task.output_weights(self.encoded))
-        exact = width * self.most_tokens <= MAX_EXACT_OUTPUTS
+        exact = self.is_exact
         number = self._token_numbers()
         # The signs are functions of these keys; every token has another key.
-        keys = self.positions if number is None else _scrambled(self.positions)[:, None] + number
+        keys = self.positions if number is None else scrambled(self.positions)[:, None] + number
         count = NUM_DIRECTIONS if not exact else width if number is None else width * (int(number.max()) + 1)
         for column in range(count):
             if exact:
@@ -207,41 +262,6 @@ class Batch:
         return direction
 
 
-def run_batches(
-    capture: Capture, task: Task, reader: Reader, share: slice | None = None, description: str = ""
-) -> Iterator[Batch]:
-    """Run a model forward over some examples. An output or loss that is not finite raises, with its example's name."""
-    with capture.watch() as backward:
-        for places, inputs, encoded in reader.batches(share, description):
-            with reader.examples.naming(places.start):
-                outputs = backward.run(inputs, places.stop - places.start)
-                check_finite(outputs, "outputs")
-                check_finite(task.loss(outputs, encoded), "loss")
-            points, positions = reader.natural_parameters(places, outputs), reader.examples.positions[places]
-            yield Batch(places, positions, points, encoded, reader.most_tokens, task, backward)
-
-
-def count_directions(num_outputs: int, most_tokens: int) -> int:
-    """Number of directions of an example's curvature: all its outputs, or random ones if these are too many."""
-    every = num_outputs * most_tokens
-    return every if every <= MAX_EXACT_OUTPUTS else NUM_DIRECTIONS
-
-
 def _counted(task: Task, encoded: Tensor) -> Tensor:
     """Whether each token counts in its example's loss, bool of shape ``(B, T)``."""
     return torch.as_tensor(task.output_weights(encoded))[..., 0] > 0
-
-
-def random_signs(positions: Tensor, column: int, width: int, seed: int, like: Tensor) -> Tensor:
-    """Signs of shape ``(*positions, width)``; they depend on the seed, the column and each position only."""
-    rows = positions.to(like.device)[..., None]
-    keys = (rows * NUM_DIRECTIONS + column) * width + torch.arange(width, device=like.device)
-    return ((_scrambled(keys + _scrambled(torch.tensor(seed, device=like.device))) & 1) * 2 - 1).to(like)
-
-
-def _scrambled(keys: Tensor) -> Tensor:
-    """The finaliser of SplitMix64, in wrapping 64-bit arithmetic."""
-    keys = keys + -7046029254386353131
-    keys = (keys ^ (keys >> 30 & 0x3FFFFFFFF)) * -4658895280553007687
-    keys = (keys ^ (keys >> 27 & 0x1FFFFFFFFF)) * -7723592293110705685
-    return keys ^ (keys >> 31 & 0x1FFFFFFFF)

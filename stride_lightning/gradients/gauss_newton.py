@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,37 +60,33 @@ class GaussNewton(Curvature):
         count = len(self._train) if places is None else places.stop - places.start
         tangents = self._by_parameter(vectors)
         summed = {name: torch.zeros_like(tangent) for name, tangent in tangents.items()}
-        for batch in self._train.reader.batches(share):
-            for name, value in self._batch_product(*batch, tangents).items():
-                summed[name] += value
+        # Plain autograd, not torch.func, which refuses activation checkpointing.
+        with uncompiled(), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            for linearised in self._train.reader.linearised(self._train.capture, share):
+                for name, value in self._batch_product(*linearised, tangents).items():
+                    summed[name] += value
         joined = torch.cat([layout.join(summed) for layout in self._train.capture.layouts.values()], 1)
         result = (joined if joined.dtype == torch.float64 else joined.float()) / count
         return total(result) if places is None else result
 
     def _batch_product(
-        self, places: slice, inputs: Any, encoded: Tensor, tangents: dict[str, Tensor]
+        self, outputs: Tensor, curvature: Callable[[Tensor], Tensor], tangents: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        capture, task = self._train.capture, self._train.task
-        parameters = capture.parameters.values()
-        # Plain autograd, not torch.func, which refuses activation checkpointing.
+        parameters = self._train.capture.parameters
         unused: dict[str, Any] = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
-        with uncompiled(), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-            outputs = capture.outputs(inputs)
-            back = torch.zeros_like(outputs, requires_grad=True)
-            # Linear in `back`, so that its own derivative is the product with the tangents: forward mode knows fewer
-            # operations, and counts padding rows.
-            transposed = torch.autograd.grad(outputs, [*parameters], back, create_graph=True, **unused)
-            points = self._train.reader.natural_parameters(places, outputs.detach())
-            mean, weights = task.mean(points), task.output_weights(encoded)
-            # Beside the graph of the forward pass stays that of the backward pass, and tangents pass through both.
-            step = max(1, self._train.batch_bytes // (2 * len(outputs) * self._train.effort.num_bytes))
-            parts = []
-            for chunk in zip(*(tangent.split(step) for tangent in tangents.values()), strict=True):
-                batched = {"is_grads_batched": True, **unused}
-                (moved,) = torch.autograd.grad(transposed, back, chunk, **batched)
-                curved = weights * task.curvature(mean, moved)
-                parts.append(torch.autograd.grad(outputs, [*parameters], curved, **batched))
-        return dict(zip(capture.parameters, map(torch.cat, zip(*parts, strict=True)), strict=True))
+        back = torch.zeros_like(outputs, requires_grad=True)
+        # Linear in `back`, so that its own derivative is the product with the tangents: forward mode knows fewer
+        # operations, and counts padding rows.
+        transposed = torch.autograd.grad(outputs, [*parameters.values()], back, create_graph=True, **unused)
+        # Beside the graph of the forward pass stays that of the backward pass, and tangents pass through both.
+        step = max(1, self._train.batch_bytes // (2 * len(outputs) * self._train.effort.num_bytes))
+        parts = []
+        for chunk in zip(*(tangent.split(step) for tangent in tangents.values()), strict=True):
+            batched = {"is_grads_batched": True, **unused}
+            (changes,) = torch.autograd.grad(transposed, back, chunk, **batched)
+            curved = curvature(changes.detach())
+            parts.append(torch.autograd.grad(outputs, [*parameters.values()], curved, **batched))
+        return dict(zip(parameters, map(torch.cat, zip(*parts, strict=True)), strict=True))
 
     def _by_parameter(self, vectors: Tensor) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}

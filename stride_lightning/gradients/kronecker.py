@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from stride_lightning.gradients.curvature import Curvature, TrainingSide
 from stride_lightning.gradients.damping import singular
-from stride_lightning.gradients.features import Batch
+from stride_lightning.gradients.reading import AnyBatch
 from stride_lightning.model.blocks import Block, Gradients, Outer
 from stride_lightning.runtime.distributed import total
 from stride_lightning.runtime.progress import expect
@@ -102,14 +102,15 @@ class EKFAC(Curvature):
 
         return gradients.vectors(solved)
 
-    def _squares(self, batch: Batch, train: TrainingSide) -> Iterator[tuple[str, Tensor]]:
+    def _squares(self, batch: AnyBatch, train: TrainingSide) -> Iterator[tuple[str, Tensor]]:
         """Squared gradients in the bases, summed over examples and directions of the outputs."""
         lefts: defaultdict[str, Any] = defaultdict(float)
         rights: defaultdict[str, Any] = defaultdict(float)
         for gradients in batch.curvature(train.seed):
             for name, block in gradients.items():
                 basis, constant = self._bases[name], train.capture.layouts[name].constant_side
-                if block.num_places != 1 or block.outers[0].is_lookup or constant is None:
+                is_one_product = block.num_places == 1 and not block.outers[0].is_lookup
+                if not is_one_product or constant is None or not batch.shares_inputs:
                     yield name, basis.rotated(block).sum_of_squares()
                     continue
                 # Squares of a single outer product are products of squares. All outputs share a layer's input.
@@ -122,7 +123,7 @@ class EKFAC(Curvature):
     def _fit_bases(self, train: TrainingSide) -> dict[str, Basis]:
         covariances: defaultdict[tuple[str, str], Any] = defaultdict(float)
         shapes: dict[str, tuple[int, int]] = {}
-        padded = train.task.has_padding
+        padded = train.is_padded
         for batch in train.batches("EK-FAC factors"):
             for column, gradients in enumerate(batch.curvature(train.seed)):
                 for name, block in gradients.items():

@@ -12,7 +12,7 @@ from typing_extensions import override
 from stride_lightning.gradients.attributor import GradientAttributor
 from stride_lightning.gradients.checkpoints import Checkpoint, recorded_weights, tracin_checkpoints
 from stride_lightning.gradients.curvature import Curvature, Identity
-from stride_lightning.gradients.features import Batch
+from stride_lightning.gradients.reading import AnyBatch
 from stride_lightning.gradients.residuals import ResidualsAttributor
 from stride_lightning.model.blocks import Gradients
 from stride_lightning.model.capture import chosen_parameters
@@ -57,7 +57,7 @@ class GradCosAttributor(PlainAttributor):
         raise ValueError("The cosine of a gradient with itself is always 1. Use another method for self-influence.")
 
     @override
-    def features(self, batch: Batch) -> Gradients:
+    def features(self, batch: AnyBatch) -> Gradients:
         gradients = batch.loss()
         norms = gradients.squared_norms().sqrt()
         return gradients.scaled((norms > 0) / norms.clamp(min=1e-30))

@@ -13,6 +13,9 @@ from stride_lightning.attributor import Attributor
 from stride_lightning.data.examples import Examples, first_batch
 from stride_lightning.data.reading import count_outputs
 from stride_lightning.gradients.features import Reader
+from stride_lightning.gradients.own_plan import OwnPlan, plan_own_loss
+from stride_lightning.gradients.own_reader import OwnReader
+from stride_lightning.gradients.reading import AnyReader
 from stride_lightning.model.capture import Outputs
 from stride_lightning.model.layers import check_layers, cloned, in_precision_of
 from stride_lightning.model.plan import plan_capture, probe_places
@@ -25,6 +28,7 @@ from stride_lightning.runtime.memory import memory_budget
 from stride_lightning.runtime.progress import announce
 from stride_lightning.tasks.inference import check_outputs
 from stride_lightning.tasks.likelihoods import Task, columns
+from stride_lightning.tasks.own_loss import Lowered, OwnLoss
 
 #: Bytes of a tile of scores, where only the top of each query is stored.
 TILE_BYTES = 2**26
@@ -73,8 +77,8 @@ class PlannedAttributor(Attributor):
         self.memory_budget = None if memory_budget is None else check_count("memory_budget", memory_budget)
         self.layers, self.top_k = layers, None if top_k is None else check_count("top_k", top_k)
 
-    def chosen_layers(self, model: nn.Module, inputs: Any) -> Sequence[str] | None:
-        """Names of the modules whose parameters count; ``inputs`` are the inputs of one batch."""
+    def chosen_layers(self, outputs: Outputs, inputs: Any) -> Sequence[str] | None:
+        """Names of the modules whose parameters count, for outputs of a model and the inputs of one batch."""
         return self.layers
 
     def check_data(self, fingerprint: dict[str, Any]) -> None:
@@ -86,28 +90,24 @@ class PlannedAttributor(Attributor):
 
     def plan(self, model: nn.Module, device: torch.device) -> None:
         """Plan how to read gradients, and read the training data once."""
-        num_parameters = sum(value.numel() for value in model.parameters() if value.requires_grad)
-        places = probe_places(len(self.train_data), max(1, num_parameters))
-        probes = self.train_data.subset(places)
-        head = first_batch(probes, len(places), device)
-        with probes.naming(0):
-            self.num_outputs = count_outputs(model, self.task, cloned(head))  # models may change their inputs
-        together = cloned(self._inputs(model, head))
-        if isinstance(together, Mapping):  # texts, padded alike
-            single = [{name: value[row : row + 1] for name, value in together.items()} for row in range(len(places))]
+        self.own_plan: OwnPlan | None = None
+        if isinstance(self.task, OwnLoss):
+            how: dict[str, Any] = {"moment": self.moment, "choose_layers": self.chosen_layers}
+            self.own_plan = plan_own_loss(self.task, model, self.train_data, device, **how)
+            self.capture, self.effort = self.own_plan.capture, self.own_plan.effort
+            self.metadata["loss"] = f"{self.metadata['loss']}: {self.own_plan.described()}"
         else:
-            single = [self._inputs(model, first_batch(self.train_data.subset([place]), 1, device)) for place in places]
-        outputs, layers = TaskOutputs(model, self.task), self.chosen_layers(model, together)
-        with probes.naming(0):
-            self.capture = plan_capture(outputs, single, together, layers)
+            self._plan_likelihood(model, self.task, device)
         announce(self.capture.warning, show=self.show_progress and bool(self.capture.warning))
         #: Bytes for a batch, and bytes for the gradients of queries.
         self.batch_bytes = self.query_bytes = memory_budget(self.memory_budget, device) // 2
-        #: Work and memory of one example's gradients.
-        self.effort = self.capture.effort(together, len(places))
         #: Examples of one forward pass.
         self.chunk_size = min(self.batch_size, max(1, self.batch_bytes // (self.graphs * self.effort.num_bytes)))
-        self.reader = self.read(model, self.train_data, device, "label")
+        self.reader = self.read_training(model, self.train_data, device)
+        if isinstance(self.reader, OwnReader):
+            self.reader.measure_weights(self.capture)
+        else:
+            self.task = self.reader.rescale()
         self.check_data(self.reader.fingerprint)
         if len(self.train_data) < world_size():
             raise ValueError(
@@ -118,16 +118,70 @@ class PlannedAttributor(Attributor):
         self.metadata |= {"data": self.reader.fingerprint, "options": self.options()}
         self.metadata["gradients"] = self.capture.described()
 
+    def _plan_likelihood(self, model: nn.Module, task: Task, device: torch.device) -> None:
+        num_parameters = sum(value.numel() for value in model.parameters() if value.requires_grad)
+        places = probe_places(len(self.train_data), max(1, num_parameters))
+        probes = self.train_data.subset(places)
+        head = first_batch(probes, len(places), device)
+        with probes.naming(0):
+            self.num_outputs = count_outputs(model, task, cloned(head))  # models may change their inputs
+        together = cloned(in_precision_of(model, task.inputs(head)))
+        if isinstance(together, Mapping):  # texts, padded alike
+            single = [{name: value[row : row + 1] for name, value in together.items()} for row in range(len(places))]
+        else:
+            alone = (first_batch(self.train_data.subset([place]), 1, device) for place in places)
+            single = [in_precision_of(model, task.inputs(batch)) for batch in alone]
+        outputs = TaskOutputs(model, task)
+        with probes.naming(0):
+            self.capture = plan_capture(outputs, single, together, self.chosen_layers(outputs, together))
+        #: Work and memory of one example's gradients.
+        self.effort = self.capture.effort(together, len(places))
+
+    def read_training(self, model: nn.Module, examples: Examples, device: torch.device) -> AnyReader:
+        """Training examples, all or some."""
+        if self.own_plan is None:
+            return self.read(model, examples, device, "label")
+        return self._own_reader(self.own_plan, model, examples, device, are_queries=False)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether examples of different lengths are padded to be a batch."""
+        if self.own_plan is not None:
+            return self.own_plan.is_padded
+        return isinstance(self.task, Task) and self.task.has_padding
+
     def read(self, model: nn.Module, examples: Examples, device: torch.device, target: str) -> Reader:
         """The examples as batches of inputs and encoded targets; they are read once."""
+        assert isinstance(self.task, Task)
         options: dict[str, Any] = {"batch_size": self.chunk_size, "show_progress": self.show_progress}
         return Reader(examples, model, self.task, self.num_outputs, device=device, target=target, **options)
 
-    def _inputs(self, model: nn.Module, batch: Any) -> Any:
-        return in_precision_of(model, self.task.inputs(batch))
+    def read_queries(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> AnyReader:
+        """The queries, whose losses or measures have the gradients that are explained."""
+        if self.measure is None and self.own_plan is None:
+            return self.read(model, queries, device, target)
+        if target == "predicted":
+            what = "measure=" if self.measure is not None else "a loss of the module's own"
+            raise ValueError(
+                f"target='predicted' needs the loss of a likelihood, and the queries are explained by {what}. Give "
+                "the queries their targets, or pass `measure=`, a function of (model, batch) that returns what is to "
+                "be explained of each query."
+            )
+        plan = self.own_plan
+        if self.measure is not None:
+            how: dict[str, Any] = {"moment": self.moment, "choose_layers": self.chosen_layers, "mode": "eval"}
+            plan = plan_own_loss(Lowered(self.measure), model, queries, device, like=self.capture, **how)
+        assert plan is not None
+        return self._own_reader(plan, model, queries, device, are_queries=True)
+
+    def _own_reader(
+        self, plan: OwnPlan, model: nn.Module, examples: Examples, device: torch.device, *, are_queries: bool
+    ) -> OwnReader:
+        how: dict[str, Any] = {"batch_size": self.chunk_size, "seed": self.seed, "show_progress": self.show_progress}
+        return OwnReader(examples, self.train_data, plan, model, device=device, are_queries=are_queries, **how)
 
     def collect_scores(
-        self, queries: Reader, chunks: Sequence[slice], tiles: Callable[[slice], Callable[[slice], Tensor]]
+        self, queries: AnyReader, chunks: Sequence[slice], tiles: Callable[[slice], Callable[[slice], Tensor]]
     ) -> Attribution | TopAttribution:
         """Scores of all processes' training examples for chunks of queries; with ``top_k`` the top of each query.
 
@@ -159,8 +213,8 @@ class PlannedAttributor(Attributor):
                 else:
                     collectors[-1].update(part, torch.arange(places.start, places.stop))
         about: dict[str, Any] = {
-            "train_targets": self.task.shown(self.reader.encoded),
-            "query_targets": self.task.shown(queries.encoded),
+            "train_targets": self.reader.shown(),
+            "query_targets": queries.shown(),
             "metadata": {"query_data": queries.fingerprint},
         }
         if k is None:

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from stride_lightning.gradients.curvature import Curvature, DataInf, Diagonal, Fisher, GaussNewtonBlocks
 from stride_lightning.gradients.damping import check_damping
-from stride_lightning.gradients.features import Batch
 from stride_lightning.gradients.gauss_newton import ConjugateGradient, LiSSA
 from stride_lightning.gradients.kronecker import EKFAC
-from stride_lightning.gradients.planned import TaskOutputs
 from stride_lightning.gradients.projection import JointProjection, LayerProjection, Projection
+from stride_lightning.gradients.reading import AnyBatch
 from stride_lightning.gradients.residuals import ResidualsAttributor
 from stride_lightning.model.blocks import Gradients
-from stride_lightning.model.capture import Capture
+from stride_lightning.model.capture import Capture, Outputs
 from stride_lightning.model.plan import last_layer
 from stride_lightning.runtime.checks import check_count
 
@@ -146,8 +145,8 @@ class LastLayerAttributor(ConjugateGradientAttributor):
     method, default_damping = "last-layer", 1.0
 
     @override
-    def chosen_layers(self, model: nn.Module, inputs: Any) -> Sequence[str] | None:
-        return [last_layer(TaskOutputs(model, self.task), inputs)] if self.layers is None else self.layers
+    def chosen_layers(self, outputs: Outputs, inputs: Any) -> Sequence[str] | None:
+        return [last_layer(outputs, inputs)] if self.layers is None else self.layers
 
     @override
     def curvature(self) -> Curvature:
@@ -206,11 +205,11 @@ class TRAKAttributor(InfluenceAttributor):
         return JointProjection(self.projection_dim, self.seed, capture.num_parameters)
 
     @override
-    def features(self, batch: Batch) -> Gradients:
+    def features(self, batch: AnyBatch) -> Gradients:
         return batch.margin()
 
     @override
-    def example_weights(self, batch: Batch) -> Tensor:
+    def example_weights(self, batch: AnyBatch) -> Tensor:
         return batch.margin_weights
 
 
@@ -227,5 +226,5 @@ class TRAKNewtonAttributor(TRAKAttributor):
     method = "trak-newton"
 
     @override
-    def kernel_weights(self, batch: Batch) -> Tensor:
+    def kernel_weights(self, batch: AnyBatch) -> Tensor:
         return batch.margin_curvature

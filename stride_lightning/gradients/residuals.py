@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from stride_lightning.gradients.attributor import GradientAttributor
 from stride_lightning.readout.network import NetworkReadout
+from stride_lightning.tasks.own_loss import OwnLoss
 
 #: Whose outputs residuals and curvature are taken at.
 Residuals = Literal["model", "readout"]
@@ -59,6 +60,10 @@ class ResidualsAttributor(GradientAttributor):
     @override
     def fit_model(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
         if self.residuals == "readout":
+            if isinstance(self.task, OwnLoss):
+                raise ValueError(
+                    "residuals='readout' needs a likelihood, and the loss is the module's own. Leave out `residuals`."
+                )
             if self.task.has_tokens:
                 raise ValueError(
                     "residuals='readout' needs one row of outputs per example, and a task of "

@@ -14,8 +14,8 @@ from typing_extensions import override
 from stride_lightning.data.examples import Examples
 from stride_lightning.data.reading import fingerprint_of
 from stride_lightning.data.sources import resolve_queries
-from stride_lightning.gradients.features import Reader
 from stride_lightning.gradients.planned import PlannedAttributor
+from stride_lightning.gradients.reading import AnyReader
 from stride_lightning.information.coreset import Coreset, choose_coreset
 from stride_lightning.information.evidence import Evidence, fit_evidence
 from stride_lightning.information.forms import Form, index_vectors, nats, query_vectors
@@ -102,10 +102,16 @@ class InformationAttributor(PlannedAttributor):
                 f"{self.task.name} has one for each token. Use method='ekfac', 'trak' or 'logra' for language models."
             )
         self.plan(model, device)
+        if self.own_plan is not None and self.own_plan.kind == "coupled":
+            raise ValueError(
+                f"method={self.method!r} needs a loss of each example, and that of a batch couples its examples. "
+                "Use method='grad-dot', 'ekfac' or 'trak', or pass `loss=`, a function of (model, batch) that returns "
+                "the loss of each example."
+            )
         self.tangents = TangentFeatures(
-            self.capture, self.task, self.likelihood, self.projection_dim, self.seed, signed=self.signed
+            self.capture, self.likelihood, self.projection_dim, self.seed, signed=self.signed
         )
-        work = self.tangents.work(self.effort, self.num_outputs)
+        work = self.tangents.work(self.effort, self.reader.num_outputs)
         expect("Tangent features", self.share.stop - self.share.start, work)
         expect("Queries", self.expected_queries, work)
         self._held: list[Tangents] | None = []
@@ -133,7 +139,7 @@ class InformationAttributor(PlannedAttributor):
         weights = sum(float(weight.detach().double().square().sum()) for weight in self.capture.parameters.values())
         # The distribution of labels gives their noise; the noise of a regression is unknown.
         noise = None if isinstance(self.task, Regression) else 1.0
-        num_rows = len(self.train_data) * self.num_outputs
+        num_rows = len(self.train_data) * self.reader.num_outputs
         self.evidence = fit_evidence(gram, weights, 2 * losses, num_rows, noise_variance=noise)
         return self.evidence.ridge
 
@@ -141,13 +147,13 @@ class InformationAttributor(PlannedAttributor):
     def score_queries(
         self, model: nn.Module, queries: Examples, device: torch.device, target: str
     ) -> Attribution | TopAttribution:
-        reader = self.read(model, queries, device, target)
+        reader = self.read_queries(model, queries, device, target)
         tile = partial(self._tile, *self._query_side(reader))
         attribution = self.collect_scores(reader, [slice(0, len(reader))], lambda _: tile)
         attribution.metadata["unit"] = f"nats{'' if self.signed else ', unsigned'}"
         return attribution
 
-    def _query_side(self, reader: Reader) -> tuple[Tensor, Tensor | None]:
+    def _query_side(self, reader: AnyReader) -> tuple[Tensor, Tensor | None]:
         """Vectors of queries, ``(q, C, k)``; where signed, whitened gradients of minus their losses, ``(q, k)``."""
         batches = list(self.tangents.batches(reader, None, "Queries", as_queries=True))
         vectors = torch.cat([query_vectors(batch.rows, self.posterior, self.form) for batch in batches])
@@ -204,7 +210,7 @@ class InformationAttributor(PlannedAttributor):
             )
         candidates = attribution.top_columns(wanted).proponents
         with self.borrowed_model() as (model, device):
-            reader = self.read(model, queries, device, attribution.metadata["target"])
+            reader = self.read_queries(model, queries, device, attribution.metadata["target"])
             is_whole = len(queries) == attribution.metadata["num_queries"]
             if is_whole and reader.fingerprint != attribution.metadata["query_data"]:
                 raise ValueError(
@@ -212,7 +218,7 @@ class InformationAttributor(PlannedAttributor):
                 )
             query_rows = torch.cat([batch.rows for batch in self.tangents.batches(reader, as_queries=True)])
             every, places = candidates.unique(return_inverse=True)
-            chosen = self.read(model, self.train_data.subset(every.tolist()), device, "label")
+            chosen = self.read_training(model, self.train_data.subset(every.tolist()), device)
             features = torch.cat([batch.rows for batch in self.tangents.batches(chosen)])
         # As if labels had no noise: a copy would halve that noise, and so seem to tell something new.
         mean = self.metadata["posterior"]["mean_squared_feature"]
@@ -288,14 +294,14 @@ class InformationAttributor(PlannedAttributor):
         if len(places) == 0:
             return
         with self.borrowed_model() as (model, device):
-            reader = self.read(model, self.train_data.subset(places.tolist()), device, "label")
+            reader = self.read_training(model, self.train_data.subset(places.tolist()), device)
             for batch in self.tangents.batches(reader):
                 yield places[batch.places], index_vectors(batch.rows, self.posterior, form or self.form).cpu()
 
     def query_vectors(self, queries: Any, target: str = "label", form: Form | None = None) -> Tensor:
         """Vectors to search with among those of :meth:`vectors`, ``(q, C, k)`` on the CPU."""
         with self.borrowed_model() as (model, device):
-            reader = self.read(model, resolve_queries(queries, model), device, target)
+            reader = self.read_queries(model, resolve_queries(queries, model), device, target)
             batches = self.tangents.batches(reader, None, "Queries", as_queries=True)
             return torch.cat([query_vectors(batch.rows, self.posterior, form or self.form).cpu() for batch in batches])
 
@@ -306,7 +312,8 @@ class InformationAttributor(PlannedAttributor):
         """
         form, data = form or self.form, self.metadata["data"]
         if num_train is not None and num_train < len(self.train_data):
-            data = fingerprint_of(self.train_data.subset(range(num_train)), self.task)
+            part = self.train_data.subset(range(num_train))
+            data = fingerprint_of(part)
         identity = {
             "weights": self.weights,
             "task": repr(self.task),

@@ -9,13 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stride_lightning.gradients import features
-from stride_lightning.gradients.features import Batch, Reader, run_batches
 from stride_lightning.gradients.projection import EVERYTHING, JointProjection
+from stride_lightning.gradients.reading import AnyBatch, AnyReader
+from stride_lightning.gradients.signs import count_directions
 from stride_lightning.model.blocks import Gradients
 from stride_lightning.model.capture import Capture, Effort
 from stride_lightning.runtime.randomness import mix
-from stride_lightning.tasks.likelihoods import Task
 
 #: The noise that counts: that of all outputs, or of the target's log-odds alone.
 Likelihood = Literal["gauss-newton", "margin"]
@@ -59,9 +58,9 @@ class TangentFeatures:
     """
 
     def __init__(
-        self, capture: Capture, task: Task, likelihood: Likelihood, projection_dim: int, seed: int, *, signed: bool
+        self, capture: Capture, likelihood: Likelihood, projection_dim: int, seed: int, *, signed: bool
     ) -> None:
-        self.capture, self.task, self.likelihood, self.seed, self.signed = capture, task, likelihood, seed, signed
+        self.capture, self.likelihood, self.seed, self.signed = capture, likelihood, seed, signed
         self.dim = min(projection_dim, capture.num_parameters)
         #: C, how many rows an example has; known once examples have been read.
         self.num_rows = 0
@@ -71,30 +70,31 @@ class TangentFeatures:
 
     def work(self, effort: Effort, num_outputs: int) -> float:
         """Multiplications for the features of one example with so many outputs."""
-        count = 1 if self.likelihood == "margin" else features.count_directions(num_outputs, 1)
+        count = 1 if self.likelihood == "margin" else count_directions(num_outputs, 1)
         return (1 + 2 * count) * effort.forward + count * self._project.work(effort.shapes)
 
     def batches(
-        self, reader: Reader, share: slice | None = None, description: str = "", *, as_queries: bool = False
+        self, reader: AnyReader, share: slice | None = None, description: str = "", *, as_queries: bool = False
     ) -> Iterator[Tangents]:
         """The features of some examples, batch by batch; every pass runs the model again.
 
         Features of queries (`as_queries`) combine many outputs by other random weights than those of training examples:
         with the same weights a query and an example would seem to have more in common.
         """
-        for batch in run_batches(self.capture, self.task, reader, share, description):
+        for batch in reader.run(self.capture, share, description):
             rows = self._rows(batch, mix(self.seed, int(as_queries)))
             self.num_rows = rows.shape[1]
             downhill = -self._vectors(batch.loss()) if self.signed else None
-            yield Tangents(batch.places, rows, self.task.loss(batch.outputs, batch.encoded), downhill)
+            assert isinstance(batch.places, slice)
+            yield Tangents(batch.places, rows, batch.losses, downhill)
 
-    def _rows(self, batch: Batch, seed: int) -> Tensor:
-        self.is_exact = self.likelihood == "margin" or batch.outputs.shape[1] <= features.MAX_EXACT_OUTPUTS
+    def _rows(self, batch: AnyBatch, seed: int) -> Tensor:
+        self.is_exact = self.likelihood == "margin" or batch.is_exact
         last = not self.signed
         if self.likelihood == "gauss-newton":
             return torch.stack([self._vectors(gradients) for gradients in batch.curvature(seed, last=last)], 1)
         try:
-            self.task.margin(batch.outputs, batch.encoded)
+            batch.check_margin()
         except ValueError as error:
             raise ValueError(
                 f"likelihood='margin' needs a margin: {error} Use likelihood='gauss-newton', which takes no more work "

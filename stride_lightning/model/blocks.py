@@ -106,6 +106,12 @@ class Block:
             return Block(self.values * factors[:, None])
         return Block(None, tuple(Outer(o.left, o.right * factors[:, None, None], o.num_rows) for o in self.outers))
 
+    def plus(self, others: Block) -> Block:
+        """Sums of the gradients of the same examples."""
+        if self.is_dense or others.is_dense:
+            return Block(self.dense() + others.dense())
+        return Block(None, (*self.outers, *others.outers))
+
     def prepared(self, others: Block) -> Block:
         """The same gradients in the form in which products with many like ``others`` are cheapest.
 
@@ -179,6 +185,10 @@ class Gradients(dict[str, Block]):
     def scaled(self, factors: Tensor) -> Gradients:
         """Each example's gradient times a number; ``factors`` has shape ``(B,)``."""
         return Gradients({name: block.scaled(factors) for name, block in self.items()})
+
+    def plus(self, others: Gradients) -> Gradients:
+        """Sums of the gradients of the same examples."""
+        return Gradients({name: block.plus(others[name]) for name, block in self.items()})
 
     def prepared(self, others: Gradients) -> Gradients:
         """As :meth:`Block.prepared`."""

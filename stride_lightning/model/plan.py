@@ -28,7 +28,11 @@ _BY_ITSELF = (
 
 
 def plan_capture(
-    outputs: Outputs, examples: Sequence[Any], together: Any = None, layers: Sequence[str] | None = None
+    outputs: Outputs,
+    examples: Sequence[Any],
+    together: Any = None,
+    layers: Sequence[str] | None = None,
+    like: Capture | None = None,
 ) -> Capture:
     """Choose how to read the gradient of every trainable parameter.
 
@@ -41,6 +45,7 @@ def plan_capture(
         examples: Inputs of a few single examples, as batches of one.
         together: The same examples as one batch; by default they are concatenated.
         layers: As for :func:`~stride_lightning.model.capture.chosen_parameters`.
+        like: A capture with whose gradients those of this one are compared; they get the same blocks.
 
     Raises:
         ValueError: If no way gives the right gradients, as where examples of a batch influence each other.
@@ -51,8 +56,10 @@ def plan_capture(
     capture = Capture(outputs, layers)
     probe = _Probe(capture, examples, together)
     owners = _owners(capture)
-    groups = _groups(capture, owners, probe.ran)
-    pending = {group[0]: _candidates(capture, owners, group, probe.ran) for group in groups}
+    layouts = {} if like is None else like.layouts
+    groups = _groups(capture, owners, probe.ran) if like is None else [one.parameters for one in layouts.values()]
+    axes = {name: layout.bias_axis for name, layout in layouts.items()}
+    pending = {group[0]: _candidates(capture, owners, group, probe.ran, axes.get(group[0])) for group in groups}
     chosen: dict[str, Layout] = {}
     while pending:
         tried = {name: next(candidates, None) for name, candidates in pending.items()}
@@ -204,19 +211,24 @@ def _groups(capture: Capture, owners: Owners, ran: set[str]) -> list[tuple[str, 
     return [(name, biases[name]) if name in biases else (name,) for name in alone]
 
 
-def _candidates(capture: Capture, owners: Owners, group: tuple[str, ...], ran: set[str]) -> Iterator[Layout]:
+def _candidates(
+    capture: Capture, owners: Owners, group: tuple[str, ...], ran: set[str], bias_axis: int | None
+) -> Iterator[Layout]:
+    """Ways to read the gradients of a group; ``bias_axis`` fixes where a bias is joined."""
     shapes = tuple(capture.parameters[name].shape for name in group)
     held = owners[group[0]]
     modules = {name: find_module(capture.model, name) for name, _ in held if name in ran}
     kinds = [rule_for(module) for module in modules.values()]
     rules = [kind(module, len(group) == 2) for kind, module in zip(kinds, modules.values(), strict=True) if kind]
-    if rules and len(rules) == len(kinds) and all(name == "weight" for _, name in held):
+    fits = bool(rules) and (len(group) == 1 or bias_axis in (None, rules[0].bias_axis))
+    axis = 1 if bias_axis is None else bias_axis
+    if fits and len(rules) == len(kinds) and all(name == "weight" for _, name in held):
         yield Layout(group, shapes, rules[0].bias_axis, [*map(Source, modules, rules)])
     nearest = list(dict.fromkeys(_nearest(module, ran) for module, _ in held))
     if nearest != [WHOLE]:
-        yield Layout(group, shapes, 1, [Source(name, None) for name in nearest])
-    yield Layout(group, shapes, 1, [Source(WHOLE, None)])
-    yield Layout(group, shapes, 1, [Source(WHOLE, None, vectorized=False)])
+        yield Layout(group, shapes, axis, [Source(name, None) for name in nearest])
+    yield Layout(group, shapes, axis, [Source(WHOLE, None)])
+    yield Layout(group, shapes, axis, [Source(WHOLE, None, vectorized=False)])
 
 
 def _owners(capture: Capture) -> Owners:

@@ -122,7 +122,7 @@ def query_values(
         reading = Reading(queries, task, model, batch_size=256, device=device)
         return TaskLosses(task, reading.encoded(num_outputs, target), reading.fingerprint)
     assert steps is not None
-    fingerprint = fingerprint_of(queries, reader_of(task))
+    fingerprint = fingerprint_of(queries)
     return OwnLosses(steps, list(steps.parts_of_queries(queries)), fingerprint)
 
 

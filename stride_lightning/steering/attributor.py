@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from stride_lightning.attributor import Attributor
 from stride_lightning.data.examples import Examples
+from stride_lightning.data.objectives import Objective
 from stride_lightning.data.sources import resolve_queries
 from stride_lightning.model.layers import check_layers
 from stride_lightning.results.attribution import Attribution
@@ -82,6 +83,7 @@ class StrideAttributor(Attributor):
     """
 
     method = "stride"
+    task: Task
 
     def __init__(
         self,
@@ -122,6 +124,10 @@ class StrideAttributor(Attributor):
         """The recovery that was given; else with a prior where operators are asked for, and in closed form."""
         wants_operators = self.basis == "learned" or self.num_subsets is not None or self.degree is not None
         return self._given_recovery or ("prior" if wants_operators else "closed-form")
+
+    @override
+    def checked_task(self, objective: Objective, model: nn.Module) -> Task:
+        return likelihood_of(objective, model)
 
     @override
     def fit_model(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:
@@ -303,6 +309,16 @@ def missing_parts(record: Record, task: Task) -> str:
     )
     missing = [words for group, words in parts.items() if group not in record.groups]
     return f"; it has no {' and no '.join(missing)}, so that was computed on the spot" if missing else ""
+
+
+def likelihood_of(objective: Objective, model: nn.Module) -> Task:
+    """The likelihood that stands for training; STRIDE is refused where there is none."""
+    if isinstance(objective.task, Task):
+        return objective.task
+    raise ValueError(
+        f"STRIDE needs a likelihood, and {type(model).__name__} was trained on {objective.reason}. Use another method, "
+        "such as 'ekfac' or 'trak', which take any loss."
+    )
 
 
 def make_fit(task: Task, options: FitOptions) -> Fit:

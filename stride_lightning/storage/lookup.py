@@ -147,4 +147,4 @@ def show_fingerprint(fingerprint: Mapping[str, Any]) -> str:
     """A fingerprint of data, in a line of a message."""
     kind = "content" if fingerprint["content"] else "shapes (random augmentation: content not compared)"
     examples = fingerprint["content"] or fingerprint["shapes"]
-    return f"{fingerprint['num_examples']} examples, {kind} {examples[:16]}, targets {fingerprint['targets'][:16]}"
+    return f"{fingerprint['num_examples']} examples, {kind} {examples[:16]}"

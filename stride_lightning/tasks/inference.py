@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +22,11 @@ from stride_lightning.tasks.likelihoods import (
     check_rows,
     describe,
 )
+from stride_lightning.tasks.parts import Parts
 from stride_lightning.tasks.texts import logits_of
+
+#: Most items of a dictionary among which inputs and targets are looked for.
+MOST_ITEMS = 6
 
 
 def infer_task_of(batch: Any, model: nn.Module) -> Task:
@@ -80,6 +86,81 @@ def infer_task_of(batch: Any, model: nn.Module) -> Task:
     if num_outputs >= 2 and (targets >= 0).all() and torch.allclose(targets.sum(1), targets.new_ones(())):
         raise ValueError(f"Float targets that sum to 1 look like soft labels ({both}). {HOW_TO_PASS_TASK}")
     return Regression()
+
+
+def likely_tasks(model: nn.Module, batch: Any) -> Iterator[Task]:
+    """Built-in tasks that may read a batch, by the shapes of targets and outputs; whether one is right is not checked.
+
+    An error of the model's own forward pass is raised where a batch is ``(inputs, targets)``.
+    """
+    check_forward(model)
+    if isinstance(batch, Mapping) and "input_ids" in batch:
+        yield CausalLanguageModeling()
+        yield CausalLanguageModeling("sum", normalised=True)
+        yield SequenceClassification()
+        return
+    for parts in _likely_parts(model, batch):
+        reader = Regression().changed(parts=parts)
+        try:
+            inputs = in_precision_of(model, reader.inputs(batch))
+            with torch.no_grad():
+                outputs = Task.outputs(reader, model, inputs)
+        except Exception:
+            if parts is None and len(batch) == 2:
+                raise
+            continue
+        unweighted = None if parts is None else replace(parts, weights=None)
+        targets = reader.changed(parts=unweighted).targets(batch)
+        if isinstance(outputs, Tensor) and outputs.ndim and isinstance(targets, Tensor) and targets.ndim:
+            yield from (task.changed(parts=parts) for task in _tasks_of(targets, outputs))
+
+
+def _tasks_of(targets: Tensor, outputs: Tensor) -> Iterator[Task]:
+    """Tasks by the shapes of targets and outputs."""
+    size, width = len(outputs), outputs.shape[1] if outputs.ndim == 2 else 1
+    if len(targets) != size or not outputs.is_floating_point():
+        return
+    is_whole = not targets.is_floating_point() or bool((targets % 1 == 0).all())
+    if width >= 2 and targets.numel() == size and is_whole:
+        outside = targets[(targets < 0) | (targets >= width)].unique()
+        if len(outside) <= 1:
+            yield Classification(ignore_index=int(outside[0]) if len(outside) else None)
+    if width >= 2 and targets.is_floating_point() and targets.shape == outputs.shape:
+        yield Classification(soft_labels=True)
+    if targets.numel() == outputs.numel():
+        if bool(((targets == 0) | (targets == 1)).all()):
+            yield BinaryClassification()
+        yield Regression()
+
+
+def _likely_parts(model: nn.Module, batch: Any) -> Iterator[Parts | None]:
+    """Where inputs, targets and weights may stand in a batch; None for ``(inputs, targets)``."""
+    parameters = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [p.name for p in positional if p.default is p.empty]
+    if isinstance(batch, tuple | list) and batch:
+        last = len(batch) - 1
+        if last >= 1 and len(required) <= 1:
+            yield None
+        if last == 2 and len(required) <= 1 and _is_weight(batch[last]):
+            yield Parts((0,), 1, 2)
+        if last >= 2 and len(required) <= last <= len(positional):
+            yield Parts(tuple(range(last)), last)
+        if len(required) <= 1:
+            yield Parts((0,), 0)  # an autoencoder
+    if isinstance(batch, Mapping):
+        tensors = [name for name, value in batch.items() if isinstance(value, Tensor)]
+        for target in tensors:
+            others = [name for name in tensors if name != target and batch[name].is_floating_point()]
+            if required and all(name in batch for name in required):
+                yield Parts(tuple(required), target)
+            elif len(required) == 1:
+                yield from (Parts((name,), target) for name in others if len(tensors) <= MOST_ITEMS)
+
+
+def _is_weight(value: Any) -> bool:
+    """Whether a batch's item may be a weight for each example."""
+    return isinstance(value, Tensor) and value.ndim == 1 and value.is_floating_point() and bool((value >= 0).all())
 
 
 def _infer_language_task(batch: Mapping[str, Any], model: nn.Module) -> Task:

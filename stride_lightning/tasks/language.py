@@ -116,6 +116,8 @@ class CausalLanguageModeling(_TokenTask):
     Args:
         reduction: ``"mean"`` over the tokens of a sequence, or their ``"sum"``.
         shifted: Whether labels stand one place ahead of their token; by default in tuples, not in dictionaries.
+        normalised: Whether training takes the mean over all tokens of a batch: with the reduction ``"sum"`` each text
+            then counts by its number of tokens, over the mean number in the training set.
 
     Example:
         >>> task = CausalLanguageModeling()
@@ -128,11 +130,11 @@ class CausalLanguageModeling(_TokenTask):
     name = "causal language modeling"
     has_tokens: ClassVar[bool] = True
 
-    def __init__(self, reduction: Reduction = "mean", *, shifted: bool | None = None) -> None:
+    def __init__(self, reduction: Reduction = "mean", *, shifted: bool | None = None, normalised: bool = False) -> None:
         if reduction not in get_args(Reduction):
             raise ValueError(f"`reduction` must be one of {get_args(Reduction)}, got {reduction!r}.")
         self.reduction: Reduction = reduction
-        self.shifted = shifted
+        self.shifted, self.is_normalised = shifted, normalised
 
     @override
     def outputs(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -202,7 +204,7 @@ class CausalLanguageModeling(_TokenTask):
         """Nothing: a whole text is not shown as a target."""
 
     @override
-    def output_weights(self, encoded: Tensor) -> Tensor:
+    def output_weights(self, encoded: Tensor, dim: int = -1) -> Tensor:
         """Shape ``(B, T, 1)``."""
         weights = encoded[..., 1:]
         return weights / weights.sum(1, keepdim=True) if self.reduction == "mean" else weights
@@ -210,7 +212,12 @@ class CausalLanguageModeling(_TokenTask):
     @override
     def loss(self, outputs: Tensor, encoded: Tensor, dim: int = -1) -> Tensor:
         precise = encoded.to(torch.promote_types(encoded.dtype, outputs.dtype))
-        return (self.token_losses(outputs, encoded) * self.output_weights(precise)[..., 0]).sum(-1)
+        losses = (self.token_losses(outputs, encoded) * self.output_weights(precise)[..., 0]).sum(-1)
+        return losses / self.dispersion
+
+    @override
+    def example_weights(self, encoded: Tensor) -> Tensor:
+        return encoded[..., 1].sum(1)
 
     def token_losses(self, outputs: Tensor, encoded: Tensor) -> Tensor:
         """Negative log-likelihood of every label in nats, shape ``(B, T)``."""
@@ -229,8 +236,9 @@ class CausalLanguageModeling(_TokenTask):
         )
 
     def __repr__(self) -> str:
-        shifted = "" if self.shifted is None else f", shifted={self.shifted}"
-        return f"CausalLanguageModeling(reduction={self.reduction!r}{shifted})"
+        shown = [f"reduction={self.reduction!r}"] + ([] if self.shifted is None else [f"shifted={self.shifted}"])
+        shown += ["normalised=True"] if self.is_normalised else []
+        return f"CausalLanguageModeling({', '.join(shown + self.settings())})"
 
 
 class SequenceClassification(_TokenTask):

@@ -1,140 +1,36 @@
-"""Likelihoods: the inputs, outputs, targets and losses of the examples of a batch."""
+"""Likelihoods: the losses of classes, of yes or no, and of numbers."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from typing_extensions import override
+from typing_extensions import Self, override
 
-from stride_lightning.runtime.checks import RowError, check_positive
-
-HOW_TO_PASS_TASK = (
-    "Pass `task=`: Classification(), BinaryClassification(), Regression(), SequenceClassification(), "
-    "CausalLanguageModeling(), or a subclass of one of them that overrides `inputs(batch)`, `targets(batch)` or "
-    "`outputs(model, inputs)`."
-)
-
-
-class Task(ABC):
-    """A likelihood in canonical form, and how to read a batch; nothing else in the library knows losses.
-
-    The outputs ``o`` of the model are the natural parameters of an exponential family. Each target is encoded as
-    a statistic ``t`` of the same shape, the family predicts its :meth:`mean`, and the gradient of the loss in the
-    outputs is ``(mean(o) - t) / dispersion``. Targets may be *soft*: the mean of another prediction. Steering operators
-    need no more. To read other batches, write a subclass of a task below that replaces two or three methods.
-
-    Example:
-        A LightningModule whose batches are dictionaries:
-
-        >>> class MyTask(Classification):
-        ...     def inputs(self, batch):
-        ...         return batch["image"]
-        ...     def targets(self, batch):
-        ...         return batch["label"]
-    """
-
-    #: Name that stands in records and metadata.
-    name: str
-    #: Whether an example is a sequence, with outputs of shape ``(B, T, C)`` and a target for each of its tokens.
-    has_tokens: ClassVar[bool] = False
-    #: Whether examples of different lengths are padded to be a batch.
-    has_padding: ClassVar[bool] = False
-
-    def inputs(self, batch: Any) -> Any:
-        """The inputs that :meth:`outputs` hands to the model; by default the first item of the batch."""
-        if not isinstance(batch, tuple | list) or len(batch) < 1:
-            raise TypeError(f"Expected a batch of (inputs, targets), got {describe(batch)}. {HOW_TO_PASS_TASK}")
-        return batch[0]
-
-    def targets(self, batch: Any) -> Tensor | None:
-        """The targets, or None for a batch without; by default the second item of the batch."""
-        return batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
-
-    def outputs(self, model: nn.Module, inputs: Any) -> Tensor:
-        """Natural parameters (logits, or the predicted mean of a regression), shape ``(B, C)`` or ``(B,)``."""
-        return model(inputs)
-
-    def check_batch(self, model: nn.Module, batch: Any) -> None:  # noqa: B027
-        """Refuse, by a RowError, a batch that a model cannot take, before it runs; nothing is refused by default."""
-
-    @abstractmethod
-    def encode(self, targets: Tensor, num_outputs: int) -> Tensor:
-        """The statistic that outputs are compared with, float of shape ``(B, C)`` (classes: one-hot).
-
-        Raises:
-            ValueError: If the targets do not fit the task.
-        """
-
-    def decode(self, encoded: Tensor) -> Tensor | None:
-        """The targets again, to show beside scores, or None; by default the statistic itself."""
-        return encoded[:, 0] if encoded.shape[1] == 1 else encoded
-
-    def shown(self, encoded: Tensor) -> Tensor | None:
-        """The targets of :meth:`decode`, on the CPU."""
-        targets = self.decode(encoded)
-        return None if targets is None else targets.cpu()
-
-    @abstractmethod
-    def constant(self, encoded: Tensor) -> Tensor:
-        """Outputs of the best constant prediction of targets ``(n, C)``, shape ``(C,)``.
-
-        Frequencies are smoothed by one more example, spread evenly over all classes.
-        """
-
-    @abstractmethod
-    def mean(self, outputs: Tensor, dim: int = -1) -> Tensor:
-        """Predicted mean of the statistic; classes lie along ``dim``."""
-
-    @abstractmethod
-    def loss(self, outputs: Tensor, encoded: Tensor, dim: int = -1) -> Tensor:
-        """Negative log-likelihood in nats of (soft) encoded targets, ``dim`` summed away."""
-
-    @abstractmethod
-    def curvature(self, mean: Tensor, direction: Tensor, dim: int = -1) -> Tensor:
-        """Second derivative of the loss in the outputs where the family predicts ``mean``, times a direction."""
-
-    @abstractmethod
-    def curvature_diagonal(self, mean: Tensor) -> Tensor:
-        """Diagonal of that second derivative, the shape of ``mean``."""
-
-    def output_weights(self, encoded: Tensor) -> Tensor | float:
-        """Weight of each output's likelihood, and :meth:`curvature`, in its example's loss; 1 unless of tokens."""
-        return 1.0
-
-    def curvature_root(self, mean: Tensor, direction: Tensor) -> Tensor:
-        """A root ``R`` of that second derivative, ``R R'``, times a direction; shapes ``(B, C)``."""
-        identity = torch.eye(mean.shape[1], dtype=mean.dtype, device=mean.device)
-        matrix = torch.stack([self.curvature(mean, unit.expand_as(mean)) for unit in identity], 2)  # (B, C, C)
-        values, vectors = torch.linalg.eigh(matrix)
-        return (vectors @ (values.clamp(min=0).sqrt() * direction)[..., None])[..., 0]
-
-    @abstractmethod
-    def predict(self, outputs: Tensor) -> Tensor:
-        """Most likely targets, for queries without labels (``target="predicted"``)."""
-
-    def margin(self, outputs: Tensor, encoded: Tensor) -> Tensor:
-        """Log-odds of the target, ``log p - log(1 - p)``, shape ``(B,)``; a ValueError where the task has none.
-
-        Reference: arXiv:2303.14186 (TRAK), equation 4.
-        """
-        raise ValueError(f"A {self.name} has no margin; only classifications do.")
-
-    @property
-    def dispersion(self) -> float:
-        """Scale ``s`` of the family: the gradient of the loss is ``(mean - target) / s``."""
-        return 1.0
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
+from stride_lightning.runtime.checks import check_positive
+from stride_lightning.tasks.task import HOW_TO_PASS_TASK as HOW_TO_PASS_TASK
+from stride_lightning.tasks.task import Task as Task
+from stride_lightning.tasks.task import check_rows as check_rows
+from stride_lightning.tasks.task import columns as columns
+from stride_lightning.tasks.task import describe as describe
 
 
 class Classification(Task):
-    """Integer targets, one output per class, softmax cross-entropy.
+    r"""Integer targets, one output per class, softmax cross-entropy.
+
+    With weights and smoothing the loss is ``-sum_c m_c log p_c`` for the masses
+    ``m_c = w_c ((1 - e) [c = y] + e / C)``, as torch's ``cross_entropy`` has it. Its mean over a batch divides by the
+    sum of ``w_y``; so do scores, whose weights have mean 1 over the training set.
+
+    Args:
+        class_weights: Weight ``w_c`` of each class; all 1 by default.
+        label_smoothing: Share ``e`` of a target that is spread over all classes.
+        ignore_index: The target of examples whose loss is 0.
+        soft_labels: Whether targets are a weight for each class, float of shape ``(B, C)``.
+        normalised: Whether training divides by the sum of a batch's weights; else by its size.
 
     Example:
         >>> task = Classification()
@@ -143,27 +39,101 @@ class Classification(Task):
     """
 
     name = "classification"
+    # Class attributes, so that subclasses need not call this __init__.
+    class_weights: Tensor | None = None
+    label_smoothing: float = 0.0
+    ignore_index: int | None = None
+    soft_labels: bool = False
+
+    def __init__(
+        self,
+        *,
+        class_weights: Sequence[float] | Tensor | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int | None = None,
+        soft_labels: bool = False,
+        normalised: bool = True,
+    ) -> None:
+        if class_weights is not None:
+            self.class_weights = torch.as_tensor(class_weights, dtype=torch.float64).cpu()
+            if self.class_weights.ndim != 1 or not bool((self.class_weights >= 0).all()):
+                raise ValueError(
+                    f"`class_weights` must be one number of at least 0 for each class, got {class_weights}."
+                )
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"`label_smoothing` must be at least 0 and below 1, got {label_smoothing!r}.")
+        self.label_smoothing, self.ignore_index, self.soft_labels = label_smoothing, ignore_index, soft_labels
+        self.is_normalised = normalised and (class_weights is not None or ignore_index is not None)
+
+    @property
+    @override
+    def is_weighted(self) -> bool:
+        has_masses = self.class_weights is not None or self.ignore_index is not None or self.soft_labels
+        return has_masses or super().is_weighted
 
     @override
     def encode(self, targets: Tensor, num_outputs: int) -> Tensor:
-        if targets.ndim != 1 or targets.is_floating_point():
-            raise ValueError(f"Classification expects integer targets of shape (B,), got {describe(targets)}.")
-        check_rows(
-            (targets >= 0) & (targets < num_outputs),
-            targets,
-            f"and a model with {num_outputs} outputs takes 0..{num_outputs - 1}. Leave out examples that training "
-            "ignores (such as those labelled -100): torch.utils.data.Subset(dataset, positions). Or say what the "
-            f"target means. {HOW_TO_PASS_TASK}",
-        )
-        return F.one_hot(targets.long(), num_outputs).float()
+        targets, weights = self.unpacked(targets)
+        if self.soft_labels:
+            if targets.shape != (len(targets), num_outputs) or not targets.is_floating_point():
+                raise ValueError(f"Soft labels are floats of shape (B, {num_outputs}), got {describe(targets)}.")
+            check_rows(targets >= 0, targets, "and a soft label must not be negative")
+            encoded, ignored = targets, None
+        else:
+            targets = targets[:, 0] if targets.ndim == 2 and targets.shape[1] == 1 else targets
+            if targets.ndim != 1 or (targets.is_floating_point() and bool((targets % 1 != 0).any())):
+                raise ValueError(f"Classification expects integer targets of shape (B,), got {describe(targets)}.")
+            ignored = None if self.ignore_index is None else targets == self.ignore_index
+            counted = targets if ignored is None else targets.masked_fill(ignored, 0)
+            check_rows(
+                (counted >= 0) & (counted < num_outputs),
+                targets,
+                f"and a model with {num_outputs} outputs takes 0..{num_outputs - 1}. Leave out examples that training "
+                "ignores (such as those labelled -100): torch.utils.data.Subset(dataset, positions). Or say what the "
+                f"target means. {HOW_TO_PASS_TASK}",
+            )
+            encoded = F.one_hot(counted.long(), num_outputs).float()
+        if self.label_smoothing:
+            encoded = (1 - self.label_smoothing) * encoded + self.label_smoothing / num_outputs
+        if self.class_weights is not None:
+            if len(self.class_weights) != num_outputs:
+                raise ValueError(
+                    f"{len(self.class_weights)} class weights do not fit a model of {num_outputs} outputs."
+                )
+            encoded = encoded * self.class_weights.to(encoded)
+        encoded = encoded if ignored is None else encoded.masked_fill(ignored[:, None], 0)
+        return encoded if weights is None else encoded * weights.to(encoded)
 
     @override
     def decode(self, encoded: Tensor) -> Tensor | None:
-        return encoded.argmax(-1)
+        weights = self.class_weights
+        if weights is None:
+            classes = encoded.argmax(-1)
+        else:
+            classes = (encoded / weights.to(encoded).clamp(min=torch.finfo(torch.float32).tiny)).argmax(-1)
+        if self.ignore_index is not None:
+            classes = classes.masked_fill(encoded.sum(-1) == 0, self.ignore_index)
+        elif weights is not None:
+            classes = classes.masked_fill(encoded.sum(-1) == 0, int(weights.argmin()))
+        return classes
+
+    @override
+    def split(self, encoded: Tensor, dim: int = -1) -> tuple[Tensor, Tensor | float]:
+        return encoded, encoded.sum(dim, keepdim=True) if self.is_weighted else 1.0
+
+    @override
+    def example_weights(self, encoded: Tensor) -> Tensor:
+        if self.class_weights is None:
+            return super().example_weights(encoded)
+        classes = self.decode(encoded)
+        assert classes is not None
+        of_classes = self.class_weights.to(encoded)[classes.clamp(0, encoded.shape[-1] - 1)]
+        return of_classes.masked_fill(encoded.sum(-1) == 0, 0)
 
     @override
     def constant(self, encoded: Tensor) -> Tensor:
-        return ((encoded.sum(0) + 1 / encoded.shape[1]) / (len(encoded) + 1)).log()
+        total = encoded.sum() if self.is_weighted else len(encoded)
+        return ((encoded.sum(0) + 1 / encoded.shape[1]) / (total + 1)).log()
 
     @override
     def mean(self, outputs: Tensor, dim: int = -1) -> Tensor:
@@ -171,10 +141,12 @@ class Classification(Task):
 
     @override
     def loss(self, outputs: Tensor, encoded: Tensor, dim: int = -1) -> Tensor:
-        return -(encoded * outputs.log_softmax(dim)).sum(dim)
+        return -(encoded * outputs.log_softmax(dim)).sum(dim) / self.dispersion
 
     @override
     def margin(self, outputs: Tensor, encoded: Tensor) -> Tensor:
+        if self.label_smoothing or self.soft_labels or self.ignore_index is not None:
+            raise ValueError("A loss with soft labels, smoothing or ignored targets is no function of a margin.")
         is_target = encoded.bool()
         others = outputs.masked_fill(is_target, -torch.inf).logsumexp(-1)
         return outputs.masked_fill(~is_target, -torch.inf).logsumexp(-1) - others
@@ -182,25 +154,82 @@ class Classification(Task):
     @override
     def curvature(self, mean: Tensor, direction: Tensor, dim: int = -1) -> Tensor:
         weighted = mean * direction
-        return weighted - mean * weighted.sum(dim, keepdim=True)
+        return (weighted - mean * weighted.sum(dim, keepdim=True)) / self.dispersion
 
     @override
     def curvature_diagonal(self, mean: Tensor) -> Tensor:
-        return mean * (1 - mean)
+        return mean * (1 - mean) / self.dispersion
 
     @override
     def curvature_root(self, mean: Tensor, direction: Tensor) -> Tensor:
         # One column per class c, sqrt(p_c) (e_c - p): the gradient at the label c, weighted by its probability.
         weighted = mean.sqrt() * direction
-        return weighted - mean * weighted.sum(-1, keepdim=True)
+        return (weighted - mean * weighted.sum(-1, keepdim=True)) / self.dispersion**0.5
 
     @override
     def predict(self, outputs: Tensor) -> Tensor:
+        if self.is_weighted:
+            raise ValueError(
+                "target='predicted' says nothing of weights and soft labels. Give each query a target, or pass "
+                "task=Classification()."
+            )
         return outputs.argmax(-1)
 
+    @override
+    def settings(self) -> list[str]:
+        shown: list[str] = []
+        if self.class_weights is not None:
+            shown.append(f"class_weights=[{', '.join(f'{weight:.6g}' for weight in self.class_weights.tolist())}]")
+        if self.label_smoothing:
+            shown.append(f"label_smoothing={self.label_smoothing:.6g}")
+        if self.ignore_index is not None:
+            shown.append(f"ignore_index={self.ignore_index}")
+        if self.soft_labels:
+            shown.append("soft_labels=True")
+        if self.is_weighted and not self.is_normalised and not self.soft_labels:
+            shown.append("normalised=False")
+        return shown + super().settings()
 
-class BinaryClassification(Task):
+
+class _PerOutput(Task):
+    """Outputs with a likelihood each, whose weights stand beside the statistic: ``[w t, w]``, shape ``(B, 2 C)``."""
+
+    def weighted(self, statistic: Tensor, weights: Tensor | None) -> Tensor:
+        """Encoded targets of statistics ``(B, C)``, with weights of the examples or of each output."""
+        if weights is None:
+            return statistic
+        weights = weights.to(statistic).expand_as(statistic)
+        return torch.cat([weights * statistic, weights], 1)
+
+    @override
+    def split(self, encoded: Tensor, dim: int = -1) -> tuple[Tensor, Tensor | float]:
+        if not self.is_weighted:
+            return encoded, 1.0
+        statistic, weights = encoded.chunk(2, dim)
+        return statistic, weights
+
+    def statistic(self, encoded: Tensor, dim: int = -1) -> Tensor:
+        """The statistic without its weight; 0 where the weight is."""
+        statistic, weights = self.split(encoded, dim)
+        return (
+            statistic / weights.clamp(min=torch.finfo(weights.dtype).tiny) if isinstance(weights, Tensor) else statistic
+        )
+
+    @override
+    def outputs(self, model: nn.Module, inputs: Any) -> Tensor:
+        outputs = super().outputs(model, inputs)
+        return outputs.flatten(1) if isinstance(outputs, Tensor) and outputs.ndim > 2 else outputs
+
+    @override
+    def decode(self, encoded: Tensor) -> Tensor | None:
+        return super().decode(self.statistic(encoded))
+
+
+class BinaryClassification(_PerOutput):
     """Targets 0 or 1, one logit per example (or several independent ones), logistic loss.
+
+    Args:
+        pos_weight: Weight of the loss where the target is 1, a number or one for each logit.
 
     Example:
         >>> task = BinaryClassification()
@@ -209,16 +238,32 @@ class BinaryClassification(Task):
     """
 
     name = "binary classification"
+    pos_weight: Tensor | None = None
+
+    def __init__(self, *, pos_weight: float | Sequence[float] | Tensor | None = None) -> None:
+        if pos_weight is not None:
+            self.pos_weight = torch.as_tensor(pos_weight, dtype=torch.float64).cpu().reshape(-1)
+
+    @property
+    @override
+    def is_weighted(self) -> bool:
+        return self.pos_weight is not None or super().is_weighted
 
     @override
     def encode(self, targets: Tensor, num_outputs: int) -> Tensor:
+        targets, weights = self.unpacked(targets)
         encoded = _as_columns(targets, num_outputs)
         check_rows((encoded == 0) | (encoded == 1), encoded, f"and a binary target must be 0 or 1. {HOW_TO_PASS_TASK}")
-        return encoded
+        if self.pos_weight is not None:
+            of_targets = 1 + (self.pos_weight.to(encoded) - 1) * encoded
+            weights = of_targets if weights is None else weights * of_targets
+        return self.weighted(encoded, weights)
 
     @override
     def constant(self, encoded: Tensor) -> Tensor:
-        return ((encoded.sum(0) + 1 / 2) / (len(encoded) + 1)).logit()
+        statistic, weights = self.split(encoded)
+        count = len(encoded) if not isinstance(weights, Tensor) else weights.sum(0)
+        return ((statistic.sum(0) + 1 / 2) / (count + 1)).logit()
 
     @override
     def mean(self, outputs: Tensor, dim: int = -1) -> Tensor:
@@ -226,21 +271,22 @@ class BinaryClassification(Task):
 
     @override
     def loss(self, outputs: Tensor, encoded: Tensor, dim: int = -1) -> Tensor:
-        return (F.softplus(outputs) - encoded * outputs).sum(dim)
+        statistic, weights = self.split(encoded, dim)
+        return (weights * F.softplus(outputs) - statistic * outputs).sum(dim) / self.dispersion
 
     @override
     def margin(self, outputs: Tensor, encoded: Tensor) -> Tensor:
         if outputs.shape[-1] != 1:
             raise ValueError("Several independent logits have no one margin.")
-        return ((2 * encoded - 1) * outputs)[:, 0]
+        return ((2 * self.statistic(encoded) - 1) * outputs)[:, 0]
 
     @override
     def curvature(self, mean: Tensor, direction: Tensor, dim: int = -1) -> Tensor:
-        return mean * (1 - mean) * direction
+        return self.curvature_diagonal(mean) * direction
 
     @override
     def curvature_diagonal(self, mean: Tensor) -> Tensor:
-        return mean * (1 - mean)
+        return mean * (1 - mean) / self.dispersion
 
     @override
     def curvature_root(self, mean: Tensor, direction: Tensor) -> Tensor:
@@ -250,8 +296,17 @@ class BinaryClassification(Task):
     def predict(self, outputs: Tensor) -> Tensor:
         return (outputs > 0).long()
 
+    @override
+    def settings(self) -> list[str]:
+        if self.pos_weight is None:
+            return super().settings()
+        return [
+            *super().settings(),
+            f"pos_weight=[{', '.join(f'{weight:.6g}' for weight in self.pos_weight.tolist())}]",
+        ]
 
-class Regression(Task):
+
+class Regression(_PerOutput):
     """Real targets with Gaussian noise: the loss is ``|o - y|^2 / (2 noise_std^2)``, its constant left out.
 
     Args:
@@ -269,18 +324,24 @@ class Regression(Task):
     def __init__(self, noise_std: float = 1.0) -> None:
         self.noise_std = check_positive("noise_std", noise_std)
 
+    @override
+    def with_scale(self, factor: float) -> Self:
+        return self.changed(noise_std=self.noise_std / factor**0.5)
+
     @property
     @override
     def dispersion(self) -> float:
-        return self.noise_std**2
+        return self.noise_std**2 * super().dispersion
 
     @override
     def encode(self, targets: Tensor, num_outputs: int) -> Tensor:
-        return _as_columns(targets, num_outputs)
+        targets, weights = self.unpacked(targets)
+        return self.weighted(_as_columns(targets, num_outputs), weights)
 
     @override
     def constant(self, encoded: Tensor) -> Tensor:
-        return encoded.mean(0)
+        statistic, weights = self.split(encoded)
+        return statistic.mean(0) if not isinstance(weights, Tensor) else statistic.sum(0) / weights.sum(0)
 
     @override
     def mean(self, outputs: Tensor, dim: int = -1) -> Tensor:
@@ -288,7 +349,8 @@ class Regression(Task):
 
     @override
     def loss(self, outputs: Tensor, encoded: Tensor, dim: int = -1) -> Tensor:
-        return (outputs - encoded).square().sum(dim) / (2 * self.dispersion)
+        weights = self.split(encoded, dim)[1]
+        return (weights * (outputs - self.statistic(encoded, dim)).square()).sum(dim) / (2 * self.dispersion)
 
     @override
     def curvature(self, mean: Tensor, direction: Tensor, dim: int = -1) -> Tensor:
@@ -300,7 +362,7 @@ class Regression(Task):
 
     @override
     def curvature_root(self, mean: Tensor, direction: Tensor) -> Tensor:
-        return direction / self.noise_std
+        return direction / self.dispersion**0.5
 
     @override
     def predict(self, outputs: Tensor) -> Tensor:
@@ -309,8 +371,9 @@ class Regression(Task):
             "whatever the training data are. Give each query a target, such as the value that surprised you."
         )
 
-    def __repr__(self) -> str:
-        return f"Regression(noise_std={self.noise_std:g})"
+    @override
+    def settings(self) -> list[str]:
+        return [f"noise_std={self.noise_std:g}", *super().settings()]
 
 
 def _as_columns(targets: Tensor, num_outputs: int) -> Tensor:
@@ -318,28 +381,3 @@ def _as_columns(targets: Tensor, num_outputs: int) -> Tensor:
         raise ValueError(f"Expected {num_outputs} target(s) per example, got {describe(targets)}.")
     columns = targets.reshape(len(targets), num_outputs)
     return columns if columns.is_floating_point() else columns.float()
-
-
-def check_rows(fits: Tensor, targets: Tensor, problem: str) -> None:
-    """Refuse, by a RowError, rows of targets that do not fit; both have shape ``(B,)`` or ``(B, C)``."""
-    fits, targets = fits.reshape(len(fits), -1), targets.reshape(len(targets), -1)
-    wrong = (~fits.all(1)).nonzero().flatten().tolist()
-    if wrong:
-        value = float(targets[wrong[0]][~fits[wrong[0]]][0])
-        raise RowError(wrong[0], f"has the target {value:g}, {problem.removesuffix('.')}", wrong[1:])
-
-
-def columns(outputs: Tensor) -> Tensor:
-    """Outputs with classes along the last axis: those of shape ``(B,)`` become ``(B, 1)``."""
-    return outputs[:, None] if outputs.ndim == 1 else outputs
-
-
-def describe(value: object) -> str:
-    """A value in words, for an error message."""
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-    if isinstance(value, Mapping):
-        return f"dict with keys {sorted(map(str, value))}"
-    if isinstance(value, tuple | list):
-        return f"{type(value).__name__} of {len(value)} item(s)"
-    return type(value).__name__

@@ -22,6 +22,8 @@ class OwnLoss:
     """
 
     name: ClassVar[str] = "own loss"
+    #: Examples have one loss each, whatever they are made of.
+    has_tokens: ClassVar[bool] = False
 
     def __init__(self, *, optimizer_idx: int | None = None) -> None:
         self.optimizer_idx = optimizer_idx
@@ -51,12 +53,22 @@ class FunctionLoss(OwnLoss):
         return f"loss={name_of(self.fn)}"
 
 
+class Lowered(FunctionLoss):
+    """A function whose value is to be raised, as a loss: its value with the other sign."""
+
+    @override
+    def of(self, model: nn.Module, moment: Moment | None = None, mode: Mode = "train") -> TrainingStep:
+        return FunctionStep(model, self.fn, moment, mode, sign=-1)
+
+
 class FunctionStep(TrainingStep):
     """The sum of a function's values over the examples of a batch."""
 
-    def __init__(self, model: nn.Module, fn: RowFunction, moment: Moment | None = None, mode: Mode = "train") -> None:
+    def __init__(
+        self, model: nn.Module, fn: RowFunction, moment: Moment | None = None, mode: Mode = "train", sign: int = 1
+    ) -> None:
         super().__init__(model, moment, mode)
-        self.fn = fn
+        self.fn, self.sign = fn, sign
 
     @override
     def _loss(self, batch: Any) -> Tensor:
@@ -67,7 +79,7 @@ class FunctionStep(TrainingStep):
                 f"{name_of(self.fn)}(model, batch) must return a tensor with one number per example, shape (B,), got "
                 f"{shape}."
             )
-        return values.sum()
+        return self.sign * values.sum()
 
 
 def name_of(function: Callable[..., Any]) -> str:

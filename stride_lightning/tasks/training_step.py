@@ -30,6 +30,11 @@ class Moment:
     estimated_stepping_batches: int | None = None
 
 
+def moment_of(model: nn.Module, checkpoint: Any) -> Moment | None:
+    """The moment of the last step trained at a model's weights; None where nothing says it."""
+    return None
+
+
 class TrainingStep:
     """The loss of a batch, as the module's ``training_step`` returns it.
 

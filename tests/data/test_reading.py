@@ -34,7 +34,7 @@ def test_everything_is_read_once_in_order(batch_size):
     assert sum(map(len, rows)) == 20
     assert torch.equal(torch.cat([part.targets for part in rows]), TARGETS)
     assert torch.equal(torch.cat([part.batch[0] for part in rows]), INPUTS)
-    assert reading.fingerprint == fingerprint_of(examples_of(INPUTS, TARGETS), TASK)
+    assert reading.fingerprint == fingerprint_of(examples_of(INPUTS, TARGETS))
 
 
 @pytest.mark.parametrize("share", [slice(0, 20), slice(3, 11), slice(5, 6), slice(19, 40), slice(7, 7)])

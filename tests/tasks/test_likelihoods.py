@@ -96,7 +96,7 @@ def test_encode_keeps_double_targets_and_turns_integers_to_floats() -> None:
 @pytest.mark.parametrize(
     ("task", "targets", "num_outputs", "message"),
     [
-        (Classification(), torch.tensor([0.0, 1.0]), 2, r"integer targets of shape \(B,\), got float32 tensor"),
+        (Classification(), torch.tensor([0.5, 1.0]), 2, r"integer targets of shape \(B,\), got float32 tensor"),
         (Classification(), torch.tensor([[0, 1]]), 2, r"integer targets of shape \(B,\), got int64 tensor of shape"),
         (
             Classification(),

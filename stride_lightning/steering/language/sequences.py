@@ -254,7 +254,7 @@ class SequenceStride:
             # An operator stands for a subset in place of all data, so that each member counts for n / |S| of its kind.
             measured = measured * (self.design.degree / self.design.num_subsets)
         prior = torch.cat(priors) if priors else None
-        return Answers(losses, measured, fingerprint_of(queries, self.task), prior=prior)
+        return Answers(losses, measured, fingerprint_of(queries), prior=prior)
 
     def measure(self, queries: Examples) -> Queries:
         """Run over the queries: their side of the scores and the effects of the operators; ranks share them."""

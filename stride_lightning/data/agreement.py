@@ -1,0 +1,197 @@
+"""Agreement: whether a built-in likelihood is a factor times the module's own loss, decided by gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stride_lightning.data.examples import Examples, first_look
+from stride_lightning.data.reading import required
+from stride_lightning.data.step_gradients import StepGradients, settings_of
+from stride_lightning.data.trials import SIZES, Trial, mixed, read_kinds, read_trial, read_trials, spread_places
+from stride_lightning.data.weighting import plain, weighted_tasks
+from stride_lightning.model.layers import in_precision_of, uncompiled
+from stride_lightning.model.weights import borrowed
+from stride_lightning.runtime.checks import check_finite, first_line
+from stride_lightning.runtime.randomness import preserved_random_state
+from stride_lightning.tasks.inference import infer_task_of, likely_tasks
+from stride_lightning.tasks.likelihoods import Classification, Regression, Task, columns
+from stride_lightning.tasks.training_step import TrainingStep
+
+#: Texts of a trial: logits of every token take much memory.
+MOST_TEXTS = 16
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The likelihood that agrees with a module's own loss.
+
+    Attributes:
+        task: The likelihood, in the unit of the module's own loss; None where none agrees.
+        reason: One line that says which one agrees with which factor, or why none does.
+    """
+
+    task: Task | None
+    reason: str
+
+
+def agree(
+    model: nn.Module, examples: Examples, device: torch.device, step: TrainingStep | None, *, batch_size: int
+) -> Agreement:
+    """The built-in likelihood whose per-example loss is a factor times the module's own, for the whole data set.
+
+    Shapes of targets and outputs make candidates. Gradients in the parameters decide: at the weights, at moved weights
+    and at larger ones, on batches of 64, 16, 5 and 1 examples of all kinds, at most 12 of them. The model is as before
+    afterwards, to the bit.
+
+    Args:
+        model: The module.
+        examples: The training set.
+        device: Where the model runs.
+        step: The module's own loss; None for a module without one, where shapes alone decide.
+        batch_size: Most examples of a batch.
+
+    Raises:
+        ValueError: If an example is not finite. Without a ``step``, also if the task cannot be told.
+        TypeError: Without a ``step``, if the task cannot be told.
+    """
+    with (
+        torch.inference_mode(False),
+        preserved_random_state(model),
+        borrowed(model, None, device),
+        torch.no_grad(),
+    ):
+        if step is None:
+            head = first_look(examples, batch_size, device)
+            with examples.naming(0):
+                task = infer_task_of(head, model)
+            return Agreement(task, f"{task.name}, by the shapes of outputs and targets: no training_step to compare")
+        return _Comparison(model, examples, device, step, batch_size).result()
+
+
+class _Comparison:
+    def __init__(
+        self, model: nn.Module, examples: Examples, device: torch.device, step: TrainingStep, batch_size: int
+    ) -> None:
+        self.model, self.examples, self.device, self.step = model, examples, device, step
+        self.limit = min(SIZES[0], batch_size, len(examples))
+
+    def result(self) -> Agreement:
+        _ = self.examples.is_random  # of all examples, so that the warning comes once
+        head = read_trial(self.examples, spread_places(len(self.examples))[: self.limit], self.device)
+        candidates, problem = self._candidates(head)
+        if not candidates:
+            return Agreement(None, f"no likelihood fits: {problem}")
+        trials = self._trials(head, candidates[0])
+        is_number = isinstance(candidates[0], Regression)
+        settings = settings_of(self.model, lambda: self._read(candidates[0], head)[0], far=is_number)
+        try:
+            with torch.enable_grad():
+                gradients = StepGradients(self.model, self.step, trials, settings)
+        except Exception as error:  # whatever a user's step raises
+            return Agreement(None, f"training_step raised {type(error).__name__}: {first_line(error)}")
+        if gradients.problem:
+            self._check_finite(candidates[0], head)
+            return Agreement(None, f"no likelihood is compared: {gradients.problem}")
+        for task in candidates:
+            agreement = self._compared(task, gradients)
+            if agreement is not None:
+                return agreement
+        for task in candidates:
+            for weighted in weighted_tasks(task, gradients, self._read):
+                agreement = self._compared(weighted.changed(parts=task.parts), gradients)
+                if agreement is not None:
+                    return agreement
+        names = ", ".join(dict.fromkeys(task.name for task in candidates))
+        return Agreement(None, f"training_step computes another loss than a {names} with these outputs and targets")
+
+    def _candidates(self, head: Trial) -> tuple[list[Task], str]:
+        """Likelihoods whose shapes fit, and why there are none."""
+        problem = ""
+        candidates: list[Task] = []
+
+        def fits(task: Task) -> bool:
+            nonlocal problem
+            try:
+                task.loss(*self._read(task, head))
+                return True
+            except Exception as error:  # a shape that does not fit
+                problem = problem or first_line(error)
+                return False
+
+        try:
+            candidates = [task for task in likely_tasks(self.model, head.batch) if fits(task)]
+        except Exception as error:  # of the user's forward
+            problem = first_line(error)
+        return candidates, problem or "the batch has no outputs and targets that a likelihood reads"
+
+    def _trials(self, head: Trial, task: Task) -> list[Trial]:
+        places = spread_places(len(self.examples))
+        alone = int(places[-1])
+        if isinstance(task, Classification) and not task.has_tokens and not task.soft_labels:
+
+            def kinds_of(batch: object) -> Tensor:
+                return task.unpacked(required(task.targets(batch)))[0].flatten().long()
+
+            with torch.no_grad():
+                count = columns(task.outputs(self.model, self._inputs(task, head))).shape[1]
+            read, kinds = read_kinds(self.examples, head, kinds_of, count, self.device)
+            places = mixed(read, kinds)
+            counted = read[(kinds >= 0) & (kinds < count)]
+            alone = int(counted[-1]) if len(counted) else alone
+        return list(read_trials(self.examples, places, alone, self.limit, self.device))
+
+    def _inputs(self, task: Task, trial: Trial) -> object:
+        return in_precision_of(self.model, task.inputs(trial.batch))
+
+    def _read(self, task: Task, trial: Trial) -> tuple[Tensor, Tensor]:
+        """Outputs and encoded targets, shape ``(B, C)``."""
+        with uncompiled():
+            outputs = columns(task.outputs(self.model, self._inputs(task, trial)))
+        targets = required(task.targets(trial.batch))
+        encoded = task.encode(targets, outputs.shape[-1])
+        return outputs, encoded.to(torch.promote_types(encoded.dtype, outputs.dtype))
+
+    def _check_finite(self, task: Task, trial: Trial) -> None:
+        """Refuse data that are not finite, naming the example."""
+        with self.examples.naming(trial.places):
+            outputs, encoded = self._read(task, trial)
+            check_finite(outputs, "outputs")
+            check_finite(encoded, "target")
+
+    def _compared(self, task: Task, gradients: StepGradients) -> Agreement | None:
+        """The task in the unit of the module's own loss, if gradients agree."""
+
+        def losses(trial: Trial) -> Sequence[Callable[[], Tensor]]:
+            return [lambda: self._losses(task, trial).sum()]
+
+        try:
+            of_task = {key: values[0] for key, values in gradients.of_losses(losses).items()}
+            with torch.no_grad():
+                weights = [task.example_weights(self._read(task, trial)[1]) for trial in gradients.trials]
+        except (TypeError, ValueError):  # a target that the task does not take
+            return None
+        for is_normalised, divides, divisors in self._divisors(task, gradients.trials, weights):
+            factor = gradients.factor(of_task, divisors)
+            if factor is not None:
+                factor = plain(factor)
+                agreed = task.changed(is_normalised=is_normalised).with_scale(factor)
+                return Agreement(agreed, f"{agreed!r} agrees with training_step: {factor:.6g} times its {divides}")
+        return None
+
+    def _losses(self, task: Task, trial: Trial) -> Tensor:
+        outputs, encoded = self._read(task, trial)
+        return task.loss(outputs, encoded)
+
+    def _divisors(
+        self, task: Task, trials: Sequence[Trial], weights: Sequence[Tensor]
+    ) -> Iterator[tuple[bool, str, list[float]]]:
+        """Ways in which a batch's loss is made of those of examples."""
+        sums, sizes = [float(weight.sum()) for weight in weights], [float(len(trial)) for trial in trials]
+        if sums != sizes:
+            yield True, "mean over examples, by their weights", sums
+        yield False, "mean over examples", sizes
+        yield False, "sum over examples (scores are those of the sum's terms)", [1.0] * len(sizes)

@@ -1,0 +1,334 @@
+"""Planning how the gradients of a module's own loss are read, and finding out how a batch's loss adds up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from stride_lightning.data.examples import Examples, first_batch
+from stride_lightning.gradients.kinds import KINDS, Kind, kind_of
+from stride_lightning.gradients.signs import count_directions
+from stride_lightning.gradients.single import LossOutputs, SingleCapture, kind_by_gradients
+from stride_lightning.gradients.step_outputs import SkippedStep, StepInputs, StepOutputs
+from stride_lightning.model.capture import Capture, Effort, Outputs
+from stride_lightning.model.layers import in_precision_of
+from stride_lightning.model.plan import plan_capture, probe_places
+from stride_lightning.model.tap import find_tap
+from stride_lightning.model.weights import moved
+from stride_lightning.runtime.checks import first_line
+from stride_lightning.tasks.own_loss import OwnLoss
+from stride_lightning.tasks.training_step import Mode, Moment, TrainingStep
+
+#: Names of the modules whose parameters count, from outputs and a batch of their inputs.
+ChooseLayers = Callable[[Outputs, Any], Sequence[str] | None]
+
+#: Examples on which a loss is looked at.
+NUM_EXAMPLES = 32
+#: A wider tap, and a loss whose second derivatives are smaller beside its squared slopes, are not curved.
+MAX_CURVED_OUTPUTS, MIN_CURVATURE = 256, 1e-3
+#: Draws over which a random loss is averaged.
+NUM_DRAWS = 8
+
+
+@dataclass
+class OwnPlan:
+    """How the gradients of a module's own loss are read.
+
+    Args:
+        own: The loss.
+        step: The loss as a function of batches.
+        capture: Reads gradients of functions of the tap's outputs; of single examples where there is no tap.
+        effort: What an example takes.
+        kind: How a batch's loss is made of those of its examples.
+        mode: The mode in which it is defined.
+        num_draws: Draws over which a random loss is averaged; 1 for any other.
+        partner: Place of the training example that stands in every batch of a weighted mean.
+        is_padded: Whether outputs of an example are wider in batches with others.
+        notes: What there is to say beside the kind.
+    """
+
+    own: OwnLoss
+    step: TrainingStep
+    capture: Capture
+    effort: Effort
+    kind: Kind
+    mode: Mode
+    num_draws: int
+    partner: int
+    is_padded: bool
+    #: Whether the curvature of the loss is that at the tap's outputs; else gradients of examples make it (Fisher).
+    is_curved: bool
+    num_outputs: int  # along which curvature is taken
+    notes: tuple[str, ...]
+    #: Mean weight of the training examples in a weighted mean, where the partner's is 1.
+    mean_weight: float = 1.0
+
+    @property
+    def num_directions(self) -> int:
+        """Gradients that make the curvature of an example."""
+        return count_directions(self.num_outputs, 1)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the gradients of all examples of a batch are read at once."""
+        return not isinstance(self.capture, SingleCapture)
+
+    def described(self) -> str:
+        """One line for the log and the metadata."""
+        parts = [KINDS[self.kind], *self.notes]
+        if self.mode == "eval":
+            parts.append("taken in eval mode, because training mixes the examples of a batch")
+        if self.num_draws > 1:
+            parts.append(f"a mean over {self.num_draws} draws of its random numbers")
+        if not self.has_rows:
+            parts.append("read one example at a time")
+        return "; ".join(parts)
+
+
+def plan_own_loss(
+    own: OwnLoss,
+    model: nn.Module,
+    train: Examples,
+    device: torch.device,
+    *,
+    moment: Moment | None,
+    choose_layers: ChooseLayers,
+    like: Capture | None = None,
+    mode: Mode = "train",
+) -> OwnPlan:
+    """Look at a module's own loss on a few training examples, and plan how its gradients are read.
+
+    Args:
+        own: The loss.
+        model: In eval mode on ``device``.
+        train: The training examples.
+        device: Device of the computation.
+        moment: The moment of training.
+        choose_layers: Names of the modules whose parameters count, from the outputs and a batch.
+        like: A capture with whose gradients those of the loss are compared.
+        mode: The mode in which the loss is defined; where training mixes the examples of a batch, it is eval mode.
+
+    Raises:
+        ValueError: If no example has a loss, or it is of a kind that is not known.
+    """
+    probes = _Probes(model, train, device)
+    problem: ValueError | None = None
+    modes: list[Mode] = list(dict.fromkeys((mode, "eval")))
+    for tried in modes:
+        try:
+            return _planned(own, model, probes, tried, moment, choose_layers, like)
+        except _NoRows as error:  # noqa: PERF203
+            problem = problem or error
+    return _one_by_one(own, model, probes, mode, moment, choose_layers, like, problem)
+
+
+class _NoRows(ValueError):
+    """The gradients of single examples cannot be read from a batch."""
+
+
+class _Probes:
+    """A few training examples, as batches."""
+
+    def __init__(self, model: nn.Module, train: Examples, device: torch.device) -> None:
+        self._model, self._train, self._device = model, train, device
+        num = min(NUM_EXAMPLES, len(train))
+        self.places = [place * (len(train) - 1) // max(1, num - 1) for place in range(num)]
+        self.places = list(dict.fromkeys(self.places))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def batch(self, rows: Sequence[int], draw: int = 0) -> StepInputs:
+        """The batch of some of the examples."""
+        part = self._train.subset([self.places[row] for row in rows])
+        batch = in_precision_of(self._model, first_batch(part, len(rows), self._device))
+        return StepInputs(batch, part.positions.to(self._device), draw)
+
+
+def _planned(
+    own: OwnLoss,
+    model: nn.Module,
+    probes: _Probes,
+    mode: Mode,
+    moment: Moment | None,
+    choose_layers: ChooseLayers,
+    like: Capture | None,
+) -> OwnPlan:
+    step = own.of(model, moment, mode)
+    every = list(range(len(probes)))
+    whole, half = probes.batch(every), probes.batch(every[: max(1, len(every) // 2)])
+    with says_why(model):
+        tap = find_tap(model, lambda: step(*whole), lambda: step(*half))
+    if tap is None:
+        raise _NoRows("the loss uses parameters outside of modules")
+    outputs = StepOutputs(model, step, tap)
+    alone = [probes.batch([row]) for row in every]
+    num_parameters = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    with outputs.without_loss():
+        usable = [row for row in every if _runs(outputs, alone[row])]
+        if not usable:
+            raise _NoRows("no single example runs through the model")
+        chosen = [usable[place] for place in probe_places(len(usable), max(1, num_parameters))]
+        together, singles = probes.batch(chosen), [alone[row] for row in chosen]
+        outputs.views_first = _views_first(outputs, together, singles)
+        try:
+            widths = {outputs(inputs).shape[1] for inputs in (together, *singles)}
+            if is_padded := len(widths) > 1:
+                singles = [_cut(together, slice(row, row + 1)) for row in range(len(chosen))]
+            capture = plan_capture(outputs, singles, together, choose_layers(outputs, together), like)
+            effort = capture.effort(together, len(chosen))
+        except (ValueError, TypeError, IndexError) as error:
+            raise _NoRows(str(error)) from error
+    sizes = (max(2, len(every) // 6), 2)
+    if is_padded:  # alike in all batches, for outputs of one width
+        alone = [_cut(whole, slice(row, row + 1)) for row in every]
+        parts = [_cut(whole, slice(0, size)) for size in sizes]
+    else:
+        parts = [probes.batch(every[:size]) for size in sizes]
+    with says_why(model):
+        kind = _kind(outputs, whole, parts, alone)
+        if kind is None:
+            with moved(model):
+                kind = _kind(outputs, whole, parts, alone) or "mean"
+    notes = ("the penalty on weights belongs to no example",) if tap.penalised else ()
+    num_draws = NUM_DRAWS if is_random(step, whole) else 1
+    largest = [0.0 if (slopes := _slopes(outputs, one)) is None else float(slopes.abs().max()) for one in alone]
+    partner = largest.index(max(largest))
+    is_curved = kind != "coupled" and not is_padded and _is_curved(outputs, together)
+    return OwnPlan(
+        own,
+        step,
+        capture,
+        effort,
+        kind,
+        mode,
+        num_draws,
+        probes.places[partner],
+        is_padded,
+        is_curved,
+        max(widths) if is_curved else 1,
+        notes,
+    )
+
+
+def _one_by_one(
+    own: OwnLoss,
+    model: nn.Module,
+    probes: _Probes,
+    mode: Mode,
+    moment: Moment | None,
+    choose_layers: ChooseLayers,
+    like: Capture | None,
+    problem: ValueError | None,
+) -> OwnPlan:
+    """The plan where rows of a batch cannot be told apart: every example in a batch of its own."""
+    step = own.of(model, moment, mode)
+    capture = SingleCapture(model, step, choose_layers(LossOutputs(model, step), probes.batch([0])), like)
+    few = list(range(min(4, len(probes))))
+    with says_why(model):
+        kind = kind_by_gradients(capture, [probes.batch(few), probes.batch(few[:2])], [probes.batch([i]) for i in few])
+        num_draws = NUM_DRAWS if is_random(step, probes.batch(few)) else 1
+    if kind is None:
+        raise ValueError(
+            f"The examples of a batch cannot be told apart in the training_step of {type(model).__name__} ({problem}), "
+            "and its loss is neither the mean nor the sum of the losses of single examples. Pass `loss=`, a function "
+            "of (model, batch) that returns the loss of each example, shape (B,)."
+        )
+    effort = capture.effort(probes.batch([0]), 1)
+    return OwnPlan(own, step, capture, effort, kind, mode, num_draws, probes.places[0], False, False, 1, ())
+
+
+@contextmanager
+def says_why(model: nn.Module) -> Iterator[None]:
+    """Turn errors of a ``training_step`` that runs outside of a fit into one that says so."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
+        if isinstance(error, ValueError) and "`loss=`" in str(error):
+            raise
+        raise ValueError(
+            f"The training_step of {type(model).__name__} cannot be run on a batch of training examples "
+            f"({type(error).__name__}: {first_line(error)}). Pass `loss=`, a function of (model, batch) that returns "
+            "the loss of each example, shape (B,)."
+        ) from error
+
+
+def is_random(step: TrainingStep, inputs: StepInputs) -> bool:
+    """Whether two draws of a loss differ."""
+    one, other = (step(inputs.batch, inputs.keys, draw) for draw in (0, 1))
+    return one is not None and other is not None and not torch.equal(one, other)
+
+
+def _is_curved(outputs: StepOutputs, inputs: StepInputs) -> bool:
+    """Whether a loss has second derivatives at its tap that are worth using."""
+    try:
+        if outputs(inputs).shape[1] > MAX_CURVED_OUTPUTS:
+            return False
+        second, slopes, size = outputs.second_derivatives(), outputs.slopes(), len(inputs.keys)
+    except (SkippedStep, RuntimeError):  # some operations have no second derivative
+        return False
+    trace = second.diagonal(dim1=1, dim2=2).sum(1).mean() * size
+    return bool(trace >= MIN_CURVATURE * (slopes * size).square().sum(1).mean()) and bool(trace > 0)
+
+
+def _runs(outputs: StepOutputs, inputs: StepInputs) -> bool:
+    try:
+        outputs.run(inputs)
+    except (SkippedStep, ValueError, RuntimeError, IndexError, TypeError):
+        return False
+    return True
+
+
+def _slopes(outputs: StepOutputs, inputs: StepInputs) -> Tensor | None:
+    """Slopes of the loss of a batch; None where it has no loss, or one that is not finite."""
+    try:
+        outputs(inputs)
+        slopes = outputs.slopes()
+    except Exception:  # a single example may be too few for a loss, which may raise anything then
+        return None
+    return slopes if torch.isfinite(slopes).all() else None
+
+
+def _kind(
+    outputs: StepOutputs, whole: StepInputs, parts: Sequence[StepInputs], alone: Sequence[StepInputs]
+) -> Kind | None:
+    """The kind of a loss, from a batch, parts of it that begin as it does, and its single examples."""
+    batches = [(torch.arange(len(inputs.keys)), _slopes(outputs, inputs)) for inputs in (whole, *parts)]
+    batches = [(places, slopes) for places, slopes in batches if slopes is not None]
+    if not batches:
+        raise ValueError("training_step returns no finite loss")
+    nothing = torch.zeros_like(batches[0][1][:1])
+    singles = [_slopes(outputs, inputs) for inputs in alone]
+    return kind_of(batches, torch.cat([nothing if slopes is None else slopes for slopes in singles]))
+
+
+def _views_first(outputs: StepOutputs, together: StepInputs, singles: Sequence[StepInputs]) -> frozenset[str]:
+    """Modules whose rows are all examples once, then all again: those whose first row of the second example says so."""
+    size = len(singles)
+    names = set()
+    if size < 2:
+        return frozenset()
+    whole, second = outputs.run(together), outputs.run(singles[1])
+    for key, tensor in whole.items():
+        if tensor.ndim and len(tensor) > size and len(tensor) % size == 0 and key in second:
+            parts = len(tensor) // size
+            last = second[key][-1]
+            if not torch.allclose(tensor[2 * parts - 1], last, rtol=1e-3, atol=1e-5):
+                names.add(key[0])
+    return frozenset(names)
+
+
+def _cut(inputs: StepInputs, rows: slice) -> StepInputs:
+    """Some examples of a batch, with the padding of the batch."""
+    size = len(inputs.keys)
+
+    def part(leaf: Any) -> Any:
+        return leaf[rows] if isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == size else leaf
+
+    return StepInputs(pytree.tree_map(part, inputs.batch), inputs.keys[rows], inputs.draw)
