@@ -93,8 +93,9 @@ class Batches:
     ) -> None:
         """Measure a copy's memory and whether its training is random, and hold small data in memory."""
         self.is_random = self.train.is_random or draws_random_numbers(model, self.task, sample[0], self.set_mode)
-        with vectorised_attention():
-            self._bytes_each = bytes_per_model(model, optimizer, loss_fn, sample)
+        if self.one_by_one_because is None:
+            with vectorised_attention():
+                self._bytes_each = bytes_per_model(model, optimizer, loss_fn, sample)
         self.train.hold()
         keep_freed_memory()
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorData
 from stride_lightning import Regression
 from tests.helpers.models import hooks_of, make_trainer
 from tests.retraining.cases import NUM_TRAIN, Net, batchnorm, in_double, mlp, numbers, points, random, sgd
-from tests.retraining.further import SMOOTHED, ask, batches_of, make_net
+from tests.retraining.further import SMOOTHED, ask, batches_of, by_hand, check, make_net
 
 SGD = partial(torch.optim.SGD, lr=0.2, momentum=0.7)
 
@@ -194,8 +194,8 @@ class NeedsSteps(Net):
     ("model", "reason"),
     [
         (lambda: make_net(mlp, kind=NeedsSteps), "configure_optimizers needs a Trainer"),
-        (lambda: make_net(mlp, lambda m: torch.optim.RMSprop(m.parameters())), "RMSprop is not one of the optimizers"),
-        (lambda: make_net(mlp, lambda m: [sgd(m), sgd(m)]), "returns 2 optimizers and 0 schedulers"),
+        (lambda: make_net(mlp, lambda m: torch.optim.LBFGS(m.parameters())), "LBFGS computes the loss several times"),
+        (lambda: make_net(mlp, lambda m: None), "configure_optimizers returns no optimizer"),
     ],
 )
 def test_an_optimizer_that_cannot_be_used_is_refused_with_a_hint(model, reason):
@@ -203,3 +203,45 @@ def test_an_optimizer_that_cannot_be_used_is_refused_with_a_hint(model, reason):
     with pytest.raises(ValueError, match=rf"{reason}.*Pass `optimizer=`, such as functools\.partial"):
         ask(model(), batches_of(data), data)
     assert ask(model(), batches_of(data), data, optimizer=SGD).effects().shape == (NUM_TRAIN, 4)
+
+
+def on_plateau(m):
+    optimizer = sgd(m)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"}}
+
+
+ALONE = {
+    "RMSprop": (lambda m: torch.optim.RMSprop(m.parameters(), lr=0.01), "RMSprop is not one of the optimizers"),
+    "two": (
+        lambda m: [
+            torch.optim.SGD(m.network[0].parameters(), lr=0.1),
+            torch.optim.Adam(m.network[2].parameters(), lr=0.02),
+        ],
+        "Several is not one of the optimizers",
+    ),
+    "plateau": (on_plateau, None),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_any_optimizer_steps_and_schedules_are_left_out(name):
+    optimize, reason = ALONE[name]
+    model, data = make_net(mlp, optimize), in_double(points())
+    result = ask(model, batches_of(data), data)
+    assert reason is None or reason in result.metadata["one_by_one_because"]
+
+    class Both:
+        def __init__(self, made):
+            self.made = made
+
+        def zero_grad(self):
+            for each in self.made:
+                each.zero_grad()
+
+        def step(self):
+            for each in self.made:
+                each.step()
+
+    plain = {"two": lambda m: Both(optimize(m)), "plateau": sgd}.get(name, optimize)
+    check(result, by_hand(model, data, data, optimizer=plain))

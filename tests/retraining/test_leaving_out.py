@@ -287,26 +287,6 @@ def test_double_weights_and_single_data_fit_one_by_one_too():
     assert ask(make_net(mlp), batches_of(data), data).metadata["one_by_one_because"] is None
 
 
-class AsksForTheEpoch(Net):
-    def training_step(self, batch, batch_idx):
-        return super().training_step(batch, batch_idx) / (1 + self.current_epoch)
-
-
-NEEDING = {
-    AsksForTheEpoch: "the training_step of AsksForTheEpoch without a Trainer",
-    cases.Manual: r"Manual uses manual optimization \(automatic_optimization=False\).*no loss to subtract.*Pass",
-}
-
-
-@pytest.mark.parametrize(("kind", "message"), NEEDING.items())
-def test_a_training_step_that_needs_its_trainer_is_refused_with_a_way_out(kind, message):
-    model, data = make_net(mlp, kind=kind), in_double(points())
-    with pytest.raises(ValueError, match=message):
-        ask(model, batches_of(data), data)
-    result = ask(model.network, batches_of(data), data, optimizer=SGD)  # the way out
-    check(result, by_hand(make_net(mlp, lambda m: SGD(m.parameters())), data, data))
-
-
 # ---- losses close to zero ---------------------------------------------------------------------------------------
 
 

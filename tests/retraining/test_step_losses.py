@@ -1,20 +1,12 @@
-"""The loss of a training_step without its Trainer: whose examples have shares, and which hooks are not called."""
+"""The loss of a training_step without its Trainer: what is refused, and which hooks are not called."""
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
 
-from tests.retraining.cases import NUM_TRAIN, Net, in_double, mlp, points
+from stride_lightning import Classification
+from tests.retraining.cases import Net, in_double, mlp, points
 from tests.retraining.further import SMOOTHED, ask, batches_of, make_net
-
-
-def by_class(num=NUM_TRAIN):
-    """In the order of their classes: the first batch holds one class alone."""
-    x, y = points(num).tensors
-    order = y.argsort(stable=True)
-    return in_double(TensorDataset(x[order], y[order]))
 
 
 class NoisyStep(Net):
@@ -31,49 +23,21 @@ class NoisierStep(NoisyStep):
     noise = 0.1
 
 
-class Pairwise(Net):
-    """A loss of pairs of examples."""
-
-    def training_step(self, batch, batch_idx):
-        return super().training_step(batch, batch_idx) + torch.cdist(*2 * [self(batch[0])]).mean()
-
-
-WEIGHTED = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0]).double())
-
-
-@pytest.mark.parametrize(
-    ("kind", "loss"),
-    [
-        (Net, WEIGHTED),
-        (NoisyStep, WEIGHTED),
-        (Pairwise, F.cross_entropy),
-        (Net, nn.CrossEntropyLoss(reduction="sum", label_smoothing=0.1)),
-    ],
-    ids=["class weights", "under dropout", "pairs", "sum"],
-)
-@pytest.mark.parametrize("data", [by_class, lambda: in_double(points())], ids=["sorted", "mixed"])
-def test_a_loss_that_is_not_a_mean_over_examples_is_refused(kind, loss, data):
-    with pytest.raises(
-        ValueError, match=r"must return the mean of its examples' losses.*class weights.*Task of your own"
-    ):
-        ask(make_net(mlp, loss=loss, kind=kind), batches_of(data()), data())
-
-
 @pytest.mark.parametrize("kind", [Net, NoisyStep, NoisierStep])
 def test_a_loss_that_is_a_mean_over_examples_passes_whatever_is_drawn(kind):
-    data = by_class()
+    data = in_double(points())
     result = ask(make_net(mlp, loss=SMOOTHED, kind=kind), batches_of(data), data)
     assert "training_step" in result.metadata["one_by_one_because"]
 
 
-def test_a_training_step_that_takes_no_single_example_is_refused():
+def test_a_training_step_that_takes_no_single_example_has_differences_of_batches():
     class Squeezing(Net):
         def training_step(self, batch, batch_idx):
             return SMOOTHED(self(batch[0]).squeeze(0), batch[1])
 
     data = in_double(points())
-    with pytest.raises(ValueError, match=r"training_step of Squeezing, because it fails on a single example"):
-        ask(make_net(mlp, kind=Squeezing), batches_of(data), data)
+    result = ask(make_net(mlp, kind=Squeezing), batches_of(data), data, task=Classification())
+    assert result.metadata["own_loss"]["kind"] == "coupled"
 
 
 HOOKS = [
@@ -98,11 +62,29 @@ def test_what_cannot_be_copied_is_refused_with_a_hint():
         ask(model, batches_of(data), data)
 
 
-def test_a_loss_without_gradient_is_refused():
-    class Detached(Net):
-        def training_step(self, batch, batch_idx):
-            return super().training_step(batch, batch_idx).detach()
+class Detached(Net):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx).detach()
 
+
+class Failing(Net):
+    def training_step(self, batch, batch_idx):
+        raise RuntimeError("no such thing")
+
+
+REFUSED = {
+    Detached: r"OwnLoss\(\) of Detached gave no loss with a finite gradient for 12 training examples",
+    Failing: r"The loss of Failing cannot be computed: OwnLoss\(\) failed on a batch.*RuntimeError: no such thing",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_loss_that_cannot_be_computed_is_refused_with_a_way_out(kind):
     data = in_double(points())
-    with pytest.raises(ValueError, match="it returned a loss without gradient"):
-        ask(make_net(mlp, kind=Detached), batches_of(data), data)
+    with pytest.raises(ValueError, match=rf"{REFUSED[kind]}.*Pass `loss=fn`"):
+        ask(make_net(mlp, kind=kind), batches_of(data), data)
+    ask(make_net(mlp, kind=kind), batches_of(data), data, loss=row_losses)  # the way out
+
+
+def row_losses(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
