@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 def reader_of(data, model, task=None, num_outputs=3, batch_size=4, **options):
     task = Classification() if task is None else task
-    options |= {"batch_size": batch_size, "device": CPU, "show_progress": False}
+    options = {"capture": None, "batch_size": batch_size, "device": CPU, "show_progress": False} | options
     return Reader(examples_of(*data.tensors), model, task, num_outputs, **options)
 
 
@@ -61,7 +61,7 @@ def read(model, task, data, what, batch_size=4, seed=0):
     reader = attributor.reader
     reader.batch_size = batch_size
     reader._held = None
-    rows = [list(what(batch)) for batch in reader.run(attributor.capture)]
+    rows = [list(what(batch)) for batch in reader.run()]
     return [
         torch.cat([g.dense()[:, order_of(attributor.capture)] for g in column]) for column in zip(*rows, strict=True)
     ]
@@ -158,8 +158,8 @@ def test_signs_of_an_example_do_not_depend_on_what_else_is_trained_on(monkeypatc
 
     def curvature(positions):
         given = Examples(points_for(), positions=positions)
-        reader = Reader(given, attributor.model, task, 3, batch_size=4, device=CPU, show_progress=False)
-        batches = reader.run(attributor.capture)
+        reader = Reader(given, attributor.model, task, 3, capture=attributor.capture, batch_size=4, device=CPU)
+        batches = reader.run()
         return torch.cat([torch.stack([g.dense() for g in batch.curvature(0)], 1) for batch in batches])
 
     with torch.no_grad():

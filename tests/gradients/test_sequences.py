@@ -229,7 +229,7 @@ def curvature_rows(kind, data, collate_fn, batch_size, seed=0):
     """Gradients along the directions that curvature is made of, shape ``(directions, n, p)``."""
     attributor = fitted(kind, "grad-dot", data, collate_fn, batch_size=batch_size)
     with torch.no_grad():
-        batches = attributor.reader.run(attributor.capture)
+        batches = attributor.reader.run()
         rows = [torch.stack([gradients.dense() for gradients in batch.curvature(seed)]) for batch in batches]
     assert batch_size > 1 or len(rows) == len(data)
     return rows
@@ -251,7 +251,7 @@ def test_random_directions_give_the_matrix_on_average():
     order = torch.cat(places_of_blocks(attributor, model_of("Llama")))
     for seed in range(25):
         with torch.no_grad():
-            batches = attributor.reader.run(attributor.capture)
+            batches = attributor.reader.run()
             rows = torch.cat([gradients.dense() for batch in batches for gradients in batch.curvature(seed)])
         drawn.append(rows.T @ rows / len(LONG))
     drawn, exact = torch.stack(drawn), exact[order][:, order]

@@ -33,7 +33,7 @@ def model_of(name):
 def read(model, task, data, likelihood="gauss-newton", *, dim=EVERY, batch_size=4, seed=0, signed=False, share=None):
     """Rows, losses and downhill directions; the columns in the order of the parameters if all are kept."""
     attributor = fitted(model, data, "grad-dot", task=task)
-    reader = reader_of(data, model, task, attributor.num_outputs, batch_size)
+    reader = reader_of(data, model, task, attributor.num_outputs, batch_size, capture=attributor.capture)
     capture = attributor.capture
     tangents = TangentFeatures(capture, likelihood, dim, seed, signed=signed)
     batches = list(tangents.batches(reader, share))
@@ -147,7 +147,7 @@ def test_between():
     attributor = fitted(model, data, "grad-dot", task=task)
     tangents = TangentFeatures(attributor.capture, "gauss-newton", EVERY, 0, signed=True)
     with torch.no_grad():
-        first, second, *_ = tangents.batches(reader_of(data, model, task, batch_size=5))
+        first, second, *_ = tangents.batches(reader_of(data, model, task, batch_size=5, capture=attributor.capture))
     part = second.between(slice(3, 7))
     assert part.places == slice(5, 7)
     assert all(torch.equal(getattr(part, name), getattr(second, name)[:2]) for name in ("rows", "losses", "downhill"))
@@ -190,7 +190,7 @@ def test_directions_are_those_of_a_position(monkeypatch):
         reader = Reader(examples_of(*data.tensors).subset(places), model, task, 3, **options)
         return torch.cat([batch.rows for batch in tangents.batches(reader, as_queries=as_queries)])
 
-    options = {"batch_size": 4, "device": CPU, "show_progress": False}
+    options = {"capture": attributor.capture, "batch_size": 4, "device": CPU, "show_progress": False}
     every = range(len(data))
     close(rows_at(every, as_queries=True), rows_at(every))
     monkeypatch.setattr(signs, "MAX_EXACT_OUTPUTS", 1)
