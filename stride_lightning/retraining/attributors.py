@@ -13,13 +13,11 @@ from typing_extensions import override
 from stride_lightning.attributor import Attributor
 from stride_lightning.data.examples import Examples, first_look
 from stride_lightning.data.reading import survey
-from stride_lightning.model.weights import attached_trainer
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.retraining.effects import FurtherTraining
 from stride_lightning.retraining.further_training import find_left_out, measure_effects
 from stride_lightning.retraining.ground_truth import GroundTruth
 from stride_lightning.retraining.leaving_out import LeavingOut
-from stride_lightning.retraining.modules import moment_of
 from stride_lightning.retraining.optimizers import MakeOptimizer
 from stride_lightning.retraining.query_values import reader_of
 from stride_lightning.retraining.resolving import functions_of
@@ -142,7 +140,7 @@ class FurtherTrainingAttributor(Attributor):
                 raise ValueError(_NO_BATCH_SIZE)
             head = first_look(self.train_data, 64, device)
             how = {"optimizer": self.optimizer, "memory_budget": self.memory_budget, "measure": self.measure}
-            how |= {"batch_size": self.train_batch_size, "moment": moment_of(attached_trainer(model))}
+            how |= {"batch_size": self.train_batch_size, "moment": self.moment}
             self._leaving_out = LeavingOut(model, self.train_data, head, self.task, **how)
         return self._leaving_out
 

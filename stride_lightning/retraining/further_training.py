@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from stride_lightning.data.examples import Examples, first_look
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
 from stride_lightning.model.weights import (
-    attached_trainer,
     borrowed,
     load_checkpoint,
     rank_zero_state,
@@ -25,7 +24,6 @@ from stride_lightning.model.weights import (
 from stride_lightning.retraining.batchability import vectorised_attention
 from stride_lightning.retraining.effects import FurtherTraining
 from stride_lightning.retraining.leaving_out import LeavingOut
-from stride_lightning.retraining.modules import moment_of
 from stride_lightning.retraining.optimizers import MakeOptimizer
 from stride_lightning.retraining.query_values import QueryValues
 from stride_lightning.retraining.resolving import check_loss, resolved_task
@@ -35,6 +33,7 @@ from stride_lightning.runtime.versions import versions
 from stride_lightning.storage.parts import Work
 from stride_lightning.tasks.likelihoods import Task
 from stride_lightning.tasks.measures import check_function
+from stride_lightning.tasks.moments import moment_of
 from stride_lightning.tasks.own_loss import OwnLoss, RowFunction
 
 #: Largest number of examples to leave out by default.
@@ -127,7 +126,7 @@ def further_train(
     checkpoint = None if ckpt_path is None else load_checkpoint(resolve_ckpt_path(ckpt_path, model), weights_only)
     state = rank_zero_state(model) if checkpoint is None else checkpoint.get("state_dict", checkpoint)
     train, queries = resolve_train_data(train_data, train_indices, model), resolve_queries(queries, model)
-    moment = moment_of(attached_trainer(model))
+    moment = moment_of(model, checkpoint)
     with borrowed(model, state, None if device is None else torch.device(device)) as home, torch.no_grad():
         head = first_look(train, 64, home)
         meaning = resolved_task(model, train, head, task=task, loss=loss)
