@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -158,16 +159,18 @@ def training_mode(model: nn.Module) -> None:
     """
     model.train()
     for module in model.modules():
+        attributes = vars(module)
         if isinstance(module, nn.modules.dropout._DropoutNd):
             # Attention layers read the rate of a dropout layer, but not its mode.
-            module.training, module.p = False, 0.0
-        elif getattr(module, "track_running_stats", False) or isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.training = False
-        if isinstance(module, nn.RNNBase | nn.MultiheadAttention) or _is_of_transformers(type(module)):
-            for name, value in vars(module).items():
-                if "dropout" in name and isinstance(value, float):
-                    vars(module)[name] = 0.0
+            attributes.update(training=False, p=0.0)
+        elif attributes.get("track_running_stats") or isinstance(module, nn.modules.batchnorm._BatchNorm):
+            attributes["training"] = False
+        elif _has_inner_dropout(type(module)):
+            rates = [name for name, value in attributes.items() if "dropout" in name and isinstance(value, float)]
+            attributes.update(dict.fromkeys(rates, 0.0))
 
 
-def _is_of_transformers(cls: type) -> bool:
-    return cls.__module__.partition(".")[0] == "transformers"
+@cache
+def _has_inner_dropout(cls: type) -> bool:
+    """Whether modules of a class drop by rates that they hold as numbers."""
+    return issubclass(cls, nn.RNNBase | nn.MultiheadAttention) or cls.__module__.partition(".")[0] == "transformers"
