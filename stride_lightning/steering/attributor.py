@@ -307,4 +307,9 @@ def missing_parts(record: Record, task: Task) -> str:
 
 def make_fit(task: Task, options: FitOptions) -> Fit:
     """The fit that a task needs."""
+    if task.has_tokens and not isinstance(task, CausalLanguageModeling):
+        raise ValueError(
+            f"method='stride' has no readout for a {task.name}, whose examples have outputs at many places. Use a "
+            "method that reads gradients, such as method='ekfac'."
+        )
     return SequenceStride(task, options) if isinstance(task, CausalLanguageModeling) else DenseFit(task, options)

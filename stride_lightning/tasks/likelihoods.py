@@ -186,7 +186,7 @@ class Classification(Task):
         return shown + super().settings()
 
 
-class _PerOutput(Task):
+class PerOutput(Task):
     """Outputs with a likelihood each, whose weights stand beside the statistic: ``[w t, w]``, shape ``(B, 2 C)``."""
 
     def weighted(self, statistic: Tensor, weights: Tensor | None) -> Tensor:
@@ -220,7 +220,7 @@ class _PerOutput(Task):
         return super().decode(self.statistic(encoded))
 
 
-class BinaryClassification(_PerOutput):
+class BinaryClassification(PerOutput):
     """Targets 0 or 1, one logit per example (or several independent ones), logistic loss.
 
     Args:
@@ -247,7 +247,7 @@ class BinaryClassification(_PerOutput):
     @override
     def encode(self, targets: Tensor, num_outputs: int) -> Tensor:
         targets, weights = self.unpacked(targets, num_outputs)
-        encoded = _as_columns(targets, num_outputs)
+        encoded = as_columns(targets, num_outputs)
         check_rows((encoded == 0) | (encoded == 1), encoded, f"and a binary target must be 0 or 1. {HOW_TO_PASS_TASK}")
         if self.pos_weight is not None:
             of_targets = 1 + (self.pos_weight.to(encoded) - 1) * encoded
@@ -301,7 +301,7 @@ class BinaryClassification(_PerOutput):
         ]
 
 
-class Regression(_PerOutput):
+class Regression(PerOutput):
     """Real targets with Gaussian noise: the loss is ``|o - y|^2 / (2 noise_std^2)``, its constant left out.
 
     Args:
@@ -331,7 +331,7 @@ class Regression(_PerOutput):
     @override
     def encode(self, targets: Tensor, num_outputs: int) -> Tensor:
         targets, weights = self.unpacked(targets, num_outputs)
-        return self.weighted(_as_columns(targets, num_outputs), weights)
+        return self.weighted(as_columns(targets, num_outputs), weights)
 
     @override
     def constant(self, encoded: Tensor) -> Tensor:
@@ -371,7 +371,8 @@ class Regression(_PerOutput):
         return [f"noise_std={self.noise_std:g}", *super().settings()]
 
 
-def _as_columns(targets: Tensor, num_outputs: int) -> Tensor:
+def as_columns(targets: Tensor, num_outputs: int) -> Tensor:
+    """Targets as floats of shape ``(B, C)``; another number of them is refused."""
     if targets.numel() != len(targets) * num_outputs:
         raise ValueError(f"Expected {num_outputs} target(s) per example, got {describe(targets)}.")
     columns = targets.reshape(len(targets), num_outputs)
