@@ -12,6 +12,7 @@ class PoissonRegression(PerOutput):
     """Counts: the outputs are logarithms of rates, and the loss is ``exp(o) - y o``, its constant left out.
 
     Example:
+        >>> import torch
         >>> task = PoissonRegression()
         >>> task.loss(torch.zeros(1, 1), task.encode(torch.tensor([3]), 1))
         tensor([1.])
