@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from stride_lightning.runtime.checks import RowError
-from stride_lightning.tasks.likelihoods import Classification, describe
-from stride_lightning.tasks.task import Task
+from stride_lightning.tasks.classification import Classification
+from stride_lightning.tasks.task import Task, describe
 
 Reduction = Literal["mean", "sum"]
 
