@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from stride_lightning import BinaryClassification, Classification, Regression
 from stride_lightning.data.agreement import Agreement, agree
 from stride_lightning.data.examples import Examples
+from stride_lightning.data.step_gradients import SKETCH
 from stride_lightning.tasks.own_loss import OwnLoss
 from stride_lightning.tasks.training_step import Moment, TrainingStep
 from tests.helpers.tiny import CPU, examples_of, perceptron, random_tensor
@@ -781,3 +782,53 @@ def test_pairs_of_tokens_and_their_labels() -> None:
     model.net = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 11))
     task = of_module(model, ids[:, :-1], ids[:, 1:]).task
     assert repr(task) == "CausalLanguageModeling(reduction='mean')"
+
+
+class Annealed(TrainingStep):
+    """A penalty on outputs that grows with the epoch."""
+
+    def _loss(self, batch: Any) -> Tensor:
+        outputs, epoch = self.model(batch[0]), 0 if self.moment is None else self.moment.current_epoch
+        return F.cross_entropy(outputs, batch[1]) + 0.1 * epoch * outputs.square().mean()
+
+
+@pytest.mark.parametrize("moment", [None, Moment(0, 0), Moment(3, 30)])
+def test_a_term_that_grows_with_the_epoch_is_seen_where_it_is_zero(moment: Moment | None) -> None:
+    model = Module(lambda: None)
+    agreement = agree(model, examples_of(X, CLASSES), CPU, Annealed(model, moment), batch_size=64)
+    assert agreement.task is None
+    assert "later in training" in agreement.reason
+
+
+def test_a_step_that_draws_anew_each_time_is_no_likelihood() -> None:
+    def noisy(_: Module, o: Tensor, y: Tensor) -> Tensor:
+        flipped = torch.rand(len(y), generator=generator) < 0.1
+        return F.cross_entropy(o, torch.where(flipped, (y + 1) % 3, y))
+
+    generator = torch.Generator().manual_seed(0)
+    assert agreed(noisy, X, CLASSES).task is None
+
+
+def test_batches_that_training_skips_have_ignored_targets_alone() -> None:
+    def loss(_: Module, o: Tensor, y: Tensor) -> Any:
+        return None if (y < 0).all() else F.cross_entropy(o, y, ignore_index=-1)
+
+    targets = CLASSES.where(random_tensor(NUM, seed=4) > 0.5, -1)
+    assert repr(agreed(loss, X, targets).task) == "Classification(ignore_index=-1)"
+    positive = lambda _, o, y, ok: None if not ok.any() else (cross_entropies(o, y) * ok).mean()  # noqa: E731
+    assert agreed(positive, X, CLASSES, (X[:, 0] > 0)).task is None
+
+
+def test_data_that_are_cut_short_or_sorted_show_all_their_kinds() -> None:
+    order = CLASSES.argsort()
+    agreement = agreed(lambda _, o, y: F.cross_entropy(o, y, WEIGHTS), X[order], CLASSES[order])
+    assert repr(agreement.task) == "Classification(class_weights=[0.04, 0.2, 1])"
+
+
+def test_a_large_parameter_is_compared_by_sums_of_its_rows() -> None:
+    model = Module(lambda _, o, y: F.cross_entropy(o, y))
+    model.net = nn.Sequential(nn.Linear(5, 300), nn.ReLU(), nn.Linear(300, 40), nn.ReLU(), nn.Linear(40, 3))
+    assert model.net[2].weight.numel() > SKETCH
+    assert repr(of_module(model, X, CLASSES).task) == "Classification()"
+    model.loss = lambda module, o, y: F.cross_entropy(o, y) + 1e-3 * module.net[:3](X[: len(y)]).square().mean()
+    assert of_module(model, X, CLASSES).task is None
