@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,12 +81,16 @@ class _Comparison:
 
     def result(self) -> Agreement:
         _ = self.examples.is_random  # of all examples, so that the warning comes once
-        head = read_trial(self.examples, spread_places(len(self.examples))[: self.limit], self.device)
+        spread = spread_places(len(self.examples))
+        one = read_trial(self.examples, spread[:1], self.device)
+        if isinstance(one.held, Mapping) and "input_ids" in one.held:
+            self.limit = min(self.limit, MOST_TEXTS)
+        head = read_trial(self.examples, spread[: self.limit], self.device)
         candidates, problem = self._candidates(head)
         if not candidates:
             return Agreement(None, f"no likelihood fits: {problem}")
         trials = self._trials(head, candidates[0])
-        is_number = isinstance(candidates[0], Regression)
+        is_number = all(isinstance(task, Regression) for task in candidates)
         settings = settings_of(self.model, lambda: self._read(candidates[0], head)[0], far=is_number)
         try:
             with torch.enable_grad():
@@ -191,7 +195,8 @@ class _Comparison:
     ) -> Iterator[tuple[bool, str, list[float]]]:
         """Ways in which a batch's loss is made of those of examples."""
         sums, sizes = [float(weight.sum()) for weight in weights], [float(len(trial)) for trial in trials]
-        if sums != sizes:
+        every = torch.cat(list(weights))
+        if bool((every != every[0]).any()):
             yield True, "mean over examples, by their weights", sums
         yield False, "mean over examples", sizes
         yield False, "sum over examples (scores are those of the sum's terms)", [1.0] * len(sizes)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.model.layers import in_precision_of
-from stride_lightning.tasks.language import CausalLanguageModeling, SequenceClassification
+from stride_lightning.tasks.counts import PoissonRegression
+from stride_lightning.tasks.dense import DenseClassification
+from stride_lightning.tasks.language import CausalLanguageModeling, SequenceClassification, TokenClassification
 from stride_lightning.tasks.likelihoods import (
     HOW_TO_PASS_TASK,
     BinaryClassification,
@@ -97,6 +99,8 @@ def likely_tasks(model: nn.Module, batch: Any) -> Iterator[Task]:
     if isinstance(batch, Mapping) and "input_ids" in batch:
         yield CausalLanguageModeling()
         yield CausalLanguageModeling("sum", normalised=True)
+        yield TokenClassification()
+        yield TokenClassification("sum", normalised=True)
         yield SequenceClassification()
         return
     for parts in _likely_parts(model, batch):
@@ -120,6 +124,8 @@ def _tasks_of(targets: Tensor, outputs: Tensor) -> Iterator[Task]:
     size, width = len(outputs), outputs.shape[1] if outputs.ndim == 2 else 1
     if len(targets) != size or not outputs.is_floating_point():
         return
+    if outputs.ndim > 2 and not targets.is_floating_point():
+        yield from _dense_tasks_of(targets, outputs)
     is_whole = not targets.is_floating_point() or bool((targets % 1 == 0).all())
     if width >= 2 and targets.numel() == size and is_whole:
         outside = targets[(targets < 0) | (targets >= width)].unique()
@@ -131,6 +137,24 @@ def _tasks_of(targets: Tensor, outputs: Tensor) -> Iterator[Task]:
         if bool(((targets == 0) | (targets == 1)).all()):
             yield BinaryClassification()
         yield Regression()
+        if bool((targets >= 0).all()):
+            yield PoissonRegression()
+
+
+def _dense_tasks_of(targets: Tensor, outputs: Tensor) -> Iterator[Task]:
+    places = targets.shape[1:]
+    for classes_last in (False, True):
+        shape = outputs.shape[1:-1] if classes_last else outputs.shape[2:]
+        count = outputs.shape[-1 if classes_last else 1]
+        outside = targets[(targets < 0) | (targets >= count)].unique()
+        if count < 2 or places not in (shape, (1, *shape)) or len(outside) > 1:
+            continue
+        if classes_last and outputs.ndim == 3:
+            yield CausalLanguageModeling()
+            yield CausalLanguageModeling("sum", normalised=True)
+        ignored: dict[str, Any] = {"ignore_index": int(outside[0])} if len(outside) else {}
+        yield DenseClassification(classes_last=classes_last, **ignored)
+        yield DenseClassification("sum", classes_last=classes_last, normalised=True, **ignored)
 
 
 def _likely_parts(model: nn.Module, batch: Any) -> Iterator[Parts | None]:

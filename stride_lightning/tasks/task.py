@@ -69,7 +69,11 @@ class Task(ABC):
         """The task for a training set with these encoded targets: weights that are normalised get the mean 1."""
         if not self.is_normalised:
             return self
-        return self.changed(_mean_weight=float(self.example_weights(encoded).double().mean()) or 1.0)
+        return self.with_mean_weight(self.example_weights(encoded))
+
+    def with_mean_weight(self, weights: Tensor) -> Self:
+        """The task for a training set whose examples have these weights, shape ``(n,)``: they get the mean 1."""
+        return self.changed(_mean_weight=float(weights.double().mean()) or 1.0)
 
     @property
     def is_weighted(self) -> bool:
