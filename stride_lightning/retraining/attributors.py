@@ -13,16 +13,13 @@ from typing_extensions import override
 from stride_lightning.attributor import Attributor
 from stride_lightning.data.examples import Examples, first_look
 from stride_lightning.data.reading import survey
-from stride_lightning.model.weights import attached_trainer
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.retraining.effects import FurtherTraining
 from stride_lightning.retraining.further_training import find_left_out, measure_effects
 from stride_lightning.retraining.ground_truth import GroundTruth
 from stride_lightning.retraining.leaving_out import LeavingOut
-from stride_lightning.retraining.modules import moment_of
 from stride_lightning.retraining.optimizers import MakeOptimizer
 from stride_lightning.retraining.query_values import reader_of
-from stride_lightning.retraining.resolving import functions_of
 from stride_lightning.retraining.retrain import retrain
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import all_equal
@@ -30,8 +27,9 @@ from stride_lightning.steering.attributor import StrideAttributor
 from stride_lightning.steering.recovery import RecoveryName, recover
 from stride_lightning.steering.subsets import Design
 from stride_lightning.storage.lookup import choose_record, explain_mismatch
-from stride_lightning.tasks.measures import in_words, measure_info, measure_of
-from stride_lightning.tasks.own_loss import FunctionLoss, RowFunction
+from stride_lightning.tasks.likelihoods import Task
+from stride_lightning.tasks.measures import functions_of, in_words, measure_info, measure_of
+from stride_lightning.tasks.own_loss import FunctionLoss
 
 _NO_BATCH_SIZE = (
     "Training needs a batch size, and `train_data` does not give one. Pass a DataLoader with a batch_size, or "
@@ -63,8 +61,6 @@ class FurtherTrainingAttributor(Attributor):
     method = "further-training"
     unit = "nats of query loss"
     asks_at_once = True
-    #: What is explained of a query; None is its loss.
-    measure: RowFunction | None = None
 
     def __init__(
         self,
@@ -142,7 +138,7 @@ class FurtherTrainingAttributor(Attributor):
                 raise ValueError(_NO_BATCH_SIZE)
             head = first_look(self.train_data, 64, device)
             how = {"optimizer": self.optimizer, "memory_budget": self.memory_budget, "measure": self.measure}
-            how |= {"batch_size": self.train_batch_size, "moment": moment_of(attached_trainer(model))}
+            how |= {"batch_size": self.train_batch_size, "moment": self.moment}
             self._leaving_out = LeavingOut(model, self.train_data, head, self.task, **how)
         return self._leaving_out
 
@@ -219,8 +215,6 @@ class RetrainingAttributor(Attributor):
     method = "retraining"
     unit = "nats of query loss"
     asks_at_once = True
-    #: What is explained of a query; None is its loss.
-    measure: RowFunction | None = None
 
     def __init__(
         self,
@@ -275,6 +269,11 @@ class RetrainingAttributor(Attributor):
         elif self.train_batch_size is None and self.train_data.loading is None:
             raise ValueError(_NO_BATCH_SIZE)
         if self.recovery == "prior":
+            if not isinstance(self.task, Task):
+                raise ValueError(
+                    f"recovery='prior' starts from the scores of STRIDE, which need a likelihood, got {self.task!r}. "
+                    "Use recovery='lasso' or 'ridge'."
+                )
             self._stride.take_over(self)
             self._stride.fit_model(model, device, record, checkpoint)
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from types import ModuleType
-from typing import Any
 
 import lightning.pytorch as L
 from torch import nn
 
 from stride_lightning.runtime.checks import first_line
-from stride_lightning.tasks.training_step import Moment
 
 
 def tree_of(owner: object) -> ModuleType | None:
@@ -35,22 +33,6 @@ def overridden(model: nn.Module, names: Iterable[str]) -> list[str]:
         return []
     lightnings = ("lightning", "pytorch_lightning")
     return [name for name in names if getattr(model, name).__module__.split(".")[0] not in lightnings]
-
-
-def moment_of(trainer: Any | None) -> Moment | None:
-    """The moment of the last step that a Trainer has trained; None without a Trainer."""
-    if trainer is None:
-        return None
-    return Moment(
-        current_epoch=max(0, trainer.fit_loop.epoch_progress.current.ready - 1),
-        global_step=max(0, trainer.global_step - 1),
-        max_epochs=trainer.max_epochs,
-        num_training_batches=_whole(trainer.num_training_batches),
-    )
-
-
-def _whole(number: float) -> int | None:
-    return int(number) if number < float("inf") else None
 
 
 def build(model_fn: Callable[[], nn.Module]) -> nn.Module:
