@@ -32,8 +32,8 @@ from stride_lightning.runtime.progress import call, track
 from stride_lightning.runtime.versions import versions
 from stride_lightning.tasks.likelihoods import Task
 from stride_lightning.tasks.measures import check_function, measure_info
+from stride_lightning.tasks.moments import moment_of
 from stride_lightning.tasks.own_loss import OwnLoss, RowFunction
-from stride_lightning.tasks.training_step import moment_of
 
 
 class Attributor(ABC):

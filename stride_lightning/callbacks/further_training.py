@@ -29,8 +29,8 @@ from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import rank
 from stride_lightning.tasks.likelihoods import Task
 from stride_lightning.tasks.measures import check_function
+from stride_lightning.tasks.moments import Moment, moment_of
 from stride_lightning.tasks.own_loss import OwnLoss, RowFunction
-from stride_lightning.tasks.training_step import moment_of
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class FurtherTrainingCallback(RecordingCallback):
         if size is None and loading is not None:  # the examples of one optimizer step
             size = loading.batch_size * trainer.world_size * trainer.accumulate_grad_batches
         how = {"optimizer": self.optimizer, "memory_budget": self.memory_budget, "warn": warn, "batch_size": size}
-        how |= {"measure": self.measure, "moment": moment_of(pl_module, None)}
+        how |= {"measure": self.measure, "moment": moment_of(pl_module, None) or Moment()}
         return LeavingOut(pl_module, known.examples, head, known.task, **how)
 
     def _log(self, trainer: L.Trainer, result: FurtherTraining) -> None:

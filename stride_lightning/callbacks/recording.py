@@ -27,9 +27,9 @@ from stride_lightning.runtime.distributed import rank
 from stride_lightning.runtime.versions import versions
 from stride_lightning.storage.files import hidden_name, write_file
 from stride_lightning.storage.records import write_record
+from stride_lightning.tasks.moments import Moment, moment_of
 from stride_lightning.tasks.own_loss import OwnLoss, RowFunction
 from stride_lightning.tasks.task import Task
-from stride_lightning.tasks.training_step import moment_of
 
 #: Strategies under which every process holds the whole model.
 _WHOLE_MODEL_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
@@ -136,7 +136,7 @@ class RecordingCallback(GuardedCallback):
         """What stands for training, and the first batch."""
         device = pl_module.device
         with borrowed(pl_module, None, None), torch.no_grad():
-            moment = moment_of(pl_module, None)
+            moment = moment_of(pl_module, None) or Moment()
             how: dict[str, Any] = {"task": self.task, "loss": self.loss, "moment": moment, "batch_size": batch_size}
             objective = resolve_objective(pl_module, examples, device, **how)
         return objective, first_look(examples, batch_size, device)

@@ -60,7 +60,7 @@ def read_kinds(
     spread = spread_places(len(examples))
     places, kinds = [head.places], [kinds_of(head.batch).cpu()]
     for chunk in spread[len(head) :].split(len(head)):
-        if len(set(torch.cat(kinds).tolist()) & set(range(num_kinds))) == num_kinds:
+        if not len(chunk) or len(set(torch.cat(kinds).tolist()) & set(range(num_kinds))) == num_kinds:
             break
         trial = read_trial(examples, chunk, device)
         places.append(chunk)

@@ -222,7 +222,7 @@ class GradientAttributor(PlannedAttributor):
         return part * self.scale()
 
     def _query_side(self, fitted: Fitted, queries: AnyReader, chunk: slice) -> Gradients:
-        batches = queries.run(self.capture, chunk, "Queries")
+        batches = queries.run(chunk, "Queries")
         return self._solved(fitted, concatenated([self._compared(batch) for batch in batches]))
 
     def _solved(self, fitted: Fitted, gradients: Gradients) -> Gradients:

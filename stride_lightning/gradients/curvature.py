@@ -58,7 +58,7 @@ class TrainingSide:
 
     def batches(self, description: str = "", share: slice | None = None) -> Iterator[AnyBatch]:
         """Batches of this process's examples, or of a part of them, after their forward pass."""
-        return self.reader.run(self.capture, share or self.share, description)
+        return self.reader.run(share or self.share, description)
 
     def gradients(
         self, description: str = "", share: slice | None = None

@@ -44,12 +44,13 @@ class Reader:
         task: Task,
         num_outputs: int,
         *,
+        capture: Capture,
         batch_size: int,
         device: torch.device,
         target: str = "label",
         show_progress: bool = True,
     ) -> None:
-        self.examples, self._model, self._task = examples, model, task
+        self.examples, self._model, self._task, self.capture = examples, model, task, capture
         self.batch_size, self.device, self.show_progress = batch_size, device, show_progress
         encoded, held, size = [], [], 0
         reading = self._reading(description="Reading")
@@ -100,10 +101,10 @@ class Reader:
         """The targets, to show beside scores."""
         return self._task.shown(self.encoded)
 
-    def run(self, capture: Capture, share: slice | None = None, description: str = "") -> Iterator[Batch]:
+    def run(self, share: slice | None = None, description: str = "") -> Iterator[Batch]:
         """Run the model forward over some examples. An output or loss that is not finite raises, naming its example."""
         task = self._task
-        with capture.watch() as backward:
+        with self.capture.watch() as backward:
             for places, inputs, encoded in self.batches(share, description):
                 with self.examples.naming(places.start):
                     outputs = backward.run(inputs, places.stop - places.start)
@@ -112,10 +113,10 @@ class Reader:
                 points, positions = self.natural_parameters(places, outputs), self.examples.positions[places]
                 yield Batch(places, positions, points, encoded, self.most_tokens, task, backward)
 
-    def linearised(self, capture: Capture, share: slice | None = None) -> Iterator[Linearised]:
+    def linearised(self, share: slice | None = None) -> Iterator[Linearised]:
         """The outputs of some examples with their graph, and the curvature of their losses there."""
         for places, inputs, encoded in self.batches(share):
-            outputs = capture.outputs(inputs)
+            outputs = self.capture.outputs(inputs)
             points = self.natural_parameters(places, outputs.detach())
             mean, weights = self._task.mean(points), self._task.output_weights(encoded)
             yield outputs, lambda moved, mean=mean, weights=weights: weights * self._task.curvature(mean, moved)

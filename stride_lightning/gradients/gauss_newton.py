@@ -62,7 +62,7 @@ class GaussNewton(Curvature):
         summed = {name: torch.zeros_like(tangent) for name, tangent in tangents.items()}
         # Plain autograd, not torch.func, which refuses activation checkpointing.
         with uncompiled(), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-            for linearised in self._train.reader.linearised(self._train.capture, share):
+            for linearised in self._train.reader.linearised(share):
                 for name, value in self._batch_product(*linearised, tangents).items():
                     summed[name] += value
         joined = torch.cat([layout.join(summed) for layout in self._train.capture.layouts.values()], 1)

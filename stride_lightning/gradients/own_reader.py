@@ -17,7 +17,6 @@ from stride_lightning.gradients.features import Linearised
 from stride_lightning.gradients.own_batch import OwnBatch, Run, curvature_roots, slopes_of
 from stride_lightning.gradients.own_plan import OwnPlan
 from stride_lightning.gradients.step_outputs import SkippedStep, StepInputs, StepOutputs
-from stride_lightning.model.capture import Capture
 from stride_lightning.model.layers import in_precision_of
 from stride_lightning.runtime.progress import counting
 from stride_lightning.runtime.randomness import mix
@@ -92,16 +91,16 @@ class OwnReader:
         """Only the loss of a likelihood is linearised elsewhere than at the model's outputs."""
         raise ValueError("Residuals of a readout need a likelihood, and the loss is the module's own.")
 
-    def linearised(self, capture: Capture, share: slice | None = None) -> Iterator[Linearised]:
+    def linearised(self, share: slice | None = None) -> Iterator[Linearised]:
         """The outputs of some examples with their graph, and the curvature of their losses there."""
         start, stop, _ = (share or slice(None)).indices(len(self))
-        with capture.watch() as backward:
+        with self.plan.capture.watch() as backward:
             alone = self._partner_alone(backward)
         for places, entries in self._entries(start, stop):
             size = len(self.examples.positions[places])
             for run in self._runs(entries, alone):
                 try:
-                    outputs = capture.outputs(run.inputs)
+                    outputs = self.plan.capture.outputs(run.inputs)
                 except SkippedStep:
                     continue
                 roots = curvature_roots(self.plan, slopes_of(self.plan, run, outputs.detach()))
@@ -109,14 +108,14 @@ class OwnReader:
                 count = len(entries) * self.plan.num_draws
                 yield outputs, partial(_times, roots / count**0.5)
 
-    def run(self, capture: Capture, share: slice | None = None, description: str = "") -> Iterator[OwnBatch]:
+    def run(self, share: slice | None = None, description: str = "") -> Iterator[OwnBatch]:
         """Batches of a share of the examples; a description shows progress."""
         start, stop, _ = (share or slice(None)).indices(len(self))
         with counting(stop - start, description, show=self.show_progress and bool(description)) as bar:
-            yield from self._batches(capture, start, stop, bar.update)
+            yield from self._batches(start, stop, bar.update)
 
-    def _batches(self, capture: Capture, start: int, stop: int, tick: Callable[[int], Any]) -> Iterator[OwnBatch]:
-        with capture.watch() as backward:
+    def _batches(self, start: int, stop: int, tick: Callable[[int], Any]) -> Iterator[OwnBatch]:
+        with self.plan.capture.watch() as backward:
             alone = self._partner_alone(backward)
             for places, entries in self._entries(start, stop):
                 runs = self._runs(entries, alone)
@@ -225,10 +224,10 @@ class OwnReader:
         assert isinstance(self.plan.capture.outputs, StepOutputs)
         return self.plan.capture.outputs
 
-    def measure_weights(self, capture: Capture) -> None:
+    def measure_weights(self) -> None:
         """Measure the mean weight of the training examples, where the partner's is 1, by one pass."""
         if self.plan.kind == "weighted":
-            sums = [batch.sum_of_weights() for batch in self.run(capture, description="Weights")]
+            sums = [batch.sum_of_weights() for batch in self.run(description="Weights")]
             self.plan.mean_weight = float(sum(sums)) / len(self)
 
 

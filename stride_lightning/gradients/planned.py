@@ -105,7 +105,7 @@ class PlannedAttributor(Attributor):
         self.chunk_size = min(self.batch_size, max(1, self.batch_bytes // (self.graphs * self.effort.num_bytes)))
         self.reader = self.read_training(model, self.train_data, device)
         if isinstance(self.reader, OwnReader):
-            self.reader.measure_weights(self.capture)
+            self.reader.measure_weights()
         else:
             self.task = self.reader.rescale()
         self.check_data(self.reader.fingerprint)
@@ -154,6 +154,7 @@ class PlannedAttributor(Attributor):
         """The examples as batches of inputs and encoded targets; they are read once."""
         assert isinstance(self.task, Task)
         options: dict[str, Any] = {"batch_size": self.chunk_size, "show_progress": self.show_progress}
+        options["capture"] = self.capture
         return Reader(examples, model, self.task, self.num_outputs, device=device, target=target, **options)
 
     def read_queries(self, model: nn.Module, queries: Examples, device: torch.device, target: str) -> AnyReader:

@@ -31,6 +31,7 @@ from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import gather, total
 from stride_lightning.runtime.progress import expect
 from stride_lightning.tasks.likelihoods import Regression
+from stride_lightning.tasks.task import Task
 
 #: Bytes of the features of training examples that are held between calls.
 KEPT_BYTES = 2**29
@@ -138,7 +139,8 @@ class InformationAttributor(PlannedAttributor):
     def _choose_ridge(self, gram: Tensor, losses: float) -> float:
         weights = sum(float(weight.detach().double().square().sum()) for weight in self.capture.parameters.values())
         # The distribution of labels gives their noise; the noise of a regression is unknown.
-        noise = None if isinstance(self.task, Regression) else 1.0
+        scale = self.task.dispersion if isinstance(self.task, Task) else 1.0
+        noise = None if isinstance(self.task, Regression) else 1 / scale
         num_rows = len(self.train_data) * self.reader.num_outputs
         self.evidence = fit_evidence(gram, weights, 2 * losses, num_rows, noise_variance=noise)
         return self.evidence.ridge

@@ -81,7 +81,7 @@ class TangentFeatures:
         Features of queries (`as_queries`) combine many outputs by other random weights than those of training examples:
         with the same weights a query and an example would seem to have more in common.
         """
-        for batch in reader.run(self.capture, share, description):
+        for batch in reader.run(share, description):
             rows = self._rows(batch, mix(self.seed, int(as_queries)))
             self.num_rows = rows.shape[1]
             downhill = -self._vectors(batch.loss()) if self.signed else None

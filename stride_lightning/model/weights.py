@@ -14,9 +14,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
-from stride_lightning.model.contents import restorer
+from stride_lightning.model.contents import Contents
 from stride_lightning.model.layers import plain_name
 from stride_lightning.model.pickled_objects import pickled_objects
 from stride_lightning.runtime.checks import first_line
@@ -151,10 +150,6 @@ def alone_with(model: nn.Module) -> RLock:
     return _locks.setdefault(model, RLock())
 
 
-#: Attributes of every module that are restored by other means, or not changed by a forward pass.
-_TORCH_OWN = frozenset(vars(nn.Module()))
-
-
 @contextmanager
 def borrowed(
     model: nn.Module, state: Mapping[str, Tensor] | None, device: torch.device | None
@@ -166,14 +161,16 @@ def borrowed(
         state: Weights to load, by plain name; refused as by :func:`check_fits`. None leaves the model's weights.
         device: Where to run; the model's device by default. It is yielded.
     """
-    modes = {module: module.training for module in model.modules()}
     # A forward pass may count, log, or keep what it computed: attributes, buffers and metrics are put back, and
     # `self.log` does nothing meanwhile.
-    attributes = [(module, dict(vars(module))) for module in model.modules()]
-    contents = [restorer(value) for _, values in attributes for name, value in values.items() if name not in _TORCH_OWN]
-    named_buffers = [(held, dict(held)) for module in model.modules() if isinstance(held := module._buffers, dict)]
+    contents = Contents(model)
     buffers = [(buffer, buffer.detach().clone(), _version(buffer)) for buffer in model.buffers()]
-    metrics = [(m, copy.deepcopy(m.metric_state), m._update_count) for m in model.modules() if isinstance(m, Metric)]
+    tensors = [
+        (value, value.detach().clone(), value._version)
+        for module in model.modules()
+        for value in vars(module).values()
+        if type(value) is Tensor and not value.is_inference()
+    ]
     silenced = [name for name in ("log", "log_dict") if hasattr(model, name) and name not in vars(model)]
     home = next(
         (value.device for value in model.state_dict().values() if isinstance(value, Tensor)), torch.device("cpu")
@@ -199,22 +196,14 @@ def borrowed(
             model.to(home)
         if saved is not None:
             model.load_state_dict(saved)
-        for module, values in attributes:
-            _restore(vars(module), values)
-        for restore in contents:
-            restore()
-        for by_name, values in named_buffers:
-            _restore(by_name, values)
-        for metric, values, count in metrics:
-            for name, value in values.items():
-                setattr(metric, name, value)
-            metric._update_count, metric._computed = count, None
+        contents.restore()
         with torch.no_grad():
             for buffer, value, version in buffers:
                 if version is None or buffer._version != version:  # else a graph that holds it would be spoilt
                     buffer.copy_(value)
-        for module, training in modes.items():
-            module.training = training
+            for tensor, value, version in tensors:
+                if tensor._version != version:
+                    tensor.copy_(value)
 
 
 @contextmanager
@@ -232,14 +221,6 @@ def moved(model: nn.Module, size: float = 1.0) -> Iterator[None]:
 
 def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
-
-
-def _restore(attributes: dict[str, Any], before: Mapping[str, Any]) -> None:
-    for name in attributes.keys() - before.keys():
-        del attributes[name]
-    for name, value in before.items():
-        if attributes.get(name, attributes) is not value:
-            attributes[name] = value
 
 
 def check_fits(model: nn.Module, state: Mapping[str, Any], where: str = "") -> dict[str, Any]:

@@ -65,7 +65,8 @@ class NetworkReadout:
         size = min(batch_size, FIRST_EXAMPLES, len(train))
         layers = default_layers(model, task, task.inputs(first_batch(train, size, device)), size)
         features, observed = fit_features(model, task, train, layers, **how)
-        return cls(model, task, features, Readout.fit(observed, task, show_progress=show_progress), how)
+        readout = Readout.fit(observed, task, show_progress=show_progress)
+        return cls(model, readout.problem.task, features, readout, how)
 
     @property
     def train_outputs(self) -> Tensor:

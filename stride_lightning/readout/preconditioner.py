@@ -24,7 +24,8 @@ class Preconditioner:
         means = curvature.means(slice(None))[..., 0]
         diagonal = problem.precision.clone()
         for rows in problem.blocks(1):
-            diagonal += problem.features[rows].square().T @ problem.task.curvature_diagonal(means[rows])
+            weights = problem.task.output_weights(problem.encoded[rows])
+            diagonal += problem.features[rows].square().T @ (weights * problem.task.curvature_diagonal(means[rows]))
         self._inverse_diagonal = (1 / diagonal)[..., None]
         self._size = min(num_features, MAX_WHOLE // num_outputs)
         self._factor = self._factorised(problem, means) if self._size else None
@@ -40,7 +41,7 @@ class Preconditioner:
             rows = slice(start, start + step)
             leading = problem.features[rows, :size]
             for output, unit in enumerate(torch.eye(num_outputs, dtype=means.dtype, device=means.device)):
-                curved = problem.task.curvature(means[rows], unit.expand_as(means[rows]))  # (b, C)
+                curved = problem.curved(rows, means[rows, :, None], unit.expand_as(means[rows])[..., None])[..., 0]
                 head[output] += (leading[:, :, None] * curved[:, None, :]).flatten(1).T @ leading
         whole = head.permute(1, 2, 0).flatten(1)  # (k C, k C)
         whole.diagonal().add_(problem.precision[:size].flatten())

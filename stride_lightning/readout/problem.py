@@ -26,7 +26,7 @@ class Problem:
     Args:
         task: The likelihood.
         features: Coordinates ``phi`` of the training examples, shape ``(n, m)``.
-        encoded: Targets, shape ``(n, C)``.
+        encoded: Targets, shape ``(n, C)``, or wider with weights.
         offset: Outputs ``b`` of the best constant prediction, shape ``(C,)``; no penalty pulls at it.
         precision: Of the prior, ``lambda``, shape ``(m, C)``.
         noise: Of a regression, the noise variance of each output in the targets' unit, shape ``(C,)``; else None.
@@ -74,7 +74,7 @@ class Problem:
 
     def residuals(self, outputs: Tensor, encoded: Tensor) -> Tensor:
         """Gradient of each example's loss in its outputs, shape ``(B, C)``."""
-        return (self.task.mean(outputs) - encoded) / self.task.dispersion
+        return self.task.residual(self.task.mean(outputs), encoded)
 
     def means(self, rows: slice, coefficients: Tensor) -> Tensor:
         """Predictions of some training examples, shape ``(B, C, K)``."""
@@ -107,18 +107,24 @@ class Problem:
         """Gradient of the objective, shape ``(m, C, K)``."""
         total = self.precision[..., None] * coefficients
         for rows in self.blocks(coefficients.shape[2]):
-            means = self.means(rows, coefficients)
-            surprise = (means - self.encoded[rows][..., None]) / self.task.dispersion
+            surprise = self.task.residual(self.means(rows, coefficients), self.encoded[rows][..., None], dim=1)
             surprise = surprise if weights is None else surprise * weights[rows][:, None]
             if self.balance is not None:
                 surprise = surprise - self.balance[rows][..., None]
             total += (self.features[rows].T @ surprise.flatten(1)).view_as(total)
         return total
 
+    def curved(self, rows: slice | Tensor, means: Tensor, moved: Tensor) -> Tensor:
+        """Second derivative of the losses of some training examples, times moves of their outputs ``(B, C, K)``."""
+        curved = self.task.curvature(means, moved, dim=1)
+        weights = self.task.output_weights(self.encoded[rows][..., None], dim=1)
+        return curved * weights if isinstance(weights, Tensor) else curved
+
     @cached_property
     def temperature(self) -> Tensor:
-        """Factor of the covariance ``H^-1`` of each output, shape ``(C,)``: 1 unless the noise is known."""
-        return torch.ones_like(self.offset) if self.noise is None else self.noise / self.task.dispersion
+        """Factor of the covariance ``H^-1`` of each output, shape ``(C,)``: the factor of the loss, times the noise."""
+        noise = torch.ones_like(self.offset) if self.noise is None else self.noise
+        return noise / self.task.dispersion
 
 
 class Curvature:
@@ -144,7 +150,7 @@ class Curvature:
         for rows in self.problem.blocks(vectors.shape[2]):
             features = self.problem.features[rows]
             moved = (features @ vectors.flatten(1)).view(len(features), *vectors.shape[1:])
-            curved = self.problem.task.curvature(self.means(rows), moved, dim=1)
+            curved = self.problem.curved(rows, self.means(rows), moved)
             curved = curved if self._weights is None else curved * self._weights[rows][:, None]
             total += (features.T @ curved.flatten(1)).view_as(total)
         return total

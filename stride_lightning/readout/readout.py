@@ -7,6 +7,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from stride_lightning.readout.coordinates import Coordinates, principal_coordinates
 from stride_lightning.readout.features import Observation
@@ -78,6 +79,7 @@ class Readout:
 
         ``start`` are coefficients on features to start from, as :meth:`Coordinates.outward` gives them.
         """
+        task = task.scaled_to(observed.encoded)
         with counting(1, "Readout", show_progress) as bar:
             coordinates, features = principal_coordinates(observed.features, is_centred=isinstance(task, Regression))
             problem, shift = _problem(task, coordinates, features, observed.encoded)
@@ -93,7 +95,8 @@ class Readout:
     def points(self, observed: Observation) -> Points:
         """Examples of an evaluation pass."""
         features = observed.features.to(self.coefficients)
-        encoded = (observed.encoded.to(self.shift) - self.shift).to(features)
+        shift = F.pad(self.shift, (0, observed.encoded.shape[1] - len(self.shift)))  # weights stay
+        encoded = (observed.encoded.to(shift) - shift).to(features)
         return Points(self.coordinates(features), encoded, self.coordinates.outside(features))
 
     def outputs(self, features: Tensor) -> Tensor:
@@ -188,7 +191,7 @@ class Readout:
             moved = torch.einsum("km,mck->kc", points.features[rows], solved)  # outputs, (k, C)
             influence = (moved * residuals[rows]).sum(1).clamp(min=0)
             means = self.curvature.means(slice(None))[rows, :, 0]
-            bent = (moved * self.problem.task.curvature(means, moved)).sum(1)
+            bent = (moved * self.problem.curved(rows, means[..., None], moved[..., None])[..., 0]).sum(1)
             # In exact arithmetic a leverage is below 1.
             leverage = torch.where(influence > 0, bent / influence, 0.0).clamp(max=1 - 1e-6)
             parts.append(influence / (1 - leverage))
@@ -226,7 +229,9 @@ class Readout:
         for place in range(count):
             for rows in problem.blocks(1):
                 means = self.curvature.means(rows)[..., 0]
-                right[..., place] += problem.features[rows].T @ task.curvature_root(means, noise(*means.shape))
+                weights = torch.as_tensor(task.output_weights(problem.encoded[rows]))
+                root = task.curvature_root(means, noise(*means.shape)) * weights.sqrt()
+                right[..., place] += problem.features[rows].T @ root
         parts = [solve(self.curvature, self.preconditioner, right[..., columns]) for columns in self._chunks(count)]
         return torch.cat(parts, 2) * problem.temperature.sqrt()[None, :, None]
 
@@ -234,11 +239,17 @@ class Readout:
 def _problem(task: Task, coordinates: Coordinates, features: Tensor, encoded: Tensor) -> tuple[Problem, Tensor]:
     """The problem of a readout, and the shift of its targets."""
     encoded = encoded.to(features.device)
-    shape = features.shape[1], encoded.shape[1]
+    shape = features.shape[1], task.split(encoded)[0].shape[1]
     if not isinstance(task, Regression):
-        precision = features.new_full(shape, 1 / PRIOR_VARIANCE)
+        # The prior is that of logits, whatever the loss's factor is.
+        precision = features.new_full(shape, 1 / (PRIOR_VARIANCE * task.dispersion))
         offset = task.constant(encoded).to(features)
         return Problem(task, features, encoded.to(features), offset, precision), encoded.new_zeros(shape[1]).double()
+    if task.is_weighted:
+        raise ValueError(
+            f"A readout is not refit to a {task.name} with weights of examples. Use a method that reads gradients: "
+            "method='ekfac', for instance."
+        )
     shift = encoded.double().mean(0)
     targets = encoded.double() - shift
     noise = relative_noise(features, coordinates.energies, targets, REGRESSION_VARIANCE)

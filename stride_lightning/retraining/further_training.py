@@ -33,8 +33,8 @@ from stride_lightning.runtime.versions import versions
 from stride_lightning.storage.parts import Work
 from stride_lightning.tasks.likelihoods import Task
 from stride_lightning.tasks.measures import check_function
+from stride_lightning.tasks.moments import moment_of
 from stride_lightning.tasks.own_loss import OwnLoss, RowFunction
-from stride_lightning.tasks.training_step import moment_of
 
 #: Largest number of examples to leave out by default.
 NUM_LEFT_OUT = 100

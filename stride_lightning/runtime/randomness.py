@@ -55,12 +55,8 @@ def _held_generators(owners: tuple[object, ...], beyond: object) -> list[Callabl
         if id(item) in visited or isinstance(item, Tensor | np.ndarray | str | bytes | type | ModuleType):
             continue
         visited[id(item)] = item  # held, so that no other object takes its id meanwhile
-        if isinstance(item, torch.Generator | np.random.RandomState):
-            restores.append(partial(item.set_state, item.get_state()))
-        elif isinstance(item, np.random.Generator):
-            restores.append(partial(setattr, item.bit_generator, "state", item.bit_generator.state))
-        elif isinstance(item, random.Random):
-            restores.append(partial(item.setstate, item.getstate()))
+        if restore := generator_restorer(item):
+            restores.append(restore)
         elif isinstance(item, Mapping | list | tuple | set | frozenset):
             if len(item) <= _LONGEST:
                 to_visit.extend(item.values() if isinstance(item, Mapping) else item)
@@ -71,6 +67,17 @@ def _held_generators(owners: tuple[object, ...], beyond: object) -> list[Callabl
         elif isinstance(attributes := getattr(item, "__dict__", None), dict):
             to_visit.extend(attributes.values())
     return restores
+
+
+def generator_restorer(item: Any) -> Callable[[], Any] | None:
+    """What puts the state of a random generator of Python, NumPy or torch back; None for any other object."""
+    if isinstance(item, torch.Generator | np.random.RandomState):
+        return partial(item.set_state, item.get_state())
+    if isinstance(item, np.random.Generator):
+        return partial(setattr, item.bit_generator, "state", item.bit_generator.state)
+    if isinstance(item, random.Random):
+        return partial(item.setstate, item.getstate())
+    return None
 
 
 @contextmanager

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from typing_extensions import override
 
 from stride_lightning.runtime.hashed_numbers import random_bits, scrambled, uniforms
-from stride_lightning.runtime.randomness import mix, preserved_random_state, seed_all
+from stride_lightning.runtime.operations import Operations
+from stride_lightning.runtime.randomness import mix, seeded
 
 
 class DrawnShapes:
@@ -44,9 +43,7 @@ class DrawnShapes:
 
 
 @contextmanager
-def row_draws(
-    keys: Tensor | None, draw: int, *owners: object, beyond: object = None, shapes: DrawnShapes | None = None
-) -> Iterator[None]:
+def row_draws(keys: Tensor | None, draw: int, shapes: DrawnShapes | None = None) -> Iterator[None]:
     """Inside the block, torch's random functions draw for every example of a batch on its own.
 
     The numbers of example i are functions of ``keys[i]``, the number of the draw and the number of the call, so neither
@@ -54,14 +51,11 @@ def row_draws(
     consecutive rows of each. If it does not and the second axis does, that one counts. Any other tensor, and
     ``randperm``, depend on the draw and the call alone. Generators that are passed to torch's functions are left alone.
 
-    The generators of Python, NumPy and torch are seeded with the number of the draw. After the block they, and those
-    that ``owners`` hold, are as before.
+    The generators of Python, NumPy and torch are seeded with the number of the draw. Afterwards they are as before.
 
     Args:
         keys: int64, shape ``(B,)``; None for random numbers that belong to the batch.
         draw: Number of the draw.
-        owners: Objects that may hold generators.
-        beyond: Generators that are reached only through this object are left alone.
         shapes: What earlier blocks with the same calls drew; after two batches of different sizes it is certain which
             tensors have rows of examples.
 
@@ -72,35 +66,27 @@ def row_draws(
         ...     print(torch.equal(torch.randn(1, 2), three[1:2]))
         True
     """
-    with preserved_random_state(*owners, beyond=beyond):
-        seed_all(mix(draw))
-        if keys is None:
-            yield
-        else:
-            with _RowDraws(keys, draw, shapes or DrawnShapes()):
-                yield
+    with seeded(mix(draw)), nullcontext() if keys is None else Operations(RowDraws(keys, draw, shapes)):
+        yield
 
 
-class _RowDraws(TorchDispatchMode):
-    """Answers the calls of random functions; it works below autograd, which sees the functions that were called."""
+class RowDraws:
+    """Answers the calls of random functions, as a watcher of :class:`Operations`; see :func:`row_draws`."""
 
-    def __init__(self, keys: Tensor, draw: int, shapes: DrawnShapes) -> None:
-        super().__init__()
-        self._keys, self._draw, self._shapes = scrambled(keys.reshape(-1)), draw, shapes
+    def __init__(self, keys: Tensor, draw: int, shapes: DrawnShapes | None = None) -> None:
+        self._keys, self._draw = scrambled(keys.reshape(-1)), draw
+        self._shapes = DrawnShapes() if shapes is None else shapes
         self._num_calls = 0
 
-    @override
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The numbers of a random function; NotImplemented for any other."""
         if not _is_random(func):
-            return func(*args, **kwargs)
+            return NotImplemented
         given = dict(zip(_names(func), args, strict=False)) | kwargs
         tensors = [value for value in given.values() if isinstance(value, Tensor)]
         device = tensors[0].device if tensors else torch.device(given.get("device") or "cpu")
         if given.get("generator") is not None or device.type == "meta":
-            return func(*args, **kwargs)
+            return NotImplemented
         self._num_calls += 1
         axis = partial(self._shapes.axis, self._num_calls, len(self._keys))
         numbers = _Numbers(self._keys, mix(self._draw, self._num_calls), axis, device)

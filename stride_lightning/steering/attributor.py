@@ -159,6 +159,11 @@ class StrideAttributor(Attributor):
 
     def _check_options(self) -> None:
         """Refuse options that would have no effect."""
+        if self.measure is not None and (self.recovery != "closed-form" or self.task.has_tokens):
+            raise ValueError(
+                "STRIDE explains a `measure` by the closed form, for models with one row of outputs per example. Pass "
+                "recovery='closed-form' without subsets, or use another method, such as 'ekfac'."
+            )
         if self.recovery != "closed-form":
             return
         if self.basis == "learned":
@@ -289,6 +294,8 @@ class StrideAttributor(Attributor):
             torch.Size([2, 2])
         """
         self.check_fitted("effect(queries, groups)")
+        if self.measure is not None:
+            raise ValueError("effect() tells effects on losses. Call fit() without `measure`.")
         if action != "remove":
             raise ValueError(f"`action` must be 'remove', got {action!r}.")
         if target not in ("label", "predicted"):

@@ -20,6 +20,7 @@ from stride_lightning.runtime.distributed import gather, shard
 from stride_lightning.runtime.parallel import even_slices
 from stride_lightning.runtime.progress import expect
 from stride_lightning.steering.fit import Answers, FitOptions, FitRecord
+from stride_lightning.steering.measures import measure_slopes
 from stride_lightning.steering.module import StrideModule
 from stride_lightning.steering.opinions import compare_predictions
 from stride_lightning.steering.recovery import check_measurements, queries_per_system
@@ -57,6 +58,9 @@ class DenseFit:
         self._has_recorded_scales = scales is not None
         how = {**self._settings, "cache_dir": self._given.cache_dir, "scales": scales}
         self.features, self.train_pass = fit_features(model, self.task, train, self.layers, **how)
+        before, self.task = self.task, self.task.scaled_to(self.train_pass.encoded)
+        losses = self.train_pass.losses * (before.dispersion / self.task.dispersion)
+        self.train_pass = replace(self.train_pass, losses=losses)
         self.fingerprint, self.losses = self.train_pass.fingerprint, self.train_pass.losses.cpu()
         self.train_targets = self.task.shown(self.train_pass.encoded)
         self._pass_seconds = time.perf_counter() - started
@@ -122,7 +126,9 @@ class DenseFit:
             check_measurements(measurements, self.module.design)
         prior = None
         if given.recovery in ("prior", "closed-form"):
-            prior = self.readout.influence(mine, show_progress=given.show_progress)
+            prior = self.readout.influence(
+                mine, self._residuals(queries, share, mine), show_progress=given.show_progress
+            )
         return Answers(
             observed.losses,
             measurements,
@@ -132,8 +138,25 @@ class DenseFit:
             prior,
             # A learned basis steers the network itself.
             compare_predictions(self.task, self.readout, observed, points) if given.basis == "statistics" else {},
-            None if prior is None else Spread(self.readout, points, seed=given.seed, show_progress=given.show_progress),
+            self._spread(points),
         )
+
+    def _residuals(self, queries: Examples, share: slice, points: Points) -> tuple[Tensor, Tensor] | None:
+        """Slopes of what is explained of a share of the queries, and residuals of the training examples."""
+        if self._given.measure is None:
+            return None
+        part = queries.subset(range(len(queries))[share])
+        how = {"batch_size": self._given.batch_size, "device": self._settings["device"]}
+        outputs = self.readout.outputs(points.features)
+        slopes = measure_slopes(self._given.measure, self._model, self.task, part, outputs, **how)
+        return slopes.to(points.features), self.readout.residuals(self.readout.training_points)
+
+    def _spread(self, points: Points) -> Spread | None:
+        """The standard deviation of influence on losses; that on other measures is not known."""
+        given = self._given
+        if given.measure is not None or given.recovery not in ("prior", "closed-form"):
+            return None
+        return Spread(self.readout, points, seed=given.seed, show_progress=given.show_progress)
 
     def _read(self, queries: Examples, target: str) -> tuple[Observation, Points]:
         observed = observe(self._model, self.task, queries, self.features, target=target, **self._settings)

@@ -13,6 +13,7 @@ from stride_lightning.data.examples import Examples
 from stride_lightning.readout.spread import Spread
 from stride_lightning.steering.subsets import Design
 from stride_lightning.storage.records import Record
+from stride_lightning.tasks.own_loss import RowFunction
 
 BasisName = Literal["statistics", "learned"]
 ScoresName = Literal["prior", "lasso", "ridge", "closed-form"]
@@ -31,6 +32,8 @@ class FitOptions:
     batch_size: int = 256
     show_progress: bool = True
     cache_dir: str | Path | None = None
+    #: What is explained of each query; None for its loss.
+    measure: RowFunction | None = None
     #: Hash of the model's weights, which a cache must be of.
     weights: str = ""
 

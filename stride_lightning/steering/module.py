@@ -56,6 +56,10 @@ class StrideModule(nn.Module):
         super().__init__()
         if basis not in get_args(BasisName):
             raise ValueError(f"`basis` must be one of {get_args(BasisName)}, got {basis!r}.")
+        if basis == "learned" and task.is_weighted:
+            raise ValueError(
+                f"basis='learned' knows no weights of examples or classes, and the task is {task!r}. Leave out `basis`."
+            )
         self.design, self.task, self.basis, self.rank = design, task, basis, check_count("rank", rank)
         self.learning_rate, self.max_steps, self.seed = learning_rate, max_steps, seed
         self.register_buffer("operators", torch.empty(0))

@@ -73,8 +73,8 @@ class Classification(Task):
 
     @override
     def encode(self, targets: Tensor, num_outputs: int) -> Tensor:
-        targets, weights = self.unpacked(targets)
-        if self.soft_labels:
+        targets, weights = self.unpacked(targets, num_outputs if self.soft_labels else 1)
+        if self.soft_labels and targets.ndim > 1:
             if targets.shape != (len(targets), num_outputs) or not targets.is_floating_point():
                 raise ValueError(f"Soft labels are floats of shape (B, {num_outputs}), got {describe(targets)}.")
             check_rows(targets >= 0, targets, "and a soft label must not be negative")
@@ -168,11 +168,6 @@ class Classification(Task):
 
     @override
     def predict(self, outputs: Tensor) -> Tensor:
-        if self.is_weighted:
-            raise ValueError(
-                "target='predicted' says nothing of weights and soft labels. Give each query a target, or pass "
-                "task=Classification()."
-            )
         return outputs.argmax(-1)
 
     @override
@@ -251,7 +246,7 @@ class BinaryClassification(_PerOutput):
 
     @override
     def encode(self, targets: Tensor, num_outputs: int) -> Tensor:
-        targets, weights = self.unpacked(targets)
+        targets, weights = self.unpacked(targets, num_outputs)
         encoded = _as_columns(targets, num_outputs)
         check_rows((encoded == 0) | (encoded == 1), encoded, f"and a binary target must be 0 or 1. {HOW_TO_PASS_TASK}")
         if self.pos_weight is not None:
@@ -335,7 +330,7 @@ class Regression(_PerOutput):
 
     @override
     def encode(self, targets: Tensor, num_outputs: int) -> Tensor:
-        targets, weights = self.unpacked(targets)
+        targets, weights = self.unpacked(targets, num_outputs)
         return self.weighted(_as_columns(targets, num_outputs), weights)
 
     @override

@@ -94,12 +94,19 @@ class Task(ABC):
         weights = batch[self.parts.weights]
         return torch.cat([targets.reshape(len(targets), -1).to(weights), weights[:, None]], 1)
 
-    def unpacked(self, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Targets, and weights of shape ``(B, 1)`` where :meth:`targets` has put them into the last column."""
-        if not (self.parts and self.parts.weights is not None):
+    def unpacked(self, targets: Tensor, width: int = 1) -> tuple[Tensor, Tensor | None]:
+        """Targets of ``width`` numbers, and weights ``(B, 1)`` where :meth:`targets` has put them into a last column.
+
+        Predictions stand for targets without weights; these are 1.
+        """
+        if self.parts is None or self.parts.weights is None:
             return targets, None
+        if targets.numel() == width * len(targets):
+            return targets, torch.ones(len(targets), 1, device=targets.device)
         weights = targets[:, -1:]
-        check_rows(weights >= 0, weights, "which is a negative weight. Give it 0 or more")
+        if not bool((weights >= 0).all()):
+            row = int((~(weights >= 0)[:, 0]).nonzero()[0])
+            raise RowError(row, f"has the weight {float(weights[row]):g}. Give it a finite weight of 0 or more")
         return targets[:, :-1], weights
 
     def outputs(self, model: nn.Module, inputs: Any) -> Tensor:
@@ -158,7 +165,8 @@ class Task(ABC):
     def residual(self, mean: Tensor, encoded: Tensor, dim: int = -1) -> Tensor:
         """Gradient of the loss in the outputs, where the family predicts ``mean``."""
         statistic, weights = self.split(encoded, dim)
-        return (weights * mean - statistic) / self.dispersion
+        predicted = weights * mean if isinstance(weights, Tensor) else mean
+        return (predicted - statistic) / self.dispersion
 
     def output_weights(self, encoded: Tensor, dim: int = -1) -> Tensor | float:
         """Weight of each output's likelihood, and :meth:`curvature`, in its example's loss."""

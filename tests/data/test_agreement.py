@@ -1,4 +1,4 @@
-"""Which losses are taken for a likelihood: losses that look like one, real ones in disguise, and the price of asking."""
+"""Losses that are taken for a likelihood, and those that are not; and the price of the check."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 from stride_lightning import Classification
 from stride_lightning.attribute import self_influence
-from stride_lightning.gradients import features, planned
+from stride_lightning.gradients import planned, signs
 from tests.helpers.gradient_models import (
     EXACT,
     QUIET,
@@ -58,7 +58,7 @@ def ask(method, model=None, data=DATA, queries=QUERIES, **more):
 def test_batch_size_of_tokens(method, many, monkeypatch):
     """Of several places, with all outputs or random directions of them."""
     if many:
-        monkeypatch.setattr(features, "MAX_EXACT_OUTPUTS", 2)
+        monkeypatch.setattr(signs, "MAX_EXACT_OUTPUTS", 2)
     model, data = seeded(TokenModel), words_for(13)
     full, parts = (ask(method, model, data, data, batch_size=size).scores for size in (13, 4))
     close_scores(parts, full)
@@ -224,7 +224,7 @@ def everything():
     warnings.simplefilter("ignore")
     results, words = {}, words_for(13)
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        patch.setattr(features, "MAX_EXACT_OUTPUTS", 2)
+        patch.setattr(signs, "MAX_EXACT_OUTPUTS", 2)
         for method in ("ekfac", "logra"):
             results[method, "many outputs"] = ask(method, seeded(TokenModel), words, words, batch_size=3).scores
         patch.undo()

@@ -6,8 +6,9 @@ from torch.utils.data import TensorDataset
 
 from stride_lightning import BinaryClassification, Classification, Regression
 from stride_lightning.data.examples import Examples
-from stride_lightning.gradients import features
-from stride_lightning.gradients.features import Reader, random_signs, run_batches
+from stride_lightning.gradients import features, signs
+from stride_lightning.gradients.features import Reader
+from stride_lightning.gradients.signs import random_signs
 from stride_lightning.tasks.likelihoods import Task
 from tests.helpers.gradient_models import (
     TASKS,
@@ -35,7 +36,7 @@ CPU = torch.device("cpu")
 
 def reader_of(data, model, task=None, num_outputs=3, batch_size=4, **options):
     task = Classification() if task is None else task
-    options |= {"batch_size": batch_size, "device": CPU, "show_progress": False}
+    options = {"capture": None, "batch_size": batch_size, "device": CPU, "show_progress": False} | options
     return Reader(examples_of(*data.tensors), model, task, num_outputs, **options)
 
 
@@ -60,7 +61,7 @@ def read(model, task, data, what, batch_size=4, seed=0):
     reader = attributor.reader
     reader.batch_size = batch_size
     reader._held = None
-    rows = [list(what(batch)) for batch in run_batches(attributor.capture, task, reader)]
+    rows = [list(what(batch)) for batch in reader.run()]
     return [
         torch.cat([g.dense()[:, order_of(attributor.capture)] for g in column]) for column in zip(*rows, strict=True)
     ]
@@ -118,13 +119,13 @@ def test_curvature_root(task):
 
 
 def test_random_directions_give_the_matrix_on_average(monkeypatch):
-    monkeypatch.setattr(features, "MAX_EXACT_OUTPUTS", 2)
+    monkeypatch.setattr(signs, "MAX_EXACT_OUTPUTS", 2)
     model, task, data = mlp(width=2), Classification(), points_for(num=4)
     exact = gauss_newton_of(model, task, data)
     drawn = []
     for seed in range(80):
         columns = read(model, task, data, lambda batch, seed=seed: batch.curvature(seed))
-        assert len(columns) == features.NUM_DIRECTIONS
+        assert len(columns) == signs.NUM_DIRECTIONS
         drawn.append(sum(column.T @ column for column in columns) / len(data))
     drawn = torch.stack(drawn)
     error = drawn.std(0) / len(drawn) ** 0.5
@@ -151,14 +152,14 @@ def test_signs_are_made_of_seed_column_and_position():
 
 
 def test_signs_of_an_example_do_not_depend_on_what_else_is_trained_on(monkeypatch):
-    monkeypatch.setattr(features, "MAX_EXACT_OUTPUTS", 2)
+    monkeypatch.setattr(signs, "MAX_EXACT_OUTPUTS", 2)
     task, chosen = Classification(), [7, 2, 11, 5, 0]
     attributor = fitted(mlp(), points_for(), "grad-dot", task=task)
 
     def curvature(positions):
         given = Examples(points_for(), positions=positions)
-        reader = Reader(given, attributor.model, task, 3, batch_size=4, device=CPU, show_progress=False)
-        batches = run_batches(attributor.capture, task, reader)
+        reader = Reader(given, attributor.model, task, 3, capture=attributor.capture, batch_size=4, device=CPU)
+        batches = reader.run()
         return torch.cat([torch.stack([g.dense() for g in batch.curvature(0)], 1) for batch in batches])
 
     with torch.no_grad():

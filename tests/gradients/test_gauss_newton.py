@@ -7,7 +7,7 @@ from torch.utils.data import TensorDataset
 
 from stride_lightning import attribute
 from stride_lightning.attribute import create
-from stride_lightning.gradients import features, gauss_newton
+from stride_lightning.gradients import gauss_newton, signs
 from tests.helpers.gradient_models import (
     GPT2,
     QUIET,
@@ -170,7 +170,7 @@ def test_random_directions_change_the_trace_alone(monkeypatch):
     """Products are exact whatever the number of outputs."""
     make, data, task = CASES["classification"]
     exact = fitted(make(), data, "influence-cg", damping=1.0, task=task)._fitted[0].curvature
-    monkeypatch.setattr(features, "MAX_EXACT_OUTPUTS", 2)
+    monkeypatch.setattr(signs, "MAX_EXACT_OUTPUTS", 2)
     drawn = [
         fitted(make(), data, "influence-cg", damping=1.0, task=task, seed=seed)._fitted[0].curvature.mean_eigenvalue
         for seed in range(20)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stride_lightning.gradients import features, kronecker
+from stride_lightning.gradients import kronecker, signs
 from tests.helpers.gradient_models import (
     TASKS,
     TiedHead,
@@ -150,7 +150,7 @@ def test_wide_sides_keep_their_own_basis(kind, limit, value, monkeypatch):
         "tied": lambda: (seeded(TiedHead), words_for(length=4)),
     }[kind]()
     monkeypatch.setattr(kronecker, limit, value)
-    monkeypatch.setattr(features, "MAX_EXACT_OUTPUTS", 50)
+    monkeypatch.setattr(signs, "MAX_EXACT_OUTPUTS", 50)
     attributor = fitted(model, data, "ekfac", damping=DAMPING)
     curvature = attributor._fitted[0].curvature
     is_unrotated = {name: (basis.left is None, basis.right is None) for name, basis in curvature._bases.items()}

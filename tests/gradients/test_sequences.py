@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from stride_lightning import CausalLanguageModeling
 from stride_lightning.attribute import create
-from stride_lightning.gradients import features
+from stride_lightning.gradients import features, signs
+from stride_lightning.runtime.hashed_numbers import scrambled
 from tests.helpers.gradient_models import EXACT, QUIET, attributed, close_scores, inverse_of
 from tests.helpers.language_models import (
     IGNORED,
@@ -228,7 +229,7 @@ def curvature_rows(kind, data, collate_fn, batch_size, seed=0):
     """Gradients along the directions that curvature is made of, shape ``(directions, n, p)``."""
     attributor = fitted(kind, "grad-dot", data, collate_fn, batch_size=batch_size)
     with torch.no_grad():
-        batches = features.run_batches(attributor.capture, attributor.task, attributor.reader)
+        batches = attributor.reader.run()
         rows = [torch.stack([gradients.dense() for gradients in batch.curvature(seed)]) for batch in batches]
     assert batch_size > 1 or len(rows) == len(data)
     return rows
@@ -236,7 +237,7 @@ def curvature_rows(kind, data, collate_fn, batch_size, seed=0):
 
 def test_random_directions_of_a_text_are_its_own():
     one_by_one = torch.cat(curvature_rows("Llama", LONG, padded, 1), 1)
-    assert len(one_by_one) == features.NUM_DIRECTIONS
+    assert len(one_by_one) == signs.NUM_DIRECTIONS
     for collate_fn, batch_size, tolerance in ((padded, 3, 1e-9), (widely_padded, 4, 1e-9), (left_padded, 9, 1e-5)):
         rows = torch.cat(curvature_rows("Llama", LONG, collate_fn, batch_size), 1)
         torch.testing.assert_close(rows, one_by_one, rtol=0, atol=tolerance)
@@ -250,7 +251,7 @@ def test_random_directions_give_the_matrix_on_average():
     order = torch.cat(places_of_blocks(attributor, model_of("Llama")))
     for seed in range(25):
         with torch.no_grad():
-            batches = features.run_batches(attributor.capture, attributor.task, attributor.reader)
+            batches = attributor.reader.run()
             rows = torch.cat([gradients.dense() for batch in batches for gradients in batch.curvature(seed)])
         drawn.append(rows.T @ rows / len(LONG))
     drawn, exact = torch.stack(drawn), exact[order][:, order]
@@ -260,8 +261,8 @@ def test_random_directions_give_the_matrix_on_average():
 
 
 def test_random_directions_differ_between_tokens():
-    signs = features.random_signs(features._scrambled(torch.tensor(5)) + torch.arange(6), 0, 40, 0, torch.ones(1))
-    assert (signs @ signs.T / 40 - torch.eye(6)).abs().max() < 0.6
+    drawn = signs.random_signs(scrambled(torch.tensor(5)) + torch.arange(6), 0, 40, 0, torch.ones(1))
+    assert (drawn @ drawn.T / 40 - torch.eye(6)).abs().max() < 0.6
 
 
 # ---- texts with a class -----------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import torch
 
 from stride_lightning import Regression, attribute
 from stride_lightning.attribute import create
-from stride_lightning.gradients import features
+from stride_lightning.gradients import signs
 from tests.helpers.gradient_models import (
     QUIET,
     TASKS,
@@ -84,7 +84,7 @@ def exactly(actual, expected, tolerance=1e-10):
 
 def many(monkeypatch):
     """Random directions for the three outputs of a model."""
-    monkeypatch.setattr(features, "MAX_EXACT_OUTPUTS", 1)
+    monkeypatch.setattr(signs, "MAX_EXACT_OUTPUTS", 1)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from stride_lightning import BinaryClassification
-from stride_lightning.gradients import features
+from stride_lightning.gradients import signs
 from stride_lightning.gradients.features import Reader
 from stride_lightning.gradients.projection import EVERYTHING
 from stride_lightning.information.tangent import TangentFeatures
@@ -33,9 +33,9 @@ def model_of(name):
 def read(model, task, data, likelihood="gauss-newton", *, dim=EVERY, batch_size=4, seed=0, signed=False, share=None):
     """Rows, losses and downhill directions; the columns in the order of the parameters if all are kept."""
     attributor = fitted(model, data, "grad-dot", task=task)
-    reader = reader_of(data, model, task, attributor.num_outputs, batch_size)
+    reader = reader_of(data, model, task, attributor.num_outputs, batch_size, capture=attributor.capture)
     capture = attributor.capture
-    tangents = TangentFeatures(capture, task, likelihood, dim, seed, signed=signed)
+    tangents = TangentFeatures(capture, likelihood, dim, seed, signed=signed)
     batches = list(tangents.batches(reader, share))
     order = order_of(capture) if dim >= capture.num_parameters else slice(None)
     assert tangents.dim == min(dim, capture.num_parameters)
@@ -118,7 +118,7 @@ def test_projection_is_linear(likelihood):
     model, data, task = model_of("classification")
     attributor = fitted(model, data, "grad-dot", task=task)
     order = order_of(attributor.capture)
-    tangents = TangentFeatures(attributor.capture, task, likelihood, 7, 3, signed=False)
+    tangents = TangentFeatures(attributor.capture, likelihood, 7, 3, signed=False)
     matrix = matrix_of(tangents._project, attributor.capture)
     assert matrix.shape == (43, 7)
     rows, _, downhill = read(model, task, data, likelihood, dim=7, seed=3, signed=True)
@@ -145,9 +145,9 @@ def test_batches_and_shares(likelihood, dim):
 def test_between():
     model, data, task = model_of("classification")
     attributor = fitted(model, data, "grad-dot", task=task)
-    tangents = TangentFeatures(attributor.capture, task, "gauss-newton", EVERY, 0, signed=True)
+    tangents = TangentFeatures(attributor.capture, "gauss-newton", EVERY, 0, signed=True)
     with torch.no_grad():
-        first, second, *_ = tangents.batches(reader_of(data, model, task, batch_size=5))
+        first, second, *_ = tangents.batches(reader_of(data, model, task, batch_size=5, capture=attributor.capture))
     part = second.between(slice(3, 7))
     assert part.places == slice(5, 7)
     assert all(torch.equal(getattr(part, name), getattr(second, name)[:2]) for name in ("rows", "losses", "downhill"))
@@ -165,7 +165,7 @@ def test_random_directions_of_many_outputs(name, monkeypatch):
     """Eight rows per example, whose products are those of all outputs on average over seeds."""
     model, data, task = model_of(name)
     exact = read(model, task, data, batch_size=14)[0]
-    monkeypatch.setattr(features, "MAX_EXACT_OUTPUTS", 1)
+    monkeypatch.setattr(signs, "MAX_EXACT_OUTPUTS", 1)
     some = [read(model, task, data, batch_size=14, seed=seed)[0] for seed in range(25)]
     assert some[0].shape == (len(data), 8, exact.shape[2])
     mean = torch.stack([rows.mT @ rows for rows in some]).mean(0)
@@ -184,16 +184,16 @@ def test_directions_are_those_of_a_position(monkeypatch):
     """Whatever is read with it and in whatever order; those of queries are other ones."""
     model, data, task = model_of("classification")
     attributor = fitted(model, data, "grad-dot", task=task)
-    tangents = TangentFeatures(attributor.capture, task, "gauss-newton", EVERY, 3, signed=False)
+    tangents = TangentFeatures(attributor.capture, "gauss-newton", EVERY, 3, signed=False)
 
     def rows_at(places, *, as_queries=False):
         reader = Reader(examples_of(*data.tensors).subset(places), model, task, 3, **options)
         return torch.cat([batch.rows for batch in tangents.batches(reader, as_queries=as_queries)])
 
-    options = {"batch_size": 4, "device": CPU, "show_progress": False}
+    options = {"capture": attributor.capture, "batch_size": 4, "device": CPU, "show_progress": False}
     every = range(len(data))
     close(rows_at(every, as_queries=True), rows_at(every))
-    monkeypatch.setattr(features, "MAX_EXACT_OUTPUTS", 1)
+    monkeypatch.setattr(signs, "MAX_EXACT_OUTPUTS", 1)
     for as_queries in (False, True):
         whole = rows_at(every, as_queries=as_queries)
         for places in ([9, 3, 11, 0, 5, 12], [7]):

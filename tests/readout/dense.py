@@ -85,13 +85,17 @@ class DenseReadout:
 def dense_readout(task: Task, observed: Observation, variance: float = 3.0) -> DenseReadout:
     """The readout that STRIDE promises, in ``variance`` of logits; a regression's in that of its targets."""
     features, encoded = with_constant(task, observed.features.double()), observed.encoded.double()
-    count, outputs = encoded.shape
+    count, outputs = len(encoded), observed.outputs.shape[1]
+    task = task.scaled_to(encoded)
     nothing = encoded.new_zeros(outputs)
-    precision = encoded.new_full((features.shape[1], outputs), 1 / variance)
+    precision = encoded.new_full((features.shape[1], outputs), 1 / (variance * task.dispersion))
+    temperature = (nothing + 1) / task.dispersion
+    if task.is_weighted:
+        return DenseReadout(task, features, encoded, 0 * encoded[0], task.constant(encoded), precision, temperature)
     if not isinstance(task, Regression):
         frequencies = (encoded.sum(0) + 1 / (outputs if task.name == "classification" else 2)) / (count + 1)
         offset = frequencies.log() if task.name == "classification" else frequencies.log() - (1 - frequencies).log()
-        return DenseReadout(task, features, encoded, nothing, offset, precision, nothing + 1)
+        return DenseReadout(task, features, encoded, nothing, offset, precision, temperature)
     shift = encoded.mean(0)
     variances = (encoded - shift).square().mean(0)
     noise = torch.stack([noise_fixed_point(features, column) for column in (encoded - shift).T])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,10 +16,20 @@ from stride_lightning.readout import solver as solver_module
 from stride_lightning.readout.features import Observation
 from stride_lightning.readout.readout import Readout
 from stride_lightning.tasks.likelihoods import BinaryClassification, Classification, Regression, Task
-from tests.helpers.tiny import every_task, observation, permutation, random_tensor, rows_of
+from stride_lightning.tasks.parts import Parts
+from tests.helpers.tiny import TASKS, every_task, observation, permutation, random_tensor, rows_of
 from tests.readout.dense import dense_readout
 
 SIZES = {"more examples than features": (40, 5), "more features than examples": (15, 24)}
+#: With weights of classes, of positive targets and of none, and factors of the loss.
+WEIGHTED: dict[str, Task] = {
+    "weights": Classification(class_weights=[0.2, 1, 3]),
+    "weights, smoothing": Classification(class_weights=[0.2, 1, 3], label_smoothing=0.1).with_scale(0.3),
+    "ignored": Classification(ignore_index=1),
+    "positive": BinaryClassification(pos_weight=[2, 3, 0.5]).with_scale(1 / 3),
+    "factor": BinaryClassification().with_scale(0.25),
+}
+every_weighted_task = pytest.mark.parametrize("task", (TASKS | WEIGHTED).values(), ids=(TASKS | WEIGHTED).keys())
 every_size = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
 #: Of the curvature: all of it is factorised, that of the leading features, none.
 every_head = pytest.mark.parametrize("whole", [2048, 6, 2], ids=["whole", "partial", "diagonal"])
@@ -45,7 +56,7 @@ def close(one: Tensor, other: Tensor, tolerance: float = 1e-6) -> None:
 
 @every_head
 @every_size
-@every_task
+@every_weighted_task
 def test_readout_influence_and_refits_equal_a_dense_solve(
     task: Task, size: tuple[int, int], whole: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,10 +64,11 @@ def test_readout_influence_and_refits_equal_a_dense_solve(
     observed, queries = observation(task, *size), observation(task, 7, size[1], seed=1)
     readout, dense = fit(task, observed), dense_readout(task, observed)
     points, (features, encoded) = readout.points(queries), dense.points(queries)
-    solution = dense.fit()
+    solution, task = dense.fit(), dense.task
+    shift = dense.shift[: observed.outputs.shape[1]]
 
-    close(readout.outputs(points.features), dense.outputs(solution, features) + dense.shift)
-    close(readout.outputs(readout.problem.features), dense.outputs(solution, dense.features) + dense.shift)
+    close(readout.outputs(points.features), dense.outputs(solution, features) + shift)
+    close(readout.outputs(readout.problem.features), dense.outputs(solution, dense.features) + shift)
     close(readout.losses(points), task.loss(dense.outputs(solution, features), encoded))
     close(readout.residuals(points), dense.residuals(solution, features, encoded))
     close(readout.influence(points), dense.influence(features, encoded))
@@ -66,7 +78,7 @@ def test_readout_influence_and_refits_equal_a_dense_solve(
     refits = [dense.outputs(dense.fit(column), features) for column in weights.T]
     close(
         torch.stack([readout.outputs(points.features) + points.features @ move for move in moves.unbind(2)]),
-        torch.stack(refits) + dense.shift,
+        torch.stack(refits) + shift,
     )
     losses = readout.losses(points)[:, None] + readout.rises(points, moves)
     close(losses, torch.stack([task.loss(outputs, encoded) for outputs in refits], 1))
@@ -88,7 +100,7 @@ def test_refits_for_groups_have_a_wider_prior(task: Task, size: tuple[int, int])
         close(outputs, dense.outputs(dense.fit(column), features) + dense.shift)
 
 
-@every_task
+@every_weighted_task
 def test_kernel_and_primal_form_agree(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     """With fewer examples than features, from the inner products of examples and from the moments of features."""
     observed, queries = observation(task, 15, 24), observation(task, 7, 24, seed=1)
@@ -146,7 +158,7 @@ def left_out(readout: Readout) -> Tensor:
     return readout.refit(1 - torch.eye(len(readout.problem), dtype=torch.float64))
 
 
-@every_task
+@every_weighted_task
 def test_error_of_influence_falls_as_one_over_n(task: Task) -> None:
     """Against refits that leave each example out; the self-influence, a finite effect, is closer than the influence."""
     everything, queries = observation(task, 400), observation(task, 10, seed=1)
@@ -196,7 +208,7 @@ def observation_of(observed: Observation, dtype: torch.dtype) -> Observation:
 
 
 @every_size
-@every_task
+@every_weighted_task
 def test_draws_have_the_covariance_of_the_posterior(task: Task, size: tuple[int, int]) -> None:
     """Of the outputs at training points, whose coordinates are all that draws move."""
     observed, count = observation(task, *size), 4000
@@ -246,7 +258,7 @@ def test_order_of_examples_and_columns_solved_together_do_not_matter(
         close(one, other, 1e-8)
 
 
-@every_task
+@every_weighted_task
 def test_more_examples_than_a_block_holds(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     observed, queries = observation(task, 200), observation(task, 7, seed=1)
     expected = fit(task, observed)
@@ -305,7 +317,35 @@ def test_moves_of_single_examples_lose_no_digits_in_single_precision(task: Task)
     close(*effects, 1e-3)
 
 
-@every_task
+@every_weighted_task
 def test_all_data_move_nothing(task: Task) -> None:
     readout = fit(task, observation(task, dtype=torch.float32))
     assert float(readout.refit(torch.ones(40, 2)).abs().max()) < 1e-6 * float(readout.coefficients.abs().max())
+
+
+def test_a_factor_of_the_loss_changes_scores_by_it_and_nothing_else() -> None:
+    for task in (Classification(), BinaryClassification(), Regression(0.7)):
+        observed, queries = observation(task), observation(task, 7, seed=1)
+        one, other = fit(task, observed), fit(task.with_scale(0.25), observed)
+        close(other.outputs(other.points(queries).features), one.outputs(one.points(queries).features))
+        close(other.influence(other.points(queries)), 0.25 * one.influence(one.points(queries)))
+        close(other.draws(5, seed=0), one.draws(5, seed=0))
+
+
+def test_ignored_examples_have_no_part_in_a_readout() -> None:
+    task = Classification(ignore_index=-100, normalised=False)
+    observed, queries = observation(Classification()), observation(Classification(), 7, seed=1)
+    counted = torch.arange(40) % 4 > 0
+    observed.encoded[~counted] = 0
+    scores = fit(task, observed).influence(fit(task, observed).points(queries))
+    assert float(scores[:, ~counted].abs().max()) == 0
+    rest = fit(Classification(), rows_of(observed, counted.nonzero()[:, 0]))
+    close(scores[:, counted], rest.influence(rest.points(queries)))
+
+
+def test_a_regression_with_weights_of_examples_is_refused() -> None:
+    task = Regression().changed(parts=Parts((0,), 1, 2))
+    observed = observation(Regression())
+    observed = replace(observed, encoded=torch.cat([observed.encoded, torch.ones(40, 3).double()], 1))
+    with pytest.raises(ValueError, match="A readout is not refit to a regression with weights of examples"):
+        fit(task, observed)
