@@ -25,7 +25,6 @@ from stride_lightning.retraining.further_training import (
 )
 from stride_lightning.retraining.leaving_out import LeavingOut
 from stride_lightning.retraining.optimizers import MakeOptimizer, check_optimizer
-from stride_lightning.retraining.resolving import check_loss, resolved_task
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import rank
 from stride_lightning.tasks.likelihoods import Task
@@ -61,12 +60,11 @@ class FurtherTrainingCallback(RecordingCallback):
         optimizer: Makes the optimizer of a model's parameters; by default the model's ``configure_optimizers``
             without its schedule, at the initial learning rate.
         batch_size: Examples of a batch; by default those of one optimizer step of the fit, over all processes.
-        loss: What training minimises, if ``training_step`` does not say it: ``fn(model, batch) -> (B,)``.
         measure: What is measured of the queries, ``fn(model, batch) -> (B,)`` with the module in eval mode; by default
             their loss. Positive effects raise it.
         seed: The first of the seeds.
         memory_budget: Bytes that copies trained together may take.
-        **kwargs: ``dirpath``, ``task`` and ``train_indices`` of every
+        **kwargs: ``dirpath``, ``task``, ``loss`` and ``train_indices`` of every
             :class:`~stride_lightning.callbacks.recording.RecordingCallback`.
 
     Raises:
@@ -95,7 +93,6 @@ class FurtherTrainingCallback(RecordingCallback):
         num_seeds: int = 5,
         optimizer: MakeOptimizer | None = None,
         batch_size: int | None = None,
-        loss: RowFunction | None = None,
         measure: RowFunction | None = None,
         seed: int = 0,
         memory_budget: int | None = None,
@@ -109,7 +106,6 @@ class FurtherTrainingCallback(RecordingCallback):
                 if value is not None:
                     check_count(name, value)
             check_optimizer(optimizer)
-            check_loss(self.task, loss)
             check_function(measure, "measure")
             if left_out is not None:
                 read_positions(left_out)
@@ -118,7 +114,7 @@ class FurtherTrainingCallback(RecordingCallback):
             self.epochs = read_amounts(epochs)
         self.queries, self.left_out, self.num_seeds, self.optimizer = queries, left_out, num_seeds, optimizer
         self.batch_size, self.seed, self.memory_budget = batch_size, seed, memory_budget
-        self.loss, self.measure = loss, measure
+        self.measure = measure
         #: Effects measured at the end of the last fit; None if there are none.
         self.result: FurtherTraining | None = None
 
@@ -129,9 +125,8 @@ class FurtherTrainingCallback(RecordingCallback):
         # A shallow copy: a data module may be the fit's own, which must not see another setup().
         queries = resolve_queries(copy.copy(self.queries), pl_module)
         find_left_out(self.left_out, examples)
-        head = first_look(examples, 64, pl_module.device)
-        task = resolved_task(pl_module, examples, head, task=self.task, loss=self.loss)
-        self._questions = _Questions(examples, queries, task)
+        objective, head = self.look(examples, pl_module)
+        self._questions = _Questions(examples, queries, objective.task)
         with borrowed(pl_module, None, None), torch.no_grad():
             # This tries everything out now: the end of a long fit would be too late.
             leaving_out = self._leaving_out(trainer, pl_module, head, warn=True)

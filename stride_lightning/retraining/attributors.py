@@ -20,7 +20,6 @@ from stride_lightning.retraining.ground_truth import GroundTruth
 from stride_lightning.retraining.leaving_out import LeavingOut
 from stride_lightning.retraining.optimizers import MakeOptimizer
 from stride_lightning.retraining.query_values import reader_of
-from stride_lightning.retraining.resolving import functions_of
 from stride_lightning.retraining.retrain import retrain
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import all_equal
@@ -28,8 +27,9 @@ from stride_lightning.steering.attributor import StrideAttributor
 from stride_lightning.steering.recovery import RecoveryName, recover
 from stride_lightning.steering.subsets import Design
 from stride_lightning.storage.lookup import choose_record, explain_mismatch
-from stride_lightning.tasks.measures import in_words, measure_info, measure_of
-from stride_lightning.tasks.own_loss import FunctionLoss, RowFunction
+from stride_lightning.tasks.likelihoods import Task
+from stride_lightning.tasks.measures import functions_of, in_words, measure_info, measure_of
+from stride_lightning.tasks.own_loss import FunctionLoss
 
 _NO_BATCH_SIZE = (
     "Training needs a batch size, and `train_data` does not give one. Pass a DataLoader with a batch_size, or "
@@ -61,8 +61,6 @@ class FurtherTrainingAttributor(Attributor):
     method = "further-training"
     unit = "nats of query loss"
     asks_at_once = True
-    #: What is explained of a query; None is its loss.
-    measure: RowFunction | None = None
 
     def __init__(
         self,
@@ -217,8 +215,6 @@ class RetrainingAttributor(Attributor):
     method = "retraining"
     unit = "nats of query loss"
     asks_at_once = True
-    #: What is explained of a query; None is its loss.
-    measure: RowFunction | None = None
 
     def __init__(
         self,
@@ -273,6 +269,11 @@ class RetrainingAttributor(Attributor):
         elif self.train_batch_size is None and self.train_data.loading is None:
             raise ValueError(_NO_BATCH_SIZE)
         if self.recovery == "prior":
+            if not isinstance(self.task, Task):
+                raise ValueError(
+                    f"recovery='prior' starts from the scores of STRIDE, which need a likelihood, got {self.task!r}. "
+                    "Use recovery='lasso' or 'ridge'."
+                )
             self._stride.take_over(self)
             self._stride.fit_model(model, device, record, checkpoint)
 

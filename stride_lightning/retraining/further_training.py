@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples, first_look
+from stride_lightning.data.objectives import check_objective, resolve_objective
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
 from stride_lightning.model.weights import (
     borrowed,
@@ -26,7 +27,6 @@ from stride_lightning.retraining.effects import FurtherTraining
 from stride_lightning.retraining.leaving_out import LeavingOut
 from stride_lightning.retraining.optimizers import MakeOptimizer
 from stride_lightning.retraining.query_values import QueryValues
-from stride_lightning.retraining.resolving import check_loss, resolved_task
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.progress import announce, on_one_bar
 from stride_lightning.runtime.versions import versions
@@ -120,18 +120,18 @@ def further_train(
     if not isinstance(model, nn.Module):
         instead = f"the class {model.__name__}: make an instance" if isinstance(model, type) else repr(model)
         raise TypeError(f"`model` must be the final model, an instance of torch.nn.Module, got {instead}.")
-    check_loss(task, loss)
+    check_objective(task, loss)
     check_function(measure, "measure")
     num_seeds = check_count("num_seeds", num_seeds)
     checkpoint = None if ckpt_path is None else load_checkpoint(resolve_ckpt_path(ckpt_path, model), weights_only)
     state = rank_zero_state(model) if checkpoint is None else checkpoint.get("state_dict", checkpoint)
     train, queries = resolve_train_data(train_data, train_indices, model), resolve_queries(queries, model)
-    moment = moment_of(model, checkpoint)
     with borrowed(model, state, None if device is None else torch.device(device)) as home, torch.no_grad():
         head = first_look(train, 64, home)
-        meaning = resolved_task(model, train, head, task=task, loss=loss)
+        moment = moment_of(model, checkpoint)
+        objective = resolve_objective(model, train, home, task=task, loss=loss, moment=moment, batch_size=64)
         how = {"batch_size": batch_size, "optimizer": optimizer, "memory_budget": memory_budget}
-        leaving_out = LeavingOut(model, train, head, meaning, measure=measure, moment=moment, **how)
+        leaving_out = LeavingOut(model, train, head, objective.task, measure=measure, moment=moment, **how)
         values = leaving_out.query_values(queries)
         weights = weight_hash(model)
     return measure_effects(

@@ -233,9 +233,8 @@ def _centred_ranks(values: Tensor) -> np.ndarray:
 
 
 def _differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether fingerprints are of other data; targets count where the content, which holds them, is unknown."""
-    keys = {*one, *other} - ({"targets"} if one.get("content") is not None else set())
-    return any(one.get(key) != other.get(key) for key in keys)
+    """Whether fingerprints are of other data; earlier versions stored the targets beside the content."""
+    return any(one.get(key) != other.get(key) for key in {*one, *other} - {"targets"})
 
 
 def _short(fingerprint: Mapping[str, Any]) -> str:

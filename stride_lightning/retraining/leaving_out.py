@@ -22,14 +22,13 @@ from stride_lightning.retraining.modules import overridden
 from stride_lightning.retraining.optimizers import CannotBatch, check_parameters, check_together, read_optimizer
 from stride_lightning.retraining.own_steps import OwnSteps
 from stride_lightning.retraining.query_values import QueryValues, query_values, reader_of
-from stride_lightning.retraining.resolving import functions_of
 from stride_lightning.retraining.step_losses import detached_copy, train_mode
 from stride_lightning.runtime.checks import check_finite, first_line
 from stride_lightning.runtime.randomness import mix, seeded
 from stride_lightning.tasks.likelihoods import Task
-from stride_lightning.tasks.measures import measure_info
+from stride_lightning.tasks.measures import functions_of, measure_info
 from stride_lightning.tasks.own_loss import FunctionLoss, OwnLoss, RowFunction
-from stride_lightning.tasks.training_step import Moment
+from stride_lightning.tasks.moments import Moment
 
 #: Examples among which those of the check of the loss are chosen (texts: more).
 _NUM_CANDIDATES, _NUM_TEXTS = 64, 1024

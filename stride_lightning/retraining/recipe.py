@@ -13,21 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.data.examples import first_look
+from stride_lightning.data.objectives import check_objective, resolve_objective
 from stride_lightning.data.reading import survey
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
-from stride_lightning.model.weights import weight_hash
+from stride_lightning.model.weights import borrowed, weight_hash
 from stride_lightning.retraining.batches import Batches
 from stride_lightning.retraining.modules import build
 from stride_lightning.retraining.optimizers import CannotBatch, MakeOptimizer, read_optimization
 from stride_lightning.retraining.own_steps import OwnSteps
 from stride_lightning.retraining.query_values import QueryValues, query_values, reader_of
-from stride_lightning.retraining.resolving import check_loss, functions_of, resolved_task
 from stride_lightning.runtime.checks import check_count, check_finite
 from stride_lightning.runtime.randomness import seeded
 from stride_lightning.tasks.likelihoods import Task
-from stride_lightning.tasks.measures import check_function, measure_info
+from stride_lightning.tasks.measures import check_function, functions_of, measure_info
 from stride_lightning.tasks.own_loss import OwnLoss, RowFunction
-from stride_lightning.tasks.training_step import Moment
+from stride_lightning.tasks.moments import Moment
 
 
 class Training(TypedDict, total=False):
@@ -90,14 +90,17 @@ class Recipe(Batches):
         memory_budget: int | None = None,
         one_by_one: bool = False,
     ) -> None:
-        check_loss(task, loss)
+        check_objective(task, loss)
         check_function(measure, "measure")
         max_epochs = check_count("max_epochs", max_epochs)
         model = _checked_model(model_fn)
         train = resolve_train_data(train_data, train_indices, model)
         model.to(device)
         head = first_look(train, 64, next(model.parameters()).device)
-        meaning = resolved_task(model, train, head, task=task, loss=loss)
+        moment = Moment(max_epochs=max_epochs)  # of a model that has not trained
+        with borrowed(model, None, None) as home, torch.no_grad():
+            objective = resolve_objective(model, train, home, task=task, loss=loss, moment=moment, batch_size=64)
+        meaning = objective.task
         super().__init__(
             model, train, head, meaning, batch_size=batch_size, optimizer=optimizer, memory_budget=memory_budget
         )

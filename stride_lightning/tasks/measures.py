@@ -98,6 +98,17 @@ def function_identity(function: Callable[..., Any]) -> dict[str, str]:
     }
 
 
+def functions_of(**functions: Callable[..., Any] | None) -> dict[str, Any]:
+    """The identities of the functions that were given, by argument, under the key ``"functions"``; else nothing.
+
+    Example:
+        >>> functions_of(loss=None, measure=None)
+        {}
+    """
+    identities = {name: function_identity(function) for name, function in functions.items() if function is not None}
+    return {"functions": identities} if identities else {}
+
+
 def _source(target: Any) -> str:
     try:
         return textwrap.dedent(inspect.getsource(target))

@@ -311,8 +311,6 @@ REFUSED = {
     "no labels": ({"queries": TensorDataset(QUERIES.tensors[0])}, "has no targets"),
     "other task": ({"task": BinaryClassification()}, r"Expected 3 target\(s\) per example"),
     "optimizer": ({"kind": NeedsSteps}, r"configure_optimizers needs a Trainer.*Pass `optimizer=`"),
-    "by hand": ({"kind": ByHand}, "ByHand uses manual optimization.*no loss to subtract an example's share from"),
-    "class weights": ({"kind": Weighted}, "must return the mean of its examples' losses.*class weights"),
     "NaN": ({"queries": WITH_NAN}, "Query 70 has NaN in its loss before any further"),
     "batches": (
         {"data": DataLoader(DATA, batch_sampler=[[0, 1], [2, 3]]), "train_indices": [0, 1, 2, 3], "left_out": [2]},
