@@ -27,8 +27,8 @@ from stride_lightning.runtime.checks import check_finite, first_line
 from stride_lightning.runtime.randomness import mix, seeded
 from stride_lightning.tasks.likelihoods import Task
 from stride_lightning.tasks.measures import functions_of, measure_info
-from stride_lightning.tasks.own_loss import FunctionLoss, OwnLoss, RowFunction
 from stride_lightning.tasks.moments import Moment
+from stride_lightning.tasks.own_loss import FunctionLoss, OwnLoss, RowFunction
 
 #: Examples among which those of the check of the loss are chosen (texts: more).
 _NUM_CANDIDATES, _NUM_TEXTS = 64, 1024

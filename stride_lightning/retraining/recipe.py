@@ -26,8 +26,8 @@ from stride_lightning.runtime.checks import check_count, check_finite
 from stride_lightning.runtime.randomness import seeded
 from stride_lightning.tasks.likelihoods import Task
 from stride_lightning.tasks.measures import check_function, functions_of, measure_info
-from stride_lightning.tasks.own_loss import OwnLoss, RowFunction
 from stride_lightning.tasks.moments import Moment
+from stride_lightning.tasks.own_loss import OwnLoss, RowFunction
 
 
 class Training(TypedDict, total=False):
