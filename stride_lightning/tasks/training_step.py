@@ -141,14 +141,7 @@ def _checked(model: nn.Module, loss: Any) -> Tensor:
             f"{name} returned a tensor of shape {tuple(loss.shape)}, expected a loss: one number. Take the mean."
         )
     loss = loss.reshape(()) if loss.ndim else loss
-    if is_functorch_wrapped_tensor(loss):  # neither can be asked under torch.func
-        return loss
-    if not torch.isfinite(loss):
-        raise ValueError(
-            f"{name} returned {loss.item():g} as its loss of a batch. Check the batch and the weights for values that "
-            "are not finite, and the loss for a logarithm or a division by 0."
-        )
-    if not loss.requires_grad:
+    if not (loss.requires_grad or is_functorch_wrapped_tensor(loss)):
         raise ValueError(
             f"{name} returned a loss without gradient. Compute it without .detach(), .item() and torch.no_grad(), and "
             "leave requires_grad of the parameters that are trained at True."

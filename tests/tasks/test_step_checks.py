@@ -21,7 +21,7 @@ OTHER = ((X[:2], Y[:2]), KEYS[:2])
 
 def checked(step, moment=None, **attributes):
     model = make(step, **attributes)
-    return check_step(TrainingStep(model, moment), [BATCH, OTHER[0]], [KEYS, OTHER[1]])
+    return check_step(TrainingStep(model, moment), [(BATCH, KEYS), OTHER])
 
 
 def test_an_ordinary_step_has_nothing_to_say():
@@ -69,6 +69,12 @@ def test_skipping_everything_is_refused():
     with pytest.raises(ValueError, match="returned None for all of 2 batches"):
         checked(lambda self, batch, i: None)
     assert checked(lambda self, b, i: cross_entropy(self, b) if len(b[0]) < 5 else None) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_refused(value):
+    with pytest.raises(ValueError, match=rf"returned {value} as its loss of a batch.*loss=fn"):
+        checked(lambda self, b, i: cross_entropy(self, b) * value)
 
 
 STREAM = iter(range(10**6))
