@@ -90,7 +90,7 @@ class TrainingStep:
     def _loss(self, batch: Any) -> Tensor | None:
         training_step: Callable[..., Any] = self.model.training_step  # pyright: ignore[reportAssignmentType]
         result = training_step(*_arguments(training_step, batch, self._batch_idx))
-        if any(parameter.grad is not None for parameter in self.model.parameters()):
+        if any(parameter.is_leaf and parameter.grad is not None for parameter in self.model.parameters()):
             raise ValueError(
                 f"The training_step of {type(self.model).__name__} calls backward() itself, so its loss cannot be "
                 "read. Call self.manual_backward(loss) with automatic_optimization=False, or say what the loss "
