@@ -257,7 +257,7 @@ def says_why(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
-        if isinstance(error, ValueError) and "`loss=`" in str(error):
+        if isinstance(error, ValueError) and "`loss=" in str(error):
             raise
         raise ValueError(
             f"The training_step of {type(model).__name__} cannot be run on a batch of training examples "
