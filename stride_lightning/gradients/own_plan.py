@@ -23,6 +23,7 @@ from stride_lightning.model.tap import find_tap
 from stride_lightning.model.weights import moved
 from stride_lightning.runtime.checks import first_line
 from stride_lightning.tasks.own_loss import OwnLoss
+from stride_lightning.tasks.step_checks import check_step
 from stride_lightning.tasks.training_step import Mode, Moment, TrainingStep
 
 #: Names of the modules whose parameters count, from outputs and a batch of their inputs.
@@ -164,6 +165,7 @@ def _planned(
     every = list(range(len(probes)))
     whole, half = probes.batch(every), probes.batch(every[: max(1, len(every) // 2)])
     with says_why(model):
+        notes = check_step(step, [whole.batch, half.batch], [whole.keys, half.keys]) if mode == "train" else []
         tap = find_tap(model, lambda: step(*whole), lambda: step(*half))
     if tap is None:
         raise _NoRows("the loss uses parameters outside of modules")
@@ -196,7 +198,8 @@ def _planned(
         if kind is None:
             with moved(model):
                 kind = _kind(outputs, whole, parts, alone) or "mean"
-    notes = ("the penalty on weights belongs to no example",) if tap.penalised else ()
+    if tap.penalised:
+        notes.append("the penalty on weights belongs to no example")
     num_draws = NUM_DRAWS if is_random(step, whole) else 1
     largest = [0.0 if (slopes := _slopes(outputs, one)) is None else float(slopes.abs().max()) for one in alone]
     partner = largest.index(max(largest))
@@ -213,7 +216,7 @@ def _planned(
         is_padded,
         is_curved,
         max(widths) if is_curved else 1,
-        notes,
+        tuple(notes),
     )
 
 
@@ -250,7 +253,7 @@ def says_why(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
-        if isinstance(error, ValueError) and "`loss=`" in str(error):
+        if isinstance(error, ValueError) and "`loss=" in str(error):
             raise
         raise ValueError(
             f"The training_step of {type(model).__name__} cannot be run on a batch of training examples "
