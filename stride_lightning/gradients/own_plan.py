@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -119,14 +119,20 @@ def plan_own_loss(
         ValueError: If no example has a loss, or it is of a kind that is not known.
     """
     probes = _Probes(model, train, device)
+    every = range(len(probes))
+    with says_why(model):
+        batches = [probes.batch(rows)[:2] for rows in (every, every[: max(1, len(every) // 2)])]
+        notes = check_step(own.of(model, moment, mode), batches)
     problem: ValueError | None = None
     modes: list[Mode] = list(dict.fromkeys((mode, "eval")))
     for tried in modes:
         try:
-            return _planned(own, model, probes, tried, moment, choose_layers, like)
+            plan = _planned(own, model, probes, tried, moment, choose_layers, like)
+            return replace(plan, notes=(*plan.notes, *notes))
         except _NoRows as error:  # noqa: PERF203
             problem = problem or error
-    return _one_by_one(own, model, probes, mode, moment, choose_layers, like, problem)
+    plan = _one_by_one(own, model, probes, mode, moment, choose_layers, like, problem)
+    return replace(plan, notes=(*plan.notes, *notes))
 
 
 class _NoRows(ValueError):

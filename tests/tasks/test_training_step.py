@@ -106,8 +106,6 @@ def test_a_step_that_skips():
     {
         "float": (lambda s, b, i: cross_entropy(s, b).item(), r"returned float, expected a loss.*without \.item\(\)"),
         "rows": (lambda s, b, i: F.cross_entropy(s.net(b[0]), b[1], reduction="none"), r"shape \(6,\).*Take the mean"),
-        "nan": (lambda s, b, i: cross_entropy(s, b) * float("nan"), r"returned nan as its loss"),
-        "infinite": (lambda s, b, i: cross_entropy(s, b) / 0, r"returned inf as its loss"),
         "detached": (lambda s, b, i: cross_entropy(s, b).detach(), r"a loss without gradient"),
         "no grad": (lambda s, b, i: torch.no_grad()(cross_entropy)(s, b), r"a loss without gradient"),
         "another key": (lambda s, b, i: {"total": 1}, r"a dictionary without a 'loss' \(its keys: total\)"),
