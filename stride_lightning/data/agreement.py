@@ -95,6 +95,7 @@ class _Comparison:
                 gradients = self._gradients(candidates, head, trials)
             agreement = None if gradients.problem else self._first(candidates, gradients)
         except Exception as error:  # whatever a user's module raises
+            self._check_finite(candidates[0], head)
             return Agreement(None, f"training_step or forward raised {type(error).__name__}: {first_line(error)}")
         if gradients.problem:
             self._check_finite(candidates[0], head)
@@ -168,8 +169,11 @@ class _Comparison:
 
     def _check_finite(self, task: Task, trial: Trial) -> None:
         """Refuse data that are not finite, naming the example."""
-        with self.examples.naming(trial.places):
+        try:
             outputs, encoded = self._read(task, trial)
+        except Exception:  # of the module, not of the data
+            return
+        with self.examples.naming(trial.places):
             check_finite(outputs, "outputs")
             check_finite(encoded, "target")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -121,8 +120,8 @@ class StepGradients:
         return gradients
 
     def _compare_moments(self, step: TrainingStep, setting: Setting, number: int) -> None:
-        later, moment = copy.copy(step), step.moment or Moment()
-        later.moment = replace(moment, current_epoch=moment.current_epoch + 7, global_step=moment.global_step + 1000)
+        moment = step.moment or Moment()
+        later = step.at(replace(moment, current_epoch=moment.current_epoch + 7, global_step=moment.global_step + 1000))
         (gradient,) = (self._of_step(later, setting, [number]) or {number: None}).values()
         now = self.values[setting, number]
         if now is None or gradient is None:
