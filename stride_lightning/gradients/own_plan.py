@@ -171,6 +171,7 @@ def _planned(
     every = list(range(len(probes)))
     whole, half = probes.batch(every), probes.batch(every[: max(1, len(every) // 2)])
     with says_why(model):
+        notes = check_step(step, [whole[:2], half[:2]]) if mode == "train" else []
         tap = find_tap(model, lambda: step(*whole), lambda: step(*half))
     if tap is None:
         raise _NoRows("the loss uses parameters outside of modules")
@@ -203,7 +204,8 @@ def _planned(
         if kind is None:
             with moved(model):
                 kind = _kind(outputs, whole, parts, alone) or "mean"
-    notes = ("the penalty on weights belongs to no example",) if tap.penalised else ()
+    if tap.penalised:
+        notes.append("the penalty on weights belongs to no example")
     num_draws = NUM_DRAWS if is_random(step, whole) else 1
     largest = [0.0 if (slopes := _slopes(outputs, one)) is None else float(slopes.abs().max()) for one in alone]
     partner = largest.index(max(largest))
@@ -220,7 +222,7 @@ def _planned(
         is_padded,
         is_curved,
         max(widths) if is_curved else 1,
-        notes,
+        tuple(notes),
     )
 
 
