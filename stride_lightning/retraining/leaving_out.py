@@ -27,8 +27,8 @@ from stride_lightning.runtime.checks import check_finite, first_line
 from stride_lightning.runtime.randomness import mix, seeded
 from stride_lightning.tasks.likelihoods import Task
 from stride_lightning.tasks.measures import functions_of, measure_info
-from stride_lightning.tasks.own_loss import FunctionLoss, OwnLoss, RowFunction
 from stride_lightning.tasks.moments import Moment
+from stride_lightning.tasks.own_loss import FunctionLoss, OwnLoss, RowFunction
 
 #: Examples among which those of the check of the loss are chosen (texts: more).
 _NUM_CANDIDATES, _NUM_TEXTS = 64, 1024
@@ -88,7 +88,7 @@ class LeavingOut(Batches):
         self.steps: OwnSteps | None = None
         try:
             if not isinstance(task, Task):
-                raise OtherLoss(f"its loss is no likelihood, but {task!r}")
+                raise OtherLoss(f"it trains on {self.reason}")
             sample = self._try_out(model, optimizer)
         except OtherLoss as reason:
             self.one_by_one_because = str(reason)
