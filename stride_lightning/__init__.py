@@ -41,8 +41,11 @@ if TYPE_CHECKING:
     from stride_lightning.steering.attributor import StrideAttributor as StrideAttributor
     from stride_lightning.steering.module import StrideModule as StrideModule
     from stride_lightning.storage.records import RecordError as RecordError
+    from stride_lightning.tasks.counts import PoissonRegression as PoissonRegression
+    from stride_lightning.tasks.dense import DenseClassification as DenseClassification
     from stride_lightning.tasks.language import CausalLanguageModeling as CausalLanguageModeling
     from stride_lightning.tasks.language import SequenceClassification as SequenceClassification
+    from stride_lightning.tasks.language import TokenClassification as TokenClassification
     from stride_lightning.tasks.likelihoods import BinaryClassification as BinaryClassification
     from stride_lightning.tasks.likelihoods import Classification as Classification
     from stride_lightning.tasks.likelihoods import Regression as Regression
@@ -74,7 +77,9 @@ _FILES = {
     "steering.attributor": ("StrideAttributor",),
     "steering.module": ("StrideModule",),
     "storage.records": ("RecordError",),
-    "tasks.language": ("CausalLanguageModeling", "SequenceClassification"),
+    "tasks.counts": ("PoissonRegression",),
+    "tasks.dense": ("DenseClassification",),
+    "tasks.language": ("CausalLanguageModeling", "SequenceClassification", "TokenClassification"),
     "tasks.likelihoods": ("BinaryClassification", "Classification", "Regression", "Task"),
 }
 _HOMES = {name: home for home, names in _FILES.items() for name in names}

@@ -59,8 +59,9 @@ def read_kinds(
     """
     spread = spread_places(len(examples))
     places, kinds = [head.places], [kinds_of(head.batch).cpu()]
-    for chunk in spread[len(head) :].split(len(head)):
-        if not len(chunk) or len(set(torch.cat(kinds).tolist()) & set(range(num_kinds))) == num_kinds:
+    for start in range(len(head), len(spread), len(head)):
+        chunk = spread[start : start + len(head)]
+        if len(set(torch.cat(kinds).tolist()) & set(range(num_kinds))) == num_kinds:
             break
         trial = read_trial(examples, chunk, device)
         places.append(chunk)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from stride_lightning.model.tap import find_tap
 from stride_lightning.model.weights import moved
 from stride_lightning.runtime.checks import first_line
 from stride_lightning.tasks.own_loss import OwnLoss
+from stride_lightning.tasks.step_checks import check_step
 from stride_lightning.tasks.training_step import Mode, Moment, TrainingStep
 
 #: Names of the modules whose parameters count, from outputs and a batch of their inputs.
@@ -118,14 +119,20 @@ def plan_own_loss(
         ValueError: If no example has a loss, or it is of a kind that is not known.
     """
     probes = _Probes(model, train, device)
+    every = range(len(probes))
+    with says_why(model):
+        batches = [probes.batch(rows)[:2] for rows in (every, every[: max(1, len(every) // 2)])]
+        notes = check_step(own.of(model, moment, mode), batches)
     problem: ValueError | None = None
     modes: list[Mode] = list(dict.fromkeys((mode, "eval")))
     for tried in modes:
         try:
-            return _planned(own, model, probes, tried, moment, choose_layers, like)
+            plan = _planned(own, model, probes, tried, moment, choose_layers, like)
+            return replace(plan, notes=(*plan.notes, *notes))
         except _NoRows as error:  # noqa: PERF203
             problem = problem or error
-    return _one_by_one(own, model, probes, mode, moment, choose_layers, like, problem)
+    plan = _one_by_one(own, model, probes, mode, moment, choose_layers, like, problem)
+    return replace(plan, notes=(*plan.notes, *notes))
 
 
 class _NoRows(ValueError):
@@ -164,6 +171,7 @@ def _planned(
     every = list(range(len(probes)))
     whole, half = probes.batch(every), probes.batch(every[: max(1, len(every) // 2)])
     with says_why(model):
+        notes = check_step(step, [whole.batch, half.batch], [whole.keys, half.keys]) if mode == "train" else []
         tap = find_tap(model, lambda: step(*whole), lambda: step(*half))
     if tap is None:
         raise _NoRows("the loss uses parameters outside of modules")
@@ -196,7 +204,8 @@ def _planned(
         if kind is None:
             with moved(model):
                 kind = _kind(outputs, whole, parts, alone) or "mean"
-    notes = ("the penalty on weights belongs to no example",) if tap.penalised else ()
+    if tap.penalised:
+        notes.append("the penalty on weights belongs to no example")
     num_draws = NUM_DRAWS if is_random(step, whole) else 1
     largest = [0.0 if (slopes := _slopes(outputs, one)) is None else float(slopes.abs().max()) for one in alone]
     partner = largest.index(max(largest))
@@ -213,7 +222,7 @@ def _planned(
         is_padded,
         is_curved,
         max(widths) if is_curved else 1,
-        notes,
+        tuple(notes),
     )
 
 
@@ -250,7 +259,7 @@ def says_why(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
-        if isinstance(error, ValueError) and "`loss=`" in str(error):
+        if isinstance(error, ValueError) and "`loss=" in str(error):
             raise
         raise ValueError(
             f"The training_step of {type(model).__name__} cannot be run on a batch of training examples "

@@ -31,7 +31,17 @@ _REGISTERS = frozenset({"_modules", "_parameters", "_buffers"})
 _ATOMS = frozenset({int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, type})
 #: Packages whose objects belong to the process, or to a program beside the module.
 _FOREIGN = (sys.stdlib_module_names - {"types", "collections", "argparse"}) | frozenset(
-    {"numpy", "lightning", "pytorch_lightning", "lightning_fabric", "wandb", "mlflow", "tensorboard", "tqdm"}
+    {
+        "numpy",
+        "stride_lightning",
+        "lightning",
+        "pytorch_lightning",
+        "lightning_fabric",
+        "wandb",
+        "mlflow",
+        "tensorboard",
+        "tqdm",
+    }
 )
 #: Packages whose classes hold no state of the module.
 _LIBRARIES = _FOREIGN | {"builtins", "types", "collections", "argparse", "torch", "torchmetrics", "transformers"}

@@ -24,6 +24,7 @@ class WriteGuard:
     remembers the values that its operations saw.
 
     Example:
+        >>> import torch
         >>> from stride_lightning.runtime.operations import Operations
         >>> weight = torch.ones(2, requires_grad=True)
         >>> with WriteGuard([weight]) as guard, Operations(guard):
@@ -93,20 +94,24 @@ def _storage_key(tensor: Tensor) -> int:
 @cache
 def _written(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], list[Tensor]] | None:
     """For an operation that writes into arguments, what picks these from a call."""
-    names = [argument.name for argument in func._schema.arguments]
+    arguments = func._schema.arguments
+    numbers = {argument.name: number for number, argument in enumerate(arguments)}
     written = [
         argument.name
-        for argument in func._schema.arguments
+        for argument in arguments
         if (argument.alias_info is not None and argument.alias_info.is_write) or argument.name in _STATISTICS
     ]
     if not written:
         return None
 
     def pick(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        given = dict(zip(names, args, strict=False)) | kwargs
-        if given.get("training") is False:
+        def value_of(name: str) -> Any:
+            number = numbers.get(name, len(args))
+            return args[number] if number < len(args) else kwargs.get(name)
+
+        if value_of("training") is False:
             return []
-        values = [given.get(name) for name in written]
+        values = [value_of(name) for name in written]
         flat = [each for value in values for each in (value if isinstance(value, list | tuple) else [value])]
         return [value for value in flat if isinstance(value, Tensor)]
 

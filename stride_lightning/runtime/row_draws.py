@@ -24,6 +24,8 @@ class DrawnShapes:
 
     def __init__(self) -> None:
         self._shapes: dict[int, dict[int, tuple[int, ...]]] = {}
+        #: Whether a random function got a generator of the caller's, whose numbers belong to the batch.
+        self.has_generators = False
 
     def axis(self, call: int, num_examples: int, shape: Sequence[int]) -> int | None:
         """The axis of a tensor that counts examples, or consecutive rows of each; None for tensors of the batch."""
@@ -85,7 +87,10 @@ class RowDraws:
         given = dict(zip(_names(func), args, strict=False)) | kwargs
         tensors = [value for value in given.values() if isinstance(value, Tensor)]
         device = tensors[0].device if tensors else torch.device(given.get("device") or "cpu")
-        if given.get("generator") is not None or device.type == "meta":
+        if given.get("generator") is not None:
+            self._shapes.has_generators = True
+            return NotImplemented
+        if device.type == "meta":
             return NotImplemented
         self._num_calls += 1
         axis = partial(self._shapes.axis, self._num_calls, len(self._keys))

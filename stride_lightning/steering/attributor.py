@@ -330,4 +330,9 @@ def likelihood_of(objective: Objective, model: nn.Module) -> Task:
 
 def make_fit(task: Task, options: FitOptions) -> Fit:
     """The fit that a task needs."""
+    if task.has_tokens and not isinstance(task, CausalLanguageModeling):
+        raise ValueError(
+            f"method='stride' has no readout for a {task.name}, whose examples have outputs at many places. Use a "
+            "method that reads gradients, such as method='ekfac'."
+        )
     return SequenceStride(task, options) if isinstance(task, CausalLanguageModeling) else DenseFit(task, options)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.model.layers import in_precision_of
-from stride_lightning.tasks.language import CausalLanguageModeling, SequenceClassification
+from stride_lightning.tasks.counts import PoissonRegression
+from stride_lightning.tasks.dense import DenseClassification
+from stride_lightning.tasks.language import CausalLanguageModeling, SequenceClassification, TokenClassification
 from stride_lightning.tasks.likelihoods import (
     HOW_TO_PASS_TASK,
     BinaryClassification,
@@ -97,6 +99,8 @@ def likely_tasks(model: nn.Module, batch: Any) -> Iterator[Task]:
     if isinstance(batch, Mapping) and "input_ids" in batch:
         yield CausalLanguageModeling()
         yield CausalLanguageModeling("sum", normalised=True)
+        yield TokenClassification()
+        yield TokenClassification("sum", normalised=True)
         yield SequenceClassification()
         return
     for parts in _likely_parts(model, batch):
@@ -104,15 +108,26 @@ def likely_tasks(model: nn.Module, batch: Any) -> Iterator[Task]:
         try:
             inputs = in_precision_of(model, reader.inputs(batch))
             with torch.no_grad():
-                outputs = Task.outputs(reader, model, inputs)
+                returned: Any = Task.outputs(reader, model, inputs)
         except Exception:
             if parts is None and len(batch) == 2:
                 raise
             continue
         unweighted = None if parts is None else replace(parts, weights=None)
         targets = reader.changed(parts=unweighted).targets(batch)
-        if isinstance(outputs, Tensor) and outputs.ndim and isinstance(targets, Tensor) and targets.ndim:
-            yield from (task.changed(parts=parts) for task in _tasks_of(targets, outputs))
+        for output in _outputs_in(returned):
+            which = parts if output is None else replace(parts or Parts((0,), 1), output=output)
+            outputs = returned if output is None else returned[output]
+            if outputs.ndim and isinstance(targets, Tensor) and targets.ndim:
+                yield from (task.changed(parts=which) for task in _tasks_of(targets, outputs))
+
+
+def _outputs_in(returned: Any) -> list[Any]:
+    """Where outputs may stand in what a model returns; None for all of it."""
+    if isinstance(returned, Tensor):
+        return [None]
+    pairs = returned.items() if isinstance(returned, Mapping) else enumerate(returned)
+    return [key for key, value in pairs if isinstance(value, Tensor)]
 
 
 def _tasks_of(targets: Tensor, outputs: Tensor) -> Iterator[Task]:
@@ -120,6 +135,8 @@ def _tasks_of(targets: Tensor, outputs: Tensor) -> Iterator[Task]:
     size, width = len(outputs), outputs.shape[1] if outputs.ndim == 2 else 1
     if len(targets) != size or not outputs.is_floating_point():
         return
+    if outputs.ndim > 2 and not targets.is_floating_point():
+        yield from _dense_tasks_of(targets, outputs)
     is_whole = not targets.is_floating_point() or bool((targets % 1 == 0).all())
     if width >= 2 and targets.numel() == size and is_whole:
         outside = targets[(targets < 0) | (targets >= width)].unique()
@@ -131,6 +148,24 @@ def _tasks_of(targets: Tensor, outputs: Tensor) -> Iterator[Task]:
         if bool(((targets == 0) | (targets == 1)).all()):
             yield BinaryClassification()
         yield Regression()
+        if bool((targets >= 0).all()):
+            yield PoissonRegression()
+
+
+def _dense_tasks_of(targets: Tensor, outputs: Tensor) -> Iterator[Task]:
+    places = targets.shape[1:]
+    for classes_last in (False, True):
+        shape = outputs.shape[1:-1] if classes_last else outputs.shape[2:]
+        count = outputs.shape[-1 if classes_last else 1]
+        outside = targets[(targets < 0) | (targets >= count)].unique()
+        if count < 2 or places not in (shape, (1, *shape)) or len(outside) > 1:
+            continue
+        if classes_last and outputs.ndim == 3:
+            yield CausalLanguageModeling()
+            yield CausalLanguageModeling("sum", normalised=True)
+        ignored: dict[str, Any] = {"ignore_index": int(outside[0])} if len(outside) else {}
+        yield DenseClassification(classes_last=classes_last, **ignored)
+        yield DenseClassification("sum", classes_last=classes_last, normalised=True, **ignored)
 
 
 def _likely_parts(model: nn.Module, batch: Any) -> Iterator[Parts | None]:
@@ -146,6 +181,8 @@ def _likely_parts(model: nn.Module, batch: Any) -> Iterator[Parts | None]:
             yield Parts((0,), 1, 2)
         if last >= 2 and len(required) <= last <= len(positional):
             yield Parts(tuple(range(last)), last)
+        if last == 1 and isinstance(batch[0], tuple | list) and len(required) <= len(batch[0]) <= len(positional):
+            yield Parts(tuple((0, number) for number in range(len(batch[0]))), 1)
         if len(required) <= 1:
             yield Parts((0,), 0)  # an autoencoder
     if isinstance(batch, Mapping):
@@ -156,6 +193,7 @@ def _likely_parts(model: nn.Module, batch: Any) -> Iterator[Parts | None]:
                 yield Parts(tuple(required), target)
             elif len(required) == 1:
                 yield from (Parts((name,), target) for name in others if len(tensors) <= MOST_ITEMS)
+                yield Parts((), target)
 
 
 def _is_weight(value: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,9 @@ from typing_extensions import override
 
 from stride_lightning.runtime.checks import RowError
 from stride_lightning.tasks import texts
+from stride_lightning.tasks.dense import IGNORED, ClassesOfPlaces, Reduction, first_row, labels_and_weights
 from stride_lightning.tasks.likelihoods import HOW_TO_PASS_TASK, Classification, describe
 
-Reduction = Literal["mean", "sum"]
-
-#: Label of tokens that are not predicted, as in Hugging Face's models.
-IGNORED = -100
 #: Items of a batch that the model does not read.
 _TARGETS = ("labels", "label", "loss_weights")
 #: Items that packing kernels read; batches are unpacked.
@@ -78,13 +75,13 @@ class _TokenTask(Classification):
                 stacklevel=2,
             )
         size, limit = texts.vocabulary_size(model), texts.max_length(model)
-        if (row := _first_row(ids < 0)) is not None:
+        if (row := first_row(ids < 0)) is not None:
             raise RowError(
                 row,
                 f"has the token id {int(ids[row].min())}, and ids are not negative. Mark padding by an attention_mask, "
                 "and by labels of -100",
             )
-        if size is not None and (row := _first_row(ids >= size)) is not None:
+        if size is not None and (row := first_row(ids >= size)) is not None:
             raise RowError(
                 row,
                 f"has the token id {int(ids[row].max())}, and the model knows 0..{size - 1}: the tokenizer is not the "
@@ -99,7 +96,7 @@ class _TokenTask(Classification):
             )
 
 
-class CausalLanguageModeling(_TokenTask):
+class CausalLanguageModeling(_TokenTask, ClassesOfPlaces):
     """Next-token prediction: an example is a sequence, its loss the mean over its tokens.
 
     Batches are as Hugging Face's models take them, dictionaries with ``input_ids`` of shape ``(B, T)`` and perhaps
@@ -131,10 +128,8 @@ class CausalLanguageModeling(_TokenTask):
     has_tokens: ClassVar[bool] = True
 
     def __init__(self, reduction: Reduction = "mean", *, shifted: bool | None = None, normalised: bool = False) -> None:
-        if reduction not in get_args(Reduction):
-            raise ValueError(f"`reduction` must be one of {get_args(Reduction)}, got {reduction!r}.")
-        self.reduction: Reduction = reduction
-        self.shifted, self.is_normalised = shifted, normalised
+        super().__init__(reduction, normalised=normalised)
+        self.shifted = shifted
 
     @override
     def outputs(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -177,52 +172,23 @@ class CausalLanguageModeling(_TokenTask):
             # Padding is not predicted, and the first token is not predicted from padding. The last predicts nothing.
             weights = F.pad(weights[:, 1:] * mask[:, 1:] * mask[:, :-1], (0, 1))
             labels = F.pad(labels[:, 1:], (0, 1))
-        return torch.stack([labels.masked_fill(weights == 0, 0).float(), weights], -1)
+        return labels_and_weights(labels, weights)
 
     @override
-    def encode(self, targets: Tensor, num_outputs: int) -> Tensor:
-        labels, weights = targets[..., 0], targets[..., 1]
-        if (row := _first_row(weights < 0)) is not None:
-            raise RowError(row, "has a negative loss weight. Give it 0 or more")
-        if (row := _first_row(~(weights.sum(1, keepdim=True) > 0))) is not None:
+    def check_counted(self, weights: Tensor) -> None:
+        if (row := first_row(~(weights.sum(1, keepdim=True) > 0))) is not None:
             raise RowError(
                 row,
                 "has no token to predict: it needs at least two tokens, and a label other than -100 after the first "
                 "(was the answer truncated?)",
             )
-        outside = (labels < 0) | (labels >= num_outputs)
-        if (row := _first_row(outside)) is not None:
-            raise RowError(
-                row,
-                f"has the label {int(labels[row][outside[row]][0])}; the model predicts 0..{num_outputs - 1}. Is the "
-                "tokenizer that of the model? Labels of tokens not to predict are -100",
-            )
-        return targets
 
     @override
-    def decode(self, encoded: Tensor) -> None:
-        """Nothing: a whole text is not shown as a target."""
-
-    @override
-    def output_weights(self, encoded: Tensor, dim: int = -1) -> Tensor:
-        """Shape ``(B, T, 1)``."""
-        weights = encoded[..., 1:]
-        return weights / weights.sum(1, keepdim=True) if self.reduction == "mean" else weights
-
-    @override
-    def loss(self, outputs: Tensor, encoded: Tensor, dim: int = -1) -> Tensor:
-        precise = encoded.to(torch.promote_types(encoded.dtype, outputs.dtype))
-        losses = (self.token_losses(outputs, encoded) * self.output_weights(precise)[..., 0]).sum(-1)
-        return losses / self.dispersion
-
-    @override
-    def example_weights(self, encoded: Tensor) -> Tensor:
-        return encoded[..., 1].sum(1)
-
-    def token_losses(self, outputs: Tensor, encoded: Tensor) -> Tensor:
-        """Negative log-likelihood of every label in nats, shape ``(B, T)``."""
-        chosen = outputs.gather(-1, encoded[..., :1].long())[..., 0]
-        return outputs.logsumexp(-1) - chosen
+    def problem_of_label(self, label: int, num_outputs: int) -> str:
+        return (
+            f"has the label {label}; the model predicts 0..{num_outputs - 1}. Is the tokenizer that of the model? "
+            "Labels of tokens not to predict are -100"
+        )
 
     @override
     def margin(self, outputs: Tensor, encoded: Tensor) -> Tensor:
@@ -235,10 +201,35 @@ class CausalLanguageModeling(_TokenTask):
             "pass prompt and continuation as a query whose prompt has the labels -100."
         )
 
-    def __repr__(self) -> str:
-        shown = [f"reduction={self.reduction!r}"] + ([] if self.shifted is None else [f"shifted={self.shifted}"])
-        shown += ["normalised=True"] if self.is_normalised else []
-        return f"CausalLanguageModeling({', '.join(shown + self.settings())})"
+    @override
+    def settings(self) -> list[str]:
+        reduction, *others = super().settings()
+        return [reduction, *([] if self.shifted is None else [f"shifted={self.shifted}"]), *others]
+
+
+class TokenClassification(_TokenTask, ClassesOfPlaces):
+    """A class for each token of a text, or the words behind its masks: the loss is the mean, or the sum, over tokens.
+
+    Batches are dictionaries with ``input_ids``, perhaps ``attention_mask``, and ``labels`` beside their tokens, where
+    -100 marks those that do not count. Arguments are those of :class:`CausalLanguageModeling`.
+
+    Example:
+        >>> task = TokenClassification()
+        >>> batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[-100, 1, 0]])}
+        >>> task.loss(torch.zeros(1, 3, 2), task.encode(task.targets(batch), num_outputs=2))  # log 2
+        tensor([0.6931])
+    """
+
+    name = "token classification"
+
+    @override
+    def targets(self, batch: Any) -> Tensor:
+        ids, labels = texts.token_ids(batch), batch["labels"]
+        if not isinstance(labels, Tensor) or labels.shape != ids.shape or labels.is_floating_point():
+            raise ValueError(f"Expected labels of the shape of input_ids, {tuple(ids.shape)}; got {describe(labels)}.")
+        if texts.is_packed(batch):
+            raise TypeError(f"Packed texts have no classes of tokens here. {HOW_TO_PASS_TASK}")
+        return labels_and_weights(labels, labels != IGNORED)
 
 
 class SequenceClassification(_TokenTask):
@@ -266,7 +257,7 @@ def _check_labels(ids: Tensor, labels: Tensor, *, is_shifted: bool) -> None:
     if is_shifted:
         labels, ids = labels[:, :-1], ids[:, 1:]
         stand, other = "one place ahead of their tokens", "beside them: pass task=CausalLanguageModeling(shifted=False)"
-    if (row := _first_row((labels != IGNORED) & (labels != ids))) is not None:
+    if (row := first_row((labels != IGNORED) & (labels != ids))) is not None:
         raise RowError(
             row,
             f"has labels that are not its input_ids. Labels are expected {stand}; if they stand {other}. Masked "
@@ -287,9 +278,3 @@ def _is_too_much(model: nn.Module, inputs: Mapping[str, Any], row: int) -> bool:
     except IndexError:
         return True
     return False
-
-
-def _first_row(flags: Tensor) -> int | None:
-    """The first row of ``(B, T)`` flags with one that is set."""
-    rows = flags.any(1).nonzero()
-    return int(rows[0]) if len(rows) else None

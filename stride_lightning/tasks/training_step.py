@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from typing_extensions import Self
 
 from stride_lightning.model.undisturbed import undisturbed
@@ -43,10 +45,15 @@ class TrainingStep:
         #: Another number shows whether a loss depends on it.
         self._batch_idx = 0
 
-    def at(self, moment: Moment | None) -> Self:
+    @property
+    def has_generators(self) -> bool:
+        """Whether the step has passed generators of its own to torch's random functions."""
+        return self._shapes.has_generators
+
+    def at(self, moment: Moment | None, batch_idx: int = 0) -> Self:
         """The same step at another moment of training."""
         other = copy.copy(self)
-        other.moment = moment
+        other.moment, other._batch_idx = moment, batch_idx
         return other
 
     def __call__(self, batch: Any, keys: Tensor | None = None, draw: int = 0) -> Tensor | None:
@@ -74,22 +81,21 @@ class TrainingStep:
                 training_mode(self.model, dropout=self.mode == "fit")
             trainer, self._manual = put_in_place(self.model, self.moment)
             try:
-                loss = self._loss(batch)
+                return self._loss(batch)
             except Exception as error:
                 if trainer.missing is None:
                     raise
                 raise ValueError(trainer.missing) from error
-            if any(parameter.grad is not None for parameter in self.model.parameters()):
-                raise ValueError(
-                    f"The training_step of {type(self.model).__name__} calls backward() itself, so its loss cannot be "
-                    "read. Call self.manual_backward(loss) with automatic_optimization=False, or say what the loss "
-                    "is: pass `loss=fn` with fn(model, batch) -> (B,)."
-                )
-            return loss
 
     def _loss(self, batch: Any) -> Tensor | None:
         training_step: Callable[..., Any] = self.model.training_step  # pyright: ignore[reportAssignmentType]
         result = training_step(*_arguments(training_step, batch, self._batch_idx))
+        if any(parameter.is_leaf and parameter.grad is not None for parameter in self.model.parameters()):
+            raise ValueError(
+                f"The training_step of {type(self.model).__name__} calls backward() itself, so its loss cannot be "
+                "read. Call self.manual_backward(loss) with automatic_optimization=False, or say what the loss "
+                "is: pass `loss=fn` with fn(model, batch) -> (B,)."
+            )
         if not getattr(self.model, "automatic_optimization", True):
             return _checked(self.model, self._manual.loss(self.optimizer_idx))
         if isinstance(result, dict) and result.get("loss") is None:
@@ -135,14 +141,7 @@ def _checked(model: nn.Module, loss: Any) -> Tensor:
             f"{name} returned a tensor of shape {tuple(loss.shape)}, expected a loss: one number. Take the mean."
         )
     loss = loss.reshape(()) if loss.ndim else loss
-    if torch._C._functorch.is_functorch_wrapped_tensor(loss):  # neither can be asked under torch.func
-        return loss
-    if not torch.isfinite(loss):
-        raise ValueError(
-            f"{name} returned {loss.item():g} as its loss of a batch. Check the batch and the weights for values that "
-            "are not finite, and the loss for a logarithm or a division by 0."
-        )
-    if not loss.requires_grad:
+    if not (loss.requires_grad or is_functorch_wrapped_tensor(loss)):
         raise ValueError(
             f"{name} returned a loss without gradient. Compute it without .detach(), .item() and torch.no_grad(), and "
             "leave requires_grad of the parameters that are trained at True."
@@ -157,17 +156,18 @@ def training_mode(model: nn.Module, *, dropout: bool = False) -> None:
     """
     model.train()
     for module in model.modules():
+        attributes = vars(module)
         if not dropout and isinstance(module, nn.modules.dropout._DropoutNd):
             # Attention layers read the rate of a dropout layer, but not its mode.
-            module.training, module.p = False, 0.0
-        elif getattr(module, "track_running_stats", False) or isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.training = False
-        has_rates = isinstance(module, nn.RNNBase | nn.MultiheadAttention) or _is_of_transformers(type(module))
-        if has_rates and not dropout:
-            for name, value in vars(module).items():
-                if "dropout" in name and isinstance(value, float):
-                    vars(module)[name] = 0.0
+            attributes.update(training=False, p=0.0)
+        elif attributes.get("track_running_stats") or isinstance(module, nn.modules.batchnorm._BatchNorm):
+            attributes["training"] = False
+        elif not dropout and _has_inner_dropout(type(module)):
+            rates = [name for name, value in attributes.items() if "dropout" in name and isinstance(value, float)]
+            attributes.update(dict.fromkeys(rates, 0.0))
 
 
-def _is_of_transformers(cls: type) -> bool:
-    return cls.__module__.partition(".")[0] == "transformers"
+@cache
+def _has_inner_dropout(cls: type) -> bool:
+    """Whether modules of a class drop by rates that they hold as numbers."""
+    return issubclass(cls, nn.RNNBase | nn.MultiheadAttention) or cls.__module__.partition(".")[0] == "transformers"

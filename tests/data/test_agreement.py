@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from stride_lightning import BinaryClassification, Classification, Regression
 from stride_lightning.data.agreement import Agreement, agree
 from stride_lightning.data.examples import Examples
+from stride_lightning.data.step_gradients import SKETCH
+from stride_lightning.data.trials import spread_places
 from stride_lightning.tasks.own_loss import OwnLoss
 from stride_lightning.tasks.training_step import Moment, TrainingStep
 from tests.helpers.tiny import CPU, examples_of, perceptron, random_tensor
@@ -274,7 +276,7 @@ def test_losses_of_outputs_that_differ_in_training_are_not_taken() -> None:
 def test_weights_of_a_loss_that_has_another_one_for_a_rare_class_are_seen() -> None:
     classes = CLASSES.clone()
     classes[classes == 2] = 0
-    classes[77] = 2  # one example in 120
+    classes[spread_places(NUM)[100]] = 2  # one example in 120, which is not among the first that are read
     weights = torch.tensor([1.0, 1.0, 3.0])
     agreement = agreed(lambda _, o, y: F.cross_entropy(o, y, weights, reduction="none").mean(), X, classes)
     assert agreement.task is not None
@@ -431,7 +433,8 @@ def test_weights_are_not_guessed_for_a_class_that_was_not_seen() -> None:
     model = Module(lambda _, o, y: F.cross_entropy(o, y, torch.tensor([0.2, 1.0, 5.0, 2.0])), 4)
     assert of_module(model, X, CLASSES).task is None
     model.loss = lambda _, o, y: F.cross_entropy(o, y)
-    assert repr(of_module(model, X, CLASSES).task) == "Classification()"
+    for count in (NUM, 48, 3):
+        assert repr(of_module(model, X[:count], CLASSES[:count]).task) == "Classification()"
 
 
 @pytest.mark.parametrize("weights", [[3.0], [2.0, 3.0, 4.0, 1.0]])
@@ -513,6 +516,40 @@ def test_two_inputs_and_a_target() -> None:
     assert repr(task) == "Classification(inputs batch[0], batch[1], targets batch[2])"
 
 
+class Pairs(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return NUM
+
+    def __getitem__(self, i: int) -> Any:
+        return (X[i, :2], X[i, 2:]), CLASSES[i]
+
+
+def test_two_inputs_in_a_tuple() -> None:
+    class Two(Module):
+        def forward(self, one: Tensor, other: Tensor) -> Tensor:
+            return self.net(torch.cat([one, other], 1))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self(*batch[0]), batch[1])
+
+    model = Two(lambda: None)
+    task = agree(model, Examples(Pairs()), CPU, OwnLoss().of(model), batch_size=64).task
+    assert repr(task) == "Classification(inputs batch[0][0], batch[0][1], targets batch[1])"
+
+
+def test_a_forward_that_takes_the_whole_dictionary() -> None:
+    class Whole(Module):
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            return self.net(batch["image"])
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self(batch), batch["label"])
+
+    model = Whole(lambda: None)
+    task = agree(model, Examples(Dicts("image", "label")), CPU, OwnLoss().of(model), batch_size=64).task
+    assert repr(task) == "Classification(inputs batch, targets batch['label'])"
+
+
 @pytest.mark.parametrize("data", [(X,), (X, CLASSES)])
 def test_autoencoders_have_their_inputs_as_targets(data: tuple[Tensor, ...]) -> None:
     class Autoencoder(Module):
@@ -538,6 +575,17 @@ def a_dict(self: Module, x: Tensor) -> Any:
     return {"logits": self.net(x)}
 
 
+@pytest.mark.parametrize(("forward", "output"), [(a_tuple, 0), (a_dict, "logits")])
+def test_outputs_among_others(forward: Callable[..., Any], output: object) -> None:
+    kind = type("Other", (Module,), {"forward": forward})
+    kind.training_step = lambda self, batch, i: F.cross_entropy(self(batch[0])[output], batch[1])
+    model = kind(lambda: None)
+    task = of_module(model, X, CLASSES).task
+    assert repr(task) == f"Classification(inputs batch[0], targets batch[1], outputs [{output!r}])"
+    assert task is not None
+    assert torch.equal(task.outputs(model, task.inputs((X, CLASSES))), model.net(X))
+
+
 def two_arguments(self: Module, x: Tensor, other: Tensor) -> Tensor:
     return self.net(x + other)
 
@@ -546,7 +594,7 @@ def fails(self: Module, x: Tensor) -> Tensor:
     raise KeyError("nothing")
 
 
-@pytest.mark.parametrize("forward", [probabilities, a_tuple, a_dict, two_arguments, fails])
+@pytest.mark.parametrize("forward", [probabilities, two_arguments, fails])
 def test_modules_whose_outputs_are_no_natural_parameters(forward: Callable[..., Any]) -> None:
     kind = type("Other", (Module,), {"forward": forward})
     kind.training_step = lambda self, batch, i: F.cross_entropy(self.net(batch[0]), batch[1])
@@ -639,3 +687,194 @@ def test_double_and_half_precision() -> None:
     data = X.double(), CLASSES
     assert of_module(Module(lambda _, o, y: F.cross_entropy(o, y)).double(), *data).task is not None
     assert of_module(Module(focal).double(), *data).task is None
+
+
+# ---- counts, places and texts -----------------------------------------------------------------------------------
+
+COUNTS = torch.poisson(X[:, :2].clamp(-1, 1).exp() * 2, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (lambda _, o, y: F.poisson_nll_loss(o, y), "PoissonRegression(scale=0.5)"),
+        (lambda _, o, y: F.poisson_nll_loss(o, y, full=True), "PoissonRegression(scale=0.5)"),
+        (lambda _, o, y: (o.exp() - y * o).sum(1).mean(), "PoissonRegression()"),
+        (lambda _, o, y: -torch.distributions.Poisson(o.exp()).log_prob(y).mean(), "PoissonRegression(scale=0.5)"),
+        (lambda _, o, y: F.mse_loss(o, y), "Regression(noise_std=1)"),
+        (lambda _, o, y: F.poisson_nll_loss(F.softplus(o), y, log_input=False), "None"),
+        (lambda _, o, y: F.mse_loss(o, y.log1p()), "None"),
+    ],
+)
+def test_counts(loss: Callable[..., Tensor], expected: str) -> None:
+    assert repr(agreed(loss, X, COUNTS, width=2).task) == expected
+
+
+class Pictures(Module):
+    def __init__(self, loss: Callable[..., Tensor], width: int = 3) -> None:
+        super().__init__(loss, width)
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, width, 1))
+
+
+PICTURES = random_tensor(NUM, 1, 4, 4, seed=8).float()
+MASKS = torch.bucketize(PICTURES[:, 0], torch.tensor([-0.5, 0.5]))
+HOLES = MASKS.masked_fill(random_tensor(NUM, 4, 4, seed=9) > 0.8, -100)
+
+
+@pytest.mark.parametrize(
+    ("loss", "masks", "expected"),
+    [
+        (lambda _, o, y: F.cross_entropy(o, y), MASKS, "reduction='mean'"),
+        (lambda _, o, y: F.cross_entropy(o, y), HOLES, "reduction='sum', normalised=True"),
+        (lambda _, o, y: F.cross_entropy(o, y, ignore_index=9), HOLES.where(HOLES >= 0, 9), "ignore_index=9, "),
+        (
+            lambda _, o, y: F.cross_entropy(o, y, reduction="none").sum((1, 2)).mean(),
+            MASKS,
+            "reduction='mean', scale=16",
+        ),
+        (lambda _, o, y: F.cross_entropy(o, y, torch.tensor([1.0, 2.0, 3.0])), MASKS, None),
+        (lambda _, o, y: F.cross_entropy(o, y, label_smoothing=0.1), MASKS, None),
+        (lambda _, o, y: F.cross_entropy(o, y, reduction="none").flatten(1).amax(1).mean(), MASKS, None),
+    ],
+)
+def test_a_class_for_each_pixel(loss: Callable[..., Tensor], masks: Tensor, expected: str | None) -> None:
+    task = of_module(Pictures(loss), PICTURES, masks).task
+    assert (task is None) == (expected is None)
+    assert expected is None or f"DenseClassification({expected}" in repr(task)
+
+
+def test_bits_and_numbers_of_pixels() -> None:
+    bits = (MASKS == 1).float()[:, None]
+    model = Pictures(lambda _, o, y: F.binary_cross_entropy_with_logits(o, y), 1)
+    assert repr(of_module(model, PICTURES, bits).task) == "BinaryClassification(scale=0.0625)"
+    model.loss = lambda _, o, y: F.mse_loss(o, y)
+    assert repr(of_module(model, PICTURES, PICTURES * 2).task) == "Regression(noise_std=2.82843)"
+    model.loss = lambda _, o, y: F.l1_loss(o, y)
+    assert of_module(model, PICTURES, PICTURES * 2).task is None
+
+
+class Texts(torch.utils.data.Dataset):
+    """Token ids of unequal lengths."""
+
+    def __init__(self, masked: bool = False) -> None:
+        generator = torch.Generator().manual_seed(1)
+        lengths = torch.randint(3, 12, (NUM,), generator=generator).tolist()
+        self.ids = [torch.randint(1, 11, (length,), generator=generator) for length in lengths]
+        self.masked = masked
+
+    def __len__(self) -> int:
+        return NUM
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.ids[i]
+
+    def collate(self, ids: list[Tensor]) -> dict[str, Tensor]:
+        padded = nn.utils.rnn.pad_sequence(ids, batch_first=True)
+        mask = (padded > 0).long()
+        labels = padded.masked_fill(mask == 0, -100)
+        if self.masked:  # every third token is hidden
+            hidden = (torch.arange(padded.shape[1]) % 3 == 0) & (mask > 0)
+            padded, labels = padded.masked_fill(hidden, 0), padded.masked_fill(~hidden, -100)
+        return {"input_ids": padded, "attention_mask": mask, "labels": labels}
+
+
+class TextModel(Module):
+    def __init__(self, loss: Callable[..., Tensor]) -> None:
+        super().__init__(loss)
+        self.net = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 11))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.net(input_ids)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(self(batch["input_ids"]), batch["labels"])
+
+
+def next_tokens(o: Tensor, y: Tensor, **options: Any) -> Tensor:
+    return F.cross_entropy(o[:, :-1].transpose(1, 2), y[:, 1:], **options)
+
+
+def mean_of_means(o: Tensor, y: Tensor) -> Tensor:
+    return (next_tokens(o, y, reduction="none").sum(1) / (y[:, 1:] >= 0).sum(1)).mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "masked", "expected"),
+    [
+        (next_tokens, False, "CausalLanguageModeling(reduction='sum', normalised=True)"),
+        (mean_of_means, False, "CausalLanguageModeling(reduction='mean')"),
+        (lambda o, y: F.cross_entropy(o.transpose(1, 2), y), True, "TokenClassification(reduction='sum', normalised"),
+        # The mean over all places of a padded batch has a divisor that depends on the longest text.
+        (lambda o, y: next_tokens(o, y, reduction="none").mean(), False, None),
+        (lambda o, y: F.cross_entropy(o[:, :-1].transpose(1, 2), y[:, 1:].clamp(min=0)), False, None),
+    ],
+)
+def test_texts_of_unequal_lengths(loss: Callable[..., Tensor], masked: bool, expected: str | None) -> None:
+    texts = Texts(masked)
+    model = TextModel(loss)
+    agreement = agree(model, Examples(texts, texts.collate), CPU, OwnLoss().of(model), batch_size=64)
+    assert (agreement.task is None) == (expected is None)
+    assert expected is None or expected in repr(agreement.task)
+
+
+def test_pairs_of_tokens_and_their_labels() -> None:
+    ids = torch.randint(0, 11, (NUM, 7), generator=torch.Generator().manual_seed(2))
+    labels = (ids % 4).masked_fill(ids == 3, -100)
+    model = Module(lambda _, o, y: F.cross_entropy(o.flatten(0, 1), y.flatten()))
+    model.net = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 4))
+    expected = "DenseClassification(classes_last=True, reduction='sum', normalised=True)"
+    assert repr(of_module(model, ids, labels).task) == expected
+    model.net = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 11))
+    task = of_module(model, ids[:, :-1], ids[:, 1:]).task
+    assert repr(task) == "CausalLanguageModeling(reduction='mean')"
+
+
+class Annealed(TrainingStep):
+    """A penalty on outputs that grows with the epoch."""
+
+    def _loss(self, batch: Any) -> Tensor:
+        outputs, epoch = self.model(batch[0]), 0 if self.moment is None else self.moment.current_epoch
+        return F.cross_entropy(outputs, batch[1]) + 0.1 * epoch * outputs.square().mean()
+
+
+@pytest.mark.parametrize("moment", [None, Moment(0, 0), Moment(3, 30)])
+def test_a_term_that_grows_with_the_epoch_is_seen_where_it_is_zero(moment: Moment | None) -> None:
+    model = Module(lambda: None)
+    agreement = agree(model, examples_of(X, CLASSES), CPU, Annealed(model, moment), batch_size=64)
+    assert agreement.task is None
+    assert "later in training" in agreement.reason
+
+
+def test_a_step_that_draws_anew_each_time_is_no_likelihood() -> None:
+    def noisy(_: Module, o: Tensor, y: Tensor) -> Tensor:
+        flipped = torch.rand(len(y), generator=generator) < 0.1
+        return F.cross_entropy(o, torch.where(flipped, (y + 1) % 3, y))
+
+    generator = torch.Generator().manual_seed(0)
+    assert agreed(noisy, X, CLASSES).task is None
+
+
+def test_batches_that_training_skips_have_ignored_targets_alone() -> None:
+    def loss(_: Module, o: Tensor, y: Tensor) -> Any:
+        return None if (y < 0).all() else F.cross_entropy(o, y, ignore_index=-1)
+
+    targets = CLASSES.where(random_tensor(NUM, seed=4) > 0.5, -1)
+    assert repr(agreed(loss, X, targets).task) == "Classification(ignore_index=-1)"
+    positive = lambda _, o, y, ok: None if not ok.any() else (cross_entropies(o, y) * ok).mean()  # noqa: E731
+    assert agreed(positive, X, CLASSES, (X[:, 0] > 0)).task is None
+
+
+def test_data_that_are_cut_short_or_sorted_show_all_their_kinds() -> None:
+    order = CLASSES.argsort()
+    agreement = agreed(lambda _, o, y: F.cross_entropy(o, y, WEIGHTS), X[order], CLASSES[order])
+    assert repr(agreement.task) == "Classification(class_weights=[0.04, 0.2, 1])"
+
+
+def test_a_large_parameter_is_compared_by_sums_of_its_rows() -> None:
+    model = Module(lambda _, o, y: F.cross_entropy(o, y))
+    model.net = nn.Sequential(nn.Linear(5, 300), nn.ReLU(), nn.Linear(300, 40), nn.ReLU(), nn.Linear(40, 3))
+    assert model.net[2].weight.numel() > SKETCH
+    assert repr(of_module(model, X, CLASSES).task) == "Classification()"
+    model.loss = lambda module, o, y: F.cross_entropy(o, y) + 1e-3 * module.net[:3](X[: len(y)]).square().mean()
+    assert of_module(model, X, CLASSES).task is None

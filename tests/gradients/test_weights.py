@@ -5,9 +5,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from stride_lightning import BinaryClassification, Classification, Regression
+from stride_lightning import BinaryClassification, Classification, PoissonRegression, Regression
 from stride_lightning.attribute import attribute
-from stride_lightning.gradients.features import run_batches
 from stride_lightning.tasks.parts import Parts
 from tests.helpers.gradient_models import QUIET, fitted, inverse_of, jacobians_of, mlp
 from tests.helpers.tiny import random_tensor
@@ -22,6 +21,7 @@ OF_EXAMPLES = random_tensor(NUM, seed=7).abs()
 OF_EXAMPLES[3] = 0
 BITS = (random_tensor(NUM, 3, seed=3) > 0).double()
 NUMBERS, SOFT = random_tensor(NUM, 2, seed=4), random_tensor(NUM, 3, seed=5).softmax(1)
+COUNTS = (random_tensor(NUM, 2, seed=6).abs() * 3).floor()
 PARTS = Parts((0,), 1, 2)
 
 
@@ -80,6 +80,16 @@ CASES = {
         BinaryClassification(pos_weight=[3, 1, 0.5]),
         (BITS,),
         lambda o, y: bits(o, y, pos_weight=torch.tensor([3, 1, 0.5]).double()),
+    ),
+    "counts": (
+        PoissonRegression().with_scale(0.5),
+        (COUNTS,),
+        lambda o, y: F.poisson_nll_loss(o, y, reduction="none").mean(1),
+    ),
+    "examples of counts": (
+        PoissonRegression().changed(parts=PARTS, is_normalised=True),
+        (COUNTS, OF_EXAMPLES),
+        lambda o, y, w: w * F.poisson_nll_loss(o, y, reduction="none").sum(1) / OF_EXAMPLES.mean(),
     ),
     "examples of classes": (
         Classification().changed(parts=PARTS),
@@ -156,7 +166,7 @@ def test_margins_times_their_weights_are_the_loss(case):
     model, task, data, losses = made(case)
     attributor = fitted(model, data, "grad-dot", task=task)
     gradients = gradients_of(model, losses)
-    for batch in run_batches(attributor.capture, attributor.task, attributor.reader):
+    for batch in attributor.reader.run():
         margins, weights, curvature = batch.margin(), batch.margin_weights, batch.margin_curvature
         gram = margins.inner(margins) * weights[:, None] * weights
         torch.testing.assert_close(gram, gradients @ gradients.T, rtol=1e-6, atol=1e-6)

@@ -103,7 +103,8 @@ class TokenCurvature:
         self._a, self._damped_a, self._inverse_a, self._b, self._damped_b, self._inverse_b = (
             factor.to(device, dtype) for factor in (a, damped_a, torch.linalg.inv(damped_a), b, damped_b, inverse_b)
         )
-        self._weight = float(weight)
+        #: Sum of the weights of all training tokens.
+        self.weight = float(weight)
         #: Whether nothing is cut; else operators stand in directions that another device would choose otherwise.
         self.is_whole = left is None and right is None
 
@@ -137,7 +138,7 @@ class TokenCurvature:
 
         ``solved`` is what :meth:`solve` gives for queries, ``(q, r, c)``, and ``gradients`` of sequences ``(n, r, c)``.
         """
-        return solved.flatten(1) @ gradients.flatten(1).T / self._weight
+        return solved.flatten(1) @ gradients.flatten(1).T / self.weight
 
 
 def _times(values: Tensor, factor: Tensor) -> Tensor:

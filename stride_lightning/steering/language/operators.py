@@ -53,6 +53,8 @@ def fit_token_operators(passes: TrainingPasses, design: Design, curvature: Token
         mean += gradients.sum(0)
     sizes = design.sizes.clamp(min=1).to(summed)[:, None, None]
     slopes = total(summed).div_(sizes).sub_(total(mean) / design.num_train)
+    # Slopes are means over sequences, and the curvature is one over tokens.
+    slopes.mul_(design.num_train / curvature.weight)
     for slope in slopes:  # in place, as operators are the largest thing there is
         slope.copy_(-curvature.solve(slope))
     return TokenOperators(slopes)

@@ -105,6 +105,8 @@ class SequenceStride:
             self.layers = self.choose_layers(model, inputs)
         description = "Reading" if self._given.show_progress else ""
         texts = survey(train, self.task, model, space.vocabulary, description=description)
+        if self.task.is_normalised:
+            self.task = self.task.with_mean_weight(required(texts.kinds))
         self.fingerprint, self.space = texts.fingerprint, replace(space, longest=texts.longest)
         self._device = device
         self._is_recorded = record is not None and "moments" in record.groups

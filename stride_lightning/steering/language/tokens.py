@@ -114,7 +114,7 @@ class TokenReader:
         with exact(logits.device):
             logits = at_least_single(logits)
             encoded = self.task.encode(required(rows.targets), logits.shape[-1]).to(logits)
-            labels, weights = encoded[..., 0].long(), self.task.output_weights(encoded)[..., 0]
+            labels, weights = encoded[..., 0].long(), self.task.output_weights(encoded)[..., 0] / self.task.dispersion
             losses = (self.task.token_losses(logits, encoded) * weights).sum(1)
             # Padding may hold anything, NaN too: no weight is not enough.
             counted = (weights > 0)[..., None]

@@ -55,6 +55,18 @@ def test_a_sum_over_tokens_weighs_long_sequences_more(model):
     assert not torch.allclose(mean / mean.norm(), total / total.norm(), atol=1e-3)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_subsets": 8}], ids=["closed form", "operators"])
+def test_a_mean_over_all_tokens_of_a_batch_is_the_sum_over_the_mean_number_of_tokens(model, options):
+    total = ask(model, task=CausalLanguageModeling("sum"), **options)
+    mean = ask(model, task=CausalLanguageModeling("sum", normalised=True), **options)
+    labels = padded([TRAIN[i] for i in range(len(TRAIN))])["labels"]
+    num_tokens = int((labels[:, 1:] != -100).sum()) / len(TRAIN)
+    close(mean.scores, total.scores / num_tokens)
+    factor = ask(model, task=CausalLanguageModeling("sum").with_scale(0.3), **options)
+    close(factor.scores, 0.3 * total.scores)
+    torch.testing.assert_close(mean.metadata["mean_query_loss"], total.metadata["mean_query_loss"] / num_tokens)
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_large_vocabularies_keep_the_diagonal_of_their_curvature(model, monkeypatch, tmp_path, cached):
     monkeypatch.setattr(output_space, "MAX_DENSE", 3)
