@@ -60,11 +60,12 @@ class FurtherTrainingCallback(RecordingCallback):
         optimizer: Makes the optimizer of a model's parameters; by default the model's ``configure_optimizers``
             without its schedule, at the initial learning rate.
         batch_size: Examples of a batch; by default those of one optimizer step of the fit, over all processes.
+        loss: What training minimises, in place of ``task``: ``fn(model, batch)`` returns the loss of each example.
         measure: What is measured of the queries, ``fn(model, batch) -> (B,)`` with the module in eval mode; by default
             their loss. Positive effects raise it.
         seed: The first of the seeds.
         memory_budget: Bytes that copies trained together may take.
-        **kwargs: ``dirpath``, ``task``, ``loss`` and ``train_indices`` of every
+        **kwargs: ``dirpath``, ``task`` and ``train_indices`` of every
             :class:`~stride_lightning.callbacks.recording.RecordingCallback`.
 
     Raises:
@@ -93,12 +94,13 @@ class FurtherTrainingCallback(RecordingCallback):
         num_seeds: int = 5,
         optimizer: MakeOptimizer | None = None,
         batch_size: int | None = None,
+        loss: RowFunction | None = None,
         measure: RowFunction | None = None,
         seed: int = 0,
         memory_budget: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(loss=loss, **kwargs)
         with misconfigured():
             check_count("num_seeds", num_seeds)
             check_count("seed", seed, 0)

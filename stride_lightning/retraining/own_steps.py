@@ -139,7 +139,7 @@ class OwnSteps:
 
     @cached_property
     def _partners(self) -> Tensor:
-        return _spread(len(self.train), self.batch_size)
+        return _spread(len(self.train), max(self.batch_size, NUM_PROBES))  # not all of them ignored
 
     @cached_property
     def _mean_weight(self) -> float:
