@@ -15,7 +15,7 @@ from stride_lightning.data.examples import Examples, first_batch
 from stride_lightning.gradients.kinds import KINDS, Kind, kind_of
 from stride_lightning.gradients.signs import count_directions
 from stride_lightning.gradients.single import LossOutputs, SingleCapture, kind_by_gradients
-from stride_lightning.gradients.step_outputs import SkippedStep, StepInputs, StepOutputs
+from stride_lightning.gradients.step_outputs import NoRows, SkippedStep, StepInputs, StepOutputs
 from stride_lightning.model.capture import Capture, Effort, Outputs
 from stride_lightning.model.layers import in_precision_of
 from stride_lightning.model.plan import plan_capture, probe_places
@@ -127,16 +127,17 @@ def plan_own_loss(
     modes: list[Mode] = list(dict.fromkeys((mode, "eval")))
     for tried in modes:
         try:
+<<<<<<< HEAD
             plan = _planned(own, model, probes, tried, moment, choose_layers, like)
             return replace(plan, notes=(*plan.notes, *notes))
         except _NoRows as error:  # noqa: PERF203
+=======
+            return _planned(own, model, probes, tried, moment, choose_layers, like)
+        except NoRows as error:  # noqa: PERF203
+>>>>>>> w/coretests
             problem = problem or error
     plan = _one_by_one(own, model, probes, mode, moment, choose_layers, like, problem)
     return replace(plan, notes=(*plan.notes, *notes))
-
-
-class _NoRows(ValueError):
-    """The gradients of single examples cannot be read from a batch."""
 
 
 class _Probes:
@@ -174,14 +175,14 @@ def _planned(
         notes = check_step(step, [whole[:2], half[:2]]) if mode == "train" else []
         tap = find_tap(model, lambda: step(*whole), lambda: step(*half))
     if tap is None:
-        raise _NoRows("the loss uses parameters outside of modules")
+        raise NoRows("the loss uses parameters outside of modules")
     outputs = StepOutputs(model, step, tap)
     alone = [probes.batch([row]) for row in every]
     num_parameters = sum(value.numel() for value in model.parameters() if value.requires_grad)
     with outputs.without_loss():
         usable = [row for row in every if _runs(outputs, alone[row])]
         if not usable:
-            raise _NoRows("no single example runs through the model")
+            raise NoRows("no single example runs through the model")
         chosen = [usable[place] for place in probe_places(len(usable), max(1, num_parameters))]
         together, singles = probes.batch(chosen), [alone[row] for row in chosen]
         outputs.views_first = _views_first(outputs, together, singles)
@@ -192,7 +193,7 @@ def _planned(
             capture = plan_capture(outputs, singles, together, choose_layers(outputs, together), like)
             effort = capture.effort(together, len(chosen))
         except (ValueError, TypeError, IndexError) as error:
-            raise _NoRows(str(error)) from error
+            raise NoRows(str(error)) from error
     sizes = (max(2, len(every) // 6), 2)
     if is_padded:  # alike in all batches, for outputs of one width
         alone = [_cut(whole, slice(row, row + 1)) for row in every]
@@ -259,7 +260,7 @@ def says_why(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
-        if isinstance(error, ValueError) and "`loss=" in str(error):
+        if isinstance(error, NoRows) or (isinstance(error, ValueError) and "`loss=" in str(error)):
             raise
         raise ValueError(
             f"The training_step of {type(model).__name__} cannot be run on a batch of training examples "
@@ -299,6 +300,8 @@ def _slopes(outputs: StepOutputs, inputs: StepInputs) -> Tensor | None:
     try:
         outputs(inputs)
         slopes = outputs.slopes()
+    except NoRows:
+        raise
     except Exception:  # a single example may be too few for a loss, which may raise anything then
         return None
     return slopes if torch.isfinite(slopes).all() else None
