@@ -127,14 +127,9 @@ def plan_own_loss(
     modes: list[Mode] = list(dict.fromkeys((mode, "eval")))
     for tried in modes:
         try:
-<<<<<<< HEAD
             plan = _planned(own, model, probes, tried, moment, choose_layers, like)
             return replace(plan, notes=(*plan.notes, *notes))
-        except _NoRows as error:  # noqa: PERF203
-=======
-            return _planned(own, model, probes, tried, moment, choose_layers, like)
         except NoRows as error:  # noqa: PERF203
->>>>>>> w/coretests
             problem = problem or error
     plan = _one_by_one(own, model, probes, mode, moment, choose_layers, like, problem)
     return replace(plan, notes=(*plan.notes, *notes))
@@ -172,7 +167,6 @@ def _planned(
     every = list(range(len(probes)))
     whole, half = probes.batch(every), probes.batch(every[: max(1, len(every) // 2)])
     with says_why(model):
-        notes = check_step(step, [whole[:2], half[:2]]) if mode == "train" else []
         tap = find_tap(model, lambda: step(*whole), lambda: step(*half))
     if tap is None:
         raise NoRows("the loss uses parameters outside of modules")
@@ -205,8 +199,7 @@ def _planned(
         if kind is None:
             with moved(model):
                 kind = _kind(outputs, whole, parts, alone) or "mean"
-    if tap.penalised:
-        notes.append("the penalty on weights belongs to no example")
+    notes = ("the penalty on weights belongs to no example",) if tap.penalised else ()
     num_draws = NUM_DRAWS if is_random(step, whole) else 1
     largest = [0.0 if (slopes := _slopes(outputs, one)) is None else float(slopes.abs().max()) for one in alone]
     partner = largest.index(max(largest))
@@ -223,7 +216,7 @@ def _planned(
         is_padded,
         is_curved,
         max(widths) if is_curved else 1,
-        tuple(notes),
+        notes,
     )
 
 
