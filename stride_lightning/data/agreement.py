@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples, first_look
 from stride_lightning.data.reading import required
-from stride_lightning.data.step_gradients import StepGradients, settings_of
+from stride_lightning.data.step_gradients import Setting, StepGradients, settings_of
 from stride_lightning.data.trials import SIZES, Trial, mixed, read_kinds, read_trial, read_trials, spread_places
 from stride_lightning.data.weighting import plain, weighted_tasks
 from stride_lightning.model.layers import in_precision_of, uncompiled
@@ -92,7 +92,7 @@ class _Comparison:
         trials = self._trials(head, candidates[0])
         try:
             with torch.enable_grad():
-                gradients = self._gradients(candidates, head, trials)
+                gradients = self._gradients(candidates, trials)
             agreement = None if gradients.problem else self._first(candidates, gradients)
         except Exception as error:  # whatever a user's module raises
             self._check_finite(candidates[0], head)
@@ -103,9 +103,10 @@ class _Comparison:
         names = " or a ".join(dict.fromkeys(task.name for task in candidates))
         return agreement or Agreement(None, f"training_step computes another loss than a {names} of these outputs")
 
-    def _gradients(self, candidates: Sequence[Task], head: Trial, trials: Sequence[Trial]) -> StepGradients:
+    def _gradients(self, candidates: Sequence[Task], trials: Sequence[Trial]) -> StepGradients:
         is_number = all(isinstance(task, Regression) for task in candidates)
-        settings = settings_of(self.model, lambda: self._read(candidates[0], head)[0], far=is_number)
+        some = trials[min(1, len(trials) - 1)]
+        settings = settings_of(self.model, lambda: self._read(candidates[0], some)[0], far=is_number)
         return StepGradients(self.model, self.step, trials, settings)
 
     def _first(self, candidates: Sequence[Task], gradients: StepGradients) -> Agreement | None:
@@ -180,30 +181,29 @@ class _Comparison:
     def _compared(self, task: Task, gradients: StepGradients) -> Agreement | None:
         """The task in the unit of the module's own loss, if gradients agree."""
 
-        def losses(trial: Trial) -> Sequence[Callable[[], Tensor]]:
-            return [lambda: self._losses(task, trial).sum()]
+        def losses(trial: Trial) -> list[Tensor]:
+            return [task.loss(*self._read(task, trial)).sum()]
+
+        def of_task(settings: Sequence[Setting]) -> dict[tuple[Setting, int], Tensor]:
+            return {key: values[0] for key, values in gradients.of_losses(losses, settings).items()}
 
         try:
-            of_task = {key: values[0] for key, values in gradients.of_losses(losses).items()}
             with torch.no_grad():
                 weights = [task.example_weights(self._read(task, trial)[1]) for trial in gradients.trials]
+            first, *others = gradients.settings
+            ours = of_task([first])
+            ways = [way for way in self._divisors(gradients.trials, weights) if gradients.factor(ours, way[2])]
+            ours |= of_task(others) if ways else {}
         except (TypeError, ValueError):  # a target that the task does not take
             return None
-        for is_normalised, divides, divisors in self._divisors(task, gradients.trials, weights):
-            factor = gradients.factor(of_task, divisors)
-            if factor is not None:
+        for is_normalised, divides, divisors in ways:
+            if (factor := gradients.factor(ours, divisors)) is not None:
                 factor = plain(factor)
                 agreed = task.changed(is_normalised=is_normalised).with_scale(factor)
                 return Agreement(agreed, f"{agreed!r} agrees with training_step: {factor:.6g} times its {divides}")
         return None
 
-    def _losses(self, task: Task, trial: Trial) -> Tensor:
-        outputs, encoded = self._read(task, trial)
-        return task.loss(outputs, encoded)
-
-    def _divisors(
-        self, task: Task, trials: Sequence[Trial], weights: Sequence[Tensor]
-    ) -> Iterator[tuple[bool, str, list[float]]]:
+    def _divisors(self, trials: Sequence[Trial], weights: Sequence[Tensor]) -> Iterator[tuple[bool, str, list[float]]]:
         """Ways in which a batch's loss is made of those of examples."""
         sums, sizes = [float(weight.sum()) for weight in weights], [float(len(trial)) for trial in trials]
         every = torch.cat(list(weights))
