@@ -32,14 +32,22 @@ class Agreement:
     Attributes:
         task: The likelihood, in the unit of the module's own loss; None where none agrees.
         reason: One line that says which one agrees with which factor, or why none does.
+        is_other: Whether gradients tell that the module's own loss is another than every likelihood that fits.
     """
 
     task: Task | None
     reason: str
+    is_other: bool = False
 
 
 def agree(
-    model: nn.Module, examples: Examples, device: torch.device, step: TrainingStep | None, *, batch_size: int
+    model: nn.Module,
+    examples: Examples,
+    device: torch.device,
+    step: TrainingStep | None,
+    *,
+    batch_size: int,
+    only: Task | None = None,
 ) -> Agreement:
     """The built-in likelihood whose per-example loss is a factor times the module's own, for the whole data set.
 
@@ -53,6 +61,7 @@ def agree(
         device: Where the model runs.
         step: The module's own loss; None for a module without one, where shapes alone decide.
         batch_size: Most examples of a batch.
+        only: Compare this likelihood alone, as it is; by default all whose shapes fit, with weights and smoothing.
 
     Raises:
         ValueError: If an example is not finite. Without a ``step``, also if the task cannot be told.
@@ -69,14 +78,20 @@ def agree(
             with examples.naming(0):
                 task = infer_task_of(head, model)
             return Agreement(task, f"{task.name}, by the shapes of outputs and targets: no training_step to compare")
-        return _Comparison(model, examples, device, step, batch_size).result()
+        return _Comparison(model, examples, device, step, batch_size, only).result()
 
 
 class _Comparison:
     def __init__(
-        self, model: nn.Module, examples: Examples, device: torch.device, step: TrainingStep, batch_size: int
+        self,
+        model: nn.Module,
+        examples: Examples,
+        device: torch.device,
+        step: TrainingStep,
+        batch_size: int,
+        only: Task | None,
     ) -> None:
-        self.model, self.examples, self.device, self.step = model, examples, device, step
+        self.model, self.examples, self.device, self.step, self.only = model, examples, device, step, only
         self.limit = min(SIZES[0], batch_size, len(examples))
 
     def result(self) -> Agreement:
@@ -101,7 +116,8 @@ class _Comparison:
             self._check_finite(candidates[0], head)
             return Agreement(None, f"no likelihood is compared: {gradients.problem}")
         names = " or a ".join(dict.fromkeys(task.name for task in candidates))
-        return agreement or Agreement(None, f"training_step computes another loss than a {names} of these outputs")
+        reason = f"training_step computes another loss than a {names} of these outputs"
+        return agreement or Agreement(None, reason, is_other=True)
 
     def _gradients(self, candidates: Sequence[Task], trials: Sequence[Trial]) -> StepGradients:
         is_number = all(isinstance(task, Regression) for task in candidates)
@@ -114,7 +130,7 @@ class _Comparison:
         for task in candidates:
             if (agreement := self._compared(task, gradients)) is not None:
                 return agreement
-        for task in candidates:
+        for task in candidates if self.only is None else ():
             for weighted in weighted_tasks(task, gradients, self._read):
                 agreement = self._compared(weighted.changed(parts=task.parts), gradients)
                 if agreement is not None:
@@ -136,7 +152,8 @@ class _Comparison:
                 return False
 
         try:
-            candidates = [task for task in likely_tasks(self.model, head.batch) if fits(task)]
+            likely = likely_tasks(self.model, head.batch) if self.only is None else [self.only]
+            candidates = [task for task in likely if fits(task)]
         except Exception as error:  # of the user's forward
             problem = first_line(error)
         return candidates, problem or "the batch has no outputs and targets that a likelihood reads"

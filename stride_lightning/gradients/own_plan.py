@@ -31,8 +31,10 @@ ChooseLayers = Callable[[Outputs, Any], Sequence[str] | None]
 
 #: Examples on which a loss is looked at.
 NUM_EXAMPLES = 32
-#: A wider tap, and a loss whose second derivatives are smaller beside its squared slopes, are not curved.
-MAX_CURVED_OUTPUTS, MIN_CURVATURE = 256, 1e-3
+#: The curvature is not taken at a wider tap.
+MAX_CURVED_OUTPUTS = 256
+#: Nor where examples with fewer of the squared slopes are curved; those are, with more than this of the most curved.
+MIN_CURVED_SHARE, MIN_CURVATURE = 0.1, 1e-6
 #: Draws over which a random loss is averaged.
 NUM_DRAWS = 8
 
@@ -63,12 +65,17 @@ class OwnPlan:
     num_draws: int
     partner: int
     is_padded: bool
-    #: Whether the curvature of the loss is that at the tap's outputs; else gradients of examples make it (Fisher).
-    is_curved: bool
+    #: Why gradients of examples make the curvature (Fisher); empty where it is that of the loss at the tap's outputs.
+    flat_because: str
     num_outputs: int  # along which curvature is taken
     notes: tuple[str, ...]
     #: Mean weight of the training examples in a weighted mean, where the partner's is 1.
     mean_weight: float = 1.0
+
+    @property
+    def is_curved(self) -> bool:
+        """Whether the curvature is that of the loss at the tap's outputs."""
+        return not self.flat_because
 
     @property
     def num_directions(self) -> int:
@@ -89,6 +96,10 @@ class OwnPlan:
             parts.append(f"a mean over {self.num_draws} draws of its random numbers")
         if not self.has_rows:
             parts.append("read one example at a time")
+        if self.is_curved:
+            parts.append(f"curvature: Gauss-Newton, at {self.num_outputs} outputs of an example")
+        else:
+            parts.append(f"curvature: empirical Fisher matrix, because {self.flat_because}")
         return "; ".join(parts)
 
 
@@ -203,7 +214,7 @@ def _planned(
     num_draws = NUM_DRAWS if is_random(step, whole) else 1
     largest = [0.0 if (slopes := _slopes(outputs, one)) is None else float(slopes.abs().max()) for one in alone]
     partner = largest.index(max(largest))
-    is_curved = kind != "coupled" and not is_padded and _is_curved(outputs, together)
+    flat_because = _flat_because(outputs, whole, kind, is_padded=is_padded)
     return OwnPlan(
         own,
         step,
@@ -214,8 +225,8 @@ def _planned(
         num_draws,
         probes.places[partner],
         is_padded,
-        is_curved,
-        max(widths) if is_curved else 1,
+        flat_because,
+        1 if flat_because else max(widths),
         notes,
     )
 
@@ -244,7 +255,8 @@ def _one_by_one(
             "of (model, batch) that returns the loss of each example, shape (B,)."
         )
     effort = capture.effort(probes.batch([0]), 1)
-    return OwnPlan(own, step, capture, effort, kind, mode, num_draws, probes.places[0], False, False, 1, ())
+    flat_because = "outputs of single examples cannot be told apart in a batch"
+    return OwnPlan(own, step, capture, effort, kind, mode, num_draws, probes.places[0], False, flat_because, 1, ())
 
 
 @contextmanager
@@ -268,16 +280,28 @@ def is_random(step: TrainingStep, inputs: StepInputs) -> bool:
     return one is not None and other is not None and not torch.equal(one, other)
 
 
-def _is_curved(outputs: StepOutputs, inputs: StepInputs) -> bool:
-    """Whether a loss has second derivatives at its tap that are worth using."""
+def _flat_because(outputs: StepOutputs, inputs: StepInputs, kind: Kind, *, is_padded: bool) -> str:
+    """Why a loss has no second derivatives at its tap that are worth using; empty if it has.
+
+    Where only few of the squared slopes are those of curved examples, as with L1 or with Huber's loss far out, the
+    curvature says little of what a step changes. Neither the unit of the loss nor that of the outputs matters.
+    """
+    if kind == "coupled":
+        return "the loss couples the examples of a batch"
+    if is_padded:
+        return "the outputs of an example have padding"
     try:
-        if outputs(inputs).shape[1] > MAX_CURVED_OUTPUTS:
-            return False
-        second, slopes, size = outputs.second_derivatives(), outputs.slopes(), len(inputs.keys)
-    except (SkippedStep, RuntimeError):  # some operations have no second derivative
-        return False
-    trace = second.diagonal(dim1=1, dim2=2).sum(1).mean() * size
-    return bool(trace >= MIN_CURVATURE * (slopes * size).square().sum(1).mean()) and bool(trace > 0)
+        if (width := outputs(inputs).shape[1]) > MAX_CURVED_OUTPUTS:
+            return f"the loss has {width} outputs of an example, more than {MAX_CURVED_OUTPUTS}"
+        curvature, slopes = outputs.second_derivatives().double(), outputs.slopes().double()
+    except (SkippedStep, RuntimeError) as error:  # some operations have no second derivative
+        return f"the loss has no second derivatives ({first_line(error)})"
+    traces = torch.linalg.eigvalsh((curvature + curvature.transpose(1, 2)) / 2).clamp(min=0).sum(1)
+    squares = slopes.square().sum(1)
+    is_curved = traces > MIN_CURVATURE * traces.max()
+    if squares[is_curved].sum() <= MIN_CURVED_SHARE * squares.sum():
+        return "the second derivatives of the loss vanish for most examples"
+    return ""
 
 
 def _runs(outputs: StepOutputs, inputs: StepInputs) -> bool:
