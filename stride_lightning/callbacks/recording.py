@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -161,7 +162,8 @@ class RecordingCallback(GuardedCallback):
         """Write a record of the present step, under the step's number unless it has a name."""
         model, step = type(trainer.lightning_module).__name__, trainer.global_step
         about = {"model": model, "epoch": trainer.current_epoch, "step": step, "versions": versions()}
-        about = {"kind": self.record_kind, **about, **info}
+        moment = moment_of(trainer.lightning_module, None) or Moment()
+        about = {"kind": self.record_kind, **about, "moment": asdict(moment), **info}
         with _into(self.dirpath):
             path = write_record(self.dirpath, name or f"step={step}", about, tensors)
         self._written.append(path)

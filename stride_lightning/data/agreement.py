@@ -90,27 +90,35 @@ class _Comparison:
         if not candidates:
             return Agreement(None, f"no likelihood fits: {problem}")
         trials = self._trials(head, candidates[0])
-        is_number = all(isinstance(task, Regression) for task in candidates)
-        settings = settings_of(self.model, lambda: self._read(candidates[0], head)[0], far=is_number)
         try:
             with torch.enable_grad():
-                gradients = StepGradients(self.model, self.step, trials, settings)
-        except Exception as error:  # whatever a user's step raises
-            return Agreement(None, f"training_step raised {type(error).__name__}: {first_line(error)}")
+                gradients = self._gradients(candidates, head, trials)
+            agreement = None if gradients.problem else self._first(candidates, gradients)
+        except Exception as error:  # whatever a user's module raises
+            self._check_finite(candidates[0], head)
+            return Agreement(None, f"training_step or forward raised {type(error).__name__}: {first_line(error)}")
         if gradients.problem:
             self._check_finite(candidates[0], head)
             return Agreement(None, f"no likelihood is compared: {gradients.problem}")
+        names = " or a ".join(dict.fromkeys(task.name for task in candidates))
+        return agreement or Agreement(None, f"training_step computes another loss than a {names} of these outputs")
+
+    def _gradients(self, candidates: Sequence[Task], head: Trial, trials: Sequence[Trial]) -> StepGradients:
+        is_number = all(isinstance(task, Regression) for task in candidates)
+        settings = settings_of(self.model, lambda: self._read(candidates[0], head)[0], far=is_number)
+        return StepGradients(self.model, self.step, trials, settings)
+
+    def _first(self, candidates: Sequence[Task], gradients: StepGradients) -> Agreement | None:
+        """The first candidate that agrees, or the first of those with weights and smoothing."""
         for task in candidates:
-            agreement = self._compared(task, gradients)
-            if agreement is not None:
+            if (agreement := self._compared(task, gradients)) is not None:
                 return agreement
         for task in candidates:
             for weighted in weighted_tasks(task, gradients, self._read):
                 agreement = self._compared(weighted.changed(parts=task.parts), gradients)
                 if agreement is not None:
                     return agreement
-        names = ", ".join(dict.fromkeys(task.name for task in candidates))
-        return Agreement(None, f"training_step computes another loss than a {names} with these outputs and targets")
+        return None
 
     def _candidates(self, head: Trial) -> tuple[list[Task], str]:
         """Likelihoods whose shapes fit, and why there are none."""
@@ -161,8 +169,11 @@ class _Comparison:
 
     def _check_finite(self, task: Task, trial: Trial) -> None:
         """Refuse data that are not finite, naming the example."""
-        with self.examples.naming(trial.places):
+        try:
             outputs, encoded = self._read(task, trial)
+        except Exception:  # of the module, not of the data
+            return
+        with self.examples.naming(trial.places):
             check_finite(outputs, "outputs")
             check_finite(encoded, "target")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -121,8 +120,9 @@ class StepGradients:
         return gradients
 
     def _compare_moments(self, step: TrainingStep, setting: Setting, number: int) -> None:
-        later, moment = copy.copy(step), step.moment or Moment()
-        later.moment = replace(moment, current_epoch=moment.current_epoch + 7, global_step=moment.global_step + 1000)
+        moment = step.moment or Moment()
+        moment = replace(moment, current_epoch=moment.current_epoch + 7, global_step=moment.global_step + 1000)
+        later = step.at(moment, batch_idx=1)
         (gradient,) = (self._of_step(later, setting, [number]) or {number: None}).values()
         now = self.values[setting, number]
         if now is None or gradient is None:
@@ -130,7 +130,7 @@ class StepGradients:
         else:
             differs = bool(((now - gradient).abs() > self.allowed([now])).any())
         if differs:
-            self.problem = "training_step returns another loss later in training"
+            self.problem = "training_step returns another loss for another batch_idx or later in training"
 
     def of_losses(
         self, losses: Callable[[Trial], Sequence[Callable[[], Tensor]]], only: int | None = None

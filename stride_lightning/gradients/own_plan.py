@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from stride_lightning.data.examples import Examples, first_batch
 from stride_lightning.gradients.kinds import KINDS, Kind, kind_of
 from stride_lightning.gradients.signs import count_directions
 from stride_lightning.gradients.single import LossOutputs, SingleCapture, kind_by_gradients
-from stride_lightning.gradients.step_outputs import SkippedStep, StepInputs, StepOutputs
+from stride_lightning.gradients.step_outputs import NoRows, SkippedStep, StepInputs, StepOutputs
 from stride_lightning.model.capture import Capture, Effort, Outputs
 from stride_lightning.model.layers import in_precision_of
 from stride_lightning.model.plan import plan_capture, probe_places
@@ -119,18 +119,20 @@ def plan_own_loss(
         ValueError: If no example has a loss, or it is of a kind that is not known.
     """
     probes = _Probes(model, train, device)
+    every = range(len(probes))
+    with says_why(model):
+        batches = [probes.batch(rows)[:2] for rows in (every, every[: max(1, len(every) // 2)])]
+        notes = check_step(own.of(model, moment, mode), batches)
     problem: ValueError | None = None
     modes: list[Mode] = list(dict.fromkeys((mode, "eval")))
     for tried in modes:
         try:
-            return _planned(own, model, probes, tried, moment, choose_layers, like)
-        except _NoRows as error:  # noqa: PERF203
+            plan = _planned(own, model, probes, tried, moment, choose_layers, like)
+            return replace(plan, notes=(*plan.notes, *notes))
+        except NoRows as error:  # noqa: PERF203
             problem = problem or error
-    return _one_by_one(own, model, probes, mode, moment, choose_layers, like, problem)
-
-
-class _NoRows(ValueError):
-    """The gradients of single examples cannot be read from a batch."""
+    plan = _one_by_one(own, model, probes, mode, moment, choose_layers, like, problem)
+    return replace(plan, notes=(*plan.notes, *notes))
 
 
 class _Probes:
@@ -165,17 +167,16 @@ def _planned(
     every = list(range(len(probes)))
     whole, half = probes.batch(every), probes.batch(every[: max(1, len(every) // 2)])
     with says_why(model):
-        notes = check_step(step, [whole.batch, half.batch], [whole.keys, half.keys]) if mode == "train" else []
         tap = find_tap(model, lambda: step(*whole), lambda: step(*half))
     if tap is None:
-        raise _NoRows("the loss uses parameters outside of modules")
+        raise NoRows("the loss uses parameters outside of modules")
     outputs = StepOutputs(model, step, tap)
     alone = [probes.batch([row]) for row in every]
     num_parameters = sum(value.numel() for value in model.parameters() if value.requires_grad)
     with outputs.without_loss():
         usable = [row for row in every if _runs(outputs, alone[row])]
         if not usable:
-            raise _NoRows("no single example runs through the model")
+            raise NoRows("no single example runs through the model")
         chosen = [usable[place] for place in probe_places(len(usable), max(1, num_parameters))]
         together, singles = probes.batch(chosen), [alone[row] for row in chosen]
         outputs.views_first = _views_first(outputs, together, singles)
@@ -186,7 +187,7 @@ def _planned(
             capture = plan_capture(outputs, singles, together, choose_layers(outputs, together), like)
             effort = capture.effort(together, len(chosen))
         except (ValueError, TypeError, IndexError) as error:
-            raise _NoRows(str(error)) from error
+            raise NoRows(str(error)) from error
     sizes = (max(2, len(every) // 6), 2)
     if is_padded:  # alike in all batches, for outputs of one width
         alone = [_cut(whole, slice(row, row + 1)) for row in every]
@@ -198,8 +199,7 @@ def _planned(
         if kind is None:
             with moved(model):
                 kind = _kind(outputs, whole, parts, alone) or "mean"
-    if tap.penalised:
-        notes.append("the penalty on weights belongs to no example")
+    notes = ("the penalty on weights belongs to no example",) if tap.penalised else ()
     num_draws = NUM_DRAWS if is_random(step, whole) else 1
     largest = [0.0 if (slopes := _slopes(outputs, one)) is None else float(slopes.abs().max()) for one in alone]
     partner = largest.index(max(largest))
@@ -216,7 +216,7 @@ def _planned(
         is_padded,
         is_curved,
         max(widths) if is_curved else 1,
-        tuple(notes),
+        notes,
     )
 
 
@@ -253,7 +253,7 @@ def says_why(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
-        if isinstance(error, ValueError) and "`loss=" in str(error):
+        if isinstance(error, NoRows) or (isinstance(error, ValueError) and "`loss=" in str(error)):
             raise
         raise ValueError(
             f"The training_step of {type(model).__name__} cannot be run on a batch of training examples "
@@ -293,6 +293,8 @@ def _slopes(outputs: StepOutputs, inputs: StepInputs) -> Tensor | None:
     try:
         outputs(inputs)
         slopes = outputs.slopes()
+    except NoRows:
+        raise
     except Exception:  # a single example may be too few for a loss, which may raise anything then
         return None
     return slopes if torch.isfinite(slopes).all() else None

@@ -108,15 +108,26 @@ def likely_tasks(model: nn.Module, batch: Any) -> Iterator[Task]:
         try:
             inputs = in_precision_of(model, reader.inputs(batch))
             with torch.no_grad():
-                outputs = Task.outputs(reader, model, inputs)
+                returned: Any = Task.outputs(reader, model, inputs)
         except Exception:
             if parts is None and len(batch) == 2:
                 raise
             continue
         unweighted = None if parts is None else replace(parts, weights=None)
         targets = reader.changed(parts=unweighted).targets(batch)
-        if isinstance(outputs, Tensor) and outputs.ndim and isinstance(targets, Tensor) and targets.ndim:
-            yield from (task.changed(parts=parts) for task in _tasks_of(targets, outputs))
+        for output in _outputs_in(returned):
+            which = parts if output is None else replace(parts or Parts((0,), 1), output=output)
+            outputs = returned if output is None else returned[output]
+            if outputs.ndim and isinstance(targets, Tensor) and targets.ndim:
+                yield from (task.changed(parts=which) for task in _tasks_of(targets, outputs))
+
+
+def _outputs_in(returned: Any) -> list[Any]:
+    """Where outputs may stand in what a model returns; None for all of it."""
+    if isinstance(returned, Tensor):
+        return [None]
+    pairs = returned.items() if isinstance(returned, Mapping) else enumerate(returned)
+    return [key for key, value in pairs if isinstance(value, Tensor)]
 
 
 def _tasks_of(targets: Tensor, outputs: Tensor) -> Iterator[Task]:
@@ -170,6 +181,8 @@ def _likely_parts(model: nn.Module, batch: Any) -> Iterator[Parts | None]:
             yield Parts((0,), 1, 2)
         if last >= 2 and len(required) <= last <= len(positional):
             yield Parts(tuple(range(last)), last)
+        if last == 1 and isinstance(batch[0], tuple | list) and len(required) <= len(batch[0]) <= len(positional):
+            yield Parts(tuple((0, number) for number in range(len(batch[0]))), 1)
         if len(required) <= 1:
             yield Parts((0,), 0)  # an autoencoder
     if isinstance(batch, Mapping):
@@ -180,6 +193,7 @@ def _likely_parts(model: nn.Module, batch: Any) -> Iterator[Parts | None]:
                 yield Parts(tuple(required), target)
             elif len(required) == 1:
                 yield from (Parts((name,), target) for name in others if len(tensors) <= MOST_ITEMS)
+                yield Parts((), target)
 
 
 def _is_weight(value: Any) -> bool:

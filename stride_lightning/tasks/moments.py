@@ -43,6 +43,8 @@ def moment_of(model: nn.Module, checkpoint: Mapping[str, Any] | None) -> Moment 
         if trainer is None or not trainer.global_step:
             return None
         epoch, steps = _last_epoch(trainer.fit_loop.epoch_progress.current.ready), trainer.global_step
+    elif "moment" in checkpoint:
+        return Moment(**checkpoint["moment"])
     else:
         steps = checkpoint.get("global_step", checkpoint.get("step"))
         if steps is None or "epoch" not in checkpoint:

@@ -15,7 +15,7 @@ from stride_lightning.tasks.training_step import TrainingStep
 _LOSS = "say what the loss is: pass `loss=fn` with fn(model, batch) -> (B,)"
 
 
-def check_step(step: TrainingStep, batches: Sequence[Any], keys: Sequence[Tensor]) -> list[str]:
+def check_step(step: TrainingStep, batches: Sequence[tuple[Any, Tensor]]) -> list[str]:
     """Refuse a ``training_step`` that gives no loss of a batch; return what has to be said of its loss.
 
     It takes up to 6 runs of the first batch that the step does not skip. Batches of two different sizes also tell
@@ -23,25 +23,30 @@ def check_step(step: TrainingStep, batches: Sequence[Any], keys: Sequence[Tensor
 
     Args:
         step: The step.
-        batches: A few batches on the device.
-        keys: Numbers of the examples of each, as for the step.
+        batches: A few batches on the device, each with the numbers of its examples.
 
     Returns:
         Sentences for the log and the metadata, none if there is nothing special.
 
     Raises:
-        ValueError: If the step skips all batches, draws random numbers that no seed controls, depends on the moment of
-            training where that is unknown, or gives what is no loss.
+        ValueError: If the step skips all batches, gives a loss that is not finite or none at all, draws random numbers
+            that no seed controls, or depends on the moment of training where that is unknown.
     """
     name = f"The training_step of {type(step.model).__name__}"
-    losses = [step(batch, numbers) for batch, numbers in zip(batches, keys, strict=True)]
+    losses = [step(batch, keys) for batch, keys in batches]
     trained = [number for number, loss in enumerate(losses) if loss is not None]
     if not trained:
         raise ValueError(
-            f"{name} returned None for all of {len(losses)} batches, so nothing was trained. Return a loss."
+            f"{name} returned None for all of {len(losses)} batches, so nothing was trained on them. Return a loss."
         )
-    batch, numbers, loss = batches[trained[0]], keys[trained[0]], losses[trained[0]]
-    if _differ(step, loss, step(batch, numbers)):
+    (batch, keys), loss = batches[trained[0]], losses[trained[0]]
+    assert loss is not None
+    if not torch.isfinite(loss):
+        raise ValueError(
+            f"{name} returned {loss.item():g} as its loss of a batch. Check the batch and the weights for values that "
+            f"are not finite, and the loss for a logarithm or a division by 0. Or {_LOSS}."
+        )
+    if _differ(step, loss, step(batch, keys)):
         raise ValueError(
             f"{name} gives another loss when it runs again on the same batch under the same seeds. It draws from a "
             "generator of its own that nothing seeds, or uses the time or a counter outside of the module. Draw with "
@@ -52,9 +57,9 @@ def check_step(step: TrainingStep, batches: Sequence[Any], keys: Sequence[Tensor
         notes.append(
             "its random numbers come from a generator that it holds, so they belong to the batch and not to examples"
         )
-    if _differ(step, loss, _or_none(step.at(step.moment, batch_idx=1), batch, numbers)):
+    if _differ(step, loss, _or_none(step.at(step.moment, batch_idx=1), batch, keys)):
         notes.append("it depends on batch_idx; it is read at batch_idx=0")
-    if depends_on_moment(step, batch, numbers):
+    if depends_on_moment(step, batch, keys):
         if step.moment is None:
             raise ValueError(
                 f"{name} depends on the epoch or the step of training, which bare weights do not tell. Pass the module "
@@ -82,7 +87,7 @@ def _or_none(step: TrainingStep, batch: Any, keys: Tensor) -> Tensor | None:
     """The loss; None where the step fails, as with a list that has an entry for each epoch of the training."""
     try:
         return step(batch, keys)
-    except (LookupError, ValueError, ArithmeticError):
+    except (LookupError, ValueError, TypeError, ArithmeticError, RuntimeError):
         return None
 
 

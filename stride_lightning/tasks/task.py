@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from stride_lightning.runtime.checks import RowError
-from stride_lightning.tasks.parts import Parts
+from stride_lightning.tasks.parts import Parts, item_of
 
 HOW_TO_PASS_TASK = (
     "Pass `task=`: Classification(), BinaryClassification(), Regression(), SequenceClassification(), "
@@ -92,10 +92,10 @@ class Task(ABC):
         """The targets, or None for a batch without; by default the second item of the batch."""
         if self.parts is None:
             return batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
-        targets = batch[self.parts.targets]
+        targets = item_of(batch, self.parts.targets)
         if self.parts.weights is None:
             return targets
-        weights = batch[self.parts.weights]
+        weights = item_of(batch, self.parts.weights)
         return torch.cat([targets.reshape(len(targets), -1).to(weights), weights[:, None]], 1)
 
     def unpacked(self, targets: Tensor, width: int = 1) -> tuple[Tensor, Tensor | None]:
@@ -115,7 +115,10 @@ class Task(ABC):
 
     def outputs(self, model: nn.Module, inputs: Any) -> Tensor:
         """Natural parameters (logits, or the predicted mean of a regression), shape ``(B, C)`` or ``(B,)``."""
-        return model(inputs) if self.parts is None else model(*inputs)
+        if self.parts is None:
+            return model(inputs)
+        returned = model(*inputs)
+        return returned if self.parts.output is None else item_of(returned, self.parts.output)
 
     def check_batch(self, model: nn.Module, batch: Any) -> None:  # noqa: B027
         """Refuse, by a RowError, a batch that a model cannot take, before it runs; nothing is refused by default."""

@@ -14,6 +14,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from typing_extensions import Self
 
 from stride_lightning.model.undisturbed import undisturbed
+from stride_lightning.runtime.checkpointing import without_checkpointing
 from stride_lightning.runtime.randomness import mix, seeded
 from stride_lightning.runtime.row_draws import DrawnShapes, RowDraws
 from stride_lightning.tasks.manual_optimization import ManualOptimization
@@ -72,6 +73,7 @@ class TrainingStep:
             torch.inference_mode(False),
             seeded(mix(draw)),
             undisturbed(self.model, batch, watchers=watchers),
+            without_checkpointing(),
             torch.autocast(_device_of(self.model).type, enabled=False),
             torch.enable_grad(),
         ):
@@ -90,7 +92,7 @@ class TrainingStep:
     def _loss(self, batch: Any) -> Tensor | None:
         training_step: Callable[..., Any] = self.model.training_step  # pyright: ignore[reportAssignmentType]
         result = training_step(*_arguments(training_step, batch, self._batch_idx))
-        if any(parameter.grad is not None for parameter in self.model.parameters()):
+        if any(parameter.is_leaf and parameter.grad is not None for parameter in self.model.parameters()):
             raise ValueError(
                 f"The training_step of {type(self.model).__name__} calls backward() itself, so its loss cannot be "
                 "read. Call self.manual_backward(loss) with automatic_optimization=False, or say what the loss "
@@ -141,14 +143,7 @@ def _checked(model: nn.Module, loss: Any) -> Tensor:
             f"{name} returned a tensor of shape {tuple(loss.shape)}, expected a loss: one number. Take the mean."
         )
     loss = loss.reshape(()) if loss.ndim else loss
-    if is_functorch_wrapped_tensor(loss):  # neither can be asked under torch.func
-        return loss
-    if not torch.isfinite(loss):
-        raise ValueError(
-            f"{name} returned {loss.item():g} as its loss of a batch. Check the batch and the weights for values that "
-            "are not finite, and the loss for a logarithm or a division by 0."
-        )
-    if not loss.requires_grad:
+    if not (loss.requires_grad or is_functorch_wrapped_tensor(loss)):
         raise ValueError(
             f"{name} returned a loss without gradient. Compute it without .detach(), .item() and torch.no_grad(), and "
             "leave requires_grad of the parameters that are trained at True."

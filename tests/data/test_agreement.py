@@ -16,6 +16,7 @@ from stride_lightning import BinaryClassification, Classification, Regression
 from stride_lightning.data.agreement import Agreement, agree
 from stride_lightning.data.examples import Examples
 from stride_lightning.data.step_gradients import SKETCH
+from stride_lightning.data.trials import spread_places
 from stride_lightning.tasks.own_loss import OwnLoss
 from stride_lightning.tasks.training_step import Moment, TrainingStep
 from tests.helpers.tiny import CPU, examples_of, perceptron, random_tensor
@@ -275,7 +276,7 @@ def test_losses_of_outputs_that_differ_in_training_are_not_taken() -> None:
 def test_weights_of_a_loss_that_has_another_one_for_a_rare_class_are_seen() -> None:
     classes = CLASSES.clone()
     classes[classes == 2] = 0
-    classes[77] = 2  # one example in 120
+    classes[spread_places(NUM)[100]] = 2  # one example in 120, which is not among the first that are read
     weights = torch.tensor([1.0, 1.0, 3.0])
     agreement = agreed(lambda _, o, y: F.cross_entropy(o, y, weights, reduction="none").mean(), X, classes)
     assert agreement.task is not None
@@ -515,6 +516,40 @@ def test_two_inputs_and_a_target() -> None:
     assert repr(task) == "Classification(inputs batch[0], batch[1], targets batch[2])"
 
 
+class Pairs(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return NUM
+
+    def __getitem__(self, i: int) -> Any:
+        return (X[i, :2], X[i, 2:]), CLASSES[i]
+
+
+def test_two_inputs_in_a_tuple() -> None:
+    class Two(Module):
+        def forward(self, one: Tensor, other: Tensor) -> Tensor:
+            return self.net(torch.cat([one, other], 1))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self(*batch[0]), batch[1])
+
+    model = Two(lambda: None)
+    task = agree(model, Examples(Pairs()), CPU, OwnLoss().of(model), batch_size=64).task
+    assert repr(task) == "Classification(inputs batch[0][0], batch[0][1], targets batch[1])"
+
+
+def test_a_forward_that_takes_the_whole_dictionary() -> None:
+    class Whole(Module):
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            return self.net(batch["image"])
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self(batch), batch["label"])
+
+    model = Whole(lambda: None)
+    task = agree(model, Examples(Dicts("image", "label")), CPU, OwnLoss().of(model), batch_size=64).task
+    assert repr(task) == "Classification(inputs batch, targets batch['label'])"
+
+
 @pytest.mark.parametrize("data", [(X,), (X, CLASSES)])
 def test_autoencoders_have_their_inputs_as_targets(data: tuple[Tensor, ...]) -> None:
     class Autoencoder(Module):
@@ -540,6 +575,17 @@ def a_dict(self: Module, x: Tensor) -> Any:
     return {"logits": self.net(x)}
 
 
+@pytest.mark.parametrize(("forward", "output"), [(a_tuple, 0), (a_dict, "logits")])
+def test_outputs_among_others(forward: Callable[..., Any], output: object) -> None:
+    kind = type("Other", (Module,), {"forward": forward})
+    kind.training_step = lambda self, batch, i: F.cross_entropy(self(batch[0])[output], batch[1])
+    model = kind(lambda: None)
+    task = of_module(model, X, CLASSES).task
+    assert repr(task) == f"Classification(inputs batch[0], targets batch[1], outputs [{output!r}])"
+    assert task is not None
+    assert torch.equal(task.outputs(model, task.inputs((X, CLASSES))), model.net(X))
+
+
 def two_arguments(self: Module, x: Tensor, other: Tensor) -> Tensor:
     return self.net(x + other)
 
@@ -548,7 +594,7 @@ def fails(self: Module, x: Tensor) -> Tensor:
     raise KeyError("nothing")
 
 
-@pytest.mark.parametrize("forward", [probabilities, a_tuple, a_dict, two_arguments, fails])
+@pytest.mark.parametrize("forward", [probabilities, two_arguments, fails])
 def test_modules_whose_outputs_are_no_natural_parameters(forward: Callable[..., Any]) -> None:
     kind = type("Other", (Module,), {"forward": forward})
     kind.training_step = lambda self, batch, i: F.cross_entropy(self.net(batch[0]), batch[1])
@@ -577,6 +623,14 @@ def test_steps_that_give_no_loss(value: object) -> None:
     agreement = agreed(loss, X, CLASSES)
     assert agreement.task is None
     assert agreement.reason
+
+
+def test_modules_and_losses_that_cannot_be_compared() -> None:
+    frozen = Module(lambda _, o, y: F.cross_entropy(o, y)).requires_grad_(False)
+    assert "no trainable parameter" in of_module(frozen, X, CLASSES).reason
+    assert "skips every batch" in agreed(lambda *_: None, X, CLASSES).reason
+    infinite = lambda _, o, y: F.cross_entropy(o, y) * torch.inf  # noqa: E731
+    assert agreed(infinite, X, CLASSES).reason
 
 
 def test_an_example_that_is_not_finite_is_named() -> None:

@@ -7,7 +7,6 @@ from torch.utils.data import TensorDataset
 
 from stride_lightning import BinaryClassification, Classification, PoissonRegression, Regression
 from stride_lightning.attribute import attribute
-from stride_lightning.gradients.features import run_batches
 from stride_lightning.tasks.parts import Parts
 from tests.helpers.gradient_models import QUIET, fitted, inverse_of, jacobians_of, mlp
 from tests.helpers.tiny import random_tensor
@@ -167,7 +166,7 @@ def test_margins_times_their_weights_are_the_loss(case):
     model, task, data, losses = made(case)
     attributor = fitted(model, data, "grad-dot", task=task)
     gradients = gradients_of(model, losses)
-    for batch in run_batches(attributor.capture, attributor.task, attributor.reader):
+    for batch in attributor.reader.run():
         margins, weights, curvature = batch.margin(), batch.margin_weights, batch.margin_curvature
         gram = margins.inner(margins) * weights[:, None] * weights
         torch.testing.assert_close(gram, gradients @ gradients.T, rtol=1e-6, atol=1e-6)

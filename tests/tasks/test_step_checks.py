@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from stride_lightning import TracInCallback
 from stride_lightning.model.weights import load_checkpoint
+from stride_lightning.storage.records import find_records, read_info
 from stride_lightning.tasks.moments import moment_of
 from stride_lightning.tasks.step_checks import check_step, depends_on_moment
 from stride_lightning.tasks.training_step import Moment, TrainingStep
@@ -21,7 +23,7 @@ OTHER = ((X[:2], Y[:2]), KEYS[:2])
 
 def checked(step, moment=None, **attributes):
     model = make(step, **attributes)
-    return check_step(TrainingStep(model, moment), [BATCH, OTHER[0]], [KEYS, OTHER[1]])
+    return check_step(TrainingStep(model, moment), [(BATCH, KEYS), OTHER])
 
 
 def test_an_ordinary_step_has_nothing_to_say():
@@ -69,6 +71,12 @@ def test_skipping_everything_is_refused():
     with pytest.raises(ValueError, match="returned None for all of 2 batches"):
         checked(lambda self, batch, i: None)
     assert checked(lambda self, b, i: cross_entropy(self, b) if len(b[0]) < 5 else None) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_refused(value):
+    with pytest.raises(ValueError, match=rf"returned {value} as its loss of a batch.*loss=fn"):
+        checked(lambda self, b, i: cross_entropy(self, b) * value)
 
 
 STREAM = iter(range(10**6))
@@ -171,11 +179,18 @@ def test_the_moment_of_checkpoints_along_training(tmp_path):
         assert (moment.current_epoch, moment.global_step) == (last.current_epoch, last.global_step), path.name
 
 
+def test_the_moment_of_records(tmp_path):
+    model, callback = build(Noted), TracInCallback(every_n_epochs=1)
+    train(model, DataLoader(classification_data(), 20), tmp_path, callback, max_epochs=2)
+    moments = [moment_of(build(Noted), read_info(path)) for path in find_records(callback.dirpath)]
+    assert {moment.current_epoch for moment in moments} == {0, 1}
+    assert moments[-1] == model.last
+
+
 def test_bare_weights_have_no_moment(tmp_path):
     model = build(Classifier)
     assert moment_of(model, None) is None
     assert moment_of(model, model.state_dict()) is None
     assert moment_of(nn.Linear(1, 1), None) is None
-    assert moment_of(model, {"epoch": 2, "step": 30}) == Moment(2, 29)  # the info of a record
     train(model, DataLoader(TensorDataset(X, Y), 3), tmp_path, max_epochs=0)
     assert moment_of(model, None) is None
