@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from stride_lightning.callbacks.recording import RecordingCallback, is_dev_run, misconfigured
 from stride_lightning.data.examples import Examples, first_look
+from stride_lightning.data.objectives import Objective
 from stride_lightning.data.sources import resolve_queries
 from stride_lightning.model.weights import borrowed, rank_zero_state, weight_hash
 from stride_lightning.retraining.further_training import (
@@ -27,10 +28,9 @@ from stride_lightning.retraining.leaving_out import LeavingOut
 from stride_lightning.retraining.optimizers import MakeOptimizer, check_optimizer
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import rank
-from stride_lightning.tasks.likelihoods import Task
 from stride_lightning.tasks.measures import check_function
 from stride_lightning.tasks.moments import Moment, moment_of
-from stride_lightning.tasks.own_loss import OwnLoss, RowFunction
+from stride_lightning.tasks.own_loss import RowFunction
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class _Questions:
 
     examples: Examples
     queries: Examples
-    task: Task | OwnLoss
+    objective: Objective
 
 
 class FurtherTrainingCallback(RecordingCallback):
@@ -60,11 +60,12 @@ class FurtherTrainingCallback(RecordingCallback):
         optimizer: Makes the optimizer of a model's parameters; by default the model's ``configure_optimizers``
             without its schedule, at the initial learning rate.
         batch_size: Examples of a batch; by default those of one optimizer step of the fit, over all processes.
+        loss: What training minimises, in place of ``task``: ``fn(model, batch)`` returns the loss of each example.
         measure: What is measured of the queries, ``fn(model, batch) -> (B,)`` with the module in eval mode; by default
             their loss. Positive effects raise it.
         seed: The first of the seeds.
         memory_budget: Bytes that copies trained together may take.
-        **kwargs: ``dirpath``, ``task``, ``loss`` and ``train_indices`` of every
+        **kwargs: ``dirpath``, ``task`` and ``train_indices`` of every
             :class:`~stride_lightning.callbacks.recording.RecordingCallback`.
 
     Raises:
@@ -93,12 +94,13 @@ class FurtherTrainingCallback(RecordingCallback):
         num_seeds: int = 5,
         optimizer: MakeOptimizer | None = None,
         batch_size: int | None = None,
+        loss: RowFunction | None = None,
         measure: RowFunction | None = None,
         seed: int = 0,
         memory_budget: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(loss=loss, **kwargs)
         with misconfigured():
             check_count("num_seeds", num_seeds)
             check_count("seed", seed, 0)
@@ -126,7 +128,7 @@ class FurtherTrainingCallback(RecordingCallback):
         queries = resolve_queries(copy.copy(self.queries), pl_module)
         find_left_out(self.left_out, examples)
         objective, head = self.look(examples, pl_module)
-        self._questions = _Questions(examples, queries, objective.task)
+        self._questions = _Questions(examples, queries, objective)
         with borrowed(pl_module, None, None), torch.no_grad():
             # This tries everything out now: the end of a long fit would be too late.
             leaving_out = self._leaving_out(trainer, pl_module, head, warn=True)
@@ -170,8 +172,12 @@ class FurtherTrainingCallback(RecordingCallback):
         if size is None and loading is not None:  # the examples of one optimizer step
             size = loading.batch_size * trainer.world_size * trainer.accumulate_grad_batches
         how = {"optimizer": self.optimizer, "memory_budget": self.memory_budget, "warn": warn, "batch_size": size}
-        how |= {"measure": self.measure, "moment": moment_of(pl_module, None) or Moment()}
-        return LeavingOut(pl_module, known.examples, head, known.task, **how)
+        how |= {
+            "measure": self.measure,
+            "reason": known.objective.reason,
+            "moment": moment_of(pl_module, None) or Moment(),
+        }
+        return LeavingOut(pl_module, known.examples, head, known.objective.task, **how)
 
     def _log(self, trainer: L.Trainer, result: FurtherTraining) -> None:
         """Log the size of the effects after each amount of training, and the effects after the last in full."""

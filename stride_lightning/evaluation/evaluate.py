@@ -92,7 +92,7 @@ def evaluate(
         rows.append(EvaluationRow(name, lds, *ends, metric.num_constant, rises.get(name), named[name].seconds, memory))
     best_first = tuple(sorted(rows, key=lambda row: -row.lds))
     sizes = len(truth.masks), len(truth.seeds), truth.num_queries
-    return Evaluation(best_first, truth.ceiling, *sizes, confidence, per_query)
+    return Evaluation(best_first, truth.ceiling, *sizes, confidence, per_query, truth.measure)
 
 
 def _named(attributions: Mapping[str, _Result] | Sequence[_Result] | _Result) -> dict[str, _Result]:

@@ -84,8 +84,8 @@ def tune_damping(
         method: A method with a damping.
         dampings: The dampings to try, relative to the mean eigenvalue of the curvature.
         show_progress: Show progress bars.
-        **arguments: ``ckpt_path``, ``weights_only``, ``record``, ``task``, ``train_indices`` and ``device`` as in
-            :func:`~stride_lightning.attribute`, and options of the method.
+        **arguments: ``ckpt_path``, ``weights_only``, ``record``, ``task``, ``loss``, ``measure``, ``train_indices`` and
+            ``device`` as in :func:`~stride_lightning.attribute`, and options of the method.
 
     Returns:
         The scores by damping, and the best.
@@ -106,7 +106,7 @@ def tune_damping(
     ascending = tuple(sorted({check_damping(damping) for damping in dampings}))
     if not ascending:
         raise ValueError("`dampings` is empty: give at least one number.")
-    names = ("ckpt_path", "weights_only", "record", "task", "train_indices", "device")
+    names = ("ckpt_path", "weights_only", "record", "task", "loss", "measure", "train_indices", "device")
     fitting = {name: arguments.pop(name) for name in names if name in arguments}
     attributor = create(method, show_progress=show_progress, **arguments)
     if not isinstance(attributor, InfluenceAttributor):

@@ -21,7 +21,8 @@ class Attribution(AttributionResult):
 
     Args:
         scores: float32, shape ``(num_queries, num_train)``, in nats of query loss to first order; positive is
-            helpful: training on the example lowers the query's loss. A ranking, not calibrated to retraining.
+            helpful: training on the example lowers the query's loss, or raises what :attr:`measure` names. A ranking,
+            not calibrated to retraining.
         std: Standard deviation of each score, same shape; None if the method gives none. It is uncalibrated: nobody
             compared it with retraining. It may be a function without arguments that returns the tensor. The function
             runs when ``std`` is first read, in the process that reads it, and is then dropped; until then the result

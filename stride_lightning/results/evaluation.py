@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from stride_lightning.results.texts import score_text, shortened
 from stride_lightning.runtime.distributed import rank
+from stride_lightning.tasks.measures import OF_LOSS, harm_of, in_words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,6 +62,7 @@ class Evaluation:
         num_subsets: Subsets of the ground truth, with ``num_seeds`` models each and losses of ``num_queries`` queries.
         confidence: Coverage of the intervals, between 0 and 1.
         per_query: The score of every query, shape ``(num_queries,)``, by name.
+        measure: What was measured of the queries, its name and direction.
     """
 
     rows: tuple[EvaluationRow, ...]
@@ -69,6 +72,7 @@ class Evaluation:
     num_queries: int
     confidence: float
     per_query: dict[str, Tensor]
+    measure: Mapping[str, str] = field(default_factory=lambda: dict(OF_LOSS))
 
     def __getitem__(self, name: str) -> EvaluationRow:
         """The row of one attribution."""
@@ -160,8 +164,9 @@ def caption(evaluation: Evaluation) -> str:
     """The sizes of the evaluation, in a line."""
     queries = f"{evaluation.num_queries} quer{'ies' if evaluation.num_queries > 1 else 'y'}"
     models = f"{evaluation.num_subsets} subsets x {evaluation.num_seeds} seed{'s' if evaluation.num_seeds > 1 else ''}"
-    removal = "; without top k: mean rise of the loss" if evaluation.ks else ""
-    return f"LDS of {queries} over {models}, with {100 * evaluation.confidence:g} % intervals{removal}"
+    removal = f"; without top k: mean {harm_of(evaluation.measure)}" if evaluation.ks else ""
+    measure = "" if evaluation.measure == OF_LOSS else f" ({in_words(evaluation.measure)})"
+    return f"LDS of {queries}{measure} over {models}, with {100 * evaluation.confidence:g} % intervals{removal}"
 
 
 def ceiling_line(evaluation: Evaluation) -> str:

@@ -23,6 +23,7 @@ from stride_lightning.runtime.distributed import barrier, rank
 from stride_lightning.runtime.progress import announce
 from stride_lightning.storage.records import RecordError, read_record
 from stride_lightning.storage.stored import write_once
+from stride_lightning.tasks.measures import OF_LOSS, in_words, measure_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -170,6 +171,11 @@ class AttributionResult(ABC):
         return str(self.metadata.get("label") or self.metadata.get("method", "scores"))
 
     @property
+    def measure(self) -> dict[str, str]:
+        """Name of what is explained of the queries, and whether a positive score ``"lowers"`` or ``"raises"`` it."""
+        return measure_of(self.metadata)
+
+    @property
     def is_signed(self) -> bool:
         """Whether the sign of a score tells helpful from harmful, which it does not for unsigned information."""
         return "unsigned" not in self.metadata.get("unit", "")
@@ -193,7 +199,8 @@ class AttributionResult(ABC):
             ValueError: If ``k`` is below 1, or more than the result holds.
         """
         top = self.top_columns(k).renamed(self.train_indices)
-        return top.with_fields(is_signed=self.is_signed, disagreeing=self.disagreeing)
+        measure = None if self.measure == OF_LOSS else self.measure
+        return top.with_fields(is_signed=self.is_signed, disagreeing=self.disagreeing, measure=measure)
 
     def top_columns(self, k: int | None = None) -> TopExamples:
         """The same as :meth:`top`, with columns of the scores in place of positions in the training dataset."""
@@ -255,7 +262,8 @@ class AttributionResult(ABC):
         agreement = "" if text is None else f", readout {text}"
         certain = f", with {STD} of each score" if self.has_std else ""
         duration = f", {self.seconds:.1f} s" if self.seconds is not None else ""
-        return f"{type(self).__name__}({self.label}: {self._summary()}{agreement}{certain}{duration})"
+        measure = "" if self.measure == OF_LOSS else f", {in_words(self.measure)}"
+        return f"{type(self).__name__}({self.label}: {self._summary()}{measure}{agreement}{certain}{duration})"
 
     def to_dataframe(self, k: int | None = None) -> DataFrame:
         """A table with one row per query and training example, or only with the top ``k`` proponents and opponents.

@@ -14,6 +14,7 @@ from stride_lightning.results.agreement import EXPLANATION, MARK
 from stride_lightning.results.deferred import Deferred, DeferredField
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import gather_objects, world_size
+from stride_lightning.tasks.measures import in_words
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,7 @@ class TopExamples:
             computed when they are first read, if nobody read those of the scores before.
         is_signed: Whether the sign of a score tells who helps and who harms; if not, its size tells how much.
         disagreeing: Rows of the queries on which the readout disagrees with the model.
+        measure: What is explained of the queries, its name and direction; None is their loss.
     """
 
     proponents: Tensor
@@ -39,6 +41,7 @@ class TopExamples:
     opponent_stds: DeferredField = DeferredField(like="opponent_scores")  # noqa: RUF009 (a descriptor)
     is_signed: bool = True
     disagreeing: tuple[int, ...] = ()
+    measure: dict[str, str] | None = None
 
     def tensors(self) -> dict[str, Tensor | Deferred]:
         """The fields that are tensors, by name; it computes none of them."""
@@ -68,6 +71,8 @@ class TopExamples:
             lines.append(f"{name} helped by {helpful}\n{' ' * len(name)} harmed by {harmful}")
         more = len(self.proponents) - 10
         lines += [f"... and {more} more queries"] if more > 0 else []
+        if self.measure is not None and self.is_signed:
+            lines.append(f"positive: {in_words(self.measure)}")
         return "\n".join([*lines, EXPLANATION] if any(query < 10 for query in self.disagreeing) else lines)
 
 

@@ -61,6 +61,7 @@ class FurtherTrainingAttributor(Attributor):
     method = "further-training"
     unit = "nats of query loss"
     asks_at_once = True
+    needs_gradients = False
 
     def __init__(
         self,
@@ -138,7 +139,7 @@ class FurtherTrainingAttributor(Attributor):
                 raise ValueError(_NO_BATCH_SIZE)
             head = first_look(self.train_data, 64, device)
             how = {"optimizer": self.optimizer, "memory_budget": self.memory_budget, "measure": self.measure}
-            how |= {"batch_size": self.train_batch_size, "moment": self.moment}
+            how |= {"batch_size": self.train_batch_size, "moment": self.moment, "reason": self.metadata["loss"]}
             self._leaving_out = LeavingOut(model, self.train_data, head, self.task, **how)
         return self._leaving_out
 
@@ -215,6 +216,7 @@ class RetrainingAttributor(Attributor):
     method = "retraining"
     unit = "nats of query loss"
     asks_at_once = True
+    needs_gradients = False
 
     def __init__(
         self,

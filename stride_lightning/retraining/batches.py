@@ -30,8 +30,8 @@ from stride_lightning.tasks.own_loss import OwnLoss
 class Batches:
     """The batches of a training run.
 
-    The model is on the device of the training; ``head`` is the first batch. The options are those of
-    :func:`~stride_lightning.retrain`.
+    The model is on the device of the training; ``head`` is the first batch; ``reason`` says which loss it is and why.
+    The options are those of :func:`~stride_lightning.retrain`.
     """
 
     #: The reason why models train one by one; None if they train together.
@@ -48,6 +48,7 @@ class Batches:
         head: Any,
         task: Task | OwnLoss,
         *,
+        reason: str = "",
         batch_size: int | None = None,
         optimizer: MakeOptimizer | None = None,
         memory_budget: int | None = None,
@@ -56,6 +57,7 @@ class Batches:
         self.train, self.loading = train, check_loading(train.loading, batch_size)
         #: The likelihood, or the loss of the module's own where none says it.
         self.meaning: Task | OwnLoss = task
+        self.reason = reason or repr(task)
         self.optimizer, self.memory_budget = optimizer, memory_budget
         self.device = next(model.parameters()).device
         #: Traced steps, for all models of this kind.

@@ -130,8 +130,9 @@ def further_train(
         head = first_look(train, 64, home)
         moment = moment_of(model, checkpoint)
         objective = resolve_objective(model, train, home, task=task, loss=loss, moment=moment, batch_size=64)
-        how = {"batch_size": batch_size, "optimizer": optimizer, "memory_budget": memory_budget}
-        leaving_out = LeavingOut(model, train, head, objective.task, measure=measure, moment=moment, **how)
+        how: dict[str, Any] = {"batch_size": batch_size, "optimizer": optimizer, "memory_budget": memory_budget}
+        how |= {"reason": objective.reason, "measure": measure, "moment": moment}
+        leaving_out = LeavingOut(model, train, head, objective.task, **how)
         values = leaving_out.query_values(queries)
         weights = weight_hash(model)
     return measure_effects(

@@ -88,7 +88,7 @@ class LeavingOut(Batches):
         self.steps: OwnSteps | None = None
         try:
             if not isinstance(task, Task):
-                raise OtherLoss(f"its loss is no likelihood, but {task!r}")
+                raise OtherLoss(f"it trains on {self.reason}")
             sample = self._try_out(model, optimizer)
         except OtherLoss as reason:
             self.one_by_one_because = str(reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -72,9 +73,9 @@ def _kind_at_these_weights(
     for mode in modes:
         step = own.of(model, moment, mode)
 
-        def gradient_of(places: Tensor, draw: int = 0, step: TrainingStep = step) -> Tensor | None:
+        def gradient_of(places: Tensor, *, of: Callable[..., Tensor | None] = gradient, **how: int) -> Tensor | None:
             (batch,) = probes.drawn([places], 0, device)
-            return gradient(step, in_precision_of(model, batch), probes.positions[places], draw)
+            return of(step, in_precision_of(model, batch), probes.positions[places], **how)  # noqa: B023
 
         try:
             whole = gradient_of(every)
@@ -89,7 +90,11 @@ def _kind_at_these_weights(
         other = gradient_of(every, draw=1)
         is_random = other is None or not torch.equal(whole, other)
         # Rows of a function are examples, and training is on their mean.
-        kind = "mean" if isinstance(own, FunctionLoss) else _kind(gradient_of, whole, len(probes), device)
+        kind = (
+            "mean"
+            if isinstance(own, FunctionLoss)
+            else _kind(partial(gradient_of, of=gradient_or_none), whole, len(probes), device)
+        )
         first = first or LossKind(kind, mode, is_random)
         if kind != "coupled":
             return LossKind(kind, mode, is_random)
@@ -105,6 +110,14 @@ def gradient(step: TrainingStep, batch: object, keys: Tensor, draw: int = 0) -> 
     parts = torch.autograd.grad(loss, trained, materialize_grads=True)
     flat = _sketch(torch.cat([part.detach().flatten().float() for part in parts]))
     return flat if torch.isfinite(flat).all() else None
+
+
+def gradient_or_none(step: TrainingStep, batch: object, keys: Tensor) -> Tensor | None:
+    """The same; None too where the step fails: it takes no single example, or ignores all and divides by zero."""
+    try:
+        return gradient(step, batch, keys)
+    except Exception:
+        return None
 
 
 def _sketch(flat: Tensor) -> Tensor:
@@ -144,11 +157,8 @@ def _kind(gradient_of: Callable[[Tensor], Tensor | None], whole: Tensor, num: in
     """The kind, from gradients of a batch of ``num`` examples, of half of them, of each alone and of pairs."""
     tolerance = 1e-4 if device.type == "cpu" else 1e-3  # convolutions on a GPU use TF32
     half = max(1, num // 2)
-    try:
-        part = gradient_of(torch.arange(half))
-        alone = [gradient_of(torch.tensor([place])) for place in range(num)]
-    except Exception:  # it takes no single example
-        return "coupled"
+    part = gradient_of(torch.arange(half))
+    alone = [gradient_of(torch.tensor([place])) for place in range(num)]
     known = [each for each in alone if each is not None]
     if part is None or not known:
         return "coupled"

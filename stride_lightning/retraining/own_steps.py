@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset
 from stride_lightning.data.examples import Examples
 from stride_lightning.model.layers import in_precision_of
 from stride_lightning.retraining.batchability import tried_out
-from stride_lightning.retraining.loss_kinds import NUM_PROBES, gradient, kind_of_loss, weight_ratio
+from stride_lightning.retraining.loss_kinds import NUM_PROBES, gradient_or_none, kind_of_loss, weight_ratio
 from stride_lightning.runtime.randomness import mix
 from stride_lightning.tasks.own_loss import FunctionLoss, OwnLoss
 from stride_lightning.tasks.training_step import Mode, Moment
@@ -139,7 +139,7 @@ class OwnSteps:
 
     @cached_property
     def _partners(self) -> Tensor:
-        return _spread(len(self.train), self.batch_size)
+        return _spread(len(self.train), max(self.batch_size, NUM_PROBES))  # not all of them ignored
 
     @cached_property
     def _mean_weight(self) -> float:
@@ -153,11 +153,12 @@ class OwnSteps:
         with tried_out(self.model):
             step = self.loss.of(self.model, self.moment, self.mode)
             pairs = [places for batch in batches for places in (batch, torch.cat([batch, self._partners]))]
-            gradients = []
+            gradients: list[Tensor | None] = []
             for places, batch in zip(
                 [self._partners, *pairs], source.drawn([self._partners, *pairs], 0, self.device), strict=True
             ):
-                gradients.append(gradient(step, in_precision_of(self.model, batch), source.positions[places]))
+                batch = in_precision_of(self.model, batch)
+                gradients.append(gradient_or_none(step, batch, source.positions[places]))
             partners, *others = gradients
         if partners is None:
             raise ValueError(

@@ -100,10 +100,8 @@ class Recipe(Batches):
         moment = Moment(max_epochs=max_epochs)  # of a model that has not trained
         with borrowed(model, None, None) as home, torch.no_grad():
             objective = resolve_objective(model, train, home, task=task, loss=loss, moment=moment, batch_size=64)
-        meaning = objective.task
-        super().__init__(
-            model, train, head, meaning, batch_size=batch_size, optimizer=optimizer, memory_budget=memory_budget
-        )
+        how = {"batch_size": batch_size, "optimizer": optimizer, "memory_budget": memory_budget}
+        super().__init__(model, train, head, objective.task, reason=objective.reason, **how)
         self.model_fn, self.queries, self.max_epochs = model_fn, resolve_queries(queries, model), max_epochs
         #: The data module of the training data, with validation data for every model; None if there is none.
         self.datamodule: Any = train.owners[0] if train.owners else None

@@ -30,12 +30,12 @@ class Together:
             raise CannotBatch("`trainer_fn` was given")
         if recipe.one_by_one:
             raise CannotBatch("one_by_one=True was given")
-        if not isinstance(recipe.meaning, Task):
-            raise CannotBatch(f"its loss is no likelihood, but {recipe.meaning!r}")
         self.recipe, model = recipe, recipe.fresh_model(seed)  # a copy would lose hooks on its parameters
         check_hooks(model)
         self.optimization = read_optimization(model, recipe.optimizer)
         check_together(self.optimization.optimizer, model)
+        if not isinstance(recipe.meaning, Task):
+            raise CannotBatch(f"it trains on {recipe.reason}")
         places = mixed_places(recipe.train_kinds, len(recipe.train), recipe.loading.batch_size)
         (batch,) = recipe.train.drawn([places], 0, recipe.device)
         sample = recipe.prepared(model, batch)

@@ -23,6 +23,8 @@ from stride_lightning.tasks.training_step import Mode, training_mode
 Argument = Literal["loss", "measure"]
 #: What is explained of a query where no function says it: its loss.
 OF_LOSS = {"name": "loss", "direction": "lowers"}
+#: What a loss is called in sentences.
+OF_QUERY = "the query's loss"
 
 
 def measure_info(measure: RowFunction | None) -> dict[str, str]:
@@ -56,6 +58,17 @@ def in_words(measure: Mapping[str, str]) -> str:
         'raises margin'
     """
     return f"{measure['direction']} {measure['name']}"
+
+
+def effect_of(measure: Mapping[str, str], *, helpful: bool = True) -> str:
+    """What training on a helpful or a harmful example does to a query.
+
+    Example:
+        >>> effect_of(measure_info(None)), effect_of({"name": "margin", "direction": "raises"}, helpful=False)
+        ("lowers the query's loss", 'lowers margin')
+    """
+    direction = measure["direction"] if helpful else {"lowers": "raises", "raises": "lowers"}[measure["direction"]]
+    return f"{direction} {measure['name'] if measure != OF_LOSS else OF_QUERY}"
 
 
 def harm_of(measure: Mapping[str, str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from stride_lightning.results.agreement import EXPLANATION
 from stride_lightning.results.scores import AttributionResult
 from stride_lightning.results.texts import STD, interval_text, score_text, shortened
+from stride_lightning.tasks.measures import OF_LOSS, effect_of
 from stride_lightning.views.ranking import RankedExample, query_facts, query_name
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def draw_pictures(
     has_info = bool(attribution.train_info) or any(facts.keys() - {"target"} for facts in facts_of.values())
     height = 0.4 + (1.55 if has_info else 1.4) * len(queries)
     figure = _figure(attribution, queries, _CELL * sum(counts), height)
-    grids = _panels(figure, counts, len(queries))
+    grids = _panels(figure, counts, len(queries), attribution.measure)
 
     def show(example: Any, side: int, row: int, place: int, heading: str, captions: list[str]) -> None:
         panel, grid = grids[side]
@@ -70,14 +71,18 @@ def draw_pictures(
     return figure
 
 
-def _panels(figure: Figure, counts: list[int], num_rows: int) -> dict[int, tuple[SubFigure, GridSpec]]:
+def _panels(
+    figure: Figure, counts: list[int], num_rows: int, measure: Mapping[str, str]
+) -> dict[int, tuple[SubFigure, GridSpec]]:
     """A panel with a heading and a grid for the query, the proponents and the opponents, unless they are none."""
     sides = [side for side, count in enumerate(counts) if count]
     ratios = [counts[side] for side in sides]
     panels = figure.subfigures(1, len(sides), squeeze=False, width_ratios=ratios, wspace=0.02)[0]
+    name = "its loss" if measure == OF_LOSS else measure["name"]
+    verbs = ("", "lower", "raise") if measure["direction"] == "lowers" else ("", "raise", "lower")
     for side, panel in zip(sides, panels, strict=True):
         heading = ("Query", "Proponents", "Opponents")[side]
-        meaning = ("", " (lower its loss)", " (raise its loss)")[side] if counts[side] > 1 else ""
+        meaning = f" ({verbs[side]} {name})" if side and counts[side] > 1 else ""
         left = 0.06 / (_CELL * counts[side])
         panel.suptitle(heading + meaning, x=left, ha="left", color=COLORS[side], size=9.5, weight="bold")
     return {
@@ -95,7 +100,7 @@ def draw_bars(attribution: AttributionResult, queries: Sequence[int], ranked: Ra
         label = [f"label {facts.pop('target')}"] if "target" in facts else []
         title = fitted(figure, " · ".join([f"Query {query_name(attribution, query)}", *label, *facts.values()]), 9, 4.6)
         axes.set_title(title, loc="left", color=INK, size=9, parse_math=False)
-        _fill_chart(figure, axes, [*proponents, *reversed(opponents)])
+        _fill_chart(figure, axes, [*proponents, *reversed(opponents)], effect_of(attribution.measure))
     return figure
 
 
@@ -109,11 +114,11 @@ def _figure(attribution: AttributionResult, queries: Sequence[int], width: float
     return figure
 
 
-def _fill_chart(figure: Figure, axes: Axes, examples: list[RankedExample]) -> None:
+def _fill_chart(figure: Figure, axes: Axes, examples: list[RankedExample], effect: str) -> None:
     scores = [example.score for example in examples]
     stds = [example.std or 0.0 for example in examples]
     has_std = any(example.std is not None for example in examples)
-    meaning = "score (positive: training on the example lowers the query's loss)"
+    meaning = f"score (positive: training on the example {effect})"
     style_axes(axes, f"{meaning}; ± and error bars: {STD}" if has_std else meaning, grid="x")
     places = range(len(examples))
     colors = [GREEN if score > 0 else RED for score in scores]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stride_lightning.results.evaluation import caption, ceiling_line, text_rows, value_table
+from stride_lightning.tasks.measures import harm_of
 from stride_lightning.views.drawing import INK, RULE, blank_figure, fitted, label_rows, style_axes
 from stride_lightning.views.loggers import escaped, log_views
 
@@ -94,7 +95,7 @@ def _fill_scores(figure: Figure, axes: Axes, evaluation: Evaluation, colors: lis
 
 
 def _fill_curves(_: Figure, axes: Axes, evaluation: Evaluation, colors: list[str]) -> None:
-    style_axes(axes, "examples removed: the top k of each query", "mean rise of its loss")
+    style_axes(axes, "examples removed: the top k of each query", f"mean {harm_of(evaluation.measure)}")
     ks = evaluation.ks
     for row, color in zip(evaluation.rows, colors, strict=True):
         if row.counterfactual:

@@ -14,6 +14,7 @@ from torch import Tensor
 from stride_lightning.results.agreement import AGREES, EXPLANATION
 from stride_lightning.results.scores import AttributionResult, ImageShape
 from stride_lightning.results.texts import STD, STD_COLUMN, interval_text, shortened
+from stride_lightning.tasks.measures import OF_LOSS, effect_of, in_words
 from stride_lightning.views.figures import plot_grid, shows_images
 from stride_lightning.views.ranking import RankedExample, query_facts, query_name, rank_examples
 
@@ -100,11 +101,14 @@ def log_attribution(
 
 
 def tag_of(attribution: AttributionResult) -> str:
-    """The first part of names in dashboards: the method, so that several methods stand side by side.
+    """The first part of names in dashboards: the method, and a measure, so that several stand side by side.
 
     Not every dashboard takes a comma or a space, so they become hyphens.
     """
-    return re.sub(r"[, ]+", "-", attribution.label if "method" in attribution.metadata else "stride")
+    label = attribution.label if "method" in attribution.metadata else "stride"
+    if attribution.measure != OF_LOSS:
+        label += f" {in_words(attribution.measure)}"
+    return re.sub(r"[, <>]+", "-", label)
 
 
 def summarize(attribution: AttributionResult, k: int) -> dict[str, float]:
@@ -177,6 +181,8 @@ def markdown_table(attribution: AttributionResult, queries: Sequence[int], k: in
             cells = [side, str(rank), str(example.position), score, *map(escaped, _texts(example))]
             lines.append("| " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
+    if attribution.measure != OF_LOSS:
+        parts.append(f"Positive scores: training on the example {escaped(effect_of(attribution.measure))}.")
     if any(map(attribution.disagrees, queries)):
         parts.append(EXPLANATION)
     return "\n\n".join(parts)
@@ -192,7 +198,7 @@ def example_table(attribution: AttributionResult, queries: Iterable[int], k: int
         (['query', 'side', 'rank', 'position', 'score'], [[0, 'proponent', 1, 0, 0.5], [0, 'opponent', 1, 1, -0.25]])
     """
     columns = ["query"] + [f"query_{name}" for name in query_facts(attribution, 0)]
-    columns += ["side", "rank", "position", "score"] + [STD_COLUMN] * attribution.has_std
+    columns += ["side", "rank", "position", score_column(attribution)] + [STD_COLUMN] * attribution.has_std
     columns += ["target"] * (attribution.train_targets is not None) + list(attribution.train_info)
     rows = []
     for query in queries:
@@ -201,6 +207,11 @@ def example_table(attribution: AttributionResult, queries: Iterable[int], k: int
             std = [] if example.std is None else [example.std]
             rows.append([*start, side, rank, example.position, example.score, *std, *_texts(example)])
     return columns, rows
+
+
+def score_column(attribution: AttributionResult) -> str:
+    """The name of the column of scores, with what a positive one does to a measure."""
+    return "score" if attribution.measure == OF_LOSS else f"score ({in_words(attribution.measure)})"
 
 
 def _ranked_rows(attribution: AttributionResult, query: int, k: int) -> Iterator[tuple[str, int, RankedExample]]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from stride_lightning.results.scores import AttributionResult
 from stride_lightning.results.texts import STD_COLUMN
 from stride_lightning.runtime.checks import check_count
+from stride_lightning.tasks.measures import OF_LOSS, in_words
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -22,11 +25,14 @@ def dataframe(attribution: AttributionResult, k: int | None = None) -> DataFrame
         check_count("k", k)
     rows, columns, scores, std = attribution.pairs(k)
     table: dict[str, Any] = {"query": rows, "train_index": attribution.train_indices[columns], "score": scores}
+    if attribution.measure != OF_LOSS:
+        table["measure"] = in_words(attribution.measure)
     if std is not None:
         table[STD_COLUMN] = std
     if attribution.train_targets is not None and attribution.train_targets.ndim == 1:
         table["target"] = attribution.train_targets[columns]
-    frame = pd.DataFrame({name: value.numpy() for name, value in table.items()})
+    arrays = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in table.items()}
+    frame = pd.DataFrame(arrays, index=range(len(rows)))
     for name, values in attribution.train_info.items():
         frame[name] = [values[i] for i in columns.tolist()]
     for name, values in attribution.query_info.items():

@@ -41,6 +41,7 @@ from tests.helpers.models import (
 )
 from tests.helpers.processes import run_two, start
 from tests.helpers.runs import callbacks_of, fit_in_the_other_tree, run_cli, write_config
+from tests.retraining.further import SPREAD
 
 DATA, QUERIES, LEFT_OUT = classification_data(), classification_data(5, seed=1), [12, 3, 30]
 QUIET = {"show_progress": False}
@@ -362,16 +363,16 @@ def test_clipping_and_hooks_that_change_gradients_are_warned_of_once(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "32-true", "64-true"])
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_precision(tmp_path, precision, smoothing):
+@pytest.mark.parametrize("loss_fn", [F.cross_entropy, SPREAD], ids=["likelihood", "own loss"])
+def test_precision(tmp_path, precision, loss_fn):
     class Smoothed(Classifier):
-        loss = staticmethod(partial(F.cross_entropy, label_smoothing=smoothing))
+        loss = staticmethod(loss_fn)
 
     model, further = build(Smoothed), callback(left_out=[12, 3])
     train(model, DATA, tmp_path, further, precision=precision)
     assert further.result.effects_by_seed.dtype == (torch.float64 if precision == "64-true" else torch.float32)
     if precision != "bf16-true":
-        assert ("label smoothing" in str(further.result.metadata["one_by_one_because"])) is (smoothing > 0)
+        assert ("own loss" in str(further.result.metadata["one_by_one_because"])) is (loss_fn is SPREAD)
     single = build(Smoothed)
     single.load_state_dict(model.state_dict())
     reference = expected(single, left_out=[12, 3])

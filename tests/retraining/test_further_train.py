@@ -15,14 +15,14 @@ from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorData
 from stride_lightning import Regression
 from tests.helpers.models import hooks_of, make_trainer
 from tests.retraining.cases import NUM_TRAIN, Net, batchnorm, in_double, mlp, numbers, points, random, sgd
-from tests.retraining.further import SMOOTHED, ask, batches_of, by_hand, check, make_net
+from tests.retraining.further import SPREAD, ask, batches_of, by_hand, check, make_net
 
 SGD = partial(torch.optim.SGD, lr=0.2, momentum=0.7)
 
 # ---- the caller's model -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", [F.cross_entropy, SMOOTHED], ids=["together", "one by one"])
+@pytest.mark.parametrize("loss", [F.cross_entropy, SPREAD], ids=["together", "one by one"])
 def test_the_model_is_as_it_was(tmp_path, loss):
     model = make_net(lambda: batchnorm().append(nn.Dropout(0.1)), loss=loss).float()
     trainer = make_trainer(tmp_path, max_epochs=1)
@@ -152,7 +152,7 @@ def test_arguments_that_cannot_work_are_refused(name):
         ask(**({"model": make_net(mlp), "data": batches_of(data), "queries": data} | more))
 
 
-@pytest.mark.parametrize("loss", [F.cross_entropy, SMOOTHED], ids=["together", "one by one"])
+@pytest.mark.parametrize("loss", [F.cross_entropy, SPREAD], ids=["together", "one by one"])
 def test_queries_without_a_finite_loss_are_named_before_training(loss):
     data, queries = in_double(points()), in_double(points())
     queries.tensors[0][3, 1] = queries.tensors[0][7, 0] = torch.nan
@@ -163,7 +163,7 @@ def test_queries_without_a_finite_loss_are_named_before_training(loss):
 def test_data_with_nan_is_asked_about():
     data = in_double(points())
     data.tensors[0][20] = torch.nan
-    with pytest.raises(ValueError, match="Lower the learning rate, and check the data for NaN"):
+    with pytest.raises(ValueError, match="Training example 20 has NaN in its outputs"):
         ask(make_net(mlp), batches_of(data), in_double(points(4, seed=1)))
 
 

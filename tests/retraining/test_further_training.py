@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 from stride_lightning import FurtherTraining, further_train
@@ -14,6 +13,7 @@ from stride_lightning.retraining import further_training as module
 from stride_lightning.retraining.leaving_out import LeavingOut
 from stride_lightning.storage import parts as parts_module
 from tests.retraining.cases import Net, mlp, points, sgd, threads
+from tests.retraining.further import SPREAD
 
 SEEDS, EPOCHS, LEFT_OUT, QUERIES = [3, 4, 5], [1, 2], [7, 0, 20, 3], 5
 SETTINGS = {"epochs": EPOCHS, "left_out": LEFT_OUT, "num_seeds": 3, "seed": 3, "show_progress": False}
@@ -212,7 +212,7 @@ def test_a_progress_bar_counts_models_and_epochs(monkeypatch):
         yield SimpleNamespace(update=seen.append)
 
     monkeypatch.setattr(parts_module, "counting", bar)
-    for more in ({}, {"memory_budget": 1}, {"model": Net(mlp(), sgd, nn.CrossEntropyLoss(label_smoothing=0.1))}):
+    for more in ({}, {"memory_budget": 1}, {"model": Net(mlp(), sgd, SPREAD)}):
         seen.clear()
         run(**more)
         assert seen[0] == sum(seen[1:])

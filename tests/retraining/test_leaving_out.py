@@ -19,7 +19,7 @@ from stride_lightning.runtime.randomness import mix, seed_all
 from tests.helpers.models import Augmented
 from tests.retraining import cases, further
 from tests.retraining.cases import NUM_QUERIES, NUM_TRAIN, Net, half_squares, in_double, mlp, numbers, points, sgd
-from tests.retraining.further import BATCH, LEFT_OUT, SMOOTHED, ask, batches_of, by_hand, check, make_net
+from tests.retraining.further import BATCH, LEFT_OUT, SPREAD, ask, batches_of, by_hand, check, make_net
 
 SGD = partial(torch.optim.SGD, lr=0.2, momentum=0.7)
 
@@ -156,7 +156,7 @@ KINDS = {
     "plain": (mlp, F.cross_entropy, lambda data: data),
     "dropout": (dropout, F.cross_entropy, lambda data: data),
     "augmented": (mlp, F.cross_entropy, Augmented),
-    "smoothed": (dropout, SMOOTHED, lambda data: data),
+    "spread": (dropout, SPREAD, lambda data: data),
 }
 
 
@@ -174,7 +174,7 @@ def test_neither_chunks_nor_threads_nor_the_order_nor_the_random_state_matter(na
     with cases.threads(1 if threads > 1 else 2):
         threaded = ask(model, data, queries)
     sizes = [result.metadata["chunk_size"] for result in (whole, chunked)]
-    assert sizes[1] == (4 if name == "smoothed" else 1)  # one by one, every example is a chunk of its own anyway
+    assert sizes[1] == (4 if name == "spread" else 1)  # one by one, every example is a chunk of its own anyway
     assert sizes[0] == 4 or threads > 1
     same = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
     assert permuted.left_out.tolist() == [17, 24, 4, 0]
@@ -241,10 +241,11 @@ class Batch(Net):
         return {"loss": loss, "more": 1}
 
 
+OWN = r"it trains on the module's own loss \(training_step computes another loss than a classification"
 ALONE = {
     "recurrent": (cases.LastState, F.cross_entropy, Net, r"vectorise it, likely by network\.lstm \(LSTM\)"),
-    "smoothing": (mlp, SMOOTHED, Net, "its training_step returns another loss.*label smoothing"),
-    "batchnorm": (cases.batchnorm, SMOOTHED, Net, "its training_step returns another loss.*label smoothing"),
+    "spread": (mlp, SPREAD, Net, OWN),
+    "batchnorm": (cases.batchnorm, SPREAD, Net, OWN),
     "penalty": (mlp, F.cross_entropy, Batch, "its training_step returns another loss"),
 }
 
@@ -261,7 +262,8 @@ def test_what_cannot_train_together_trains_one_by_one_by_its_training_step(name,
         m.log = lambda *_: None
         return m.training_step(batch)["loss"] if kind is Batch else m.training_step(batch, 0)
 
-    check(result, by_hand(model, data, queries, step=step, mode=further.frozen_statistics))
+    measure = further.spread_losses if loss is SPREAD else cases.cross_entropies
+    check(result, by_hand(model, data, queries, measure, step=step, mode=further.frozen_statistics))
 
 
 def test_a_module_inside_that_logs_is_not_heard_either():
@@ -273,15 +275,15 @@ def test_a_module_inside_that_logs_is_not_heard_either():
         def training_step(self, batch, batch_idx):
             return self.inner.training_step(batch, batch_idx)
 
-    model, data = make_net(mlp, loss=SMOOTHED), in_double(points())
+    model, data = make_net(mlp, loss=SPREAD), in_double(points())
     result = ask(Outer(model), batches_of(data), data)
     assert "training_step" in result.metadata["one_by_one_because"]
-    check(result, by_hand(model, data, data))
+    check(result, by_hand(model, data, data, further.spread_losses))
 
 
 def test_double_weights_and_single_data_fit_one_by_one_too():
     """As a Trainer with precision="64-true" makes them fit."""
-    model, data = make_net(mlp, loss=SMOOTHED), points()
+    model, data = make_net(mlp, loss=SPREAD), points()
     expected = ask(model, batches_of(in_double(data)), in_double(data)).effects()
     torch.testing.assert_close(ask(model, batches_of(data), data).effects(), expected)
     assert ask(make_net(mlp), batches_of(data), data).metadata["one_by_one_because"] is None
@@ -290,14 +292,18 @@ def test_double_weights_and_single_data_fit_one_by_one_too():
 # ---- losses close to zero ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.2], ids=["together", "one by one"])
-def test_effects_on_confidently_classified_queries_are_not_quantised(smoothing):
+class OneByOne(torch.optim.SGD):
+    """Of a class of its own, so that copies train one by one."""
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, OneByOne], ids=["together", "one by one"])
+def test_effects_on_confidently_classified_queries_are_not_quantised(optimizer):
     data = TensorDataset(points().tensors[0], (points().tensors[0][:, 0] > 0).long())
     x = torch.zeros(5, 4)
     x[:, 0] = torch.linspace(20, 21, 5)
     queries = TensorDataset(x, torch.ones(5, dtype=torch.long))
-    slow = lambda m: torch.optim.SGD(m.parameters(), lr=0.03)  # noqa: E731
-    single = make_net(lambda: nn.Linear(4, 2), slow, nn.CrossEntropyLoss(label_smoothing=smoothing)).float()
+    slow = lambda m: optimizer(m.parameters(), lr=0.03)  # noqa: E731
+    single = make_net(lambda: nn.Linear(4, 2), slow).float()
     with torch.no_grad():
         single.network.weight.copy_(torch.tensor([[-0.5, 0, 0, 0], [0.5, 0, 0, 0]]))
         single.network.bias.zero_()

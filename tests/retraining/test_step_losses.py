@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from stride_lightning import Classification
 from tests.retraining.cases import Net, in_double, mlp, points
-from tests.retraining.further import SMOOTHED, ask, batches_of, make_net
+from tests.retraining.further import SPREAD, ask, batches_of, make_net
 
 
 class NoisyStep(Net):
@@ -26,14 +26,14 @@ class NoisierStep(NoisyStep):
 @pytest.mark.parametrize("kind", [Net, NoisyStep, NoisierStep])
 def test_a_loss_that_is_a_mean_over_examples_passes_whatever_is_drawn(kind):
     data = in_double(points())
-    result = ask(make_net(mlp, loss=SMOOTHED, kind=kind), batches_of(data), data)
+    result = ask(make_net(mlp, loss=SPREAD, kind=kind), batches_of(data), data)
     assert "training_step" in result.metadata["one_by_one_because"]
 
 
 def test_a_training_step_that_takes_no_single_example_has_differences_of_batches():
     class Squeezing(Net):
         def training_step(self, batch, batch_idx):
-            return SMOOTHED(self(batch[0]).squeeze(0), batch[1])
+            return SPREAD(self(batch[0]).squeeze(0), batch[1])
 
     data = in_double(points())
     result = ask(make_net(mlp, kind=Squeezing), batches_of(data), data, task=Classification())

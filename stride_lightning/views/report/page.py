@@ -16,14 +16,15 @@ from stride_lightning.results.agreement import EXPLANATION, MARK, agreement_text
 from stride_lightning.results.scores import AttributionResult
 from stride_lightning.results.texts import STD
 from stride_lightning.storage.files import hidden_name
+from stride_lightning.tasks.measures import OF_LOSS, effect_of
 from stride_lightning.views.report.content import report_content
 
 #: Files beside this one that run as one script, in this order.
 _SCRIPTS = ("elements.js", "query.js", "page.js")
 #: Heading, meaning and placeholder of each side of a query.
 _SIGNED = (
-    ("Proponents", "Training on them lowers the query's loss.", "No training example helps this query."),
-    ("Opponents", "Training on them raises the query's loss.", "No training example harms this query."),
+    ("Proponents", "Training on them {}.", "No training example helps this query."),
+    ("Opponents", "Training on them {}.", "No training example harms this query."),
 )
 _UNSIGNED = (
     ("Most informative", "They tell most about the query.", "No training example tells anything of this query."),
@@ -84,7 +85,11 @@ def page(attribution: AttributionResult, content: dict[str, Any], *, k: int, tit
     environment.filters["sha256"] = _sha256
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     sides = _SIGNED if attribution.is_signed else _UNSIGNED
-    named = [dict(zip(("name", "meaning", "none"), side, strict=True)) for side in sides]
+    effects = effect_of(attribution.measure), effect_of(attribution.measure, helpful=False)
+    named = [
+        {"name": name, "meaning": text.format(effect), "none": none}
+        for (name, text, none), effect in zip(sides, effects, strict=False)
+    ]
     count, num_train = len(content["queries"]), attribution.num_train
     sizes = f"{count:,} {'query' if count == 1 else 'queries'}, {num_train:,} training example{'s' * (num_train != 1)}"
     return environment.from_string(_file("page.html")).render(
@@ -119,6 +124,7 @@ def header_facts(attribution: AttributionResult, num_shown: int, k: int) -> dict
     }
     if isinstance(seconds, int | float):
         facts["Computed in"] = f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"
+    facts |= {} if attribution.measure == OF_LOSS else {"Explained": attribution.measure["name"]}
     agreement = agreement_text(attribution.query_info)
     facts |= {} if agreement is None else {"Readout": agreement}
     return facts | {"Unit of scores": str(metadata.get("unit") or "that of the method")}
@@ -126,7 +132,7 @@ def header_facts(attribution: AttributionResult, num_shown: int, k: int) -> dict
 
 def meaning(attribution: AttributionResult) -> str:
     """How to read scores and whiskers, in a sentence or two."""
-    words = "Positive scores are helpful: training on the example lowers the query's loss."
+    words = f"Positive scores are helpful: training on the example {effect_of(attribution.measure)}."
     if not attribution.is_signed:
         words = "Scores have no direction: they say how much an example tells about the query, not which way."
     return words + (f" ± and whiskers: one {STD} to each side." if attribution.has_std else "")
