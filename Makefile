@@ -24,11 +24,11 @@ test: $(STAMP)  ## Run the tests and the examples in the docstrings
 messages: $(STAMP)  ## Run the tests and write tests/messages.txt, the errors and warnings that they provoke
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.helpers.messages.harvest --numprocesses 2 --dist loadscope $(ARGS)
 
-lint: $(STAMP)  ## Check style, formatting, types (the README's too) and the order of the rooms
+lint: $(STAMP)  ## Check style, formatting, types (those of README and docs too) and the order of the rooms
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m tests.helpers.readme build/README.py
-	$(BIN)/pyright stride_lightning build/README.py
+	$(BIN)/python -m tests.helpers.readme build/README.py build/your_model.py
+	$(BIN)/pyright stride_lightning build/README.py build/your_model.py
 	$(BIN)/lint-imports
 
 bench: $(STAMP)  ## Run the benchmarks (with TRUTH=file.npz those too that compare with retrained models)

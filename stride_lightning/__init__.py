@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from stride_lightning.tasks.likelihoods import Classification as Classification
     from stride_lightning.tasks.likelihoods import Regression as Regression
     from stride_lightning.tasks.likelihoods import Task as Task
+    from stride_lightning.tasks.own_loss import OwnLoss as OwnLoss
 
 # Names are looked up on first use: importing Lightning takes seconds that a reader of records need not wait.
 _FILES = {
@@ -81,6 +82,7 @@ _FILES = {
     "tasks.dense": ("DenseClassification",),
     "tasks.language": ("CausalLanguageModeling", "SequenceClassification", "TokenClassification"),
     "tasks.likelihoods": ("BinaryClassification", "Classification", "Regression", "Task"),
+    "tasks.own_loss": ("OwnLoss",),
 }
 _HOMES = {name: home for home, names in _FILES.items() for name in names}
 __all__ = sorted(_HOMES)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from stride_lightning.data.examples import Examples
-from stride_lightning.data.objectives import Objective, check_objective, resolve_objective
+from stride_lightning.data.objectives import Objective, check_objective, check_rows, resolve_objective
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
 from stride_lightning.model.weights import (
     alone_with,
@@ -57,6 +57,10 @@ class Attributor(ABC):
     asks_at_once: ClassVar[bool] = False
     #: Number of queries after the fit, if known; for the estimate of the time left.
     expected_queries: int = 0
+    #: Queries that are known before the fit: a measure is tried on them before long work.
+    known_queries: Examples | None = None
+    #: Whether a measure must have a gradient in the model's parameters.
+    needs_gradients: ClassVar[bool] = True
     #: All methods by name; a subclass with a name registers itself.
     registry: ClassVar[dict[str, type[Attributor]]] = {}
 
@@ -107,6 +111,8 @@ class Attributor(ABC):
                 self.weights = weight_hash(model)
                 self.moment = moment_of(model, checkpoint)
                 chosen: dict[str, Any] = {"task": task, "loss": loss, "moment": self.moment}
+                if measure is not None and self.known_queries is not None:
+                    self._check_measure(measure, model, self.known_queries, where)
                 objective = resolve_objective(model, self.train_data, where, batch_size=self.batch_size, **chosen)
                 self.task, self.measure = self.checked_task(objective, model), measure
                 self.metadata = {
@@ -137,6 +143,8 @@ class Attributor(ABC):
         with Meter() as meter, call(show=self.show_progress):
             examples = resolve_queries(queries, self.model)
             with self.borrowed_model() as (model, where):
+                if self.measure is not None and self.known_queries is None:
+                    self._check_measure(self.measure, model, examples, where)
                 attribution = self.score_queries(model, examples, where, target)
         scored = self.scored_examples()
         shape = getattr(attribution, "num_queries", None), getattr(attribution, "num_train", None)
@@ -187,6 +195,9 @@ class Attributor(ABC):
                     "weights stay fixed."
                 )
             yield self.model, where
+
+    def _check_measure(self, measure: RowFunction, model: nn.Module, queries: Examples, device: torch.device) -> None:
+        check_rows(measure, "measure", model, queries, device, differentiable=self.needs_gradients)
 
     def take_over(self, other: Attributor) -> None:
         """Use the model, data and task that another attributor was fitted to, as a part of it."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.helpers.readme import README, readme_code, readme_module
+from tests.helpers.readme import README, module_of, readme_code
 from tests.helpers.texts import TinyLM
 
 
@@ -79,7 +79,7 @@ def test_code_has_the_lines_of_the_readme():
         (8, "y = 2"),
         (12, "z = 3"),
     ]
-    checked, readme = readme_module().splitlines(), README.read_text("utf-8").splitlines()
+    checked, readme = module_of(README).splitlines(), README.read_text("utf-8").splitlines()
     assert len(checked) == len(readme)
     assert [line for line, text in zip(checked[2:], readme[2:], strict=True) if line not in ("", text)] == []
 

@@ -15,7 +15,7 @@ from stride_lightning.data.examples import Examples, first_batch
 from stride_lightning.gradients.kinds import KINDS, Kind, kind_of
 from stride_lightning.gradients.signs import count_directions
 from stride_lightning.gradients.single import LossOutputs, SingleCapture, kind_by_gradients
-from stride_lightning.gradients.step_outputs import SkippedStep, StepInputs, StepOutputs
+from stride_lightning.gradients.step_outputs import NoRows, SkippedStep, StepInputs, StepOutputs
 from stride_lightning.model.capture import Capture, Effort, Outputs
 from stride_lightning.model.layers import in_precision_of
 from stride_lightning.model.plan import plan_capture, probe_places
@@ -31,8 +31,10 @@ ChooseLayers = Callable[[Outputs, Any], Sequence[str] | None]
 
 #: Examples on which a loss is looked at.
 NUM_EXAMPLES = 32
-#: A wider tap, and a loss whose second derivatives are smaller beside its squared slopes, are not curved.
-MAX_CURVED_OUTPUTS, MIN_CURVATURE = 256, 1e-3
+#: The curvature is not taken at a wider tap.
+MAX_CURVED_OUTPUTS = 256
+#: Nor where examples with fewer of the squared slopes are curved; those are, with more than this of the most curved.
+MIN_CURVED_SHARE, MIN_CURVATURE = 0.1, 1e-6
 #: Draws over which a random loss is averaged.
 NUM_DRAWS = 8
 
@@ -63,12 +65,17 @@ class OwnPlan:
     num_draws: int
     partner: int
     is_padded: bool
-    #: Whether the curvature of the loss is that at the tap's outputs; else gradients of examples make it (Fisher).
-    is_curved: bool
+    #: Why gradients of examples make the curvature (Fisher); empty where it is that of the loss at the tap's outputs.
+    flat_because: str
     num_outputs: int  # along which curvature is taken
     notes: tuple[str, ...]
     #: Mean weight of the training examples in a weighted mean, where the partner's is 1.
     mean_weight: float = 1.0
+
+    @property
+    def is_curved(self) -> bool:
+        """Whether the curvature is that of the loss at the tap's outputs."""
+        return not self.flat_because
 
     @property
     def num_directions(self) -> int:
@@ -89,6 +96,10 @@ class OwnPlan:
             parts.append(f"a mean over {self.num_draws} draws of its random numbers")
         if not self.has_rows:
             parts.append("read one example at a time")
+        if self.is_curved:
+            parts.append(f"curvature: Gauss-Newton, at {self.num_outputs} outputs of an example")
+        else:
+            parts.append(f"curvature: empirical Fisher matrix, because {self.flat_because}")
         return "; ".join(parts)
 
 
@@ -129,14 +140,10 @@ def plan_own_loss(
         try:
             plan = _planned(own, model, probes, tried, moment, choose_layers, like)
             return replace(plan, notes=(*plan.notes, *notes))
-        except _NoRows as error:  # noqa: PERF203
+        except NoRows as error:  # noqa: PERF203
             problem = problem or error
     plan = _one_by_one(own, model, probes, mode, moment, choose_layers, like, problem)
     return replace(plan, notes=(*plan.notes, *notes))
-
-
-class _NoRows(ValueError):
-    """The gradients of single examples cannot be read from a batch."""
 
 
 class _Probes:
@@ -171,17 +178,16 @@ def _planned(
     every = list(range(len(probes)))
     whole, half = probes.batch(every), probes.batch(every[: max(1, len(every) // 2)])
     with says_why(model):
-        notes = check_step(step, [whole.batch, half.batch], [whole.keys, half.keys]) if mode == "train" else []
         tap = find_tap(model, lambda: step(*whole), lambda: step(*half))
     if tap is None:
-        raise _NoRows("the loss uses parameters outside of modules")
+        raise NoRows("the loss uses parameters outside of modules")
     outputs = StepOutputs(model, step, tap)
     alone = [probes.batch([row]) for row in every]
     num_parameters = sum(value.numel() for value in model.parameters() if value.requires_grad)
     with outputs.without_loss():
         usable = [row for row in every if _runs(outputs, alone[row])]
         if not usable:
-            raise _NoRows("no single example runs through the model")
+            raise NoRows("no single example runs through the model")
         chosen = [usable[place] for place in probe_places(len(usable), max(1, num_parameters))]
         together, singles = probes.batch(chosen), [alone[row] for row in chosen]
         outputs.views_first = _views_first(outputs, together, singles)
@@ -192,7 +198,7 @@ def _planned(
             capture = plan_capture(outputs, singles, together, choose_layers(outputs, together), like)
             effort = capture.effort(together, len(chosen))
         except (ValueError, TypeError, IndexError) as error:
-            raise _NoRows(str(error)) from error
+            raise NoRows(str(error)) from error
     sizes = (max(2, len(every) // 6), 2)
     if is_padded:  # alike in all batches, for outputs of one width
         alone = [_cut(whole, slice(row, row + 1)) for row in every]
@@ -204,12 +210,11 @@ def _planned(
         if kind is None:
             with moved(model):
                 kind = _kind(outputs, whole, parts, alone) or "mean"
-    if tap.penalised:
-        notes.append("the penalty on weights belongs to no example")
+    notes = ("the penalty on weights belongs to no example",) if tap.penalised else ()
     num_draws = NUM_DRAWS if is_random(step, whole) else 1
     largest = [0.0 if (slopes := _slopes(outputs, one)) is None else float(slopes.abs().max()) for one in alone]
     partner = largest.index(max(largest))
-    is_curved = kind != "coupled" and not is_padded and _is_curved(outputs, together)
+    flat_because = _flat_because(outputs, whole, kind, is_padded=is_padded)
     return OwnPlan(
         own,
         step,
@@ -220,9 +225,9 @@ def _planned(
         num_draws,
         probes.places[partner],
         is_padded,
-        is_curved,
-        max(widths) if is_curved else 1,
-        tuple(notes),
+        flat_because,
+        1 if flat_because else max(widths),
+        notes,
     )
 
 
@@ -250,7 +255,8 @@ def _one_by_one(
             "of (model, batch) that returns the loss of each example, shape (B,)."
         )
     effort = capture.effort(probes.batch([0]), 1)
-    return OwnPlan(own, step, capture, effort, kind, mode, num_draws, probes.places[0], False, False, 1, ())
+    flat_because = "outputs of single examples cannot be told apart in a batch"
+    return OwnPlan(own, step, capture, effort, kind, mode, num_draws, probes.places[0], False, flat_because, 1, ())
 
 
 @contextmanager
@@ -259,7 +265,7 @@ def says_why(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
-        if isinstance(error, ValueError) and "`loss=" in str(error):
+        if isinstance(error, NoRows) or (isinstance(error, ValueError) and "`loss=" in str(error)):
             raise
         raise ValueError(
             f"The training_step of {type(model).__name__} cannot be run on a batch of training examples "
@@ -274,16 +280,28 @@ def is_random(step: TrainingStep, inputs: StepInputs) -> bool:
     return one is not None and other is not None and not torch.equal(one, other)
 
 
-def _is_curved(outputs: StepOutputs, inputs: StepInputs) -> bool:
-    """Whether a loss has second derivatives at its tap that are worth using."""
+def _flat_because(outputs: StepOutputs, inputs: StepInputs, kind: Kind, *, is_padded: bool) -> str:
+    """Why a loss has no second derivatives at its tap that are worth using; empty if it has.
+
+    Where only few of the squared slopes are those of curved examples, as with L1 or with Huber's loss far out, the
+    curvature says little of what a step changes. Neither the unit of the loss nor that of the outputs matters.
+    """
+    if kind == "coupled":
+        return "the loss couples the examples of a batch"
+    if is_padded:
+        return "the outputs of an example have padding"
     try:
-        if outputs(inputs).shape[1] > MAX_CURVED_OUTPUTS:
-            return False
-        second, slopes, size = outputs.second_derivatives(), outputs.slopes(), len(inputs.keys)
-    except (SkippedStep, RuntimeError):  # some operations have no second derivative
-        return False
-    trace = second.diagonal(dim1=1, dim2=2).sum(1).mean() * size
-    return bool(trace >= MIN_CURVATURE * (slopes * size).square().sum(1).mean()) and bool(trace > 0)
+        if (width := outputs(inputs).shape[1]) > MAX_CURVED_OUTPUTS:
+            return f"the loss has {width} outputs of an example, more than {MAX_CURVED_OUTPUTS}"
+        curvature, slopes = outputs.second_derivatives().double(), outputs.slopes().double()
+    except (SkippedStep, RuntimeError) as error:  # some operations have no second derivative
+        return f"the loss has no second derivatives ({first_line(error)})"
+    traces = torch.linalg.eigvalsh((curvature + curvature.transpose(1, 2)) / 2).clamp(min=0).sum(1)
+    squares = slopes.square().sum(1)
+    is_curved = traces > MIN_CURVATURE * traces.max()
+    if squares[is_curved].sum() <= MIN_CURVED_SHARE * squares.sum():
+        return "the second derivatives of the loss vanish for most examples"
+    return ""
 
 
 def _runs(outputs: StepOutputs, inputs: StepInputs) -> bool:
@@ -299,6 +317,8 @@ def _slopes(outputs: StepOutputs, inputs: StepInputs) -> Tensor | None:
     try:
         outputs(inputs)
         slopes = outputs.slopes()
+    except NoRows:
+        raise
     except Exception:  # a single example may be too few for a loss, which may raise anything then
         return None
     return slopes if torch.isfinite(slopes).all() else None

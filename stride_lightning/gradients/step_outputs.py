@@ -28,6 +28,10 @@ class SkippedStep(Exception):
     """``training_step`` returned None."""
 
 
+class NoRows(ValueError):
+    """The outputs of a batch are not one part for each of its examples."""
+
+
 class StepOutputs(Outputs):
     """The outputs of a tap, as one row for each example.
 
@@ -92,10 +96,10 @@ class StepOutputs(Outputs):
         """One row for each example, shape ``(B, C)``, of an output whose first axis counts examples, or parts of them.
 
         Raises:
-            ValueError: If it does not.
+            NoRows: If it does not.
         """
         if tensor.ndim == 0 or len(tensor) == 0 or len(tensor) % num_examples:
-            raise ValueError(
+            raise NoRows(
                 f"The output of {key[0]!r} has the shape {tuple(tensor.shape)}, not one part for each of "
                 f"{num_examples} examples"
             )

@@ -14,6 +14,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from typing_extensions import Self
 
 from stride_lightning.model.undisturbed import undisturbed
+from stride_lightning.runtime.checkpointing import without_checkpointing
 from stride_lightning.runtime.randomness import mix, seeded
 from stride_lightning.runtime.row_draws import DrawnShapes, RowDraws
 from stride_lightning.tasks.manual_optimization import ManualOptimization
@@ -72,6 +73,7 @@ class TrainingStep:
             torch.inference_mode(False),
             seeded(mix(draw)),
             undisturbed(self.model, batch, watchers=watchers),
+            without_checkpointing(),
             torch.autocast(_device_of(self.model).type, enabled=False),
             torch.enable_grad(),
         ):

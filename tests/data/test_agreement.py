@@ -625,6 +625,14 @@ def test_steps_that_give_no_loss(value: object) -> None:
     assert agreement.reason
 
 
+def test_modules_and_losses_that_cannot_be_compared() -> None:
+    frozen = Module(lambda _, o, y: F.cross_entropy(o, y)).requires_grad_(False)
+    assert "no trainable parameter" in of_module(frozen, X, CLASSES).reason
+    assert "skips every batch" in agreed(lambda *_: None, X, CLASSES).reason
+    infinite = lambda _, o, y: F.cross_entropy(o, y) * torch.inf  # noqa: E731
+    assert agreed(infinite, X, CLASSES).reason
+
+
 def test_an_example_that_is_not_finite_is_named() -> None:
     inputs = X.clone()
     inputs[7] = torch.nan

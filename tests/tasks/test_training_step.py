@@ -9,6 +9,7 @@ import pytorch_lightning as PL
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from stride_lightning.model.weights import weight_hash
@@ -189,6 +190,27 @@ def test_generators_after_a_step_are_as_before():
     assert torch.equal(torch.get_rng_state(), states[0])
     assert torch.equal(model.rng.get_state(), states[1])
     assert np.random.get_state()[1].tolist() == states[2]  # noqa: NPY002
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_is_off(reentrant):
+    """Else the graph would draw other numbers when it runs again."""
+
+    def step(self, batch, i):
+        x = batch[0].clone().requires_grad_()
+        hidden = checkpoint(lambda x: F.dropout(self.net(x) * self.net(x), 0.3), x, use_reentrant=reentrant)
+        return F.cross_entropy(hidden, batch[1])
+
+    model = make(step)
+    own, calls = TrainingStep(model), []
+    handle = model.net.register_forward_hook(lambda *_: calls.append(1))
+    rows = torch.stack([gradient(own((X[i : i + 1], Y[i : i + 1]), KEYS[i : i + 1]), model) for i in range(6)])
+    torch.testing.assert_close(gradient(own(BATCH, KEYS), model), rows.mean(0))
+    assert len(calls) == 14
+    handle.remove()
+    loss = checkpoint(lambda x: calls.append(1) or model.net(x), X.clone().requires_grad_(), use_reentrant=reentrant)
+    loss.sum().backward()
+    assert len(calls) == 16, "outside it is on"
 
 
 # ---- mode --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,61 @@
+"""Losses of modules' own, of every kind, against gradients that were taken one example after the other."""
+
+import pytest
+from torch.utils.data import Subset
+
+from stride_lightning.gradients import planned
+from tests.helpers.gradient_models import close_scores
+from tests.helpers.own_losses import (
+    MEANS,
+    WEIGHTED,
+    Absolute,
+    ClassWeights,
+    Ignored,
+    Texts,
+    ask,
+    brute_force,
+    built,
+)
+from tests.helpers.tiny import permutation
+
+every_kind = pytest.mark.parametrize("cls", [*MEANS, *WEIGHTED], ids=lambda cls: cls.__name__)
+some_kinds = pytest.mark.parametrize("cls", [Absolute, ClassWeights, Ignored, Texts], ids=lambda cls: cls.__name__)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+@every_kind
+def test_scores_are_those_of_brute_force(cls, batch_size):
+    model, train, queries = built(cls), cls.data(13, 0), cls.data(5, 1)
+    close_scores(ask(model, train, queries, batch_size=batch_size).scores, brute_force(model, train, queries))
+
+
+@some_kinds
+def test_more_examples_than_are_looked_at_first(cls):
+    model, train, queries = built(cls), cls.data(70, 0), cls.data(5, 1)
+    close_scores(ask(model, train, queries, batch_size=32).scores, brute_force(model, train, queries))
+
+
+@some_kinds
+def test_the_order_of_the_data_changes_nothing(cls):
+    model, train, queries, order = built(cls), cls.data(13, 0), cls.data(5, 1), permutation(13)
+    scores = ask(model, Subset(train, order.tolist()), queries, batch_size=5).scores
+    close_scores(scores, brute_force(model, train, queries)[:, order])
+
+
+@some_kinds
+def test_some_positions_only(cls):
+    """Weights are scaled to a mean of 1 over the training set alone."""
+    model, train, queries, places = built(cls), cls.data(13, 0), cls.data(5, 1), [11, 2, 3, 7, 8]
+    attribution = ask(model, train, queries, train_indices=places)
+    assert attribution.train_indices.tolist() == places
+    close_scores(attribution.scores, brute_force(model, Subset(train, places), queries))
+
+
+@some_kinds
+def test_the_top_is_that_of_all_scores_for_tiles_that_cut_batches(cls, monkeypatch):
+    monkeypatch.setattr(planned, "TILE_BYTES", 4 * 5 * 4)  # four of 13 training examples at a time, in batches of 3
+    model, train, queries = built(cls), cls.data(13, 0), cls.data(5, 1)
+    expected = brute_force(model, train, queries)
+    top = ask(model, train, queries, top_k=13, batch_size=3).top(13)
+    close_scores(top.proponent_scores, expected.sort(descending=True).values)
+    close_scores(top.proponent_scores, expected.gather(1, top.proponents))
