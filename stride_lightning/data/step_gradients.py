@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.data.trials import Trial
-from stride_lightning.model.layers import uncompiled
+from stride_lightning.model.layers import in_precision_of, uncompiled
 from stride_lightning.tasks.training_step import Moment, TrainingStep
 
 #: Values that stand for the gradient in one parameter.
@@ -111,7 +111,7 @@ class StepGradients:
         with weights_at(self.model, setting), uncompiled():
             for number in numbers:
                 trial = self.trials[number]
-                loss = step(trial.batch, trial.keys)
+                loss = step(in_precision_of(self.model, trial.batch), trial.keys)
                 if loss is None:
                     gradients[number] = None
                     continue
