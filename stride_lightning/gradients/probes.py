@@ -90,6 +90,7 @@ def why_flat(outputs: StepOutputs, inputs: StepInputs, kind: Kind, *, is_padded:
 
 
 def runs(outputs: StepOutputs, inputs: StepInputs) -> bool:
+    """Whether a batch runs through the model."""
     try:
         outputs.run(inputs)
     except (SkippedStep, ValueError, RuntimeError, IndexError, TypeError):
