@@ -1,15 +1,23 @@
 """A fresh Trainer for every subset: its batches, its hooks, its epochs."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from stride_lightning.retraining.batches import batch_order
 from stride_lightning.retraining.one_by_one import train_alone
 from stride_lightning.retraining.recipe import Recipe
+from stride_lightning.retraining.retrain import retrain
 from stride_lightning.retraining.together import Together
+from stride_lightning.tasks.measures import function_identity
+from stride_lightning.tasks.own_loss import OwnLoss
 from tests.helpers.models import make_trainer
+from tests.retraining import cases
 from tests.retraining.cases import NUM_QUERIES, Net, by_hand, mlp, plain_net, points, sgd, some_masks
+from tests.retraining.further import SPREAD, spread_losses
 
 QUERIES = points(NUM_QUERIES, seed=1)
 
