@@ -140,6 +140,13 @@ class Attributor(ABC):
         self.check_fitted("attribute(queries)")
         if target not in ("label", "predicted"):
             raise ValueError(f"`target` must be 'label' or 'predicted', got {target!r}.")
+        if target == "predicted" and (self.measure is not None or isinstance(self.task, OwnLoss)):
+            what = "measure=" if self.measure is not None else "a loss of the module's own"
+            raise ValueError(
+                f"target='predicted' needs the loss of a likelihood, and the queries are explained by {what}. Give "
+                "the queries their targets, or pass `measure=`, a function of (model, batch) that returns what is to "
+                "be explained of each query."
+            )
         with Meter() as meter, call(show=self.show_progress):
             examples = resolve_queries(queries, self.model)
             with self.borrowed_model() as (model, where):
@@ -171,6 +178,8 @@ class Attributor(ABC):
     def self_influence(self) -> Tensor:
         """Score of every training example for itself, as :func:`self_influence` returns it; call :meth:`fit` before."""
         self.check_fitted("self_influence()")
+        if self.measure is not None:
+            raise ValueError("self_influence() tells effects on losses. Call fit() without `measure`.")
         with call(show=self.show_progress), self.borrowed_model() as (model, where):
             return self.score_training_data(model, where).float()
 
