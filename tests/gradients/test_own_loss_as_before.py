@@ -1,6 +1,5 @@
 """What a loss of the module's own leaves behind, checkpoints, and losses that cannot be read."""
 
-
 import lightning.pytorch as L
 import pytest
 import torch
