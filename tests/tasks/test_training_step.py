@@ -114,7 +114,7 @@ def test_a_step_that_skips():
         "backward": (lambda s, b, i: cross_entropy(s, b).backward(), r"calls backward\(\) itself"),
         "iterator": (lambda s, dataloader_iter: None, r"takes `dataloader_iter`.*loss=fn"),
     }.values(),
-    ids=str,
+    ids=("float", "rows", "detached", "no grad", "another key", "tuple", "backward", "iterator"),
 )
 def test_what_is_no_loss_is_refused(step, message):
     model = make(step)
