@@ -163,7 +163,7 @@ def loop(kind, train, queries, recipe, mask, epochs, way):
             optimizer.step()
     with torch.no_grad():
         inputs, targets = queries.tensors
-        return recipe.values(model, recipe.prepared(model, (inputs, targets)))
+        return recipe.losses(model, recipe.prepared(model, (inputs, targets)))
 
 
 def floor(kind, epochs, num_train, threads):

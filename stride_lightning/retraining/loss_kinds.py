@@ -87,7 +87,7 @@ def _kind_at_these_weights(
                 f"training examples ({type(error).__name__}: {first_line(error)}). Pass `loss=fn` with "
                 "fn(model, batch) -> (B,), or the network inside it and `optimizer=`."
             ) from error
-        if whole is None:
+        if whole is None or not whole.any():
             return first
         other = gradient_of(every, draw=1)
         is_random = other is None or not torch.equal(whole, other)
@@ -106,9 +106,11 @@ def _kind_at_these_weights(
 def gradient(step: TrainingStep, batch: object, keys: Tensor, draw: int = 0) -> Tensor | None:
     """The gradient of a batch's loss in all parameters, or sums of it; None if there is none that is finite."""
     loss = step(batch, keys, draw)
-    if loss is None or not loss.requires_grad or not torch.isfinite(loss):
-        return None
     trained = [parameter for parameter in step.model.parameters() if parameter.requires_grad]
+    if loss is None:  # a batch that is skipped has the loss 0
+        return torch.zeros(min(_SKETCH, sum(parameter.numel() for parameter in trained)), dtype=torch.float64)
+    if not loss.requires_grad or not torch.isfinite(loss):
+        return None
     parts = torch.autograd.grad(loss, trained, materialize_grads=True)
     flat = _sketch(torch.cat([part.detach().flatten().float() for part in parts]))
     return flat if torch.isfinite(flat).all() else None
@@ -161,7 +163,7 @@ def _kind(gradient_of: Callable[[Tensor], Tensor | None], whole: Tensor, num: in
     half = max(1, num // 2)
     part = gradient_of(torch.arange(half))
     alone = [gradient_of(torch.tensor([place])) for place in range(num)]
-    known = [each for each in alone if each is not None]
+    known = [each for each in alone if each is not None and each.any()]
     if part is None or not known:
         return "coupled"
     largest = max(float(each.abs().max()) for each in (whole, *known))
@@ -169,8 +171,8 @@ def _kind(gradient_of: Callable[[Tensor], Tensor | None], whole: Tensor, num: in
     def equal(one: Tensor, other: Tensor) -> bool:
         return float((one - other).abs().max()) <= tolerance * largest
 
-    if len(known) == num:
-        stacked = torch.stack(known)
+    if all(each is not None for each in alone):
+        stacked = torch.stack(alone)  # type: ignore[arg-type]
         if equal(whole, stacked.mean(0)) and equal(part, stacked[:half].mean(0)):
             return "mean"
         if num > 2:
@@ -188,7 +190,7 @@ def _is_weighted(
     equal: Callable[[Tensor, Tensor], bool],
 ) -> bool:
     """Whether every batch's gradient is a mean with weights that pairs with one partner tell."""
-    partner = next(place for place, each in enumerate(alone) if each is not None)
+    partner = next(place for place, each in enumerate(alone) if each is not None and each.any())
     weights, gradients = [], []
     for place, each in enumerate(alone):
         ratio = 1.0

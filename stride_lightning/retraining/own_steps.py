@@ -160,7 +160,7 @@ class OwnSteps:
                 batch = in_precision_of(self.model, batch)
                 gradients.append(gradient_or_none(step, batch, source.positions[places]))
             partners, *others = gradients
-        if partners is None:
+        if partners is None or not partners.any():
             raise ValueError(
                 "The weights of examples in the loss cannot be read: the loss of a batch of "
                 f"{self.batch_size} examples is not finite. Pass `loss=fn` with fn(model, batch) -> (B,)."

@@ -43,6 +43,14 @@ class Skipping(Net):
         return None if not valid.any() else super().training_step([value[valid] for value in batch], batch_idx)
 
 
+class Counting(Net):
+    """The same, but the others count as examples without a loss."""
+
+    def training_step(self, batch, batch_idx):
+        valid = batch[1] > 0
+        return (valid * F.cross_entropy(self(batch[0]), batch[1], reduction="none")).mean() if valid.any() else None
+
+
 class Mixing(Net):
     """Mixes the examples of a batch in training."""
 
@@ -65,6 +73,7 @@ KINDS = {
     "weighted": (Net, WEIGHTED),
     "weighted by skipping": (Skipping, F.cross_entropy),
     "weighted by ignoring": (Net, nn.CrossEntropyLoss(ignore_index=0)),
+    "mean with zeros": (Counting, F.cross_entropy),
     "coupled": (Pairwise, F.cross_entropy),
 }
 
@@ -104,6 +113,8 @@ def shares(name, model, x, y, place, seed, epoch, size):
     """What leaving an example out subtracts, written out."""
     one, n = slice(place, place + 1), len(x)
     losses = F.cross_entropy(model(x[one]), y[one], reduction="none", label_smoothing=0.1 if "sum" in name else 0)[0]
+    if name == "mean with zeros":
+        return (y[place] > 0) * losses / n
     if name == "mean":
         return F.cross_entropy(model(x[one]), y[one], label_smoothing=0.2) / n
     if name.startswith("sum"):
@@ -129,6 +140,8 @@ def query_losses(name, model, x, y, train):
     )
     if name == "weighted":
         return WEIGHTS[y] / WEIGHTS[train[1]].mean() * losses
+    if name == "mean with zeros":
+        return (y > 0) * losses
     if name.startswith("weighted"):
         return (y > 0) * losses / (train[1] > 0).double().mean()
     return losses
