@@ -107,7 +107,7 @@ def attribute(
     with call(show=show_progress), Meter() as meter:
         attributor = create(method, seed=seed, batch_size=batch_size, show_progress=show_progress, **options)
         examples = resolve_queries(queries, model)  # before the fit, so that hours of work do not end in a refusal
-        attributor.expected_queries = len(examples)
+        attributor.expected_queries, attributor.known_queries = len(examples), examples
         attributor.fit(
             model,
             train_data,

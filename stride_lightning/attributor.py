@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from stride_lightning.data.examples import Examples
-from stride_lightning.data.objectives import Objective, check_objective, resolve_objective
+from stride_lightning.data.objectives import Objective, check_objective, check_rows, resolve_objective
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
 from stride_lightning.model.weights import (
     alone_with,
@@ -57,6 +57,10 @@ class Attributor(ABC):
     asks_at_once: ClassVar[bool] = False
     #: Number of queries after the fit, if known; for the estimate of the time left.
     expected_queries: int = 0
+    #: Queries that are known before the fit: a measure is tried on them before long work.
+    known_queries: Examples | None = None
+    #: Whether a measure must have a gradient in the model's parameters.
+    needs_gradients: ClassVar[bool] = True
     #: All methods by name; a subclass with a name registers itself.
     registry: ClassVar[dict[str, type[Attributor]]] = {}
 
@@ -107,6 +111,8 @@ class Attributor(ABC):
                 self.weights = weight_hash(model)
                 self.moment = moment_of(model, checkpoint)
                 chosen: dict[str, Any] = {"task": task, "loss": loss, "moment": self.moment}
+                if measure is not None and self.known_queries is not None:
+                    self._check_measure(measure, model, self.known_queries, where)
                 objective = resolve_objective(model, self.train_data, where, batch_size=self.batch_size, **chosen)
                 self.task, self.measure = self.checked_task(objective, model), measure
                 self.metadata = {
@@ -134,9 +140,18 @@ class Attributor(ABC):
         self.check_fitted("attribute(queries)")
         if target not in ("label", "predicted"):
             raise ValueError(f"`target` must be 'label' or 'predicted', got {target!r}.")
+        if target == "predicted" and (self.measure is not None or isinstance(self.task, OwnLoss)):
+            what = "measure=" if self.measure is not None else "a loss of the module's own"
+            raise ValueError(
+                f"target='predicted' needs the loss of a likelihood, and the queries are explained by {what}. Give "
+                "the queries their targets, or pass `measure=`, a function of (model, batch) that returns what is to "
+                "be explained of each query."
+            )
         with Meter() as meter, call(show=self.show_progress):
             examples = resolve_queries(queries, self.model)
             with self.borrowed_model() as (model, where):
+                if self.measure is not None and self.known_queries is None:
+                    self._check_measure(self.measure, model, examples, where)
                 attribution = self.score_queries(model, examples, where, target)
         scored = self.scored_examples()
         shape = getattr(attribution, "num_queries", None), getattr(attribution, "num_train", None)
@@ -163,6 +178,8 @@ class Attributor(ABC):
     def self_influence(self) -> Tensor:
         """Score of every training example for itself, as :func:`self_influence` returns it; call :meth:`fit` before."""
         self.check_fitted("self_influence()")
+        if self.measure is not None:
+            raise ValueError("self_influence() tells effects on losses. Call fit() without `measure`.")
         with call(show=self.show_progress), self.borrowed_model() as (model, where):
             return self.score_training_data(model, where).float()
 
@@ -187,6 +204,9 @@ class Attributor(ABC):
                     "weights stay fixed."
                 )
             yield self.model, where
+
+    def _check_measure(self, measure: RowFunction, model: nn.Module, queries: Examples, device: torch.device) -> None:
+        check_rows(measure, "measure", model, queries, device, differentiable=self.needs_gradients)
 
     def take_over(self, other: Attributor) -> None:
         """Use the model, data and task that another attributor was fitted to, as a part of it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples, first_look
 from stride_lightning.data.reading import required
-from stride_lightning.data.step_gradients import StepGradients, settings_of
+from stride_lightning.data.step_gradients import Setting, StepGradients, settings_of
 from stride_lightning.data.trials import SIZES, Trial, mixed, read_kinds, read_trial, read_trials, spread_places
 from stride_lightning.data.weighting import plain, weighted_tasks
 from stride_lightning.model.layers import in_precision_of, uncompiled
@@ -32,14 +32,22 @@ class Agreement:
     Attributes:
         task: The likelihood, in the unit of the module's own loss; None where none agrees.
         reason: One line that says which one agrees with which factor, or why none does.
+        is_other: Whether gradients tell that the module's own loss is another than every likelihood that fits.
     """
 
     task: Task | None
     reason: str
+    is_other: bool = False
 
 
 def agree(
-    model: nn.Module, examples: Examples, device: torch.device, step: TrainingStep | None, *, batch_size: int
+    model: nn.Module,
+    examples: Examples,
+    device: torch.device,
+    step: TrainingStep | None,
+    *,
+    batch_size: int,
+    only: Task | None = None,
 ) -> Agreement:
     """The built-in likelihood whose per-example loss is a factor times the module's own, for the whole data set.
 
@@ -53,6 +61,7 @@ def agree(
         device: Where the model runs.
         step: The module's own loss; None for a module without one, where shapes alone decide.
         batch_size: Most examples of a batch.
+        only: Compare this likelihood alone, as it is; by default all whose shapes fit, with weights and smoothing.
 
     Raises:
         ValueError: If an example is not finite. Without a ``step``, also if the task cannot be told.
@@ -69,14 +78,20 @@ def agree(
             with examples.naming(0):
                 task = infer_task_of(head, model)
             return Agreement(task, f"{task.name}, by the shapes of outputs and targets: no training_step to compare")
-        return _Comparison(model, examples, device, step, batch_size).result()
+        return _Comparison(model, examples, device, step, batch_size, only).result()
 
 
 class _Comparison:
     def __init__(
-        self, model: nn.Module, examples: Examples, device: torch.device, step: TrainingStep, batch_size: int
+        self,
+        model: nn.Module,
+        examples: Examples,
+        device: torch.device,
+        step: TrainingStep,
+        batch_size: int,
+        only: Task | None,
     ) -> None:
-        self.model, self.examples, self.device, self.step = model, examples, device, step
+        self.model, self.examples, self.device, self.step, self.only = model, examples, device, step, only
         self.limit = min(SIZES[0], batch_size, len(examples))
 
     def result(self) -> Agreement:
@@ -92,7 +107,7 @@ class _Comparison:
         trials = self._trials(head, candidates[0])
         try:
             with torch.enable_grad():
-                gradients = self._gradients(candidates, head, trials)
+                gradients = self._gradients(candidates, trials)
             agreement = None if gradients.problem else self._first(candidates, gradients)
         except Exception as error:  # whatever a user's module raises
             self._check_finite(candidates[0], head)
@@ -101,11 +116,13 @@ class _Comparison:
             self._check_finite(candidates[0], head)
             return Agreement(None, f"no likelihood is compared: {gradients.problem}")
         names = " or a ".join(dict.fromkeys(task.name for task in candidates))
-        return agreement or Agreement(None, f"training_step computes another loss than a {names} of these outputs")
+        reason = f"training_step computes another loss than a {names} of these outputs"
+        return agreement or Agreement(None, reason, is_other=True)
 
-    def _gradients(self, candidates: Sequence[Task], head: Trial, trials: Sequence[Trial]) -> StepGradients:
+    def _gradients(self, candidates: Sequence[Task], trials: Sequence[Trial]) -> StepGradients:
         is_number = all(isinstance(task, Regression) for task in candidates)
-        settings = settings_of(self.model, lambda: self._read(candidates[0], head)[0], far=is_number)
+        some = trials[min(1, len(trials) - 1)]
+        settings = settings_of(self.model, lambda: self._read(candidates[0], some)[0], far=is_number)
         return StepGradients(self.model, self.step, trials, settings)
 
     def _first(self, candidates: Sequence[Task], gradients: StepGradients) -> Agreement | None:
@@ -113,7 +130,7 @@ class _Comparison:
         for task in candidates:
             if (agreement := self._compared(task, gradients)) is not None:
                 return agreement
-        for task in candidates:
+        for task in candidates if self.only is None else ():
             for weighted in weighted_tasks(task, gradients, self._read):
                 agreement = self._compared(weighted.changed(parts=task.parts), gradients)
                 if agreement is not None:
@@ -135,7 +152,8 @@ class _Comparison:
                 return False
 
         try:
-            candidates = [task for task in likely_tasks(self.model, head.batch) if fits(task)]
+            likely = likely_tasks(self.model, head.batch) if self.only is None else [self.only]
+            candidates = [task for task in likely if fits(task)]
         except Exception as error:  # of the user's forward
             problem = first_line(error)
         return candidates, problem or "the batch has no outputs and targets that a likelihood reads"
@@ -180,30 +198,29 @@ class _Comparison:
     def _compared(self, task: Task, gradients: StepGradients) -> Agreement | None:
         """The task in the unit of the module's own loss, if gradients agree."""
 
-        def losses(trial: Trial) -> Sequence[Callable[[], Tensor]]:
-            return [lambda: self._losses(task, trial).sum()]
+        def losses(trial: Trial) -> list[Tensor]:
+            return [task.loss(*self._read(task, trial)).sum()]
+
+        def of_task(settings: Sequence[Setting]) -> dict[tuple[Setting, int], Tensor]:
+            return {key: values[0] for key, values in gradients.of_losses(losses, settings).items()}
 
         try:
-            of_task = {key: values[0] for key, values in gradients.of_losses(losses).items()}
             with torch.no_grad():
                 weights = [task.example_weights(self._read(task, trial)[1]) for trial in gradients.trials]
+            first, *others = gradients.settings
+            ours = of_task([first])
+            ways = [way for way in self._divisors(gradients.trials, weights) if gradients.factor(ours, way[2])]
+            ours |= of_task(others) if ways else {}
         except (TypeError, ValueError):  # a target that the task does not take
             return None
-        for is_normalised, divides, divisors in self._divisors(task, gradients.trials, weights):
-            factor = gradients.factor(of_task, divisors)
-            if factor is not None:
+        for is_normalised, divides, divisors in ways:
+            if (factor := gradients.factor(ours, divisors)) is not None:
                 factor = plain(factor)
                 agreed = task.changed(is_normalised=is_normalised).with_scale(factor)
                 return Agreement(agreed, f"{agreed!r} agrees with training_step: {factor:.6g} times its {divides}")
         return None
 
-    def _losses(self, task: Task, trial: Trial) -> Tensor:
-        outputs, encoded = self._read(task, trial)
-        return task.loss(outputs, encoded)
-
-    def _divisors(
-        self, task: Task, trials: Sequence[Trial], weights: Sequence[Tensor]
-    ) -> Iterator[tuple[bool, str, list[float]]]:
+    def _divisors(self, trials: Sequence[Trial], weights: Sequence[Tensor]) -> Iterator[tuple[bool, str, list[float]]]:
         """Ways in which a batch's loss is made of those of examples."""
         sums, sizes = [float(weight.sum()) for weight in weights], [float(len(trial)) for trial in trials]
         every = torch.cat(list(weights))

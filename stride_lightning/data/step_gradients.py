@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stride_lightning.data.trials import Trial
-from stride_lightning.model.layers import uncompiled
+from stride_lightning.model.layers import in_precision_of, uncompiled
 from stride_lightning.tasks.training_step import Moment, TrainingStep
 
 #: Values that stand for the gradient in one parameter.
@@ -110,7 +111,7 @@ class StepGradients:
         with weights_at(self.model, setting), uncompiled():
             for number in numbers:
                 trial = self.trials[number]
-                loss = step(trial.batch, trial.keys)
+                loss = step(in_precision_of(self.model, trial.batch), trial.keys)
                 if loss is None:
                     gradients[number] = None
                     continue
@@ -132,27 +133,48 @@ class StepGradients:
         if differs:
             self.problem = "training_step returns another loss for another batch_idx or later in training"
 
-    def of_losses(
-        self, losses: Callable[[Trial], Sequence[Callable[[], Tensor]]], only: int | None = None
-    ) -> dict[tuple[Setting, int], list[Tensor]]:
-        """Gradients of other losses where those of the step were taken, or on one trial ``only``.
+    @property
+    def settings(self) -> list[Setting]:
+        """The weights at which steps were run; moved ones first, where losses differ most."""
+        return sorted(dict.fromkeys(setting for setting, _ in self.values), key=lambda setting: setting == Setting())
 
-        ``losses(trial)`` gives functions of a trial, each of which returns a scalar.
+    def of_losses(
+        self, losses: Callable[[Trial], Sequence[Tensor]], settings: Sequence[Setting], last: int | None = None
+    ) -> dict[tuple[Setting, int], list[Tensor]]:
+        """Gradients of other losses of the trials, where those of the step were taken.
+
+        ``losses(trial)`` are scalars with a graph. With ``last``, only those of the first trial are taken, in the last
+        so many parameters.
         """
         gradients: dict[tuple[Setting, int], list[Tensor]] = {}
-        for setting in dict.fromkeys(setting for setting, _ in self.values):
+        for setting in settings:
             with weights_at(self.model, setting), uncompiled(), torch.enable_grad():
-                for number, trial in enumerate(self.trials):
-                    if (setting, number) in self.values and only in (None, number):
-                        gradients[setting, number] = [self.sketch(loss()) for loss in losses(trial)]
+                for number, trial in enumerate(self.trials if last is None else self.trials[:1]):
+                    if (setting, number) in self.values:
+                        gradients[setting, number] = [self.sketch(loss, last) for loss in losses(trial)]
         return gradients
 
-    def sketch(self, loss: Tensor) -> Tensor:
+    def last_parameters(self, count: int) -> int:
+        """How many of the last parameters have gradients with so many values together."""
+        parts, values = [] if self.first is None else self.first.split(self.widths), 0
+        for number, part in enumerate(reversed(parts), 1):
+            values += part.numel() if bool(part.any()) else 0
+            if values >= count:
+                return number
+        return len(self.widths)
+
+    @property
+    def first(self) -> Tensor | None:
+        """Gradient of the step on the first trial, at moved weights; None where ``training_step`` skips it."""
+        return self.values[self.settings[0], 0]
+
+    def sketch(self, loss: Tensor, last: int | None = None) -> Tensor:
         """The gradient of a loss, float64 on the CPU: large parameters by random sums of their gradient's rows."""
+        parameters = self.parameters if last is None else self.parameters[-last:]
         if not loss.requires_grad:
-            return torch.zeros(sum(self.widths), dtype=torch.float64)
-        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
-        return torch.cat([_sketched(gradient) for gradient in gradients])
+            return torch.zeros(sum(self.widths[-len(parameters) :]), dtype=torch.float64)
+        how: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        return torch.cat([_sketched(gradient) for gradient in torch.autograd.grad(loss, parameters, **how)])
 
     @property
     def widths(self) -> list[int]:
@@ -173,12 +195,12 @@ class StepGradients:
         return max((1e-6 * float(value.abs().max()) for value in moved if value is not None), default=0.0)
 
     def factor(self, gradients: dict[tuple[Setting, int], Tensor], divisors: Sequence[float]) -> float | None:
-        """The factor ``k`` with ``step = k gradients / divisor`` in all trials; None if there is none.
+        """The factor ``k`` with ``step = k gradients / divisor`` in all trials that have gradients; None if none is.
 
         The same difference in all trials, at the same weights, is a penalty on weights: it belongs to no example.
         """
         pairs = []
-        for setting in dict.fromkeys(setting for setting, _ in self.values):
+        for setting in dict.fromkeys(setting for setting, _ in gradients):
             steps = [
                 (number, value)
                 for (where, number), value in self.values.items()

@@ -23,6 +23,8 @@ Read = Callable[[Task, Trial], tuple[Tensor, Tensor]]
 
 def weighted_tasks(task: Task, step: StepGradients, read: Read) -> Iterator[Task]:
     """Tasks with weights and smoothing that the loss may have, likeliest first; each needs a check of its own."""
+    if step.first is None:
+        return
     if isinstance(task, Classification) and not task.soft_labels and not task.has_tokens:
         yield from _of_classes(task, step, read)
     elif isinstance(task, BinaryClassification) and not task.is_weighted:
@@ -31,21 +33,19 @@ def weighted_tasks(task: Task, step: StepGradients, read: Read) -> Iterator[Task
 
 def _of_classes(task: Classification, step: StepGradients, read: Read) -> Iterator[Task]:
     # The loss is a sum of -log p_c over examples of class c ("hard"), and over all examples ("even").
-    def terms(trial: Trial) -> Sequence[Callable[[], Tensor]]:
+    def terms(trial: Trial) -> Sequence[Tensor]:
         outputs, encoded = read(task, trial)
         surprises = -outputs.log_softmax(1)
         of_class = encoded > 0
         counted = of_class.any(1, keepdim=True)
-        hard = [(surprises * of_class)[:, c].sum for c in range(encoded.shape[1])]
-        return hard + [(surprises * counted)[:, c].sum for c in range(encoded.shape[1])]
+        return [*(surprises * of_class).sum(0), *(surprises * counted).sum(0)]
 
     with torch.no_grad():
         _, encoded = read(task, step.trials[0])
     count = encoded.shape[1]
     if count > MOST_CLASSES or not bool((encoded > 0).any(0).all()):
         return
-    columns = step.of_losses(lambda trial: terms_with_graph(terms, trial), only=0)
-    gradients, wanted = _stacked(step, columns)
+    gradients, wanted = _solvable(step, terms, 2 * count)
     hard, even = gradients[:, :count], gradients[:, count:]
     like: dict[str, Any] = {"ignore_index": task.ignore_index}
 
@@ -67,11 +67,10 @@ def _of_classes(task: Classification, step: StepGradients, read: Read) -> Iterat
 
 
 def _of_positives(task: BinaryClassification, step: StepGradients, read: Read) -> Iterator[Task]:
-    def terms(trial: Trial) -> Sequence[Callable[[], Tensor]]:
+    def terms(trial: Trial) -> Sequence[Tensor]:
         outputs, encoded = read(task, trial)
         losses = torch.nn.functional.softplus(outputs) - encoded * outputs
-        parts = [*(losses * encoded).unbind(1), *(losses * (1 - encoded)).unbind(1)]
-        return [part.sum for part in parts]
+        return [*(losses * encoded).sum(0), *(losses * (1 - encoded)).sum(0)]
 
     with torch.no_grad():
         _, encoded = read(task, step.trials[0])
@@ -79,7 +78,7 @@ def _of_positives(task: BinaryClassification, step: StepGradients, read: Read) -
     has_both = bool((encoded > 0).any(0).all() and (encoded < 1).any(0).all())
     if count > MOST_CLASSES or not has_both:
         return
-    gradients, wanted = _stacked(step, step.of_losses(lambda trial: terms_with_graph(terms, trial), only=0))
+    gradients, wanted = _solvable(step, terms, 2 * count)
     of_ones, of_zeros = gradients[:, :count], gradients[:, count:]
     ones, zeros = _solved(torch.stack([of_ones.sum(1), of_zeros.sum(1)], 1), wanted)
     if ones > 0 and zeros > 0:
@@ -91,24 +90,20 @@ def _of_positives(task: BinaryClassification, step: StepGradients, read: Read) -
             yield BinaryClassification(pos_weight=[plain(weight) for weight in weights.tolist()])
 
 
-def terms_with_graph(
-    terms: Callable[[Trial], Sequence[Callable[[], Tensor]]], trial: Trial
-) -> Sequence[Callable[[], Tensor]]:
-    """Terms that share the graph of one forward pass, each with a pass of its own: gradients free the graph."""
-    with torch.no_grad():
-        count = len(terms(trial))
-    return [lambda number=number: terms(trial)[number]() for number in range(count)]
+def _solvable(step: StepGradients, terms: Callable[[Trial], Sequence[Tensor]], count: int) -> tuple[Tensor, Tensor]:
+    """Gradients of the terms ``(p, t)`` and of the step ``(p,)`` on the first trial, at all weights alike.
 
-
-def _stacked(step: StepGradients, columns: dict[Any, list[Tensor]]) -> tuple[Tensor, Tensor]:
-    """Gradients of the terms ``(p, t)`` and of the step ``(p,)`` on the first trial, at all weights alike."""
+    The last parameters are enough for ``count`` unknowns, and their gradients take little.
+    """
+    last = step.last_parameters(16 * count)
     parts, wanted = [], []
-    for key, gradients in columns.items():
+    for key, gradients in step.of_losses(terms, step.settings, last).items():
         value = step.values[key]
         if value is not None:
-            size = float(value.abs().max()) or 1.0
+            ours = value[-len(gradients[0]) :]
+            size = float(ours.abs().max()) or 1.0
             parts.append(torch.stack(gradients, 1) / size)
-            wanted.append(value / size)
+            wanted.append(ours / size)
     return torch.cat(parts), torch.cat(wanted)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,7 +18,6 @@ from stride_lightning.gradients.single import zero_gradients
 from stride_lightning.gradients.step_outputs import SkippedStep, StepInputs, StepOutputs
 from stride_lightning.model.blocks import Gradients
 from stride_lightning.model.capture import Backward
-from stride_lightning.runtime.checks import RowError
 
 
 class Run(NamedTuple):
@@ -25,6 +25,7 @@ class Run(NamedTuple):
 
     inputs: StepInputs
     partner: Tensor | None  # slopes of the last example in a batch of its own, where it is a partner
+    refuse: Callable[[Sequence[int]], NoReturn]  # rows among which something is not finite
 
 
 class Slopes(NamedTuple):
@@ -160,16 +161,18 @@ def slopes_of(plan: OwnPlan, run: Run, outputs: Tensor) -> Slopes:
     """The slopes of the losses of single examples, after a run.
 
     Raises:
-        RowError: If they are not finite.
+        ValueError: If they are not finite, naming the examples.
     """
-    at_tap = plan.capture.outputs
-    if not isinstance(at_tap, StepOutputs):
-        return Slopes(torch.ones_like(outputs), 1.0, float(outputs))
-    values, loss, size = at_tap.slopes(), float(at_tap.loss.detach()), len(run.inputs.keys)
-    finite = torch.isfinite(values).all(1) & torch.isfinite(outputs).all(1)
-    if not finite.all():
-        rows = (~finite).nonzero().flatten().tolist()
-        raise RowError(rows[0], "has a loss or outputs that are not finite", rows[1:])
+    at_tap, size = plan.capture.outputs, len(run.inputs.keys)
+    has_rows = isinstance(at_tap, StepOutputs)
+    values, loss = (at_tap.slopes(), at_tap.loss.detach()) if has_rows else (torch.ones_like(outputs), outputs)
+    loss, is_wrong = float(loss), ~(torch.isfinite(values).all(1) & torch.isfinite(outputs).all(1))
+    if is_wrong.any():
+        run.refuse(is_wrong.nonzero().flatten().tolist())
+    if not math.isfinite(loss):
+        run.refuse(range(size))
+    if not has_rows:
+        return Slopes(values, 1.0, loss)
     factor = {"sum": 1.0}.get(plan.kind, float(size))
     if run.partner is not None:
         share = _share(values[-1], run.partner[0])

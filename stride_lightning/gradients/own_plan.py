@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from stride_lightning.data.examples import Examples, first_batch
-from stride_lightning.gradients.kinds import KINDS, Kind, kind_of
+from stride_lightning.data.examples import Examples
+from stride_lightning.gradients.kinds import KINDS, Kind
+from stride_lightning.gradients.probes import (
+    Probes,
+    cut,
+    find_views_first,
+    is_random,
+    kind_of_loss,
+    runs,
+    says_why,
+    slopes_or_none,
+    why_flat,
+)
 from stride_lightning.gradients.signs import count_directions
 from stride_lightning.gradients.single import LossOutputs, SingleCapture, kind_by_gradients
-from stride_lightning.gradients.step_outputs import NoRows, SkippedStep, StepInputs, StepOutputs
+from stride_lightning.gradients.step_outputs import NoRows, StepOutputs
 from stride_lightning.model.capture import Capture, Effort, Outputs
-from stride_lightning.model.layers import in_precision_of
 from stride_lightning.model.plan import plan_capture, probe_places
 from stride_lightning.model.tap import find_tap
 from stride_lightning.model.weights import moved
-from stride_lightning.runtime.checks import first_line
 from stride_lightning.tasks.own_loss import OwnLoss
 from stride_lightning.tasks.step_checks import check_step
 from stride_lightning.tasks.training_step import Mode, Moment, TrainingStep
@@ -29,10 +36,6 @@ from stride_lightning.tasks.training_step import Mode, Moment, TrainingStep
 #: Names of the modules whose parameters count, from outputs and a batch of their inputs.
 ChooseLayers = Callable[[Outputs, Any], Sequence[str] | None]
 
-#: Examples on which a loss is looked at.
-NUM_EXAMPLES = 32
-#: A wider tap, and a loss whose second derivatives are smaller beside its squared slopes, are not curved.
-MAX_CURVED_OUTPUTS, MIN_CURVATURE = 256, 1e-3
 #: Draws over which a random loss is averaged.
 NUM_DRAWS = 8
 
@@ -63,12 +66,17 @@ class OwnPlan:
     num_draws: int
     partner: int
     is_padded: bool
-    #: Whether the curvature of the loss is that at the tap's outputs; else gradients of examples make it (Fisher).
-    is_curved: bool
+    #: Why gradients of examples make the curvature (Fisher); empty where it is that of the loss at the tap's outputs.
+    flat_because: str
     num_outputs: int  # along which curvature is taken
     notes: tuple[str, ...]
     #: Mean weight of the training examples in a weighted mean, where the partner's is 1.
     mean_weight: float = 1.0
+
+    @property
+    def is_curved(self) -> bool:
+        """Whether the curvature is that of the loss at the tap's outputs."""
+        return not self.flat_because
 
     @property
     def num_directions(self) -> int:
@@ -89,6 +97,10 @@ class OwnPlan:
             parts.append(f"a mean over {self.num_draws} draws of its random numbers")
         if not self.has_rows:
             parts.append("read one example at a time")
+        if self.is_curved:
+            parts.append(f"curvature: Gauss-Newton, at {self.num_outputs} outputs of an example")
+        else:
+            parts.append(f"curvature: empirical Fisher matrix, because {self.flat_because}")
         return "; ".join(parts)
 
 
@@ -118,7 +130,7 @@ def plan_own_loss(
     Raises:
         ValueError: If no example has a loss, or it is of a kind that is not known.
     """
-    probes = _Probes(model, train, device)
+    probes = Probes(model, train, device)
     every = range(len(probes))
     with says_why(model):
         batches = [probes.batch(rows)[:2] for rows in (every, every[: max(1, len(every) // 2)])]
@@ -135,29 +147,10 @@ def plan_own_loss(
     return replace(plan, notes=(*plan.notes, *notes))
 
 
-class _Probes:
-    """A few training examples, as batches."""
-
-    def __init__(self, model: nn.Module, train: Examples, device: torch.device) -> None:
-        self._model, self._train, self._device = model, train, device
-        num = min(NUM_EXAMPLES, len(train))
-        self.places = [place * (len(train) - 1) // max(1, num - 1) for place in range(num)]
-        self.places = list(dict.fromkeys(self.places))
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def batch(self, rows: Sequence[int], draw: int = 0) -> StepInputs:
-        """The batch of some of the examples."""
-        part = self._train.subset([self.places[row] for row in rows])
-        batch = in_precision_of(self._model, first_batch(part, len(rows), self._device))
-        return StepInputs(batch, part.positions.to(self._device), draw)
-
-
 def _planned(
     own: OwnLoss,
     model: nn.Module,
-    probes: _Probes,
+    probes: Probes,
     mode: Mode,
     moment: Moment | None,
     choose_layers: ChooseLayers,
@@ -172,38 +165,40 @@ def _planned(
         raise NoRows("the loss uses parameters outside of modules")
     outputs = StepOutputs(model, step, tap)
     alone = [probes.batch([row]) for row in every]
+    slopes = [slopes_or_none(outputs, inputs) for inputs in alone]
     num_parameters = sum(value.numel() for value in model.parameters() if value.requires_grad)
     with outputs.without_loss():
-        usable = [row for row in every if _runs(outputs, alone[row])]
+        usable = [row for row in every if slopes[row] is not None or runs(outputs, alone[row])]
         if not usable:
             raise NoRows("no single example runs through the model")
         chosen = [usable[place] for place in probe_places(len(usable), max(1, num_parameters))]
         together, singles = probes.batch(chosen), [alone[row] for row in chosen]
-        outputs.views_first = _views_first(outputs, together, singles)
+        outputs.views_first = find_views_first(outputs, together, singles)
         try:
             widths = {outputs(inputs).shape[1] for inputs in (together, *singles)}
             if is_padded := len(widths) > 1:
-                singles = [_cut(together, slice(row, row + 1)) for row in range(len(chosen))]
+                singles = [cut(together, slice(row, row + 1)) for row in range(len(chosen))]
             capture = plan_capture(outputs, singles, together, choose_layers(outputs, together), like)
             effort = capture.effort(together, len(chosen))
         except (ValueError, TypeError, IndexError) as error:
             raise NoRows(str(error)) from error
     sizes = (max(2, len(every) // 6), 2)
+    parts = [probes.batch(every[:size]) for size in sizes]
     if is_padded:  # alike in all batches, for outputs of one width
-        alone = [_cut(whole, slice(row, row + 1)) for row in every]
-        parts = [_cut(whole, slice(0, size)) for size in sizes]
-    else:
-        parts = [probes.batch(every[:size]) for size in sizes]
+        alone = [cut(whole, slice(row, row + 1)) for row in every]
+        parts = [cut(whole, slice(0, size)) for size in sizes]
+        slopes = [slopes_or_none(outputs, inputs) for inputs in alone]
     with says_why(model):
-        kind = _kind(outputs, whole, parts, alone)
+        kind = kind_of_loss(outputs, whole, parts, slopes)
         if kind is None:
             with moved(model):
-                kind = _kind(outputs, whole, parts, alone) or "mean"
+                elsewhere = [slopes_or_none(outputs, inputs) for inputs in alone]
+                kind = kind_of_loss(outputs, whole, parts, elsewhere) or "mean"
     notes = ("the penalty on weights belongs to no example",) if tap.penalised else ()
     num_draws = NUM_DRAWS if is_random(step, whole) else 1
-    largest = [0.0 if (slopes := _slopes(outputs, one)) is None else float(slopes.abs().max()) for one in alone]
+    largest = [0.0 if one is None else float(one.abs().max()) for one in slopes]
     partner = largest.index(max(largest))
-    is_curved = kind != "coupled" and not is_padded and _is_curved(outputs, together)
+    flat_because = why_flat(outputs, whole, kind, is_padded=is_padded)
     return OwnPlan(
         own,
         step,
@@ -214,8 +209,8 @@ def _planned(
         num_draws,
         probes.places[partner],
         is_padded,
-        is_curved,
-        max(widths) if is_curved else 1,
+        flat_because,
+        1 if flat_because else max(widths),
         notes,
     )
 
@@ -223,7 +218,7 @@ def _planned(
 def _one_by_one(
     own: OwnLoss,
     model: nn.Module,
-    probes: _Probes,
+    probes: Probes,
     mode: Mode,
     moment: Moment | None,
     choose_layers: ChooseLayers,
@@ -244,96 +239,5 @@ def _one_by_one(
             "of (model, batch) that returns the loss of each example, shape (B,)."
         )
     effort = capture.effort(probes.batch([0]), 1)
-    return OwnPlan(own, step, capture, effort, kind, mode, num_draws, probes.places[0], False, False, 1, ())
-
-
-@contextmanager
-def says_why(model: nn.Module) -> Iterator[None]:
-    """Turn errors of a ``training_step`` that runs outside of a fit into one that says so."""
-    try:
-        yield
-    except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
-        if isinstance(error, NoRows) or (isinstance(error, ValueError) and "`loss=" in str(error)):
-            raise
-        raise ValueError(
-            f"The training_step of {type(model).__name__} cannot be run on a batch of training examples "
-            f"({type(error).__name__}: {first_line(error)}). Pass `loss=`, a function of (model, batch) that returns "
-            "the loss of each example, shape (B,)."
-        ) from error
-
-
-def is_random(step: TrainingStep, inputs: StepInputs) -> bool:
-    """Whether two draws of a loss differ."""
-    one, other = (step(inputs.batch, inputs.keys, draw) for draw in (0, 1))
-    return one is not None and other is not None and not torch.equal(one, other)
-
-
-def _is_curved(outputs: StepOutputs, inputs: StepInputs) -> bool:
-    """Whether a loss has second derivatives at its tap that are worth using."""
-    try:
-        if outputs(inputs).shape[1] > MAX_CURVED_OUTPUTS:
-            return False
-        second, slopes, size = outputs.second_derivatives(), outputs.slopes(), len(inputs.keys)
-    except (SkippedStep, RuntimeError):  # some operations have no second derivative
-        return False
-    trace = second.diagonal(dim1=1, dim2=2).sum(1).mean() * size
-    return bool(trace >= MIN_CURVATURE * (slopes * size).square().sum(1).mean()) and bool(trace > 0)
-
-
-def _runs(outputs: StepOutputs, inputs: StepInputs) -> bool:
-    try:
-        outputs.run(inputs)
-    except (SkippedStep, ValueError, RuntimeError, IndexError, TypeError):
-        return False
-    return True
-
-
-def _slopes(outputs: StepOutputs, inputs: StepInputs) -> Tensor | None:
-    """Slopes of the loss of a batch; None where it has no loss, or one that is not finite."""
-    try:
-        outputs(inputs)
-        slopes = outputs.slopes()
-    except NoRows:
-        raise
-    except Exception:  # a single example may be too few for a loss, which may raise anything then
-        return None
-    return slopes if torch.isfinite(slopes).all() else None
-
-
-def _kind(
-    outputs: StepOutputs, whole: StepInputs, parts: Sequence[StepInputs], alone: Sequence[StepInputs]
-) -> Kind | None:
-    """The kind of a loss, from a batch, parts of it that begin as it does, and its single examples."""
-    batches = [(torch.arange(len(inputs.keys)), _slopes(outputs, inputs)) for inputs in (whole, *parts)]
-    batches = [(places, slopes) for places, slopes in batches if slopes is not None]
-    if not batches:
-        raise ValueError("training_step returns no finite loss")
-    nothing = torch.zeros_like(batches[0][1][:1])
-    singles = [_slopes(outputs, inputs) for inputs in alone]
-    return kind_of(batches, torch.cat([nothing if slopes is None else slopes for slopes in singles]))
-
-
-def _views_first(outputs: StepOutputs, together: StepInputs, singles: Sequence[StepInputs]) -> frozenset[str]:
-    """Modules whose rows are all examples once, then all again: those whose first row of the second example says so."""
-    size = len(singles)
-    names = set()
-    if size < 2:
-        return frozenset()
-    whole, second = outputs.run(together), outputs.run(singles[1])
-    for key, tensor in whole.items():
-        if tensor.ndim and len(tensor) > size and len(tensor) % size == 0 and key in second:
-            parts = len(tensor) // size
-            last = second[key][-1]
-            if not torch.allclose(tensor[2 * parts - 1], last, rtol=1e-3, atol=1e-5):
-                names.add(key[0])
-    return frozenset(names)
-
-
-def _cut(inputs: StepInputs, rows: slice) -> StepInputs:
-    """Some examples of a batch, with the padding of the batch."""
-    size = len(inputs.keys)
-
-    def part(leaf: Any) -> Any:
-        return leaf[rows] if isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == size else leaf
-
-    return StepInputs(pytree.tree_map(part, inputs.batch), inputs.keys[rows], inputs.draw)
+    flat_because = "outputs of single examples cannot be told apart in a batch"
+    return OwnPlan(own, step, capture, effort, kind, mode, num_draws, probes.places[0], False, flat_because, 1, ())

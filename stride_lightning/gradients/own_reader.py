@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -128,8 +128,30 @@ class OwnReader:
         for row in entries:
             batch = self._batch(row)
             keys = torch.tensor([self._key(entry) for entry in row], device=self.device)
-            runs += [Run(StepInputs(batch, keys, draw), alone[draw]) for draw in range(self.plan.num_draws)]
+            refuse = partial(self._refuse, row)
+            runs += [Run(StepInputs(batch, keys, draw), alone[draw], refuse) for draw in range(self.plan.num_draws)]
         return runs
+
+    def _refuse(self, entries: Sequence[int], rows: Sequence[int]) -> NoReturn:
+        """Refuse the examples of rows in which something is not finite, or those of them where it is not so alone."""
+        chosen = [entries[row] for row in rows]
+        alone = [entry for entry in chosen if not self._is_finite_alone(entry)]
+        names = [self._name(entry) for entry in alone or chosen]
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        what = "The loss" if alone else "The loss of a batch, or an output of it,"
+        raise ValueError(
+            f"{what} is not finite for {', '.join(names[:10])}{more}. Check these examples and the weights, and the "
+            "loss for a logarithm or a division by 0."
+        )
+
+    def _is_finite_alone(self, entry: int) -> bool:
+        key = torch.tensor([self._key(entry)], device=self.device)
+        loss = self.plan.step(self._batch([entry]), key)
+        return loss is None or bool(torch.isfinite(loss))
+
+    def _name(self, entry: int) -> str:
+        examples, place = (self.examples, entry) if entry >= 0 else (self.train, -1 - entry)
+        return f"{examples.kind} {examples.name(place)}"
 
     # ---- which examples stand together; a training example beside those that are read is ``-1 - place`` ----
 

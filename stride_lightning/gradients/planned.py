@@ -161,13 +161,6 @@ class PlannedAttributor(Attributor):
         """The queries, whose losses or measures have the gradients that are explained."""
         if self.measure is None and self.own_plan is None:
             return self.read(model, queries, device, target)
-        if target == "predicted":
-            what = "measure=" if self.measure is not None else "a loss of the module's own"
-            raise ValueError(
-                f"target='predicted' needs the loss of a likelihood, and the queries are explained by {what}. Give "
-                "the queries their targets, or pass `measure=`, a function of (model, batch) that returns what is to "
-                "be explained of each query."
-            )
         plan = self.own_plan
         if self.measure is not None:
             how: dict[str, Any] = {"moment": self.moment, "choose_layers": self.chosen_layers, "mode": "eval"}

@@ -61,6 +61,7 @@ class FurtherTrainingAttributor(Attributor):
     method = "further-training"
     unit = "nats of query loss"
     asks_at_once = True
+    needs_gradients = False
 
     def __init__(
         self,
@@ -215,6 +216,7 @@ class RetrainingAttributor(Attributor):
     method = "retraining"
     unit = "nats of query loss"
     asks_at_once = True
+    needs_gradients = False
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples
 from stride_lightning.data.loading import check_loading
-from stride_lightning.data.reading import count_outputs, encoded_batch
+from stride_lightning.data.reading import Reading, count_outputs, encoded_batch
 from stride_lightning.model.layers import in_precision_of
 from stride_lightning.retraining.batchability import (
     check_vectorises,
@@ -66,6 +66,10 @@ class Batches:
         if isinstance(task, Task):
             with train.naming(0):
                 self.num_outputs = count_outputs(model, task, head)
+            if task.is_normalised:
+                reading = Reading(train, task, model, batch_size=256, device=self.device)
+                weights = [task.example_weights(rows.encoded(self.num_outputs)[1]) for rows in reading]
+                self.meaning = task.with_mean_weight(torch.cat(weights))
 
     @property
     def task(self) -> Task:

@@ -80,6 +80,8 @@ def _kind_at_these_weights(
         try:
             whole = gradient_of(every)
         except Exception as error:
+            if f"training_step of {type(model).__name__}" in str(error):  # it says already what is wrong
+                raise
             raise ValueError(
                 f"The loss of {type(model).__name__} cannot be computed: {own!r} failed on a batch of {len(probes)} "
                 f"training examples ({type(error).__name__}: {first_line(error)}). Pass `loss=fn` with "

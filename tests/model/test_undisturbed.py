@@ -52,6 +52,7 @@ class Busy(nn.Module):
         self.teacher = [nn.Linear(4, 4)]  # in a list, so that it is no child
         self.teacher[0].seen = 0
         self.optimizer = torch.optim.Adam(self.net.parameters(), 0.1)
+        self.bound = random.Random(6).random
         self.maker = lambda: None
 
     def change(self, x):
@@ -73,7 +74,7 @@ class Busy(nn.Module):
         Busy.runs += 1
         self.history.rng.random()
         torch.rand(1, generator=self.generator)
-        self.python.random(), self.draw()
+        self.python.random(), self.draw(), self.bound()
         self.losses.append(loss)
         self.losses[0] = 7
         self.recent.append(3)
@@ -117,7 +118,12 @@ def state(model):
             list(model.recent),
         ),
         *(str(model.options), sorted(model.names), len(model.long), model.generator.get_state().tolist()),
-        *(model.history.rng.bit_generator.state, model.python.getstate(), str(model.history.inner)),
+        *(
+            model.history.rng.bit_generator.state,
+            model.python.getstate(),
+            str(model.history.inner),
+            model.bound.__self__.getstate(),
+        ),
         *(model.draw.keywords["generator"].get_state().tolist(), model.running.tolist(), model.counts.tolist()),
         *(model.tensors[0].tolist(), weight_hash(model.teacher[0]), model.teacher[0].seen),
         *(model.accuracy.update_count, float(model.accuracy.mean_value), model.collection["CatMetric"].value),

@@ -1,15 +1,23 @@
 """A fresh Trainer for every subset: its batches, its hooks, its epochs."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from stride_lightning.retraining.batches import batch_order
 from stride_lightning.retraining.one_by_one import train_alone
 from stride_lightning.retraining.recipe import Recipe
+from stride_lightning.retraining.retrain import retrain
 from stride_lightning.retraining.together import Together
+from stride_lightning.tasks.measures import function_identity
+from stride_lightning.tasks.own_loss import OwnLoss
 from tests.helpers.models import make_trainer
+from tests.retraining import cases
 from tests.retraining.cases import NUM_QUERIES, Net, by_hand, mlp, plain_net, points, sgd, some_masks
+from tests.retraining.further import SPREAD, spread_losses
 
 QUERIES = points(NUM_QUERIES, seed=1)
 
@@ -68,6 +76,42 @@ def test_a_plain_module_and_an_optimizer_of_its_own():
         recipe = recipe_of(kind, optimizer=optimizer)
         losses = torch.stack([train_alone(recipe, mask, 0) for mask in masks])
         torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+
+
+def spread_rows(model, batch):
+    return spread_losses(model(batch[0]), batch[1])
+
+
+OWN = {
+    "own": (lambda: Net(mlp(), sgd, SPREAD), {}, SPREAD),
+    "by name": (lambda: Net(mlp(), sgd), {"task": OwnLoss()}, F.cross_entropy),
+    "a function": (lambda: Net(mlp(), sgd, SPREAD), {"loss": spread_rows}, SPREAD),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_losses_of_the_modules_own(name):
+    model_fn, more, loss = OWN[name]
+    queries, masks, how = points(NUM_QUERIES, seed=1), cases.some_masks(2), {"max_epochs": 2, "batch_size": 9}
+    truth = retrain(model_fn, queries, train_data=points(), masks=masks, num_seeds=1, **how, **more)
+    assert "it trains on" in truth.metadata["one_by_one_because"]
+    assert truth.measure == {"name": "loss", "direction": "lowers"}
+    measure = cases.cross_entropies if name == "by name" else spread_losses
+    expected = by_hand(lambda: Net(mlp(), sgd, loss), points(), queries, masks, 0, measure=measure, **how)
+    torch.testing.assert_close(truth.losses, expected, rtol=1e-4, atol=1e-4)
+    functions = truth.metadata.get("functions", {})
+    assert functions == ({"loss": function_identity(spread_rows)} if name == "a function" else {})
+
+
+def test_a_plain_module_trains_on_a_function():
+    make, optimizer = partial(mlp, 3), partial(torch.optim.SGD, lr=0.1)
+    queries, masks, how = points(NUM_QUERIES, seed=1), cases.some_masks(2), {"max_epochs": 2, "batch_size": 9}
+    more = {"loss": spread_rows, "optimizer": optimizer, "measure": lambda m, b: -spread_rows(m, b)}
+    truth = retrain(make, queries, train_data=points(), masks=masks, num_seeds=1, **how, **more)
+    same = lambda: Net(mlp(), lambda m: optimizer(m.parameters()), SPREAD)  # noqa: E731
+    expected = by_hand(same, points(), queries, masks, 0, measure=spread_losses, **how)
+    torch.testing.assert_close(truth.losses, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(truth.values, -truth.losses)
 
 
 def test_a_trainer_that_has_trained_is_refused(tmp_path):

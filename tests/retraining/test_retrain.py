@@ -229,8 +229,14 @@ MISTAKES = {
     "batch size 0": ({"batch_size": 0}, "`batch_size` must be an integer of at least 1, got 0"),
     "measure": ({"measure": "margin"}, r"`measure` must be a function fn\(model, batch\).*got 'margin'. Leave it out"),
     "loss": ({"loss": nn.MSELoss()}, r"`loss` must be a function fn\(model, batch\).*got MSELoss. Leave it out"),
-    "loss and task": ({"loss": row_losses, "task": Classification()}, "Give either `task` or `loss`"),
-    "own loss without a step": ({"model": mlp, "task": OwnLoss()}, r"OwnLoss\(\) is what training_step computes"),
+    "loss and task": (
+        {"loss": row_losses, "task": Classification()},
+        "`task` and `loss` both say what training minimised. Give only one",
+    ),
+    "own loss without a step": (
+        {"model": mlp, "optimizer": OPTIMIZER, "task": OwnLoss()},
+        r"The loss of Sequential cannot be computed: OwnLoss\(\) failed.*no attribute 'training_step'.*Pass `loss=fn`",
+    ),
     "no labels": ({"queries": TensorDataset(cases.random(4, 4))}, "has no targets, so losses cannot be measured"),
     "the same model": ({"model": lambda: SAME}, "`model_fn` returned the same model, or the same parameters, twice"),
     "shared weights": ({"model": lambda: Net(SHARED, sgd)}, "the same parameters, twice"),

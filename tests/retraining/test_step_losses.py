@@ -73,15 +73,15 @@ class Failing(Net):
 
 
 REFUSED = {
-    Detached: r"OwnLoss\(\) of Detached gave no loss with a finite gradient for 12 training examples",
-    Failing: r"The loss of Failing cannot be computed: OwnLoss\(\) failed on a batch.*RuntimeError: no such thing",
+    Detached: "The training_step of Detached returned a loss without gradient. Compute it without .detach()",
+    Failing: r"The loss of Failing cannot be computed: OwnLoss\(\) failed.*RuntimeError: no such thing.*Pass `loss=fn`",
 }
 
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_loss_that_cannot_be_computed_is_refused_with_a_way_out(kind):
     data = in_double(points())
-    with pytest.raises(ValueError, match=rf"{REFUSED[kind]}.*Pass `loss=fn`"):
+    with pytest.raises(ValueError, match=REFUSED[kind]):
         ask(make_net(mlp, kind=kind), batches_of(data), data)
     ask(make_net(mlp, kind=kind), batches_of(data), data, loss=row_losses)  # the way out
 

@@ -219,13 +219,14 @@ def test_activation_checkpointing_is_off(reentrant):
 def test_training_mode_without_dropout_and_batch_statistics():
     seen = []
     layers = [nn.Linear(4, 4), nn.Dropout(0.5), nn.BatchNorm1d(4), nn.SyncBatchNorm(4), nn.AlphaDropout(0.5)]
+    layers += [nn.InstanceNorm1d(4, track_running_stats=True), nn.LayerNorm(4)]
     model = make(lambda self, b, i: self.look() or self.net[0](b[0]).mean(), look=None)
     model.net = nn.Sequential(*layers)
     model.look = lambda: seen.append([model.training, *[module.training for module in model.net]])
     model.eval()
     TrainingStep(model)(BATCH, KEYS)
     TrainingStep(model, mode="eval")(BATCH, KEYS)
-    assert seen == [[True, True, False, False, False, False], [False] * 6]
+    assert seen == [[True, True, False, False, False, False, False, True], [False] * 8]
     assert not any(module.training for module in model.modules())
     assert layers[1].p == 0.5
 

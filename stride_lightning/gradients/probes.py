@@ -1,0 +1,148 @@
+"""A few training examples on which a loss of the module's own is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from stride_lightning.data.examples import Examples, first_batch
+from stride_lightning.gradients.kinds import Kind, kind_of
+from stride_lightning.gradients.step_outputs import NoRows, SkippedStep, StepInputs, StepOutputs
+from stride_lightning.model.layers import in_precision_of
+from stride_lightning.runtime.checks import first_line
+from stride_lightning.tasks.training_step import TrainingStep
+
+#: Examples on which a loss is looked at.
+NUM_EXAMPLES = 32
+#: The curvature is not taken at a wider tap.
+MAX_CURVED_OUTPUTS = 256
+#: Nor where examples with fewer of the squared slopes are curved; those are, with more than this of the most curved.
+MIN_CURVED_SHARE, MIN_CURVATURE = 0.1, 1e-6
+
+
+class Probes:
+    """A few training examples, as batches."""
+
+    def __init__(self, model: nn.Module, train: Examples, device: torch.device) -> None:
+        self._model, self._train, self._device = model, train, device
+        num = min(NUM_EXAMPLES, len(train))
+        self.places = [place * (len(train) - 1) // max(1, num - 1) for place in range(num)]
+        self.places = list(dict.fromkeys(self.places))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def batch(self, rows: Sequence[int], draw: int = 0) -> StepInputs:
+        """The batch of some of the examples."""
+        part = self._train.subset([self.places[row] for row in rows])
+        batch = in_precision_of(self._model, first_batch(part, len(rows), self._device))
+        return StepInputs(batch, part.positions.to(self._device), draw)
+
+
+@contextmanager
+def says_why(model: nn.Module) -> Iterator[None]:
+    """Turn errors of a ``training_step`` that runs outside of a fit into one that says so."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
+        if isinstance(error, NoRows) or (isinstance(error, ValueError) and "`loss=" in str(error)):
+            raise
+        raise ValueError(
+            f"The training_step of {type(model).__name__} cannot be run on a batch of training examples "
+            f"({type(error).__name__}: {first_line(error)}). Pass `loss=`, a function of (model, batch) that returns "
+            "the loss of each example, shape (B,)."
+        ) from error
+
+
+def is_random(step: TrainingStep, inputs: StepInputs) -> bool:
+    """Whether two draws of a loss differ."""
+    one, other = (step(inputs.batch, inputs.keys, draw) for draw in (0, 1))
+    return one is not None and other is not None and not torch.equal(one, other)
+
+
+def why_flat(outputs: StepOutputs, inputs: StepInputs, kind: Kind, *, is_padded: bool) -> str:
+    """Why a loss has no second derivatives at its tap that are worth using; empty if it has.
+
+    Where only few of the squared slopes are those of curved examples, as with L1 or with Huber's loss far out, the
+    curvature says little of what a step changes. Neither the unit of the loss nor that of the outputs matters.
+    """
+    if kind == "coupled":
+        return "the loss couples the examples of a batch"
+    if is_padded:
+        return "the outputs of an example have padding"
+    try:
+        if (width := outputs(inputs).shape[1]) > MAX_CURVED_OUTPUTS:
+            return f"the loss has {width} outputs of an example, more than {MAX_CURVED_OUTPUTS}"
+        curvature, slopes = outputs.second_derivatives().double(), outputs.slopes().double()
+    except (SkippedStep, RuntimeError) as error:  # some operations have no second derivative
+        return f"the loss has no second derivatives ({first_line(error)})"
+    traces = torch.linalg.eigvalsh((curvature + curvature.transpose(1, 2)) / 2).clamp(min=0).sum(1)
+    squares = slopes.square().sum(1)
+    is_curved = traces > MIN_CURVATURE * traces.max()
+    if squares[is_curved].sum() <= MIN_CURVED_SHARE * squares.sum():
+        return "the second derivatives of the loss vanish for most examples"
+    return ""
+
+
+def runs(outputs: StepOutputs, inputs: StepInputs) -> bool:
+    """Whether a batch runs through the model."""
+    try:
+        outputs.run(inputs)
+    except (SkippedStep, ValueError, RuntimeError, IndexError, TypeError):
+        return False
+    return True
+
+
+def slopes_or_none(outputs: StepOutputs, inputs: StepInputs) -> Tensor | None:
+    """Slopes of the loss of a batch; None where it has no loss, or one that is not finite."""
+    try:
+        outputs(inputs)
+        slopes = outputs.slopes()
+    except NoRows:
+        raise
+    except Exception:  # a single example may be too few for a loss, which may raise anything then
+        return None
+    return slopes if torch.isfinite(slopes).all() else None
+
+
+def kind_of_loss(
+    outputs: StepOutputs, whole: StepInputs, parts: Sequence[StepInputs], alone: Sequence[Tensor | None]
+) -> Kind | None:
+    """The kind of a loss, from a batch, parts of it that begin as it does, and the slopes of its single examples."""
+    batches = [(torch.arange(len(inputs.keys)), slopes_or_none(outputs, inputs)) for inputs in (whole, *parts)]
+    batches = [(places, slopes) for places, slopes in batches if slopes is not None]
+    if not batches:
+        raise ValueError("training_step returns no finite loss")
+    nothing = torch.zeros_like(batches[0][1][:1])
+    return kind_of(batches, torch.cat([nothing if slopes is None else slopes for slopes in alone]))
+
+
+def find_views_first(outputs: StepOutputs, together: StepInputs, singles: Sequence[StepInputs]) -> frozenset[str]:
+    """Modules whose rows are all examples once, then all again: those whose first row of the second example says so."""
+    size = len(singles)
+    names = set()
+    if size < 2:
+        return frozenset()
+    whole, second = outputs.run(together), outputs.run(singles[1])
+    for key, tensor in whole.items():
+        if tensor.ndim and len(tensor) > size and len(tensor) % size == 0 and key in second:
+            parts = len(tensor) // size
+            last = second[key][-1]
+            if not torch.allclose(tensor[2 * parts - 1], last, rtol=1e-3, atol=1e-5):
+                names.add(key[0])
+    return frozenset(names)
+
+
+def cut(inputs: StepInputs, rows: slice) -> StepInputs:
+    """Some examples of a batch, with the padding of the batch."""
+    size = len(inputs.keys)
+
+    def part(leaf: Any) -> Any:
+        return leaf[rows] if isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == size else leaf
+
+    return StepInputs(pytree.tree_map(part, inputs.batch), inputs.keys[rows], inputs.draw)

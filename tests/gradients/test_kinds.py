@@ -1,0 +1,90 @@
+"""The kind of a loss, from slopes of batches and of single examples."""
+
+import pytest
+import torch
+
+from stride_lightning.gradients.kinds import KINDS, kind_of, shares_of
+from tests.helpers.tiny import random_tensor
+
+ALONE = random_tensor(7, 3, seed=0)
+PLACES = [torch.arange(7), torch.arange(4), torch.arange(2)]
+WEIGHTS = torch.tensor([0.2, 3.0, 1.0, 0.0, 2.0, 1.0, 0.5], dtype=torch.float64)
+
+
+def batches(function):
+    return [(places, function(places)) for places in PLACES]
+
+
+def weighted(places):
+    weights = WEIGHTS[places]
+    return ALONE[places] * (weights / weights.sum())[:, None]
+
+
+def test_a_mean_and_a_sum():
+    assert kind_of(batches(lambda places: ALONE[places] / len(places)), ALONE) == "mean"
+    assert kind_of(batches(lambda places: ALONE[places]), ALONE) == "sum"
+
+
+def test_a_mean_with_weights_that_the_batch_normalises():
+    alone = ALONE.clone()
+    alone[3] = 0  # an example of no weight has no loss alone
+    assert kind_of(batches(weighted), alone) == "weighted"
+
+
+def test_weights_that_nothing_normalises_belong_to_the_examples():
+    alone = ALONE * WEIGHTS[:, None]
+    assert kind_of(batches(lambda places: alone[places] / len(places)), alone) == "mean"
+
+
+WRONG = {
+    "another direction": lambda places: ALONE[places].roll(1, 0) / len(places),
+    "a term across the batch": lambda places: (ALONE[places] - ALONE[places].mean(0)) / len(places),
+    "divided by another power": lambda places: ALONE[places] / len(places) ** 0.5,
+    "the first counts double": lambda places: ALONE[places] * (1 + (places == 0).double())[:, None] / len(places),
+    "weights by place in the batch": lambda places: (
+        ALONE[places] * torch.linspace(1, 2, len(places)).double().softmax(0)[:, None]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_any_other_is_coupled(name):
+    assert kind_of(batches(WRONG[name]), ALONE) == "coupled"
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_every_batch_counts(number):
+    one = batches(lambda places: ALONE[places] / len(places))
+    one[number] = (one[number][0], one[number][1] * 1.05)
+    assert kind_of(one, ALONE) == "coupled"
+
+
+def test_no_or_one_slope_tells_nothing():
+    nothing = torch.zeros_like(ALONE)
+    assert kind_of(batches(lambda places: nothing[places]), nothing) is None
+    nothing[0] = 1
+    assert kind_of(batches(lambda places: nothing[places] / len(places)), nothing) is None
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e9])
+def test_the_unit_of_the_loss_changes_nothing(scale):
+    for kind, factor in (("mean", lambda places: 1 / len(places)), ("sum", lambda places: 1.0)):
+        made = [(places, scale * ALONE[places] * factor(places)) for places in PLACES]
+        assert kind_of(made, scale * ALONE) == kind
+    assert kind_of([(places, scale * slopes) for places, slopes in batches(weighted)], scale * ALONE) == "weighted"
+
+
+def test_rounding_in_single_precision_is_no_coupling():
+    noise = 1 + 1e-5 * random_tensor(7, 1, seed=3)
+    made = [(places, (ALONE[places] * noise[places] / len(places)).float()) for places in PLACES]
+    assert kind_of(made, ALONE.float()) == "mean"
+
+
+def test_shares_of_examples():
+    shares = shares_of(weighted(PLACES[0]), ALONE)
+    torch.testing.assert_close(shares, WEIGHTS / WEIGHTS.sum())
+    assert shares_of(torch.zeros(2, 3), torch.zeros(2, 3)).tolist() == [0, 0]
+
+
+def test_every_kind_has_words():
+    assert set(KINDS) == {"mean", "sum", "weighted", "coupled"}
