@@ -248,8 +248,8 @@ def main():
         run_one(arguments, *arguments.one)
         return
     for name in arguments.models:
-        compare_gradients(name, arguments)
         compare_check(name, arguments)
+        compare_gradients(name, arguments)
 
 
 if __name__ == "__main__":
