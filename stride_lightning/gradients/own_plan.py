@@ -29,7 +29,7 @@ from stride_lightning.model.capture import Capture, Effort, Outputs
 from stride_lightning.model.plan import PROBE_BYTES, plan_capture, probe_places
 from stride_lightning.model.tap import find_tap
 from stride_lightning.model.weights import moved
-from stride_lightning.tasks.own_loss import OwnLoss
+from stride_lightning.tasks.own_loss import FunctionLoss, OwnLoss
 from stride_lightning.tasks.step_checks import check_step
 from stride_lightning.tasks.training_step import Mode, Moment, TrainingStep
 
@@ -92,7 +92,8 @@ class OwnPlan:
 
     def described(self) -> str:
         """One line for the log and the metadata."""
-        parts = [KINDS[self.kind], *self.notes]
+        is_function = isinstance(self.own, FunctionLoss)  # which gives the losses of examples itself
+        parts = [*([] if is_function and self.kind == "sum" else [KINDS[self.kind]]), *self.notes]
         if self.mode == "eval":
             parts.append("taken in eval mode, because training mixes the examples of a batch")
         if self.num_draws > 1:

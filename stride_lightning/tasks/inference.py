@@ -107,7 +107,8 @@ def likely_tasks(model: nn.Module, batch: Any) -> Iterator[Task]:
         reader = Regression().changed(parts=parts)
         try:
             inputs = in_precision_of(model, reader.inputs(batch))
-            with torch.no_grad():
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a model that takes other inputs than are tried
                 returned: Any = Task.outputs(reader, model, inputs)
         except Exception:
             if parts is None and len(batch) == 2:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -118,7 +118,14 @@ def _device_of(model: nn.Module) -> torch.device:
 
 def _arguments(training_step: Callable[..., Any], batch: Any, batch_idx: int) -> tuple[Any, ...]:
     """The positional arguments of a ``training_step``: the batch, ``batch_idx`` and a number of the loader, 0."""
-    parameters = inspect.signature(training_step).parameters.values()
+    function = getattr(training_step, "__func__", training_step)
+    count = _num_arguments(function, is_bound=function is not training_step)
+    return (batch, batch_idx, *[0] * (count - 2))[:count]
+
+
+@lru_cache(64)
+def _num_arguments(function: Callable[..., Any], *, is_bound: bool) -> int:
+    parameters = [*inspect.signature(function).parameters.values()][is_bound:]
     if any(each.name == "dataloader_iter" for each in parameters):
         raise ValueError(
             "The training_step takes `dataloader_iter` and draws its batches itself, so it has no loss of a batch. Say "
@@ -126,10 +133,9 @@ def _arguments(training_step: Callable[..., Any], batch: Any, batch_idx: int) ->
         )
     positional = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
     if any(each.kind == each.VAR_POSITIONAL for each in parameters):
-        return batch, batch_idx
+        return 2
     # Lightning passes the first two; others must have defaults, or are of an older Lightning.
-    count = sum(number < 2 or each.default is each.empty for number, each in enumerate(positional))
-    return (batch, batch_idx, *[0] * (count - 2))[:count]
+    return sum(number < 2 or each.default is each.empty for number, each in enumerate(positional))
 
 
 def _checked(model: nn.Module, loss: Any) -> Tensor:
