@@ -25,6 +25,7 @@ class Run(NamedTuple):
 
     inputs: StepInputs
     partner: Tensor | None  # slopes of the last example in a batch of its own, where it is a partner
+    weight: float | None  # of a single example in a weighted mean, where the partner's is 1
     refuse: Callable[[Sequence[int]], NoReturn]  # rows among which something is not finite
 
 
@@ -83,6 +84,8 @@ class OwnBatch:
 
     def sum_of_weights(self) -> float:
         """Sum of the weights of the examples in a weighted mean, where the partner's is 1."""
+        if self.runs[0].weight is not None:
+            return self.runs[0].weight
         slopes = self._forward(self.runs[0])
         return 0.0 if slopes is None else slopes.factor * self.plan.mean_weight - 1
 
@@ -172,7 +175,8 @@ def slopes_of(plan: OwnPlan, run: Run, outputs: Tensor) -> Slopes:
     if not math.isfinite(loss):
         run.refuse(range(size))
     if not has_rows:
-        return Slopes(values, 1.0, loss)
+        factor = 1.0 if run.weight is None else run.weight / plan.mean_weight
+        return Slopes(factor * values, factor, loss)
     factor = {"sum": 1.0}.get(plan.kind, float(size))
     if run.partner is not None:
         share = _share(values[-1], run.partner[0])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples
 from stride_lightning.gradients.kinds import KINDS, Kind
@@ -23,10 +23,10 @@ from stride_lightning.gradients.probes import (
     why_flat,
 )
 from stride_lightning.gradients.signs import count_directions
-from stride_lightning.gradients.single import LossOutputs, SingleCapture, kind_by_gradients
-from stride_lightning.gradients.step_outputs import NoRows, StepOutputs
+from stride_lightning.gradients.single import LossOutputs, SingleCapture, gradient_of, kind_by_gradients
+from stride_lightning.gradients.step_outputs import NoRows, StepInputs, StepOutputs
 from stride_lightning.model.capture import Capture, Effort, Outputs
-from stride_lightning.model.plan import plan_capture, probe_places
+from stride_lightning.model.plan import PROBE_BYTES, plan_capture, probe_places
 from stride_lightning.model.tap import find_tap
 from stride_lightning.model.weights import moved
 from stride_lightning.tasks.own_loss import OwnLoss
@@ -36,6 +36,8 @@ from stride_lightning.tasks.training_step import Mode, Moment, TrainingStep
 #: Names of the modules whose parameters count, from outputs and a batch of their inputs.
 ChooseLayers = Callable[[Outputs, Any], Sequence[str] | None]
 
+#: Examples whose gradients in all parameters tell the kind of a loss; fewer of a large model.
+NUM_SINGLE = 16
 #: Draws over which a random loss is averaged.
 NUM_DRAWS = 8
 
@@ -228,16 +230,28 @@ def _one_by_one(
     """The plan where rows of a batch cannot be told apart: every example in a batch of its own."""
     step = own.of(model, moment, mode)
     capture = SingleCapture(model, step, choose_layers(LossOutputs(model, step), probes.batch([0])), like)
-    few = list(range(min(4, len(probes))))
+    few = list(range(min(len(probes), max(2, min(NUM_SINGLE, PROBE_BYTES // (8 * capture.num_parameters))))))
+    sizes = (len(few), max(1, len(few) // 2))
     with says_why(model):
-        kind = kind_by_gradients(capture, [probes.batch(few), probes.batch(few[:2])], [probes.batch([i]) for i in few])
+        alone = torch.cat([_gradient_alone(capture, probes.batch([row])) for row in few])
+        batches = [gradient_of(capture, probes.batch(few[:size])).dense()[0] for size in sizes]
+        kind = kind_by_gradients(alone, batches, sizes)
         num_draws = NUM_DRAWS if is_random(step, probes.batch(few)) else 1
-    if kind is None:
+        tap = find_tap(model, lambda: step(*probes.batch(few)), lambda: step(*probes.batch(few[: sizes[1]])))
+    if kind == "coupled":
         raise ValueError(
             f"The examples of a batch cannot be told apart in the training_step of {type(model).__name__} ({problem}), "
-            "and its loss is neither the mean nor the sum of the losses of single examples. Pass `loss=`, a function "
-            "of (model, batch) that returns the loss of each example, shape (B,)."
+            "and its loss couples them: it is no mean and no sum of the losses of single examples. Pass `loss=`, a "
+            "function of (model, batch) that returns the loss of each example, shape (B,)."
         )
     effort = capture.effort(probes.batch([0]), 1)
+    partner = probes.places[int(alone.norm(dim=1).argmax())]
     flat_because = "outputs of single examples cannot be told apart in a batch"
-    return OwnPlan(own, step, capture, effort, kind, mode, num_draws, probes.places[0], False, flat_because, 1, ())
+    notes = ("the penalty on weights is in the loss of every example",) if tap is not None and tap.penalised else ()
+    return OwnPlan(own, step, capture, effort, kind, mode, num_draws, partner, False, flat_because, 1, notes)
+
+
+def _gradient_alone(capture: SingleCapture, inputs: StepInputs) -> Tensor:
+    """The gradient of an example's loss, shape ``(1, p)``; zero where it has none, or one that is not finite."""
+    gradient = gradient_of(capture, inputs).dense()
+    return gradient if torch.isfinite(gradient).all() else torch.zeros_like(gradient)

@@ -16,6 +16,7 @@ from stride_lightning.data.fingerprints import Fingerprint
 from stride_lightning.gradients.features import Linearised
 from stride_lightning.gradients.own_batch import OwnBatch, Run, curvature_roots, slopes_of
 from stride_lightning.gradients.own_plan import OwnPlan
+from stride_lightning.gradients.single import gradient_of, weight_by_gradients
 from stride_lightning.gradients.step_outputs import SkippedStep, StepInputs, StepOutputs
 from stride_lightning.model.layers import in_precision_of
 from stride_lightning.runtime.progress import counting
@@ -69,6 +70,7 @@ class OwnReader:
         #: Number of outputs along which curvature is taken.
         self.num_outputs = plan.num_outputs
         self.dtype = next(iter(plan.capture.parameters.values())).dtype
+        self._weights: dict[int, float] = {}
         self._held: dict[tuple[int, ...], Any] = {}
         self._free = HELD_BYTES
         fingerprint = Fingerprint(content=not examples.is_random)
@@ -126,10 +128,11 @@ class OwnReader:
     def _runs(self, entries: Sequence[Sequence[int]], alone: Sequence[Tensor | None]) -> list[Run]:
         runs = []
         for row in entries:
-            batch = self._batch(row)
-            keys = torch.tensor([self._key(entry) for entry in row], device=self.device)
+            batch, keys = self._read(row)
             refuse = partial(self._refuse, row)
-            runs += [Run(StepInputs(batch, keys, draw), alone[draw], refuse) for draw in range(self.plan.num_draws)]
+            weight = self._weight(row[0]) if self.plan.kind == "weighted" and not self.plan.has_rows else None
+            draws = [StepInputs(batch, keys, draw) for draw in range(self.plan.num_draws)]
+            runs += [Run(inputs, alone[inputs.draw], weight, refuse) for inputs in draws]
         return runs
 
     def _refuse(self, entries: Sequence[int], rows: Sequence[int]) -> NoReturn:
@@ -145,8 +148,7 @@ class OwnReader:
         )
 
     def _is_finite_alone(self, entry: int) -> bool:
-        key = torch.tensor([self._key(entry)], device=self.device)
-        loss = self.plan.step(self._batch([entry]), key)
+        loss = self.plan.step(*self._read([entry]))
         return loss is None or bool(torch.isfinite(loss))
 
     def _name(self, entry: int) -> str:
@@ -160,7 +162,7 @@ class OwnReader:
         if self.plan.kind == "coupled":
             yield from self._coupled_queries(start, stop) if self._are_queries else self._coupled(start, stop)
             return
-        partner = [-1 - self.plan.partner] if self.plan.kind == "weighted" else []
+        partner = [self._partner] if self.plan.kind == "weighted" and self.plan.has_rows else []
         for places in self._slices(start, stop):
             yield places, [[*range(places.start, places.stop), *partner]]
 
@@ -231,15 +233,32 @@ class OwnReader:
 
     def _partner_alone(self, backward: Any) -> list[Tensor | None]:
         """Slopes of the partner in a batch of its own, for every draw."""
-        if self.plan.kind != "weighted":
+        if self.plan.kind != "weighted" or not self.plan.has_rows:
             return [None] * self.plan.num_draws
-        batch = self._batch([-1 - self.plan.partner])
-        keys = torch.tensor([self._key(-1 - self.plan.partner)], device=self.device)
+        batch, keys = self._read([self._partner])
         slopes = []
         for draw in range(self.plan.num_draws):
             backward.run(StepInputs(batch, keys, draw), 1)
             slopes.append(self._outputs.slopes())
         return slopes
+
+    @property
+    def _partner(self) -> int:
+        return -1 - self.plan.partner
+
+    def _read(self, entries: Sequence[int]) -> tuple[Any, Tensor]:
+        return self._batch(entries), torch.tensor([self._key(entry) for entry in entries], device=self.device)
+
+    def _weight(self, entry: int) -> float:
+        """The weight of an example whose row cannot be told apart, from a batch of it and the partner."""
+        if entry not in self._weights:
+            groups = [entry], [entry, self._partner], [self._partner]
+            inputs = [StepInputs(*self._read(group)) for group in groups]
+            alone, together, partner = (gradient_of(self.plan.capture, each).dense()[0] for each in inputs)
+            # An example of no weight has no loss alone, or divides by its weight.
+            alone = alone if torch.isfinite(alone).all() else torch.zeros_like(alone)
+            self._weights[entry] = weight_by_gradients(together, alone, partner)
+        return self._weights[entry]
 
     @property
     def _outputs(self) -> StepOutputs:

@@ -78,24 +78,37 @@ class SingleBackward(Backward):
         return Block(layout.join({n: (g.to_dense() if g.is_sparse else g)[None] for n, g in gradients.items()}))
 
 
-def kind_by_gradients(
-    capture: SingleCapture, batches: Sequence[StepInputs], singles: Sequence[StepInputs]
-) -> Kind | None:
-    """The kind of a loss from gradients in all parameters: a mean, a sum, or None for any other.
+def kind_by_gradients(alone: Tensor, batches: Sequence[Tensor], sizes: Sequence[int]) -> Kind:
+    """The kind of a loss from gradients in all parameters.
 
-    The batches hold the first of the single examples.
+    Args:
+        alone: Those of examples in batches of their own, shape ``(n, p)``; zero where an example has no loss.
+        batches: Those of batches that hold the first of these examples, the first batch all of them.
+        sizes: Numbers of examples of the batches.
     """
-    alone = torch.cat([gradient_of(capture, inputs).dense() for inputs in singles]).double()
-    for kind in ("mean", "sum"):
-        is_right = True
-        for inputs in batches:
-            part = alone[: len(inputs.keys)]
-            expected = part.mean(0) if kind == "mean" else part.sum(0)
-            gap = (gradient_of(capture, inputs).dense()[0].double() - expected).abs().max()
-            is_right &= bool(gap <= 1e-3 * expected.abs().max())
-        if is_right:
-            return kind
-    return None
+    alone, batches = alone.double(), [batch.double() for batch in batches]
+
+    def agree(weights: Sequence[Tensor]) -> bool:
+        pairs = [(batch, weight @ alone[: len(weight)]) for batch, weight in zip(batches, weights, strict=True)]
+        return all(bool((batch - sums).abs().max() <= 1e-3 * batch.abs().max()) for batch, sums in pairs)
+
+    ones = [alone.new_ones(size) for size in sizes]
+    if agree([one / len(one) for one in ones]):
+        return "mean"
+    if agree(ones):
+        return "sum"
+    shares = torch.linalg.lstsq(alone @ alone.T, alone @ batches[0], driver="gelsd").solution
+    is_mean = bool((shares >= -1e-3).all()) and abs(float(shares.sum()) - 1) <= 1e-3
+    return "weighted" if is_mean and agree([shares[:size] / shares[:size].sum() for size in sizes]) else "coupled"
+
+
+def weight_by_gradients(together: Tensor, alone: Tensor, partner: Tensor) -> float:
+    """The weight of an example where its partner's is 1, from their gradients in a batch of both and alone."""
+    apart = (alone - partner).double()
+    if apart.norm() <= 1e-6 * partner.double().norm():  # the partner itself
+        return 1.0
+    share = float((together - partner).double() @ apart / apart.square().sum())
+    return share / max(1 - share, 1e-6)
 
 
 def gradient_of(capture: Capture, inputs: StepInputs) -> Gradients:

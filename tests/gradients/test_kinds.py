@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from stride_lightning.gradients.kinds import KINDS, kind_of, shares_of
+from stride_lightning.gradients.single import kind_by_gradients, weight_by_gradients
 from tests.helpers.tiny import random_tensor
 
 ALONE = random_tensor(7, 3, seed=0)
@@ -78,6 +79,41 @@ def test_rounding_in_single_precision_is_no_coupling():
     noise = 1 + 1e-5 * random_tensor(7, 1, seed=3)
     made = [(places, (ALONE[places] * noise[places] / len(places)).float()) for places in PLACES]
     assert kind_of(made, ALONE.float()) == "mean"
+
+
+SIZES = (7, 4)
+
+
+def of_parts(function):
+    return [function(torch.arange(size)).sum(0) for size in SIZES]
+
+
+def test_kinds_from_gradients_of_whole_batches():
+    """Rows are not seen, only their sums."""
+    alone = random_tensor(7, 20, seed=4)
+
+    def shared(places):
+        return alone[places] * (WEIGHTS[places] / WEIGHTS[places].sum())[:, None]
+
+    for kind, function in (
+        ("mean", lambda places: alone[places] / len(places)),
+        ("sum", lambda places: alone[places]),
+        ("weighted", shared),
+        ("coupled", lambda places: (alone[places] - alone[places].roll(1, 0) / 2) / len(places)),
+        ("coupled", lambda places: alone[places] / len(places) ** 0.5),
+        ("coupled", lambda places: shared(places) * (1 + 0.1 * len(places))),
+    ):
+        assert kind_by_gradients(alone, of_parts(function), SIZES) == kind
+    alone[3] = 0  # an example of no weight
+    assert kind_by_gradients(alone, of_parts(shared), SIZES) == "weighted"
+
+
+def test_weights_from_gradients_of_pairs():
+    one, partner = random_tensor(2, 20, seed=4)
+    for weight in (0.0, 0.2, 1.0, 9.0):
+        together = (weight * one + partner) / (weight + 1)
+        assert weight_by_gradients(together, one * (weight > 0), partner) == pytest.approx(weight)
+    assert weight_by_gradients(partner, partner, partner) == 1
 
 
 def test_shares_of_examples():
