@@ -129,7 +129,7 @@ class EKFAC(Curvature):
                 for name, block in gradients.items():
                     shapes[name], constant = block.shape, train.capture.layouts[name].constant_side
                     for side in ("left", "right"):
-                        if column == 0 or padded or side != constant:
+                        if column == 0 or padded or side != constant or not batch.shares_inputs:
                             for factor in _factors(block, side, padded=padded):
                                 covariances[name, side] += factor.T @ factor
         vectors: dict[tuple[str, str], Tensor] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from typing import NamedTuple, NoReturn
 
@@ -52,6 +52,8 @@ class OwnBatch:
     runs: Sequence[Run]
     plan: OwnPlan
     _backward: Backward
+    _slopes: list[Slopes | None] = field(default_factory=list)  # of a single run
+    _frees_graph: bool = True
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -65,6 +67,16 @@ class OwnBatch:
     def is_exact(self) -> bool:
         """Whether :meth:`curvature` gives a gradient for each output, or for the loss itself."""
         return is_exact(self.plan.num_outputs)
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether ``training_step`` skips the batch."""
+        return self._forward(self.runs[0]) is None
+
+    @property
+    def num_directions(self) -> int:
+        """Largest number of gradients of :meth:`curvature`."""
+        return len(self.runs) * self.plan.num_directions
 
     def loss(self) -> Gradients:
         """Gradients of each example's loss."""
@@ -91,6 +103,7 @@ class OwnBatch:
 
     def margin(self, *, last: bool = True) -> Gradients:
         """Gradients of the outputs towards a lower loss, of unit length at the tap; of minus a random loss."""
+        self._frees_graph = last
         return self._margin[0]
 
     @property
@@ -112,12 +125,11 @@ class OwnBatch:
 
         They are those of :class:`~stride_lightning.gradients.features.Batch`, with the second derivatives of the loss
         at its tap. Where these vanish, the gradient of the loss takes their place, which makes the empirical Fisher
-        matrix.
+        matrix. Runs that ``training_step`` skips have none.
         """
         for run in self.runs:
             slopes = self._forward(run)
             if slopes is None:
-                yield from (self._zero for _ in range(self.plan.num_directions))
                 continue
             roots = curvature_roots(self.plan, slopes) / len(self.runs) ** 0.5
             for column in range(self.plan.num_directions):
@@ -128,7 +140,8 @@ class OwnBatch:
                     signs = random_signs(self.positions, column, roots.shape[2], seed, roots) / NUM_DIRECTIONS**0.5
                     direction = torch.zeros_like(slopes.values)
                     direction[: len(self)] = (roots[: len(self)] @ signs[..., None])[..., 0]
-                yield self._pulled(direction, last=column == self.plan.num_directions - 1)
+                is_last = column == self.plan.num_directions - 1
+                yield self._pulled(direction, last=is_last and (last or len(self.runs) > 1))
 
     @cached_property
     def _margin(self) -> tuple[Gradients, Tensor, Tensor]:
@@ -142,15 +155,18 @@ class OwnBatch:
         size = slopes.values.norm(dim=1)
         unit = -slopes.values / size.clamp(min=torch.finfo(size.dtype).tiny)[:, None]
         curved = (curvature_roots(self.plan, slopes) * unit[..., None]).sum(1).square().sum(1)
-        return self._pulled(unit), size[: len(self)], curved[: len(self)]
+        return self._pulled(unit, last=self._frees_graph), size[: len(self)], curved[: len(self)]
 
     def _forward(self, run: Run) -> Slopes | None:
-        """Run forward; None where ``training_step`` skips the batch."""
+        """Run forward, once where there is a single run; None where ``training_step`` skips the batch."""
+        if len(self.runs) == 1 and self._slopes:
+            return self._slopes[0]
         try:
-            outputs = self._backward.run(run.inputs, len(run.inputs.keys))
+            slopes = slopes_of(self.plan, run, self._backward.run(run.inputs, len(run.inputs.keys)))
         except SkippedStep:
-            return None
-        return slopes_of(self.plan, run, outputs)
+            slopes = None
+        self._slopes = [slopes]
+        return slopes
 
     def _pulled(self, direction: Tensor, *, last: bool = True) -> Gradients:
         return self._backward.gradients(direction, last=last).rows(slice(0, len(self)))

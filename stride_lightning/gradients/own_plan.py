@@ -36,7 +36,7 @@ from stride_lightning.tasks.training_step import Mode, Moment, TrainingStep
 #: Names of the modules whose parameters count, from outputs and a batch of their inputs.
 ChooseLayers = Callable[[Outputs, Any], Sequence[str] | None]
 
-#: Examples of which gradients in all parameters tell the kind of a loss, or fewer of a large model.
+#: Examples whose gradients in all parameters tell the kind of a loss; fewer of a large model.
 NUM_SINGLE = 16
 #: Draws over which a random loss is averaged.
 NUM_DRAWS = 8
@@ -133,21 +133,44 @@ def plan_own_loss(
     Raises:
         ValueError: If no example has a loss, or it is of a kind that is not known.
     """
-    probes = Probes(model, train, device)
-    every = range(len(probes))
+    probes, step = Probes(model, train, device), own.of(model, moment, mode)
     with says_why(model):
+        probes.leave_out_skipped(step)
+        every = range(len(probes))
         batches = [probes.batch(rows)[:2] for rows in (every, every[: max(1, len(every) // 2)])]
-        notes = check_step(own.of(model, moment, mode), batches)
-    problem: ValueError | None = None
-    modes: list[Mode] = list(dict.fromkeys((mode, "eval")))
-    for tried in modes:
-        try:
-            plan = _planned(own, model, probes, tried, moment, choose_layers, like)
-            return replace(plan, notes=(*plan.notes, *notes))
-        except NoRows as error:  # noqa: PERF203
-            problem = problem or error
-    plan = _one_by_one(own, model, probes, mode, moment, choose_layers, like, problem)
+        notes = check_step(step, batches)
+    plan = _first(own, model, probes, list(dict.fromkeys((mode, "eval"))), moment, choose_layers, like)
     return replace(plan, notes=(*plan.notes, *notes))
+
+
+def _first(
+    own: OwnLoss,
+    model: nn.Module,
+    probes: Probes,
+    modes: Sequence[Mode],
+    moment: Moment | None,
+    choose_layers: ChooseLayers,
+    like: Capture | None,
+) -> OwnPlan:
+    """The plan in the first mode in which examples do not depend on each other."""
+    problem, coupled = None, None
+    for planned in (_planned, _one_by_one):
+        for mode in modes:
+            try:
+                plan = planned(own, model, probes, mode, moment, choose_layers, like)
+            except NoRows as error:
+                problem = problem or error
+                continue
+            if plan.kind != "coupled":
+                return plan
+            coupled = coupled or plan
+        if coupled is not None and coupled.has_rows:
+            return coupled
+    raise ValueError(
+        f"The examples of a batch cannot be told apart in the training_step of {type(model).__name__} ({problem}), "
+        "and its loss couples them: it is no mean and no sum of the losses of single examples. Pass `loss=`, a "
+        "function of (model, batch) that returns the loss of each example, shape (B,)."
+    )
 
 
 def _planned(
@@ -226,7 +249,6 @@ def _one_by_one(
     moment: Moment | None,
     choose_layers: ChooseLayers,
     like: Capture | None,
-    problem: ValueError | None,
 ) -> OwnPlan:
     """The plan where rows of a batch cannot be told apart: every example in a batch of its own."""
     step = own.of(model, moment, mode)
@@ -239,12 +261,6 @@ def _one_by_one(
         kind = kind_by_gradients(alone, batches, sizes)
         num_draws = NUM_DRAWS if is_random(step, probes.batch(few)) else 1
         tap = find_tap(model, lambda: step(*probes.batch(few)), lambda: step(*probes.batch(few[: sizes[1]])))
-    if kind == "coupled":
-        raise ValueError(
-            f"The examples of a batch cannot be told apart in the training_step of {type(model).__name__} ({problem}), "
-            "and its loss couples them: it is no mean and no sum of the losses of single examples. Pass `loss=`, a "
-            "function of (model, batch) that returns the loss of each example, shape (B,)."
-        )
     effort = capture.effort(probes.batch([0]), 1)
     partner = probes.places[int(alone.norm(dim=1).argmax())]
     flat_because = "outputs of single examples cannot be told apart in a batch"

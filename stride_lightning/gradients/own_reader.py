@@ -16,8 +16,10 @@ from stride_lightning.data.fingerprints import Fingerprint
 from stride_lightning.gradients.features import Linearised
 from stride_lightning.gradients.own_batch import OwnBatch, Run, curvature_roots, slopes_of
 from stride_lightning.gradients.own_plan import OwnPlan
+from stride_lightning.gradients.probes import refuse_not_finite
 from stride_lightning.gradients.single import gradient_of, weight_by_gradients
 from stride_lightning.gradients.step_outputs import SkippedStep, StepInputs, StepOutputs
+from stride_lightning.model.capture import Backward
 from stride_lightning.model.layers import in_precision_of
 from stride_lightning.runtime.progress import counting
 from stride_lightning.runtime.randomness import mix
@@ -70,6 +72,8 @@ class OwnReader:
         #: Number of outputs along which curvature is taken.
         self.num_outputs = plan.num_outputs
         self.dtype = next(iter(plan.capture.parameters.values())).dtype
+        #: Positions of examples that ``training_step`` skips: their loss is 0.
+        self.skipped: set[int] = set()
         self._weights: dict[int, float] = {}
         self._held: dict[tuple[int, ...], Any] = {}
         self._free = HELD_BYTES
@@ -99,16 +103,22 @@ class OwnReader:
         with self.plan.capture.watch() as backward:
             alone = self._partner_alone(backward)
         for places, entries in self._entries(start, stop):
-            size = len(self.examples.positions[places])
-            for run in self._runs(entries, alone):
-                try:
-                    outputs = self.plan.capture.outputs(run.inputs)
-                except SkippedStep:
+            yield from self._linearised(places, entries, alone)
+
+    def _linearised(self, places: slice | Tensor, entries: list[list[int]], alone: Any) -> Iterator[Linearised]:
+        size, count = len(self.examples.positions[places]), len(entries) * self.plan.num_draws
+        for run in self._runs(entries, alone):
+            try:
+                outputs = self.plan.capture.outputs(run.inputs)
+            except SkippedStep:
+                if not self._is_split(places):
                     continue
-                roots = curvature_roots(self.plan, slopes_of(self.plan, run, outputs.detach()))
-                roots[size:] = 0  # a partner, and examples of the training set beside queries
-                count = len(entries) * self.plan.num_draws
-                yield outputs, partial(_times, roots / count**0.5)
+                for part in self._singles(places):
+                    yield from self._linearised(*part, alone)
+                return
+            roots = curvature_roots(self.plan, slopes_of(self.plan, run, outputs.detach()))
+            roots[size:] = 0  # a partner, and examples of the training set beside queries
+            yield outputs, partial(_times, roots / count**0.5)
 
     def run(self, share: slice | None = None, description: str = "") -> Iterator[OwnBatch]:
         """Batches of a share of the examples; a description shows progress."""
@@ -120,10 +130,32 @@ class OwnReader:
         with self.plan.capture.watch() as backward:
             alone = self._partner_alone(backward)
             for places, entries in self._entries(start, stop):
-                runs = self._runs(entries, alone)
-                positions = self.examples.positions[places]
-                yield OwnBatch(places, positions, runs, self.plan, backward)
-                tick(len(positions))
+                for batch in self._tried(places, entries, alone, backward):
+                    yield batch
+                    tick(len(batch))
+
+    def _tried(
+        self, places: slice | Tensor, entries: list[list[int]], alone: Any, back: Backward
+    ) -> Iterator[OwnBatch]:
+        """A batch; where ``training_step`` skips it, its examples one by one."""
+        batch = OwnBatch(places, self.examples.positions[places], self._runs(entries, alone), self.plan, back)
+        if self.plan.kind == "coupled" or not batch.is_skipped:
+            yield batch
+        elif self._is_split(places):
+            for part in self._singles(places):
+                yield from self._tried(*part, alone, back)
+        else:
+            self.skipped.add(int(batch.positions[0]))
+            yield batch
+
+    def _is_split(self, places: slice | Tensor) -> bool:
+        """Whether examples are read one by one where ``training_step`` skips their batch."""
+        return isinstance(places, slice) and places.stop - places.start > 1
+
+    def _singles(self, places: slice | Tensor) -> Iterator[tuple[slice, list[list[int]]]]:
+        assert isinstance(places, slice)
+        for place in range(places.start, places.stop):
+            yield slice(place, place + 1), [[place, *self._beside]]
 
     def _runs(self, entries: Sequence[Sequence[int]], alone: Sequence[Tensor | None]) -> list[Run]:
         runs = []
@@ -140,12 +172,7 @@ class OwnReader:
         chosen = [entries[row] for row in rows]
         alone = [entry for entry in chosen if not self._is_finite_alone(entry)]
         names = [self._name(entry) for entry in alone or chosen]
-        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-        what = "The loss" if alone else "The loss of a batch, or an output of it,"
-        raise ValueError(
-            f"{what} is not finite for {', '.join(names[:10])}{more}. Check these examples and the weights, and the "
-            "loss for a logarithm or a division by 0."
-        )
+        refuse_not_finite(names, alone=bool(alone))
 
     def _is_finite_alone(self, entry: int) -> bool:
         loss = self.plan.step(*self._read([entry]))
@@ -162,9 +189,8 @@ class OwnReader:
         if self.plan.kind == "coupled":
             yield from self._coupled_queries(start, stop) if self._are_queries else self._coupled(start, stop)
             return
-        partner = [self._partner] if self.plan.kind == "weighted" and self.plan.has_rows else []
         for places in self._slices(start, stop):
-            yield places, [[*range(places.start, places.stop), *partner]]
+            yield places, [[*range(places.start, places.stop), *self._beside]]
 
     def _slices(self, start: int, stop: int) -> Iterator[slice]:
         for first in range(start - start % self.batch_size, stop, self.batch_size):
@@ -231,7 +257,7 @@ class OwnReader:
 
     # ---- the weights of a weighted mean ----
 
-    def _partner_alone(self, backward: Any) -> list[Tensor | None]:
+    def _partner_alone(self, backward: Backward) -> list[Tensor | None]:
         """Slopes of the partner in a batch of its own, for every draw."""
         if self.plan.kind != "weighted" or not self.plan.has_rows:
             return [None] * self.plan.num_draws
@@ -245,6 +271,11 @@ class OwnReader:
     @property
     def _partner(self) -> int:
         return -1 - self.plan.partner
+
+    @property
+    def _beside(self) -> list[int]:
+        """What stands in every batch after the examples that are read."""
+        return [self._partner] if self.plan.kind == "weighted" and self.plan.has_rows else []
 
     def _read(self, entries: Sequence[int]) -> tuple[Any, Tensor]:
         return self._batch(entries), torch.tensor([self._key(entry) for entry in entries], device=self.device)

@@ -23,7 +23,7 @@ from stride_lightning.results.attribution import Attribution
 from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.results.top_examples import TopCollector, joined
 from stride_lightning.runtime.checks import check_count
-from stride_lightning.runtime.distributed import gather, shard, world_size
+from stride_lightning.runtime.distributed import gather, shard, total, world_size
 from stride_lightning.runtime.memory import memory_budget
 from stride_lightning.runtime.progress import announce
 from stride_lightning.tasks.inference import check_outputs
@@ -174,6 +174,21 @@ class PlannedAttributor(Attributor):
         how: dict[str, Any] = {"batch_size": self.chunk_size, "seed": self.seed, "show_progress": self.show_progress}
         return OwnReader(examples, self.train_data, plan, model, device=device, are_queries=are_queries, **how)
 
+    def _skipped(self, queries: AnyReader) -> dict[str, Any]:
+        """How many examples ``training_step`` skips, for the metadata; nothing if there are none."""
+        if not isinstance(self.reader, OwnReader):
+            return {}
+        train = int(total(torch.tensor(len(self.reader.skipped))))
+        counts = {"train": train, "queries": len(queries.skipped) if isinstance(queries, OwnReader) else 0}
+        if not any(counts.values()):
+            return {}
+        announce(
+            f"training_step skips {counts['train']} training examples and {counts['queries']} queries when they are "
+            "alone: their scores are 0.",
+            show=self.show_progress,
+        )
+        return {"skipped": counts}
+
     def collect_scores(
         self, queries: AnyReader, chunks: Sequence[slice], tiles: Callable[[slice], Callable[[slice], Tensor]]
     ) -> Attribution | TopAttribution:
@@ -209,7 +224,7 @@ class PlannedAttributor(Attributor):
         about: dict[str, Any] = {
             "train_targets": self.reader.shown(),
             "query_targets": queries.shown(),
-            "metadata": {"query_data": queries.fingerprint},
+            "metadata": {"query_data": queries.fingerprint, **self._skipped(queries)},
         }
         if k is None:
             return Attribution(gather(scores, len(self.train_data), dim=1), **about)

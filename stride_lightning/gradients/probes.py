@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,34 @@ class Probes:
         part = self._train.subset([self.places[row] for row in rows])
         batch = in_precision_of(self._model, first_batch(part, len(rows), self._device))
         return StepInputs(batch, part.positions.to(self._device), draw)
+
+    def leave_out_skipped(self, step: TrainingStep) -> None:
+        """Leave out examples for which the step skips a batch.
+
+        Raises:
+            ValueError: If the loss of an example is not finite, and that of the batch because of it.
+        """
+        loss = step(*self.batch(range(len(self))))
+        if loss is not None and torch.isfinite(loss):
+            return
+        alone = [step(*self.batch([row])) for row in range(len(self))]
+        if loss is None:
+            places = [place for place, one in zip(self.places, alone, strict=True) if one is not None]
+            self.places = places or self.places
+            return
+        wrong = [row for row, one in enumerate(alone) if one is not None and not torch.isfinite(one)]
+        if 0 < len(wrong) < len(self):
+            refuse_not_finite([f"{self._train.kind} {self._train.name(self.places[row])}" for row in wrong])
+
+
+def refuse_not_finite(names: Sequence[str], *, alone: bool = True) -> NoReturn:
+    """Refuse examples with a loss that is not finite, or a batch of them where each alone has one."""
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    what = "The loss" if alone else "The loss of a batch, or an output of it,"
+    raise ValueError(
+        f"{what} is not finite for {', '.join(names[:10])}{more}. Check these examples and the weights, and the "
+        "loss for a logarithm or a division by 0; or pass another with `loss=`."
+    )
 
 
 @contextmanager

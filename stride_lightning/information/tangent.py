@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from stride_lightning.gradients.own_batch import OwnBatch
 from stride_lightning.gradients.projection import EVERYTHING, JointProjection
 from stride_lightning.gradients.reading import AnyBatch, AnyReader
 from stride_lightning.gradients.signs import count_directions
@@ -92,7 +93,11 @@ class TangentFeatures:
         self.is_exact = self.likelihood == "margin" or batch.is_exact
         last = not self.signed
         if self.likelihood == "gauss-newton":
-            return torch.stack([self._vectors(gradients) for gradients in batch.curvature(seed, last=last)], 1)
+            rows = [self._vectors(gradients) for gradients in batch.curvature(seed, last=last)]
+            if isinstance(batch, OwnBatch):  # of what `training_step` skips there are fewer
+                like = next(iter(self.capture.parameters.values()))
+                rows += [like.new_zeros(len(batch), self.dim)] * (batch.num_directions - len(rows))
+            return torch.stack(rows, 1)
         try:
             batch.check_margin()
         except ValueError as error:

@@ -11,7 +11,12 @@ from tests.helpers.own_losses import (
     Absolute,
     ClassWeights,
     Ignored,
+    InEval,
+    Mixed,
+    MixedTargets,
+    SkipsBad,
     Texts,
+    TiedMixed,
     ask,
     brute_force,
     built,
@@ -59,3 +64,30 @@ def test_the_top_is_that_of_all_scores_for_tiles_that_cut_batches(cls, monkeypat
     top = ask(model, train, queries, top_k=13, batch_size=3).top(13)
     close_scores(top.proponent_scores, expected.sort(descending=True).values)
     close_scores(top.proponent_scores, expected.gather(1, top.proponents))
+
+
+@pytest.mark.parametrize("cls", [Mixed, MixedTargets, TiedMixed], ids=lambda cls: cls.__name__)
+def test_eval_mode_where_training_mixes_examples(cls):
+    model, data = built(cls), cls.data(13, 0)
+    assert "taken in eval mode, because training mixes" in ask(model, data, data).metadata["loss"]
+
+
+def test_terms_of_training_are_taken_where_nothing_mixes():
+    model, data = built(InEval), InEval.data(13, 0)
+    assert "eval mode" not in ask(model, data, data).metadata["loss"]
+
+
+@pytest.mark.parametrize("method", ["grad-dot", "ekfac", "trak", "influence-cg", "influence-lissa", "information-loss"])
+def test_examples_that_a_step_skips(method, capsys):
+    """They have no loss alone, and take none from the others of their batch."""
+    model, train, queries = built(SkipsBad), SkipsBad.data(34, 0), SkipsBad.data(4, 1)
+    options = {"grad-dot": {}, "influence-lissa": {"damping": 50.0, "depth": 20}, "information-loss": {"ridge": 0.1}}
+    options = options.get(method, {"damping": 0.3})
+    attributions = [ask(model, train, queries, method, batch_size=size, **options) for size in (7, 64)]
+    for attribution in attributions:
+        assert attribution.metadata["skipped"] == {"train": 6, "queries": 1}
+        assert not attribution.scores[:, 2::6].any()
+        assert not attribution.scores[2].any()
+        close_scores(attribution.scores, attributions[0].scores, 1e-3)
+    ask(model, train, queries, method, show_progress=True, **options)
+    assert "training_step skips 6 training examples and 1 queries" in "".join(capsys.readouterr())

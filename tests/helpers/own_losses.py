@@ -113,6 +113,44 @@ class Mixed(Absolute):
         return F.l1_loss(self.net(x), y)
 
 
+class MixedTargets(Absolute):
+    """Targets alone are mixed, so that rows of the network stay those of examples."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        outputs = self.net(x)
+        loss = F.l1_loss(outputs, y)
+        return 0.7 * loss + 0.3 * F.l1_loss(outputs, y.roll(1, 0)) if self.training else loss
+
+
+class TiedMixed(Mixed):
+    """Mixup where no module sees how a weight is used."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        if self.training:
+            x, y = 0.7 * x + 0.3 * x.roll(1, 0), 0.7 * y + 0.3 * y.roll(1, 0)
+        return F.l1_loss(F.linear(self.net[:2](x), self.net[2].weight, self.net[2].bias), y)
+
+
+class SkipsBad(Absolute):
+    """Batches with an example that cannot be learned are left out, as of bad readings."""
+
+    @staticmethod
+    def data(num, seed):
+        data = numbers(num, seed)
+        data.tensors[1][2::6] = float("nan")
+        return data
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return None if torch.isnan(loss) else loss
+
+    def loss_of(self, example):
+        loss = super().loss_of(example)
+        return 0 * self.net[0].bias.sum() if torch.isnan(loss) else loss
+
+
 class UsedTwice(Own):
     """A code enters the loss by itself and through a decoder."""
 
@@ -441,6 +479,9 @@ MEANS = [
     Penalised,
     InEval,
     Mixed,
+    MixedTargets,
+    TiedMixed,
+    SkipsBad,
     UsedTwice,
     Loop,
     EveryStep,
