@@ -87,7 +87,7 @@ class StepGradients:
     """
 
     def __init__(self, model: nn.Module, step: TrainingStep, trials: Sequence[Trial], settings: list[Setting]) -> None:
-        self.model, self.trials = model, trials
+        self.model, self.trials, self._order = model, trials, settings
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.problem = "" if self.parameters else "the module has no trainable parameter"
         #: Gradients by number of the setting and of the trial; None where ``training_step`` skips the batch.
@@ -111,7 +111,9 @@ class StepGradients:
         with weights_at(self.model, setting), uncompiled():
             for number in numbers:
                 trial = self.trials[number]
-                loss = step(in_precision_of(self.model, trial.batch), trial.keys)
+                # Every run has other random numbers: some may leave the loss nearly as it is without (mixup).
+                draw = self._order.index(setting) * len(self.trials) + number
+                loss = step(in_precision_of(self.model, trial.batch), trial.keys, draw)
                 if loss is None:
                     gradients[number] = None
                     continue

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from stride_lightning.data.examples import Examples
 from stride_lightning.gradients.kinds import KINDS, Kind
 from stride_lightning.gradients.probes import (
+    NUM_COMPARED_DRAWS,
     Probes,
     cut,
     find_views_first,
     is_random,
+    kind_in_draws,
     kind_of_loss,
     runs,
     says_why,
@@ -207,7 +209,8 @@ def _planned(
             capture = plan_capture(outputs, singles, together, choose_layers(outputs, together), like)
             effort = capture.effort(together, len(chosen))
         except (ValueError, TypeError, IndexError) as error:
-            raise NoRows(str(error)) from error
+            mixes = "training draws random numbers that mix the examples of a batch, as mixup does"
+            raise NoRows(mixes if is_random(step, whole) else str(error)) from error
     sizes = (max(2, len(every) // 6), 2)
     parts = [probes.batch(every[:size]) for size in sizes]
     if is_padded:  # alike in all batches, for outputs of one width
@@ -222,6 +225,9 @@ def _planned(
                 kind = kind_of_loss(outputs, whole, parts, elsewhere) or "mean"
     notes = ("the penalty on weights belongs to no example",) if tap.penalised else ()
     num_draws = NUM_DRAWS if is_random(step, whole) else 1
+    if num_draws > 1 and not is_padded:
+        with says_why(model):
+            kind = kind_in_draws(outputs, probes, kind)
     largest = [0.0 if one is None else float(one.abs().max()) for one in slopes]
     partner = largest.index(max(largest))
     flat_because = why_flat(outputs, whole, kind, is_padded=is_padded)
@@ -256,10 +262,13 @@ def _one_by_one(
     few = list(range(min(len(probes), max(2, min(NUM_SINGLE, PROBE_BYTES // (8 * capture.num_parameters))))))
     sizes = (len(few), max(1, len(few) // 2))
     with says_why(model):
-        alone = torch.cat([_gradient_alone(capture, probes.batch([row])) for row in few])
-        batches = [gradient_of(capture, probes.batch(few[:size])).dense()[0] for size in sizes]
-        kind = kind_by_gradients(alone, batches, sizes)
         num_draws = NUM_DRAWS if is_random(step, probes.batch(few)) else 1
+        kinds, alone = set(), torch.empty(0)
+        for draw in range(NUM_COMPARED_DRAWS if num_draws > 1 else 1):  # some draws may mix examples, others not
+            alone = torch.cat([_gradient_alone(capture, probes.batch([row], draw)) for row in few])
+            batches = [gradient_of(capture, probes.batch(few[:size], draw)).dense()[0] for size in sizes]
+            kinds.add(kind_by_gradients(alone, batches, sizes))
+        kind: Kind = kinds.pop() if len(kinds) == 1 else "coupled"
         tap = find_tap(model, lambda: step(*probes.batch(few)), lambda: step(*probes.batch(few[: sizes[1]])))
     effort = capture.effort(probes.batch([0]), 1)
     partner = probes.places[int(alone.norm(dim=1).argmax())]

@@ -19,6 +19,8 @@ from stride_lightning.tasks.training_step import TrainingStep
 
 #: Examples on which a loss is looked at.
 NUM_EXAMPLES = 32
+#: Draws of a random loss that are looked at.
+NUM_COMPARED_DRAWS = 5
 #: The curvature is not taken at a wider tap.
 MAX_CURVED_OUTPUTS = 256
 #: Nor where examples with fewer of the squared slopes are curved; those are, with more than this of the most curved.
@@ -88,9 +90,32 @@ def says_why(model: nn.Module) -> Iterator[None]:
 
 
 def is_random(step: TrainingStep, inputs: StepInputs) -> bool:
-    """Whether two draws of a loss differ."""
-    one, other = (step(inputs.batch, inputs.keys, draw) for draw in (0, 1))
-    return one is not None and other is not None and not torch.equal(one, other)
+    """Whether draws of a loss differ."""
+    first = step(inputs.batch, inputs.keys)
+    others = (step(inputs.batch, inputs.keys, draw) for draw in range(1, NUM_COMPARED_DRAWS))
+    return first is not None and any(other is not None and not torch.equal(first, other) for other in others)
+
+
+def kind_in_draws(outputs: StepOutputs, probes: Probes, kind: Kind) -> Kind:
+    """The kind of a random loss in other draws, too: it may mix the examples of a batch in some of them only.
+
+    Raises:
+        NoRows: If outputs of an example change with the rest of its batch.
+    """
+    few = range(min(4, len(probes)))
+    for draw in range(1, NUM_COMPARED_DRAWS):
+        whole, half = probes.batch(few, draw), probes.batch(few[:2], draw)
+        alone = [probes.batch([row], draw) for row in few]
+        with outputs.without_loss():
+            rows = [outputs(inputs) for inputs in (whole, *alone) if runs(outputs, inputs)]
+        if len(rows) == len(few) + 1 and len({part.shape[1] for part in rows}) == 1:
+            together, separate = rows[0], torch.cat(rows[1:])
+            if (together - separate).abs().max() > 1e-3 * together.abs().max():
+                raise NoRows("the outputs for an example change with the rest of its batch")
+        slopes = [slopes_or_none(outputs, inputs) for inputs in alone]
+        if kind_of_loss(outputs, whole, [half], slopes) == "coupled":
+            return "coupled"
+    return kind
 
 
 def why_flat(outputs: StepOutputs, inputs: StepInputs, kind: Kind, *, is_padded: bool) -> str:
