@@ -29,7 +29,7 @@ from stride_lightning.retraining.optimizers import MakeOptimizer, check_optimize
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import rank
 from stride_lightning.tasks.measures import check_function
-from stride_lightning.tasks.moments import Moment, moment_of
+from stride_lightning.tasks.moments import first_moment, moment_of
 from stride_lightning.tasks.own_loss import RowFunction
 
 
@@ -175,7 +175,7 @@ class FurtherTrainingCallback(RecordingCallback):
         how |= {
             "measure": self.measure,
             "reason": known.objective.reason,
-            "moment": moment_of(pl_module, None) or Moment(),
+            "moment": moment_of(pl_module, None) or first_moment(pl_module),
         }
         return LeavingOut(pl_module, known.examples, head, known.objective.task, **how)
 

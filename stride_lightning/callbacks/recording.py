@@ -28,7 +28,7 @@ from stride_lightning.runtime.distributed import rank
 from stride_lightning.runtime.versions import versions
 from stride_lightning.storage.files import hidden_name, write_file
 from stride_lightning.storage.records import write_record
-from stride_lightning.tasks.moments import Moment, moment_of
+from stride_lightning.tasks.moments import first_moment, moment_of
 from stride_lightning.tasks.own_loss import OwnLoss, RowFunction
 from stride_lightning.tasks.task import Task
 
@@ -137,7 +137,7 @@ class RecordingCallback(GuardedCallback):
         """What stands for training, and the first batch."""
         device = pl_module.device
         with borrowed(pl_module, None, None), torch.no_grad():
-            moment = moment_of(pl_module, None) or Moment()
+            moment = moment_of(pl_module, None) or first_moment(pl_module)
             how: dict[str, Any] = {"task": self.task, "loss": self.loss, "moment": moment, "batch_size": batch_size}
             objective = resolve_objective(pl_module, examples, device, **how)
         return objective, first_look(examples, batch_size, device)
@@ -162,7 +162,7 @@ class RecordingCallback(GuardedCallback):
         """Write a record of the present step, under the step's number unless it has a name."""
         model, step = type(trainer.lightning_module).__name__, trainer.global_step
         about = {"model": model, "epoch": trainer.current_epoch, "step": step, "versions": versions()}
-        moment = moment_of(trainer.lightning_module, None) or Moment()
+        moment = moment_of(trainer.lightning_module, None) or first_moment(trainer.lightning_module)
         about = {"kind": self.record_kind, **about, "moment": asdict(moment), **info}
         with _into(self.dirpath):
             path = write_record(self.dirpath, name or f"step={step}", about, tensors)

@@ -243,7 +243,7 @@ class GradientAttributor(PlannedAttributor):
                     for rows in self._query_chunks(gradients.num_examples):
                         some = gradients.rows(rows)
                         solved = self._solved(fitted, some).row_inner(some).float().cpu()
-                        influences[within(places, 0)][rows] += solved
+                        influences[torch.arange(len(influences))[places][rows]] += solved
         mine = influences[self.share] * self.scale()
         if self._column_weights is not None:
             mine *= self._column_weights.float().cpu()

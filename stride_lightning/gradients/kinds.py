@@ -35,21 +35,24 @@ def kind_of(batches: Sequence[tuple[Tensor, Tensor]], alone: Tensor) -> Kind | N
         >>> kind_of([(torch.arange(3), alone / 3), (torch.arange(2), alone[:2] / 2)], alone)
         'mean'
     """
+    rounding = {torch.float64: 1e-6, torch.float32: 1e-3}.get(alone.dtype, 0.05)
     alone = alone.double()
     batches = [(places, slopes.double()) for places, slopes in batches]
     for kind in ("mean", "sum"):
         factors = [torch.full((len(places),), 1 / len(places) if kind == "mean" else 1.0) for places, _ in batches]
-        if all(_agree(slopes, alone[places], f) for (places, slopes), f in zip(batches, factors, strict=True)):
+        if all(
+            _agree(slopes, alone[places], f, rounding) for (places, slopes), f in zip(batches, factors, strict=True)
+        ):
             return kind if (alone.abs().amax(1) > 0).sum() > 1 else None
     weights = torch.full((len(alone),), torch.nan, dtype=torch.float64)
     for places, slopes in batches:
         shares = shares_of(slopes, alone[places])
-        if not _agree(slopes, alone[places], shares) or abs(float(shares.sum()) - 1) > 1e-3:
+        if not _agree(slopes, alone[places], shares, rounding) or abs(float(shares.sum()) - 1) > rounding:
             return "coupled"
         # The shares of the first batch, which holds all examples, are the weights.
         weights = shares if len(places) == len(alone) else weights
         expected = weights[places] / weights[places].sum().clamp(min=1e-300)
-        if (shares - expected).abs().max() > 1e-3 * expected.abs().max():
+        if (shares - expected).abs().max() > rounding * expected.abs().max():
             return "coupled"
     return "weighted"
 
@@ -59,10 +62,10 @@ def shares_of(slopes: Tensor, alone: Tensor) -> Tensor:
     return (slopes * alone).sum(1) / alone.square().sum(1).clamp(min=torch.finfo(alone.dtype).tiny)
 
 
-def _agree(slopes: Tensor, alone: Tensor, shares: Tensor) -> bool:
-    """Whether slopes in a batch are those alone times the shares, up to rounding in single precision."""
+def _agree(slopes: Tensor, alone: Tensor, shares: Tensor, rounding: float) -> bool:
+    """Whether slopes in a batch are those alone times the shares, up to rounding."""
     expected = alone * shares.to(alone)[:, None]
     gaps = (slopes - expected).abs().amax(1)
     each = torch.maximum(slopes.abs().amax(1), expected.abs().amax(1))
     largest = max(float(slopes.abs().max()), 1e-300)
-    return bool((gaps <= 1e-3 * each + 1e-5 * largest).all())
+    return bool((gaps <= rounding * (each + 1e-2 * largest)).all())

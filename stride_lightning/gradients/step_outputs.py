@@ -62,6 +62,12 @@ class StepOutputs(Outputs):
         finally:
             self._needs_loss = True
 
+    @contextmanager
+    @override
+    def again(self) -> Iterator[None]:
+        with self.without_loss():  # that of the first run counts
+            yield
+
     @override
     def forward(self, inputs: StepInputs) -> Tensor:
         outputs = self.run(inputs)

@@ -33,6 +33,11 @@ class Outputs(nn.Module):
         """Outputs of shape ``(B, C)``, or ``(B, T, C)`` for tokens."""
         return self.model(inputs)
 
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Whatever is needed to run once more inside the block, for gradients at the same outputs."""
+        yield
+
     def check(self, outputs: object, num_examples: int) -> None:
         """Refuse outputs that are not one row of numbers per example, by a TypeError."""
         if not isinstance(outputs, Tensor) or outputs.ndim < 2 or len(outputs) != num_examples:
@@ -276,15 +281,16 @@ class Backward:
             module = self._capture.module(source.module)
             inside = {id(parameter): name for name, parameter in module.named_parameters()}
             parameters = {name: self._capture.parameters[name] for name in names}  # once each
-            gradients = gradients_through(
-                module,
-                self._calls[source.module][number],
-                self._back[source.module][number],
-                {inside[id(parameter)]: parameter.detach() for parameter in parameters.values()},
-                len(self._direction),
-                source.is_cut[number],
-                vectorized=source.vectorized,
-            )
+            with self._capture.outputs.again():
+                gradients = gradients_through(
+                    module,
+                    self._calls[source.module][number],
+                    self._back[source.module][number],
+                    {inside[id(parameter)]: parameter.detach() for parameter in parameters.values()},
+                    len(self._direction),
+                    source.is_cut[number],
+                    vectorized=source.vectorized,
+                )
             self._again[key] = dict(zip(parameters, gradients.values(), strict=True))
         return layout.join({name: self._again[key][name] for name in layout.parameters})
 

@@ -93,8 +93,11 @@ def loss_factor(model: nn.Module, task: Task, batch: Any, prepared: tuple[Any, T
                     parameter.mul_(scale)
             for number, rows in compared:
                 (inputs, encoded), part = (_rows(value, rows, size) for value in (prepared, batch))
-                with seeded(0), torch.enable_grad():  # seeded for dropout
-                    task_loss = task.loss(columns(task.outputs(model, inputs)), encoded).mean()
+                try:
+                    with seeded(0), torch.enable_grad():  # seeded for dropout
+                        task_loss = task.loss(columns(task.outputs(model, inputs)), encoded).mean()
+                except Exception as error:  # such as packed sequences, which cannot be cut
+                    raise CannotBatch(f"it fails on a part of a batch ({first_line(error)})") from error
                 try:
                     with seeded(0), torch.enable_grad():
                         step_loss = loss_of_step(model, part, number)

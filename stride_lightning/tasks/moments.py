@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
@@ -53,6 +53,11 @@ def moment_of(model: nn.Module, checkpoint: Mapping[str, Any] | None) -> Moment 
         progress = loops.get("fit_loop", {}).get("epoch_progress", {}).get("current", {})
         epoch = _last_epoch(progress["ready"]) if "ready" in progress else checkpoint["epoch"]
     return Moment(epoch, max(0, int(steps) - 1), **_lengths(trainer))
+
+
+def first_moment(model: nn.Module) -> Moment:
+    """The moment before the first step of a fit."""
+    return replace(Moment(), **_lengths(attached_trainer(model)))
 
 
 def _last_epoch(num_begun: int) -> int:
