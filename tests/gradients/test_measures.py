@@ -10,8 +10,10 @@ from stride_lightning.attribute import create
 from stride_lightning.gradients.attributor import GradientAttributor
 from stride_lightning.tasks.own_loss import OwnLoss
 from tests.helpers.gradient_models import EXACT, close_scores, flat, mlp, points_for
-from tests.helpers.own_losses import QUIET, Absolute, Texts, ask, built, gradients, loader, rows_of
+from tests.helpers.own_losses import QUIET, ask, built, gradients, loader, rows_of
 from tests.helpers.own_losses_together import VAE
+from tests.helpers.own_means import Absolute
+from tests.helpers.own_weighted import Texts
 from tests.helpers.tiny import correlation
 
 #: Torch's own, of the first forward-mode derivatives.

@@ -5,25 +5,13 @@ from torch.utils.data import Subset
 
 from stride_lightning.gradients import planned
 from tests.helpers.gradient_models import close_scores
-from tests.helpers.own_losses import (
-    MEANS,
-    WEIGHTED,
-    Absolute,
-    ClassWeights,
-    Ignored,
-    InEval,
-    Mixed,
-    MixedTargets,
-    SkipsBad,
-    Texts,
-    TiedMixed,
-    ask,
-    brute_force,
-    built,
-)
+from tests.helpers.own_losses import ask, brute_force, built
+from tests.helpers.own_means import MEANS, Absolute, InEval, Mixed, MixedTargets, SkipsBad, TiedMixed
+from tests.helpers.own_shapes import SHAPES
+from tests.helpers.own_weighted import WEIGHTED, ClassWeights, Ignored, Texts
 from tests.helpers.tiny import permutation
 
-every_kind = pytest.mark.parametrize("cls", [*MEANS, *WEIGHTED], ids=lambda cls: cls.__name__)
+every_kind = pytest.mark.parametrize("cls", [*MEANS, *SHAPES, *WEIGHTED], ids=lambda cls: cls.__name__)
 some_kinds = pytest.mark.parametrize("cls", [Absolute, ClassWeights, Ignored, Texts], ids=lambda cls: cls.__name__)
 
 
