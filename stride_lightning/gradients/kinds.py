@@ -16,7 +16,8 @@ KINDS: dict[Kind, str] = {
     "mean": "the mean over the examples of a batch",
     "sum": "the sum over the examples of a batch; scores are of its terms",
     "weighted": "a weighted mean over the examples of a batch; weights are scaled to a mean of 1 over the training set",
-    "coupled": "one loss of all examples of a batch together; scores are of the batch size times an example's share",
+    "coupled": "one loss of all examples of a batch together; scores are of the batch size times an example's share, "
+    "with each query in the place of one example (`measure=` explains a query by itself)",
 }
 
 

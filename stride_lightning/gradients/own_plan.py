@@ -136,7 +136,7 @@ def plan_own_loss(
         ValueError: If no example has a loss, or it is of a kind that is not known.
     """
     probes, step = Probes(model, train, device), task.of(model, moment, mode)
-    with says_why(model):
+    with says_why(step):
         probes.leave_out_skipped(step)
         every = range(len(probes))
         batches = [probes.batch(rows)[:2] for rows in (every, every[: max(1, len(every) // 2)])]
@@ -169,9 +169,9 @@ def _first(
         if coupled is not None and coupled.has_rows:
             return coupled
     raise ValueError(
-        f"The examples of a batch cannot be told apart in the training_step of {type(model).__name__} ({problem}), "
-        "and its loss couples them: it is no mean and no sum of the losses of single examples. Pass `loss=`, a "
-        "function of (model, batch) that returns the loss of each example, shape (B,)."
+        f"{task.of(model, moment).name} does not tell the examples of a batch apart ({problem}), and its loss couples "
+        "them: it is no mean and no sum of the losses of single examples. Pass `loss=`, a function of (model, batch) "
+        "that returns the loss of each example, shape (B,)."
     )
 
 
@@ -187,7 +187,7 @@ def _planned(
     step = task.of(model, moment, mode)
     every = list(range(len(probes)))
     whole, half = probes.batch(every), probes.batch(every[: max(1, len(every) // 2)])
-    with says_why(model):
+    with says_why(step):
         tap = find_tap(model, lambda: step(*whole), lambda: step(*half))
     if tap is None:
         raise NoRows("the loss uses parameters outside of modules")
@@ -217,7 +217,7 @@ def _planned(
         alone = [cut(whole, slice(row, row + 1)) for row in every]
         parts = [cut(whole, slice(0, size)) for size in sizes]
         slopes = [slopes_or_none(outputs, inputs) for inputs in alone]
-    with says_why(model):
+    with says_why(step):
         kind = kind_of_loss(outputs, whole, parts, slopes)
         if kind is None:
             with moved(model):
@@ -226,7 +226,7 @@ def _planned(
     notes = ("the penalty on weights belongs to no example",) if tap.penalised else ()
     num_draws = NUM_DRAWS if is_random(step, whole) else 1
     if num_draws > 1 and not is_padded:
-        with says_why(model):
+        with says_why(step):
             kind = kind_in_draws(outputs, probes, kind)
     largest = [0.0 if one is None else float(one.abs().max()) for one in slopes]
     partner = largest.index(max(largest))
@@ -261,7 +261,7 @@ def _one_by_one(
     capture = SingleCapture(model, step, choose_layers(LossOutputs(model, step), probes.batch([0])), like)
     few = list(range(min(len(probes), max(2, min(NUM_SINGLE, PROBE_BYTES // (8 * capture.num_parameters))))))
     sizes = (len(few), max(1, len(few) // 2))
-    with says_why(model):
+    with says_why(step):
         num_draws = NUM_DRAWS if is_random(step, probes.batch(few)) else 1
         kinds, alone = set(), torch.empty(0)
         for draw in range(NUM_COMPARED_DRAWS if num_draws > 1 else 1):  # some draws may mix examples, others not

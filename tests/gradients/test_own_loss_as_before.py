@@ -192,6 +192,6 @@ class TiedContrastive(Contrastive):
 
 def test_a_coupled_loss_whose_rows_cannot_be_told_apart_is_refused():
     data = TiedContrastive.data(13, 0)
-    expected = r"cannot be told apart in the training_step of TiedContrastive \(the loss uses.*couples them.*`loss=`"
+    expected = r"training_step of TiedContrastive does not tell .* apart \(the loss uses.*couples them.*`loss=`"
     with pytest.raises(ValueError, match=expected):
         ask(built(TiedContrastive), data, data)
