@@ -86,3 +86,11 @@ def test_rows_are_read_together_where_modules_see_how_weights_are_used(cls):
     model, data = built(cls), cls.data(13, 0)
     is_single = "read one example at a time" in ask(model, data, data).metadata["loss"]
     assert is_single is (cls in (TiedFunction, TiedMixed, TiedWeights, Dropping))
+
+
+@pytest.mark.parametrize("method", ["ekfac", "trak", "datainf"])
+def test_padding_changes_no_curvature(method):
+    model, train, queries = built(Texts), Texts.data(13, 0), Texts.data(5, 1)
+    scores = [ask(model, train, queries, method, batch_size=size, damping=0.3).scores for size in (1, 7, 64)]
+    for other in scores[1:]:
+        close_scores(other, scores[0])

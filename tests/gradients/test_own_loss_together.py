@@ -69,6 +69,7 @@ def test_a_coupled_loss_in_fixed_batches(monkeypatch):
                     assert len(set(entries)) == len(entries) == SIZE
                     examples = [train[-1 - e] if e < 0 else (queries if are_queries else train)[e] for e in entries]
                     rows.append(of_rows(model, examples, entries.index(place)))
+                assert len({frozenset(entries) for entries in batches}) > 1  # with different others
         assert len(rows) == own_reader.NUM_BATCHES
         return torch.stack(rows).mean(0)
 
