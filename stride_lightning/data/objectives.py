@@ -63,8 +63,8 @@ def resolve_objective(
     if loss is not None:
         check_rows(loss, "loss", model, examples, device)
         return Objective(FunctionLoss(loss), f"{name_of(loss)}, as `loss` says")
-    own = OwnLoss()
-    step = own.of(model, moment) if _has_training_step(model) else None
+    own_loss = OwnLoss()
+    step = own_loss.of(model, moment) if _has_training_step(model) else None
     if task is not None:
         if step is not None and agree(model, examples, device, step, batch_size=batch_size, only=task).is_other:
             warnings.warn(
@@ -77,7 +77,7 @@ def resolve_objective(
     agreement = agree(model, examples, device, step, batch_size=batch_size)
     if agreement.task is not None:
         return Objective(agreement.task, agreement.reason)
-    return Objective(own, f"the module's own loss ({agreement.reason})")
+    return Objective(own_loss, f"the module's own loss ({agreement.reason})")
 
 
 def _has_training_step(model: nn.Module) -> bool:

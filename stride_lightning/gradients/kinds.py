@@ -16,7 +16,8 @@ KINDS: dict[Kind, str] = {
     "mean": "the mean over the examples of a batch",
     "sum": "the sum over the examples of a batch; scores are of its terms",
     "weighted": "a weighted mean over the examples of a batch; weights are scaled to a mean of 1 over the training set",
-    "coupled": "one loss of all examples of a batch together; scores are of the batch size times an example's share",
+    "coupled": "one loss of all examples of a batch together; scores are of the batch size times an example's share, "
+    "with each query in the place of one example (`measure=` explains a query by itself)",
 }
 
 
@@ -47,7 +48,7 @@ def kind_of(batches: Sequence[tuple[Tensor, Tensor]], alone: Tensor) -> Kind | N
     weights = torch.full((len(alone),), torch.nan, dtype=torch.float64)
     for places, slopes in batches:
         shares = shares_of(slopes, alone[places])
-        if not _agree(slopes, alone[places], shares, rounding) or abs(float(shares.sum()) - 1) > rounding:
+        if not _agree(slopes, alone[places], shares, rounding):
             return "coupled"
         # The shares of the first batch, which holds all examples, are the weights.
         weights = shares if len(places) == len(alone) else weights

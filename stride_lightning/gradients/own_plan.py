@@ -49,7 +49,7 @@ class OwnPlan:
     """How the gradients of a module's own loss are read.
 
     Args:
-        own: The loss.
+        task: The loss.
         step: The loss as a function of batches.
         capture: Reads gradients of functions of the tap's outputs; of single examples where there is no tap.
         effort: What an example takes.
@@ -61,7 +61,7 @@ class OwnPlan:
         notes: What there is to say beside the kind.
     """
 
-    own: OwnLoss
+    task: OwnLoss
     step: TrainingStep
     capture: Capture
     effort: Effort
@@ -110,7 +110,7 @@ class OwnPlan:
 
 
 def plan_own_loss(
-    own: OwnLoss,
+    task: OwnLoss,
     model: nn.Module,
     train: Examples,
     device: torch.device,
@@ -123,7 +123,7 @@ def plan_own_loss(
     """Look at a module's own loss on a few training examples, and plan how its gradients are read.
 
     Args:
-        own: The loss.
+        task: The loss.
         model: In eval mode on ``device``.
         train: The training examples.
         device: Device of the computation.
@@ -135,18 +135,18 @@ def plan_own_loss(
     Raises:
         ValueError: If no example has a loss, or it is of a kind that is not known.
     """
-    probes, step = Probes(model, train, device), own.of(model, moment, mode)
-    with says_why(model):
+    probes, step = Probes(model, train, device), task.of(model, moment, mode)
+    with says_why(step):
         probes.leave_out_skipped(step)
         every = range(len(probes))
         batches = [probes.batch(rows)[:2] for rows in (every, every[: max(1, len(every) // 2)])]
         notes = check_step(step, batches)
-    plan = _first(own, model, probes, list(dict.fromkeys((mode, "eval"))), moment, choose_layers, like)
+    plan = _first(task, model, probes, list(dict.fromkeys((mode, "eval"))), moment, choose_layers, like)
     return replace(plan, notes=(*plan.notes, *notes))
 
 
 def _first(
-    own: OwnLoss,
+    task: OwnLoss,
     model: nn.Module,
     probes: Probes,
     modes: Sequence[Mode],
@@ -159,7 +159,7 @@ def _first(
     for planned in (_planned, _one_by_one):
         for mode in modes:
             try:
-                plan = planned(own, model, probes, mode, moment, choose_layers, like)
+                plan = planned(task, model, probes, mode, moment, choose_layers, like)
             except NoRows as error:
                 problem = problem or error
                 continue
@@ -169,14 +169,14 @@ def _first(
         if coupled is not None and coupled.has_rows:
             return coupled
     raise ValueError(
-        f"The examples of a batch cannot be told apart in the training_step of {type(model).__name__} ({problem}), "
-        "and its loss couples them: it is no mean and no sum of the losses of single examples. Pass `loss=`, a "
-        "function of (model, batch) that returns the loss of each example, shape (B,)."
+        f"{task.of(model, moment).name} does not tell the examples of a batch apart ({problem}), and its loss couples "
+        "them: it is no mean and no sum of the losses of single examples. Pass `loss=`, a function of (model, batch) "
+        "that returns the loss of each example, shape (B,)."
     )
 
 
 def _planned(
-    own: OwnLoss,
+    task: OwnLoss,
     model: nn.Module,
     probes: Probes,
     mode: Mode,
@@ -184,10 +184,10 @@ def _planned(
     choose_layers: ChooseLayers,
     like: Capture | None,
 ) -> OwnPlan:
-    step = own.of(model, moment, mode)
+    step = task.of(model, moment, mode)
     every = list(range(len(probes)))
     whole, half = probes.batch(every), probes.batch(every[: max(1, len(every) // 2)])
-    with says_why(model):
+    with says_why(step):
         tap = find_tap(model, lambda: step(*whole), lambda: step(*half))
     if tap is None:
         raise NoRows("the loss uses parameters outside of modules")
@@ -217,7 +217,7 @@ def _planned(
         alone = [cut(whole, slice(row, row + 1)) for row in every]
         parts = [cut(whole, slice(0, size)) for size in sizes]
         slopes = [slopes_or_none(outputs, inputs) for inputs in alone]
-    with says_why(model):
+    with says_why(step):
         kind = kind_of_loss(outputs, whole, parts, slopes)
         if kind is None:
             with moved(model):
@@ -226,13 +226,13 @@ def _planned(
     notes = ("the penalty on weights belongs to no example",) if tap.penalised else ()
     num_draws = NUM_DRAWS if is_random(step, whole) else 1
     if num_draws > 1 and not is_padded:
-        with says_why(model):
+        with says_why(step):
             kind = kind_in_draws(outputs, probes, kind)
     largest = [0.0 if one is None else float(one.abs().max()) for one in slopes]
     partner = largest.index(max(largest))
     flat_because = why_flat(outputs, whole, kind, is_padded=is_padded)
     return OwnPlan(
-        own,
+        task,
         step,
         capture,
         effort,
@@ -248,7 +248,7 @@ def _planned(
 
 
 def _one_by_one(
-    own: OwnLoss,
+    task: OwnLoss,
     model: nn.Module,
     probes: Probes,
     mode: Mode,
@@ -257,11 +257,11 @@ def _one_by_one(
     like: Capture | None,
 ) -> OwnPlan:
     """The plan where rows of a batch cannot be told apart: every example in a batch of its own."""
-    step = own.of(model, moment, mode)
+    step = task.of(model, moment, mode)
     capture = SingleCapture(model, step, choose_layers(LossOutputs(model, step), probes.batch([0])), like)
     few = list(range(min(len(probes), max(2, min(NUM_SINGLE, PROBE_BYTES // (8 * capture.num_parameters))))))
     sizes = (len(few), max(1, len(few) // 2))
-    with says_why(model):
+    with says_why(step):
         num_draws = NUM_DRAWS if is_random(step, probes.batch(few)) else 1
         kinds, alone = set(), torch.empty(0)
         for draw in range(NUM_COMPARED_DRAWS if num_draws > 1 else 1):  # some draws may mix examples, others not
@@ -274,7 +274,7 @@ def _one_by_one(
     partner = probes.places[int(alone.norm(dim=1).argmax())]
     flat_because = "outputs of single examples cannot be told apart in a batch"
     notes = ("the penalty on weights is in the loss of every example",) if tap is not None and tap.penalised else ()
-    return OwnPlan(own, step, capture, effort, kind, mode, num_draws, partner, False, flat_because, 1, notes)
+    return OwnPlan(task, step, capture, effort, kind, mode, num_draws, partner, False, flat_because, 1, notes)
 
 
 def _gradient_alone(capture: SingleCapture, inputs: StepInputs) -> Tensor:

@@ -75,17 +75,16 @@ def refuse_not_finite(names: Sequence[str], *, alone: bool = True) -> NoReturn:
 
 
 @contextmanager
-def says_why(model: nn.Module) -> Iterator[None]:
-    """Turn errors of a ``training_step`` that runs outside of a fit into one that says so."""
+def says_why(step: TrainingStep) -> Iterator[None]:
+    """Turn errors of a step that runs outside of a fit into one that says so."""
     try:
         yield
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
         if isinstance(error, NoRows) or (isinstance(error, ValueError) and "`loss=" in str(error)):
             raise
         raise ValueError(
-            f"The training_step of {type(model).__name__} cannot be run on a batch of training examples "
-            f"({type(error).__name__}: {first_line(error)}). Pass `loss=`, a function of (model, batch) that returns "
-            "the loss of each example, shape (B,)."
+            f"{step.name} cannot be run on a batch of examples ({type(error).__name__}: {first_line(error)}). Pass "
+            "another `loss=`, a function of (model, batch) that returns the loss of each example, shape (B,)."
         ) from error
 
 

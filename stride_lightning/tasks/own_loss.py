@@ -70,6 +70,11 @@ class FunctionStep(TrainingStep):
         super().__init__(model, moment, mode)
         self.fn, self.sign = fn, sign
 
+    @property
+    @override
+    def name(self) -> str:
+        return f"The function {name_of(self.fn)}"
+
     @override
     def _loss(self, batch: Any) -> Tensor:
         values = self.fn(self.model, batch)

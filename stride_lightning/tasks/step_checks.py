@@ -32,7 +32,7 @@ def check_step(step: TrainingStep, batches: Sequence[tuple[Any, Tensor]]) -> lis
         ValueError: If the step skips all batches, gives a loss that is not finite or none at all, draws random numbers
             that no seed controls, or depends on the moment of training where that is unknown.
     """
-    name = f"The training_step of {type(step.model).__name__}"
+    name = step.name
     losses = [step(batch, keys) for batch, keys in batches]
     trained = [number for number, loss in enumerate(losses) if loss is not None]
     if not trained:

@@ -47,6 +47,11 @@ class TrainingStep:
         self._batch_idx = 0
 
     @property
+    def name(self) -> str:
+        """What errors call the step."""
+        return f"The training_step of {type(self.model).__name__}"
+
+    @property
     def has_generators(self) -> bool:
         """Whether the step has passed generators of its own to torch's random functions."""
         return self._shapes.has_generators

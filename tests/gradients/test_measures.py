@@ -1,5 +1,7 @@
 """What is explained of queries by a function: against gradients by hand, its sign, and functions that are refused."""
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -10,8 +12,10 @@ from stride_lightning.attribute import create
 from stride_lightning.gradients.attributor import GradientAttributor
 from stride_lightning.tasks.own_loss import OwnLoss
 from tests.helpers.gradient_models import EXACT, close_scores, flat, mlp, points_for
-from tests.helpers.own_losses import QUIET, Absolute, Texts, ask, built, gradients, loader, rows_of
+from tests.helpers.own_losses import QUIET, ask, built, gradients, loader, rows_of
 from tests.helpers.own_losses_together import VAE
+from tests.helpers.own_means import Absolute
+from tests.helpers.own_weighted import Texts
 from tests.helpers.tiny import correlation
 
 #: Torch's own, of the first forward-mode derivatives.
@@ -215,6 +219,16 @@ def test_wrong_measures_of_later_queries(function):
     attributor = create("grad-dot", **QUIET).fit(mlp(), data, Classification(), measure=function)
     with pytest.raises(ValueError, match=WRONG[function]):
         attributor.attribute(points_for(num=5, seed=1))
+
+
+def test_errors_name_the_function():
+    def by_the_clock(model, batch):
+        return margin(model, batch) * next(numbers)
+
+    numbers = itertools.count(1)
+    data = points_for(num=13)
+    with pytest.raises(ValueError, match="The function by_the_clock gives another loss when it runs again"):
+        attribute(mlp(), data, train_data=data, method="grad-dot", measure=by_the_clock, **LIKELIHOOD, **QUIET)
 
 
 def test_queries_of_another_form_than_the_training_data():

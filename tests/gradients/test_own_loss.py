@@ -5,25 +5,13 @@ from torch.utils.data import Subset
 
 from stride_lightning.gradients import planned
 from tests.helpers.gradient_models import close_scores
-from tests.helpers.own_losses import (
-    MEANS,
-    WEIGHTED,
-    Absolute,
-    ClassWeights,
-    Ignored,
-    InEval,
-    Mixed,
-    MixedTargets,
-    SkipsBad,
-    Texts,
-    TiedMixed,
-    ask,
-    brute_force,
-    built,
-)
+from tests.helpers.own_losses import ask, brute_force, built
+from tests.helpers.own_means import MEANS, Absolute, InEval, Mixed, MixedTargets, SkipsBad, TiedMixed
+from tests.helpers.own_shapes import SHAPES, TiedFunction
+from tests.helpers.own_weighted import WEIGHTED, ClassWeights, Dropping, Ignored, Texts, TiedWeights
 from tests.helpers.tiny import permutation
 
-every_kind = pytest.mark.parametrize("cls", [*MEANS, *WEIGHTED], ids=lambda cls: cls.__name__)
+every_kind = pytest.mark.parametrize("cls", [*MEANS, *SHAPES, *WEIGHTED], ids=lambda cls: cls.__name__)
 some_kinds = pytest.mark.parametrize("cls", [Absolute, ClassWeights, Ignored, Texts], ids=lambda cls: cls.__name__)
 
 
@@ -91,3 +79,18 @@ def test_examples_that_a_step_skips(method, capsys):
         close_scores(attribution.scores, attributions[0].scores, 1e-3)
     ask(model, train, queries, method, show_progress=True, **options)
     assert "training_step skips 6 training examples and 1 queries" in "".join(capsys.readouterr())
+
+
+@every_kind
+def test_rows_are_read_together_where_modules_see_how_weights_are_used(cls):
+    model, data = built(cls), cls.data(13, 0)
+    is_single = "read one example at a time" in ask(model, data, data).metadata["loss"]
+    assert is_single is (cls in (TiedFunction, TiedMixed, TiedWeights, Dropping))
+
+
+@pytest.mark.parametrize("method", ["ekfac", "trak", "datainf"])
+def test_padding_changes_no_curvature(method):
+    model, train, queries = built(Texts), Texts.data(13, 0), Texts.data(5, 1)
+    scores = [ask(model, train, queries, method, batch_size=size, damping=0.3).scores for size in (1, 7, 64)]
+    for other in scores[1:]:
+        close_scores(other, scores[0])

@@ -9,19 +9,11 @@ from torch.utils.data import TensorDataset
 
 from stride_lightning import TracInCallback, attribute
 from tests.helpers.gradient_models import check_same_condition, close_scores, condition_of
-from tests.helpers.own_losses import (
-    QUIET,
-    Absolute,
-    ClassWeights,
-    Penalised,
-    TiedFunction,
-    ask,
-    brute_force,
-    built,
-    loader,
-    numbers,
-)
+from tests.helpers.own_losses import QUIET, ask, brute_force, built, loader, numbers
 from tests.helpers.own_losses_together import VAE, Contrastive
+from tests.helpers.own_means import Absolute, Penalised
+from tests.helpers.own_shapes import TiedFunction
+from tests.helpers.own_weighted import ClassWeights
 
 
 class Busy(Absolute):
@@ -200,6 +192,6 @@ class TiedContrastive(Contrastive):
 
 def test_a_coupled_loss_whose_rows_cannot_be_told_apart_is_refused():
     data = TiedContrastive.data(13, 0)
-    expected = r"cannot be told apart in the training_step of TiedContrastive \(the loss uses.*couples them.*`loss=`"
+    expected = r"training_step of TiedContrastive does not tell .* apart \(the loss uses.*couples them.*`loss=`"
     with pytest.raises(ValueError, match=expected):
         ask(built(TiedContrastive), data, data)

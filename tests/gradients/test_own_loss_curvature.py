@@ -8,20 +8,11 @@ from torch.utils.data import TensorDataset
 
 from stride_lightning.gradients import signs
 from tests.helpers.gradient_models import close_scores, flat
-from tests.helpers.own_losses import (
-    Absolute,
-    ClassWeights,
-    Own,
-    Summed,
-    Texts,
-    TiedFunction,
-    ask,
-    built,
-    gradients,
-    numbers,
-    rows_of,
-)
+from tests.helpers.own_losses import Own, ask, built, gradients, numbers, rows_of
 from tests.helpers.own_losses_together import Contrastive
+from tests.helpers.own_means import Absolute, Summed
+from tests.helpers.own_shapes import TiedFunction
+from tests.helpers.own_weighted import ClassWeights, Texts
 from tests.helpers.tiny import random_tensor
 
 #: Strong enough that conjugate gradients end in a few steps.

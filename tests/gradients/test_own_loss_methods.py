@@ -93,3 +93,13 @@ def test_self_influence_is_that_of_the_likelihood(method, name):
     if (method, name) not in OTHER_UNITS:
         torch.testing.assert_close(scores, expected, rtol=2e-3, atol=1e-6)
     assert correlation(scores, expected) >= 0.999
+
+
+@pytest.mark.parametrize("method", ["information-loss", "information-gain"])
+def test_signs_of_information(method):
+    loss, task, num_outputs, train = case("softmax", 20, 0)
+    queries, model = case("softmax", 4, 1)[3], Trained(loss, num_outputs)
+    options = {"train_data": train, "method": method, "signed": True, "ridge": 0.1} | QUIET
+    expected, scores = (attribute(model, queries, task=each, **options).scores for each in (task, OwnLoss()))
+    assert (expected < 0).any()
+    torch.testing.assert_close(scores, expected, rtol=2e-3, atol=2e-3 * float(expected.abs().max()))

@@ -11,6 +11,7 @@ from stride_lightning.runtime.row_draws import row_draws
 from tests.helpers.gradient_models import close_scores, flat
 from tests.helpers.own_losses import ask, built
 from tests.helpers.own_losses_together import VAE, Contrastive, Diffusion, Dropped
+from tests.helpers.own_weighted import ClassWeights
 from tests.helpers.processes import run_two, start
 from tests.helpers.tiny import correlation, permutation
 
@@ -35,7 +36,9 @@ def test_a_coupled_loss_in_a_single_batch(batch_size):
     model, train, queries = built(Contrastive), Contrastive.data(SIZE, 0), Contrastive.data(5, 1)
     mine = torch.stack([of_rows(model, list(train), row) for row in range(SIZE)])
     theirs = torch.stack([of_rows(model, [query, *list(train)[1:]], 0) for query in queries])
-    close_scores(ask(model, train, queries, batch_size=batch_size).scores, theirs @ mine.T)
+    attribution = ask(model, train, queries, batch_size=batch_size)
+    close_scores(attribution.scores, theirs @ mine.T)
+    assert "(`measure=` explains a query by itself)" in attribution.metadata["loss"]
 
 
 def fixed_batches(monkeypatch):
@@ -66,6 +69,7 @@ def test_a_coupled_loss_in_fixed_batches(monkeypatch):
                     assert len(set(entries)) == len(entries) == SIZE
                     examples = [train[-1 - e] if e < 0 else (queries if are_queries else train)[e] for e in entries]
                     rows.append(of_rows(model, examples, entries.index(place)))
+                assert len({frozenset(entries) for entries in batches}) > 1  # with different others
         assert len(rows) == own_reader.NUM_BATCHES
         return torch.stack(rows).mean(0)
 
@@ -143,9 +147,9 @@ def on_each(number, port, folder):
 
 def everything():
     results = {}
-    for cls in (VAE, Diffusion, Contrastive):
+    for cls in (VAE, Diffusion, Contrastive, ClassWeights):
         model, train, queries = built(cls), cls.data(13, 0), cls.data(5, 1)
-        for method in ("grad-dot", "ekfac") if cls is Contrastive else ("grad-dot",):
+        for method in ("grad-dot", "ekfac") if cls in (Contrastive, ClassWeights) else ("grad-dot",):
             options = {} if method == "grad-dot" else {"damping": 0.1}
             results[cls.__name__, method] = ask(model, train, queries, method, batch_size=3, **options).scores
     return results

@@ -106,6 +106,20 @@ def test_the_output_that_the_task_reads_among_others():
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_other_calls_of_the_network_are_no_outputs_of_the_readout():
+    """The readout tells outputs of the queries, not of what a measure makes of them."""
+
+    def both(model, batch):
+        return margin(model, batch) + model(batch[0] + 1)[:, 2]
+
+    task, train, queries = Classification(), data_of(Classification(), 3, 30, 0), data_of(Classification(), 3, 7, 1)
+    one, other = (
+        ask(perceptron().double(), task, queries, train, recovery="closed-form", measure=measure).scores
+        for measure in (both, margin)
+    )
+    torch.testing.assert_close(one, other)
+
+
 def test_a_measure_that_does_not_read_the_outputs_is_refused():
     def inner(model, batch):
         return model[0](batch[0]).sum(1)
