@@ -33,7 +33,7 @@ from stride_lightning.runtime.versions import versions
 from stride_lightning.tasks.likelihoods import Task
 from stride_lightning.tasks.measures import check_function, measure_info
 from stride_lightning.tasks.moments import moment_of
-from stride_lightning.tasks.own_loss import OwnLoss, RowFunction
+from stride_lightning.tasks.own_loss import OwnLoss, RowFunction, name_of
 
 
 class Attributor(ABC):
@@ -117,7 +117,7 @@ class Attributor(ABC):
                 self.task, self.measure = self.checked_task(objective, model), measure
                 self.metadata = {
                     "method": self.method,
-                    "unit": self.unit,
+                    "unit": self._unit_of(measure),
                     "task": repr(self.task),
                     "loss": objective.reason,
                     "measure": measure_info(measure),
@@ -221,6 +221,16 @@ class Attributor(ABC):
     def checked_task(self, objective: Objective, model: nn.Module) -> Task | OwnLoss:
         """What stands for training; a method that takes no loss of the module's own refuses it here."""
         return objective.task
+
+    def _unit_of(self, measure: RowFunction | None) -> str:
+        """Unit of the scores, for the loss or the measure that is explained."""
+        of_loss = "nats of query loss"
+        if measure is None:
+            return (
+                self.unit if isinstance(self.task, Task) else self.unit.replace(of_loss, "query loss, in its own unit,")
+            )
+        of_measure = self.unit.replace(of_loss, name_of(measure))
+        return of_measure.replace("log-odds of the query's target", name_of(measure))
 
     @abstractmethod
     def fit_model(self, model: nn.Module, device: torch.device, record: str | Path | None, checkpoint: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class OwnPlan:
 
     def described(self) -> str:
         """One line for the log and the metadata."""
-        is_function = isinstance(self.own, FunctionLoss)  # which gives the losses of examples itself
+        is_function = isinstance(self.task, FunctionLoss)  # which gives the losses of examples itself
         parts = [*([] if is_function and self.kind == "sum" else [KINDS[self.kind]]), *self.notes]
         if self.mode == "eval":
             parts.append("taken in eval mode, because training mixes the examples of a batch")
@@ -156,7 +157,7 @@ def _first(
 ) -> OwnPlan:
     """The plan in the first mode in which examples do not depend on each other."""
     problem, coupled = None, None
-    for planned in (_planned, _one_by_one):
+    for planned in (_planned, _one_by_one, partial(_planned, reads_direct=False)):
         for mode in modes:
             try:
                 plan = planned(task, model, probes, mode, moment, choose_layers, like)
@@ -183,13 +184,16 @@ def _planned(
     moment: Moment | None,
     choose_layers: ChooseLayers,
     like: Capture | None,
+    *,
+    reads_direct: bool = True,
 ) -> OwnPlan:
+    """The plan where rows of a batch are examples; parameters that the loss uses by themselves have none."""
     step = task.of(model, moment, mode)
     every = list(range(len(probes)))
     whole, half = probes.batch(every), probes.batch(every[: max(1, len(every) // 2)])
     with says_why(step):
         tap = find_tap(model, lambda: step(*whole), lambda: step(*half))
-    if tap is None:
+    if tap is None or (tap.direct and reads_direct):
         raise NoRows("the loss uses parameters outside of modules")
     outputs = StepOutputs(model, step, tap)
     alone = [probes.batch([row]) for row in every]
@@ -206,10 +210,13 @@ def _planned(
             widths = {outputs(inputs).shape[1] for inputs in (together, *singles)}
             if is_padded := len(widths) > 1:
                 singles = [cut(together, slice(row, row + 1)) for row in range(len(chosen))]
-            capture = plan_capture(outputs, singles, together, choose_layers(outputs, together), like)
+            capture = plan_capture(outputs, singles, together, choose_layers(outputs, together), like, tap.direct)
             effort = capture.effort(together, len(chosen))
         except (ValueError, TypeError, IndexError) as error:
-            mixes = "training draws random numbers that mix the examples of a batch, as mixup does"
+            mixes = (
+                "training draws random numbers that belong to the batch and not to single examples: it mixes examples, "
+                "as mixup does, or draws from NumPy or a generator of its own"
+            )
             raise NoRows(mixes if is_random(step, whole) else str(error)) from error
     sizes = (max(2, len(every) // 6), 2)
     parts = [probes.batch(every[:size]) for size in sizes]
@@ -224,6 +231,8 @@ def _planned(
                 elsewhere = [slopes_or_none(outputs, inputs) for inputs in alone]
                 kind = kind_of_loss(outputs, whole, parts, elsewhere) or "mean"
     notes = ("the penalty on weights belongs to no example",) if tap.penalised else ()
+    if tap.direct:
+        notes = (f"examples have no share in the gradient of {', '.join(tap.direct)}, which the loss uses by itself",)
     num_draws = NUM_DRAWS if is_random(step, whole) else 1
     if num_draws > 1 and not is_padded:
         with says_why(step):

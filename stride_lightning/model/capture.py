@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -59,11 +59,13 @@ class Capture:
     Args:
         outputs: Outputs of the model in eval mode, on its device, whose weights may be exchanged later.
         layers: As for :func:`chosen_parameters`.
+        left_out: Names of parameters that are not read.
     """
 
-    def __init__(self, outputs: Outputs, layers: Sequence[str] | None = None) -> None:
+    def __init__(self, outputs: Outputs, layers: Sequence[str] | None = None, left_out: Collection[str] = ()) -> None:
         self.outputs, self.model = outputs, outputs.model
-        self.parameters = chosen_parameters(self.model, layers)
+        chosen = chosen_parameters(self.model, layers)
+        self.parameters = {name: value for name, value in chosen.items() if name not in left_out}
         self.layouts: dict[str, Layout] = {}
         #: Whether the output of an embedding that is looked up once for all examples is repeated for each.
         self.repeats = True

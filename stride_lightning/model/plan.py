@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ def plan_capture(
     together: Any = None,
     layers: Sequence[str] | None = None,
     like: Capture | None = None,
+    left_out: Collection[str] = (),
 ) -> Capture:
     """Choose how to read the gradient of every trainable parameter.
 
@@ -45,6 +46,7 @@ def plan_capture(
         examples: Inputs of a few single examples, as batches of one.
         together: The same examples as one batch; by default they are concatenated.
         layers: As for :func:`~stride_lightning.model.capture.chosen_parameters`.
+        left_out: Names of parameters that are not read.
         like: A capture with whose gradients those of this one are compared; they get the same blocks.
 
     Raises:
@@ -53,7 +55,7 @@ def plan_capture(
     """
     if together is None:
         together = pytree.tree_map(lambda *parts: torch.cat(parts), *examples)
-    capture = Capture(outputs, layers)
+    capture = Capture(outputs, layers, left_out)
     probe = _Probe(capture, examples, together)
     owners = _owners(capture)
     layouts = {} if like is None else like.layouts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,18 +21,20 @@ Key = tuple[str, int, int]
 
 @dataclass(frozen=True)
 class Tap:
-    """Outputs of modules after which a loss uses no parameter, but those of a penalty on weights.
+    """Outputs of modules after which a loss uses no parameters but some by themselves, outside of modules.
 
     Args:
         calls: By name of a module and number of an output: its calls that count, from the last backwards as -1, -2 and
             so on; None where all do.
         is_nested: Whether one output depends on another, as the reconstruction of a VAE on its latent statistics.
         penalised: Names of parameters of a penalty on weights, which the loss uses by themselves.
+        direct: Names of other parameters that the loss uses by themselves, as a temperature that is learnt.
     """
 
     calls: Mapping[tuple[str, int], frozenset[int] | None]
     is_nested: bool
-    penalised: tuple[str, ...]
+    penalised: tuple[str, ...] = ()
+    direct: tuple[str, ...] = ()
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -88,8 +90,8 @@ def find_tap(model: nn.Module, run: Callable[[], Tensor | None], again: Callable
     """The tap of a loss that two runs give for different batches; None if it has none.
 
     The graph of the loss is walked back from the loss, and every walk ends at the first output of a module that holds
-    parameters itself. A parameter that is reached without passing one is used after the tap, unless its gradient there
-    is the same for both batches, as that of a penalty on weights is.
+    parameters itself. A parameter that is reached without passing one is used by itself: in a penalty on weights if its
+    gradient there is the same for both batches.
     """
     names = [plain_name(name) for name, module in model.named_modules() if any(True for _ in module.parameters(False))]
     trainable = {id(value): plain_name(name) for name, value in model.named_parameters() if value.requires_grad}
@@ -102,8 +104,10 @@ def find_tap(model: nn.Module, run: Callable[[], Tensor | None], again: Callable
     if not reached:
         return None
     is_nested = any(_depends(outputs[key], keys, reached) for key in reached)
-    tap = Tap(_calls(reached, outputs), is_nested, tuple(sorted(direct)))
-    return None if direct and not _is_penalty(model, tap, direct, run, again) else tap
+    tap, names = Tap(_calls(reached, outputs), is_nested), tuple(sorted(direct))
+    if not direct:
+        return tap
+    return replace(tap, **{"penalised" if _is_penalty(model, tap, direct, run, again) else "direct": names})
 
 
 def _calls(reached: set[Key], outputs: Mapping[Key, Tensor]) -> dict[tuple[str, int], frozenset[int] | None]:
