@@ -94,7 +94,7 @@ class OwnPlan:
 
     def described(self) -> str:
         """One line for the log and the metadata."""
-        is_function = isinstance(self.own, FunctionLoss)  # which gives the losses of examples itself
+        is_function = isinstance(self.task, FunctionLoss)  # which gives the losses of examples itself
         parts = [*([] if is_function and self.kind == "sum" else [KINDS[self.kind]]), *self.notes]
         if self.mode == "eval":
             parts.append("taken in eval mode, because training mixes the examples of a batch")
