@@ -148,14 +148,14 @@ class _Comparison:
                 task.loss(*self._read(task, head))
                 return True
             except Exception as error:  # a shape that does not fit
-                problem = problem or first_line(error)
+                problem = problem or _sentence(error)
                 return False
 
         try:
             likely = likely_tasks(self.model, head.batch) if self.only is None else [self.only]
             candidates = [task for task in likely if fits(task)]
         except Exception as error:  # of the user's forward
-            problem = first_line(error)
+            problem = _sentence(error)
         return candidates, problem or "the batch has no outputs and targets that a likelihood reads"
 
     def _trials(self, head: Trial, task: Task) -> list[Trial]:
@@ -228,3 +228,8 @@ class _Comparison:
             yield True, "mean over examples, by their weights", sums
         yield False, "mean over examples", sizes
         yield False, "sum over examples (scores are those of the sum's terms)", [1.0] * len(sizes)
+
+
+def _sentence(error: Exception) -> str:
+    """The first sentence of an error, without the advice that follows."""
+    return first_line(error).partition(". ")[0]

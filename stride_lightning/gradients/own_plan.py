@@ -166,8 +166,8 @@ def _first(
                 continue
             if plan.kind != "coupled":
                 return plan
-            coupled = coupled or plan
-        if coupled is not None and coupled.has_rows:
+            coupled = coupled or (plan if plan.has_rows else None)
+        if coupled is not None:
             return coupled
     raise ValueError(
         f"{task.of(model, moment).name} does not tell the examples of a batch apart ({problem}), and its loss couples "

@@ -155,8 +155,11 @@ def _is_penalty(model: nn.Module, tap: Tap, names: set[str], run: Callable[[], A
     parameters = [value for name, value in model.named_parameters() if plain_name(name) in names]
     gradients = []
     for loss_of in (run, again):
-        with tap.recorded(model, cut=True):
-            loss = loss_of()
+        try:
+            with tap.recorded(model, cut=True):
+                loss = loss_of()
+        except RuntimeError:  # a step that takes gradients itself finds none behind the tap
+            return False
         if loss is None:
             return False
         gradients.append(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))

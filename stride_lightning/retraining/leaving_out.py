@@ -92,8 +92,8 @@ class LeavingOut(Batches):
             sample = self._try_out(model, optimizer)
         except OtherLoss as reason:
             self.one_by_one_because = str(reason)
-            own = OwnLoss() if isinstance(task, Task) else task
-            self.steps = OwnSteps(own, model, train, self.loading.batch_size, moment)
+            own_loss = OwnLoss() if isinstance(task, Task) else task
+            self.steps = OwnSteps(own_loss, model, train, self.loading.batch_size, moment)
             self.train.hold()
             return
         self.get_ready(model, optimizer, self._task_loss, sample)

@@ -36,14 +36,14 @@ class LossKind:
 
 
 def kind_of_loss(
-    own: OwnLoss, model: nn.Module, probes: Examples, device: torch.device, moment: Moment | None
+    task: OwnLoss, model: nn.Module, probes: Examples, device: torch.device, moment: Moment | None
 ) -> LossKind:
     """Compare gradients of batches of different sizes, at shifted weights; the model stays as it is.
 
     Where training mixes the examples of a batch and evaluation does not (mixup), eval mode is taken.
 
     Args:
-        own: The loss.
+        task: The loss.
         model: The model, on ``device``.
         probes: A few examples of all kinds.
         device: Where to compute.
@@ -53,25 +53,25 @@ def kind_of_loss(
         ValueError: If the loss cannot be computed for the probes, or has no gradient there.
     """
     with tried_out(model):
-        result = _kind_at_these_weights(own, model, probes, device, moment)
+        result = _kind_at_these_weights(task, model, probes, device, moment)
     # Shifted weights may be out of a loss's domain.
-    result = result or _kind_at_these_weights(own, model, probes, device, moment)
+    result = result or _kind_at_these_weights(task, model, probes, device, moment)
     if result is None:
         raise ValueError(
-            f"{own!r} of {type(model).__name__} gave no loss with a finite gradient for {len(probes)} training "
+            f"{task!r} of {type(model).__name__} gave no loss with a finite gradient for {len(probes)} training "
             "examples: nothing, a loss without gradient, or NaN. Pass `loss=fn` with fn(model, batch) -> (B,)."
         )
     return result
 
 
 def _kind_at_these_weights(
-    own: OwnLoss, model: nn.Module, probes: Examples, device: torch.device, moment: Moment | None
+    task: OwnLoss, model: nn.Module, probes: Examples, device: torch.device, moment: Moment | None
 ) -> LossKind | None:
     """The kind; None if there is no finite gradient at the present weights."""
     every, first = torch.arange(len(probes)), None
     modes: tuple[Mode, ...] = ("train", "eval")
     for mode in modes:
-        step = own.of(model, moment, mode)
+        step = task.of(model, moment, mode)
 
         def gradient_of(places: Tensor, *, of: Callable[..., Tensor | None] = gradient, **how: int) -> Tensor | None:
             (batch,) = probes.drawn([places], 0, device)
@@ -83,7 +83,7 @@ def _kind_at_these_weights(
             if f"training_step of {type(model).__name__}" in str(error):  # it says already what is wrong
                 raise
             raise ValueError(
-                f"The loss of {type(model).__name__} cannot be computed: {own!r} failed on a batch of {len(probes)} "
+                f"The loss of {type(model).__name__} cannot be computed: {task!r} failed on a batch of {len(probes)} "
                 f"training examples ({type(error).__name__}: {first_line(error)}). Pass `loss=fn` with "
                 "fn(model, batch) -> (B,), or the network inside it and `optimizer=`."
             ) from error
@@ -94,7 +94,7 @@ def _kind_at_these_weights(
         # Rows of a function are examples, and training is on their mean.
         kind = (
             "mean"
-            if isinstance(own, FunctionLoss)
+            if isinstance(task, FunctionLoss)
             else _kind(partial(gradient_of, of=gradient_or_none), whole, len(probes), device)
         )
         first = first or LossKind(kind, mode, is_random)

@@ -47,7 +47,7 @@ class OwnSteps:
     Where ``training_step`` returns None, the loss is 0.
 
     Args:
-        own: The loss.
+        task: The loss.
         model: The model, on its device; it stays as it is.
         train: The training data.
         batch_size: Examples of a batch.
@@ -55,13 +55,13 @@ class OwnSteps:
     """
 
     def __init__(
-        self, own: OwnLoss, model: nn.Module, train: Examples, batch_size: int, moment: Moment | None = None
+        self, task: OwnLoss, model: nn.Module, train: Examples, batch_size: int, moment: Moment | None = None
     ) -> None:
-        self.loss, self.model, self.train, self.moment = own, model, _read_here(train), moment
+        self.loss, self.model, self.train, self.moment = task, model, _read_here(train), moment
         self.batch_size = min(batch_size, len(train))
         self.device = next(model.parameters()).device
         probes = self.train.subset(_spread(len(train), NUM_PROBES).tolist())
-        kind = kind_of_loss(own, model, probes, self.device, moment)
+        kind = kind_of_loss(task, model, probes, self.device, moment)
         self.kind, self.is_random = kind.kind, kind.is_random
         self.mode: Mode = kind.mode
         self._weights: dict[int, float] = {}
