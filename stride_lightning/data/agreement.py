@@ -111,12 +111,14 @@ class _Comparison:
             agreement = None if gradients.problem else self._first(candidates, gradients)
         except Exception as error:  # whatever a user's module raises
             self._check_finite(candidates[0], head)
+            self._check_ignored(candidates[0], head)
             return Agreement(None, f"training_step or forward raised {type(error).__name__}: {first_line(error)}")
         if gradients.problem:
             self._check_finite(candidates[0], head)
             return Agreement(None, f"no likelihood is compared: {gradients.problem}")
         names = " or a ".join(dict.fromkeys(task.name for task in candidates))
         reason = f"training_step computes another loss than a {names} of these outputs"
+        reason = f"{reason}; {problem}" if problem.startswith(self.examples.kind.capitalize()) else reason
         return agreement or Agreement(None, reason, is_other=True)
 
     def _gradients(self, candidates: Sequence[Task], trials: Sequence[Trial]) -> StepGradients:
@@ -145,7 +147,8 @@ class _Comparison:
         def fits(task: Task) -> bool:
             nonlocal problem
             try:
-                task.loss(*self._read(task, head))
+                with self.examples.naming(head.places):
+                    task.loss(*self._read(task, head))
                 return True
             except Exception as error:  # a shape that does not fit
                 problem = problem or _sentence(error)
@@ -185,6 +188,12 @@ class _Comparison:
         encoded = task.encode(targets, outputs.shape[-1])
         return outputs, encoded.to(torch.promote_types(encoded.dtype, outputs.dtype))
 
+    def _check_ignored(self, task: Task, trial: Trial) -> None:
+        """Refuse targets out of range, naming the example, where training does not ignore them but fails."""
+        if isinstance(task, Classification) and task.ignore_index is not None:
+            with self.examples.naming(trial.places):
+                self._read(task.changed(ignore_index=None), trial)
+
     def _check_finite(self, task: Task, trial: Trial) -> None:
         """Refuse data that are not finite, naming the example."""
         try:
@@ -215,7 +224,7 @@ class _Comparison:
             return None
         for is_normalised, divides, divisors in ways:
             if (factor := gradients.factor(ours, divisors)) is not None:
-                factor = plain(factor)
+                factor = plain(factor, gradients.rounding)
                 agreed = task.changed(is_normalised=is_normalised).with_scale(factor)
                 return Agreement(agreed, f"{agreed!r} agrees with training_step: {factor:.6g} times its {divides}")
         return None

@@ -183,6 +183,11 @@ class StepGradients:
         """Values that stand for each parameter."""
         return [min(parameter.numel(), SKETCH) for parameter in self.parameters]
 
+    @property
+    def rounding(self) -> float:
+        """Relative difference of two factors that counts as rounding."""
+        return max(2e-5, *(4 * torch.finfo(parameter.dtype).eps for parameter in self.parameters))
+
     def allowed(self, gradients: Sequence[Tensor]) -> Tensor:
         """Differences that count as rounding, beside gradients of such a size; shape of one of them."""
         size = torch.stack(list(gradients)).abs().amax(0)

@@ -119,7 +119,7 @@ def _relative(weights: Tensor) -> list[float]:
     return [plain(weight) if weight > 1e-4 else 0.0 for weight in relative.tolist()]
 
 
-def plain(value: float) -> float:
+def plain(value: float, rounding: float = 2e-5) -> float:
     """A number without its rounding: a simple fraction or its inverse, a number of three digits, or of five.
 
     Example:
@@ -131,6 +131,6 @@ def plain(value: float) -> float:
     whole = Fraction(value if abs(value) > 1 else 1 / value).limit_denominator(16)
     simple = float(whole if abs(value) > 1 else 1 / whole)
     for candidate in (simple, float(f"{value:.3g}")):
-        if abs(candidate - value) <= 2e-5 * abs(value):
+        if abs(candidate - value) <= rounding * abs(value):
             return candidate
     return float(f"{value:.5g}")

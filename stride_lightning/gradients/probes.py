@@ -20,7 +20,7 @@ from stride_lightning.tasks.training_step import TrainingStep
 #: Examples on which a loss is looked at.
 NUM_EXAMPLES = 32
 #: Draws of a random loss that are looked at.
-NUM_COMPARED_DRAWS = 5
+NUM_COMPARED_DRAWS = 8
 #: The curvature is not taken at a wider tap.
 MAX_CURVED_OUTPUTS = 256
 #: Nor where examples with fewer of the squared slopes are curved; those are, with more than this of the most curved.

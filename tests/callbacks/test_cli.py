@@ -10,6 +10,8 @@ from tests.helpers.runs import callbacks_of, run_cli, write_config
 
 pytest.importorskip("jsonargparse")
 
+pytestmark = pytest.mark.filterwarnings(r"ignore:The training_step of Wide minimises another loss than Tempered\(2.5\)")
+
 
 class Tempered(Classification):
     """A task with a setting of its own."""

@@ -328,7 +328,7 @@ class Through(Classification):
 
 
 def test_no_forward(tmp_path):
-    with pytest.raises(ValueError, match=r"NoForward defines no `forward`.*`task=`"):
+    with pytest.raises(ValueError, match=r"STRIDE needs a likelihood, .*NoForward defines no `forward`"):
         train(NoForward(), DATA, tmp_path, StrideCallback())
     callback = StrideCallback(num_subsets=8, task=Through())
     train(NoForward(), DATA, tmp_path, callback)
