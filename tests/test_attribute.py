@@ -176,9 +176,9 @@ def test_broken_weights_and_inputs(model):
         attribute(broken, QUERIES, train_data=DATA, **FEW)
     x, y = (tensor.clone() for tensor in DATA.tensors)
     x[23] = float("inf")
-    with pytest.raises(ValueError, match="Training example 23 has NaN in its (features|outputs), which"):
+    with pytest.raises(ValueError, match=r"Training example 23 has NaN in its (features|outputs), which"):
         attribute(model, QUERIES, train_data=TensorDataset(x, y), **FEW)
-    with pytest.raises(ValueError, match="Training example 46 has NaN in its (features|outputs)"):
+    with pytest.raises(ValueError, match=r"Training example 46 has NaN in its (features|outputs)"):
         attribute(model, QUERIES, train_data=TensorDataset(x.roll(23, 0), y), train_indices=[4, 46, 3], **FEW)
 
 
@@ -313,7 +313,7 @@ def test_half_precision_model(model, expected):
 
 
 def test_custom_task_with_dictionaries(model, expected):
-    with pytest.raises(ValueError, match="STRIDE needs a likelihood, .*must be Tensor, not str"):
+    with pytest.raises(ValueError, match=r"STRIDE needs a likelihood, .*must be Tensor, not str"):
         attribute(model, Dicts(QUERIES), train_data=Dicts(DATA), **FEW)
     same(attribute(model, Dicts(QUERIES), train_data=Dicts(DATA), task=DictTask(), **FEW), expected)
 

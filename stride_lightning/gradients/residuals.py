@@ -62,8 +62,8 @@ class ResidualsAttributor(GradientAttributor):
         if self.residuals == "readout":
             if isinstance(self.task, OwnLoss):
                 raise ValueError(
-                    f"residuals='readout' needs a likelihood, and the model was trained on {self.metadata['loss']}. Leave "
-                    "out `residuals`."
+                    f"residuals='readout' needs a likelihood, and the model was trained on {self.metadata['loss']}. "
+                    "Leave out `residuals`."
                 )
             if self.task.has_tokens:
                 raise ValueError(

@@ -52,7 +52,7 @@ def fit(folder, *callbacks, kind=Stepped, stop=None, saved=None, every=4, seed=0
 
 
 def same_records(callback, other):
-    keys = ("step", "weights", "learning_rates", "epoch", "data", "task", "model")
+    keys = ("step", "weights", "learning_rates", "epoch", "data", "model")
     one, two = ([{key: info[key] for key in keys} for info in info_of(each)] for each in (callback, other))
     return one == two
 

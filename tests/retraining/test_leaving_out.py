@@ -316,6 +316,7 @@ def test_effects_on_confidently_classified_queries_are_not_quantised(optimizer):
     torch.testing.assert_close(result.double(), expected, rtol=1e-3, atol=0)
 
 
+@pytest.mark.filterwarnings(r"ignore:The training_step of Net minimises another loss than Weighted\(\)")
 def test_a_tasks_loss_that_holds_single_precision_weights_is_measured_in_that():
     class Weighted(Classification):
         def loss(self, outputs, encoded, dim=-1):

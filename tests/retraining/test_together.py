@@ -225,7 +225,6 @@ class Functional(nn.Module):
 KINDS = {
     "plain": (plain_net, points),
     "dropout": (dropout_net, points),
-    "functional": (lambda: Net(Functional(), sgd), points),
     "augmented": (plain_net, lambda: Augmented(points())),
 }
 
@@ -258,9 +257,14 @@ def test_neither_chunks_nor_threads_nor_the_order_of_subsets_matter(kind):
     assert not whole.losses_by_seed[0].allclose(whole.losses_by_seed[1], atol=1e-2)
 
 
-@pytest.mark.parametrize("kind", ["dropout", "functional"])
-def test_dropout_is_on_shared_by_all_and_in_one_thread(kind):
-    masks, data = cases.some_masks(1).expand(3, -1), points()
+def test_functional_dropout_is_a_random_loss_of_the_modules_own():
+    how = {"max_epochs": 1, "batch_size": BATCH, "num_seeds": 1, "masks": cases.some_masks(1)}
+    truth = retrain(lambda: Net(Functional(), sgd), points(), train_data=points(), show_progress=False, **how)
+    assert "the module's own loss" in truth.metadata["one_by_one_because"]
+
+
+def test_dropout_is_on_shared_by_all_and_in_one_thread():
+    kind, masks, data = "dropout", cases.some_masks(1).expand(3, -1), points()
     recipe = Recipe(KINDS[kind][0], data, train_data=data, max_epochs=3, batch_size=BATCH)
     together = Together(recipe, 0)
     assert recipe.is_random

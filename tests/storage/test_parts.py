@@ -112,7 +112,7 @@ OTHER = {
     "masks": ({"masks": torch.eye(25)}, "differs in masks"),
     "subsets": ({"num_subsets": 3}, "differs in masks"),
     "batch size": ({"batch_size": 8}, r"batch_size \(9 there, 8 now\)"),
-    "measure": ({"measure": "margin"}, r"measure \('loss' there, 'margin' now\)"),
+    "measure": ({"measure": lambda model, batch: model(batch[0])[:, 0]}, "measure"),
     "weights": ({"model": lambda: Net(nn.Linear(4, 3), sgd)}, "differs in initial_weights"),
     "learning rate": ({"model": lambda: Net(mlp(), lambda m: torch.optim.SGD(m.parameters(), lr=0.1))}, "optimizer"),
     "optimizer": ({"optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}, "optimizer"),
