@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ from stride_lightning.tasks.likelihoods import Task
 from stride_lightning.tasks.measures import check_function, measure_info
 from stride_lightning.tasks.moments import moment_of
 from stride_lightning.tasks.own_loss import OwnLoss, RowFunction, name_of
+
+logger = logging.getLogger(__name__)
 
 
 class Attributor(ABC):
@@ -131,6 +134,7 @@ class Attributor(ABC):
                     "versions": versions(),
                 }
                 self.fit_model(model, where, record, checkpoint)
+        logger.info("%s: the loss of an example is %s", self.method, self.metadata["loss"])
         self.metadata |= {"seconds": {"fit": meter.seconds}, "peak_memory_bytes": meter.peak_memory}
         self._is_fitted = True
         return self

@@ -140,6 +140,7 @@ class RecordingCallback(GuardedCallback):
             moment = moment_of(pl_module, None) or first_moment(pl_module)
             how: dict[str, Any] = {"task": self.task, "loss": self.loss, "moment": moment, "batch_size": batch_size}
             objective = resolve_objective(pl_module, examples, device, **how)
+        rank_zero_info(f"{type(self).__name__}: the loss of an example is {objective.reason}")
         return objective, first_look(examples, batch_size, device)
 
     def training_examples(self, trainer: L.Trainer, pl_module: L.LightningModule, most: int | None = None) -> Examples:

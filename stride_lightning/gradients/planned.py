@@ -96,6 +96,7 @@ class PlannedAttributor(Attributor):
             self.own_plan = plan_own_loss(self.task, model, self.train_data, device, **how)
             self.capture, self.effort = self.own_plan.capture, self.own_plan.effort
             self.metadata["loss"] = f"{self.metadata['loss']}: {self.own_plan.described()}"
+            announce(f"The loss of an example is {self.metadata['loss']}.", show=self.show_progress)
         else:
             self._plan_likelihood(model, self.task, device)
         announce(self.capture.warning, show=self.show_progress and bool(self.capture.warning))
