@@ -118,7 +118,9 @@ class _Comparison:
             return Agreement(None, f"no likelihood is compared: {gradients.problem}")
         names = " or a ".join(dict.fromkeys(task.name for task in candidates))
         reason = f"training_step computes another loss than a {names} of these outputs"
-        reason = f"{reason}; {problem}" if problem.startswith(self.examples.kind.capitalize()) else reason
+        is_named = problem.startswith(self.examples.kind.capitalize())
+        if is_named and any(task.has_tokens for task in candidates):  # a text that no language model can read
+            reason = f"{reason}; {problem}"
         return agreement or Agreement(None, reason, is_other=True)
 
     def _gradients(self, candidates: Sequence[Task], trials: Sequence[Trial]) -> StepGradients:
