@@ -107,7 +107,8 @@ class Examples:
             yield
         except RowError as error:
             positions = self.positions[start:] if isinstance(start, int) else self.positions[start]
-            first, *others = sorted(positions[[error.row, *error.others]].tolist())
+            named = positions[[error.row, *error.others]].tolist()
+            first, *others = named if isinstance(start, int) else sorted(named)
             message = f"{self.kind.capitalize()} {first} {error.problem}."
             if others:
                 more = f" and {len(others) - 9} more" if len(others) > 9 else ""

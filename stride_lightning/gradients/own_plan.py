@@ -29,6 +29,7 @@ from stride_lightning.gradients.signs import count_directions
 from stride_lightning.gradients.single import LossOutputs, SingleCapture, gradient_of, kind_by_gradients
 from stride_lightning.gradients.step_outputs import NoRows, StepInputs, StepOutputs
 from stride_lightning.model.capture import Capture, Effort, Outputs
+from stride_lightning.model.layers import plain_name
 from stride_lightning.model.plan import PROBE_BYTES, plan_capture, probe_places
 from stride_lightning.model.tap import find_tap
 from stride_lightning.model.weights import moved
@@ -187,13 +188,18 @@ def _planned(
     *,
     reads_direct: bool = True,
 ) -> OwnPlan:
-    """The plan where rows of a batch are examples; parameters that the loss uses by themselves have none."""
+    """The plan where rows of a batch are examples.
+
+    Vectors that the loss uses by themselves, as a temperature that is learnt, are read one example at a time, or left
+    out of a coupled loss.
+    """
     step = task.of(model, moment, mode)
     every = list(range(len(probes)))
     whole, half = probes.batch(every), probes.batch(every[: max(1, len(every) // 2)])
     with says_why(step):
         tap = find_tap(model, lambda: step(*whole), lambda: step(*half))
-    if tap is None or (tap.direct and reads_direct):
+    matrices = {plain_name(name) for name, value in model.named_parameters() if value.ndim > 1}
+    if tap is None or (tap.direct and (reads_direct or matrices & {*tap.direct})):
         raise NoRows("the loss uses parameters outside of modules")
     outputs = StepOutputs(model, step, tap)
     alone = [probes.batch([row]) for row in every]

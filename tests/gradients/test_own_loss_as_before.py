@@ -195,3 +195,21 @@ def test_a_coupled_loss_whose_rows_cannot_be_told_apart_is_refused():
     expected = r"training_step of TiedContrastive does not tell .* apart \(the loss uses.*couples them.*`loss=`"
     with pytest.raises(ValueError, match=expected):
         ask(built(TiedContrastive), data, data)
+
+
+class Temperate(Contrastive):
+    """The same loss at a temperature that is learnt and belongs to no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * self.temperature.exp()
+
+
+def test_examples_have_no_share_in_a_temperature():
+    data = Contrastive.data(13, 0)
+    with_one = ask(built(Temperate), data, data)
+    torch.testing.assert_close(with_one.scores, ask(built(Contrastive), data, data).scores, rtol=1e-5, atol=1e-7)
+    assert "no share in the gradient of temperature" in with_one.metadata["loss"]

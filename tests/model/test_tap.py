@@ -20,7 +20,7 @@ def tap_of(model, loss):
     model, before = model.double(), condition_of(model)
     tap = find_tap(model, lambda: loss(model, X), lambda: loss(model, OTHER))
     check_same_condition(before, model)
-    if tap is not None and not tap.penalised:
+    if tap is not None and not (tap.penalised or tap.direct):
         with recorded_outputs(model, tap.modules) as whole:
             expected = loss(model, X)
         with tap.recorded(model, cut=True) as outputs:
@@ -136,15 +136,17 @@ def test_a_penalty_on_weights():
     assert tap.penalised == ("0.bias", "0.weight", "2.bias", "2.weight")
 
 
-def test_a_weight_that_is_used_as_an_argument_has_no_tap():
+def test_a_weight_that_is_used_as_an_argument_is_used_by_itself():
     def loss(model, x):
         return F.linear(model(x), model[0].weight.T).square().mean()
 
-    assert tap_of(net(4, 5), loss) is None
+    tap = tap_of(net(4, 5), loss)
+    assert (tap.direct, tap.penalised) == (("0.weight",), ())
 
 
 def test_a_penalty_that_depends_on_the_batch_is_none():
-    assert tap_of(net(4, 3), lambda model, x: model(x).abs().mean() + x.mean() * model[0].weight.sum()) is None
+    tap = tap_of(net(4, 3), lambda model, x: model(x).abs().mean() + x.mean() * model[0].weight.sum())
+    assert (tap.direct, tap.penalised) == (("0.weight",), ())
 
 
 def test_a_frozen_head_is_the_tap_all_the_same():
