@@ -148,7 +148,8 @@ class Classification(Task):
     @override
     def curvature(self, mean: Tensor, direction: Tensor, dim: int = -1) -> Tensor:
         weighted = mean * direction
-        return (weighted - mean * weighted.sum(dim, keepdim=True)) / self.dispersion
+        weighted -= mean * weighted.sum(dim, keepdim=True)  # in place: these may be large
+        return weighted if self.dispersion == 1 else weighted / self.dispersion
 
     @override
     def curvature_diagonal(self, mean: Tensor) -> Tensor:
