@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -157,11 +158,19 @@ def brier(_: Module, o: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(o.softmax(1), F.one_hot(y, 3).float())
 
 
+def random_factor(_: Module, o: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(o, y) * torch.rand(())
+
+
+def coin(_: Module, o: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(o, y) if random.random() < 0.9 else F.cross_entropy(2 * o, y)
+
+
 OF_CLASSES = [
     *(scaled_by_its_difficulty, clipped, margin_added, constant_temperature, learnt_temperature, head_in_the_step),
     *(focal, softmax_twice, label_noise, auxiliary, confidence_penalty, smoothing_of_one_class, multi_margin),
     *(root_of_the_size, size_plus_one, hardest_half, weights_by_row, weights_by_the_batch, centred_by_the_batch),
-    *(batch_normalised_outputs, another_target, generalised_cross_entropy, brier),
+    *(batch_normalised_outputs, another_target, generalised_cross_entropy, brier, random_factor, coin),
 ]
 
 
