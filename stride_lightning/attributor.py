@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from stride_lightning.data.collating import MissingExample
 from stride_lightning.data.examples import Examples
-from stride_lightning.data.objectives import Objective, check_objective, check_rows, resolve_objective
+from stride_lightning.data.objectives import Objective, check_objective, check_rows, resolve_objective, says_rows_loss
 from stride_lightning.data.seen import marked_seen
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
 from stride_lightning.model.weights import (
@@ -112,7 +112,9 @@ class Attributor(ABC):
             self.model, self._device = model, None if device is None else torch.device(device)
             self._is_fitted = False  # a failed fit leaves no mixture with an earlier one
             self._checkpoint_state = None if checkpoint is None else checkpoint.get("state_dict", checkpoint)
-            examples = resolve_train_data(train_data, train_indices, model, show=self.show_progress)
+            examples = resolve_train_data(
+                train_data, train_indices, model, has_rows_loss=says_rows_loss(task, loss), show=self.show_progress
+            )
             examples = marked_seen(examples, model, checkpoint)
             how = {"task": task, "loss": loss, "measure": measure, "record": record}
             try:

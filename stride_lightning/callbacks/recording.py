@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from stride_lightning.callbacks.guard import GuardedCallback
+from stride_lightning.data.collating import MissingExample
 from stride_lightning.data.examples import Examples, first_look
 from stride_lightning.data.loading import NoPositionsError
-from stride_lightning.data.objectives import Objective, check_objective, resolve_objective
+from stride_lightning.data.objectives import Objective, check_objective, resolve_objective, says_rows_loss
 from stride_lightning.data.sources import checked_positions, resolve_train_data
 from stride_lightning.data.streams import is_stream
 from stride_lightning.model.weights import borrowed
@@ -80,6 +81,7 @@ class RecordingCallback(GuardedCallback):
         #: Records written so far, oldest first.
         self.records: list[Path] = []
         self._written: list[Path] = []  # by this fit
+        self._has_missing = False  # whether the dataset of this fit holds None
 
     @cached_property  # Lightning reads it at every hook of every step
     @override
@@ -100,7 +102,7 @@ class RecordingCallback(GuardedCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self._written = []
+        self._written, self._has_missing = [], False
         log_dir = trainer.log_dir  # first, as it is a collective call: every rank must make it
         dirpath = self._explicit_dirpath or Path(log_dir or trainer.default_root_dir) / self.record_kind
         # Absolute, because the checkpoint that names it may be read from another working directory.
@@ -120,7 +122,11 @@ class RecordingCallback(GuardedCallback):
                     "The model has lazy layers that have seen no batch yet. Call the model on one before fit()."
                 )
             with borrowed(pl_module, None, None):  # hooks of the module that read batches may count, too
-                self.begin(trainer, pl_module)
+                try:
+                    self.begin(trainer, pl_module)
+                except MissingExample:
+                    self._has_missing = True
+                    self.begin(trainer, pl_module)
             if rank() == 0 and not is_dev_run(trainer):
                 self._check_folder(self.record_bytes(pl_module))
 
@@ -158,9 +164,18 @@ class RecordingCallback(GuardedCallback):
         # A single DataLoader gives batches as they are, without a structure around them.
         source = loaders.iterables if isinstance(loaders.iterables, DataLoader) else loaders
         datamodule = getattr(trainer, "datamodule", None)
-        examples = resolve_train_data(source, self.train_indices, pl_module, datamodule, show=False)
+        examples = resolve_train_data(
+            source,
+            self.train_indices,
+            pl_module,
+            datamodule,
+            has_rows_loss=says_rows_loss(self.task, self.loss),
+            show=False,
+        )
         for note in examples.notes:
             rank_zero_info(f"{type(self).__name__}: {note}")
+        if self._has_missing:
+            examples = examples.without_missing(show=False)
         if most is not None and is_dev_run(trainer):
             return examples.subset(range(min(most, len(examples))))
         return examples

@@ -18,7 +18,6 @@ from typing_extensions import override
 
 from stride_lightning.callbacks.learning_rates import LearningRates
 from stride_lightning.callbacks.recording import RecordingCallback, check_frequencies, is_dev_run
-from stride_lightning.data.collating import MissingExample
 from stride_lightning.data.loading import NoPositionsError
 from stride_lightning.data.reading import fingerprint_of
 from stride_lightning.model.layers import plain_name
@@ -126,10 +125,7 @@ class TracInCallback(RecordingCallback):
         except NoPositionsError as error:  # weights and learning rates need no examples
             rank_zero_info(f"TracInCallback: its records will not say which data they are of. {error}")
             return None
-        try:
-            return fingerprint_of(examples)
-        except MissingExample:
-            return fingerprint_of(examples.without_missing(show=False))
+        return fingerprint_of(examples)
 
     @override
     def record_bytes(self, pl_module: L.LightningModule) -> int:

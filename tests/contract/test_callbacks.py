@@ -259,7 +259,7 @@ def test_fast_dev_run_writes_nothing_and_still_refuses(name, tmp_path, monkeypat
     callback = callback_of(name)
     train(build(Classifier), DATA, tmp_path, callback, fast_dev_run=True)
     assert callback.records == list(tmp_path.iterdir()) == []
-    with nullcontext() if name == "tracin" else pytest.raises(NoPositionsError, match="of several of them"):
+    with nullcontext() if name == "tracin" else pytest.raises(NoPositionsError, match="of all of them"):
         both = CombinedLoader({"a": loader(DATA), "b": loader(DATA)})
         train(build(models.OfTwoLoaders), both, tmp_path, callback_of(name), fast_dev_run=True)
 
