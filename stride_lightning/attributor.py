@@ -16,20 +16,13 @@ from typing_extensions import Self
 from stride_lightning.data.examples import Examples
 from stride_lightning.data.objectives import Objective, check_objective, check_rows, resolve_objective
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
-from stride_lightning.model.weights import (
-    alone_with,
-    attached_trainer,
-    borrowed,
-    load_checkpoint,
-    rank_zero_state,
-    resolve_ckpt_path,
-    weight_hash,
-)
+from stride_lightning.model.checkpoints import load_checkpoint, resolve_ckpt_path, weights_in
+from stride_lightning.model.weights import alone_with, attached_trainer, borrowed, rank_zero_state, weight_hash
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.metering import Meter
-from stride_lightning.runtime.progress import call, track
+from stride_lightning.runtime.progress import announce, call, track
 from stride_lightning.runtime.versions import versions
 from stride_lightning.tasks.likelihoods import Task
 from stride_lightning.tasks.measures import check_function, measure_info
@@ -108,7 +101,8 @@ class Attributor(ABC):
             self.weights_only = weights_only
             self.model, self._device = model, None if device is None else torch.device(device)
             self._is_fitted = False  # a failed fit leaves no mixture with an earlier one
-            self._checkpoint_state = None if checkpoint is None else checkpoint.get("state_dict", checkpoint)
+            self._checkpoint_state, note = (None, "") if checkpoint is None else weights_in(checkpoint, model)
+            announce(f"{note}.", show=self.show_progress and bool(note))
             self.train_data = resolve_train_data(train_data, train_indices, model)
             with torch.inference_mode(False), borrowed(model, self._state(), self._device) as where, torch.no_grad():
                 self.weights = weight_hash(model)
@@ -126,6 +120,7 @@ class Attributor(ABC):
                     "measure": measure_info(measure),
                     "weights": self.weights,
                     "ckpt_path": None if ckpt_path is None else str(ckpt_path),
+                    "frozen": note or None,
                     "seed": self.seed,
                     "num_train": len(self.train_data),
                     "step": _step(checkpoint, model),

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stride_lightning.model.weights import raw_bytes
+from stride_lightning.model.digests import feed
 
 _FINGERPRINTED = (
     "Examples may hold dense tensors, arrays, PIL images, numbers, strings, and tuples, lists, dicts or plain objects "
@@ -64,7 +64,7 @@ def _feed(hasher: Any, value: Any, *, content: bool) -> None:
             raise TypeError(f"it holds a tensor with layout {value.layout} and dtype {value.dtype}. {_FINGERPRINTED}")
         hasher.update(f"{value.dtype}{tuple(value.shape)}".encode())
         if content or (value.numel() == 1 and not value.is_floating_point()):
-            hasher.update(raw_bytes(value))
+            feed(hasher, value)
     elif isinstance(value, dict):
         for key in value:
             hasher.update(f"{{{key}:".encode())

@@ -14,7 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from stride_lightning.gradients.stored_rates import stored_rates
-from stride_lightning.model.weights import check_fits, load_checkpoint, state_hash, weight_hash
+from stride_lightning.model.checkpoints import load_checkpoint
+from stride_lightning.model.state import check_fits
+from stride_lightning.model.weights import state_hash, weight_hash
 from stride_lightning.storage.lookup import attached_states, saved_states
 from stride_lightning.storage.records import PathLike, RecordError, find_records, read_info, read_record
 
