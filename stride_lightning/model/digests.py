@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -78,8 +78,8 @@ def state_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {plain_name(name): value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def model_digests(model: nn.Module) -> dict[str, str]:
-    """The digest of each tensor of a model's state, by plain name.
+def model_digests(model: nn.Module, names: Collection[str] | None = None) -> dict[str, str]:
+    """The digest of each tensor of a model's state, by plain name; or of some of them.
 
     A large tensor that does not train is hashed once. Afterwards an exact checksum of all its values, which its own
     device computes, says whether they are still the same. Versions of tensors do not tell: they miss what is written
@@ -87,7 +87,9 @@ def model_digests(model: nn.Module) -> dict[str, str]:
     """
     known, summer = _known.setdefault(model, {}), _Checksums()
     digests: dict[str, str] = {}
-    for name, tensor in state_tensors(model).items():
+    tensors = state_tensors(model)
+    for name in tensors if names is None else tensors.keys() & set(names):
+        tensor = tensors[name]
         checksum = None if tensor.requires_grad else summer(tensor)
         if checksum is None:
             digests[name] = digest_of(tensor)
