@@ -15,13 +15,8 @@ from torch import Tensor, nn
 from stride_lightning.data.examples import Examples, first_look
 from stride_lightning.data.objectives import check_objective, resolve_objective, says_rows_loss
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
-from stride_lightning.model.weights import (
-    borrowed,
-    load_checkpoint,
-    rank_zero_state,
-    resolve_ckpt_path,
-    weight_hash,
-)
+from stride_lightning.model.checkpoints import load_checkpoint, resolve_ckpt_path, weights_in
+from stride_lightning.model.weights import borrowed, rank_zero_state, weight_hash
 from stride_lightning.retraining.batchability import vectorised_attention
 from stride_lightning.retraining.effects import FurtherTraining
 from stride_lightning.retraining.leaving_out import LeavingOut
@@ -124,7 +119,8 @@ def further_train(
     check_function(measure, "measure")
     num_seeds = check_count("num_seeds", num_seeds)
     checkpoint = None if ckpt_path is None else load_checkpoint(resolve_ckpt_path(ckpt_path, model), weights_only)
-    state = rank_zero_state(model) if checkpoint is None else checkpoint.get("state_dict", checkpoint)
+    state, note = (rank_zero_state(model), "") if checkpoint is None else weights_in(checkpoint, model)
+    announce(f"{note}.", show=show_progress and bool(note))
     train = resolve_train_data(train_data, train_indices, model, has_rows_loss=says_rows_loss(task, loss))
     queries = resolve_queries(queries, model, train)
     with borrowed(model, state, None if device is None else torch.device(device)) as home, torch.no_grad():
