@@ -13,14 +13,15 @@ from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # pyright: ignore[reportPrivateImportUsage]
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from stride_lightning.callbacks.learning_rates import LearningRates
 from stride_lightning.callbacks.recording import RecordingCallback, check_frequencies, is_dev_run
 from stride_lightning.data.reading import fingerprint_of
 from stride_lightning.model.layers import plain_name
-from stride_lightning.model.weights import weight_hash
+from stride_lightning.model.sharded import full_state
+from stride_lightning.model.weights import state_hash
 from stride_lightning.runtime.distributed import broadcast_object, rank
 from stride_lightning.storage.records import RecordError, read_info, read_record, remove_record
 
@@ -69,6 +70,7 @@ class TracInCallback(RecordingCallback):
     Reference: arXiv:2002.08484 (TracInCP, section 3.3).
     """
 
+    runs_model = False
     record_kind = "tracin"  # told apart by its folder alone: a run resumed with another frequency is the same run
     _about: dict[str, Any]  # the data, which all records name; known from the start of training
 
@@ -120,7 +122,7 @@ class TracInCallback(RecordingCallback):
 
     @override
     def record_bytes(self, pl_module: L.LightningModule) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in _state_of(pl_module).values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in pl_module.parameters())
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -209,8 +211,9 @@ class TracInCallback(RecordingCallback):
         if is_dev_run(trainer):
             return
         with self.working(trainer, pl_module):
+            state = full_state(pl_module)
             # Rank 0 alone looks at the weights: where ranks differ (BatchNorm), records hold those of rank 0.
-            saved = broadcast_object(self._save(trainer, pl_module, final=final) if rank() == 0 else None)
+            saved = broadcast_object(self._save(trainer, pl_module, state, final=final) if rank() == 0 else None)
             if saved is None:
                 return
             path = [*self._path, saved]
@@ -222,14 +225,17 @@ class TracInCallback(RecordingCallback):
                         remove_record(stale.path)
                 self._log(trainer)
 
-    def _save(self, trainer: L.Trainer, pl_module: L.LightningModule, *, final: bool) -> _Saved | None:
+    def _save(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, state: dict[str, Tensor], *, final: bool
+    ) -> _Saved | None:
         """The record of these weights, written now or by this run before it was killed; None if it is the last one."""
-        step, weights = trainer.global_step, weight_hash(pl_module)
+        step, weights = trainer.global_step, state_hash(state)
         last = self._path[-1] if self._path else None
         if last is not None and last.weights == weights and (final or last.step == step):
             return None
         rates = self._rates.by_name(pl_module)
-        finite = all(bool(p.isfinite().all()) for p in pl_module.parameters())  # buffers may hold masks of -inf
+        trained = {plain_name(name) for name, _ in pl_module.named_parameters()}  # buffers may hold masks of -inf
+        finite = all(bool(state[name].isfinite().all()) for name in trained & state.keys())
         if not finite or not all(map(math.isfinite, rates.values())):
             raise ValueError(
                 "Weights or learning rates are not finite: training has diverged. Lower the learning rate."
@@ -249,7 +255,7 @@ class TracInCallback(RecordingCallback):
         if path is None:
             name = _free_name(self.dirpath, f"step={step}")
             info["trajectory"] = [*earlier, {"name": name, "step": step}]
-            path = self.write(trainer, info, {"weights": _state_of(pl_module)}, name)
+            path = self.write(trainer, info, {"weights": state}, name)
         return _Saved(path, step, weights)
 
     def _written_before(self, info: dict[str, Any], earlier: list[dict[str, Any]]) -> Path | None:
@@ -271,11 +277,6 @@ class TracInCallback(RecordingCallback):
         metrics = {f"tracin/learning_rate{name}": rate for name, rate in zip(names, rates, strict=True)}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
-
-
-def _state_of(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a model's state, by plain name."""
-    return {plain_name(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
 def _relative(path: Path, folder: Path) -> str:

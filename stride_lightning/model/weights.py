@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
 from threading import RLock
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from stride_lightning.model.contents import Contents
 from stride_lightning.model.layers import plain_name
 from stride_lightning.model.pickled_objects import pickled_objects
+from stride_lightning.model.sharded import whole
 from stride_lightning.runtime.checks import first_line
 from stride_lightning.runtime.distributed import all_equal, broadcast_object, world_size
 
@@ -145,9 +147,11 @@ def rank_zero_state(model: nn.Module) -> dict[str, Any] | None:
 _locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 
 
-def alone_with(model: nn.Module) -> RLock:
-    """A lock to hold while a call borrows a model: other threads that ask for the same model wait."""
-    return _locks.setdefault(model, RLock())
+@contextmanager
+def alone_with(model: nn.Module) -> Iterator[None]:
+    """A block of a call that borrows a model, which is whole inside: other threads that ask for the model wait."""
+    with _locks.setdefault(model, RLock()), whole(model):
+        yield
 
 
 @contextmanager
@@ -172,9 +176,7 @@ def borrowed(
         if type(value) is Tensor and not value.is_inference()
     ]
     silenced = [name for name in ("log", "log_dict") if hasattr(model, name) and name not in vars(model)]
-    home = next(
-        (value.device for value in model.state_dict().values() if isinstance(value, Tensor)), torch.device("cpu")
-    )
+    home = next((value.device for value in chain(model.parameters(), model.buffers())), torch.device("cpu"))
     device = home if device is None else device
     saved = None
     try:
