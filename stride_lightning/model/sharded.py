@@ -55,14 +55,10 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
         >>> sorted(full_state(nn.Linear(2, 1)))
         ['bias', 'weight']
     """
+    is_here = rank() == 0
     if is_sharded(model):
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        root = _root_of(model)
-        num_bytes = _num_bytes(root)
-        _check_room(num_bytes if rank() == 0 else 0, torch.device("cpu"))
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(root, options=options)
+        with _made_plain(_gathered(_root_of(model), torch.device("cpu"), is_here=is_here)):
+            state = model.state_dict() if is_here else {}
     else:
         state = model.state_dict()
     return {plain_name(name): value for name, value in state.items() if isinstance(value, Tensor)}
@@ -82,9 +78,14 @@ def whole(model: nn.Module) -> Iterator[None]:
     if not is_sharded(model):
         yield
         return
-    layouts: list[_Layout] = []
+    root = _root_of(model)
+    with _made_plain(_gathered(root, _device_of(root), is_here=True)):
+        yield
+
+
+@contextmanager
+def _made_plain(layouts: list[_Layout]) -> Iterator[None]:
     try:
-        layouts += _gathered(_root_of(model))
         for layout in layouts:
             layout.make_plain()
         yield
@@ -98,7 +99,7 @@ class _Layout:
 
     def __init__(self, module: nn.Module, plain: dict[int, Tensor]) -> None:
         self.module, self.cls = module, type(module)
-        self.plain = {
+        self.plain: dict[str, dict[Any, Any]] = {
             "_parameters": {name: plain.get(id(value), value) for name, value in module._parameters.items()},
             "_buffers": {name: plain.get(id(value), value) for name, value in module._buffers.items()},
             "_modules": {name: _unwrapped(value) for name, value in module._modules.items()},
@@ -133,42 +134,43 @@ class _Layout:
             register.update(content)
 
 
-def _gathered(root: nn.Module) -> list[_Layout]:
-    """The layouts of all modules but wrappers, with the whole parameters."""
+def _gathered(root: nn.Module, device: torch.device, *, is_here: bool) -> list[_Layout]:
+    """Layouts of all modules but wrappers, with whole parameters on a device; none if they are not wanted here."""
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-    num_bytes, device = _num_bytes(root), _device_of(root)
-    _check_room(num_bytes, device)
+    num_bytes = _num_bytes(root)
+    _check_room(num_bytes if is_here else 0, device)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
     unsharded = FullyShardedDataParallel.summon_full_params(root, writeback=False) if _is_fsdp(root) else nullcontext()
     with unsharded, torch.no_grad():
-        plain = _copies(root, device)
-        return [_Layout(module, plain) for module in root.modules() if not WRAPPED & module._modules.keys()]
+        plain = _copies(root, device, is_here=is_here)
+        modules = root.modules() if is_here else ()
+        return [_Layout(module, plain) for module in modules if not WRAPPED & module._modules.keys()]
 
 
-def _copies(root: nn.Module, device: torch.device) -> dict[int, Tensor]:
+def _copies(root: nn.Module, device: torch.device, *, is_here: bool) -> dict[int, Tensor]:
     """Whole copies of all parameters and of sharded buffers, by the id of the tensor."""
     from torch.distributed.tensor import DTensor
 
     sources = {id(value): value for value in root.parameters()}
     sources |= {id(value): value for value in root.buffers() if isinstance(value, DTensor)}
     # All memory is taken before the first collective: a rank that has too little must not leave others waiting.
-    copies = {key: torch.empty(value.shape, dtype=value.dtype, device=device) for key, value in sources.items()}
-    largest = max((value.nbytes for value in copies.values()), default=0)
-    spare = torch.empty(2 * largest, dtype=torch.uint8, device=device)
+    copies = {
+        key: torch.empty(value.shape, dtype=value.dtype, device=device) for key, value in sources.items() if is_here
+    }
+    spare = torch.empty(2 * max(map(_bytes_of, sources.values())), dtype=torch.uint8, device=_device_of(root))
     del spare
     meet()
     for key, value in sources.items():
         detached = value.detach()
         if isinstance(detached, DTensor):  # a shard on the CPU is gathered where the processes talk
             detached = detached.to(detached.device_mesh.device_type).full_tensor()
-        copies[key].copy_(detached)
+        if is_here:
+            copies[key].copy_(detached)
     return {
-        key: nn.Parameter(copy, requires_grad=sources[key].requires_grad)
-        if isinstance(sources[key], nn.Parameter)
-        else copy
+        key: nn.Parameter(copy, sources[key].requires_grad) if isinstance(sources[key], nn.Parameter) else copy
         for key, copy in copies.items()
     }
 
@@ -225,8 +227,12 @@ def _tensors_of(root: nn.Module) -> Iterator[Tensor]:
 
 
 def _num_bytes(root: nn.Module) -> int:
-    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in _tensors_of(root))
+    num_bytes = sum(map(_bytes_of, _tensors_of(root)))
     return sum(gather_objects(num_bytes)) if _is_fsdp(root) else num_bytes  # FSDP shows only the process's part
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _device_of(root: nn.Module) -> torch.device:
