@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from stride_lightning.model.layers import WRAPPED, plain_name
 from stride_lightning.runtime.distributed import gather_objects, meet, rank, world_size
@@ -164,15 +163,17 @@ def _copies(root: nn.Module, device: torch.device, *, is_here: bool) -> dict[int
     del spare
     meet()
     for key, value in sources.items():
-        detached = value.detach()
-        if isinstance(detached, DTensor):  # a shard on the CPU is gathered where the processes talk
-            detached = detached.to(detached.device_mesh.device_type).full_tensor()
+        full = _full(value) if isinstance(value, DTensor) else value
         if is_here:
-            copies[key].copy_(detached)
+            copies[key].copy_(full)
     return {
         key: nn.Parameter(copy, sources[key].requires_grad) if isinstance(sources[key], nn.Parameter) else copy
         for key, copy in copies.items()
     }
+
+
+def _full(shard: Any) -> Tensor:
+    return shard.to(shard.device_mesh.device_type).full_tensor()  # a shard on the CPU goes where the processes talk
 
 
 def _check_room(num_bytes: int, device: torch.device) -> None:

@@ -56,7 +56,8 @@ def read_weights(path: Path, weights_only: bool | None) -> dict[str, Tensor]:
     Raises:
         UnpicklingError: If the folder's index holds other objects than it should, unless ``weights_only`` is False.
     """
-    from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     with (path / _INDEX).open("rb") as file:
