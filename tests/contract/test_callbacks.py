@@ -327,13 +327,3 @@ def test_data_that_cannot_work_are_refused(name, tmp_path, data):
         trainer.fit(model, data)
     assert trainer.global_step == 0
     assert hooks_of(model) == []
-
-
-@every_callback
-@pytest.mark.parametrize("kind", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
-def test_sharded_strategies_are_refused(name, tmp_path, kind):
-    plain = type(make_trainer(tmp_path).strategy)
-    trainer = make_trainer(tmp_path, callback_of(name), strategy=type(kind, (plain,), {})(device="cpu"))
-    with pytest.raises(ValueError, match=f"and {kind} may split it"):
-        trainer.fit(build(Classifier), loader(DATA))
-    assert trainer.global_step == 0
