@@ -64,6 +64,7 @@ class TracInCallback(RecordingCallback):
     Reference: arXiv:2002.08484 (TracInCP, section 3.3).
     """
 
+    runs_model = False
     record_kind = "tracin"  # told apart by its folder alone: a run resumed with another frequency is the same run
     _about: dict[str, Any]  # the data, which all records name; known from the start of training
     _rest: FrozenRest  # from the start of training

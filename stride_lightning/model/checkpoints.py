@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from stride_lightning.model.pickled_objects import pickled_objects
+from stride_lightning.model.shards import read_weights, rest_of
 from stride_lightning.model.state import check_fits, left_to
 from stride_lightning.model.weights import attached_trainer
 from stride_lightning.runtime.checks import first_line
@@ -20,7 +21,7 @@ def load_checkpoint(ckpt_path: str | Path, weights_only: bool | None = None) -> 
     """Read a checkpoint onto the CPU.
 
     Args:
-        ckpt_path: The file.
+        ckpt_path: The file, or the folder of a distributed checkpoint, whose weights are put together.
         weights_only: As in ``torch.load``: unless it is False, no code that is stored in the file runs.
 
     Raises:
@@ -28,12 +29,15 @@ def load_checkpoint(ckpt_path: str | Path, weights_only: bool | None = None) -> 
         ValueError: If it cannot be read, or holds objects and ``weights_only`` is not False; their keys are named.
     """
     path = Path(ckpt_path)
-    if not path.is_file():
+    file = rest_of(path) or path
+    if not file.is_file():
         raise FileNotFoundError(f"There is no checkpoint at {path}.")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=weights_only)
+        if file != path:
+            checkpoint["state_dict"] = read_weights(path, weights_only)
     except Exception as error:  # a damaged file raises anything
-        if weights_only is not False and (objects := pickled_objects(path)):
+        if weights_only is not False and (objects := pickled_objects(file)):
             shown = ", ".join(f"{key!r} ({kind})" for key, kind in list(objects.items())[:3])
             more = f" and {len(objects) - 3} more" if len(objects) > 3 else ""
             raise ValueError(

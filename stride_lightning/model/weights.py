@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from threading import RLock
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.model.contents import Contents
-from stride_lightning.model.digests import digest_of, hash_of_digests, model_digests, state_tensors
+from stride_lightning.model.digests import digest_of, hash_of_digests, model_digests
 from stride_lightning.model.layers import plain_name
+from stride_lightning.model.sharded import whole
 from stride_lightning.model.state import check_fits, load_state, whole_state
 from stride_lightning.runtime.distributed import all_equal, broadcast_object, world_size
 
@@ -62,9 +64,11 @@ def rank_zero_state(model: nn.Module) -> dict[str, Any] | None:
 _locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 
 
-def alone_with(model: nn.Module) -> RLock:
-    """A lock to hold while a call borrows a model: other threads that ask for the same model wait."""
-    return _locks.setdefault(model, RLock())
+@contextmanager
+def alone_with(model: nn.Module) -> Iterator[None]:
+    """A block of a call that borrows a model, which is whole inside: other threads that ask for the model wait."""
+    with _locks.setdefault(model, RLock()), whole(model):
+        yield
 
 
 @contextmanager
@@ -90,7 +94,7 @@ def borrowed(
         if type(value) is Tensor and not value.is_inference()
     ]
     silenced = [name for name in ("log", "log_dict") if hasattr(model, name) and name not in vars(model)]
-    home = next((value.device for value in state_tensors(model).values()), torch.device("cpu"))
+    home = next((value.device for value in chain(model.parameters(), model.buffers())), torch.device("cpu"))
     device = home if device is None else device
     saved = None
     try:

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from stride_lightning.model.digests import hash_of_digests, model_digests, state_tensors
+from stride_lightning.model.layers import plain_name
+from stride_lightning.runtime.distributed import rank
 from stride_lightning.storage.records import find_records, read_info
 
 #: Kind of the records that hold weights as they were before they were unfrozen.
@@ -34,9 +36,15 @@ class FrozenRest:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        tensors = {name: value for name, value in state_tensors(model).items() if _may_stay(value)}
-        self._digests = model_digests(model, tensors)
-        self._frozen = {name: value for name, value in tensors.items() if isinstance(value, nn.Parameter)}
+        # Each where it stands, because sharding puts other parameters there.
+        self._frozen = {
+            plain_name(f"{prefix}.{name}".lstrip(".")): (module, name)
+            for prefix, module in model.named_modules()
+            for name, value in module._parameters.items()
+            if value is not None and not value.requires_grad
+        }
+        tensors = state_tensors(model) if rank() == 0 else {}  # which alone writes records
+        self._digests = model_digests(model, [name for name, value in tensors.items() if _may_stay(value)])
 
     def digests(self, model: nn.Module, now: Mapping[str, str] | None = None) -> dict[str, str]:
         """Digests of the rest by plain name, at the present weights; ``now`` are theirs, if they are known."""
@@ -54,14 +62,24 @@ class FrozenRest:
 
     def is_unfrozen(self) -> bool:
         """Whether a gradient is required of a parameter of the rest by now."""
-        return any(parameter.requires_grad for parameter in self._frozen.values())
+        return bool(self._unfrozen())
+
+    def _unfrozen(self) -> list[str]:
+        places = self._frozen.items()
+        return [
+            plain
+            for plain, (module, name) in places
+            if (value := module._parameters.get(name)) is not None and value.requires_grad
+        ]
 
     def unfreeze(self, model: nn.Module) -> dict[str, Tensor]:
         """Forget the parameters that train from now on; returns those among them that are still as they were."""
-        names = [name for name, parameter in self._frozen.items() if parameter.requires_grad]
+        names = self._unfrozen()
         for name in names:
             del self._frozen[name]
-        first = {name: self._digests.pop(name) for name in names}
+        first = {name: self._digests.pop(name) for name in names if name in self._digests}
+        if not first:
+            return {}
         now, tensors = model_digests(model, first), state_tensors(model)
         return {name: tensors[name].detach() for name, digest in first.items() if now.get(name) == digest}
 
