@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 from stride_lightning import FurtherTrainingCallback, StrideCallback, TracInCallback, attribute, further_train
 from stride_lightning.callbacks import guard
 from stride_lightning.model import sharded
+from stride_lightning.model.checkpoints import load_checkpoint
 from stride_lightning.model.sharded import is_sharded, whole
-from stride_lightning.model.weights import load_checkpoint, state_hash, weight_hash
+from stride_lightning.model.weights import state_hash, weight_hash
 from stride_lightning.storage.records import find_records, read_info, read_record
 from tests.helpers.models import Classifier, Validated, build, classification_data, make_trainer
 from tests.helpers.processes import run_two, start
