@@ -72,8 +72,8 @@ def make_callbacks(folder):
     def callbacks(queries):
         made.append(StrideCallback(folder / "stride"))
         made.append(TracInCallback(folder / "tracin"))
-        made.append(FurtherTrainingCallback(queries, folder / "further", left_out=[0, 1, 2]))
-        return made
+        made.append(FurtherTrainingCallback(queries, dirpath=folder / "further", left_out=[0, 1, 2]))
+        return list(made)  # a Trainer adds its own to the list that it gets
 
     return callbacks, made
 
