@@ -1,10 +1,10 @@
 """chemprop: a message-passing network on molecules, a regression as in its documentation (``notebooks/training``)."""
 
-REQUIREMENTS = ["chemprop"]
-
 import lightning.pytorch as L
 import numpy as np
 from chemprop import data, featurizers, models, nn
+
+REQUIREMENTS = ["chemprop"]
 
 PARTS = ["C", "CC", "C(C)C", "O", "CO", "N(C)C", "c1ccccc1", "C1CCCCC1", "F", "Cl"]
 

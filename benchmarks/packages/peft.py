@@ -1,13 +1,13 @@
 """peft: LoRA of a classifier of texts of transformers, in the LightningModule that users write around it."""
 
-REQUIREMENTS = ["peft", "transformers"]
-
 import lightning.pytorch as L
 import peft
 import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
+
+REQUIREMENTS = ["peft", "transformers"]
 
 
 def texts(num, seed):

@@ -1,10 +1,10 @@
 """scvi-tools: the variational autoencoder SCVI on counts of genes in cells, through ``SCVI.train`` and its own plan."""
 
-REQUIREMENTS = ["scvi-tools"]
-
 import anndata
 import numpy as np
 import scvi
+
+REQUIREMENTS = ["scvi-tools"]
 
 NUM_TRAIN, NUM_QUERIES = 40, 5
 

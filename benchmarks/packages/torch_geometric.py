@@ -1,6 +1,4 @@
-"""PyTorch Geometric: a graph classifier of its layers, through its ``LightningDataset`` (as ``examples/lightning/gin``)."""
-
-REQUIREMENTS = ["torch_geometric"]
+"""PyTorch Geometric: a classifier of graphs, through ``LightningDataset`` (as its ``examples/pytorch_lightning/gin``)."""
 
 import lightning.pytorch as L
 import torch
@@ -8,6 +6,8 @@ from torch.nn import functional as F
 from torch_geometric.data import Data
 from torch_geometric.data.lightning import LightningDataset
 from torch_geometric.nn import GIN, MLP, global_add_pool
+
+REQUIREMENTS = ["torch_geometric"]
 
 
 def graphs(num, seed):
