@@ -1,4 +1,4 @@
-"""PyTorch Geometric: a classifier of graphs, through ``LightningDataset`` (as its ``examples/pytorch_lightning/gin``)."""
+"""PyTorch Geometric: a classifier of graphs through ``LightningDataset``, as ``examples/pytorch_lightning/gin.py``."""
 
 import lightning.pytorch as L
 import torch
