@@ -16,12 +16,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException  # 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from stride_lightning.callbacks.guard import GuardedCallback
+from stride_lightning.data.collating import MissingExample
 from stride_lightning.data.examples import Examples, first_look
-from stride_lightning.data.objectives import Objective, check_objective, resolve_objective
+from stride_lightning.data.loading import NoPositionsError
+from stride_lightning.data.objectives import Objective, check_objective, resolve_objective, says_rows_loss
 from stride_lightning.data.sources import checked_positions, resolve_train_data
+from stride_lightning.data.streams import is_stream
 from stride_lightning.model.weights import borrowed
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import rank
@@ -77,6 +81,7 @@ class RecordingCallback(GuardedCallback):
         #: Records written so far, oldest first.
         self.records: list[Path] = []
         self._written: list[Path] = []  # by this fit
+        self._has_missing = False  # whether the dataset of this fit holds None
 
     @cached_property  # Lightning reads it at every hook of every step
     @override
@@ -97,7 +102,7 @@ class RecordingCallback(GuardedCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self._written = []
+        self._written, self._has_missing = [], False
         log_dir = trainer.log_dir  # first, as it is a collective call: every rank must make it
         dirpath = self._explicit_dirpath or Path(log_dir or trainer.default_root_dir) / self.record_kind
         # Absolute, because the checkpoint that names it may be read from another working directory.
@@ -117,7 +122,11 @@ class RecordingCallback(GuardedCallback):
                     "The model has lazy layers that have seen no batch yet. Call the model on one before fit()."
                 )
             with borrowed(pl_module, None, None):  # hooks of the module that read batches may count, too
-                self.begin(trainer, pl_module)
+                try:
+                    self.begin(trainer, pl_module)
+                except MissingExample:
+                    self._has_missing = True
+                    self.begin(trainer, pl_module)
             if rank() == 0 and not is_dev_run(trainer):
                 self._check_folder(self.record_bytes(pl_module))
 
@@ -145,14 +154,28 @@ class RecordingCallback(GuardedCallback):
 
     def training_examples(self, trainer: L.Trainer, pl_module: L.LightningModule, most: int | None = None) -> Examples:
         """The examples that a trainer trains on, which must have positions; at most ``most`` in a ``fast_dev_run``."""
-        loader = trainer.train_dataloader
-        if isinstance(loader, list | tuple | dict) or not hasattr(loader, "dataset"):
-            raise TypeError(
-                f"Training reads from a {type(loader).__name__}; expected one DataLoader over one map-style dataset. "
-                "With several loaders, positions in the training data are not defined. Train with a single loader, or "
-                "without this callback."
-            )
-        examples = resolve_train_data(loader, self.train_indices, pl_module, getattr(trainer, "datamodule", None))
+        loaders: Any = trainer.fit_loop._combined_loader
+        for dataset in (getattr(loader, "dataset", None) for loader in loaders.flattened):
+            if is_stream(dataset):
+                raise NoPositionsError(
+                    f"Training reads from a stream ({type(dataset).__name__}), which the callback would have to read "
+                    "again. Call attribute() after training, with the stream as `train_data`."
+                )
+        # A single DataLoader gives batches as they are, without a structure around them.
+        source = loaders.iterables if isinstance(loaders.iterables, DataLoader) else loaders
+        datamodule = getattr(trainer, "datamodule", None)
+        examples = resolve_train_data(
+            source,
+            self.train_indices,
+            pl_module,
+            datamodule,
+            has_rows_loss=says_rows_loss(self.task, self.loss),
+            show=False,
+        )
+        for note in examples.notes:
+            rank_zero_info(f"{type(self).__name__}: {note}")
+        if self._has_missing:
+            examples = examples.without_missing(show=False)
         if most is not None and is_dev_run(trainer):
             return examples.subset(range(min(most, len(examples))))
         return examples

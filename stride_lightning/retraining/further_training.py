@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.data.examples import Examples, first_look
-from stride_lightning.data.objectives import check_objective, resolve_objective
+from stride_lightning.data.objectives import check_objective, resolve_objective, says_rows_loss
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
 from stride_lightning.model.weights import (
     borrowed,
@@ -125,7 +125,8 @@ def further_train(
     num_seeds = check_count("num_seeds", num_seeds)
     checkpoint = None if ckpt_path is None else load_checkpoint(resolve_ckpt_path(ckpt_path, model), weights_only)
     state = rank_zero_state(model) if checkpoint is None else checkpoint.get("state_dict", checkpoint)
-    train, queries = resolve_train_data(train_data, train_indices, model), resolve_queries(queries, model)
+    train = resolve_train_data(train_data, train_indices, model, has_rows_loss=says_rows_loss(task, loss))
+    queries = resolve_queries(queries, model, train)
     with borrowed(model, state, None if device is None else torch.device(device)) as home, torch.no_grad():
         head = first_look(train, 64, home)
         moment = moment_of(model, checkpoint)
