@@ -6,6 +6,7 @@ import tempfile
 from types import SimpleNamespace
 from typing import Any
 
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from torch import nn
 
 from stride_lightning.model.weights import attached_trainer
@@ -20,6 +21,8 @@ _DURING_A_STEP = {
     **dict.fromkeys(("save_checkpoint", "fit", "validate", "test", "predict", "print"), inert),
     "world_size": 1,
     "progress_bar_callback": None,
+    # A Trainer whose fit is over has forgotten its stage.
+    "state": TrainerState(TrainerStatus.RUNNING, TrainerFn.FITTING, RunningStage.TRAINING),
 }
 #: What a Trainer says by default, where none is attached.
 _BY_DEFAULT = {
