@@ -41,7 +41,7 @@ def make(callbacks, folder):
 def train(callbacks, folder):
     model, dataset, queries = make(callbacks, folder)
     model.fit_from_dataset(dataset, val_dataset=queries)
-    model.save(str(folder / "darts.pt"))
+    model.save(str(folder / "darts.pt"), clean=True)
     return {"module": model.model, "train_data": model.trainer.datamodule, "queries": model.trainer.datamodule}
 
 

@@ -6,7 +6,7 @@ from pytorch_tabular import TabularModel
 from pytorch_tabular.config import DataConfig, OptimizerConfig, TrainerConfig
 from pytorch_tabular.models import CategoryEmbeddingModelConfig
 
-REQUIREMENTS = ["pytorch_tabular"]
+REQUIREMENTS = ["pytorch_tabular", "requests"]
 
 
 def frame(seed, count):
@@ -30,7 +30,7 @@ def make(folder):
             early_stopping=None,
             checkpoints=None,
             load_best=False,
-            trainer_kwargs={"default_root_dir": str(folder), "enable_model_summary": False, "logger": False},
+            trainer_kwargs={"default_root_dir": str(folder), "enable_model_summary": False},
         ),
         verbose=False,
     )
@@ -40,10 +40,22 @@ def make(folder):
 
 def train(callbacks, folder):
     tabular, module, datamodule = make(folder)
-    tabular.train(module, datamodule, callbacks=callbacks(datamodule))
-    return {"module": module, "train_data": datamodule, "queries": datamodule}
+    queries = datamodule.val_dataloader()
+    tabular.train(module, datamodule, callbacks=callbacks(queries))
+    return {"module": module, "train_data": datamodule.train_dataloader(), "queries": queries}
 
 
 def load(ckpt_path, folder):
     _, module, datamodule = make(folder)
-    return {"module": module, "train_data": datamodule, "queries": datamodule, "options": {"weights_only": False}}
+    return {
+        "module": module,
+        "train_data": datamodule.train_dataloader(),
+        "queries": datamodule.val_dataloader(),
+        "options": {"weights_only": False},
+    }
+
+
+def batch_of(loader, places, is_query):
+    # The metrics in training_step cannot take a single example: twice the same has the same mean.
+    places = places * 2 if len(places) == 1 else places
+    return loader.collate_fn([loader.dataset[place] for place in places])
