@@ -40,7 +40,7 @@ def put_in_place(model: nn.Module, moment: Moment | None) -> tuple[TrainerStandI
     trainer = TrainerStandIn(type(model).__name__, moment or Moment(), real, manual)
     methods = {**manual.methods(), **dict.fromkeys(("log", "log_dict", "print"), inert), "all_gather": _same}
     for module in model.modules():
-        if "_trainer" in vars(module):
+        if hasattr(type(module), "trainer"):  # some packages take `_trainer` away after a fit
             vars(module).update(methods, _trainer=trainer, _fabric=None)
     return trainer, manual
 
