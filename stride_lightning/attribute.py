@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.attributor import Attributor
-from stride_lightning.data.sources import resolve_queries
+from stride_lightning.data.sources import resolve_queries, resolve_train_data
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.runtime.metering import Meter
@@ -106,7 +106,9 @@ def attribute(
     """
     with call(show=show_progress), Meter() as meter:
         attributor = create(method, seed=seed, batch_size=batch_size, show_progress=show_progress, **options)
-        examples = resolve_queries(queries, model)  # before the fit, so that hours of work do not end in a refusal
+        train_data = resolve_train_data(train_data, train_indices, model, show=show_progress)
+        # Before the fit, so that hours of work do not end in a refusal.
+        examples = resolve_queries(queries, model, train_data, show=show_progress)
         attributor.expected_queries, attributor.known_queries = len(examples), examples
         attributor.fit(
             model,
@@ -117,7 +119,6 @@ def attribute(
             ckpt_path=ckpt_path,
             weights_only=weights_only,
             record=record,
-            train_indices=train_indices,
             device=device,
         )
         attribution = attributor.attribute(examples, target=target)

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from stride_lightning.data.collating import MissingExample
 from stride_lightning.data.examples import Examples
 from stride_lightning.data.objectives import Objective, check_objective, check_rows, resolve_objective
+from stride_lightning.data.seen import marked_seen
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
 from stride_lightning.model.weights import (
     alone_with,
@@ -28,8 +30,9 @@ from stride_lightning.model.weights import (
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.runtime.checks import check_count
+from stride_lightning.runtime.distributed import world_size
 from stride_lightning.runtime.metering import Meter
-from stride_lightning.runtime.progress import call, track
+from stride_lightning.runtime.progress import announce, call, track
 from stride_lightning.runtime.versions import versions
 from stride_lightning.tasks.likelihoods import Task
 from stride_lightning.tasks.measures import check_function, measure_info
@@ -109,35 +112,61 @@ class Attributor(ABC):
             self.model, self._device = model, None if device is None else torch.device(device)
             self._is_fitted = False  # a failed fit leaves no mixture with an earlier one
             self._checkpoint_state = None if checkpoint is None else checkpoint.get("state_dict", checkpoint)
-            self.train_data = resolve_train_data(train_data, train_indices, model)
-            with torch.inference_mode(False), borrowed(model, self._state(), self._device) as where, torch.no_grad():
-                self.weights = weight_hash(model)
-                self.moment = moment_of(model, checkpoint)
-                chosen: dict[str, Any] = {"task": task, "loss": loss, "moment": self.moment}
-                if measure is not None and self.known_queries is not None:
-                    self._check_measure(measure, model, self.known_queries, where)
-                objective = resolve_objective(model, self.train_data, where, batch_size=self.batch_size, **chosen)
-                self.task, self.measure = self.checked_task(objective, model), measure
-                self.metadata = {
-                    "method": self.method,
-                    "unit": self._unit_of(measure),
-                    "task": repr(self.task),
-                    "loss": objective.reason,
-                    "measure": measure_info(measure),
-                    "weights": self.weights,
-                    "ckpt_path": None if ckpt_path is None else str(ckpt_path),
-                    "seed": self.seed,
-                    "num_train": len(self.train_data),
-                    "step": _step(checkpoint, model),
-                    "device": str(where),
-                    "mode": "eval (dropout off, normalisation statistics fixed)",
-                    "versions": versions(),
-                }
-                self.fit_model(model, where, record, checkpoint)
+            examples = resolve_train_data(train_data, train_indices, model, show=self.show_progress)
+            examples = marked_seen(examples, model, checkpoint)
+            how = {"task": task, "loss": loss, "measure": measure, "record": record}
+            try:
+                self._fit_to(examples, model, checkpoint, **how)
+            except MissingExample:
+                if world_size() > 1:  # other ranks read other examples
+                    raise
+                rest = examples.without_missing(show=self.show_progress)
+                if len(rest) == len(examples):  # a query is missing
+                    raise
+                self._fit_to(rest, model, checkpoint, **how)
+            self.metadata["ckpt_path"] = None if ckpt_path is None else str(ckpt_path)
         logger.info("%s: the loss of an example is %s", self.method, self.metadata["loss"])
         self.metadata |= {"seconds": {"fit": meter.seconds}, "peak_memory_bytes": meter.peak_memory}
         self._is_fitted = True
         return self
+
+    def _fit_to(
+        self,
+        examples: Examples,
+        model: nn.Module,
+        checkpoint: Any,
+        *,
+        task: Task | OwnLoss | None,
+        loss: RowFunction | None,
+        measure: RowFunction | None,
+        record: str | Path | None,
+    ) -> None:
+        self.train_data = examples
+        with torch.inference_mode(False), borrowed(model, self._state(), self._device) as where, torch.no_grad():
+            self.weights, self.moment = weight_hash(model), moment_of(model, checkpoint)
+            if measure is not None and self.known_queries is not None:
+                self._check_measure(measure, model, self.known_queries, where)
+            chosen: dict[str, Any] = {"task": task, "loss": loss, "moment": self.moment}
+            objective = resolve_objective(model, examples, where, batch_size=self.batch_size, **chosen)
+            self.task, self.measure = self.checked_task(objective, model), measure
+            self.metadata = {
+                "method": self.method,
+                "unit": self._unit_of(measure),
+                "task": repr(self.task),
+                "loss": objective.reason,
+                "measure": measure_info(measure),
+                "weights": self.weights,
+                "seed": self.seed,
+                "num_train": len(examples),
+                "notes": list(examples.notes),
+                "step": _step(checkpoint, model),
+                "device": str(where),
+                "mode": "eval (dropout off, normalisation statistics fixed)",
+                "versions": versions(),
+            }
+            self.fit_model(model, where, record, checkpoint)
+        for note in examples.notes:
+            announce(note, show=self.show_progress)
 
     def attribute(self, queries: Any, *, target: str = "label") -> Attribution | TopAttribution:
         """Scores of every training example for the queries; call :meth:`fit` before."""
@@ -152,7 +181,7 @@ class Attributor(ABC):
                 "be explained of each query."
             )
         with Meter() as meter, call(show=self.show_progress):
-            examples = resolve_queries(queries, self.model)
+            examples = resolve_queries(queries, self.model, self.train_data, show=self.show_progress)
             with self.borrowed_model() as (model, where):
                 if self.measure is not None and self.known_queries is None:
                     self._check_measure(self.measure, model, examples, where)
@@ -177,6 +206,8 @@ class Attributor(ABC):
             }
         )
         attribution.queries, attribution.train_data, attribution.train_indices = examples, scored, scored.positions
+        attribution.train_info = scored.info() | attribution.train_info
+        attribution.query_info = examples.info() | attribution.query_info
         return attribution
 
     def self_influence(self) -> Tensor:

@@ -125,7 +125,7 @@ class FurtherTrainingCallback(RecordingCallback):
         self.result = None
         examples = self.training_examples(trainer, pl_module)
         # A shallow copy: a data module may be the fit's own, which must not see another setup().
-        queries = resolve_queries(copy.copy(self.queries), pl_module)
+        queries = resolve_queries(copy.copy(self.queries), pl_module, examples)
         find_left_out(self.left_out, examples)
         objective, head = self.look(examples, pl_module)
         self._questions = _Questions(examples, queries, objective)

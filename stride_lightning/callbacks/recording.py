@@ -16,12 +16,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException  # 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from stride_lightning.callbacks.guard import GuardedCallback
 from stride_lightning.data.examples import Examples, first_look
+from stride_lightning.data.loading import NoPositionsError
 from stride_lightning.data.objectives import Objective, check_objective, resolve_objective
 from stride_lightning.data.sources import checked_positions, resolve_train_data
+from stride_lightning.data.streams import is_stream
 from stride_lightning.model.weights import borrowed
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import rank
@@ -145,14 +148,19 @@ class RecordingCallback(GuardedCallback):
 
     def training_examples(self, trainer: L.Trainer, pl_module: L.LightningModule, most: int | None = None) -> Examples:
         """The examples that a trainer trains on, which must have positions; at most ``most`` in a ``fast_dev_run``."""
-        loader = trainer.train_dataloader
-        if isinstance(loader, list | tuple | dict) or not hasattr(loader, "dataset"):
-            raise TypeError(
-                f"Training reads from a {type(loader).__name__}; expected one DataLoader over one map-style dataset. "
-                "With several loaders, positions in the training data are not defined. Train with a single loader, or "
-                "without this callback."
-            )
-        examples = resolve_train_data(loader, self.train_indices, pl_module, getattr(trainer, "datamodule", None))
+        loaders: Any = trainer.fit_loop._combined_loader
+        for dataset in (getattr(loader, "dataset", None) for loader in loaders.flattened):
+            if is_stream(dataset):
+                raise NoPositionsError(
+                    f"Training reads from a stream ({type(dataset).__name__}), which the callback would have to read "
+                    "again. Call attribute() after training, with the stream as `train_data`."
+                )
+        # A single DataLoader gives batches as they are, without a structure around them.
+        source = loaders.iterables if isinstance(loaders.iterables, DataLoader) else loaders
+        datamodule = getattr(trainer, "datamodule", None)
+        examples = resolve_train_data(source, self.train_indices, pl_module, datamodule, show=False)
+        for note in examples.notes:
+            rank_zero_info(f"{type(self).__name__}: {note}")
         if most is not None and is_dev_run(trainer):
             return examples.subset(range(min(most, len(examples))))
         return examples

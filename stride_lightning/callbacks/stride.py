@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from typing_extensions import override
 
 from stride_lightning.callbacks.recording import RecordingCallback, check_frequencies, is_dev_run, misconfigured
+from stride_lightning.data.collating import MissingExample
 from stride_lightning.data.examples import FIRST_LOOK, Examples
 from stride_lightning.model.layers import check_layers, in_precision_of
 from stride_lightning.model.weights import borrowed, rank_zero_state, weight_hash
@@ -206,13 +207,24 @@ class StrideCallback(RecordingCallback):
                 self._recorded_step, self._recorded_weights = step, weights
                 options = FitOptions(layers=watched.layers, batch_size=self.batch_size, show_progress=shows)
                 fit = make_fit(watched.task, options)
-                fit.prepare(pl_module, watched.examples, device)
+                try:
+                    fit.prepare(pl_module, watched.examples, device)
+                except MissingExample:
+                    watched = self._without_missing()
+                    fit.prepare(pl_module, watched.examples, device)
                 if fit_operators:
                     fit.expect(watched.design, 0)
                 fit.fit(watched.design if fit_operators else None)
             if rank() == 0 and not is_dev_run(trainer):
                 self._write(trainer, weights, fit)
                 self._remove_stale(replaced=again)
+
+    def _without_missing(self) -> _Watched:
+        """A design for the examples that are not None."""
+        examples = self._watched.examples.without_missing(show=False)
+        design = sample_design(len(examples), self.num_subsets, self.degree, seed=self.seed)
+        self._watched = replace(self._watched, examples=examples, design=design)
+        return self._watched
 
     def _write(self, trainer: L.Trainer, weights: str, fit: Fit) -> None:
         watched, design, losses, record = self._watched, self._watched.design, fit.losses, fit.record()

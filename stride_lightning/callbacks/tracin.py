@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # pyright: ignore[reportPrivateImportUsage]
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 from typing_extensions import override
 
 from stride_lightning.callbacks.learning_rates import LearningRates
 from stride_lightning.callbacks.recording import RecordingCallback, check_frequencies, is_dev_run
+from stride_lightning.data.collating import MissingExample
+from stride_lightning.data.loading import NoPositionsError
 from stride_lightning.data.reading import fingerprint_of
 from stride_lightning.model.layers import plain_name
 from stride_lightning.model.weights import weight_hash
@@ -112,11 +114,22 @@ class TracInCallback(RecordingCallback):
         if step == 0:  # a callback may be used for one fit after the other
             self._run, self._due_epoch, self.records = None, None, []
             self._rates.restore([])
-        examples = self.training_examples(trainer, pl_module, most=64)
-        self._about = {"data": fingerprint_of(examples)}
+        self._about = {"data": self._fingerprint(trainer, pl_module)}
         self._rates.watch(trainer.optimizers)
         self._take_up(step)
         self._seen_step = step
+
+    def _fingerprint(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any] | None:
+        """The fingerprint of the training data; None where single examples have no position."""
+        try:
+            examples = self.training_examples(trainer, pl_module, most=64)
+        except NoPositionsError as error:  # weights and learning rates need no examples
+            rank_zero_info(f"TracInCallback: its records will not say which data they are of. {error}")
+            return None
+        try:
+            return fingerprint_of(examples)
+        except MissingExample:
+            return fingerprint_of(examples.without_missing(show=False))
 
     @override
     def record_bytes(self, pl_module: L.LightningModule) -> int:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stride_lightning.data.fingerprints import digest
+from stride_lightning.data.fingerprints import digest_rows
 from stride_lightning.runtime.checks import first_line
 from stride_lightning.runtime.randomness import seed_all
 
@@ -20,6 +19,10 @@ _HOW_TO_COLLATE = (
     "Pass a DataLoader with the collate_fn of training, for the queries too. Where examples differ in size it must pad "
     "them, as transformers.DataCollatorWithPadding does with texts."
 )
+
+
+class MissingExample(ValueError):
+    """The dataset holds None in the place of an example."""
 
 
 class OneByOne(Dataset[Numbered]):
@@ -46,7 +49,7 @@ class OneByOne(Dataset[Numbered]):
                 "Mend the dataset, or leave this one out: torch.utils.data.Subset(dataset, positions)."
             ) from error
         if example is None:
-            raise ValueError(
+            raise MissingExample(
                 f"{self.kind.capitalize()} {position} is None. Scores name examples by their position, so every "
                 "position must hold an example. Leave this one out: torch.utils.data.Subset(dataset, positions)."
             )
@@ -106,19 +109,9 @@ class CollateWithDigests(Collate):
         self.content = content
 
     def __call__(self, numbered: Sequence[Numbered]) -> tuple[Any, Tensor]:
-        """The batch, and the digest of each example, uint8 of shape ``(B, 32)``."""
-        digests = b"".join(digest_of(example, self.kind, content=self.content) for example in numbered)
-        rows = torch.frombuffer(bytearray(digests), dtype=torch.uint8).reshape(len(numbered), 32)
-        return super().__call__(numbered), rows
-
-
-def digest_of(numbered: Numbered, kind: str, *, content: bool = True) -> bytes:
-    """The digest of an example; what has none is refused by name."""
-    position, example = numbered
-    try:
-        return digest(example, content=content)
-    except TypeError as error:
-        raise TypeError(f"{kind.capitalize()} {position} cannot be fingerprinted: {error}") from error
+        """The batch, and the digest of each example, uint8 of shape ``(B, 33)``."""
+        digests = digest_rows([example for _, example in numbered], content=self.content)
+        return super().__call__(numbered), digests
 
 
 def _name_of(function: Callable[..., Any]) -> str:

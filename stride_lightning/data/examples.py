@@ -23,9 +23,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, default_collate
 
-from stride_lightning.data.collating import Collate, CollateWithDigests, OneByOne, digest_of
+from stride_lightning.data.collating import Collate, CollateWithDigests, MissingExample, OneByOne
+from stride_lightning.data.fingerprints import digest
 from stride_lightning.data.loading import Loading
 from stride_lightning.runtime.checks import RowError
+from stride_lightning.runtime.progress import track
 from stride_lightning.runtime.randomness import mix, preserved_random_state
 
 #: Most examples of the first batch that is looked at.
@@ -46,6 +48,8 @@ class Examples:
         positions: Positions to read, in order, int64 of shape ``(n,)``; by default all of the dataset.
         owners: Objects whose Lightning batch-transfer hooks apply, first match wins (data module, then model).
         loading: How the DataLoader of the data makes batches, where there is one.
+        columns: What is known of every position of the dataset beside the example, by name.
+        notes: What a user should know of how the data are read, in sentences.
         kind: What errors call an example of them.
     """
 
@@ -57,6 +61,8 @@ class Examples:
     owners: tuple[Any, ...] = ()
     loading: Loading | None = None
     kind: str = "example"
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     _random: bool | None = field(default=None, init=False)
     _held: Any = field(default=None, init=False, repr=False)
 
@@ -93,6 +99,23 @@ class Examples:
         other._random = self._random
         return other
 
+    def info(self) -> dict[str, list[Any]]:
+        """What is known of every example beside its position, by name."""
+        positions = self.positions.tolist()
+        return {name: [values[position] for position in positions] for name, values in self.columns.items()}
+
+    def without_missing(self, *, show: bool = True) -> Examples:
+        """The examples that the dataset does not give as None; reads them all."""
+        reader = OneByOne(self.dataset, self.kind)
+        places = [
+            place
+            for place, position in enumerate(track(self.positions.tolist(), "Looking for None", show=show))
+            if not _is_missing(reader, position)
+        ]
+        names = f"{len(self) - len(places)} {'queries' if self.kind == 'query' else f'{self.kind}s'}"
+        note = f"{names} are None in {type(self.dataset).__name__} and are left out."
+        return replace(self.subset(places), notes=(*self.notes, note))
+
     def name(self, place: int) -> int:
         """Position in the dataset of the example at a place."""
         return int(self.positions[place])
@@ -123,10 +146,7 @@ class Examples:
             probes = self.positions[::step][:_NUM_PROBES].tolist()
             reader = OneByOne(self.dataset, self.kind)
             with preserved_random_state():
-                self._random = any(
-                    digest_of(reader[position], self.kind) != digest_of(reader[position], self.kind)
-                    for position in probes
-                )
+                self._random = any(digest(reader[position][1]) != digest(reader[position][1]) for position in probes)
             if self._random:
                 warnings.warn(
                     f"Two reads of one example of {type(self.dataset).__name__} differ (random augmentation). Examples "
@@ -143,7 +163,7 @@ class Examples:
         workers.
 
         Yields:
-            The batch on ``device``, and the digest of each of its examples, uint8 of shape ``(B, 32)``.
+            The batch on ``device``, and the digest of each of its examples, uint8 of shape ``(B, 33)``.
         """
         # Three generators are seeded for each example, so only where reading is random.
         collate_fn = CollateWithDigests(self.collate_fn, self.kind, content=not self.is_random)
@@ -196,6 +216,14 @@ class Examples:
 
     def _hook(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
         return next((hook for owner in self.owners if (hook := overridden_hook(owner, name))), default)
+
+
+def _is_missing(reader: OneByOne, position: int) -> bool:
+    try:
+        _ = reader[position]
+    except MissingExample:
+        return True
+    return False
 
 
 def overridden_hook(owner: object, name: str) -> Callable[..., Any] | None:

@@ -1,14 +1,17 @@
-"""The batches that a DataLoader makes and the positions that its sampler draws, so that training can be repeated."""
+"""The batches that a DataLoader makes, so that training can be repeated."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, WeightedRandomSampler
 
 from stride_lightning.runtime.checks import check_count
+
+
+class NoPositionsError(ValueError):
+    """Single examples of the data cannot be named by a position."""
 
 
 @dataclass(frozen=True)
@@ -24,29 +27,17 @@ class Loading:
 
 def loading_of(loader: DataLoader[Any]) -> Loading | None:
     """The batches of a loader; None if a batch sampler of the user's makes them."""
-    sampler: Any = loader.batch_sampler
+    sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     if type(sampler) is not BatchSampler:
         return None
     inner = sampler.sampler
-    shuffles = not isinstance(inner, SequentialSampler) and getattr(inner, "shuffle", True)
-    is_random = isinstance(inner, RandomSampler)
-    is_whole = not is_random or (not inner.replacement and inner.num_samples == len(inner.data_source))
+    is_ordered = isinstance(inner, SequentialSampler | list | tuple | range)
+    shuffles = not is_ordered and getattr(inner, "shuffle", True)
+    wrapped = getattr(getattr(inner, "dataset", None), "_sampler", inner)  # Lightning's, in distributed runs
+    is_whole = not isinstance(wrapped, WeightedRandomSampler)
+    if isinstance(wrapped, RandomSampler):
+        is_whole = not wrapped.replacement and wrapped.num_samples == len(wrapped.data_source)
     return Loading(sampler.batch_size, bool(shuffles), sampler.drop_last, is_whole)
-
-
-def partial_sampler(source: Any) -> str:
-    """The type of a loader's sampler if it does more than shuffle, repeat or split the whole dataset; else empty."""
-    if not isinstance(source, DataLoader):
-        return ""
-    if type(source.batch_sampler) is not BatchSampler:
-        return type(source.batch_sampler).__name__
-    # Not source.sampler: that is a stand-in where the user gave a batch sampler.
-    outer: Any = source.batch_sampler.sampler
-    # Lightning wraps a user's sampler for distributed runs; look at the one inside.
-    inner = getattr(getattr(outer, "dataset", None), "_sampler", None)
-    sampler = inner if isinstance(outer, DistributedSampler) and inner is not None else outer
-    is_known = type(sampler) in (RandomSampler, SequentialSampler) or isinstance(sampler, DistributedSampler)
-    return "" if is_known else type(outer).__name__
 
 
 def check_loading(loading: Loading | None, batch_size: int | None) -> Loading:
@@ -58,7 +49,7 @@ def check_loading(loading: Loading | None, batch_size: int | None) -> Loading:
     """
     if loading is not None and not loading.is_whole:
         raise ValueError(
-            "The training DataLoader's RandomSampler draws with replacement, or only some examples in each epoch. "
+            "The training DataLoader's sampler draws with replacement, or only some examples in each epoch. "
             "Training is repeated with every example once per epoch: pass a DataLoader that does so too, or the "
             "dataset and `batch_size=`."
         )

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from stride_lightning.data.examples import Examples, overridden_hook
-from stride_lightning.data.loading import loading_of, partial_sampler
+from stride_lightning.data.index_lists import CollateLists, IndexLists, draws_lists
+from stride_lightning.data.loading import NoPositionsError, loading_of
+from stride_lightning.data.samplers import drawn_by
+from stride_lightning.data.several import collection_of, joined
+from stride_lightning.data.streams import examples_of_an_epoch, hold, is_stream, keys_of
 
 #: What errors call the examples of each side.
 TRAINING_EXAMPLE, QUERY = "training example", "query"
@@ -21,18 +26,24 @@ def resolve_train_data(
     train_indices: Sequence[int] | Tensor | None = None,
     model: object | None = None,
     datamodule: object | None = None,
+    *,
+    show: bool = True,
 ) -> Examples:
-    """The training set behind a Dataset, a DataLoader or a LightningDataModule.
+    """The training set behind a Dataset, a DataLoader, several of them, or a LightningDataModule.
+
+    Positions are read off samplers: examples that one never draws are left out. Iterable data are read once and held.
 
     Args:
-        source: The training data. Random, sequential and distributed samplers are read through.
-        train_indices: Positions that were trained on, for any other sampler.
+        source: The training data.
+        train_indices: Positions that were trained on, where the sampler does not say it.
         model: Its batch-transfer hooks apply where the data module defines none.
         datamodule: The data module that made a DataLoader.
+        show: Show a progress bar while a stream is read.
 
     Raises:
-        TypeError: If the source is not map-style data.
-        ValueError: If it is empty, not batched, or drawn by a sampler whose positions are unknown.
+        TypeError: If the source holds no examples.
+        ValueError: If it is empty.
+        NoPositionsError: If its examples cannot be named by a position, as in batches of several loaders.
     """
     if isinstance(source, Examples):
         return source.called(TRAINING_EXAMPLE)
@@ -42,22 +53,23 @@ def resolve_train_data(
             source.prepare_data()
             source.setup("fit")
         source = source.train_dataloader()
-    examples = _from_loader_or_dataset(source, "train_data", owners)
+    examples = _resolve(source, "train_data", owners, model, show=show)
     if train_indices is not None:
-        examples.positions = checked_positions(train_indices, len(examples.dataset))
-    elif sampler := partial_sampler(source):
-        raise ValueError(
-            f"The training DataLoader draws through a {sampler}, which does not say which examples were trained on. "
-            "Pass `train_indices=` with their positions in the dataset."
-        )
+        notes = tuple(note for note in examples.notes if "some may never" not in note)
+        examples = replace(examples, positions=checked_positions(train_indices, len(examples.dataset)), notes=notes)
     return examples
 
 
-def resolve_queries(source: Any, model: object | None = None) -> Examples:
-    """The queries behind a Dataset, a DataLoader or a LightningDataModule (its test data, else validation data)."""
+def resolve_queries(
+    source: Any, model: object | None = None, beside: Examples | None = None, *, show: bool = True
+) -> Examples:
+    """The queries behind a Dataset, a DataLoader or a LightningDataModule (its test data, else validation data).
+
+    A dataset is collated as the training examples ``beside`` it, and moved by the hooks of their data module.
+    """
     if isinstance(source, Examples):
         return source.called(QUERY)
-    owners = (source, model) if hasattr(source, "train_dataloader") else (model,)
+    owners = (source, model) if hasattr(source, "train_dataloader") else beside.owners if beside else (model,)
     if hasattr(source, "train_dataloader"):
         if getattr(source, "trainer", None) is None:
             source.prepare_data()
@@ -69,40 +81,77 @@ def resolve_queries(source: Any, model: object | None = None) -> Examples:
             )
         source.setup("test" if stage == "test" else "validate")
         source = getattr(source, f"{stage}_dataloader")()
-    examples = _from_loader_or_dataset(source, "queries", owners)
-    if sampler := partial_sampler(source):
-        raise ValueError(
-            f"The query DataLoader draws through a {sampler}. Queries are named by their position: pass "
-            "torch.utils.data.Subset(dataset, positions) instead."
-        )
-    return examples
+    queries = _resolve(source, "queries", owners, model, show=show)
+    if beside is None or queries.loading is not None or isinstance(source, DataLoader):
+        return queries
+    if isinstance(beside.dataset, IndexLists):
+        if type(source) is not type(beside.dataset.dataset):
+            return queries
+        queries = replace(queries, dataset=IndexLists(queries.dataset))
+    return replace(queries, collate_fn=beside.collate_fn)
 
 
-def _from_loader_or_dataset(source: Any, what: str, owners: tuple[Any, ...]) -> Examples:
+def _resolve(source: Any, what: str, owners: tuple[Any, ...], model: object | None, *, show: bool) -> Examples:
+    # As Trainer.fit() and Trainer.predict() combine several loaders.
+    collection = collection_of(source, "sequential" if what == "queries" else "max_size_cycle")
+    if collection is None:
+        return _from_loader_or_dataset(source, what, owners, model, show=show)
+
+    def examples_of(loader: DataLoader[Any]) -> Examples:
+        return _from_loader_or_dataset(loader, what, owners, model, show=show)
+
+    return joined(*collection, what, model, examples_of)
+
+
+def _from_loader_or_dataset(
+    source: Any, what: str, owners: tuple[Any, ...], model: object | None, *, show: bool
+) -> Examples:
     wrong = f"`{what}` must be a Dataset, a DataLoader or a LightningDataModule, got {type(source).__name__}."
-    is_several = isinstance(source, list) and any(isinstance(loader, DataLoader) for loader in source)
-    if isinstance(source, tuple | dict) or is_several:
-        raise TypeError(f"{wrong} Wrap tensors in torch.utils.data.TensorDataset; pass one of several loaders.")
-    dataset = source.dataset if isinstance(source, DataLoader) else source
-    if isinstance(source, DataLoader) and source.batch_sampler is None:
-        raise ValueError(
-            f"The `{what}` DataLoader has batch_size=None: its dataset makes batches by itself, so single examples "
-            "have no position. Give it a batch_size, or pass a dataset of examples."
-        )
-    if isinstance(dataset, IterableDataset):
-        raise TypeError(
-            f"`{what}` is an IterableDataset ({type(dataset).__name__}): its examples have no position to be named by. "
-            "Pass a map-style dataset with __getitem__ and __len__."
-        )
+    if isinstance(source, tuple | dict):
+        raise TypeError(f"{wrong} Wrap tensors in torch.utils.data.TensorDataset.")
+    loader = source if isinstance(source, DataLoader) else None
+    dataset: Any = source if loader is None else loader.dataset
+    kind = QUERY if what == "queries" else TRAINING_EXAMPLE
+    held = None
+    if is_stream(dataset):
+        if loader is not None and loader.batch_size is None:
+            raise NoPositionsError(
+                f"`{what}` is a stream ({type(dataset).__name__}) read with batch_size=None: it makes batches by "
+                "itself, so single examples have no position. Give the DataLoader a batch_size and the stream no "
+                "batches, or pass a list of examples."
+            )
+        limit = examples_of_an_epoch(loader, model) if kind == TRAINING_EXAMPLE else None
+        dataset = held = hold(dataset, what, limit, show=show)
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or isinstance(dataset, Tensor | str):
         raise TypeError(wrong)
-    if len(dataset) == 0:  # type: ignore[arg-type]
+    if len(dataset) == 0:
         raise ValueError(f"`{what}` is empty: give at least one example.")
-    examples = Examples(dataset, owners=owners, kind=QUERY if what == "queries" else TRAINING_EXAMPLE)
-    if isinstance(source, DataLoader):
-        examples.collate_fn, examples.loading = source.collate_fn, loading_of(source)
-        examples.num_workers, examples.worker_init_fn = source.num_workers, source.worker_init_fn
-    return examples
+    if held is not None:
+        examples = Examples(held, owners=owners, kind=kind, columns=keys_of(held))
+        return examples if loader is None else replace(examples, collate_fn=loader.collate_fn)
+    if loader is None:
+        return Examples(dataset, owners=owners, kind=kind)
+    collate_fn: Any = loader.collate_fn
+    if loader.batch_sampler is None:
+        if not draws_lists(loader):
+            raise NoPositionsError(
+                f"The `{what}` DataLoader has batch_size=None: its dataset makes batches by itself, so single "
+                "examples have no position. Give it a batch_size, a sampler of lists of positions, or pass a dataset "
+                "of examples."
+            )
+        dataset, collate_fn = IndexLists(dataset), CollateLists(collate_fn)
+    drawn = drawn_by(loader, len(dataset))
+    return Examples(
+        dataset,
+        collate_fn,
+        drawn.positions,  # pyright: ignore[reportArgumentType]  # None: all
+        loader.num_workers,
+        loader.worker_init_fn,
+        owners,
+        loading_of(loader),
+        kind,
+        notes=(drawn.note,) if drawn.note else (),
+    )
 
 
 def checked_positions(indices: Sequence[int] | Tensor, size: int | None = None) -> Tensor:

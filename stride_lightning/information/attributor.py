@@ -303,7 +303,7 @@ class InformationAttributor(PlannedAttributor):
     def query_vectors(self, queries: Any, target: str = "label", form: Form | None = None) -> Tensor:
         """Vectors to search with among those of :meth:`vectors`, ``(q, C, k)`` on the CPU."""
         with self.borrowed_model() as (model, device):
-            reader = self.read_queries(model, resolve_queries(queries, model), device, target)
+            reader = self.read_queries(model, resolve_queries(queries, model, self.train_data), device, target)
             batches = self.tangents.batches(reader, None, "Queries", as_queries=True)
             return torch.cat([query_vectors(batch.rows, self.posterior, form or self.form).cpu() for batch in batches])
 

@@ -125,7 +125,8 @@ def further_train(
     num_seeds = check_count("num_seeds", num_seeds)
     checkpoint = None if ckpt_path is None else load_checkpoint(resolve_ckpt_path(ckpt_path, model), weights_only)
     state = rank_zero_state(model) if checkpoint is None else checkpoint.get("state_dict", checkpoint)
-    train, queries = resolve_train_data(train_data, train_indices, model), resolve_queries(queries, model)
+    train = resolve_train_data(train_data, train_indices, model)
+    queries = resolve_queries(queries, model, train)
     with borrowed(model, state, None if device is None else torch.device(device)) as home, torch.no_grad():
         head = first_look(train, 64, home)
         moment = moment_of(model, checkpoint)

@@ -102,7 +102,7 @@ class Recipe(Batches):
             objective = resolve_objective(model, train, home, task=task, loss=loss, moment=moment, batch_size=64)
         how = {"batch_size": batch_size, "optimizer": optimizer, "memory_budget": memory_budget}
         super().__init__(model, train, head, objective.task, reason=objective.reason, **how)
-        self.model_fn, self.queries, self.max_epochs = model_fn, resolve_queries(queries, model), max_epochs
+        self.model_fn, self.queries, self.max_epochs = model_fn, resolve_queries(queries, model, train), max_epochs
         #: The data module of the training data, with validation data for every model; None if there is none.
         self.datamodule: Any = train.owners[0] if train.owners else None
         self.trainer_fn, self.loss, self.measure, self.one_by_one = trainer_fn, loss, measure, one_by_one

@@ -302,7 +302,7 @@ class StrideAttributor(Attributor):
             raise ValueError(f"`target` must be 'label' or 'predicted', got {target!r}.")
         weights = remaining(groups, self.train_data.positions)
         with call(show=self.show_progress):
-            examples = resolve_queries(queries, self.model)
+            examples = resolve_queries(queries, self.model, self.train_data)
             with self.borrowed_model():
                 return self.fitted.effects(examples, target, weights).float().cpu()
 

@@ -145,6 +145,6 @@ def _conflict(info: Mapping[str, Any], options: Mapping[str, Any]) -> str | None
 
 def show_fingerprint(fingerprint: Mapping[str, Any]) -> str:
     """A fingerprint of data, in a line of a message."""
-    kind = "content" if fingerprint["content"] else "shapes (random augmentation: content not compared)"
+    kind = "content" if fingerprint["content"] else "shapes (content is random or cannot be read, and is not compared)"
     examples = fingerprint["content"] or fingerprint["shapes"]
     return f"{fingerprint['num_examples']} examples, {kind} {examples[:16]}"

@@ -1,7 +1,15 @@
 """How a DataLoader makes batches, and whether training can do so again."""
 
 import pytest
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, SubsetRandomSampler
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from stride_lightning.data.loading import Loading, check_loading, loading_of
 
@@ -49,3 +57,11 @@ def test_a_batch_size_of_ones_own_wins():
 def test_training_that_cannot_be_repeated_is_refused(loading, batch_size, message):
     with pytest.raises(ValueError, match=message):
         check_loading(loading, batch_size)
+
+
+def test_what_a_weighted_sampler_draws_cannot_be_repeated():
+    loader = DataLoader(DATA, 4, sampler=WeightedRandomSampler([1.0] * 20, 20))
+    assert loading_of(loader) == Loading(4, shuffle=True, drop_last=False, is_whole=False)
+    wrapped = DistributedSamplerWrapper(RandomSampler(DATA, num_samples=5), num_replicas=2, rank=0)
+    assert not loading_of(DataLoader(DATA, 4, sampler=wrapped)).is_whole
+    assert not loading_of(DataLoader(DATA, 4, sampler=[3, 1])).shuffle

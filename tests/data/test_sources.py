@@ -2,22 +2,28 @@
 
 import pytest
 import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SequentialSampler,
     Subset,
     SubsetRandomSampler,
     WeightedRandomSampler,
+    default_collate,
 )
 from torch.utils.data.distributed import DistributedSampler
 
+from stride_lightning.data.loading import Loading, NoPositionsError
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
 from tests.helpers.models import Data, classification_data
-from tests.helpers.tiny import read
+from tests.helpers.tiny import CPU, read
 
 DATA = classification_data(20)
 
@@ -25,50 +31,222 @@ DATA = classification_data(20)
 # ---- samplers ---------------------------------------------------------------------------------------------------
 
 
-READ_THROUGH = {
-    "sequential": DataLoader(DATA, 4),
-    "random": DataLoader(DATA, 4, shuffle=True),
-    "given random": DataLoader(DATA, 4, sampler=RandomSampler(DATA)),
-    "distributed": DataLoader(DATA, 4, sampler=DistributedSampler(DATA, num_replicas=3, rank=1)),
-    "batch sampler": DataLoader(DATA, batch_sampler=BatchSampler(RandomSampler(DATA), 4, drop_last=True)),
+class Bucketed(BatchSampler):
+    """A batch sampler of the user's, around another sampler."""
+
+
+class Curriculum(Sampler):
+    """A sampler that does not say what it draws."""
+
+    def __iter__(self):
+        return iter([3, 1])
+
+
+class Chosen(Curriculum):
+    def __init__(self, indices):
+        self.indices = indices
+
+
+def wrapped(sampler):
+    """As Lightning wraps samplers in distributed runs."""
+    return DistributedSamplerWrapper(sampler, num_replicas=2, rank=0)
+
+
+WEIGHTED = WeightedRandomSampler([0.0, 1.0] * 10, 5)
+UNKNOWN = "The Curriculum does not say which examples it draws: some may never have been seen."
+REPEATS = "The RandomSampler draws with replacement, which does not change what a score means."
+WEIGHTS = "The WeightedRandomSampler's weights do not change what a score means: what training on an example does. "
+
+
+def left_out(count, name):
+    return f"{count} of 20 examples are left out: the {name} never draws them."
+
+
+#: Arguments of a loader; positions that are read (None: all), and what is said.
+SAMPLERS = {
+    "sequential": ({}, None, ""),
+    "random": ({"shuffle": True}, None, ""),
+    "given random": ({"sampler": RandomSampler(DATA)}, None, ""),
+    "distributed": ({"sampler": DistributedSampler(DATA, num_replicas=3, rank=1)}, None, ""),
+    "batch sampler": ({"batch_sampler": BatchSampler(RandomSampler(DATA), 4, drop_last=True)}, None, ""),
+    "bucketed": ({"batch_sampler": Bucketed(SequentialSampler(DATA), 4, False)}, None, ""),
+    "wrapped": ({"sampler": wrapped(RandomSampler(DATA))}, None, ""),
+    "replacement": ({"sampler": RandomSampler(DATA, replacement=True)}, None, REPEATS),
+    "few": ({"sampler": RandomSampler(range(3))}, [0, 1, 2], left_out(17, "RandomSampler")),
+    "subset": ({"sampler": SubsetRandomSampler([7, 2, 3])}, [2, 3, 7], left_out(17, "SubsetRandomSampler")),
+    "wrapped subset": ({"sampler": wrapped(SubsetRandomSampler([7, 2]))}, [2, 7], left_out(18, "SubsetRandomSampler")),
+    "indices": ({"sampler": Chosen(torch.tensor([7, 2, 7]))}, [2, 7], left_out(18, "Chosen")),
+    "weighted": (
+        {"sampler": WEIGHTED},
+        list(range(1, 20, 2)),
+        WEIGHTS + left_out(10, "WeightedRandomSampler"),
+    ),
+    "batches of a weighted one": (
+        {"batch_sampler": BatchSampler(WEIGHTED, 2, False)},
+        list(range(1, 20, 2)),
+        WEIGHTS + left_out(10, "WeightedRandomSampler"),
+    ),
+    "list": ({"sampler": [7, 2, 3]}, [7, 2, 3], left_out(17, "sampler, a list,")),
+    "list of batches": ({"batch_sampler": [[7, 2], [3]]}, [7, 2, 3], left_out(17, "sampler, a list,")),
+    "all in another order": ({"sampler": list(range(19, -1, -1))}, list(range(19, -1, -1)), ""),
+    "unknown": ({"sampler": Curriculum()}, None, UNKNOWN),
+    "indices of something else": ({"sampler": Chosen(["a"])}, None, UNKNOWN.replace("Curriculum", "Chosen")),
+    "indices beyond": ({"sampler": Chosen([20])}, None, UNKNOWN.replace("Curriculum", "Chosen")),
 }
-BUCKETED = type("Bucketed", (BatchSampler,), {})(SequentialSampler(DATA), 4, False)
-IN_A_BATCH_SAMPLER = BatchSampler(SubsetRandomSampler([1, 2, 3]), 2, False)
-#: Loaders with a sampler, and its name.
-OTHER = {
-    "subset": (DataLoader(DATA, 4, sampler=SubsetRandomSampler([1, 2, 3])), "SubsetRandomSampler"),
-    "weighted": (DataLoader(DATA, 4, sampler=WeightedRandomSampler([1.0] * 20, 20)), "WeightedRandomSampler"),
-    "positions": (DataLoader(DATA, 4, sampler=[1, 2, 3]), "list"),
-    "in a batch sampler": (DataLoader(DATA, batch_sampler=IN_A_BATCH_SAMPLER), "SubsetRandomSampler"),
-    "own batches": (DataLoader(DATA, batch_sampler=[[1, 2], [3, 4]]), "list"),
-    "own batch sampler": (DataLoader(DATA, batch_sampler=BUCKETED), "Bucketed"),
-}
 
 
-@pytest.mark.parametrize("source", READ_THROUGH.values(), ids=READ_THROUGH.keys())
-def test_samplers_that_are_read_through(source):
-    assert read(resolve_train_data(source))[0].equal(DATA.tensors[0])
-    assert read(resolve_queries(source))[0].equal(DATA.tensors[0])
+@pytest.mark.parametrize("how", SAMPLERS)
+@pytest.mark.parametrize("resolve", [resolve_train_data, resolve_queries])
+def test_positions_are_read_off_the_sampler(resolve, how):
+    options, positions, note = SAMPLERS[how]
+    random_state = torch.get_rng_state()
+    examples = resolve(DataLoader(DATA, **({} if "batch_sampler" in options else {"batch_size": 4}) | options))
+    expected = list(range(20)) if positions is None else positions
+    assert examples.positions.tolist() == expected
+    assert read(examples)[0].equal(DATA.tensors[0][expected])
+    assert examples.notes == ((note,) if note else ())
+    assert torch.get_rng_state().equal(random_state)
 
 
-@pytest.mark.parametrize(("source", "name"), OTHER.values(), ids=OTHER)
-def test_other_samplers_need_train_indices(source, name):
-    with pytest.raises(ValueError, match=rf" a {name}.*does not say which examples.* Pass `train_indices=`"):
-        resolve_train_data(source)
-    with pytest.raises(ValueError, match=r"torch\.utils\.data\.Subset"):
-        resolve_queries(source)
-    assert resolve_train_data(source, [3, 1]).positions.tolist() == [3, 1]
+def test_train_indices_say_more_than_a_sampler():
+    examples = resolve_train_data(DataLoader(DATA, 4, sampler=Curriculum()), [3, 1])
+    assert (examples.positions.tolist(), examples.notes) == ([3, 1], ())
 
 
-def test_samplers_that_lightning_wraps():
-    from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+# ---- queries beside training data -------------------------------------------------------------------------------
 
-    def wrapped(sampler):
-        return DataLoader(DATA, 4, sampler=DistributedSamplerWrapper(sampler, num_replicas=2, rank=0))
 
-    assert len(resolve_train_data(wrapped(RandomSampler(DATA)))) == 20
-    with pytest.raises(ValueError, match="Pass `train_indices=`"):
-        resolve_train_data(wrapped(SubsetRandomSampler([1, 2])))
+def doubled(items):
+    x, y = default_collate(items)
+    return 2 * x, y
+
+
+def test_queries_are_collated_and_moved_as_the_training_data_beside_them():
+    class Moving(Data):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return batch[0] + 1, batch[1]
+
+        def train_dataloader(self):
+            return DataLoader(DATA, 4, collate_fn=doubled)
+
+    train = resolve_train_data(Moving())
+    assert read(resolve_queries(DATA, beside=train))[0].equal(2 * DATA.tensors[0] + 1)
+    assert read(resolve_queries(DataLoader(DATA, 4), beside=train))[0].equal(DATA.tensors[0] + 1)
+    assert read(resolve_queries(DATA))[0].equal(DATA.tensors[0])
+
+
+# ---- data that make batches themselves --------------------------------------------------------------------------
+
+
+class Batches(Dataset):
+    """Makes a batch of a list of positions, as data of single cells do."""
+
+    def __init__(self, num_examples=20):
+        self.num_examples = num_examples
+
+    def __len__(self):
+        return self.num_examples
+
+    def __getitem__(self, positions):
+        assert isinstance(positions, list)
+        x, y = DATA.tensors
+        return {"x": x[positions].numpy(), "y": y[positions].numpy()}
+
+
+def listed(dataset, sampler=None, **options):
+    sampler = BatchSampler(SequentialSampler(dataset), 3, drop_last=False) if sampler is None else sampler
+    return DataLoader(dataset, sampler=sampler, batch_size=None, **options)
+
+
+class Lists(Sampler):
+    """Draws lists of positions, in an order of its own."""
+
+    def __iter__(self):
+        yield from torch.randperm(20).reshape(5, 4).tolist()
+
+
+@pytest.mark.parametrize("batch_size", [1, 6, 20])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_dataset_that_makes_batches_of_lists(batch_size, workers):
+    examples = resolve_train_data(listed(Batches(), num_workers=workers if batch_size == 6 else 0))
+    batches, digests = zip(*examples.batches(batch_size, CPU), strict=True)
+    assert torch.cat([batch["x"] for batch in batches]).equal(DATA.tensors[0])
+    assert torch.cat(digests).equal(next(examples.batches(20, CPU))[1])
+    assert len(torch.cat(digests).unique(dim=0)) == 20
+    assert examples.loading == Loading(3, shuffle=False, drop_last=False)
+
+
+def test_samplers_of_lists():
+    some = resolve_train_data(listed(Batches(), BatchSampler(SubsetRandomSampler([7, 2]), 2, False)))
+    assert next(some.batches(2, CPU))[0]["x"].equal(DATA.tensors[0][[2, 7]])
+    random_state = torch.get_rng_state()
+    own = resolve_train_data(listed(Batches(), Lists()))
+    assert len(own) == 20
+    assert torch.get_rng_state().equal(random_state)
+
+
+def test_lists_of_examples_of_two_datasets():
+    """Queries of the same dataset share a batch with training examples; those of another cannot."""
+    data = Batches()
+    train = resolve_train_data(listed(data))
+    queries = resolve_queries(data, beside=train)
+    assert next(queries.batches(2, CPU))[0]["y"].equal(DATA.tensors[1][:2])
+    assert train.collate_fn([train[3], queries[0]])["x"].equal(DATA.tensors[0][[3, 0]])
+    other = resolve_queries(listed(Batches()))
+    with pytest.raises(ValueError, match="two datasets, each of which makes batches by itself"):
+        train.collate_fn([train[3], other[0]])
+    plain = resolve_queries(DATA, beside=train)
+    assert read(plain)[0].equal(DATA.tensors[0])
+
+
+# ---- several loaders --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resolve", [resolve_train_data, resolve_queries])
+def test_loaders_one_after_the_other(resolve):
+    first, second = DataLoader(DATA, 4, sampler=SubsetRandomSampler([7, 2])), DataLoader(Subset(DATA, [5, 6]), 3)
+    examples = resolve(CombinedLoader({"a": first, "b": [second]}, "sequential"))
+    assert examples.positions.tolist() == [2, 7, 20, 21]
+    assert read(examples)[0].equal(DATA.tensors[0][[2, 7, 5, 6]])
+    assert examples.info() == {"loader": ["a", "a", "b.0", "b.0"], "position": [2, 7, 0, 1]}
+    assert examples.notes == (left_out(18, "SubsetRandomSampler"),)
+    assert resolve(CombinedLoader([first, second], "sequential")).info()["loader"] == [0, 0, 1, 1]
+    assert len(resolve_queries([first, second])) == 4
+
+
+def test_a_single_loader_in_a_structure():
+    """Training gets batches inside the structure, except one loader after the other."""
+    joint = resolve_train_data({"a": [DataLoader(DATA, 4)]})
+    (batch, _) = next(joint.batches(3, CPU))
+    assert batch["a"][0][0].equal(DATA.tensors[0][:3])
+    alone = resolve_train_data(CombinedLoader({"a": DataLoader(DATA, 4)}, "sequential"))
+    assert read(alone)[0].equal(DATA.tensors[0])
+
+
+class ByLoader:
+    def training_step(self, batch, batch_idx, dataloader_idx=0):
+        raise AssertionError
+
+
+TWO = {"a": DataLoader(DATA, 4), "b": DataLoader(DATA, 2)}
+OTHER_COLLATE = [DataLoader(DATA, 4), DataLoader(DATA, 4, collate_fn=doubled)]
+
+
+@pytest.mark.parametrize(
+    ("source", "model", "message"),
+    [
+        *((CombinedLoader(TWO, mode), None, mode) for mode in ("min_size", "max_size", "max_size_cycle")),
+        (TWO, None, r"`train_data` are 2 loaders \(a, b\).*of several of them.*Pass one loader, and `loss=fn`"),
+        (list(TWO.values()), None, r"`train_data` are 2 loaders \(0, 1\).*of several of them"),
+        (CombinedLoader(TWO, "sequential"), ByLoader(), "training_step treats them differently, by `dataloader_idx`"),
+        (CombinedLoader(OTHER_COLLATE, "sequential"), None, "with different collate_fns"),
+        (CombinedLoader([[1, 2]], "sequential"), None, "reads from a list; expected a DataLoader"),
+    ],
+    ids=["min", "max", "cycle", "dict", "list", "dataloader_idx", "collate_fn", "no loader"],
+)
+def test_loaders_whose_examples_have_no_batch_of_their_own(source, model, message):
+    with pytest.raises(NoPositionsError, match=message):
+        resolve_train_data(source, model=model)
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------
@@ -82,12 +260,11 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        (Stream(), TypeError, "IterableDataset.*Stream.*map-style"),
-        (DataLoader(Stream(), 4), TypeError, "IterableDataset.*Stream"),
+        (DataLoader(Stream(), None), ValueError, r"is a stream \(Stream\) read with batch_size=None"),
         (DataLoader(DATA, batch_size=None), ValueError, "batch_size=None"),
         (DATA.tensors, TypeError, "got tuple. Wrap tensors in torch.utils.data.TensorDataset"),
         (DATA.tensors[0], TypeError, "got Tensor"),
-        ({"a": DataLoader(DATA)}, TypeError, "got dict.*pass one of several loaders"),
+        ({"a": DATA.tensors[0]}, TypeError, "got dict"),
         ("data", TypeError, "got str"),
         ([], ValueError, "is empty"),
         (7, TypeError, "got int"),

@@ -44,6 +44,13 @@ class Validated(Classifier):
         self.log("val_loss", self.loss(self(batch[0]), batch[1]))
 
 
+class OfTwoLoaders(Classifier):
+    """A batch of two loaders."""
+
+    def training_step(self, batch, batch_idx):
+        return sum(Classifier.training_step(self, part, batch_idx) for part in batch.values() if part is not None)
+
+
 class ConvNet(Tiny):
     """Convolution, BatchNorm and dropout on 1 x 6 x 6 pictures."""
 

@@ -1,0 +1,77 @@
+"""The positions that a sampler draws, read off the sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, WeightedRandomSampler
+from torch.utils.data.distributed import DistributedSampler
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The examples that a sampler draws, and what a user should know of it."""
+
+    positions: Tensor | None  # int64; None: all, in the order of the dataset
+    note: str = ""
+
+
+def drawn_by(loader: DataLoader[Any], size: int) -> Drawn:
+    """The positions that a loader draws from a dataset of ``size`` examples, each once.
+
+    Positions are in the order of the dataset, or of a list that stands in for a sampler.
+    """
+    # Not loader.sampler where there is a batch sampler: that is a stand-in where the user gave one.
+    return _drawn(loader.sampler if loader.batch_sampler is None else loader.batch_sampler, size)
+
+
+def _drawn(sampler: Any, size: int) -> Drawn:
+    if isinstance(sampler, DistributedSampler):
+        # Lightning wraps a user's sampler for distributed runs; look at the one inside.
+        inner = getattr(sampler.dataset, "_sampler", None)
+        return Drawn(None) if inner is None else _drawn(inner, size)
+    name = type(sampler).__name__
+    if isinstance(sampler, RandomSampler | SequentialSampler):
+        repeats = isinstance(sampler, RandomSampler) and sampler.replacement
+        note = f"The {name} draws with replacement, which does not change what a score means." if repeats else ""
+        return _some(torch.arange(min(len(sampler.data_source), size)), size, name, note)
+    if isinstance(sampler, WeightedRandomSampler):
+        note = "The WeightedRandomSampler's weights do not change what a score means: what training on an example does."
+        return _some(sampler.weights.nonzero().flatten(), size, name, note)
+    if isinstance(sampler, list | tuple | range):
+        return _some(_listed(sampler), size, "sampler, a list,")
+    if (indices := getattr(sampler, "indices", None)) is not None and (positions := _listed(indices)) is not None:
+        return _some(positions.sort().values, size, name)
+    inner = getattr(sampler, "sampler", None)
+    if isinstance(sampler, BatchSampler) and inner is not None:
+        return _drawn(inner, size)
+    return Drawn(None, f"The {name} does not say which examples it draws: some may never have been seen.")
+
+
+def _some(positions: Tensor | None, size: int, name: str, note: str = "") -> Drawn:
+    """All positions, or some of them, with a word about the others."""
+    if positions is None or len(positions) == 0 or bool((positions < 0).any() | (positions >= size).any()):
+        return Drawn(None, note or f"The {name} does not say which examples it draws: some may never have been seen.")
+    if len(positions) == size:
+        return Drawn(None if positions.equal(torch.arange(size)) else positions, note)
+    left_out = f"{size - len(positions)} of {size} examples are left out: the {name} never draws them."
+    return Drawn(positions, f"{note} {left_out}".strip())
+
+
+def _listed(indices: Any) -> Tensor | None:
+    """Positions in a list, or in a list of batches, each once and in their order; None if it holds anything else."""
+    try:
+        nested = [list(item) if isinstance(item, Sequence) else [item] for item in torch.as_tensor(indices).tolist()]
+    except (TypeError, ValueError):
+        try:
+            nested = [[int(item) for item in batch] for batch in indices]
+        except (TypeError, ValueError):
+            return None
+    flat = [item for items in nested for item in items]
+    if not all(isinstance(item, int) for item in flat):
+        return None
+    return torch.tensor(list(dict.fromkeys(flat)), dtype=torch.int64)

@@ -1,0 +1,108 @@
+"""Several training loaders: one space of positions, loader after loader."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils.data import ConcatDataset, DataLoader
+
+from stride_lightning.data.examples import Examples
+from stride_lightning.data.loading import NoPositionsError
+
+
+def collection_of(source: Any, mode: str) -> tuple[Any, str] | None:
+    """Loaders in a ``CombinedLoader``, or in a dict or list, which a Trainer combines in ``mode``; else None."""
+    if hasattr(source, "iterables") and hasattr(source, "flattened"):  # a CombinedLoader of either Lightning
+        for loader in source.flattened:
+            if not isinstance(loader, DataLoader):
+                raise NoPositionsError(
+                    f"Training reads from a {type(loader).__name__}; expected a DataLoader, whose dataset gives "
+                    "examples by position. Train with a DataLoader, or call attribute() after training."
+                )
+        return source.iterables, source._mode
+    if isinstance(source, Mapping | list | tuple):
+        leaves = pytree.tree_leaves(source)
+        if leaves and all(isinstance(leaf, DataLoader) for leaf in leaves):
+            return source, mode
+    return None
+
+
+class CollateInto:
+    """The batch of one loader as a Trainer hands it over: inside the structure in which the loader stands."""
+
+    def __init__(self, collate_fn: Callable[[list[Any]], Any], structure: Any) -> None:
+        self.collate_fn, self.structure = collate_fn, structure
+
+    def __call__(self, examples: list[Any]) -> Any:
+        """The batch, in the structure."""
+        return pytree.tree_unflatten([self.collate_fn(examples)], self.structure)
+
+
+def joined(
+    collection: Any, mode: str, what: str, model: object | None, examples_of: Callable[[DataLoader[Any]], Examples]
+) -> Examples:
+    """The examples of all loaders, one loader after the other.
+
+    Args:
+        collection: The loaders.
+        mode: Mode of the ``CombinedLoader``.
+        what: Name of the argument.
+        model: The module whose ``training_step`` gets the batches.
+        examples_of: Reads the examples of one loader.
+
+    Raises:
+        NoPositionsError: If batches hold rows of several loaders, or differ between the loaders.
+    """
+    paths, loaders, structure = _paths(collection)
+    if len(loaders) == 1:
+        examples = examples_of(loaders[0])
+        if mode == "sequential":
+            return examples
+        return replace(examples, collate_fn=CollateInto(examples.collate_fn, structure))
+    shown = ", ".join(map(str, paths))
+    if mode != "sequential":
+        raise NoPositionsError(
+            f"`{what}` are {len(loaders)} loaders ({shown}), and every batch holds examples of several of "
+            f"them (mode {mode!r}). What one example adds to such a loss cannot be told from the others. Pass one "
+            "loader, and `loss=fn` with fn(model, batch) -> (B,) for the loss of its examples."
+        )
+    step = getattr(model, "training_step", None)
+    if step is not None and "dataloader_idx" in inspect.signature(step).parameters:
+        raise NoPositionsError(
+            f"`{what}` are {len(loaders)} loaders ({shown}), and training_step treats them differently, by "
+            "`dataloader_idx`. Pass one loader, and `loss=fn` with fn(model, batch) -> (B,) for the loss of its "
+            "examples."
+        )
+    parts = [examples_of(loader) for loader in loaders]
+    if any(part.collate_fn != parts[0].collate_fn for part in parts):
+        raise NoPositionsError(
+            f"`{what}` are {len(loaders)} loaders ({shown}) with different collate_fns, so that their examples have no "
+            "batch in common. Give them the same collate_fn, or pass one loader."
+        )
+    sizes = [len(part.dataset) for part in parts]
+    starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
+    return replace(
+        parts[0],
+        dataset=ConcatDataset([part.dataset for part in parts]),
+        positions=torch.cat([part.positions + start for part, start in zip(parts, starts, strict=False)]),
+        num_workers=max(part.num_workers for part in parts),
+        loading=None,
+        columns={
+            "loader": [path for path, size in zip(paths, sizes, strict=True) for _ in range(size)],
+            "position": [position for size in sizes for position in range(size)],
+        },
+        notes=tuple(note for part in parts for note in part.notes),
+    )
+
+
+def _paths(collection: Any) -> tuple[list[Any], list[DataLoader[Any]], Any]:
+    """The name of each loader, the loaders, and the structure in which they stand."""
+    pairs, structure = pytree.tree_flatten_with_path(collection)
+    names = [".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path, _ in pairs]
+    numbered = [int(name) if name.isdecimal() else name for name in names]
+    return numbered, [loader for _, loader in pairs], structure
