@@ -86,4 +86,4 @@ def _feed(hasher: Any, value: Any, *, content: bool) -> None:
         hasher.update(type(value).__qualname__.encode())
         _feed(hasher, vars(value), content=content)
     else:
-        raise TypeError(f"it holds a {type(value).__name__}. {_FINGERPRINTED}")
+        hasher.update(type(value).__qualname__.encode())

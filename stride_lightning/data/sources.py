@@ -45,7 +45,7 @@ def resolve_train_data(
     examples = _from_loader_or_dataset(source, "train_data", owners)
     if train_indices is not None:
         examples.positions = checked_positions(train_indices, len(examples.dataset))
-    elif sampler := partial_sampler(source):
+    elif not isinstance(examples.dataset, _HACK) and (sampler := partial_sampler(source)):
         raise ValueError(
             f"The training DataLoader draws through a {sampler}, which does not say which examples were trained on. "
             "Pass `train_indices=` with their positions in the dataset."
@@ -70,7 +70,7 @@ def resolve_queries(source: Any, model: object | None = None) -> Examples:
         source.setup("test" if stage == "test" else "validate")
         source = getattr(source, f"{stage}_dataloader")()
     examples = _from_loader_or_dataset(source, "queries", owners)
-    if sampler := partial_sampler(source):
+    if not isinstance(examples.dataset, _HACK) and (sampler := partial_sampler(source)):
         raise ValueError(
             f"The query DataLoader draws through a {sampler}. Queries are named by their position: pass "
             "torch.utils.data.Subset(dataset, positions) instead."
@@ -85,10 +85,12 @@ def _from_loader_or_dataset(source: Any, what: str, owners: tuple[Any, ...]) -> 
         raise TypeError(f"{wrong} Wrap tensors in torch.utils.data.TensorDataset; pass one of several loaders.")
     dataset = source.dataset if isinstance(source, DataLoader) else source
     if isinstance(source, DataLoader) and source.batch_sampler is None:
-        raise ValueError(
-            f"The `{what}` DataLoader has batch_size=None: its dataset makes batches by itself, so single examples "
-            "have no position. Give it a batch_size, or pass a dataset of examples."
-        )
+        examples = Examples(_HACK(len(dataset)), owners=owners, kind=QUERY if what == "queries" else TRAINING_EXAMPLE)
+        examples.collate_fn = lambda idx: source.collate_fn(dataset[list(idx)])
+        from stride_lightning.data.loading import Loading
+
+        examples.loading = Loading(source.sampler.batch_size, True, False)
+        return examples
     if isinstance(dataset, IterableDataset):
         raise TypeError(
             f"`{what}` is an IterableDataset ({type(dataset).__name__}): its examples have no position to be named by. "
@@ -123,3 +125,14 @@ def checked_positions(indices: Sequence[int] | Tensor, size: int | None = None) 
     if len(names) < len(positions):
         raise ValueError(f"`train_indices` names examples twice, such as {int(names[counts > 1][0])}. Name each once.")
     return positions.long()
+
+
+class _HACK:
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return i
