@@ -1,8 +1,8 @@
 """Modules of packages from PyPI, trained by the packages' own code: are they watched and attributed as they are?
 
-``python benchmarks/packages.py [NAME ...]`` makes an environment for each package under ``--cache`` (torch and Lightning
-of ``constraints.txt``, this checkout, and the newest version of the package that pip finds beside them) and runs
-``common/package_trial.py`` in it, on ``packages/NAME.py``. A package works if
+``python benchmarks/packages.py [NAME ...]`` makes an environment for each package under ``--cache`` (torch and
+Lightning of ``constraints.txt``, this checkout, and the newest version of the package that pip finds beside them) and
+runs ``common/package_trial.py`` in it, on ``packages/NAME.py``. A package works if
 
 * the weights of a fit with ``StrideCallback``, ``TracInCallback`` and ``FurtherTrainingCallback`` are those of a fit
   without, to the bit;

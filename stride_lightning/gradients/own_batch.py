@@ -25,7 +25,7 @@ class Run(NamedTuple):
 
     inputs: StepInputs
     partner: Tensor | None  # slopes of the last example in a batch of its own, where it is a partner
-    weight: float | None  # of a single example in a weighted mean, where the partner's is 1
+    weight: float | None  # of a single example in a weighted mean, where the partner's is 1; 0: it may have no loss
     refuse: Callable[[Sequence[int]], NoReturn]  # rows among which something is not finite
 
 
@@ -70,7 +70,7 @@ class OwnBatch:
 
     @property
     def is_skipped(self) -> bool:
-        """Whether ``training_step`` skips the batch."""
+        """Whether ``training_step`` skips the batch, or gives its example no weight."""
         return self._forward(self.runs[0]) is None
 
     @property
@@ -159,6 +159,8 @@ class OwnBatch:
 
     def _forward(self, run: Run) -> Slopes | None:
         """Run forward, once where there is a single run; None where ``training_step`` skips the batch."""
+        if run.weight == 0:
+            return None
         if len(self.runs) == 1 and self._slopes:
             return self._slopes[0]
         try:

@@ -294,7 +294,7 @@ def _one_by_one(
             torch.stack([gradient_of(capture, probes.batch(few[:size], draw)).dense()[0] for draw in draws])
             for size in sizes
         ]
-        kinds = {kind_by_gradients(alone[draw], [batch[draw] for batch in batches], sizes) for draw in draws}
+        kinds: set[Kind] = {kind_by_gradients(alone[draw], [batch[draw] for batch in batches], sizes) for draw in draws}
         kind: Kind = kinds.pop() if len(kinds) == 1 else "coupled"
         if kind == "coupled" and num_draws > 1:
             kind = kind_on_average(alone, batches, sizes)

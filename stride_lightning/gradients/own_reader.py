@@ -26,6 +26,8 @@ from stride_lightning.runtime.randomness import mix
 
 #: Batches in which a coupled loss sees each example.
 NUM_BATCHES = 4
+#: Smaller weights than this of the partner's are 0.
+MIN_WEIGHT = 1e-6
 #: Added to the positions of queries, so that they share no random numbers with training examples.
 QUERY_KEYS = 2**40
 
@@ -108,6 +110,8 @@ class OwnReader:
     def _linearised(self, places: slice | Tensor, entries: list[list[int]], alone: Any) -> Iterator[Linearised]:
         size, count = len(self.examples.positions[places]), len(entries) * self.plan.num_draws
         for run in self._runs(entries, alone):
+            if run.weight == 0:
+                continue
             try:
                 outputs = self.plan.capture.outputs(run.inputs)
             except SkippedStep:
@@ -145,7 +149,8 @@ class OwnReader:
             for part in self._singles(places):
                 yield from self._tried(*part, alone, back)
         else:
-            self.skipped.add(int(batch.positions[0]))
+            if batch.runs[0].weight != 0:
+                self.skipped.add(int(batch.positions[0]))
             yield batch
 
     def _is_split(self, places: slice | Tensor) -> bool:
@@ -287,7 +292,8 @@ class OwnReader:
             alone, together, partner = map(self._mean_gradient, groups)
             # An example of no weight has no loss alone, or divides by its weight.
             alone = alone if torch.isfinite(alone).all() else torch.zeros_like(alone)
-            self._weights[entry] = weight_by_gradients(together, alone, partner)
+            weight = weight_by_gradients(together, alone, partner)
+            self._weights[entry] = 0.0 if abs(weight) <= MIN_WEIGHT else weight
         return self._weights[entry]
 
     def _mean_gradient(self, entries: Sequence[int]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -195,7 +194,7 @@ class LeavingOut(Batches):
         tick: Callable[[int], Any],
     ) -> Tensor:
         """Losses of the queries after the given epochs, shape ``(len(epochs), m, q)``."""
-        model, alone = copy.deepcopy(self.model), self.one_by_one_because is not None
+        model, alone = detached_copy(self.model), self.one_by_one_because is not None
         train_mode(model)
         optimizer = self._make_optimizer(model)
         shares = shares.to(self.device, next(model.parameters()).dtype)
@@ -230,7 +229,7 @@ class LeavingOut(Batches):
     ) -> Tensor:
         """The same for one copy, on a loss of the module's own."""
         assert self.steps is not None
-        steps, model, place, is_left_out = self.steps, copy.deepcopy(self.model), int(left_out[0]), float(shares[0]) > 0
+        steps, model, place, is_left_out = self.steps, detached_copy(self.model), int(left_out[0]), float(shares[0]) > 0
         optimizer, losses, parts = self._make_optimizer(model), [], []
         for epoch in range(epochs[-1]):
             if is_left_out and (epoch == 0 or self.train.is_random or steps.kind == "coupled"):
@@ -272,7 +271,7 @@ class LeavingOut(Batches):
     def _check_single_examples(self, sample: tuple[Any, Tensor]) -> None:
         """Make one step of two copies, which tests whether the examples left out can be vectorised too."""
         part = self._part([0, len(self.train) - 1])
-        model = copy.deepcopy(self.model)
+        model = detached_copy(self.model)
         train_mode(model)
         optimizer = self._make_optimizer(model)
         try:

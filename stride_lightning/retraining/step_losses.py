@@ -7,11 +7,17 @@ from typing import Any
 
 from torch import nn
 
+from stride_lightning.model.weights import attached_trainer
 from stride_lightning.retraining.modules import tree_of
+from stride_lightning.tasks.stand_ins import put_on_copy
 
 
 def detached_copy(model: nn.Module) -> nn.Module:
-    """A copy without its Trainer, which holds the data, the loggers and the optimizer; it logs nothing."""
+    """A copy without its Trainer, which holds the data, the loggers and the optimizer; it logs nothing.
+
+    A stand-in says what the Trainer says, and changes nothing of it.
+    """
+    trainer = attached_trainer(model)
     attached: list[tuple[Any, Any]] = [(module, module._trainer) for module in model.modules() if tree_of(module)]
     try:
         for module, _ in attached:
@@ -28,6 +34,7 @@ def detached_copy(model: nn.Module) -> nn.Module:
     for module in copied.modules():
         if tree_of(module):
             vars(module).update(log=_unheard, log_dict=_unheard)
+    put_on_copy(copied, trainer)
     return copied
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from torch import nn
 
@@ -28,8 +31,12 @@ _DURING_A_STEP = {
 _BY_DEFAULT = {
     **dict.fromkeys(("num_devices", "num_nodes", "accumulate_grad_batches"), 1),
     **dict.fromkeys(("gradient_clip_val", "gradient_clip_algorithm", "datamodule"), None),
+    **dict.fromkeys(("early_stopping_callback", "checkpoint_callback", "ckpt_path"), None),
+    "callbacks": [],
+    "checkpoint_callbacks": [],
     "log_every_n_steps": 50,
     "fast_dev_run": False,
+    "precision": "32-true",
 }
 
 
@@ -37,12 +44,26 @@ def put_in_place(model: nn.Module, moment: Moment | None) -> tuple[TrainerStandI
     """Attach stand-ins to a LightningModule, and to those inside it; whoever calls puts the attributes back."""
     real = attached_trainer(model)
     manual = ManualOptimization(model, real)
-    trainer = TrainerStandIn(type(model).__name__, moment or Moment(), real, manual)
+    trainer = TrainerStandIn(model, moment or Moment(), real, manual)
     methods = {**manual.methods(), **dict.fromkeys(("log", "log_dict", "print"), inert), "all_gather": _same}
     for module in model.modules():
         if hasattr(type(module), "trainer"):  # some packages take `_trainer` away after a fit
             vars(module).update(methods, _trainer=trainer, _fabric=None)
     return trainer, manual
+
+
+def put_on_copy(model: nn.Module, real: Any) -> None:
+    """Let a copy of a module, and those inside it, read what the Trainer of the original says."""
+    if real is not None:
+        trainer = TrainerStandIn(model, Moment(), real, ManualOptimization(model, real))
+        for module in model.modules():
+            if "_trainer" in vars(module):
+                vars(module)["_trainer"] = trainer
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the first parameter of a module is."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _same(value: Any, *_: Any, **__: Any) -> Any:
@@ -55,10 +76,17 @@ class TrainerStandIn:
     Setting an attribute does nothing.
     """
 
-    def __init__(self, name: str, moment: Moment, real: Any, manual: ManualOptimization) -> None:
+    def __init__(self, model: nn.Module, moment: Moment, real: Any, manual: ManualOptimization) -> None:
         logger = Muted()
         vars(self).update(
-            _name=name, _moment=moment, _real=real, _manual=manual, logger=logger, loggers=[logger], missing=None
+            _name=type(model).__name__,
+            _device=device_of(model),
+            _moment=moment,
+            _real=real,
+            _manual=manual,
+            logger=logger,
+            loggers=[logger],
+            missing=None,
         )
 
     @property
@@ -82,7 +110,9 @@ class TrainerStandIn:
         if self._real is not None:
             return getattr(self._real, name)
         if name in _BY_DEFAULT:
-            return _BY_DEFAULT[name]
+            return copy.copy(_BY_DEFAULT[name])  # a list may be added to
+        if name == "strategy":
+            return SingleDeviceStrategy(self._device)
         if name[:2] == "__":
             raise AttributeError(name)
         vars(self)["missing"] = (

@@ -19,7 +19,7 @@ from stride_lightning.runtime.randomness import mix, seeded
 from stride_lightning.runtime.row_draws import DrawnShapes, RowDraws
 from stride_lightning.tasks.manual_optimization import ManualOptimization
 from stride_lightning.tasks.moments import Moment, moment_of
-from stride_lightning.tasks.stand_ins import put_in_place
+from stride_lightning.tasks.stand_ins import device_of, put_in_place
 
 __all__ = ["Mode", "Moment", "TrainingStep", "moment_of", "training_mode"]
 
@@ -79,7 +79,7 @@ class TrainingStep:
             seeded(mix(draw)),
             undisturbed(self.model, batch, watchers=watchers),
             without_checkpointing(),
-            torch.autocast(_device_of(self.model).type, enabled=False),
+            torch.autocast(device_of(self.model).type, enabled=False),
             torch.enable_grad(),
         ):
             if self.mode == "eval":
@@ -115,10 +115,6 @@ class TrainingStep:
 
     #: Set while a step runs.
     _manual: ManualOptimization
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _arguments(training_step: Callable[..., Any], batch: Any, batch_idx: int) -> tuple[Any, ...]:

@@ -284,9 +284,9 @@ def test_arguments(options, message):
         callback(**options)
 
 
-class NeedsSteps(Classifier):
+class Newton(Classifier):
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=1 / self.trainer.estimated_stepping_batches)
+        return torch.optim.LBFGS(self.parameters())
 
 
 class ByHand(Classifier):
@@ -311,7 +311,7 @@ REFUSED = {
     "no position": ({"left_out": [3, 60]}, r"\[60\] are not among the 60 training examples"),
     "no labels": ({"queries": TensorDataset(QUERIES.tensors[0])}, "has no targets"),
     "other task": ({"task": BinaryClassification()}, r"Expected 3 target\(s\) per example"),
-    "optimizer": ({"kind": NeedsSteps}, r"configure_optimizers needs a Trainer.*Pass `optimizer=`"),
+    "optimizer": ({"kind": Newton}, r"LBFGS computes the loss several times.*Pass `optimizer=`"),
     "NaN": ({"queries": WITH_NAN}, "Query 70 has NaN in its loss before any further"),
     "batches": (
         {"data": DataLoader(DATA, batch_sampler=[[0, 1], [2, 3]]), "train_indices": [0, 1, 2, 3], "left_out": [2]},
@@ -344,6 +344,28 @@ def test_a_model_that_cannot_be_copied_at_the_end_only_warns(tmp_path, guarded):
         trainer = train(build(Keeping), DATA, tmp_path, further)
     assert trainer.state.finished
     assert (further.result, further.records) == (None, [])
+
+
+def test_copies_read_what_the_trainer_of_the_original_says(tmp_path):
+    class Reading(Classifier):
+        def training_step(self, batch, batch_idx):
+            return SPREAD(self(batch[0]), batch[1]) * self.trainer.accumulate_grad_batches
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1 / self.trainer.estimated_stepping_batches)
+
+    class Plain(Classifier):
+        def training_step(self, batch, batch_idx):
+            return SPREAD(self(batch[0]), batch[1]) * 2
+
+    model, further = build(Reading), callback()
+    trainer = train(model, DATA, tmp_path, further, accumulate_grad_batches=2)
+    assert trainer.estimated_stepping_batches == 4
+    plain = build(Plain)
+    plain.load_state_dict(model.state_dict())
+    known = expected(plain, loader(DATA, 32), optimizer=partial(torch.optim.SGD, lr=1 / 4))
+    assert further.result.effects().equal(known.effects())
+    assert model.trainer is trainer
 
 
 def test_clipping_and_hooks_that_change_gradients_are_warned_of_once(tmp_path):

@@ -8,7 +8,7 @@ from tests.helpers.gradient_models import close_scores
 from tests.helpers.own_losses import ask, brute_force, built
 from tests.helpers.own_means import MEANS, Absolute, InEval, Mixed, MixedTargets, SkipsBad, TiedMixed
 from tests.helpers.own_shapes import SHAPES, TiedFunction
-from tests.helpers.own_weighted import WEIGHTED, ClassWeights, Dropping, Ignored, Texts, TiedWeights
+from tests.helpers.own_weighted import WEIGHTED, ClassWeights, Dropping, Ignored, Texts, TiedIgnored, TiedWeights
 from tests.helpers.tiny import permutation
 
 every_kind = pytest.mark.parametrize("cls", [*MEANS, *SHAPES, *WEIGHTED], ids=lambda cls: cls.__name__)
@@ -85,7 +85,21 @@ def test_examples_that_a_step_skips(method, capsys):
 def test_rows_are_read_together_where_modules_see_how_weights_are_used(cls):
     model, data = built(cls), cls.data(13, 0)
     is_single = "read one example at a time" in ask(model, data, data).metadata["loss"]
-    assert is_single is (cls in (TiedFunction, TiedMixed, TiedWeights, Dropping))
+    assert is_single is (cls in (TiedFunction, TiedMixed, TiedWeights, TiedIgnored, Dropping))
+
+
+@pytest.mark.parametrize("method", ["grad-dot", "ekfac", "trak", "influence-cg", "information-loss"])
+def test_an_example_without_weight_that_has_no_loss_alone(method):
+    """Its loss alone is NaN; beside others it changes nothing."""
+    model, train, queries = built(TiedIgnored), TiedIgnored.data(13, 0), TiedIgnored.data(5, 1)
+    options = {"grad-dot": {}, "information-loss": {"ridge": 0.1}}.get(method, {"damping": 0.3})
+    attribution = ask(model, train, queries, method, **options)
+    without = [train.tensors[1] < 0, queries.tensors[1] < 0]
+    assert [int(each.sum()) for each in without] == [4, 2]
+    assert not attribution.scores[:, without[0]].any()
+    assert not attribution.scores[without[1]].any()
+    assert attribution.scores[~without[1]][:, ~without[0]].all()
+    assert "skipped" not in attribution.metadata
 
 
 @pytest.mark.parametrize("method", ["ekfac", "trak", "datainf"])

@@ -8,6 +8,7 @@ import pytest
 import pytorch_lightning as PL
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
@@ -380,6 +381,20 @@ def test_what_only_a_trainer_has_is_refused_by_name():
     model = make(lambda self, batch, i: cross_entropy(self, batch) * self.scale, Property)
     with pytest.raises(ValueError, match=r"reads `trainer\.max_steps`"):
         TrainingStep(model)(BATCH, KEYS)
+
+
+def test_what_every_trainer_on_one_process_says():
+    def step(self, batch, i):
+        trainer = self.trainer
+        assert not isinstance(trainer.strategy, DDPStrategy)
+        assert trainer.strategy.root_device == batch[0].device
+        assert (trainer.callbacks, trainer.early_stopping_callback, trainer.precision) == ([], None, "32-true")
+        trainer.callbacks.append("mine")
+        return trainer.strategy.reduce(cross_entropy(self, batch))
+
+    model = make(step)
+    for _ in range(2):
+        assert torch.equal(TrainingStep(model)(BATCH, KEYS), cross_entropy(model, BATCH))
 
 
 def test_a_probe_for_an_attribute_is_no_error():
