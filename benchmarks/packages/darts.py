@@ -6,6 +6,7 @@ import numpy as np
 from darts import TimeSeries
 from darts.models import NBEATSModel
 from darts.utils.data import SequentialTorchTrainingDataset
+from darts.utils.data.torch_datasets.utils import _batch_collate_fn_train
 
 REQUIREMENTS = ["darts"]
 
@@ -42,7 +43,7 @@ def train(callbacks, folder):
     model, dataset, queries = make(callbacks, folder)
     model.fit_from_dataset(dataset, val_dataset=queries)
     model.save(str(folder / "darts.pt"), clean=True)
-    return {"module": model.model, "train_data": model.trainer.datamodule, "queries": model.trainer.datamodule}
+    return {"module": model.model, "train_data": model.trainer.datamodule, "queries": queries}
 
 
 def load(ckpt_path, folder):
@@ -50,4 +51,9 @@ def load(ckpt_path, folder):
     model = NBEATSModel.load(str(folder / "darts.pt"))
     # The data module that fit_from_dataset() makes.
     data = model._setup_for_train(dataset, queries)["datamodule"]
-    return {"module": model.model, "train_data": data, "queries": data, "options": {"weights_only": False}}
+    return {"module": model.model, "train_data": data, "queries": queries, "options": {"weights_only": False}}
+
+
+def batch_of(data, places, is_query):
+    dataset = data if is_query else data.train_dataset
+    return _batch_collate_fn_train([dataset[place] for place in places])

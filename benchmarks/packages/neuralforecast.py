@@ -4,10 +4,9 @@ import logging
 
 import numpy as np
 import pandas as pd
-import torch
 from neuralforecast import NeuralForecast
 from neuralforecast.models import NHITS
-from neuralforecast.tsdataset import TimeSeriesDataModule, TimeSeriesDataset
+from neuralforecast.tsdataset import TimeSeriesDataModule, TimeSeriesDataset, TimeSeriesLoader
 
 REQUIREMENTS = ["neuralforecast"]
 
@@ -34,6 +33,7 @@ def make(callbacks, folder):
         callbacks=callbacks(queries),
         accelerator="cpu",
         default_root_dir=str(folder),
+        enable_checkpointing=True,
         enable_progress_bar=False,
         enable_model_summary=False,
         logger=False,
@@ -44,13 +44,28 @@ def make(callbacks, folder):
 def train(callbacks, folder):
     forecast, queries = make(callbacks, folder)
     forecast.fit(frame(40, 0))
-    module = forecast.models[0]
-    module.save(folder / "nhits.ckpt")
-    data = TimeSeriesDataModule(forecast.dataset, batch_size=8)  # added
-    return {"module": module, "train_data": data, "queries": queries, "ckpt_path": folder / "nhits.ckpt"}
+    return {
+        "module": forecast.models[0],
+        "train_data": TimeSeriesDataModule(forecast.dataset, batch_size=8),  # added
+        "queries": queries,
+        # The package takes the Trainer away from its module, and with it the place of the records.
+        "options": lambda method: {"record": folder.parent / "tracin"} if method == "tracin" else {},  # added
+        "ckpt_path": next((folder / "checkpoints").glob("*.ckpt")),
+    }
 
 
 def load(ckpt_path, folder):
-    module = NHITS.load(ckpt_path)
+    forecast, queries = make(lambda queries: [], folder)
     data = TimeSeriesDataModule(TimeSeriesDataset.from_df(frame(40, 0))[0], batch_size=8)
-    return {"module": module, "train_data": data, "queries": TimeSeriesDataset.from_df(frame(5, 1))[0]}
+    return {
+        "module": forecast.models[0],
+        "train_data": data,
+        "queries": queries,
+        "options": {"weights_only": False},
+    }
+
+
+def batch_of(data, places, is_query):
+    dataset = data if is_query else data.dataset
+    loader = TimeSeriesLoader(dataset)
+    return loader.collate_fn([dataset[place] for place in places])

@@ -1,5 +1,7 @@
 """A feed-forward network with embeddings on a table: batches are dictionaries, classes are targets."""
 
+import os
+
 import numpy as np
 import pandas as pd
 from pytorch_tabular import TabularModel
@@ -18,6 +20,7 @@ def frame(seed, count):
 
 
 def make(folder):
+    os.chdir(folder)  # where the package writes the number of its run
     tabular = TabularModel(
         data_config=DataConfig(target=["kind"], continuous_cols=["height", "width"], categorical_cols=["colour"]),
         model_config=CategoryEmbeddingModelConfig(task="classification", layers="16-8", learning_rate=0.01),
