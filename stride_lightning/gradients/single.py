@@ -122,9 +122,12 @@ def kind_on_average(alone: Tensor, batches: Sequence[Tensor], sizes: Sequence[in
         sizes: Numbers of examples of the batches.
     """
     means, errors = [batch.mean(0) for batch in batches], [_error(batch) for batch in batches]
+    singles = [_error(alone[:, row]) for row in range(alone.shape[1])]
     if any(error > _MAX_ERROR * float(mean.norm()) for mean, error in zip(means, errors, strict=True)):
         return "coupled"  # as far as so few draws tell
-    squares = [sum(_error(alone[:, row]) ** 2 for row in range(size)) / size**2 for size in sizes]
+    if sum(error**2 for error in singles) / len(singles) < max(errors) ** 2 / 16:
+        return "coupled"  # alone, an example is hardly random: draws mix it with others, as mixup does
+    squares = [sum(error**2 for error in singles[:size]) / size**2 for size in sizes]
     tolerances = [_NUM_ERRORS * (error**2 + square) ** 0.5 for error, square in zip(errors, squares, strict=True)]
     return kind_by_gradients(alone.mean(0), means, sizes, tolerances)
 
