@@ -31,6 +31,16 @@ def test_an_ordinary_step_has_nothing_to_say():
     assert checked(lambda self, batch, i: cross_entropy(self, batch) * torch.rand(())) == []
 
 
+def test_a_sample_of_the_batch_is_no_other_loss():
+    """It is drawn for the examples until another batch shows that it has the same size there."""
+
+    def step(self, batch, i):
+        rows = torch.randint(len(batch[0]), (12,))
+        return F.cross_entropy(self.net(batch[0][rows]), batch[1][rows])
+
+    assert checked(step) == []
+
+
 def test_dependence_on_batch_idx_is_said():
     assert checked(lambda self, b, i: cross_entropy(self, b) * (i + 1)) == [
         "it depends on batch_idx; it is read at batch_idx=0"
