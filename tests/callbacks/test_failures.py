@@ -165,9 +165,16 @@ def fit_without(folder, kind, data=DATA, **options):
 
 
 def often(name, **options):
-    """A callback that works as often as it can; STRIDE takes a likelihood that a model without rest does not have."""
-    needed = {} if name == "further-training" else {"every_n_train_steps": 2}
-    return callback_of(name, **needed, **({"task": Classification()} if name == "stride" else {}), **options)
+    """A callback that works as often as it can; STRIDE takes a likelihood that a model without rest does not have.
+
+    Further training is of few examples and queries: losses that draw are measured often and one by one.
+    """
+    needed = {
+        "stride": {"every_n_train_steps": 2, "task": Classification()},
+        "tracin": {"every_n_train_steps": 2},
+        "further-training": {"queries": classification_data(2, seed=1), "left_out": [12, 3]},
+    }
+    return callback_of(name, **needed[name] | options)
 
 
 @every_callback
@@ -429,7 +436,7 @@ def test_a_fit_resumed_after_a_stop_writes_again(name, tmp_path, monkeypatch):
 @every_callback
 def test_a_state_that_cannot_be_read_stops_the_callback_alone(name, tmp_path):
     how = {"enable_checkpointing": True, "ckpt_path": tmp_path / "old.ckpt"}
-    _, trainer, _ = fit(tmp_path, Restless, callback_of(name), max_epochs=1)
+    _, trainer, _ = fit(tmp_path, Restless, often(name), max_epochs=1)
     trainer.save_checkpoint(tmp_path / "old.ckpt")
     checkpoint = torch.load(tmp_path / "old.ckpt")
     (key,) = checkpoint["callbacks"]
@@ -437,7 +444,7 @@ def test_a_state_that_cannot_be_read_stops_the_callback_alone(name, tmp_path):
     torch.save(checkpoint, tmp_path / "old.ckpt")
     expected = fit(tmp_path, Restless, **how)[-1]
     with pytest.warns(UserWarning, match=f"{NAMES[name]} stopped before the first step; .*KeyError: 'records'"):
-        witness = fit(tmp_path, Restless, callback_of(name), **how)[-1]
+        witness = fit(tmp_path, Restless, often(name), **how)[-1]
     assert_same(witness, expected)
 
 
@@ -455,7 +462,7 @@ def test_hooks_of_subclasses_are_guarded_too(name, tmp_path):
             return {"ratio": 1 / 0}
 
     expected = fit_without(tmp_path, Restless)
-    mine = Mine(*[classification_data(5)] * (name == "further-training"), **needed)
+    mine = Mine(*[classification_data(2)] * (name == "further-training"), **needed)
     with pytest.warns(UserWarning, match=r"Mine stopped at step 5; .*ZeroDivisionError: mine \(.*py:\d+\)") as warned:
         _, trainer, witness = fit(tmp_path, Restless, mine)
     assert_same(witness, expected)
