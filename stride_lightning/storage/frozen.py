@@ -43,8 +43,10 @@ class FrozenRest:
             for name, value in module._parameters.items()
             if value is not None and not value.requires_grad
         }
-        tensors = state_tensors(model) if rank() == 0 else {}  # which alone writes records
-        self._digests = model_digests(model, [name for name, value in tensors.items() if _may_stay(value)])
+        self._digests: dict[str, str] = {}
+        if rank() == 0:  # which alone writes records
+            names = [name for name, value in state_tensors(model).items() if _may_stay(value)]
+            self._digests = model_digests(model, names)
 
     def digests(self, model: nn.Module, now: Mapping[str, str] | None = None) -> dict[str, str]:
         """Digests of the rest by plain name, at the present weights; ``now`` are theirs, if they are known."""
