@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from stride_lightning.data.examples import Examples, overridden_hook
 from stride_lightning.data.index_lists import CollateLists, IndexLists, draws_lists
-from stride_lightning.data.loading import NoPositionsError, loading_of
+from stride_lightning.data.loading import NoPositionsError, iterates_itself, loading_of
 from stride_lightning.data.samplers import drawn_by
 from stride_lightning.data.several import collection_of, joined
 from stride_lightning.data.streams import examples_of_an_epoch, hold, is_stream, keys_of
@@ -115,6 +115,12 @@ def _from_loader_or_dataset(
     loader = source if isinstance(source, DataLoader) else None
     dataset: Any = source if loader is None else loader.dataset
     kind = QUERY if what == "queries" else TRAINING_EXAMPLE
+    if loader is not None and iterates_itself(loader):
+        raise NoPositionsError(
+            f"The `{what}` loader, a {type(loader).__name__}, makes its batches in a way of its own, so that nothing says "
+            "which examples they hold. Pass a torch.utils.data.DataLoader of the same dataset, with the collate_fn that "
+            "makes such batches, or the dataset."
+        )
     held = None
     if is_stream(dataset):
         if loader is not None and loader.batch_size is None:
