@@ -117,9 +117,9 @@ def _from_loader_or_dataset(
     kind = QUERY if what == "queries" else TRAINING_EXAMPLE
     if loader is not None and iterates_itself(loader):
         raise NoPositionsError(
-            f"The `{what}` loader, a {type(loader).__name__}, makes its batches in a way of its own, so that nothing says "
-            "which examples they hold. Pass a torch.utils.data.DataLoader of the same dataset, with the collate_fn that "
-            "makes such batches, or the dataset."
+            f"The `{what}` loader, a {type(loader).__name__}, makes its batches in a way of its own, so that nothing "
+            "says which examples they hold. Pass a torch.utils.data.DataLoader of the same dataset, with the "
+            "collate_fn that makes such batches, or the dataset."
         )
     held = None
     if is_stream(dataset):
