@@ -43,15 +43,14 @@ class FrozenRest:
         named = named or {}
         # Each where it stands, because sharding puts other parameters there.
         places = {
-            plain_name(f"{prefix}.{name}".lstrip(".")): (module, name)
+            plain_name(f"{prefix}.{name}".lstrip(".")): (module, name, value)
             for prefix, module in model.named_modules()
             for name, value in module._parameters.items()
-            if value is not None
         }
         self._frozen = {
             plain: (module, name)
-            for plain, (module, name) in places.items()
-            if plain in named or not getattr(module, name).requires_grad
+            for plain, (module, name, value) in places.items()
+            if value is not None and (plain in named or not value.requires_grad)
         }
         tensors = state_tensors(model) if rank() == 0 else {}  # which alone writes records
         stays = {name for name, value in tensors.items() if _may_stay(value)}
