@@ -22,7 +22,7 @@ from stride_lightning.data.reading import fingerprint_of
 from stride_lightning.model.digests import hash_of_digests, model_digests, state_tensors
 from stride_lightning.runtime.distributed import broadcast_object, rank
 from stride_lightning.storage.frozen import FROZEN_KIND, FrozenRest, frozen_info, frozen_records
-from stride_lightning.storage.records import remove_record
+from stride_lightning.storage.records import read_info, remove_record
 
 
 class TracInCallback(RecordingCallback):
@@ -110,9 +110,10 @@ class TracInCallback(RecordingCallback):
             self._run, self._due_epoch, self.records = None, None, []
             self._rates.restore([])
         self._about = {"data": self._fingerprint(trainer, pl_module)}
-        self._rest = FrozenRest(pl_module)
         self._rates.watch(trainer.optimizers)
         self._take_up(step)
+        last = read_info(self._path[-1].path) if rank() == 0 and self._path else None
+        self._rest = FrozenRest(pl_module, broadcast_object({} if last is None else last["frozen"]["digests"]))
         self._seen_step = step
 
     def _fingerprint(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any] | None:
