@@ -69,7 +69,7 @@ def test_terms_of_training_are_taken_where_nothing_mixes():
 def test_examples_that_a_step_skips(method, capsys):
     """They have no loss alone, and take none from the others of their batch."""
     model, train, queries = built(SkipsBad), SkipsBad.data(34, 0), SkipsBad.data(4, 1)
-    options = {"grad-dot": {}, "influence-lissa": {"damping": 50.0, "depth": 20}, "information-loss": {"ridge": 0.1}}
+    options = {"grad-dot": {}, "influence-lissa": {"damping": 50.0, "depth": 4}, "information-loss": {"ridge": 0.1}}
     options = options.get(method, {"damping": 0.3})
     attributions = [ask(model, train, queries, method, batch_size=size, **options) for size in (7, 64)]
     for attribution in attributions:
