@@ -220,6 +220,7 @@ def test_several_instances(tmp_path):
         (BinaryClassifier, binary_data(), binary_data(3, seed=1)),
     ],
 )
+@pytest.mark.usefixtures("few_steps")
 def test_operators_of_the_record_are_used_and_give_equal_scores(tmp_path, kind, data, queries):
     model = build(kind)
     train(model, data, tmp_path, StrideCallback(num_subsets=12, fit_operators=True))
