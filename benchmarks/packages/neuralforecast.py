@@ -1,4 +1,4 @@
-"""N-HiTS on forty series: series are examples, and training_step draws windows of them."""
+"""N-HiTS on 24 series: series are examples, and training_step draws windows of them."""
 
 import logging
 
@@ -43,7 +43,7 @@ def make(callbacks, folder):
 
 def train(callbacks, folder):
     forecast, queries = make(callbacks, folder)
-    forecast.fit(frame(40, 0))
+    forecast.fit(frame(24, 0))
     return {
         "module": forecast.models[0],
         "train_data": TimeSeriesDataModule(forecast.dataset, batch_size=8),  # added
@@ -56,7 +56,7 @@ def train(callbacks, folder):
 
 def load(ckpt_path, folder):
     forecast, queries = make(lambda queries: [], folder)
-    data = TimeSeriesDataModule(TimeSeriesDataset.from_df(frame(40, 0))[0], batch_size=8)
+    data = TimeSeriesDataModule(TimeSeriesDataset.from_df(frame(24, 0))[0], batch_size=8)
     return {
         "module": forecast.models[0],
         "train_data": data,
