@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.attributor import Attributor
+from stride_lightning.data.objectives import says_rows_loss
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.results.top_attribution import TopAttribution
@@ -59,7 +60,8 @@ def attribute(
         model: A LightningModule or any other module; it is evaluated in eval mode (dropout off, BatchNorm fixed).
         queries: The examples to explain: a Dataset, a DataLoader, or a LightningDataModule (its test data, else its
             validation data).
-        train_data: The training data of the model: a Dataset, a DataLoader or a LightningDataModule.
+        train_data: The training data of the model: a Dataset, a DataLoader, several of them (with ``loss=``) or a
+            LightningDataModule. Iterable data are read once and held in memory.
         method: Name of the method; see :func:`methods`.
         ckpt_path: Checkpoint with the weights to attribute, or ``"best"`` or ``"last"`` of the model's trainer. By
             default the model's present weights.
@@ -106,7 +108,9 @@ def attribute(
     """
     with call(show=show_progress), Meter() as meter:
         attributor = create(method, seed=seed, batch_size=batch_size, show_progress=show_progress, **options)
-        train_data = resolve_train_data(train_data, train_indices, model, show=show_progress)
+        train_data = resolve_train_data(
+            train_data, train_indices, model, has_rows_loss=says_rows_loss(task, loss), show=show_progress
+        )
         # Before the fit, so that hours of work do not end in a refusal.
         examples = resolve_queries(queries, model, train_data, show=show_progress)
         attributor.expected_queries, attributor.known_queries = len(examples), examples

@@ -157,7 +157,7 @@ def test_model_is_as_before(options, tmp_path):
         ({"layers": []}, ValueError, "`layers` is empty: name at least one module"),
         ({"layers": ["network.0", "network.0"]}, ValueError, "each once; got"),
         ({"layers": "network.0"}, TypeError, r"write layers=\['network.0'\]"),
-        ({"train_data": [DataLoader(DATA), DataLoader(DATA)]}, ValueError, "Pass one loader, and `loss=fn`"),
+        ({"train_data": [DataLoader(DATA), DataLoader(DATA)]}, ValueError, "Pass `loss=fn`"),
         ({"model": Classifier}, TypeError, "`model` must be a module"),
         ({"train_data": Subset(DATA, [0]), "recovery": "prior"}, ValueError, "at least 2 training examples, got 1"),
         ({"train_data": HIGH}, ValueError, r"a model with 3 outputs takes 0\.\.2"),

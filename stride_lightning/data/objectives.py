@@ -37,6 +37,11 @@ def check_objective(task: object, loss: object) -> None:
         check_task(task)
 
 
+def says_rows_loss(task: Task | OwnLoss | None, loss: RowFunction | None) -> bool:
+    """Whether the user says what the loss of a single example is, without a look at ``training_step``."""
+    return loss is not None or isinstance(task, Task)
+
+
 def resolve_objective(
     model: nn.Module,
     examples: Examples,

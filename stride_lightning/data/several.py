@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -44,19 +43,21 @@ class CollateInto:
 
 
 def joined(
-    collection: Any, mode: str, what: str, model: object | None, examples_of: Callable[[DataLoader[Any]], Examples]
+    collection: Any, mode: str, what: str, examples_of: Callable[[DataLoader[Any]], Examples], *, has_rows_loss: bool
 ) -> Examples:
-    """The examples of all loaders, one loader after the other.
+    """The examples of all loaders, one loader after the other; batches are those of a single loader.
 
     Args:
         collection: The loaders.
-        mode: Mode of the ``CombinedLoader``.
+        mode: Mode of the ``CombinedLoader``. A single loader gives its batch inside the structure in which it stands,
+            unless it is ``"sequential"``.
         what: Name of the argument.
-        model: The module whose ``training_step`` gets the batches.
         examples_of: Reads the examples of one loader.
+        has_rows_loss: Whether the user says what the loss of an example is.
 
     Raises:
-        NoPositionsError: If batches hold rows of several loaders, or differ between the loaders.
+        NoPositionsError: If a batch of training holds examples of several loaders, and nothing says what the loss of
+            one is; or if their batches are made in different ways.
     """
     paths, loaders, structure = _paths(collection)
     if len(loaders) == 1:
@@ -65,18 +66,11 @@ def joined(
             return examples
         return replace(examples, collate_fn=CollateInto(examples.collate_fn, structure))
     shown = ", ".join(map(str, paths))
-    if mode != "sequential":
+    if mode != "sequential" and not has_rows_loss:
         raise NoPositionsError(
-            f"`{what}` are {len(loaders)} loaders ({shown}), and every batch holds examples of several of "
-            f"them (mode {mode!r}). What one example adds to such a loss cannot be told from the others. Pass one "
-            "loader, and `loss=fn` with fn(model, batch) -> (B,) for the loss of its examples."
-        )
-    step = getattr(model, "training_step", None)
-    if step is not None and "dataloader_idx" in inspect.signature(step).parameters:
-        raise NoPositionsError(
-            f"`{what}` are {len(loaders)} loaders ({shown}), and training_step treats them differently, by "
-            "`dataloader_idx`. Pass one loader, and `loss=fn` with fn(model, batch) -> (B,) for the loss of its "
-            "examples."
+            f"`{what}` are {len(loaders)} loaders ({shown}), and every batch of training holds examples of all of them "
+            f"(mode {mode!r}). What one example adds to such a loss is not told from the others. Pass `loss=fn` with "
+            "fn(model, batch) -> (B,), the losses of the examples of a batch of any one loader."
         )
     parts = [examples_of(loader) for loader in loaders]
     if any(part.collate_fn != parts[0].collate_fn for part in parts):

@@ -27,6 +27,7 @@ def resolve_train_data(
     model: object | None = None,
     datamodule: object | None = None,
     *,
+    has_rows_loss: bool = False,
     show: bool = True,
 ) -> Examples:
     """The training set behind a Dataset, a DataLoader, several of them, or a LightningDataModule.
@@ -38,6 +39,7 @@ def resolve_train_data(
         train_indices: Positions that were trained on, where the sampler does not say it.
         model: Its batch-transfer hooks apply where the data module defines none.
         datamodule: The data module that made a DataLoader.
+        has_rows_loss: Whether the user says what the loss of an example is, as several loaders need it.
         show: Show a progress bar while a stream is read.
 
     Raises:
@@ -53,7 +55,8 @@ def resolve_train_data(
             source.prepare_data()
             source.setup("fit")
         source = source.train_dataloader()
-    examples = _resolve(source, "train_data", owners, model, show=show)
+    # As Trainer.fit() combines several loaders.
+    examples = _resolve(source, "train_data", owners, model, "max_size_cycle", has_rows_loss, show)
     if train_indices is not None:
         notes = tuple(note for note in examples.notes if "some may never" not in note)
         examples = replace(examples, positions=checked_positions(train_indices, len(examples.dataset)), notes=notes)
@@ -81,7 +84,7 @@ def resolve_queries(
             )
         source.setup("test" if stage == "test" else "validate")
         source = getattr(source, f"{stage}_dataloader")()
-    queries = _resolve(source, "queries", owners, model, show=show)
+    queries = _resolve(source, "queries", owners, model, "sequential", True, show)
     if beside is None or queries.loading is not None or isinstance(source, DataLoader):
         return queries
     if isinstance(beside.dataset, IndexLists):
@@ -91,16 +94,16 @@ def resolve_queries(
     return replace(queries, collate_fn=beside.collate_fn)
 
 
-def _resolve(source: Any, what: str, owners: tuple[Any, ...], model: object | None, *, show: bool) -> Examples:
-    # As Trainer.fit() and Trainer.predict() combine several loaders.
-    collection = collection_of(source, "sequential" if what == "queries" else "max_size_cycle")
-    if collection is None:
+def _resolve(
+    source: Any, what: str, owners: tuple[Any, ...], model: object | None, mode: str, has_rows_loss: bool, show: bool
+) -> Examples:
+    def examples_of(source: Any) -> Examples:
         return _from_loader_or_dataset(source, what, owners, model, show=show)
 
-    def examples_of(loader: DataLoader[Any]) -> Examples:
-        return _from_loader_or_dataset(loader, what, owners, model, show=show)
-
-    return joined(*collection, what, model, examples_of)
+    collection = collection_of(source, mode)
+    if collection is None:
+        return examples_of(source)
+    return joined(*collection, what, examples_of, has_rows_loss=has_rows_loss)
 
 
 def _from_loader_or_dataset(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.data.examples import first_look
-from stride_lightning.data.objectives import check_objective, resolve_objective
+from stride_lightning.data.objectives import check_objective, resolve_objective, says_rows_loss
 from stride_lightning.data.reading import survey
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
 from stride_lightning.model.weights import borrowed, weight_hash
@@ -94,7 +94,7 @@ class Recipe(Batches):
         check_function(measure, "measure")
         max_epochs = check_count("max_epochs", max_epochs)
         model = _checked_model(model_fn)
-        train = resolve_train_data(train_data, train_indices, model)
+        train = resolve_train_data(train_data, train_indices, model, has_rows_loss=says_rows_loss(task, loss))
         model.to(device)
         head = first_look(train, 64, next(model.parameters()).device)
         moment = Moment(max_epochs=max_epochs)  # of a model that has not trained

@@ -202,30 +202,25 @@ def test_lists_of_examples_of_two_datasets():
 # ---- several loaders --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("resolve", [resolve_train_data, resolve_queries])
-def test_loaders_one_after_the_other(resolve):
+def test_loaders_one_after_the_other():
     first, second = DataLoader(DATA, 4, sampler=SubsetRandomSampler([7, 2])), DataLoader(Subset(DATA, [5, 6]), 3)
-    examples = resolve(CombinedLoader({"a": first, "b": [second]}, "sequential"))
-    assert examples.positions.tolist() == [2, 7, 20, 21]
-    assert read(examples)[0].equal(DATA.tensors[0][[2, 7, 5, 6]])
-    assert examples.info() == {"loader": ["a", "a", "b.0", "b.0"], "position": [2, 7, 0, 1]}
-    assert examples.notes == (left_out(18, "SubsetRandomSampler"),)
-    assert resolve(CombinedLoader([first, second], "sequential")).info()["loader"] == [0, 0, 1, 1]
-    assert len(resolve_queries([first, second])) == 4
+    several = {"a": first, "b": [second]}
+    joint = resolve_train_data(several, has_rows_loss=True)
+    for examples in (joint, resolve_train_data(CombinedLoader(several, "sequential")), resolve_queries(several)):
+        assert examples.positions.tolist() == [2, 7, 20, 21]
+        assert read(examples)[0].equal(DATA.tensors[0][[2, 7, 5, 6]])
+        assert examples.info() == {"loader": ["a", "a", "b.0", "b.0"], "position": [2, 7, 0, 1]}
+        assert examples.notes == (left_out(18, "SubsetRandomSampler"),)
+    assert resolve_queries([first, second]).info()["loader"] == [0, 0, 1, 1]
 
 
 def test_a_single_loader_in_a_structure():
-    """Training gets batches inside the structure, except one loader after the other."""
+    """Training gets batches inside the structure."""
     joint = resolve_train_data({"a": [DataLoader(DATA, 4)]})
     (batch, _) = next(joint.batches(3, CPU))
     assert batch["a"][0][0].equal(DATA.tensors[0][:3])
-    alone = resolve_train_data(CombinedLoader({"a": DataLoader(DATA, 4)}, "sequential"))
-    assert read(alone)[0].equal(DATA.tensors[0])
-
-
-class ByLoader:
-    def training_step(self, batch, batch_idx, dataloader_idx=0):
-        raise AssertionError
+    assert next(resolve_queries(DATA, beside=joint).batches(3, CPU))[0]["a"][0][0].equal(DATA.tensors[0][:3])
+    assert read(resolve_queries([DataLoader(DATA, 4)]))[0].equal(DATA.tensors[0])
 
 
 TWO = {"a": DataLoader(DATA, 4), "b": DataLoader(DATA, 2)}
@@ -233,20 +228,19 @@ OTHER_COLLATE = [DataLoader(DATA, 4), DataLoader(DATA, 4, collate_fn=doubled)]
 
 
 @pytest.mark.parametrize(
-    ("source", "model", "message"),
+    ("source", "has_rows_loss", "message"),
     [
-        *((CombinedLoader(TWO, mode), None, mode) for mode in ("min_size", "max_size", "max_size_cycle")),
-        (TWO, None, r"`train_data` are 2 loaders \(a, b\).*of several of them.*Pass one loader, and `loss=fn`"),
-        (list(TWO.values()), None, r"`train_data` are 2 loaders \(0, 1\).*of several of them"),
-        (CombinedLoader(TWO, "sequential"), ByLoader(), "training_step treats them differently, by `dataloader_idx`"),
-        (CombinedLoader(OTHER_COLLATE, "sequential"), None, "with different collate_fns"),
-        (CombinedLoader([[1, 2]], "sequential"), None, "reads from a list; expected a DataLoader"),
+        *((CombinedLoader(TWO, mode), False, mode) for mode in ("min_size", "max_size", "max_size_cycle")),
+        (TWO, False, r"`train_data` are 2 loaders \(a, b\).*of all of them.*Pass `loss=fn` with"),
+        (list(TWO.values()), False, r"`train_data` are 2 loaders \(0, 1\).*of all of them"),
+        (OTHER_COLLATE, True, "with different collate_fns"),
+        (CombinedLoader([[1, 2]], "min_size"), True, "reads from a list; expected a DataLoader"),
     ],
-    ids=["min", "max", "cycle", "dict", "list", "dataloader_idx", "collate_fn", "no loader"],
+    ids=["min", "max", "cycle", "dict", "list", "collate_fn", "no loader"],
 )
-def test_loaders_whose_examples_have_no_batch_of_their_own(source, model, message):
+def test_loaders_whose_examples_have_no_batch_of_their_own(source, has_rows_loss, message):
     with pytest.raises(NoPositionsError, match=message):
-        resolve_train_data(source, model=model)
+        resolve_train_data(source, has_rows_loss=has_rows_loss)
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from stride_lightning import TracInCallback
-from stride_lightning.model.weights import load_checkpoint
+from stride_lightning.model.checkpoints import load_checkpoint
 from stride_lightning.storage.records import find_records, read_info
 from stride_lightning.tasks.moments import moment_of
 from stride_lightning.tasks.step_checks import check_step, depends_on_moment

@@ -1,0 +1,119 @@
+"""Every kind of training data is attributed, or refused in words that name it: nothing else comes out."""
+
+import warnings
+
+import pytest
+import torch
+from torch.utils.data import Subset
+
+from stride_lightning import FurtherTrainingCallback, StrideCallback, TracInCallback, attribute
+from stride_lightning.callbacks.guard import RAISE
+from stride_lightning.data import streams
+from stride_lightning.model.weights import weight_hash
+from tests.helpers.data_sources import DATA, KINDS, QUERIES, answer, in_two, known_kinds
+from tests.helpers.models import Classifier, build, make_trainer
+from tests.helpers.processes import run_two, what_helper_saw
+
+#: Words of a callback's own refusal.
+STRIDE_REFUSES = dict.fromkeys(["graphs", "dict, with a loss", "one loader in a dict"], "STRIDE")
+FURTHER_TRAINING_REFUSES = dict.fromkeys(["weighted", "replacement"], "draws with replacement")
+every_kind = pytest.mark.parametrize("name", KINDS)
+
+
+def fit(name, folder, *callbacks):
+    kind = KINDS[name]
+    torch.manual_seed(0)
+    model, trainer = build(kind.model), make_trainer(folder, *callbacks, **{"max_epochs": 2} | kind.options)
+    torch.manual_seed(1)
+    trainer.fit(model, kind.make(folder))
+    return model
+
+
+def callbacks_for(kind):
+    further = FurtherTrainingCallback(
+        kind.queries,
+        left_out=[1, 2],
+        num_seeds=1,
+        batch_size=8,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+        loss=kind.loss,
+    )
+    return [StrideCallback(num_subsets=6, loss=kind.loss), TracInCallback(every_n_epochs=100, loss=kind.loss), further]
+
+
+@pytest.fixture(scope="module")
+def fits(tmp_path_factory):
+    """Of each kind: a model and callbacks that watched its fit, what they said, and the weights without them."""
+    folder, results = tmp_path_factory.mktemp("fits"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(RAISE, "0")
+        for name in known_kinds():
+            bare, callbacks = fit(name, folder), callbacks_for(KINDS[name])
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                (folder / name).mkdir()
+                model = fit(name, folder / name, *callbacks)
+            model.trainer.save_checkpoint(folder / f"{name}.ckpt")
+            results[name] = model, callbacks, [str(warning.message) for warning in caught], weight_hash(bare)
+    return folder, results
+
+
+def of(name, fits):
+    if name not in fits[1]:
+        pytest.skip("datasets is not installed")
+    return fits[1][name]
+
+
+@every_kind
+def test_a_fit_is_watched_and_stays_as_it_would_be(name, fits):
+    model, (stride, tracin, further), messages, bare = of(name, fits)
+    assert weight_hash(model) == bare
+    assert len(tracin.records) == 1
+    refusals = {stride: STRIDE_REFUSES.get(name, ""), further: FURTHER_TRAINING_REFUSES.get(name, "")}
+    for callback, own_words in refusals.items():
+        words = KINDS[name].callbacks or own_words
+        stopped = [message for message in messages if message.startswith(f"{type(callback).__name__} stopped")]
+        assert len(callback.records) == (not words), stopped
+        assert len(stopped) == bool(words)
+        assert all(words in message for message in stopped)
+
+
+@every_kind
+def test_scores_are_those_of_the_same_examples(name, fits, monkeypatch):
+    monkeypatch.setattr(streams, "MOST_EXAMPLES", 100)
+    folder, kind, model = fits[0], KINDS[name], of(name, fits)[0]
+    scores = answer(name, folder, model)
+    if kind.refusal:
+        assert kind.refusal in scores
+        return
+    assert scores.shape == (5, len(kind.positions))
+    if name != "augmentation":
+        plain = build(Classifier)
+        plain.load_state_dict(model.state_dict())
+        data = Subset(DATA, kind.positions)
+        expected = attribute(plain, QUERIES, train_data=data, method="grad-dot", show_progress=False).scores
+        torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def elsewhere(fits):
+    """The answers of a second process, and those of two ranks that share the work."""
+    folder = fits[0]
+    what_helper_saw("data_sources.py", folder)
+    return torch.load(folder / "alone.pt"), *run_two(in_two, folder)
+
+
+@every_kind
+@pytest.mark.distributed
+def test_other_processes_answer_alike(name, fits, elsewhere, monkeypatch):
+    monkeypatch.setattr(streams, "MOST_EXAMPLES", 100)
+    here = answer(name, fits[0], of(name, fits)[0])
+    for there in (saved[name] for saved in elsewhere):
+        if name == "endless":  # no Trainer says there how much of it is read
+            assert "gives more than 100 examples" in there
+        elif name == "None" and isinstance(there, str):  # another rank may not have met it
+            assert "is None" in there
+        elif isinstance(here, str):
+            assert there == here
+        else:
+            torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-6)
