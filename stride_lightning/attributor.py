@@ -18,15 +18,8 @@ from stride_lightning.data.examples import Examples
 from stride_lightning.data.objectives import Objective, check_objective, check_rows, resolve_objective, says_rows_loss
 from stride_lightning.data.seen import marked_seen
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
-from stride_lightning.model.weights import (
-    alone_with,
-    attached_trainer,
-    borrowed,
-    load_checkpoint,
-    rank_zero_state,
-    resolve_ckpt_path,
-    weight_hash,
-)
+from stride_lightning.model.checkpoints import load_checkpoint, resolve_ckpt_path, weights_in
+from stride_lightning.model.weights import alone_with, attached_trainer, borrowed, rank_zero_state, weight_hash
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.runtime.checks import check_count
@@ -111,7 +104,8 @@ class Attributor(ABC):
             self.weights_only = weights_only
             self.model, self._device = model, None if device is None else torch.device(device)
             self._is_fitted = False  # a failed fit leaves no mixture with an earlier one
-            self._checkpoint_state = None if checkpoint is None else checkpoint.get("state_dict", checkpoint)
+            self._checkpoint_state, note = (None, "") if checkpoint is None else weights_in(checkpoint, model)
+            announce(f"{note}.", show=self.show_progress and bool(note))
             examples = resolve_train_data(
                 train_data, train_indices, model, has_rows_loss=says_rows_loss(task, loss), show=self.show_progress
             )
@@ -126,7 +120,7 @@ class Attributor(ABC):
                 if len(rest) == len(examples):  # a query is missing
                     raise
                 self._fit_to(rest, model, checkpoint, **how)
-            self.metadata["ckpt_path"] = None if ckpt_path is None else str(ckpt_path)
+            self.metadata |= {"ckpt_path": None if ckpt_path is None else str(ckpt_path), "frozen": note or None}
         logger.info("%s: the loss of an example is %s", self.method, self.metadata["loss"])
         self.metadata |= {"seconds": {"fit": meter.seconds}, "peak_memory_bytes": meter.peak_memory}
         self._is_fitted = True

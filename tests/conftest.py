@@ -1,5 +1,6 @@
 """What the tests of the front door share."""
 
+import gc
 import os
 
 import pytest
@@ -9,6 +10,12 @@ from tests.helpers.models import Classifier, build, classification_data, train
 os.environ["STRIDE_LIGHTNING_RAISE"] = (
     "1"  # an error in a callback fails the test; processes that tests start inherit it
 )
+
+
+def pytest_collection_finish():
+    """Imports and the tests themselves stay to the end: collecting garbage, as callbacks that stop do, skips them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

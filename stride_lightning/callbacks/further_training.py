@@ -170,7 +170,8 @@ class FurtherTrainingCallback(RecordingCallback):
     def _leaving_out(self, trainer: L.Trainer, pl_module: L.LightningModule, head: Any, *, warn: bool) -> LeavingOut:
         known, size, loading = self._questions, self.batch_size, self._questions.examples.loading
         if size is None and loading is not None:  # the examples of one optimizer step
-            size = loading.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+            replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
+            size = loading.batch_size * replicas * trainer.accumulate_grad_batches
         how = {"optimizer": self.optimizer, "memory_budget": self.memory_budget, "warn": warn, "batch_size": size}
         how |= {
             "measure": self.measure,

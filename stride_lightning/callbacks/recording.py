@@ -26,6 +26,7 @@ from stride_lightning.data.loading import NoPositionsError
 from stride_lightning.data.objectives import Objective, check_objective, resolve_objective, says_rows_loss
 from stride_lightning.data.sources import checked_positions, resolve_train_data
 from stride_lightning.data.streams import is_stream
+from stride_lightning.model.sharded import whole, whole_on_rank_zero
 from stride_lightning.model.weights import borrowed
 from stride_lightning.runtime.checks import check_count
 from stride_lightning.runtime.distributed import rank
@@ -36,8 +37,8 @@ from stride_lightning.tasks.moments import first_moment, moment_of
 from stride_lightning.tasks.own_loss import OwnLoss, RowFunction
 from stride_lightning.tasks.task import Task
 
-#: Strategies under which every process holds the whole model.
-_WHOLE_MODEL_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+#: Wrappers of modules under which the whole model is in every process, or can be gathered there.
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
 
 
 class RecordingCallback(GuardedCallback):
@@ -55,6 +56,8 @@ class RecordingCallback(GuardedCallback):
 
     #: Kind of the records, by which lookup knows the callback.
     record_kind: ClassVar[str]
+    #: Whether the callback runs the model, so that every process needs it whole while the callback works.
+    runs_model: ClassVar[bool] = True
     #: Arguments besides the folder by which the state of one instance is told from that of another.
     told_apart_by: ClassVar[tuple[str, ...]] = ()
 
@@ -107,16 +110,20 @@ class RecordingCallback(GuardedCallback):
         dirpath = self._explicit_dirpath or Path(log_dir or trainer.default_root_dir) / self.record_kind
         # Absolute, because the checkpoint that names it may be read from another working directory.
         self.dirpath = dirpath.absolute()
-        strategy = type(trainer.strategy).__name__
-        if strategy not in _WHOLE_MODEL_STRATEGIES:
-            raise ValueError(
-                f"The callback needs the whole model in every process, and {strategy} may split it. Use "
-                f"{' or '.join(_WHOLE_MODEL_STRATEGIES)}, or call attribute() after training instead."
-            )
+
+    @contextmanager
+    @override
+    def working(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
+        with (
+            super().working(trainer, pl_module),
+            whole(pl_module) if self.runs_model else whole_on_rank_zero(pl_module),
+        ):
+            yield
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         with self.working(trainer, pl_module):
+            _check_wrapper(trainer, pl_module)
             if any(map(is_lazy, [*pl_module.parameters(), *pl_module.buffers()])):
                 raise ValueError(
                     "The model has lazy layers that have seen no batch yet. Call the model on one before fit()."
@@ -209,6 +216,18 @@ class RecordingCallback(GuardedCallback):
                 f"{self.dirpath} has {usage.free:,} bytes left, and a record takes at least {num_bytes:,}. Make room, "
                 "or choose another folder with `dirpath=`."
             )
+
+
+def _check_wrapper(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Refuse strategies that hold the model in a way of their own."""
+    wrapper = trainer.model
+    is_known = any(base.__name__ in _WRAPPERS for base in type(wrapper).__mro__)
+    if (wrapper is not pl_module and not is_known) or pl_module.device.type == "xla":
+        raise ValueError(
+            f"The callback cannot read a model that {type(trainer.strategy).__name__} holds in "
+            f"{type(wrapper).__name__}. Train with the strategy 'ddp', 'fsdp' or ModelParallelStrategy, or call "
+            "attribute() after training instead."
+        )
 
 
 @contextmanager

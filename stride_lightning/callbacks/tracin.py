@@ -3,45 +3,39 @@
 from __future__ import annotations
 
 import math
-import os
 import secrets
 from contextlib import suppress
-from dataclasses import dataclass
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # pyright: ignore[reportPrivateImportUsage]
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from stride_lightning.callbacks.learning_rates import LearningRates
 from stride_lightning.callbacks.recording import RecordingCallback, check_frequencies, is_dev_run
+from stride_lightning.callbacks.trajectory import Saved, free_name, look_up, relative, written_before
 from stride_lightning.data.loading import NoPositionsError
 from stride_lightning.data.reading import fingerprint_of
-from stride_lightning.model.layers import plain_name
-from stride_lightning.model.weights import weight_hash
+from stride_lightning.model.digests import hash_of_digests, model_digests, state_tensors
 from stride_lightning.runtime.distributed import broadcast_object, rank
-from stride_lightning.storage.records import RecordError, read_info, read_record, remove_record
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """A record of this run: its folder, its step, and the hash of its weights."""
-
-    path: Path
-    step: int
-    weights: str
+from stride_lightning.storage.frozen import FROZEN_KIND, FrozenRest, frozen_info, frozen_records
+from stride_lightning.storage.records import remove_record
 
 
 class TracInCallback(RecordingCallback):
     """Saves what TracIn needs: the weights at chosen epochs or steps, and the learning rates in force there.
 
-    Each record holds the whole state dict, the learning rate by which the last optimizer step moved every parameter
-    (read at the step itself, before schedulers go on), a fingerprint of the training data, and the earlier records of
-    this run. The end of training is recorded too. Learning rates are logged to every logger at each record as
-    ``tracin/learning_rate``, with the number of the parameter group behind it if there are several.
+    Each record holds the weights that train or have changed since the fit began, the learning rate by which the last
+    optimizer step moved every parameter (read at the step itself, before schedulers go on), a fingerprint of the
+    training data, and the earlier records of this run. The end of training is recorded too. Learning rates are logged
+    to every logger at each record as ``tracin/learning_rate``, with the number of the parameter group behind it if
+    there are several.
+
+    Records name the frozen rest of the model by hashes alone, and reading them takes it from the model. Where it is
+    unfrozen during the fit, one record more holds it as it was until then.
 
     A resumed run goes on in the folder of the run that it resumes, as long as that exists and no ``dirpath`` says
     otherwise. A killed run may have written records after its last checkpoint. They count if training comes to the same
@@ -70,8 +64,10 @@ class TracInCallback(RecordingCallback):
     Reference: arXiv:2002.08484 (TracInCP, section 3.3).
     """
 
+    runs_model = False
     record_kind = "tracin"  # told apart by its folder alone: a run resumed with another frequency is the same run
     _about: dict[str, Any]  # the data, which all records name; known from the start of training
+    _rest: FrozenRest  # from the start of training
 
     def __init__(
         self,
@@ -91,7 +87,7 @@ class TracInCallback(RecordingCallback):
         self._run: str | None = None  # name of the run, which stays the same when it is resumed
         self._rates = LearningRates()
         self._resumed_dirpath: Path | None = None
-        self._path: list[_Saved] = []  # like `records`, which the state stores
+        self._path: list[Saved] = []  # like `records`, which the state stores
         self._seen_step = 0
         self._due_epoch: int | None = None  # an epoch whose steps are all taken, and whose end is to be recorded
 
@@ -114,6 +110,7 @@ class TracInCallback(RecordingCallback):
             self._run, self._due_epoch, self.records = None, None, []
             self._rates.restore([])
         self._about = {"data": self._fingerprint(trainer, pl_module)}
+        self._rest = FrozenRest(pl_module)
         self._rates.watch(trainer.optimizers)
         self._take_up(step)
         self._seen_step = step
@@ -129,7 +126,8 @@ class TracInCallback(RecordingCallback):
 
     @override
     def record_bytes(self, pl_module: L.LightningModule) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in _state_of(pl_module).values())
+        tensors = self._rest.without_it(pl_module).values()
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -160,7 +158,7 @@ class TracInCallback(RecordingCallback):
                 )
             self.records = []
             self._run = broadcast_object(secrets.token_hex(8))  # from the system: no generator is used
-        nothing = Path(), list[_Saved](), list[Path]()
+        nothing = Path(), list[Saved](), list[Path]()
         self.dirpath, self._path, missing = broadcast_object(self._find_path(step) if rank() == 0 else nothing)
         self.records = [saved.path for saved in self._path]
         if missing:
@@ -170,21 +168,40 @@ class TracInCallback(RecordingCallback):
                 f"{self.dirpath} before you resume if you want to keep them."
             )
 
-    def _find_path(self, step: int) -> tuple[Path, list[_Saved], list[Path]]:
+    def _find_path(self, step: int) -> tuple[Path, list[Saved], list[Path]]:
         """The folder to go on in, the records of this run up to a step, and those that are missing."""
         dirpath, resumed = self.dirpath, self._resumed_dirpath
         if self._explicit_dirpath is None and resumed is not None and resumed.is_dir():
             dirpath = resumed
-        saved = {path: self._look_up(path) or self._look_up(dirpath / path.name) for path in self.records}
+        saved = {path: look_up(path, self._run) or look_up(dirpath / path.name, self._run) for path in self.records}
         missing = [path for path, record in saved.items() if record is None]
         return dirpath, [record for record in saved.values() if record and record.step <= step], missing
 
-    def _look_up(self, path: Path) -> _Saved | None:
-        with suppress(FileNotFoundError, RecordError):
-            info = read_info(path)
-            if info.get("run") == self._run:
-                return _Saved(path, info["step"], info["weights"])
-        return None
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._note_unfrozen(trainer, pl_module)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self._note_unfrozen(trainer, pl_module)
+
+    def _note_unfrozen(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Before their first step, write down weights that earlier records take from the model."""
+        if not self._rest.is_unfrozen():
+            return
+        with self.working(trainer, pl_module):
+            tensors = self._rest.unfreeze(pl_module)
+            if rank() != 0 or not self._path or not tensors:
+                return
+            digests = model_digests(pl_module, tensors)
+            held = frozen_records(self.dirpath, self._run).values()
+            if not any(digests.items() <= info["digests"].items() for info in held):
+                info = {"kind": FROZEN_KIND, "run": self._run, "digests": digests}
+                self.write(trainer, info, {"weights": tensors}, f"frozen-until-step={trainer.global_step}")
 
     @override
     def on_train_batch_end(
@@ -226,19 +243,34 @@ class TracInCallback(RecordingCallback):
             self._path = path if self.save_last_k < 0 else path[-self.save_last_k :]
             self.records = [saved.path for saved in self._path]
             if rank() == 0:
-                for stale in path[: -len(self._path)]:
-                    with suppress(FileNotFoundError):  # a run that was killed may have come further
-                        remove_record(stale.path)
+                self._remove(path[: -len(self._path)])
                 self._log(trainer)
 
-    def _save(self, trainer: L.Trainer, pl_module: L.LightningModule, *, final: bool) -> _Saved | None:
+    def _remove(self, stale: list[Saved]) -> None:
+        """Delete records, and what was frozen until then if no earlier record is left to need it."""
+        paths = [saved.path for saved in stale]
+        if stale:
+            paths += [
+                path
+                for path, info in frozen_records(self.dirpath, self._run).items()
+                if info["step"] < self._path[0].step
+            ]
+        for path in paths:
+            with suppress(FileNotFoundError):  # a run that was killed may have come further
+                remove_record(path)
+
+    def _save(self, trainer: L.Trainer, pl_module: L.LightningModule, *, final: bool) -> Saved | None:
         """The record of these weights, written now or by this run before it was killed; None if it is the last one."""
-        step, weights = trainer.global_step, weight_hash(pl_module)
+        step, digests = trainer.global_step, model_digests(pl_module)
+        weights = hash_of_digests(digests)
         last = self._path[-1] if self._path else None
         if last is not None and last.weights == weights and (final or last.step == step):
             return None
         rates = self._rates.by_name(pl_module)
-        finite = all(bool(p.isfinite().all()) for p in pl_module.parameters())  # buffers may hold masks of -inf
+        rest = self._rest.digests(pl_module, digests)
+        tensors = {name: value for name, value in state_tensors(pl_module).items() if name not in rest}
+        parameters = (value for value in tensors.values() if isinstance(value, nn.Parameter))
+        finite = all(bool(value.isfinite().all()) for value in parameters)  # buffers may hold masks of -inf
         if not finite or not all(map(math.isfinite, rates.values())):
             raise ValueError(
                 "Weights or learning rates are not finite: training has diverged. Lower the learning rate."
@@ -250,29 +282,17 @@ class TracInCallback(RecordingCallback):
             "step": step,
             "weights": weights,
             "learning_rates": rates,
+            "frozen": frozen_info(rest),
             **self._about,
         }
         # Paths are relative to the record, so that folders may be moved together.
-        earlier = [{"name": _relative(saved.path, self.dirpath), "step": saved.step} for saved in self._path[first:]]
-        path = self._written_before(info, earlier)
+        earlier = [{"name": relative(saved.path, self.dirpath), "step": saved.step} for saved in self._path[first:]]
+        path = written_before(self.dirpath, info, earlier)
         if path is None:
-            name = _free_name(self.dirpath, f"step={step}")
+            name = free_name(self.dirpath, f"step={step}")
             info["trajectory"] = [*earlier, {"name": name, "step": step}]
-            path = self.write(trainer, info, {"weights": _state_of(pl_module)}, name)
-        return _Saved(path, step, weights)
-
-    def _written_before(self, info: dict[str, Any], earlier: list[dict[str, Any]]) -> Path | None:
-        """The same record of this run, sound, if a fit that was killed later came this far before."""
-        same = info.keys() - {"epoch"}
-        for path in sorted(self.dirpath.glob(f"step={info['step']}*")):
-            with suppress(FileNotFoundError, RecordError):
-                written = read_info(path)
-                listed = written.get("trajectory", [])[:-1]
-                before = [entry for entry in listed if (path.parent / entry["name"]).exists()]
-                # Its earlier records may be those of a path that was abandoned; then it is not the same.
-                if all(written.get(key) == info[key] for key in same) and before == earlier:
-                    return read_record(path).path
-        return None
+            path = self.write(trainer, info, {"weights": tensors}, name)
+        return Saved(path, step, weights)
 
     def _log(self, trainer: L.Trainer) -> None:
         rates = self._rates.by_group()
@@ -280,20 +300,3 @@ class TracInCallback(RecordingCallback):
         metrics = {f"tracin/learning_rate{name}": rate for name, rate in zip(names, rates, strict=True)}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
-
-
-def _state_of(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a model's state, by plain name."""
-    return {plain_name(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-
-
-def _relative(path: Path, folder: Path) -> str:
-    try:
-        return Path(os.path.relpath(path, folder)).as_posix()
-    except ValueError:  # another drive on Windows
-        return path.as_posix()
-
-
-def _free_name(folder: Path, name: str) -> str:
-    names = chain([name], (f"{name}-v{version}" for version in count(1)))
-    return next(candidate for candidate in names if not os.path.lexists(folder / candidate))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stride_lightning.model.weights import raw_bytes
+from stride_lightning.model.digests import feed
 
 #: Bytes of a digest: SHA-256, and whether all of the example was read.
 DIGEST_BYTES = 33
@@ -193,7 +193,7 @@ class _Digester:
         elif (parts := _parts_of(value)) is not None:
             self._feed_items(parts)
         elif self.content or (value.numel() == 1 and not value.is_floating_point()):
-            self.hasher.update(raw_bytes(value))
+            feed(self.hasher, value)
 
     def _feed_array(self, value: np.ndarray[Any, Any] | np.generic) -> None:
         if value.dtype.hasobject:  # its bytes are addresses

@@ -113,7 +113,12 @@ class StepGradients:
                 trial = self.trials[number]
                 # Every run has other random numbers: some may leave the loss nearly as it is without (mixup).
                 draw = self._order.index(setting) * len(self.trials) + number
-                loss = step(in_precision_of(self.model, trial.batch), trial.keys, draw)
+                try:
+                    loss = step(in_precision_of(self.model, trial.batch), trial.keys, draw)
+                except Exception:  # a single example may be too few for a loss or a metric, which may raise anything
+                    if len(trial) > 1:
+                        raise
+                    loss = None
                 if loss is None:
                     gradients[number] = None
                     continue

@@ -161,7 +161,7 @@ class GradientAttributor(PlannedAttributor):
         return _joined(of_examples, order)
 
     def _at(self, model: nn.Module, checkpoint: Checkpoint | None) -> AbstractContextManager[Any]:
-        return nullcontext() if checkpoint is None else borrowed(model, checkpoint.load(), None)
+        return nullcontext() if checkpoint is None else borrowed(model, checkpoint.load(), None, whole=False)
 
     def _compared(self, batch: AnyBatch) -> Gradients:
         return self._projected(self.features(batch))

@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from stride_lightning.gradients.stored_rates import stored_rates
-from stride_lightning.model.weights import check_fits, load_checkpoint, state_hash, weight_hash
+from stride_lightning.model.checkpoints import load_checkpoint
+from stride_lightning.model.digests import model_digests
+from stride_lightning.model.state import check_fits
+from stride_lightning.model.weights import state_hash, weight_hash
+from stride_lightning.storage.frozen import frozen_elsewhere
 from stride_lightning.storage.lookup import attached_states, saved_states
 from stride_lightning.storage.records import PathLike, RecordError, find_records, read_info, read_record
 
@@ -32,11 +37,20 @@ class Checkpoint:
     step: int | None  # optimizer steps taken; None where the file holds no step
     is_scheduled: bool = False  # whether rates were stored beside a scheduler, which may have changed them already
     weights_only: bool | None = None  # as in torch.load; a record holds nothing else
+    #: Records that hold weights that were frozen then and are others in the model, with their names.
+    frozen: Mapping[Path, list[str]] = field(default_factory=dict)
 
     def load(self) -> dict[str, Tensor]:
-        """The verified state dict on the CPU; an error if the file is damaged or no longer exists."""
+        """The verified weights on the CPU, without those that were frozen then and are the model's.
+
+        An error is raised if the file is damaged or no longer exists.
+        """
         if self.path.is_dir():
-            return read_record(self.path).tensors("weights")
+            state = read_record(self.path).tensors("weights")
+            for path, names in self.frozen.items():
+                held = read_record(path).tensors("weights")
+                state |= {name: held[name] for name in names}
+            return state
         return _state_of(load_checkpoint(self.path, self.weights_only), self.path)
 
 
@@ -74,12 +88,13 @@ def read_checkpoints(
     if not sources:
         raise ValueError("Expected checkpoints, got an empty list. Give a folder of checkpoints, or files or records.")
     paths = [path for one in sources for path in _expand(Path(os.fspath(one)), model)]  # type: ignore[arg-type]
-    checkpoints = sorted((_read(path, model, weights_only) for path in dict.fromkeys(paths)), key=_order)
+    digests = cache(lambda: model_digests(model))
+    checkpoints = sorted((_read(path, model, digests, weights_only) for path in dict.fromkeys(paths)), key=_order)
     steps = [checkpoint.step for checkpoint in checkpoints]
     different: dict[tuple[Any, ...], Checkpoint] = {}
     for one in checkpoints:
         is_alone = one.step is None or steps.count(one.step) == 1
-        different.setdefault((one.path,) if is_alone else (one.step, state_hash(one.load())), one)
+        different.setdefault((one.path,) if is_alone else (one.step, recorded_weights(one)), one)
     return list(different.values())
 
 
@@ -190,14 +205,17 @@ def _existing(paths: list[Path]) -> list[Path]:
     return [path for path in paths if path.exists()]
 
 
-def _read(path: Path, model: nn.Module, weights_only: bool | None) -> Checkpoint:
+def _read(
+    path: Path, model: nn.Module, digests: Callable[[], Mapping[str, str]], weights_only: bool | None
+) -> Checkpoint:
     """One checkpoint, every byte verified, and fitting the model."""
     if path.is_dir():
         record = read_record(path)
         if (kind := record.info.get("kind")) != _KIND:
             raise ValueError(f"{path} holds a record of {kind!r}: {_expected(path)}")
-        check_fits(model, record.tensors("weights"), f"{path}: ")
-        return Checkpoint(path.name, path, record.info["learning_rates"], record.info["step"])
+        check_fits(model, record.tensors("weights"), f"{path}: ", rest=record.info["frozen"]["digests"])
+        frozen = frozen_elsewhere(path, record.info, model, digests)
+        return Checkpoint(path.name, path, record.info["learning_rates"], record.info["step"], frozen=frozen)
     content = load_checkpoint(path, weights_only)
     check_fits(model, _state_of(content, path), f"{path}: ")
     if "state_dict" not in content:

@@ -26,7 +26,13 @@ from stride_lightning.gradients.probes import (
     why_flat,
 )
 from stride_lightning.gradients.signs import count_directions
-from stride_lightning.gradients.single import LossOutputs, SingleCapture, gradient_of, kind_by_gradients
+from stride_lightning.gradients.single import (
+    LossOutputs,
+    SingleCapture,
+    gradient_of,
+    kind_by_gradients,
+    kind_on_average,
+)
 from stride_lightning.gradients.step_outputs import NoRows, StepInputs, StepOutputs
 from stride_lightning.model.capture import Capture, Effort, Outputs
 from stride_lightning.model.layers import plain_name
@@ -216,6 +222,8 @@ def _planned(
             widths = {outputs(inputs).shape[1] for inputs in (together, *singles)}
             if is_padded := len(widths) > 1:
                 singles = [cut(together, slice(row, row + 1)) for row in range(len(chosen))]
+                if len({outputs(inputs).shape[1] for inputs in (together, *singles)}) > 1:
+                    raise ValueError("the number of outputs for an example changes with the rest of its batch")
             capture = plan_capture(outputs, singles, together, choose_layers(outputs, together), like, tap.direct)
             effort = capture.effort(together, len(chosen))
         except (ValueError, TypeError, IndexError) as error:
@@ -278,15 +286,21 @@ def _one_by_one(
     sizes = (len(few), max(1, len(few) // 2))
     with says_why(step):
         num_draws = NUM_DRAWS if is_random(step, probes.batch(few)) else 1
-        kinds, alone = set(), torch.empty(0)
-        for draw in range(NUM_COMPARED_DRAWS if num_draws > 1 else 1):  # some draws may mix examples, others not
-            alone = torch.cat([_gradient_alone(capture, probes.batch([row], draw)) for row in few])
-            batches = [gradient_of(capture, probes.batch(few[:size], draw)).dense()[0] for size in sizes]
-            kinds.add(kind_by_gradients(alone, batches, sizes))
+        draws = range(NUM_COMPARED_DRAWS if num_draws > 1 else 1)  # some may mix examples, others not
+        alone = torch.stack(
+            [torch.cat([_gradient_alone(capture, probes.batch([row], draw)) for row in few]) for draw in draws]
+        )
+        batches = [
+            torch.stack([gradient_of(capture, probes.batch(few[:size], draw)).dense()[0] for draw in draws])
+            for size in sizes
+        ]
+        kinds: set[Kind] = {kind_by_gradients(alone[draw], [batch[draw] for batch in batches], sizes) for draw in draws}
         kind: Kind = kinds.pop() if len(kinds) == 1 else "coupled"
+        if kind == "coupled" and num_draws > 1:
+            kind = kind_on_average(alone, batches, sizes)
         tap = find_tap(model, lambda: step(*probes.batch(few)), lambda: step(*probes.batch(few[: sizes[1]])))
     effort = capture.effort(probes.batch([0]), 1)
-    partner = probes.places[int(alone.norm(dim=1).argmax())]
+    partner = probes.places[int(alone.mean(0).norm(dim=1).argmax())]
     flat_because = "outputs of single examples cannot be told apart in a batch"
     notes = ("the penalty on weights is in the loss of every example",) if tap is not None and tap.penalised else ()
     return OwnPlan(task, step, capture, effort, kind, mode, num_draws, partner, False, flat_because, 1, notes)

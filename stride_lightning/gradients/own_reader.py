@@ -289,13 +289,17 @@ class OwnReader:
         """The weight of an example whose row cannot be told apart, from a batch of it and the partner."""
         if entry not in self._weights:
             groups = [entry], [entry, self._partner], [self._partner]
-            inputs = [StepInputs(*self._read(group)) for group in groups]
-            alone, together, partner = (gradient_of(self.plan.capture, each).dense()[0] for each in inputs)
+            alone, together, partner = map(self._mean_gradient, groups)
             # An example of no weight has no loss alone, or divides by its weight.
             alone = alone if torch.isfinite(alone).all() else torch.zeros_like(alone)
             weight = weight_by_gradients(together, alone, partner)
             self._weights[entry] = 0.0 if abs(weight) <= MIN_WEIGHT else weight
         return self._weights[entry]
+
+    def _mean_gradient(self, entries: Sequence[int]) -> Tensor:
+        """The gradient of the loss of a batch, shape ``(p,)``, over all draws."""
+        inputs = [StepInputs(*self._read(entries), draw) for draw in range(self.plan.num_draws)]
+        return torch.stack([gradient_of(self.plan.capture, each).dense()[0] for each in inputs]).mean(0)
 
     @property
     def _outputs(self) -> StepOutputs:

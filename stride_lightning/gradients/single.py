@@ -18,6 +18,9 @@ from stride_lightning.model.capture import WHOLE, Backward, Capture, Outputs, wa
 from stride_lightning.model.layout import Layout, Source
 from stride_lightning.tasks.training_step import TrainingStep
 
+#: Standard errors of a mean over draws that a difference may have, and the largest such error, relative to the mean.
+_NUM_ERRORS, _MAX_ERROR = 2.5, 0.25
+
 
 class LossOutputs(Outputs):
     """The loss of a batch of one example, as its only output, shape ``(1, 1)``."""
@@ -78,19 +81,24 @@ class SingleBackward(Backward):
         return Block(layout.join({n: (g.to_dense() if g.is_sparse else g)[None] for n, g in gradients.items()}))
 
 
-def kind_by_gradients(alone: Tensor, batches: Sequence[Tensor], sizes: Sequence[int]) -> Kind:
+def kind_by_gradients(
+    alone: Tensor, batches: Sequence[Tensor], sizes: Sequence[int], tolerances: Sequence[float] = ()
+) -> Kind:
     """The kind of a loss from gradients in all parameters.
 
     Args:
         alone: Those of examples in batches of their own, shape ``(n, p)``; zero where an example has no loss.
         batches: Those of batches that hold the first of these examples, the first batch all of them.
         sizes: Numbers of examples of the batches.
+        tolerances: Lengths of the differences that chance explains, for each batch; none but rounding by default.
     """
     alone, batches = alone.double(), [batch.double() for batch in batches]
 
     def agree(weights: Sequence[Tensor]) -> bool:
-        pairs = [(batch, weight @ alone[: len(weight)]) for batch, weight in zip(batches, weights, strict=True)]
-        return all(bool((batch - sums).abs().max() <= 1e-3 * batch.abs().max()) for batch, sums in pairs)
+        gaps = [batch - weight @ alone[: len(weight)] for batch, weight in zip(batches, weights, strict=True)]
+        if tolerances:
+            return all(float(gap.norm()) <= most for gap, most in zip(gaps, tolerances, strict=True))
+        return all(bool(gap.abs().max() <= 1e-3 * batch.abs().max()) for gap, batch in zip(gaps, batches, strict=True))
 
     ones = [alone.new_ones(size) for size in sizes]
     if agree([one / len(one) for one in ones]):
@@ -98,8 +106,35 @@ def kind_by_gradients(alone: Tensor, batches: Sequence[Tensor], sizes: Sequence[
     if agree(ones):
         return "sum"
     shares = torch.linalg.lstsq(alone @ alone.T, alone @ batches[0], driver="gelsd").solution
-    is_mean = bool((shares >= -1e-3).all()) and abs(float(shares.sum()) - 1) <= 1e-3
+    rounding = max([1e-3, *(most / float(batches[0].norm()) for most in tolerances[:1])])
+    is_mean = bool((shares >= -rounding).all()) and abs(float(shares.sum()) - 1) <= rounding
     return "weighted" if is_mean and agree([shares[:size] / shares[:size].sum() for size in sizes]) else "coupled"
+
+
+def kind_on_average(alone: Tensor, batches: Sequence[Tensor], sizes: Sequence[int]) -> Kind:
+    """The kind of a random loss that is coupled in single draws, by means over draws.
+
+    A step that draws a sample of its batch, such as windows of series, has a kind only on average.
+
+    Args:
+        alone: Gradients of examples in batches of their own in each draw, shape ``(d, n, p)``.
+        batches: For each batch, its gradients ``(d, p)``; the batches are those of :func:`kind_by_gradients`.
+        sizes: Numbers of examples of the batches.
+    """
+    means, errors = [batch.mean(0) for batch in batches], [_error(batch) for batch in batches]
+    singles = [_error(alone[:, row]) for row in range(alone.shape[1])]
+    if any(error > _MAX_ERROR * float(mean.norm()) for mean, error in zip(means, errors, strict=True)):
+        return "coupled"  # as far as so few draws tell
+    if sum(error**2 for error in singles) / len(singles) < max(errors) ** 2 / 16:
+        return "coupled"  # alone, an example is hardly random: draws mix it with others, as mixup does
+    squares = [sum(error**2 for error in singles[:size]) / size**2 for size in sizes]
+    tolerances = [_NUM_ERRORS * (error**2 + square) ** 0.5 for error, square in zip(errors, squares, strict=True)]
+    return kind_by_gradients(alone.mean(0), means, sizes, tolerances)
+
+
+def _error(draws: Tensor) -> float:
+    """The standard error of the mean over draws ``(d, p)``, as the length of a vector."""
+    return float((draws.double().var(0).sum() / len(draws)).sqrt())
 
 
 def weight_by_gradients(together: Tensor, alone: Tensor, partner: Tensor) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from stride_lightning.model.blocks import Block, Gradients, Outer
+from stride_lightning.model.digests import state_tensors
 from stride_lightning.model.layer_rules import Call, UnusualShape, gradients_through, output_tensors
 from stride_lightning.model.layers import check_layers, cloned, find_module, plain_name, uncompiled
 from stride_lightning.model.layout import Layout, Source
@@ -98,7 +99,7 @@ class Capture:
 
     def effort(self, inputs: Any, num_examples: int) -> Effort:
         """What each example of a batch takes while its gradients are read."""
-        weights = {tensor.untyped_storage().data_ptr() for tensor in self.model.state_dict().values()}
+        weights = {tensor.untyped_storage().data_ptr() for tensor in state_tensors(self.model).values()}
         saved: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:

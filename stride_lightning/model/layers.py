@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+#: Names under which torch's wrappers, of FSDP and of activation checkpointing, hold the module inside.
+WRAPPED = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
 
 def uncompiled() -> Any:
     """A context in which compiled modules run eagerly."""
@@ -68,8 +71,8 @@ def layer_names(model: nn.Module) -> list[str]:
 
 
 def plain_name(name: str) -> str:
-    """A dotted name without the parts that ``torch.compile`` adds."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    """A dotted name without the parts that ``torch.compile`` and wrappers of torch add."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod" and part not in WRAPPED)
 
 
 def cloned(inputs: Any) -> Any:

@@ -1,13 +1,11 @@
-"""The weights of a model: loading them from a checkpoint, their hash, and borrowing the model."""
+"""The weights of a model: their hash, and borrowing the model."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from pickle import UnpicklingError
+from itertools import chain
 from threading import RLock
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -16,14 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.model.contents import Contents
+from stride_lightning.model.digests import digest_of, hash_of_digests, model_digests
 from stride_lightning.model.layers import plain_name
-from stride_lightning.model.pickled_objects import pickled_objects
-from stride_lightning.runtime.checks import first_line
+from stride_lightning.model.sharded import whole
+from stride_lightning.model.state import check_fits, load_state, whole_state
 from stride_lightning.runtime.distributed import all_equal, broadcast_object, world_size
 
 
 def weight_hash(model: nn.Module) -> str:
     """SHA-256 of a model's parameters and buffers, whatever device they are on and whether compiled or not.
+
+    It is that of :func:`~stride_lightning.model.digests.model_digests`, so what does not train is hashed once.
 
     Example:
         >>> layer = torch.nn.Linear(2, 1)
@@ -32,95 +33,13 @@ def weight_hash(model: nn.Module) -> str:
         >>> before == weight_hash(layer)
         False
     """
-    return state_hash(model.state_dict())
+    return hash_of_digests(model_digests(model))
 
 
 def state_hash(state: Mapping[str, Any]) -> str:
     """The :func:`weight_hash` of a model that holds this state."""
-    hasher = hashlib.sha256()
     tensors = {plain_name(name): value for name, value in state.items() if isinstance(value, Tensor)}
-    for name in sorted(tensors):
-        value = tensors[name]
-        hasher.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-        hasher.update(raw_bytes(value))
-    return hasher.hexdigest()
-
-
-def raw_bytes(tensor: Tensor) -> bytes:
-    r"""The bytes of a dense tensor's values, in order, whatever its device and strides.
-
-    Example:
-        >>> raw_bytes(torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8).T)
-        b'\x01\x03\x02\x04'
-    """
-    # A clone, because torch calls a tensor of one element contiguous whatever its stride.
-    values = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-    return values.flatten().view(torch.uint8).numpy().tobytes()
-
-
-def load_checkpoint(ckpt_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU.
-
-    Args:
-        ckpt_path: The file.
-        weights_only: As in ``torch.load``: unless it is False, no code that is stored in the file runs.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be read, or holds objects and ``weights_only`` is not False; their keys are named.
-    """
-    path = Path(ckpt_path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint at {path}.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
-    except Exception as error:  # a damaged file raises anything
-        if weights_only is not False and (objects := pickled_objects(path)):
-            shown = ", ".join(f"{key!r} ({kind})" for key, kind in list(objects.items())[:3])
-            more = f" and {len(objects) - 3} more" if len(objects) > 3 else ""
-            raise ValueError(
-                f"The checkpoint {path} holds objects besides tensors and plain values: {shown}{more}. Loading them "
-                "may run code that is stored in the file. If you trust the file, pass weights_only=False."
-            ) from error
-        if isinstance(error, AttributeError | ImportError):
-            raise ValueError(
-                f"The checkpoint {path} holds an object whose class cannot be imported here ({error}). Import the "
-                "module that defines it, or make it importable."
-            ) from error
-        is_refused = isinstance(error, UnpicklingError) and weights_only is not False
-        detail = (
-            "torch refuses it with weights_only=True" if is_refused else f"{type(error).__name__}: {first_line(error)}"
-        )
-        raise ValueError(
-            f"The checkpoint {path} cannot be read; it may be damaged, cut short or no checkpoint ({detail}). "
-            "Copy it again, or pass another."
-        ) from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(
-            f"The checkpoint {path} holds a {type(checkpoint).__name__}, expected a dictionary. Pass one that a "
-            "Trainer wrote."
-        )
-    return checkpoint
-
-
-def resolve_ckpt_path(ckpt_path: str | Path, model: nn.Module) -> Path:
-    """The file of a checkpoint that is given by path, or as ``"best"`` or ``"last"`` of the model's trainer."""
-    if ckpt_path not in ("best", "last"):
-        return Path(ckpt_path)
-    trainer = attached_trainer(model)
-    if trainer is None:
-        raise ValueError(
-            f"ckpt_path={ckpt_path!r} is looked up in the model's trainer, but {type(model).__name__} is not attached "
-            "to one. Pass the path of a checkpoint file."
-        )
-    path = getattr(trainer.checkpoint_callback, f"{ckpt_path}_model_path", "")
-    if not path:
-        hint = "save_last=True" if ckpt_path == "last" else "a ModelCheckpoint"
-        raise ValueError(
-            f"ckpt_path={ckpt_path!r}: the model's trainer has saved no {ckpt_path} checkpoint. Train with {hint}, or "
-            "pass the path of a checkpoint file."
-        )
-    return Path(path)
+    return hash_of_digests({name: digest_of(value) for name, value in tensors.items()})
 
 
 def attached_trainer(model: nn.Module) -> Any | None:
@@ -145,14 +64,16 @@ def rank_zero_state(model: nn.Module) -> dict[str, Any] | None:
 _locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 
 
-def alone_with(model: nn.Module) -> RLock:
-    """A lock to hold while a call borrows a model: other threads that ask for the same model wait."""
-    return _locks.setdefault(model, RLock())
+@contextmanager
+def alone_with(model: nn.Module) -> Iterator[None]:
+    """A block of a call that borrows a model, which is whole inside: other threads that ask for the model wait."""
+    with _locks.setdefault(model, RLock()), whole(model):
+        yield
 
 
 @contextmanager
 def borrowed(
-    model: nn.Module, state: Mapping[str, Tensor] | None, device: torch.device | None
+    model: nn.Module, state: Mapping[str, Tensor] | None, device: torch.device | None, *, whole: bool = True
 ) -> Iterator[torch.device]:
     """Put a model in eval mode, on a device, with other weights if given; afterwards the model is as before.
 
@@ -160,6 +81,7 @@ def borrowed(
         model: The caller's model.
         state: Weights to load, by plain name; refused as by :func:`check_fits`. None leaves the model's weights.
         device: Where to run; the model's device by default. It is yielded.
+        whole: Whether only what is frozen may be left to the model; else any weights that are not given stay.
     """
     # A forward pass may count, log, or keep what it computed: attributes, buffers and metrics are put back, and
     # `self.log` does nothing meanwhile.
@@ -172,19 +94,14 @@ def borrowed(
         if type(value) is Tensor and not value.is_inference()
     ]
     silenced = [name for name in ("log", "log_dict") if hasattr(model, name) and name not in vars(model)]
-    home = next(
-        (value.device for value in model.state_dict().values() if isinstance(value, Tensor)), torch.device("cpu")
-    )
+    home = next((value.device for value in chain(model.parameters(), model.buffers())), torch.device("cpu"))
     device = home if device is None else device
     saved = None
     try:
         if state is not None:
-            fitting = check_fits(model, state)
-            saved = {
-                name: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-                for name, value in model.state_dict().items()
-            }
-            model.load_state_dict(fitting)
+            fitting = check_fits(model, state, whole=whole)
+            saved = {name: _copy(value) for name, value in whole_state(model).items() if name in fitting}
+            load_state(model, fitting)
         if device != home:
             model.to(device)
         model.eval()
@@ -195,7 +112,7 @@ def borrowed(
         if device != home:
             model.to(home)
         if saved is not None:
-            model.load_state_dict(saved)
+            load_state(model, saved)
         contents.restore()
         with torch.no_grad():
             for buffer, value, version in buffers:
@@ -209,50 +126,20 @@ def borrowed(
 @contextmanager
 def moved(model: nn.Module, size: float = 1.0) -> Iterator[None]:
     """Move a model's weights inside the block by noise of their own spread: at some weights losses look alike."""
-    state, generator = dict(model.state_dict()), torch.Generator().manual_seed(0)
+    names, generator = nn.Module.state_dict(model).keys(), torch.Generator().manual_seed(0)
+    state: dict[str, Tensor] = {}
     for name, value in model.named_parameters():
-        if name in state and value.is_floating_point():
+        if name in names and value.is_floating_point():
             spread = float(value.detach().float().std()) if value.numel() > 1 else 0.0
             noise = torch.randn(value.shape, generator=generator).to(value)
             state[name] = value.detach() + size * (spread or 0.1) * noise
-    with borrowed(model, state, None):
+    with borrowed(model, state, None, whole=False):
         yield
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
-
-
-def check_fits(model: nn.Module, state: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """The weights under the names that the model has for them, not loaded; both sides may or may not be compiled.
-
-    Raises:
-        ValueError: If they are of another architecture, naming the parameters after ``where``.
-
-    Example:
-        >>> sorted(check_fits(nn.Linear(2, 1), nn.Linear(2, 1).state_dict()))
-        ['bias', 'weight']
-    """
-    names = {plain_name(name): name for name in model.state_dict()}
-    ours = {plain_name(name): value for name, value in model.state_dict().items()}
-    # Records hold tensors alone. Other state (`get_extra_state`) stays as the model has it.
-    extra = {name: value for name, value in ours.items() if not isinstance(value, Tensor)}
-    given = extra | {plain_name(name): value for name, value in state.items()}
-    missing, unexpected = sorted(names.keys() - given.keys()), sorted(given.keys() - names.keys())
-    wrong = []
-    for name in sorted(names.keys() & given.keys()):
-        shapes = [tuple(value.shape) for value in (given[name], ours[name]) if isinstance(value, Tensor)]
-        if len(set(shapes)) == 2:
-            wrong.append(f"{name} is {shapes[0]}, the model has {shapes[1]}")
-    if missing or unexpected or wrong:
-        parts = [
-            f"missing: {', '.join(missing[:5])}" if missing else "",
-            f"not in the model: {', '.join(unexpected[:5])}" if unexpected else "",
-            f"other shape: {'; '.join(wrong[:3])}" if wrong else "",
-        ]
-        raise ValueError(
-            f"{where}The checkpoint's weights do not fit {type(model).__name__} "
-            f"({' | '.join(filter(None, parts))}). Build the model with the settings it was trained with, and if it "
-            "makes its layers in configure_model() or setup(), call that first."
-        )
-    return {names[name]: value for name, value in given.items()}

@@ -15,13 +15,8 @@ from torch import Tensor, nn
 from stride_lightning.data.examples import Examples, first_look
 from stride_lightning.data.objectives import check_objective, resolve_objective, says_rows_loss
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
-from stride_lightning.model.weights import (
-    borrowed,
-    load_checkpoint,
-    rank_zero_state,
-    resolve_ckpt_path,
-    weight_hash,
-)
+from stride_lightning.model.checkpoints import load_checkpoint, resolve_ckpt_path, weights_in
+from stride_lightning.model.weights import alone_with, borrowed, rank_zero_state, weight_hash
 from stride_lightning.retraining.batchability import vectorised_attention
 from stride_lightning.retraining.effects import FurtherTraining
 from stride_lightning.retraining.leaving_out import LeavingOut
@@ -123,30 +118,32 @@ def further_train(
     check_objective(task, loss)
     check_function(measure, "measure")
     num_seeds = check_count("num_seeds", num_seeds)
-    checkpoint = None if ckpt_path is None else load_checkpoint(resolve_ckpt_path(ckpt_path, model), weights_only)
-    state = rank_zero_state(model) if checkpoint is None else checkpoint.get("state_dict", checkpoint)
-    train = resolve_train_data(train_data, train_indices, model, has_rows_loss=says_rows_loss(task, loss))
-    queries = resolve_queries(queries, model, train)
-    with borrowed(model, state, None if device is None else torch.device(device)) as home, torch.no_grad():
-        head = first_look(train, 64, home)
-        moment = moment_of(model, checkpoint)
-        objective = resolve_objective(model, train, home, task=task, loss=loss, moment=moment, batch_size=64)
-        how: dict[str, Any] = {"batch_size": batch_size, "optimizer": optimizer, "memory_budget": memory_budget}
-        how |= {"reason": objective.reason, "measure": measure, "moment": moment}
-        leaving_out = LeavingOut(model, train, head, objective.task, **how)
-        values = leaving_out.query_values(queries)
-        weights = weight_hash(model)
-    return measure_effects(
-        leaving_out,
-        queries,
-        values,
-        left_out=left_out,
-        epochs=epochs,
-        seeds=range(seed, seed + num_seeds),
-        path=path,
-        metadata={"weights": weights, "query_data": values.fingerprint},
-        show_progress=show_progress,
-    )
+    with alone_with(model):
+        checkpoint = None if ckpt_path is None else load_checkpoint(resolve_ckpt_path(ckpt_path, model), weights_only)
+        state, note = (rank_zero_state(model), "") if checkpoint is None else weights_in(checkpoint, model)
+        announce(f"{note}.", show=show_progress and bool(note))
+        train = resolve_train_data(train_data, train_indices, model, has_rows_loss=says_rows_loss(task, loss))
+        queries = resolve_queries(queries, model, train)
+        with borrowed(model, state, None if device is None else torch.device(device)) as home, torch.no_grad():
+            head = first_look(train, 64, home)
+            moment = moment_of(model, checkpoint)
+            objective = resolve_objective(model, train, home, task=task, loss=loss, moment=moment, batch_size=64)
+            how: dict[str, Any] = {"batch_size": batch_size, "optimizer": optimizer, "memory_budget": memory_budget}
+            how |= {"reason": objective.reason, "measure": measure, "moment": moment}
+            leaving_out = LeavingOut(model, train, head, objective.task, **how)
+            values = leaving_out.query_values(queries)
+            weights = weight_hash(model)
+        return measure_effects(
+            leaving_out,
+            queries,
+            values,
+            left_out=left_out,
+            epochs=epochs,
+            seeds=range(seed, seed + num_seeds),
+            path=path,
+            metadata={"weights": weights, "query_data": values.fingerprint},
+            show_progress=show_progress,
+        )
 
 
 def measure_effects(

@@ -48,8 +48,8 @@ def leaving_together() -> Iterator[None]:
     """A block in which no rank waits for one that has failed: if one leaves with an error, all do.
 
     Every rank enters it. Before each collective of this module, and at the end of the block, the ranks exchange
-    whether one has failed: the others learn of an error where they wait for the rank that had it. The block must hold
-    no other collectives than those of this module. Outside a distributed run this does nothing.
+    whether one has failed: the others learn of an error where they wait for the rank that had it. Other collectives
+    need a :func:`meet` before them, and must not fail on one rank alone. Outside a distributed run this does nothing.
 
     Raises:
         RankError: On the ranks that did not fail, saying which did and why.
@@ -103,10 +103,19 @@ def total(part: Tensor) -> Tensor:
     return part if world_size() == 1 else _summed(part.clone())
 
 
+def meet() -> None:
+    """In a block that ranks leave together, wait until every rank is here, and leave if one has failed.
+
+    Call it before a collective that is not of this module.
+    """
+    if (block := _block.get()) is not None:
+        block.meet()
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if _running():
-        _meet()
+        meet()
         dist.barrier()
 
 
@@ -115,7 +124,7 @@ def broadcast_object(value: Value) -> Value:
     if world_size() == 1:
         return value
     box = [value]
-    _meet()
+    meet()
     dist.broadcast_object_list(box, src=0, device=_device())
     return box[0]
 
@@ -124,7 +133,7 @@ def gather_objects(value: Value) -> list[Value]:
     """Every rank's (picklable) value, on every rank."""
     values = [value] * world_size()
     if len(values) > 1:
-        _meet()
+        meet()
         dist.all_gather_object(values, value)
     return values
 
@@ -137,14 +146,9 @@ def all_equal(value: object) -> bool:
 def _summed(whole: Tensor) -> Tensor:
     """The sum over the ranks, which may be written into the tensor."""
     shared = whole if (device := _device()) is None else whole.to(device)
-    _meet()
+    meet()
     dist.all_reduce(shared)
     return shared.to(whole.device)
-
-
-def _meet() -> None:
-    if (block := _block.get()) is not None:
-        block.meet()
 
 
 def _device() -> torch.device | None:

@@ -1,6 +1,9 @@
-"""The memory budget of a call."""
+"""The memory budget of a call, and the memory that is free."""
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
 
 import torch
 
@@ -20,3 +23,21 @@ def memory_budget(given: int | None, device: torch.device) -> int:
     if given is not None:
         return check_count("memory_budget", given)
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else DEFAULT_BYTES
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can be taken on a device; as good as endless where the system does not tell.
+
+    Example:
+        >>> free_bytes(torch.device("cpu")) > 0
+        True
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type != "cpu" or not sys.platform.startswith("linux"):
+        return sys.maxsize
+    (available,) = (
+        line.split()[1] for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")
+    )
+    return int(available) * 1024

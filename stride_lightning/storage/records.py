@@ -36,7 +36,7 @@ from stride_lightning.storage.files import (
 JSON: TypeAlias = bool | int | float | str | list[Any] | tuple[Any, ...] | dict[str, Any] | None
 PathLike: TypeAlias = str | os.PathLike[str]
 
-_SCHEMA, _INFO, _MANIFEST, _SUFFIX = 1, "record.json", "MANIFEST", ".safetensors"
+_SCHEMA, _INFO, _MANIFEST, _SUFFIX = 2, "record.json", "MANIFEST", ".safetensors"
 # ASCII only: some file systems rewrite accented letters, and then the folder no longer matches its manifest.
 _NAME = r"[A-Za-z0-9_=+@-][A-Za-z0-9_=+@., -]*"
 _LINES = re.compile(rf"((?:[0-9a-f]{{64}}  {_NAME}\n)*)([0-9a-f]{{64}})  {_MANIFEST}\n".encode())

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from torch import nn
 
 from stride_lightning.model.weights import attached_trainer
@@ -23,6 +24,8 @@ _DURING_A_STEP = {
     **dict.fromkeys(("save_checkpoint", "fit", "validate", "test", "predict", "print"), inert),
     "world_size": 1,
     "progress_bar_callback": None,
+    # A Trainer whose fit is over has forgotten its stage.
+    "state": TrainerState(TrainerStatus.RUNNING, TrainerFn.FITTING, RunningStage.TRAINING),
 }
 #: What a Trainer says by default, where none is attached.
 _BY_DEFAULT = {
@@ -44,7 +47,7 @@ def put_in_place(model: nn.Module, moment: Moment | None) -> tuple[TrainerStandI
     trainer = TrainerStandIn(model, moment or Moment(), real, manual)
     methods = {**manual.methods(), **dict.fromkeys(("log", "log_dict", "print"), inert), "all_gather": _same}
     for module in model.modules():
-        if "_trainer" in vars(module):
+        if hasattr(type(module), "trainer"):  # some packages take `_trainer` away after a fit
             vars(module).update(methods, _trainer=trainer, _fabric=None)
     return trainer, manual
 

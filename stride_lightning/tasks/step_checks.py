@@ -18,7 +18,7 @@ _LOSS = "say what the loss is: pass `loss=fn` with fn(model, batch) -> (B,)"
 def check_step(step: TrainingStep, batches: Sequence[tuple[Any, Tensor]]) -> list[str]:
     """Refuse a ``training_step`` that gives no loss of a batch; return what has to be said of its loss.
 
-    It takes up to 6 runs of the first batch that the step does not skip. Batches of two different sizes also tell
+    It takes up to 7 runs of the first batch that the step does not skip. Batches of two different sizes also tell
     which random numbers belong to examples.
 
     Args:
@@ -46,13 +46,15 @@ def check_step(step: TrainingStep, batches: Sequence[tuple[Any, Tensor]]) -> lis
             f"{name} returned {loss.item():g} as its loss of a batch. Check the batch and the weights for values that "
             f"are not finite, and the loss for a logarithm or a division by 0. Or {_LOSS}."
         )
-    if _differ(step, loss, step(batch, keys)):
+    again = step(batch, keys)
+    # Batches of two sizes tell which random numbers belong to examples: the first run may not have known it.
+    if _differ(step, loss, again) and _differ(step, again, step(batch, keys)):
         raise ValueError(
             f"{name} gives another loss when it runs again on the same batch under the same seeds. It draws from a "
             "generator of its own that nothing seeds, or uses the time or a counter outside of the module. Draw with "
             f"torch's functions and its default generator, or {_LOSS}."
         )
-    notes = []
+    loss, notes = again, []
     if step.has_generators:
         notes.append(
             "its random numbers come from a generator that it holds, so they belong to the batch and not to examples"

@@ -17,7 +17,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
@@ -165,9 +165,16 @@ def fit_without(folder, kind, data=DATA, **options):
 
 
 def often(name, **options):
-    """A callback that works as often as it can; STRIDE takes a likelihood that a model without rest does not have."""
-    needed = {} if name == "further-training" else {"every_n_train_steps": 2}
-    return callback_of(name, **needed, **({"task": Classification()} if name == "stride" else {}), **options)
+    """A callback that works as often as it can; STRIDE takes a likelihood that a model without rest does not have.
+
+    Further training is of few examples and queries: losses that draw are measured often and one by one.
+    """
+    needed = {
+        "stride": {"every_n_train_steps": 2, "task": Classification()},
+        "tracin": {"every_n_train_steps": 2},
+        "further-training": {"queries": classification_data(2, seed=1), "left_out": [12, 3]},
+    }
+    return callback_of(name, **needed[name] | options)
 
 
 @every_callback
@@ -296,6 +303,23 @@ def small_disk(folder, monkeypatch):
     monkeypatch.setattr(recording.shutil, "disk_usage", lambda _: namedtuple("Usage", "total free")(10**9, 10))
 
 
+class Engine(nn.Module):
+    """A wrapper that may hold the model in any way, as DeepSpeed's does."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs):
+        return self.module(*inputs)
+
+
+class EngineStrategy(SingleDeviceStrategy):
+    def setup(self, trainer):
+        super().setup(trainer)
+        self.model = Engine(self.model)
+
+
 BEFORE = "before the first step"
 #: When each callback comes to what goes wrong in the middle of training, and where it is met at the end.
 IN_THE_MIDDLE = {"stride": "at step 2", "tracin": "at step 2", "further-training": "at step 10"}
@@ -330,7 +354,7 @@ WRONG = {
     "out of memory": (MODEL, MODEL, "OutOfMemoryError: CUDA out of memory", {"kind": OutOfMemory}),
     "logger fails": (ALL, None, "ConnectionError: the server does not answer", {"logger": True}),
     "no learning rate": (["tracin"], "at step 2", "learning rates are not finite", {"kind": NoRate}),
-    "other strategy": (ALL, BEFORE, "in every process, and FSDPStrategy may split it", {"strategy": "FSDPStrategy"}),
+    "other strategy": (ALL, BEFORE, "a model that EngineStrategy holds in Engine", {"strategy": EngineStrategy}),
 }
 
 
@@ -341,10 +365,9 @@ def test_what_goes_wrong_stops_the_callback_alone(wrong, name, tmp_path, monkeyp
     how = {"kind": Restless, "data": DATA} | how
     kind, data = how.pop("kind"), how.pop("data")
     options = {"logger": Deaf(tmp_path)} if how.pop("logger", False) else {}
-    expected = fit_without(tmp_path, kind, data, **options)
-    if strategy := how.pop("strategy", ""):
-        plain = type(make_trainer(tmp_path).strategy)
-        options["strategy"] = type(strategy, (plain,), {})(device="cpu")
+    strategy = how.pop("strategy", SingleDeviceStrategy)
+    expected = fit_without(tmp_path, kind, data, strategy=strategy(device="cpu"), **options)
+    options["strategy"] = strategy(device="cpu")
     how |= how.pop("at", lambda *_: None)(tmp_path, monkeypatch) or {}
     callback = often(name, **how)
     caplog.set_level(logging.DEBUG, guard.__name__)
@@ -413,7 +436,7 @@ def test_a_fit_resumed_after_a_stop_writes_again(name, tmp_path, monkeypatch):
 @every_callback
 def test_a_state_that_cannot_be_read_stops_the_callback_alone(name, tmp_path):
     how = {"enable_checkpointing": True, "ckpt_path": tmp_path / "old.ckpt"}
-    _, trainer, _ = fit(tmp_path, Restless, callback_of(name), max_epochs=1)
+    _, trainer, _ = fit(tmp_path, Restless, often(name), max_epochs=1)
     trainer.save_checkpoint(tmp_path / "old.ckpt")
     checkpoint = torch.load(tmp_path / "old.ckpt")
     (key,) = checkpoint["callbacks"]
@@ -421,7 +444,7 @@ def test_a_state_that_cannot_be_read_stops_the_callback_alone(name, tmp_path):
     torch.save(checkpoint, tmp_path / "old.ckpt")
     expected = fit(tmp_path, Restless, **how)[-1]
     with pytest.warns(UserWarning, match=f"{NAMES[name]} stopped before the first step; .*KeyError: 'records'"):
-        witness = fit(tmp_path, Restless, callback_of(name), **how)[-1]
+        witness = fit(tmp_path, Restless, often(name), **how)[-1]
     assert_same(witness, expected)
 
 
@@ -439,7 +462,7 @@ def test_hooks_of_subclasses_are_guarded_too(name, tmp_path):
             return {"ratio": 1 / 0}
 
     expected = fit_without(tmp_path, Restless)
-    mine = Mine(*[classification_data(5)] * (name == "further-training"), **needed)
+    mine = Mine(*[classification_data(2)] * (name == "further-training"), **needed)
     with pytest.warns(UserWarning, match=r"Mine stopped at step 5; .*ZeroDivisionError: mine \(.*py:\d+\)") as warned:
         _, trainer, witness = fit(tmp_path, Restless, mine)
     assert_same(witness, expected)

@@ -296,13 +296,3 @@ def test_resume_at_the_end_writes_nothing_more_and_a_second_fit_on_the_same_trai
     assert read_info(callback.records[1])["weights"] == weight_hash(model)
     trainer.fit(model, loader(DATA))  # nothing left to train
     assert names_in(tmp_path / name) == ["step=8", "step=16"]
-
-
-@every_callback
-@pytest.mark.parametrize("kind", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
-def test_sharded_strategies_are_refused(name, tmp_path, kind):
-    plain = type(make_trainer(tmp_path).strategy)
-    trainer = make_trainer(tmp_path, callback_of(name), strategy=type(kind, (plain,), {})(device="cpu"))
-    with pytest.raises(ValueError, match=f"and {kind} may split it"):
-        trainer.fit(build(Classifier), loader(DATA))
-    assert trainer.global_step == 0

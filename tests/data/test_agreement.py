@@ -895,3 +895,13 @@ def test_a_large_parameter_is_compared_by_sums_of_its_rows() -> None:
     assert repr(of_module(model, X, CLASSES).task) == "Classification()"
     model.loss = lambda module, o, y: F.cross_entropy(o, y) + 1e-3 * module.net[:3](X[: len(y)]).square().mean()
     assert of_module(model, X, CLASSES).task is None
+
+
+def test_a_single_example_may_be_too_few_for_the_step():
+    """As for a metric that squeezes its inputs."""
+
+    def loss(module, outputs, targets):
+        assert outputs.squeeze().ndim == 2
+        return F.cross_entropy(outputs, targets)
+
+    assert isinstance(agreed(loss, X, CLASSES).task, Classification)

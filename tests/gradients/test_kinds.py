@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stride_lightning.gradients.kinds import KINDS, kind_of, shares_of
-from stride_lightning.gradients.single import kind_by_gradients, weight_by_gradients
+from stride_lightning.gradients.single import kind_by_gradients, kind_on_average, weight_by_gradients
 from tests.helpers.tiny import random_tensor
 
 ALONE = random_tensor(7, 3, seed=0)
@@ -106,6 +106,19 @@ def test_kinds_from_gradients_of_whole_batches():
         assert kind_by_gradients(alone, of_parts(function), SIZES) == kind
     alone[3] = 0  # an example of no weight
     assert kind_by_gradients(alone, of_parts(shared), SIZES) == "weighted"
+
+
+def test_kinds_on_average_over_draws():
+    def sampled(rows, share):  # noise of a sample, over 8 draws
+        return rows.mean(0) + share * random_tensor(8, 20, seed=5)
+
+    alone = random_tensor(7, 20, seed=4) + 0.2 * random_tensor(8, 7, 20, seed=6)
+    means = [sampled(alone.mean(0)[:size], 0.05) for size in SIZES]
+    assert kind_on_average(alone, means, SIZES) == "mean"
+    assert kind_on_average(alone, [3 * mean for mean in means], SIZES) == "coupled"
+    assert kind_on_average(alone, [sampled(alone.mean(0)[:size], 2) for size in SIZES], SIZES) == "coupled"
+    fixed = alone.mean(0).expand_as(alone)  # alone, nothing is random
+    assert kind_on_average(fixed, means, SIZES) == "coupled"
 
 
 def test_weights_from_gradients_of_pairs():

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from stride_lightning import OwnLoss, self_influence
 from stride_lightning.runtime.randomness import mix, seeded
 from tests.helpers.gradient_models import close_scores
 from tests.helpers.own_losses import QUIET, Own, ask, brute_force, built, classes, network, numbers
 from tests.helpers.own_losses_together import Contrastive
+from tests.helpers.tiny import correlation, random_tensor
 
 
 class Angular(Own):
@@ -143,3 +144,41 @@ def first_output(model, batch):
 def test_the_unit_names_what_is_explained(measure, unit):
     data = classes(9, 0)
     assert unit in ask(built(Rounded), data, data, measure=measure).metadata["unit"]
+
+
+class Windows(Own):
+    """Series of 9 steps, 5 windows each; a step draws 256 windows of the whole batch, as forecasting packages do."""
+
+    num_windows = 256
+
+    def __init__(self):
+        super().__init__()
+        self.net = network(1)
+
+    @staticmethod
+    def data(num, seed):
+        return TensorDataset(random_tensor(num, 9, seed=seed).cumsum(1) / 2)
+
+    def training_step(self, batch, batch_idx):
+        windows = batch[0].unfold(1, 5, 1).flatten(0, 1)
+        windows = windows[torch.randint(len(windows), (self.num_windows,))]
+        return F.mse_loss(self.net(windows[:, :4]), windows[:, 4:])
+
+    def loss_of(self, example):
+        windows = example[0].unfold(0, 5, 1)
+        return F.mse_loss(self.net(windows[:, :4]), windows[:, 4:])
+
+
+def test_a_step_that_draws_a_sample_of_its_batch():
+    """It is a mean over examples on average only."""
+    model, train, queries = built(Windows), Windows.data(13, 0), Windows.data(3, 9)
+    scored = ask(model, train, queries)
+    assert "the mean over the examples of a batch; a mean over 8 draws" in scored.metadata["loss"]
+    assert correlation(scored.scores, brute_force(model, train, queries)) > 0.99
+
+
+def test_a_sample_that_is_too_small_to_tell():
+    model = built(Windows)
+    model.num_windows = 1
+    with pytest.raises(ValueError, match="couples them"):
+        ask(model, Windows.data(13, 0), Windows.data(3, 9))

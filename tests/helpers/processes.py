@@ -1,17 +1,26 @@
 """Two processes that share work, as a distributed run starts them, and one that kills its children."""
 
+import atexit
+import contextlib
 import json
+import multiprocessing
 import os
+import pickle
 import socket
 import subprocess
 import sys
+import traceback
+from functools import cache
+from multiprocessing.connection import wait
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import distributed as dist
 
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
+CAN_FORK = hasattr(os, "fork")
+needs_fork = pytest.mark.skipif(not CAN_FORK, reason="kills forked children")
 
 
 def start(number, port, *, group=False):
@@ -28,16 +37,79 @@ def run_two(target, folder):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_end_together, (target, port, folder), nprocs=2)
+    numbers = {_host(number): number for number in range(2)}
+    for host, number in numbers.items():
+        host.send((pickle.dumps((target, number, port, folder)), dict(os.environ), os.getcwd()))
+    errors, running = {}, set(numbers)
+    while running:
+        for host in wait(running):
+            running.remove(host)
+            if error := host.recv():
+                errors[numbers[host]] = error
+                for other in running:  # it may wait for ever for the one that has failed
+                    other.send(None)
+    assert not errors, "\n".join(f"Rank {number}: {error}" for number, error in errors.items())
     return [torch.load(folder / f"rank{number}.pt") for number in range(2)]
 
 
-def _end_together(number, target, port, folder):
-    """A process whose peer has gone may be aborted while it clears up."""
-    target(number, port, folder)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+@cache
+def _host(number):
+    """The way to a process that has imported what is slow to import, and forks for every run of a rank.
+
+    Each rank has a host of its own: in each, strings have other hashes and sets other orders.
+    """
+    here, there = multiprocessing.Pipe()
+    multiprocessing.get_context("spawn").Process(target=_serve, args=(there,), name=f"host of rank {number}").start()
+    there.close()
+    atexit.register(here.close)  # which ends the host
+    return here
+
+
+def _serve(jobs):
+    import lightning.pytorch  # noqa: F401
+
+    import stride_lightning  # noqa: F401
+
+    context = multiprocessing.get_context("fork" if CAN_FORK else "spawn")
+    with contextlib.suppress(EOFError):
+        while True:
+            if job := jobs.recv():
+                jobs.send(_outcome(context, jobs, job))
+
+
+def _outcome(context, jobs, job):
+    """What went wrong in a run, which ends early where its host is told something, or left."""
+    here, there = multiprocessing.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(there, *job))
+    process.start()
+    there.close()
+    if jobs in wait([here, jobs]):
+        process.kill()
+    try:
+        error = here.recv()
+    except EOFError:
+        error = ""
+    if error:
+        process.kill()
+    process.join()
+    return error or (process.exitcode and f"ended with exit code {process.exitcode}")
+
+
+def _run(outcome, run, environ, folder):
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ |= environ
+    np.random.seed()  # noqa: NPY002  # as if this process had imported NumPy itself
+    try:
+        target, *arguments = pickle.loads(run)
+        target(*arguments)
+        if dist.is_initialized():  # a process whose peer has gone may be aborted while it clears up
+            dist.barrier()
+            dist.destroy_process_group()
+    except BaseException:
+        outcome.send(traceback.format_exc())
+        raise
+    outcome.send("")
 
 
 def what_helper_saw(script, folder):

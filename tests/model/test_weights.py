@@ -11,13 +11,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from stride_lightning import StrideCallback, attribute
+from stride_lightning.model.checkpoints import load_checkpoint, resolve_ckpt_path
 from stride_lightning.model.layers import in_precision_of
 from stride_lightning.model.weights import (
     attached_trainer,
     borrowed,
-    load_checkpoint,
     rank_zero_state,
-    resolve_ckpt_path,
     weight_hash,
 )
 from tests.helpers.models import Classifier, ConvNet, build, hooks_of, make_trainer, train

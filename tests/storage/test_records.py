@@ -44,7 +44,7 @@ def refused(path, file, reader=read_record):
 
 
 OTHER_SCHEMA = (
-    r"has schema 2, and this version of stride-lightning reads schema 1.*wrote it \(\{'stride_lightning': '9.1'\}\)"
+    r"has schema 1, and this version of stride-lightning reads schema 2.*wrote it \(\{'stride_lightning': '9.1'\}\)"
 )
 
 
@@ -69,7 +69,7 @@ def test_info_and_files_come_back(record_path):
     record = read_record(record_path)
     assert record.path == record_path
     assert {key: record.info[key] for key in INFO} == INFO
-    assert (set(record.info), record.info["schema"]) == ({*INFO, "schema", "written"}, 1)
+    assert (set(record.info), record.info["schema"]) == ({*INFO, "schema", "written"}, 2)
     assert read_info(record_path) == record.info
     assert record.groups == ("basis", "design", "empty")
     assert sorted(os.listdir(record_path)) == FILES
@@ -139,7 +139,7 @@ class Colour(enum.IntEnum):
         ({"a": torch.ones(1)}, TypeError, "info['a'] is a torch.Tensor"),
         ({"a": {1: 2}}, TypeError, "info['a'] has the key 1: expected str, got int"),
         ({"a": {1, 2}}, TypeError, "info['a'] is a builtins.set"),
-        ({"schema": 2}, ValueError, "reserved keys ['schema']"),
+        ({"schema": 1}, ValueError, "reserved keys ['schema']"),
         ({"written": 2}, ValueError, "reserved keys ['written']"),
     ],
 )
@@ -305,7 +305,7 @@ def test_manifest_must_list_each_file_once_sorted_with_the_info(record_path):
 
 
 def test_other_schema_says_who_wrote_it(record_path):
-    info = read_info(record_path) | {"schema": 2, "versions": {"stride_lightning": "9.1"}}
+    info = read_info(record_path) | {"schema": 1, "versions": {"stride_lightning": "9.1"}}
     (record_path / "record.json").write_text(json.dumps(info))
     forge_manifest(record_path)
     with pytest.raises(RecordError, match=OTHER_SCHEMA):
@@ -315,7 +315,7 @@ def test_other_schema_says_who_wrote_it(record_path):
 @pytest.mark.parametrize("manifest", [None, "", "{}", "another form altogether"])
 def test_the_schema_is_read_before_anything_else(record_path, manifest):
     """Whatever the other files of another schema look like, and whether there are any."""
-    info = read_info(record_path) | {"schema": 2, "versions": {"stride_lightning": "9.1"}}
+    info = read_info(record_path) | {"schema": 1, "versions": {"stride_lightning": "9.1"}}
     (record_path / "record.json").write_text(json.dumps(info))
     (record_path / "basis.safetensors").unlink()
     (record_path / "MANIFEST").unlink()
@@ -326,7 +326,7 @@ def test_the_schema_is_read_before_anything_else(record_path, manifest):
             read(record_path)
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000, '{"schema": 1}', '{"schema": 1, "written": "now"}'])
+@pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000, '{"schema": 2}', '{"schema": 2, "written": "now"}'])
 def test_other_json_is_refused(record_path, content):
     (record_path / "record.json").write_text(content)
     forge_manifest(record_path)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from stride_lightning import TracInCallback
-from stride_lightning.model.weights import load_checkpoint
+from stride_lightning.model.checkpoints import load_checkpoint
 from stride_lightning.storage.records import find_records, read_info
 from stride_lightning.tasks.moments import moment_of
 from stride_lightning.tasks.step_checks import check_step, depends_on_moment
@@ -29,6 +29,16 @@ def checked(step, moment=None, **attributes):
 def test_an_ordinary_step_has_nothing_to_say():
     assert checked(lambda self, batch, i: cross_entropy(self, batch)) == []
     assert checked(lambda self, batch, i: cross_entropy(self, batch) * torch.rand(())) == []
+
+
+def test_a_sample_of_the_batch_is_no_other_loss():
+    """It is drawn for the examples until another batch shows that it has the same size there."""
+
+    def step(self, batch, i):
+        rows = torch.randint(len(batch[0]), (12,))
+        return F.cross_entropy(self.net(batch[0][rows]), batch[1][rows])
+
+    assert checked(step) == []
 
 
 def test_dependence_on_batch_idx_is_said():

@@ -368,6 +368,34 @@ def test_the_moment():
     assert seen == [(3, 40, 3, 40, 5), (10, 50, True, True)]
 
 
+def test_the_state_is_that_of_a_fit_under_way(tmp_path):
+    """A Trainer forgets its stage when the fit is over."""
+
+    def step(self, batch, i):
+        if self.trainer.state.stage != "train" or self.trainer.state.fn != "fit":
+            return None
+        return cross_entropy(self, batch)
+
+    model = make(step)
+    assert TrainingStep(model)(BATCH, KEYS) is not None
+    train(model, DataLoader(TensorDataset(X, Y), 3), tmp_path, max_epochs=1)
+    assert TrainingStep(model)(BATCH, KEYS) is not None
+
+
+def test_a_module_that_lost_its_trainer(tmp_path):
+    """Some packages take it away after a fit."""
+
+    def step(self, batch, i):
+        self.log("step", float(self.global_step))
+        return cross_entropy(self, batch)
+
+    model = make(step)
+    train(model, DataLoader(TensorDataset(X, Y), 3), tmp_path, max_epochs=1)
+    vars(model).pop("_trainer")
+    assert torch.equal(TrainingStep(model)(BATCH, KEYS), cross_entropy(model, BATCH))
+    assert "_trainer" not in vars(model)
+
+
 def test_what_only_a_trainer_has_is_refused_by_name():
     model = make(lambda self, batch, i: cross_entropy(self, batch) * self.trainer.datamodule_scale)
     with pytest.raises(ValueError, match=r"reads `trainer\.datamodule_scale`, but no Trainer is attached.*loss=fn"):
