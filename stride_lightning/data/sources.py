@@ -134,15 +134,16 @@ def _from_loader_or_dataset(
         raise TypeError(wrong)
     if len(dataset) == 0:
         raise ValueError(f"`{what}` is empty: give at least one example.")
+    columns = keys_of(dataset) if isinstance(dataset, list) else {}  # a stream, or what a user has read of one
     if held is not None:
-        examples = Examples(held, owners=owners, kind=kind, columns=keys_of(held))
+        examples = Examples(held, owners=owners, kind=kind, columns=columns)
         if loader is None:
             return examples
         assert loader.batch_size is not None  # refused above
         loading = Loading(loader.batch_size, shuffle=False, drop_last=loader.drop_last)
         return replace(examples, collate_fn=loader.collate_fn, loading=loading)
     if loader is None:
-        return Examples(dataset, owners=owners, kind=kind)
+        return Examples(dataset, owners=owners, kind=kind, columns=columns)
     collate_fn: Any = loader.collate_fn
     if loader.batch_sampler is None:
         if not draws_lists(loader):
@@ -162,6 +163,7 @@ def _from_loader_or_dataset(
         owners,
         loading_of(loader),
         kind,
+        columns,
         notes=(drawn.note,) if drawn.note else (),
     )
 

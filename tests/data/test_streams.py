@@ -74,6 +74,9 @@ def test_examples_that_carry_a_key():
     assert examples.info() == {"key": [f"scan_{i}" for i in range(20)]}
     assert examples.subset([3]).info() == {"key": ["scan_3"]}
     assert resolve_train_data(Stream()).info() == {}
+    read_before = list(Bare())
+    assert resolve_train_data(read_before).info() == examples.info()
+    assert resolve_train_data(DataLoader(read_before, sampler=[3])).info() == {"key": ["scan_3"]}
     assert len(resolve_train_data(iter([{"id": 1, "x": 0}, {"x": 1}]))) == 2
 
 
