@@ -193,12 +193,13 @@ class StepGradients:
         """Relative difference of two factors that counts as rounding."""
         return max(2e-5, *(4 * torch.finfo(parameter.dtype).eps for parameter in self.parameters))
 
-    def allowed(self, gradients: Sequence[Tensor]) -> Tensor:
+    def allowed(self, gradients: Sequence[Tensor], setting: Setting = Setting()) -> Tensor:
         """Differences that count as rounding, beside gradients of such a size; shape of one of them."""
         size = torch.stack(list(gradients)).abs().amax(0)
         of_parameters = torch.cat([part.amax().expand_as(part) for part in size.split(self.widths) if len(part)])
         rounding = max(torch.finfo(parameter.dtype).eps for parameter in self.parameters)
-        return max(2e-4, 8 * rounding) * of_parameters + max(1e-5, rounding) * size.max() + self._floor
+        of_all = 1e-5 if setting.factor == 1 else 1e-4  # a backward pass through much larger weights rounds more
+        return max(2e-4, 8 * rounding) * of_parameters + max(of_all, rounding) * size.max() + self._floor
 
     @property
     def _floor(self) -> float:
@@ -221,10 +222,10 @@ class StepGradients:
             scaled = {number: gradients[setting, number] / divisors[number] for number, _ in steps}
             for number, value in steps[1:] if len(self.trials) > 1 else []:
                 first, of_first = steps[0]
-                allowed = self.allowed([value, of_first])
+                allowed = self.allowed([value, of_first], setting)
                 pairs.append((value - of_first, scaled[number] - scaled[first], allowed))
             if len(self.trials) == 1 and steps:
-                pairs.append((steps[0][1], scaled[0], self.allowed([steps[0][1]])))
+                pairs.append((steps[0][1], scaled[0], self.allowed([steps[0][1]], setting)))
         sizes = [float(step.abs().max()) or 1.0 for step, _, _ in pairs]
         above = sum(float(step @ other) / size**2 for (step, other, _), size in zip(pairs, sizes, strict=True))
         below = sum(float(other @ other) / size**2 for (_, other, _), size in zip(pairs, sizes, strict=True))
