@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, WeightedRandomSampler
 
 from stride_lightning.runtime.checks import check_count
@@ -48,7 +50,7 @@ def loading_of(loader: DataLoader[Any]) -> Loading | None:
     if type(sampler) is not BatchSampler:
         return None
     inner = sampler.sampler
-    is_ordered = isinstance(inner, SequentialSampler | list | tuple | range)
+    is_ordered = isinstance(inner, SequentialSampler | list | tuple | range | Tensor | np.ndarray)
     shuffles = not is_ordered and getattr(inner, "shuffle", True)
     wrapped = getattr(getattr(inner, "dataset", None), "_sampler", inner)  # Lightning's, in distributed runs
     is_whole = not isinstance(wrapped, WeightedRandomSampler)

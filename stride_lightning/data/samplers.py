@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
+from operator import index
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import (
@@ -14,9 +18,15 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    SubsetRandomSampler,
     WeightedRandomSampler,
 )
 from torch.utils.data.distributed import DistributedSampler
+
+from stride_lightning.runtime.randomness import preserved_random_state
+
+#: Draws of a sampler that are looked at.
+_MOST_DRAWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -51,9 +61,10 @@ def _drawn(sampler: Any, size: int) -> Drawn:
     if isinstance(sampler, WeightedRandomSampler):
         note = "The WeightedRandomSampler's weights do not change what a score means: what training on an example does."
         return _some(sampler.weights.nonzero().flatten(), size, name, note)
-    if isinstance(sampler, list | tuple | range):
+    if isinstance(sampler, list | tuple | range | Tensor | np.ndarray):
         return _some(_listed(sampler), size, "sampler, a list,")
-    if (indices := getattr(sampler, "indices", None)) is not None and (positions := _listed(indices)) is not None:
+    positions = _listed(getattr(sampler, "indices", None))
+    if positions is not None and (isinstance(sampler, SubsetRandomSampler) or _draws_only(sampler, positions)):
         return _some(positions.sort().values, size, name)
     inner = getattr(sampler, "sampler", None)
     if isinstance(sampler, BatchSampler) and inner is not None:
@@ -63,6 +74,8 @@ def _drawn(sampler: Any, size: int) -> Drawn:
 
 def _some(positions: Tensor | None, size: int, name: str, note: str = "") -> Drawn:
     """All positions, or some of them, with a word about the others."""
+    if positions is not None:
+        positions = torch.where(positions < 0, positions + size, positions)  # counted from the end, as lists do
     if positions is None or len(positions) == 0 or bool((positions < 0).any() | (positions >= size).any()):
         return Drawn(None, note or f"The {name} does not say which examples it draws: some may never have been seen.")
     if len(positions) == size:
@@ -73,14 +86,27 @@ def _some(positions: Tensor | None, size: int, name: str, note: str = "") -> Dra
 
 def _listed(indices: Any) -> Tensor | None:
     """Positions in a list, or in a list of batches, each once and in their order; None if it holds anything else."""
+    flat: list[int] = []
     try:
-        nested = [list(item) if isinstance(item, Sequence) else [item] for item in torch.as_tensor(indices).tolist()]
-    except (TypeError, ValueError):
-        try:
-            nested = [[int(item) for item in batch] for batch in indices]
-        except (TypeError, ValueError):
-            return None
-    flat = [item for items in nested for item in items]
-    if not all(isinstance(item, int) for item in flat):
+        for item in indices.tolist() if isinstance(indices, Tensor | np.ndarray) else _sequence(indices):
+            flat += map(index, item) if isinstance(item, Sequence) or getattr(item, "ndim", 0) else [index(item)]
+    except TypeError:
         return None
     return torch.tensor(list(dict.fromkeys(flat)), dtype=torch.int64)
+
+
+def _sequence(value: Any) -> Sequence[Any]:
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise TypeError("a list of positions was expected")
+    return value
+
+
+def _draws_only(sampler: Any, positions: Tensor) -> bool:
+    """Whether the first draws of a sampler are among some positions: its ``indices`` may be of something else."""
+    allowed = set(positions.tolist())
+    try:
+        with preserved_random_state(sampler):
+            drawn = _listed(list(islice(copy.copy(sampler), _MOST_DRAWS)))
+    except Exception:  # a sampler that cannot be iterated here, as one that waits for other processes
+        return False
+    return drawn is not None and allowed.issuperset(drawn.tolist())

@@ -115,6 +115,11 @@ def _from_loader_or_dataset(
     loader = source if isinstance(source, DataLoader) else None
     dataset: Any = source if loader is None else loader.dataset
     kind = QUERY if what == "queries" else TRAINING_EXAMPLE
+    if loader is None and is_stream(source) and any(isinstance(part, DataLoader) for part in _parts_of(source)):
+        raise NoPositionsError(
+            f"`{what}`, a {type(source).__name__}, gives the batches of a DataLoader, whose examples have no position. "
+            "Pass the DataLoader."
+        )
     if loader is not None and iterates_itself(loader):
         raise NoPositionsError(
             f"The `{what}` loader, a {type(loader).__name__}, makes its batches in a way of its own, so that nothing "
@@ -172,6 +177,11 @@ def _from_loader_or_dataset(
         columns,
         notes=(drawn.note,) if drawn.note else (),
     )
+
+
+def _parts_of(source: Any) -> list[Any]:
+    """What an object holds among its attributes."""
+    return list(getattr(source, "__dict__", {}).values())
 
 
 def checked_positions(indices: Sequence[int] | Tensor, size: int | None = None) -> Tensor:

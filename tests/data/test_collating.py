@@ -114,7 +114,19 @@ def test_a_collate_function_that_drops_examples(resolve, kind):
     x[:, 0].clamp_(min=0)
     x[13, 0] = -2
     examples = resolve(DataLoader(TensorDataset(x, DATA.tensors[1]), batch_size=4, collate_fn=dropping))
-    message = f"^The batch from {kind} 10 to 14 holds 4 targets for 5 examples.*may drop or add none"
+    message = f"^dropping made a batch of 4 rows of 5 examples, without {kind} 13.*may drop or add none"
+    with pytest.raises(ValueError, match=message):
+        list(Reading(examples, Classification(), batch_size=5, device=CPU))
+
+
+@SIDES
+def test_a_collate_function_that_drops_targets(resolve, kind):
+    def shorter(items):
+        x, y = default_collate(items)
+        return x, y[:-1]
+
+    examples = resolve(DataLoader(DATA, batch_size=4, collate_fn=shorter))
+    message = f"^The batch from {kind} 0 to 4 holds 4 targets for 5 examples.*may drop or add none"
     with pytest.raises(ValueError, match=message):
         list(Reading(examples, Classification(), batch_size=5, device=CPU))
 

@@ -1,5 +1,6 @@
 """Where examples come from: samplers, data modules, and what is refused."""
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
@@ -46,10 +47,20 @@ class Chosen(Curriculum):
     def __init__(self, indices):
         self.indices = indices
 
+    def __iter__(self):
+        return iter(self.indices)
+
 
 def wrapped(sampler):
     """As Lightning wraps samplers in distributed runs."""
     return DistributedSamplerWrapper(sampler, num_replicas=2, rank=0)
+
+
+class Ranked(Chosen):
+    """Its ``indices`` are ranks in another list."""
+
+    def __iter__(self):
+        return iter([19 - i for i in self.indices])
 
 
 WEIGHTED = WeightedRandomSampler([0.0, 1.0] * 10, 5)
@@ -89,8 +100,13 @@ SAMPLERS = {
     "list": ({"sampler": [7, 2, 3]}, [7, 2, 3], left_out(17, "sampler, a list,")),
     "list of batches": ({"batch_sampler": [[7, 2], [3]]}, [7, 2, 3], left_out(17, "sampler, a list,")),
     "all in another order": ({"sampler": list(range(19, -1, -1))}, list(range(19, -1, -1)), ""),
+    "counted from the end": ({"sampler": [-1, -20, 3]}, [19, 0, 3], left_out(17, "sampler, a list,")),
+    "tensor": ({"sampler": torch.tensor([7, 2])}, [7, 2], left_out(18, "sampler, a list,")),
+    "array of batches": ({"batch_sampler": np.array([[7, 2], [3, 7]])}, [7, 2, 3], left_out(17, "sampler, a list,")),
     "unknown": ({"sampler": Curriculum()}, None, UNKNOWN),
-    "indices of something else": ({"sampler": Chosen(["a"])}, None, UNKNOWN.replace("Curriculum", "Chosen")),
+    "indices that are texts": ({"sampler": Chosen(["a"])}, None, UNKNOWN.replace("Curriculum", "Chosen")),
+    "indices by class": ({"sampler": Chosen({"a": [1], "b": [3]})}, None, UNKNOWN.replace("Curriculum", "Chosen")),
+    "indices of something else": ({"sampler": Ranked(range(10))}, None, UNKNOWN.replace("Curriculum", "Ranked")),
     "indices beyond": ({"sampler": Chosen([20])}, None, UNKNOWN.replace("Curriculum", "Chosen")),
 }
 
@@ -197,6 +213,21 @@ def test_lists_of_examples_of_two_datasets():
         train.collate_fn([train[3], other[0]])
     plain = resolve_queries(DATA, beside=train)
     assert read(plain)[0].equal(DATA.tensors[0])
+
+
+class Around:
+    """An iterable around a loader."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        return iter(self.loader)
+
+
+def test_an_iterable_around_a_loader():
+    with pytest.raises(NoPositionsError, match="`train_data`, a Around, gives the batches of a DataLoader"):
+        resolve_train_data(Around(DataLoader(DATA, 4)))
 
 
 class Zipped(DataLoader):
