@@ -15,8 +15,8 @@ def whole_state(model: nn.Module) -> dict[str, Any]:
 
     A ``state_dict()`` with names of its own is taken as it is.
     """
-    whole, own = nn.Module.state_dict(model), model.state_dict()
-    return whole if own.keys() <= whole.keys() else own
+    whole, saved = nn.Module.state_dict(model), model.state_dict()
+    return whole if saved.keys() <= whole.keys() else saved
 
 
 def frozen_names(model: nn.Module) -> set[str]:
