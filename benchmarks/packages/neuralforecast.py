@@ -1,4 +1,4 @@
-"""N-HiTS on forty series: series are examples, and training_step draws windows of them."""
+"""N-HiTS on 16 series: series are examples, and training_step draws windows of them."""
 
 import logging
 
@@ -15,8 +15,8 @@ def frame(count, seed):
     random = np.random.default_rng(seed)
     parts = []
     for series in range(count):
-        time = np.arange(20 + series % 5)
-        value = np.sin(time / 3 + series) + 0.1 * random.standard_normal(len(time))
+        time = np.arange(20)
+        value = np.sin(time / 3 + series) + 0.1 * random.standard_normal(20)
         parts.append(pd.DataFrame({"unique_id": f"{series:02d}", "ds": time, "y": value}))
     return pd.concat(parts, ignore_index=True)
 
@@ -27,7 +27,12 @@ def make(callbacks, folder):
     model = NHITS(
         h=4,
         input_size=8,
-        mlp_units=[[16, 16]] * 3,
+        stack_types=["identity"],
+        n_blocks=[1],
+        mlp_units=[[16, 16]],
+        n_pool_kernel_size=[2],
+        n_freq_downsample=[1],
+        windows_batch_size=256,
         batch_size=8,
         max_steps=10,
         callbacks=callbacks(queries),
@@ -43,7 +48,7 @@ def make(callbacks, folder):
 
 def train(callbacks, folder):
     forecast, queries = make(callbacks, folder)
-    forecast.fit(frame(40, 0))
+    forecast.fit(frame(16, 0))
     return {
         "module": forecast.models[0],
         "train_data": TimeSeriesDataModule(forecast.dataset, batch_size=8),  # added
@@ -56,7 +61,7 @@ def train(callbacks, folder):
 
 def load(ckpt_path, folder):
     forecast, queries = make(lambda queries: [], folder)
-    data = TimeSeriesDataModule(TimeSeriesDataset.from_df(frame(40, 0))[0], batch_size=8)
+    data = TimeSeriesDataModule(TimeSeriesDataset.from_df(frame(16, 0))[0], batch_size=8)
     return {
         "module": forecast.models[0],
         "train_data": data,

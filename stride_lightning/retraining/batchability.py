@@ -90,7 +90,8 @@ def loss_factor(model: nn.Module, task: Task, batch: Any, prepared: tuple[Any, T
         for scale in (1.0, 4.0):
             with torch.no_grad():
                 for parameter in model.parameters():
-                    parameter.mul_(scale)
+                    if parameter.is_floating_point():  # flags are parameters of some modules, too
+                        parameter.mul_(scale)
             for number, rows in compared:
                 (inputs, encoded), part = (_rows(value, rows, size) for value in (prepared, batch))
                 try:
