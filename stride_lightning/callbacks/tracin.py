@@ -67,6 +67,7 @@ class TracInCallback(RecordingCallback):
     runs_model = False
     record_kind = "tracin"  # told apart by its folder alone: a run resumed with another frequency is the same run
     _about: dict[str, Any]  # the data, which all records name; known from the start of training
+    _recorded_steps: int  # of the optimizers, at the last record
     _rest: FrozenRest  # from the start of training
 
     def __init__(
@@ -111,6 +112,7 @@ class TracInCallback(RecordingCallback):
             self._rates.restore([])
         self._about = {"data": self._fingerprint(trainer, pl_module)}
         self._rates.watch(trainer.optimizers)
+        self._recorded_steps = -1 if step else 0
         self._take_up(step)
         last = read_info(self._path[-1].path) if rank() == 0 and self._path else None
         self._rest = FrozenRest(pl_module, broadcast_object({} if last is None else last["frozen"]["digests"]))
@@ -232,9 +234,10 @@ class TracInCallback(RecordingCallback):
         self._rates.unwatch()
 
     def _record(self, trainer: L.Trainer, pl_module: L.LightningModule, *, final: bool = False) -> None:
-        """Write a record of the weights as they are; every rank takes part."""
-        if is_dev_run(trainer):
+        """Write a record of the weights as they are, if a step was taken since the last; every rank takes part."""
+        if is_dev_run(trainer) or (not final and self._rates.num_steps == self._recorded_steps):
             return
+        self._recorded_steps = self._rates.num_steps
         rates = self._rates.by_name(pl_module)  # of the optimizer's parameters, before others stand in for them
         with self.working(trainer, pl_module):
             # Rank 0 alone looks at the weights: where ranks differ (BatchNorm), records hold those of rank 0.
