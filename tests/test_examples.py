@@ -12,6 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from stride_lightning import attribute
+from tests.helpers.models import Classifier, build, classification_data, loader
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -185,6 +188,36 @@ def test_information_is_compared_with_refits_and_drawn(monkeypatch, capsys, tmp_
     )
     script.main()
     assert (tmp_path / "information.png").stat().st_size > 0
+
+
+# ---- benchmarks/packages.py ------------------------------------------------------------------------------------------
+
+
+def test_scripts_of_packages_have_what_the_trial_reads():
+    script = load_script("benchmarks/packages.py")
+    assert len(script.NAMES) >= 8
+    for name in script.NAMES:
+        path = ROOT / "benchmarks" / "packages" / f"{name}.py"
+        lines = path.read_text().splitlines()
+        assert all(isinstance(each, str) for each in script.requirements_of(path))
+        assert sum(line.endswith("# added") for line in lines) <= 3
+        assert {"def train(callbacks, folder):", "def load(ckpt_path, folder):"} <= set(lines)
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 3.0]))])
+def test_a_trial_compares_scores_with_ordinary_gradients(loss):
+    class Weighted(Classifier):
+        def training_step(self, batch, batch_idx):
+            return loss(self(batch[0]), batch[1])
+
+    trial, data = load_script("benchmarks/common/package_trial.py"), loader(classification_data(20))
+    fit = {"module": build(Weighted), "train_data": data, "queries": loader(classification_data(3, seed=1))}
+    how = {"train_data": data, "method": "grad-dot", "show_progress": False}
+    scores = attribute(fit["module"], fit["queries"], **how).scores
+    assert trial.grad_dot_error(trial, fit, scores)[0] < 1e-5
+    wrong = scores.clone()
+    wrong[1, 4] += 0.01 * scores.abs().max()
+    assert trial.grad_dot_error(trial, fit, wrong)[0] > 1e-3
 
 
 # ---- examples of language models -----------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ class Gradients:
             if isinstance(child, torch.nn.modules.dropout._DropoutNd | torch.nn.modules.batchnorm._BatchNorm):
                 child.eval()
         self.parameters = [value for value in module.parameters() if value.requires_grad]
-        losses = [float(self.loss(batch())) for _ in range(2)]
+        losses = [float(self.loss(batch()).detach()) for _ in range(2)]
         self.is_random = losses[0] != losses[1]
 
     def loss(self, batch):
@@ -221,7 +221,7 @@ def grad_dot_error(script, fit, scores):
     from stride_lightning.gradients.own_reader import QUERY_KEYS
     from stride_lightning.tasks.moments import moment_of
 
-    module, make = fit["module"], getattr(script, "batch_of", None) or batch_of
+    module, make = fit["module"], getattr(script, "batch_of", batch_of)
     num_queries, num_train = scores.shape
 
     def train(*places):

@@ -26,6 +26,10 @@ _HOW_TO_COLLATE = (
 )
 
 
+#: Batches of the same examples that are compared: two of few tokens may have the same mask.
+_NUM_COMPARED = 4
+
+
 class MissingExample(ValueError):
     """The dataset holds None in the place of an example."""
 
@@ -115,7 +119,7 @@ class Collate:
         if self.seed is None:
             yield examples
             return
-        keys = torch.tensor([position % 2**63 for position, _ in numbered])
+        keys = torch.tensor([key_of(position) for position, _ in numbered])
         row_draws = RowDraws(keys, self.seed)
         with preserved_random_state(self.collate_fn), Operations(row_draws):
             seed_all(mix(self.seed, *keys.tolist()))
@@ -177,11 +181,19 @@ class _Watched(list[Any]):
         seed_all(mix(self._seed, *keys.tolist()))
 
 
+def key_of(position: int) -> int:
+    """Number from which the random draws of an example are seeded.
+
+    A training example beside queries has the position ``-1 - p``, and draws what it draws at ``p``.
+    """
+    return position if position >= 0 else -1 - position
+
+
 def draws(collate_fn: Callable[[list[Any]], Any], examples: list[Any]) -> bool:
     """Whether a collate function makes different batches of the same examples, as one that masks tokens does."""
     try:
         with preserved_random_state(collate_fn):
-            return digest(collate_fn(examples)) != digest(collate_fn(examples))
+            return len({digest(collate_fn(examples)) for _ in range(_NUM_COMPARED)}) > 1
     except Exception:  # named when the examples are read
         return len(examples) > 1 and draws(collate_fn, examples[:1])  # not all can stand in one batch
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, default_collate
 
-from stride_lightning.data.collating import Collate, CollateWithDigests, MissingExample, OneByOne, draws
+from stride_lightning.data.collating import Collate, CollateWithDigests, MissingExample, OneByOne, draws, key_of
 from stride_lightning.data.fingerprints import digest
 from stride_lightning.data.loading import Loading
 from stride_lightning.runtime.checks import RowError
@@ -143,6 +143,7 @@ class Examples:
     def is_random(self) -> bool:
         """Whether two reads of one example differ, as under random augmentation; a few are read twice to see."""
         if self._random is None:
+            _ = self.is_drawn  # of all examples, not of a part of them that shows it less
             probes = self._probes()
             reader = OneByOne(self.dataset, self.kind)
             with preserved_random_state():
@@ -189,7 +190,7 @@ class Examples:
         # Three generators are seeded for each example, so only where reading is random.
         seed = 0 if self.is_drawn else None
         collate_fn = CollateWithDigests(self.collate_fn, self.kind, seed, content=not self.is_random)
-        seed_of = int if self.is_random else None
+        seed_of = key_of if self.is_random else None
         loader = self._loader(seed_of, collate_fn, batch_size=batch_size, sampler=self.positions.tolist())
         with preserved_random_state():
             for batch, digests in loader:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from stride_lightning.data.examples import Examples, overridden_hook
@@ -16,6 +16,7 @@ from stride_lightning.data.loading import Loading, NoPositionsError, iterates_it
 from stride_lightning.data.samplers import drawn_by
 from stride_lightning.data.several import collection_of, joined
 from stride_lightning.data.streams import examples_of_an_epoch, hold, is_stream, keys_of
+from stride_lightning.model.weights import attached_trainer
 
 #: What errors call the examples of each side.
 TRAINING_EXAMPLE, QUERY = "training example", "query"
@@ -55,6 +56,9 @@ def resolve_train_data(
             source.prepare_data()
             source.setup("fit")
         source = source.train_dataloader()
+        _refuse_batches(source, "train_data")
+    elif isinstance(model, nn.Module) and source is getattr(attached_trainer(model), "train_dataloader", None):
+        _refuse_batches(source, "train_data")
     # As Trainer.fit() combines several loaders.
     examples = _resolve(source, "train_data", owners, model, "max_size_cycle", has_rows_loss, show)
     if train_indices is not None:
@@ -84,6 +88,7 @@ def resolve_queries(
             )
         source.setup("test" if stage == "test" else "validate")
         source = getattr(source, f"{stage}_dataloader")()
+        _refuse_batches(source, "queries")
     queries = _resolve(source, "queries", owners, model, "sequential", True, show)
     if beside is None or queries.loading is not None or isinstance(source, DataLoader):
         return queries
@@ -106,6 +111,21 @@ def _resolve(
     return joined(*collection, what, examples_of, has_rows_loss=has_rows_loss)
 
 
+def _refuse_batches(source: Any, what: str) -> None:
+    """Refuse what a Trainer iterates to get batches, where it is no DataLoader."""
+    is_combined = hasattr(source, "flattened")  # several loaders, each of which is looked at
+    if is_stream(source) and not isinstance(source, DataLoader) and not is_combined:
+        raise _own_batches(source, what)
+
+
+def _own_batches(loader: object, what: str) -> NoPositionsError:
+    return NoPositionsError(
+        f"The `{what}` loader, a {type(loader).__name__}, makes its batches in a way of its own, so that nothing "
+        "says which examples they hold. Pass a torch.utils.data.DataLoader of the same dataset, with the "
+        "collate_fn that makes such batches, or the dataset."
+    )
+
+
 def _from_loader_or_dataset(
     source: Any, what: str, owners: tuple[Any, ...], model: object | None, *, show: bool
 ) -> Examples:
@@ -121,11 +141,7 @@ def _from_loader_or_dataset(
             "Pass the DataLoader."
         )
     if loader is not None and iterates_itself(loader):
-        raise NoPositionsError(
-            f"The `{what}` loader, a {type(loader).__name__}, makes its batches in a way of its own, so that nothing "
-            "says which examples they hold. Pass a torch.utils.data.DataLoader of the same dataset, with the "
-            "collate_fn that makes such batches, or the dataset."
-        )
+        raise _own_batches(loader, what)
     held = None
     if is_stream(dataset):
         if any(isinstance(stage, DataLoader) for stage in getattr(dataset, "pipeline", ())):  # of webdataset

@@ -26,8 +26,8 @@ from stride_lightning.runtime.randomness import mix
 
 #: Batches in which a coupled loss sees each example.
 NUM_BATCHES = 4
-#: Smaller weights than this of the partner's are 0.
-MIN_WEIGHT = 1e-6
+#: Smaller weights than this of the partner's are 0; of an example without a loss alone those that rounding makes.
+MIN_WEIGHT, ROUNDING = 1e-6, 1e-3
 #: Added to the positions of queries, so that they share no random numbers with training examples.
 QUERY_KEYS = 2**40
 
@@ -291,9 +291,9 @@ class OwnReader:
             groups = [entry], [entry, self._partner], [self._partner]
             alone, together, partner = map(self._mean_gradient, groups)
             # An example of no weight has no loss alone, or divides by its weight.
-            alone = alone if torch.isfinite(alone).all() else torch.zeros_like(alone)
-            weight = weight_by_gradients(together, alone, partner)
-            self._weights[entry] = 0.0 if abs(weight) <= MIN_WEIGHT else weight
+            has_loss = bool(torch.isfinite(alone).all())
+            weight = weight_by_gradients(together, alone if has_loss else torch.zeros_like(alone), partner)
+            self._weights[entry] = 0.0 if abs(weight) <= (MIN_WEIGHT if has_loss else ROUNDING) else weight
         return self._weights[entry]
 
     def _mean_gradient(self, entries: Sequence[int]) -> Tensor:

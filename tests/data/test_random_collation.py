@@ -27,6 +27,11 @@ def by_torch(texts):
     return masked(texts, torch.bernoulli(torch.full((len(texts), 6), 0.4)).bool())
 
 
+def rarely(texts):
+    """Most texts have no masked tokens."""
+    return masked(texts, torch.arange(6) < torch.randint(-12, 6, (len(texts), 1)))
+
+
 def one_after_the_other(texts):
     return masked(texts, torch.stack([torch.rand(len(text)) < 0.4 for text in texts]))
 
@@ -62,13 +67,29 @@ class Masked(L.LightningModule):
         return (losses * (1 + batch["masked"])).mean()
 
 
-def model():
+class OnlyMasked(Masked):
+    """The mean over the masked tokens of a batch: of a text without any it is NaN."""
+
+    def training_step(self, batch, batch_idx):
+        logits = self.head(torch.tanh(self.embedding(batch["ids"])).cumsum(1))
+        return F.cross_entropy(logits.transpose(1, 2), batch["labels"].masked_fill(~batch["masked"], -100))
+
+
+class OneAtATime(OnlyMasked):
+    """No module sees how the head's weight is used."""
+
+    def training_step(self, batch, batch_idx):
+        logits = F.linear(torch.tanh(self.embedding(batch["ids"])).cumsum(1), self.head.weight, self.head.bias)
+        return F.cross_entropy(logits.transpose(1, 2), batch["labels"].masked_fill(~batch["masked"], -100))
+
+
+def model(kind=Masked):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Masked().double()
+        return kind().double()
 
 
-def scores(collate_fn, batch_size=64, seed=0):
+def scores(collate_fn, batch_size=64, seed=0, kind=Masked):
     torch.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     random.seed(seed)
@@ -76,7 +97,7 @@ def scores(collate_fn, batch_size=64, seed=0):
     queries = DataLoader(SENTENCES[:3], 4, collate_fn=collate_fn)
     how = {"method": "grad-dot", "batch_size": batch_size, "show_progress": False}
     with pytest.warns(UserWarning, match="The collate_fn draws random numbers.* seeds made from their positions"):
-        return attribute(model(), queries, train_data=data, **how).scores
+        return attribute(model(kind), queries, train_data=data, **how).scores
 
 
 @pytest.mark.parametrize(
@@ -88,6 +109,22 @@ def test_what_is_drawn_belongs_to_the_example(collate_fn):
     for batch_size in (1, 5):
         close_scores(scores(collate_fn, batch_size, seed=batch_size), together)
     assert together.std(1).min() > 0
+
+
+@pytest.mark.filterwarnings("ignore:The collate_fn draws")
+@pytest.mark.parametrize("kind", [OnlyMasked, OneAtATime])
+def test_weights_are_those_of_what_is_drawn(kind):
+    """A training example looks the same alone and beside others, where it says by what a batch is divided."""
+    examples = resolve_train_data(DataLoader(SENTENCES, 4, collate_fn=rarely))
+    module, rows, weights = model(kind), [], []
+    for batch, _ in examples.batches(1, WHERE):
+        weights.append(float(batch["masked"].sum()))
+        slopes = torch.autograd.grad(module.training_step(batch, 0), [*module.parameters()])
+        rows.append(torch.cat([slope.flatten() for slope in slopes]).nan_to_num() * weights[-1])
+    assert min(weights) == 0
+    expected = torch.stack(rows[:3]) @ torch.stack(rows).T / (sum(weights) / 13) ** 2
+    for batch_size in (1, 5, 64):
+        close_scores(scores(rarely, batch_size, kind=kind), expected)
 
 
 @pytest.mark.filterwarnings("ignore:The collate_fn draws")

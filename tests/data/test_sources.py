@@ -23,7 +23,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from stride_lightning.data.loading import Loading, NoPositionsError
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
-from tests.helpers.models import Data, classification_data
+from tests.helpers.models import Classifier, Data, build, classification_data, make_trainer
 from tests.helpers.tiny import CPU, read
 
 DATA = classification_data(20)
@@ -257,6 +257,28 @@ def test_loaders_that_make_batches_in_a_way_of_their_own(loader):
         with pytest.raises(NoPositionsError, match=f"a {type(loader).__name__}, makes its batches in a way of its own"):
             resolve(loader)
     assert read(resolve_train_data(Named(DATA, batch_size=3)))[0].equal(2 * DATA.tensors[0])
+
+
+class ByHand:
+    """An iterable of batches, which a Trainer takes for a loader."""
+
+    def __iter__(self):
+        return iter(DataLoader(DATA, 4))
+
+
+def test_an_iterable_of_batches_is_no_stream_of_examples(tmp_path):
+    batches = ByHand()
+    module = LightningDataModule()
+    module.train_dataloader = module.test_dataloader = lambda: batches
+    model = build(Classifier)
+    make_trainer(tmp_path, max_epochs=1).fit(model, batches)
+    for resolve in (lambda: resolve_train_data(module), lambda: resolve_train_data(batches, model=model)):
+        with pytest.raises(NoPositionsError, match="loader, a ByHand, makes its batches in a way of its own"):
+            resolve()
+    with pytest.raises(NoPositionsError, match="`queries` loader, a ByHand"):
+        resolve_queries(module)
+    module.train_dataloader = lambda: CombinedLoader([DataLoader(DATA, 4)], "sequential")
+    assert len(resolve_train_data(module)) == len(DATA)
 
 
 # ---- several loaders --------------------------------------------------------------------------------------------
