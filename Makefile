@@ -27,8 +27,8 @@ messages: $(STAMP)  ## Run the tests and write tests/messages.txt, the errors an
 lint: $(STAMP)  ## Check style, formatting, types (those of README and docs too) and the order of the rooms
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m tests.helpers.readme build/README.py build/your_model.py
-	$(BIN)/pyright stride_lightning build/README.py build/your_model.py
+	$(BIN)/python -m tests.helpers.readme build/README.py build/your_model.py build/your_data.py
+	$(BIN)/pyright stride_lightning build/README.py build/your_model.py build/your_data.py
 	$(BIN)/lint-imports
 
 bench: $(STAMP)  ## Run the benchmarks (with TRUTH=file.npz those too that compare with retrained models)

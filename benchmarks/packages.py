@@ -100,7 +100,8 @@ def main():
         methods, second = trial.get("methods", {}), trial.get("second process", {})
         print(f"{name:<22}{trial.get('version', '?'):<10}{trial.get('same fit', '?')!s:<10}", end=" ")
         print(*(f"{methods.get(method, '?').partition(':')[0]:<9}" for method in METHODS), end="")
-        again = f"{sum(answer == 'yes' for answer in second.values())} of {len(second)}"
+        num_answers = sum(answer.startswith("yes") for answer in methods.values())
+        again = f"{sum(answer == 'yes' for answer in second.values())} of {num_answers}"
         error = trial.get("grad-dot error", "?")
         print(f"{again:<13}{error if isinstance(error, str) else f'{error:.1e}':<16}", end="")
         print(f"{len(trial.get('added', []))!s:<7}{'NO' if trial['problems'] else 'yes'}")

@@ -92,7 +92,7 @@ def attribute(
         of the method names their unit. With ``top_k=`` only the top of each query, as a ``TopAttribution``.
 
     Raises:
-        TypeError: If an option is unknown or the data are not map-style.
+        TypeError: If an option is unknown or the data hold no examples.
         ValueError: If record, weights and data do not belong together, or a number is not finite.
 
     Example:

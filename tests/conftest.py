@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from tests.helpers import learned
 from tests.helpers.models import Classifier, build, classification_data, train
 
 os.environ["STRIDE_LIGHTNING_RAISE"] = (
@@ -22,6 +23,13 @@ def pytest_collection_finish():
 def guarded(monkeypatch):
     """Callbacks behave as they do for users: an error turns them off."""
     monkeypatch.delenv("STRIDE_LIGHTNING_RAISE")
+
+
+@pytest.fixture
+def few_steps():
+    """Learned bases are trained for a moment: their scores need not be good."""
+    with learned.few_steps():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -123,6 +123,7 @@ def test_functional_module_and_plain_nn_module(model, expected):
 
 
 @pytest.mark.parametrize("options", [{"basis": "learned"}, {"recovery": "lasso"}], ids=str)
+@pytest.mark.usefixtures("few_steps")
 def test_model_is_as_before(options, tmp_path):
     model, other = build(ConvNet), build(ConvNet, seed=1)
     model.network[1].eval()
@@ -294,6 +295,7 @@ def trained(request, tmp_path_factory):
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("few_steps")
 def test_end_to_end(trained, options):
     model, data, queries = trained
     attribution = attribute(model, queries, train_data=data, **FEW | options)

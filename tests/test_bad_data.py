@@ -37,6 +37,7 @@ WAYS = {
     "retrain": retrained,
     "further_train": trained_on,
 }
+pytestmark = pytest.mark.usefixtures("few_steps")
 every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 
 

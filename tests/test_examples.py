@@ -2,10 +2,9 @@
 
 import importlib.util
 import logging
-import os
 import re
-import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -127,22 +126,21 @@ def truth_folder(tmp_path):
     return tmp_path
 
 
-def test_methods_are_compared(truth_folder):
-    script = ROOT / "benchmarks" / "methods.py"
+def test_methods_are_compared(truth_folder, monkeypatch, capsys, as_before):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as if it were run: scripts import from their folder
+    monkeypatch.setenv("STRIDE_TRUTH", str(truth_folder))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     options = ["--methods", "tracin,trak", "--epochs", "2", "--threads", "1", "--sweep"]
-    done = subprocess.run(
-        [sys.executable, str(script), "--truth", "tiny", *options],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "STRIDE_TRUTH": str(truth_folder)},
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    table, sweep = done.stdout.split("tiny: LDS by damping")
+    monkeypatch.setattr(sys, "argv", ["methods.py", "--truth", "tiny", *options])
+    with pytest.raises(SystemExit) as ended, warnings.catch_warnings():
+        load_script("benchmarks/methods.py").main()
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0, printed
+    table, sweep = printed.split("tiny: LDS by damping")
     number = r"-?\d\.\d{3}"
-    assert re.search(rf"^tracin +{number} +\d+\.\d\d +\d+ +-$", table, re.MULTILINE), done.stdout
-    assert re.search(rf"^trak +{number} +\d+\.\d\d +\d+ +[\d.]+$", table, re.MULTILINE), done.stdout
-    assert re.search(rf"^trak.* \[{number}\].*   \d\.\d{{3}}$", sweep, re.MULTILINE), done.stdout
+    assert re.search(rf"^tracin +{number} +\d+\.\d\d +\d+ +-$", table, re.MULTILINE), printed
+    assert re.search(rf"^trak +{number} +\d+\.\d\d +\d+ +[\d.]+$", table, re.MULTILINE), printed
+    assert re.search(rf"^trak.* \[{number}\].*   \d\.\d{{3}}$", sweep, re.MULTILINE), printed
     (scored,) = re.findall(rf"^trak +({number})", table, re.MULTILINE)
     assert f"[{scored}]" in sweep  # the same method at the same damping
 

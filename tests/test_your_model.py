@@ -1,36 +1,19 @@
 """The Python of docs/your_model.md runs as it stands, and prints what the page says."""
 
-import contextlib
-import io
 import re
 
 import pytest
-import torch
 
-from tests.helpers.readme import README, YOUR_MODEL, snippets
+from tests.helpers.readme import README, YOUR_DATA, YOUR_MODEL, check_snippet, id_of, skip_without_packages, snippets
 
 SHARED, *SNIPPETS = snippets(YOUR_MODEL)
 
 
-def ids_of(snippet):
-    return re.sub(r"\W+", "-", snippet.heading).lower()
-
-
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=ids_of)
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=id_of)
 def test_snippet_prints_what_the_page_says(snippet, tmp_path, monkeypatch):
-    if "transformers" in snippet.code:
-        pytest.importorskip("transformers")
+    skip_without_packages(snippet)
     monkeypatch.chdir(tmp_path)
-    names, printed = {"__name__": "snippet"}, io.StringIO()
-    with torch.random.fork_rng(), contextlib.redirect_stdout(printed):
-        for part in (SHARED, snippet):
-            exec(compile(part.code, str(YOUR_MODEL), "exec"), names)
-    assert " ".join(printed.getvalue().split()) == " ".join(snippet.output.split())
-    assert snippet.output
-    attribution = names["attribution"]
-    assert attribution.scores.shape == (attribution.metadata["num_queries"], attribution.metadata["num_train"])
-    assert (attribution.scores.abs().amax(1) > 0).all()
-    assert list(tmp_path.iterdir()) == []  # nothing is left on disk
+    check_snippet(SHARED, snippet)
 
 
 def test_kinds_are_ten():
@@ -39,9 +22,10 @@ def test_kinds_are_ten():
     assert all(snippet.output for snippet in SNIPPETS)
 
 
-def test_lines_stay_in_their_places():
-    lines = YOUR_MODEL.read_text("utf-8").splitlines()
-    for snippet in (SHARED, *SNIPPETS):
+@pytest.mark.parametrize("page", [YOUR_MODEL, YOUR_DATA], ids=lambda page: page.stem)
+def test_lines_stay_in_their_places(page):
+    lines = page.read_text("utf-8").splitlines()
+    for snippet in snippets(page):
         code = snippet.code.splitlines()
         assert [line for line in code if line] == [line for line, there in zip(lines, code, strict=False) if there]
 

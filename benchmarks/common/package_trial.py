@@ -204,6 +204,8 @@ class Gradients:
 
 def weight(together, alone, partner):
     """The weight of an example in a mean, where its partner's is 1, from gradients of both together and each alone."""
+    if not alone.any():  # an example without weight has no loss of its own
+        return 0.0 if torch.allclose(together, partner) else 1.0
     design = torch.stack([alone, partner], 1)
     shares = torch.linalg.lstsq(design, together[:, None], driver="gelsd").solution[:, 0]
     misfit = float((design @ shares - together).norm() / together.norm().clamp_min(1e-30))
@@ -229,7 +231,7 @@ def grad_dot_error(script, fit, scores):
         return lambda: make(fit["queries"], [place], True)
 
     gradients = Gradients(module, moment_of(module, None), train(0), 0)
-    alone = [gradients(train(place), [place]) for place in range(num_train)]
+    alone = [torch.nan_to_num(gradients(train(place), [place])) for place in range(num_train)]
     partner = max(range(num_train), key=lambda place: float(alone[place].norm()))
     weights = torch.tensor(
         [
@@ -239,7 +241,10 @@ def grad_dot_error(script, fit, scores):
     )
     weights = weights / weights.mean()
     rows = torch.stack(alone[:NUM_COMPARED]) * weights[:NUM_COMPARED, None]
-    asked = [gradients(query(place), [place + QUERY_KEYS]) for place in range(min(num_queries, NUM_COMPARED))]
+    asked = [
+        torch.nan_to_num(gradients(query(place), [place + QUERY_KEYS]))
+        for place in range(min(num_queries, NUM_COMPARED))
+    ]
     is_weighted = bool((weights - 1).abs().max() > 1e-3)
     expected = torch.stack(asked) @ rows.T
     given = scores[: len(asked), : len(rows)].double()

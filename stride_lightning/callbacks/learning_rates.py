@@ -36,6 +36,8 @@ class LearningRates:
         self._optimizers: Sequence[torch.optim.Optimizer] = []
         self._noted: dict[int, list[Any]] = {}  # by the optimizer's place; the one that stepped last stands last
         self._handles: list[RemovableHandle] = []
+        #: Steps that optimizers took since the last call of :meth:`watch`; those that a GradScaler skips are none.
+        self.num_steps = 0
 
     def watch(self, optimizers: Sequence[Any]) -> None:
         """Note rates from now on. Until an optimizer steps, the restored ones count, or else its present ones."""
@@ -46,11 +48,16 @@ class LearningRates:
             if len(rates) == len(noted.get(index, [])):
                 noted.pop(index)
                 noted[index] = rates
-        self._optimizers, self._noted = optimizers, noted
+        self._optimizers, self._noted, self.num_steps = optimizers, noted, 0
         # After the step, since the module may still set rates in hooks that run before it. Lightning's own hook would
         # not do: it is not called where a module steps the bare optimizer.
-        hooks = (partial(_note, noted, index) for index in range(len(optimizers)))
+        hooks = (partial(self._note, noted, index) for index in range(len(optimizers)))
         self._handles = [each.register_step_post_hook(hook) for each, hook in zip(optimizers, hooks, strict=True)]
+
+    def _note(self, noted: dict[int, list[Any]], index: int, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self.num_steps += 1
+        noted.pop(index, None)  # so that it stands last
+        noted[index] = _rates_of(optimizer)
 
     def unwatch(self) -> None:
         """Remove the hooks from the optimizers."""
@@ -101,8 +108,3 @@ def _rates_of(optimizer: torch.optim.Optimizer) -> list[Any]:
     # A deleted rate must not raise in the optimizer's step: it is NaN, which is refused when a record is due.
     rates = [group.get("lr", math.nan) for group in optimizer.param_groups]
     return [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
-
-
-def _note(noted: dict[int, list[Any]], index: int, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    noted.pop(index, None)  # so that it stands last
-    noted[index] = _rates_of(optimizer)

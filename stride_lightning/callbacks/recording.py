@@ -48,8 +48,7 @@ class RecordingCallback(GuardedCallback):
 
     Args:
         dirpath: Folder of the records; by default a folder named as their kind in the trainer's log folder.
-        train_indices: Positions in the dataset that are trained on. Needed only for samplers of other kinds than
-            random, sequential and distributed.
+        train_indices: Positions in the dataset that are trained on, if the sampler does not give them.
         task: The likelihood that training maximises, or ``OwnLoss()``; by default as :func:`attribute` chooses it.
         loss: What training minimises, in place of ``task``: ``loss(model, batch)`` returns the loss of each example.
     """

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # pyright: ignore[reportPrivateImportUsage]
 from typing_extensions import override
 
 from stride_lightning.callbacks.recording import RecordingCallback, check_frequencies, is_dev_run, misconfigured
@@ -49,7 +50,8 @@ class StrideCallback(RecordingCallback):
     ``effective_rank`` and ``dead_fraction``. At the end, and every n epochs or steps on demand, it makes one eval pass
     and writes a record: the design (which example is in which subset), the statistics, the readout (of texts: the
     moments of their tokens), the loss of every training example and subset, a fingerprint of the data, and a hash of
-    the weights. Hooks live only inside the callback's own forward passes.
+    the weights. A readout or moments of more than 16 MiB are left out, and attribution computes them again. Hooks live
+    only inside the callback's own forward passes.
 
     List it after callbacks that change the final weights, such as weight averaging.
 
@@ -227,7 +229,13 @@ class StrideCallback(RecordingCallback):
         return self._watched
 
     def _write(self, trainer: L.Trainer, weights: str, fit: Fit) -> None:
-        watched, design, losses, record = self._watched, self._watched.design, fit.losses, fit.record()
+        watched, design, losses = self._watched, self._watched.design, fit.losses
+        record, large = fit.record().of_moderate_size()
+        for group, size in large.items():
+            rank_zero_info(
+                f"StrideCallback: the record does not hold its {group}, which would take {size / 2**20:,.0f} MiB. "
+                "attribute() computes them again, in one more pass over the training data."
+            )
         statistics = {
             f"{index}.{name}": value
             for index, layer in enumerate(watched.layers)

@@ -22,7 +22,7 @@ from stride_lightning.data.reading import fingerprint_of
 from stride_lightning.model.digests import hash_of_digests, model_digests, state_tensors
 from stride_lightning.runtime.distributed import broadcast_object, rank
 from stride_lightning.storage.frozen import FROZEN_KIND, FrozenRest, frozen_info, frozen_records
-from stride_lightning.storage.records import remove_record
+from stride_lightning.storage.records import read_info, remove_record
 
 
 class TracInCallback(RecordingCallback):
@@ -67,6 +67,7 @@ class TracInCallback(RecordingCallback):
     runs_model = False
     record_kind = "tracin"  # told apart by its folder alone: a run resumed with another frequency is the same run
     _about: dict[str, Any]  # the data, which all records name; known from the start of training
+    _recorded_steps: int  # of the optimizers, at the last record
     _rest: FrozenRest  # from the start of training
 
     def __init__(
@@ -110,9 +111,11 @@ class TracInCallback(RecordingCallback):
             self._run, self._due_epoch, self.records = None, None, []
             self._rates.restore([])
         self._about = {"data": self._fingerprint(trainer, pl_module)}
-        self._rest = FrozenRest(pl_module)
         self._rates.watch(trainer.optimizers)
+        self._recorded_steps = -1 if step else 0
         self._take_up(step)
+        last = read_info(self._path[-1].path) if rank() == 0 and self._path else None
+        self._rest = FrozenRest(pl_module, broadcast_object({} if last is None else last["frozen"]["digests"]))
         self._seen_step = step
 
     def _fingerprint(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any] | None:
@@ -231,12 +234,14 @@ class TracInCallback(RecordingCallback):
         self._rates.unwatch()
 
     def _record(self, trainer: L.Trainer, pl_module: L.LightningModule, *, final: bool = False) -> None:
-        """Write a record of the weights as they are; every rank takes part."""
-        if is_dev_run(trainer):
+        """Write a record of the weights as they are, if a step was taken since the last; every rank takes part."""
+        if is_dev_run(trainer) or (not final and self._rates.num_steps == self._recorded_steps):
             return
+        self._recorded_steps = self._rates.num_steps
+        rates = self._rates.by_name(pl_module)  # of the optimizer's parameters, before others stand in for them
         with self.working(trainer, pl_module):
             # Rank 0 alone looks at the weights: where ranks differ (BatchNorm), records hold those of rank 0.
-            saved = broadcast_object(self._save(trainer, pl_module, final=final) if rank() == 0 else None)
+            saved = broadcast_object(self._save(trainer, pl_module, rates, final=final) if rank() == 0 else None)
             if saved is None:
                 return
             path = [*self._path, saved]
@@ -259,14 +264,15 @@ class TracInCallback(RecordingCallback):
             with suppress(FileNotFoundError):  # a run that was killed may have come further
                 remove_record(path)
 
-    def _save(self, trainer: L.Trainer, pl_module: L.LightningModule, *, final: bool) -> Saved | None:
+    def _save(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, rates: dict[str, float], *, final: bool
+    ) -> Saved | None:
         """The record of these weights, written now or by this run before it was killed; None if it is the last one."""
         step, digests = trainer.global_step, model_digests(pl_module)
         weights = hash_of_digests(digests)
         last = self._path[-1] if self._path else None
         if last is not None and last.weights == weights and (final or last.step == step):
             return None
-        rates = self._rates.by_name(pl_module)
         rest = self._rest.digests(pl_module, digests)
         tensors = {name: value for name, value in state_tensors(pl_module).items() if name not in rest}
         parameters = (value for value in tensors.values() if isinstance(value, nn.Parameter))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stride_lightning.data.fingerprints import digest_rows
+from stride_lightning.data.fingerprints import digest, digest_rows
 from stride_lightning.runtime.checks import first_line
-from stride_lightning.runtime.randomness import seed_all
+from stride_lightning.runtime.operations import Operations
+from stride_lightning.runtime.randomness import mix, preserved_random_state, seed_all
+from stride_lightning.runtime.row_draws import RowDraws
 
 #: An example with its position in the dataset.
 Numbered = tuple[int, Any]
@@ -57,18 +61,25 @@ class OneByOne(Dataset[Numbered]):
 
 
 class Collate:
-    """The user's collate function for examples with positions."""
+    """The user's collate function for examples with positions.
 
-    def __init__(self, collate_fn: Callable[[list[Any]], Any], kind: str) -> None:
-        self.collate_fn, self.kind = collate_fn, kind
+    Args:
+        collate_fn: The function.
+        kind: What errors call an example.
+        seed: Seed of what the function draws, beside the positions; None leaves the random generators alone.
+    """
+
+    def __init__(self, collate_fn: Callable[[list[Any]], Any], kind: str, seed: int | None = None) -> None:
+        self.collate_fn, self.kind, self.seed = collate_fn, kind, seed
 
     def __call__(self, numbered: Sequence[Numbered]) -> Any:
         """The batch that the collate function makes of the examples."""
-        examples = [example for _, example in numbered]
         try:
-            batch = self.collate_fn(examples)
+            with self._seeded(numbered) as examples:
+                batch = self.collate_fn(examples)
         except Exception as error:
-            names = self._names([numbered[row][0] for row in self._failing_rows(examples)])
+            rows = self._failing_rows([example for _, example in numbered])
+            names = self._names([numbered[row][0] for row in rows])
             raise ValueError(
                 f"{names[0].upper()}{names[1:]} cannot be put into a batch: {_name_of(self.collate_fn)} raised "
                 f"{_describe_error(error)} {_HOW_TO_COLLATE}"
@@ -80,6 +91,19 @@ class Collate:
                 "torch.utils.data.Subset(dataset, positions)."
             )
         return batch
+
+    @contextmanager
+    def _seeded(self, numbered: Sequence[Numbered]) -> Iterator[list[Any]]:
+        """The examples, and inside the block random numbers that belong to them, unless there is no seed."""
+        examples = [example for _, example in numbered]
+        if self.seed is None:
+            yield examples
+            return
+        keys = torch.tensor([position % 2**63 for position, _ in numbered])
+        row_draws = RowDraws(keys, self.seed)
+        with preserved_random_state(self.collate_fn), Operations(row_draws):
+            seed_all(mix(self.seed, *keys.tolist()))
+            yield _Watched(examples, keys, self.seed, row_draws)
 
     def _failing_rows(self, examples: list[Any]) -> Sequence[int]:
         """The first example that cannot be collated alone, else the first pair that cannot be together, else all."""
@@ -104,14 +128,46 @@ class Collate:
 class CollateWithDigests(Collate):
     """The same, with the digests of the examples beside the batch."""
 
-    def __init__(self, collate_fn: Callable[[list[Any]], Any], kind: str, *, content: bool) -> None:
-        super().__init__(collate_fn, kind)
+    def __init__(
+        self, collate_fn: Callable[[list[Any]], Any], kind: str, seed: int | None = None, *, content: bool
+    ) -> None:
+        super().__init__(collate_fn, kind, seed)
         self.content = content
 
     def __call__(self, numbered: Sequence[Numbered]) -> tuple[Any, Tensor]:
         """The batch, and the digest of each example, uint8 of shape ``(B, 33)``."""
         digests = digest_rows([example for _, example in numbered], content=self.content)
         return super().__call__(numbered), digests
+
+
+class _Watched(list[Any]):
+    """Examples in a list; what a collate function draws after it took one of them belongs to that one.
+
+    Once a loop over all of them has ended, the rows of what torch draws belong to them, and other numbers to the batch.
+    """
+
+    def __init__(self, examples: list[Any], keys: Tensor, seed: int, row_draws: RowDraws) -> None:
+        super().__init__(examples)
+        self._keys, self._seed, self._row_draws = keys, seed, row_draws
+
+    def __iter__(self) -> Iterator[Any]:
+        for row, example in enumerate(super().__iter__()):
+            self._turn_to(self._keys[row : row + 1])
+            yield example
+        self._turn_to(self._keys)
+
+    def _turn_to(self, keys: Tensor) -> None:
+        self._row_draws.turn_to(keys)
+        seed_all(mix(self._seed, *keys.tolist()))
+
+
+def draws(collate_fn: Callable[[list[Any]], Any], examples: list[Any]) -> bool:
+    """Whether a collate function makes different batches of the same examples, as one that masks tokens does."""
+    try:
+        with preserved_random_state(collate_fn):
+            return digest(collate_fn(examples)) != digest(collate_fn(examples))
+    except Exception:  # named when the examples are read
+        return len(examples) > 1 and draws(collate_fn, examples[:1])  # not all can stand in one batch
 
 
 def _name_of(function: Callable[..., Any]) -> str:

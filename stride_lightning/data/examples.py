@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, default_collate
 
-from stride_lightning.data.collating import Collate, CollateWithDigests, MissingExample, OneByOne
+from stride_lightning.data.collating import Collate, CollateWithDigests, MissingExample, OneByOne, draws
 from stride_lightning.data.fingerprints import digest
 from stride_lightning.data.loading import Loading
 from stride_lightning.runtime.checks import RowError
@@ -64,6 +64,7 @@ class Examples:
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     _random: bool | None = field(default=None, init=False)
+    _draws: bool | None = field(default=None, init=False)
     _held: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -96,7 +97,7 @@ class Examples:
 
     def _changed(self, **changes: Any) -> Examples:
         other = replace(self, **changes)
-        other._random = self._random
+        other._random, other._draws = self._random, self._draws
         return other
 
     def info(self) -> dict[str, list[Any]]:
@@ -142,8 +143,7 @@ class Examples:
     def is_random(self) -> bool:
         """Whether two reads of one example differ, as under random augmentation; a few are read twice to see."""
         if self._random is None:
-            step = max(1, len(self) // _NUM_PROBES)
-            probes = self.positions[::step][:_NUM_PROBES].tolist()
+            probes = self._probes()
             reader = OneByOne(self.dataset, self.kind)
             with preserved_random_state():
                 self._random = any(digest(reader[position][1]) != digest(reader[position][1]) for position in probes)
@@ -156,6 +156,27 @@ class Examples:
                 )
         return self._random
 
+    def _probes(self) -> list[int]:
+        """Positions of a few examples."""
+        return self.positions[:: max(1, len(self) // _NUM_PROBES)][:_NUM_PROBES].tolist()
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the ``collate_fn`` makes different batches of the same examples, as one that masks tokens does."""
+        if self._draws is None:
+            reader = OneByOne(self.dataset, self.kind)
+            with preserved_random_state():
+                self._draws = self.collate_fn is not default_collate and draws(
+                    self.collate_fn, [reader[position][1] for position in self._probes()]
+                )
+            if self._draws:
+                warnings.warn(
+                    "The collate_fn draws random numbers, as those do that mask tokens. Examples are collated under "
+                    "seeds made from their positions, and scores are about what is drawn there.",
+                    stacklevel=2,
+                )
+        return self._draws
+
     def batches(self, batch_size: int, device: torch.device) -> Iterator[tuple[Any, Tensor]]:
         """Read everything once, in order, and leave the random state as it was.
 
@@ -166,7 +187,8 @@ class Examples:
             The batch on ``device``, and the digest of each of its examples, uint8 of shape ``(B, 33)``.
         """
         # Three generators are seeded for each example, so only where reading is random.
-        collate_fn = CollateWithDigests(self.collate_fn, self.kind, content=not self.is_random)
+        seed = 0 if self.is_drawn else None
+        collate_fn = CollateWithDigests(self.collate_fn, self.kind, seed, content=not self.is_random)
         seed_of = int if self.is_random else None
         loader = self._loader(seed_of, collate_fn, batch_size=batch_size, sampler=self.positions.tolist())
         with preserved_random_state():
@@ -185,7 +207,7 @@ class Examples:
             return
         loader = self._loader(
             partial(mix, seed) if self.is_random else None,
-            Collate(self.collate_fn, self.kind),
+            Collate(self.collate_fn, self.kind, seed if self.is_drawn else None),
             batch_sampler=[self.positions[batch].tolist() for batch in batches],
             generator=torch.Generator().manual_seed(seed),  # for the seeds of workers, else drawn from the global one
         )

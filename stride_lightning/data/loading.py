@@ -14,6 +14,10 @@ class NoPositionsError(ValueError):
     """Single examples of the data cannot be named by a position."""
 
 
+#: Packages whose loaders iterate by themselves and make the same batches as torch's.
+_LIKE_TORCH = ("torchdata.", "litdata.")
+
+
 @dataclass(frozen=True)
 class Loading:
     """Batches of a DataLoader: their size, whether they are in random order, whether a smaller last one is dropped."""
@@ -23,6 +27,19 @@ class Loading:
     drop_last: bool
     #: Whether an epoch reads every example exactly once.
     is_whole: bool = True
+
+
+def iterates_itself(loader: DataLoader[Any]) -> bool:
+    """Whether a loader of the user's class makes its batches otherwise than by ``collate_fn`` of single examples."""
+    definitions = {name: _home_of(type(loader), name) for name in ("__iter__", "_get_iterator")}
+    return isinstance(loader.dataset, DataLoader) or any(
+        home is not DataLoader and not home.__module__.startswith(_LIKE_TORCH) for home in definitions.values()
+    )
+
+
+def _home_of(cls: type, name: str) -> type:
+    """The class that defines a method."""
+    return next(base for base in cls.__mro__ if name in vars(base))
 
 
 def loading_of(loader: DataLoader[Any]) -> Loading | None:

@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    WeightedRandomSampler,
+)
 from torch.utils.data.distributed import DistributedSampler
 
 
@@ -25,6 +32,8 @@ def drawn_by(loader: DataLoader[Any], size: int) -> Drawn:
 
     Positions are in the order of the dataset, or of a list that stands in for a sampler.
     """
+    if isinstance(loader.dataset, IterableDataset):  # one with positions; it decides on the order by itself
+        return Drawn(None)
     # Not loader.sampler where there is a batch sampler: that is a stand-in where the user gave one.
     return _drawn(loader.sampler if loader.batch_sampler is None else loader.batch_sampler, size)
 

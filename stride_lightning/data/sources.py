@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from stride_lightning.data.examples import Examples, overridden_hook
 from stride_lightning.data.index_lists import CollateLists, IndexLists, draws_lists
-from stride_lightning.data.loading import NoPositionsError, loading_of
+from stride_lightning.data.loading import Loading, NoPositionsError, iterates_itself, loading_of
 from stride_lightning.data.samplers import drawn_by
 from stride_lightning.data.several import collection_of, joined
 from stride_lightning.data.streams import examples_of_an_epoch, hold, is_stream, keys_of
@@ -115,8 +115,19 @@ def _from_loader_or_dataset(
     loader = source if isinstance(source, DataLoader) else None
     dataset: Any = source if loader is None else loader.dataset
     kind = QUERY if what == "queries" else TRAINING_EXAMPLE
+    if loader is not None and iterates_itself(loader):
+        raise NoPositionsError(
+            f"The `{what}` loader, a {type(loader).__name__}, makes its batches in a way of its own, so that nothing "
+            "says which examples they hold. Pass a torch.utils.data.DataLoader of the same dataset, with the "
+            "collate_fn that makes such batches, or the dataset."
+        )
     held = None
     if is_stream(dataset):
+        if any(isinstance(stage, DataLoader) for stage in getattr(dataset, "pipeline", ())):  # of webdataset
+            raise NoPositionsError(
+                f"`{what}` is a stream ({type(dataset).__name__}) of batches, whose examples have no position. Pass "
+                "torch.utils.data.DataLoader(stream, batch_size) with the stream of examples."
+            )
         if loader is not None and loader.batch_size is None:
             raise NoPositionsError(
                 f"`{what}` is a stream ({type(dataset).__name__}) read with batch_size=None: it makes batches by "
@@ -129,11 +140,16 @@ def _from_loader_or_dataset(
         raise TypeError(wrong)
     if len(dataset) == 0:
         raise ValueError(f"`{what}` is empty: give at least one example.")
+    columns = keys_of(dataset) if isinstance(dataset, list) else {}  # a stream, or what a user has read of one
     if held is not None:
-        examples = Examples(held, owners=owners, kind=kind, columns=keys_of(held))
-        return examples if loader is None else replace(examples, collate_fn=loader.collate_fn)
+        examples = Examples(held, owners=owners, kind=kind, columns=columns)
+        if loader is None:
+            return examples
+        assert loader.batch_size is not None  # refused above
+        loading = Loading(loader.batch_size, shuffle=False, drop_last=loader.drop_last)
+        return replace(examples, collate_fn=loader.collate_fn, loading=loading)
     if loader is None:
-        return Examples(dataset, owners=owners, kind=kind)
+        return Examples(dataset, owners=owners, kind=kind, columns=columns)
     collate_fn: Any = loader.collate_fn
     if loader.batch_sampler is None:
         if not draws_lists(loader):
@@ -153,6 +169,7 @@ def _from_loader_or_dataset(
         owners,
         loading_of(loader),
         kind,
+        columns,
         notes=(drawn.note,) if drawn.note else (),
     )
 

@@ -69,7 +69,7 @@ def hold(dataset: Iterable[Any], what: str, limit: int | None, *, show: bool = T
     return held
 
 
-def keys_of(held: Held) -> dict[str, list[Any]]:
+def keys_of(held: list[Any]) -> dict[str, list[Any]]:
     """The key of each example, where all carry one."""
     for name in _KEYS:
         if held and all(isinstance(example, Mapping) and isinstance(example.get(name), str | int) for example in held):

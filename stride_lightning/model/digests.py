@@ -87,9 +87,9 @@ def model_digests(model: nn.Module, names: Collection[str] | None = None) -> dic
     """
     known, summer = _known.setdefault(model, {}), _Checksums()
     digests: dict[str, str] = {}
-    tensors = state_tensors(model)
-    for name in tensors if names is None else tensors.keys() & set(names):
-        tensor = tensors[name]
+    for name, tensor in state_tensors(model).items():
+        if names is not None and name not in names:
+            continue
         checksum = None if tensor.requires_grad else summer(tensor)
         if checksum is None:
             digests[name] = digest_of(tensor)

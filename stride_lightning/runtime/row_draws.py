@@ -80,6 +80,10 @@ class RowDraws:
         self._shapes = DrawnShapes() if shapes is None else shapes
         self._num_calls = 0
 
+    def turn_to(self, keys: Tensor) -> None:
+        """From now on draw for other examples, from their first call on."""
+        self._keys, self._num_calls, self._shapes = scrambled(keys.reshape(-1)), 0, DrawnShapes()
+
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The numbers of a random function; NotImplemented for any other."""
         if not _is_random(func):

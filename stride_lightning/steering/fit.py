@@ -16,6 +16,9 @@ from stride_lightning.storage.records import Record
 from stride_lightning.tasks.own_loss import RowFunction
 
 BasisName = Literal["statistics", "learned"]
+#: Bytes of a group of tensors beyond which a record leaves it out, where a fit can compute it again.
+MOST_RECORDED = 2**24
+
 ScoresName = Literal["prior", "lasso", "ridge", "closed-form"]
 
 
@@ -71,6 +74,17 @@ class FitRecord:
 
     tensors: dict[str, dict[str, Tensor]]
     info: dict[str, Any] = field(default_factory=dict)
+
+    def of_moderate_size(self) -> tuple[FitRecord, dict[str, int]]:
+        """The record without its largest groups, and their bytes; operators stay, since they were wished for."""
+        sizes = {group: sum(map(_num_bytes, tensors.values())) for group, tensors in self.tensors.items()}
+        large = {group: size for group, size in sizes.items() if size > MOST_RECORDED and group != "operators"}
+        tensors = {group: named for group, named in self.tensors.items() if group not in large}
+        return FitRecord(tensors, self.info), large
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 class Fit(Protocol):

@@ -24,6 +24,10 @@ class FrozenRest:
 
     Small buffers never belong to it.
 
+    Args:
+        model: The model when the fit begins.
+        named: Digests by plain name of what earlier records of the run name, in case it trains from now on.
+
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
         >>> _ = model[0].requires_grad_(False)
@@ -35,16 +39,24 @@ class FrozenRest:
         ['0.bias', '1.bias', '1.weight']
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, named: Mapping[str, str] | None = None) -> None:
+        named = named or {}
         # Each where it stands, because sharding puts other parameters there.
-        self._frozen = {
-            plain_name(f"{prefix}.{name}".lstrip(".")): (module, name)
+        places = {
+            plain_name(f"{prefix}.{name}".lstrip(".")): (module, name, value)
             for prefix, module in model.named_modules()
             for name, value in module._parameters.items()
-            if value is not None and not value.requires_grad
         }
-        tensors = state_tensors(model) if rank() == 0 else {}  # which alone writes records
-        self._digests = model_digests(model, [name for name, value in tensors.items() if _may_stay(value)])
+        self._frozen = {
+            plain: (module, name)
+            for plain, (module, name, value) in places.items()
+            if value is not None and (plain in named or not value.requires_grad)
+        }
+        self._digests: dict[str, str] = {}
+        if rank() == 0:  # which alone writes records
+            stays = {name for name, value in state_tensors(model).items() if _may_stay(value)}
+            digests = model_digests(model, stays | named.keys())
+            self._digests = {key: digest for key, digest in digests.items() if key in stays or named.get(key) == digest}
 
     def digests(self, model: nn.Module, now: Mapping[str, str] | None = None) -> dict[str, str]:
         """Digests of the rest by plain name, at the present weights; ``now`` are theirs, if they are known."""

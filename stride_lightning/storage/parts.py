@@ -122,27 +122,32 @@ class Work:
             def values_of(number: int) -> Tensor:
                 return compute(*chunks[number], bar.update)
 
-            def store(number: int) -> None:
-                part = self._part(number)
-                if os.path.lexists(part):
+            def stored(number: int) -> Tensor:
+                if (values := self._read(number)) is not None:
                     bar.skip(lengths[number])
-                else:
-                    info = {"kind": "part", "number": number}
-                    write_record(part.parent, part.name, info, {"values": {"values": values_of(number)}})
+                    return values
+                self._write(number, values := values_of(number))
+                return values
 
             if self.folder is None:
                 computed = gather_objects(each_in_a_thread(values_of, mine, num_threads))
                 values = [computed[number % world_size()][number // world_size()] for number in range(len(chunks))]
             else:
-                each_in_a_thread(store, mine, num_threads)
+                here = dict(zip(mine, each_in_a_thread(stored, mine, num_threads), strict=True))
                 barrier()
-                values = [self._read(number) for number in range(len(chunks))]
+                values = [here[n] if n in here else self._read_of_other_rank(n) for n in range(len(chunks))]
         return torch.cat(values, dim).unflatten(dim, (len(seeds), num_items)).movedim(dim, 0).contiguous()
 
     def keep(self, result: Finished) -> Finished:
-        """Write the result where it was to stand, and delete the parts."""
+        """Write the result where it was to stand, unless another run has just done so, and delete the parts."""
         if self.path is not None:
-            result.save(self.path)
+            path = result.save(self.path)
+            if path != self.path:
+                self.plan = {name: self.plan[name] for name in self.plan.keys() & result.metadata.keys()}
+                with contextlib.suppress(ValueError):  # the result of other work there stays, and so does this one
+                    self.finished(type(result))
+                    if rank() == 0:
+                        remove_record(path)
             self._remove_parts()
         return result
 
@@ -169,10 +174,29 @@ class Work:
         assert self.folder is not None
         return self.folder / f"part={number}"
 
-    def _read(self, number: int) -> Tensor:
-        if not os.path.lexists(self._part(number)):
+    def _read(self, number: int) -> Tensor | None:
+        """The values of a part; None if it is not on disk, as when another run has finished and deleted the parts."""
+        part = self._part(number)
+        try:
+            return read_record(part).tensors("values")["values"]
+        except (FileNotFoundError, RecordError):
+            if os.path.lexists(part):
+                raise
+            return None
+
+    def _read_of_other_rank(self, number: int) -> Tensor:
+        if (values := self._read(number)) is None:
             raise RecordError(f"Part {number} has vanished from {self.folder}. Run again to compute it anew.")
-        return read_record(self._part(number)).tensors("values")["values"]
+        return values
+
+    def _write(self, number: int, values: Tensor) -> None:
+        part, info = self._part(number), {"kind": "part", "number": number}
+        try:
+            write_record(part.parent, part.name, info, {"values": {"values": values}})
+        except FileNotFoundError:
+            assert self.path is not None
+            if not self.path.exists():  # else another run has finished, and deleted the parts meanwhile
+                raise
 
     def _remove_parts(self) -> None:
         barrier()
@@ -188,7 +212,8 @@ def remove_parts(folder: Path) -> None:
     """
     plans = _plans(folder)
     for path in [*(path for path in find_records(folder) if path not in plans), *plans]:
-        remove_record(path)
+        with contextlib.suppress(FileNotFoundError):  # another run deletes them, too
+            remove_record(path)
     for left in folder.glob(".*.part-*"):
         shutil.rmtree(left, ignore_errors=True)
     with contextlib.suppress(OSError):  # something else was put there

@@ -163,7 +163,7 @@ def fit_on_two(number, port, folder):
     results = {name: fit_kind(name, folder) for name in KINDS}
     os.environ[guard.RAISE] = ""
     results["at once"] = fit_without_room(folder / "at once", from_call=1)
-    results["later"] = fit_without_room(folder / "later", from_call=5)
+    results["later"] = fit_without_room(folder / "later", from_call=6)
     torch.save(results, folder / f"rank{number}.pt")
 
 

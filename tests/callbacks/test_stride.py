@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 from stride_lightning import Classification, StrideCallback, attribute
 from stride_lightning.attribute import create
 from stride_lightning.model.weights import weight_hash
+from stride_lightning.steering import fit
 from stride_lightning.steering.subsets import Design
 from stride_lightning.storage.records import find_records, read_record
 from tests.helpers.models import (
@@ -219,6 +220,7 @@ def test_several_instances(tmp_path):
         (BinaryClassifier, binary_data(), binary_data(3, seed=1)),
     ],
 )
+@pytest.mark.usefixtures("few_steps")
 def test_operators_of_the_record_are_used_and_give_equal_scores(tmp_path, kind, data, queries):
     model = build(kind)
     train(model, data, tmp_path, StrideCallback(num_subsets=12, fit_operators=True))
@@ -232,6 +234,18 @@ def test_operators_of_the_record_are_used_and_give_equal_scores(tmp_path, kind, 
     fresh = attribute(model, queries, train_data=data, num_subsets=12, **QUIET)
     assert fresh.metadata["record"] is None
     torch.testing.assert_close(reused.scores, fresh.scores, rtol=1e-3, atol=1e-3 * fresh.scores.abs().max().item())
+
+
+def test_a_large_readout_is_left_out_and_fitted_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(fit, "MOST_RECORDED", 100)
+    model, callback = build(Classifier), StrideCallback(num_subsets=12)
+    train(model, DATA, tmp_path, callback)
+    assert "readout" not in read_record(callback.records[-1]).groups
+    scored = attribute(model, QUERIES, train_data=DATA, recovery="prior", **QUIET)
+    assert "it has no readout, so that was computed on the spot" in scored.metadata["record_note"]
+    model.trainer = None
+    fresh = attribute(model, QUERIES, train_data=DATA, recovery="prior", num_subsets=12, **QUIET)
+    torch.testing.assert_close(scored.scores, fresh.scores, rtol=1e-3, atol=1e-3 * fresh.scores.abs().max().item())
 
 
 def test_a_subclass_is_found_too(tmp_path):

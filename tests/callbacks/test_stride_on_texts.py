@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from stride_lightning import CausalLanguageModeling, StrideCallback, TracInCallback, attribute
+from stride_lightning.steering import fit
 from stride_lightning.storage.records import read_record
 from tests.helpers.models import make_trainer
 from tests.helpers.texts import LanguageModule, Texts, padded
@@ -19,7 +20,7 @@ def loader(data, shuffle=False):
 
 @pytest.fixture
 def fitted(tmp_path):
-    def fit(precision="32-true", **options):
+    def run(precision="32-true", **options):
         torch.manual_seed(0)
         callback, model = StrideCallback(tmp_path / "records", num_subsets=8, **options), LanguageModule()
         callbacks = callback, TracInCallback(tmp_path / "tracin")
@@ -27,7 +28,7 @@ def fitted(tmp_path):
         trainer.fit(model, loader(TRAIN, shuffle=True))
         return model, callback
 
-    return fit
+    return run
 
 
 def ask(model, **options):
@@ -51,6 +52,19 @@ def test_a_record_gives_the_scores_without_a_pass(fitted):
     losses = torch.cat([task.loss(model(batch["input_ids"]), task.targets(batch)) for batch in loader(TRAIN)])
     counts = torch.cat([(task.targets(batch)[..., 1] > 0).sum(1) for batch in loader(TRAIN)])
     assert torch.allclose(record.tensors("losses")["train"], losses.detach() / counts.double().mean(), atol=1e-5)
+
+
+def test_large_moments_are_left_out_and_computed_again(fitted, monkeypatch, caplog):
+    monkeypatch.setattr(fit, "MOST_RECORDED", 1_000)
+    with caplog.at_level("INFO"):
+        model, callback = fitted(fit_operators=True)
+    assert set(read_record(callback.records[-1]).groups) == {"design", "losses", "statistics", "operators"}
+    assert "does not hold its moments, which would take 0 MiB" in caplog.text
+    scored = ask(model)
+    assert scored.metadata["record"] == str(callback.records[-1])
+    assert "it has no moments of tokens, so that was computed on the spot" in scored.metadata["record_note"]
+    model.trainer = None
+    torch.testing.assert_close(scored.scores, ask(model).scores, rtol=1e-4, atol=1e-7)
 
 
 def test_operators_are_recorded_and_used(fitted):

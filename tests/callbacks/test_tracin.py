@@ -6,9 +6,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from stride_lightning import Classification, attribute
+from stride_lightning import Classification, StrideCallback, attribute
 from stride_lightning.callbacks.tracin import TracInCallback
 from stride_lightning.data.examples import Examples
 from stride_lightning.data.reading import fingerprint_of
@@ -387,3 +388,24 @@ def test_records_of_other_training_data_are_refused(tmp_path):
     train(model, DATA, tmp_path, TracInCallback())
     with pytest.raises(ValueError, match=r"(?s)made with other training data\..*random_split given no seed"):
         attribute(model, DATA, train_data=classification_data(seed=1), method="tracin", show_progress=False)
+
+
+def test_steps_that_a_grad_scaler_skips_are_none(tmp_path):
+    """Gradients of half precision overflow until the scale has come down."""
+
+    def fit(*callbacks):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=10)
+        mixed = MixedPrecision("16-mixed", "cpu", scaler)
+        model = build(Classifier)
+        return model, train(model, DATA, tmp_path, *callbacks, plugins=[mixed]), scaler
+
+    bare, *_ = fit()
+    callback, stride = TracInCallback(every_n_train_steps=1), StrideCallback(num_subsets=6)
+    model, trainer, scaler = fit(callback, stride)
+    assert weight_hash(model) == weight_hash(bare)
+    assert scaler.get_scale() < 2.0**20
+    infos = [read_info(path) for path in callback.records]
+    assert 0 < len(infos) < trainer.global_step
+    assert len({info["weights"] for info in infos}) == len(infos)
+    assert infos[-1]["weights"] == read_info(stride.records[-1])["weights"] == weight_hash(model)
+    assert {value.dtype for value in read_record(callback.records[-1]).tensors("weights").values()} == {torch.float32}

@@ -16,6 +16,7 @@ from stride_lightning.steering.subsets import Design, sample_design
 from tests.contract import cases
 from tests.contract.cases import CASES, EXEMPT, METHODS, NUM_QUERIES, NUM_TRAIN, fitted, made, model_of, scored
 from tests.helpers.gradient_models import check_same_condition, close_scores, condition_of
+from tests.helpers.learned import few_steps
 from tests.helpers.models import Classifier, build
 from tests.helpers.processes import run_two, start
 from tests.helpers.tiny import correlation, permutation
@@ -308,8 +309,11 @@ def everything():
     """Scores of all methods for queries more and fewer than processes, their tops and their self-influences."""
     by_name = {}
     for kind, options in STRIDE_OPTIONS:
-        for rows in (range(NUM_QUERIES), [2]):
-            by_name[kind, str(options), len(rows)] = scored("stride", kind, rows=rows, num_subsets=13, **options).scores
+        with few_steps():
+            attributor = fitted("stride", kind, num_subsets=13, **options)
+            for rows in (range(NUM_QUERIES), [2]):
+                scores = attributor.attribute(cases.queries_of(kind, rows)).scores
+                by_name[kind, str(options), len(rows)] = scores
     kind = "classification"
     for method in METHODS:
         attributor = fitted(method, kind)

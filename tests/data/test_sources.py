@@ -199,6 +199,35 @@ def test_lists_of_examples_of_two_datasets():
     assert read(plain)[0].equal(DATA.tensors[0])
 
 
+class Zipped(DataLoader):
+    """A loader of two loaders, as packages have."""
+
+    def __iter__(self):
+        yield from zip(self.dataset, self.dataset, strict=True)
+
+
+class Filtering(DataLoader):
+    def _get_iterator(self):
+        return map(torch.stack, super()._get_iterator())
+
+
+class Named(DataLoader):
+    """A loader with a collate function of its own."""
+
+    def __init__(self, dataset, **options):
+        super().__init__(dataset, collate_fn=doubled, **options)
+
+
+@pytest.mark.parametrize(
+    "loader", [Zipped(DATA), Filtering(DATA), DataLoader(DataLoader(DATA, 4))], ids=["zip", "filter", "twice"]
+)
+def test_loaders_that_make_batches_in_a_way_of_their_own(loader):
+    for resolve in (resolve_train_data, resolve_queries):
+        with pytest.raises(NoPositionsError, match=f"a {type(loader).__name__}, makes its batches in a way of its own"):
+            resolve(loader)
+    assert read(resolve_train_data(Named(DATA, batch_size=3)))[0].equal(2 * DATA.tensors[0])
+
+
 # ---- several loaders --------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from stride_lightning.data import streams
+from stride_lightning.data.loading import Loading, NoPositionsError
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
 from tests.helpers.models import classification_data
 from tests.helpers.tiny import read
@@ -73,11 +74,40 @@ def test_examples_that_carry_a_key():
     assert examples.info() == {"key": [f"scan_{i}" for i in range(20)]}
     assert examples.subset([3]).info() == {"key": ["scan_3"]}
     assert resolve_train_data(Stream()).info() == {}
+    read_before = list(Bare())
+    assert resolve_train_data(read_before).info() == examples.info()
+    assert resolve_train_data(DataLoader(read_before, sampler=[3])).info() == {"key": ["scan_3"]}
     assert len(resolve_train_data(iter([{"id": 1, "x": 0}, {"x": 1}]))) == 2
 
 
 def test_positions_of_a_streaming_dataset():
-    assert read(resolve_train_data(DataLoader(Indexed(), 4)))[0].equal(DATA.tensors[0])
+    examples = resolve_train_data(DataLoader(Indexed(), 4))
+    assert read(examples)[0].equal(DATA.tensors[0])
+    assert examples.notes == ()  # the loader has no sampler of its own
+
+
+def test_batches_of_a_stream():
+    """Training on a stream can be repeated, in its order."""
+    assert resolve_train_data(DataLoader(Stream(), 4)).loading == Loading(4, shuffle=False, drop_last=False)
+    assert resolve_train_data(DataLoader(Stream(), 6, drop_last=True)).loading == Loading(6, False, True)
+    assert resolve_train_data(Stream()).loading is None
+
+
+class OfBatches(IterableDataset):
+    """Holds a loader, as the ``WebLoader`` of webdataset does."""
+
+    def __init__(self):
+        self.pipeline = [DataLoader(Stream(), 4)]
+
+    def __iter__(self):
+        return iter(self.pipeline[0])
+
+
+def test_a_stream_of_batches_is_refused():
+    with pytest.raises(
+        NoPositionsError, match=r"`train_data` is a stream \(OfBatches\) of batches.*DataLoader\(stream"
+    ):
+        resolve_train_data(OfBatches())
 
 
 @pytest.mark.parametrize(("world_size", "count"), [(1, 12), (2, 24)])

@@ -199,7 +199,9 @@ def test_neither_padding_nor_the_batch_matters(method, data):
     # Sketches too: they are made of parameters, not of tokens.
     options = {"projection_dim": 16 if method.startswith("trak") else 3} if method in METHODS[-3:] else {}
     expected = scores_of("Llama", method, data, batch_size=1, **options).scores
-    ways = [(3, padded), (7, widely_padded), (4, packed), (5, left_padded)]
+    ways = [(3, padded), (4, packed), (7, widely_padded), (5, left_padded)]
+    if method != "grad-dot":  # whose gradients all methods have
+        ways = ways[:2] if data is SHORT else ways[2:]
     for batch_size, collate_fn in ways:
         scores = scores_of("Llama", method, data, collate_fn=collate_fn, batch_size=batch_size, **options).scores
         # Llama's rotations of positions are in single precision, and padding on the left moves them; of a matrix of

@@ -101,12 +101,12 @@ def resume(folder, *, again=True, **how):
 
 
 def operations(root):
-    """Children killed after the k-th file operation: each that makes or removes a name, and every third of the others.
+    """Children killed after the k-th file operation: each that makes or removes a name, and every ninth of the others.
 
     That a record appears whole or not at all, after whatever operation, is shown by kill_writer.py.
     """
     (root / "all").mkdir()
-    chosen, trace = operations_of(partial(run, root / "all" / "truth"), 3)
+    chosen, trace = operations_of(partial(run, root / "all" / "truth"), 9)
     outcomes = []
     for k in chosen:
         folder = root / str(k)
@@ -122,7 +122,7 @@ def moments(root):
     rng, outcomes, started = random.Random(0), [], time.monotonic()
     in_fork(lambda: run(root / "timed", pause=0.01))
     duration = time.monotonic() - started  # on a busy machine a run takes many times as long
-    for trial in range(15):
+    for trial in range(10):
         folder = root / str(trial)
         folder.mkdir()
         for _ in range(1 + (trial % 3 == 0)):

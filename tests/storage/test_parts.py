@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from stride_lightning.retraining.together import Together
+from stride_lightning.storage import parts
 from stride_lightning.storage.parts import Work, differences, remove_parts
 from stride_lightning.storage.records import RecordError, find_records
 from tests.helpers.processes import needs_fork, what_helper_saw
@@ -230,14 +231,51 @@ def test_parts_in_several_threads(tmp_path):
     assert values.tolist() == [[0, 1, 2, 3]]
 
 
-def test_a_part_that_vanishes_is_said(tmp_path):
-    def compute(seed, items, tick):
-        if items.start == 1:
-            remove_parts(tmp_path / "work.parts")
-        return torch.arange(2)[items]
+def test_a_part_of_another_process_that_vanishes_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "world_size", lambda: 2)
+    with pytest.raises(RecordError, match=r"Part 1 has vanished from .*work.parts. Run again"):
+        work_in(tmp_path).run(**squares_of([]), num_items=2)
 
-    with pytest.raises(RecordError, match=r"Part 0 has vanished from .*work.parts. Run again"):
-        work_in(tmp_path).run(compute, seeds=[0], num_items=2, largest=1)
+
+@pytest.mark.parametrize("moment", ["before it computes", "before it keeps"])
+def test_another_run_that_finishes_first_leaves_one_result(tmp_path, moment, monkeypatch):
+    """As when a launcher starts processes that form no group: each does all the work, on the same path."""
+    path = tmp_path / "truth"
+    if moment == "before it computes":
+        others = [lambda: ask(path, memory_budget=1)]
+        original = Together.train
+
+        def train(self, *args):
+            if others:
+                others.pop()()
+            return original(self, *args)
+
+        monkeypatch.setattr(Together, "train", train)
+    else:
+        original = Work.keep
+
+        def keep(self, result):
+            monkeypatch.setattr(Work, "keep", original)
+            ask(path, memory_budget=1)
+            return original(self, result)
+
+        monkeypatch.setattr(Work, "keep", keep)
+    result = ask(path, memory_budget=1)
+    assert result.losses_by_seed.equal(ask(memory_budget=1).losses_by_seed)
+    assert [left.name for left in tmp_path.iterdir()] == ["truth"]
+
+
+def test_the_result_of_other_work_that_came_meanwhile_stays(tmp_path, monkeypatch):
+    original = Work.keep
+
+    def keep(self, result):
+        monkeypatch.setattr(Work, "keep", original)
+        ask(seed=1).save(tmp_path / "truth")
+        return original(self, result)
+
+    monkeypatch.setattr(Work, "keep", keep)
+    ask(tmp_path / "truth")
+    assert sorted(left.name for left in tmp_path.iterdir()) == ["truth", "truth-v1"]
 
 
 def test_other_files_are_left_alone(tmp_path):

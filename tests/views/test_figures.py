@@ -100,7 +100,7 @@ def assert_readable(figure):
 def test_nothing_overlaps_or_leaves_the_figure(shape, queries):
     info = {"train_info": {"text": LONG}, "query_info": {"text": LONG[:2]}, "std": SCORES.abs() / 3}
     attribution = make_attribution(shape, **info)
-    for k in (1, 2, 4):
+    for k in (1, 2, 4) if queries == 1 else (1, 4):
         assert_readable(plot_grid(attribution, [0, 1] * (queries // 2) or [0], k))
 
 

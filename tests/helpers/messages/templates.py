@@ -48,6 +48,7 @@ class Template:
         return _num_letters(self.pattern.replace(r"\s*", "")) >= _FEW_LETTERS
 
 
+@functools.cache
 def squeezed(text):
     """The text in one line."""
     return " ".join(text.split())
