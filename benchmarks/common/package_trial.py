@@ -10,7 +10,8 @@ A package's script is a file ``benchmarks/packages/NAME.py`` with
 
 Both dictionaries hold ``"module"`` (the LightningModule), ``"train_data"`` and ``"queries"`` (loaders, data modules or
 data sets, as the package gives them), optionally ``"options"`` (keyword arguments of ``attribute()``, or a function
-that gives them for a method), and that of ``train`` optionally ``"ckpt_path"`` (by default the trial saves one through ``module.trainer``).
+that gives them for a method), and that of ``train`` optionally ``"ckpt_path"`` (by default the trial saves one through
+``module.trainer``).
 
 * ``batch_of(data, places)``, optional: the batch of training examples or queries at these places, by other means than
   this library's. By default ``loader.collate_fn([loader.dataset[place] ...])``, of a data module's train loader, or
