@@ -9,8 +9,9 @@ A package's script is a file ``benchmarks/packages/NAME.py`` with
   of ``train``, where it may have stored what the package needs.
 
 Both dictionaries hold ``"module"`` (the LightningModule), ``"train_data"`` and ``"queries"`` (loaders, data modules or
-data sets, as the package gives them), optionally ``"options"`` (keyword arguments of ``attribute()``), and that of
-``train`` optionally ``"ckpt_path"`` (by default the trial saves one through ``module.trainer``).
+data sets, as the package gives them), optionally ``"options"`` (keyword arguments of ``attribute()``, or a function
+that gives them for a method), and that of ``train`` optionally ``"ckpt_path"`` (by default the trial saves one through
+``module.trainer``).
 
 * ``batch_of(data, places)``, optional: the batch of training examples or queries at these places, by other means than
   this library's. By default ``loader.collate_fn([loader.dataset[place] ...])``, of a data module's train loader, or
@@ -109,6 +110,7 @@ def answers(fit, ckpt_path, result, key):
     from stride_lightning import attribute
 
     scores, told = {}, {}
+    options = fit.get("options", {})
     for method in METHODS:
         started = time.time()
         try:
@@ -120,7 +122,7 @@ def answers(fit, ckpt_path, result, key):
                 ckpt_path=ckpt_path,
                 show_progress=False,
                 **OPTIONS.get(method, {}),
-                **fit.get("options", {}),
+                **(options(method) if callable(options) else options),
             )
         except Exception as error:
             traceback.print_exc()
@@ -171,6 +173,9 @@ class Gradients:
 
         self.module, self.step = module, TrainingStep(module, moment)
         module.log = module.log_dict = lambda *args, **kwargs: None
+        vars(module).setdefault("_trainer", None)  # some packages take it away after a fit
+        if module._trainer is not None:
+            module.trainer.state.stage = "train"  # which a Trainer forgets after a fit
         module.train()
         for child in module.modules():
             if isinstance(child, torch.nn.modules.dropout._DropoutNd | torch.nn.modules.batchnorm._BatchNorm):
@@ -202,13 +207,18 @@ class Gradients:
         return torch.cat([(torch.zeros_like(p) if s is None else s).flatten() for s, p in pairs]).double()
 
 
-def weight(together, alone, partner):
-    """The weight of an example in a mean, where its partner's is 1, from gradients of both together and each alone."""
+def weight(together, alone, partner, is_random):
+    """The weight of an example in a mean, where its partner's is 1, from gradients of both together and each alone.
+
+    A step that draws a sample of its batch makes a mean on average only: its examples count alike.
+    """
     if not alone.any():  # an example without weight has no loss of its own
         return 0.0 if torch.allclose(together, partner) else 1.0
     design = torch.stack([alone, partner], 1)
     shares = torch.linalg.lstsq(design, together[:, None], driver="gelsd").solution[:, 0]
     misfit = float((design @ shares - together).norm() / together.norm().clamp_min(1e-30))
+    if is_random and 1e-3 < misfit < 0.3:
+        return 1.0
     if misfit > 1e-3:
         raise ValueError(f"a pair's gradient is no combination of those of its examples (misfit {misfit:.2g})")
     if abs(float(shares.sum()) - 2) < 2e-3:  # a sum
@@ -231,11 +241,18 @@ def grad_dot_error(script, fit, scores):
         return lambda: make(fit["queries"], [place], True)
 
     gradients = Gradients(module, moment_of(module, None), train(0), 0)
+    if gradients.is_random:  # two sizes of a batch tell which random numbers belong to examples
+        for places in ([0], [0, 1]):
+            gradients(train(*places), places)
     alone = [torch.nan_to_num(gradients(train(place), [place])) for place in range(num_train)]
     partner = max(range(num_train), key=lambda place: float(alone[place].norm()))
     weights = torch.tensor(
         [
-            1.0 if i == partner else weight(gradients(train(i, partner), [i, partner]), alone[i], alone[partner])
+            1.0
+            if i == partner
+            else weight(
+                gradients(train(i, partner), [i, partner]), alone[i], alone[partner], is_random=gradients.is_random
+            )
             for i in range(num_train)
         ]
     )

@@ -1,4 +1,4 @@
-"""N-HiTS on 16 series: series are examples, and training_step draws windows of them."""
+"""N-HiTS on 12 series: series are examples, and training_step draws windows of them."""
 
 import logging
 
@@ -33,8 +33,8 @@ def make(callbacks, folder):
         n_pool_kernel_size=[2],
         n_freq_downsample=[1],
         windows_batch_size=256,
-        batch_size=8,
-        max_steps=10,
+        batch_size=6,
+        max_steps=4,
         callbacks=callbacks(queries),
         accelerator="cpu",
         default_root_dir=str(folder),
@@ -48,10 +48,10 @@ def make(callbacks, folder):
 
 def train(callbacks, folder):
     forecast, queries = make(callbacks, folder)
-    forecast.fit(frame(16, 0))
+    forecast.fit(frame(12, 0))
     return {
         "module": forecast.models[0],
-        "train_data": TimeSeriesDataModule(forecast.dataset, batch_size=8),  # added
+        "train_data": TimeSeriesDataModule(forecast.dataset, batch_size=6),  # added
         "queries": queries,
         # The package takes the Trainer away from its module, and with it the place of the records.
         "options": lambda method: {"record": folder.parent / "tracin"} if method == "tracin" else {},  # added
@@ -61,7 +61,7 @@ def train(callbacks, folder):
 
 def load(ckpt_path, folder):
     forecast, queries = make(lambda queries: [], folder)
-    data = TimeSeriesDataModule(TimeSeriesDataset.from_df(frame(16, 0))[0], batch_size=8)
+    data = TimeSeriesDataModule(TimeSeriesDataset.from_df(frame(12, 0))[0], batch_size=6)
     return {
         "module": forecast.models[0],
         "train_data": data,

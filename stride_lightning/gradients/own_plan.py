@@ -223,7 +223,7 @@ def _planned(
             if is_padded := len(widths) > 1:
                 singles = [cut(together, slice(row, row + 1)) for row in range(len(chosen))]
                 if len({outputs(inputs).shape[1] for inputs in (together, *singles)}) > 1:
-                    raise ValueError("the number of outputs for an example changes with the rest of its batch")
+                    raise ValueError("the outputs for an example change with the rest of its batch")
             capture = plan_capture(outputs, singles, together, choose_layers(outputs, together), like, tap.direct)
             effort = capture.effort(together, len(chosen))
         except (ValueError, TypeError, IndexError) as error:

@@ -147,9 +147,9 @@ def test_the_unit_names_what_is_explained(measure, unit):
 
 
 class Windows(Own):
-    """Series of 9 steps, 5 windows each; a step draws 256 windows of the whole batch, as forecasting packages do."""
+    """Series of 9 steps, 5 windows each; a step draws 312 windows of the whole batch, as forecasting packages do."""
 
-    num_windows = 256
+    num_windows = 312
 
     def __init__(self):
         super().__init__()

@@ -212,6 +212,12 @@ def test_factors(loss, task, factor):
     assert loss_factor(model, task, data.tensors, data.tensors) == pytest.approx(factor, rel=1e-5)
 
 
+def test_a_flag_among_the_parameters_is_not_scaled():
+    model, (x, y) = Net(mlp(), sgd), points().tensors
+    model.is_started = nn.Parameter(torch.tensor(1, dtype=torch.uint8), requires_grad=False)
+    assert loss_factor(model, Classification(), (x, y), (x, Classification().encode(y, 3))) == 1
+
+
 def test_trying_out_changes_nothing():
     """Neither weights, buffers, modes, the trainer nor random states."""
     torch.manual_seed(0)
