@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stride_lightning.model.layers import WRAPPED
-from stride_lightning.runtime.distributed import gather_objects, meet, rank, world_size
+from stride_lightning.runtime.distributed import gather_objects, is_running, meet, rank, world_size
 from stride_lightning.runtime.memory import free_bytes
 
 #: Registers of hooks that every module has.
@@ -31,7 +31,7 @@ def is_sharded(model: nn.Module) -> bool:
         >>> is_sharded(nn.Linear(2, 1))
         False
     """
-    if world_size() == 1:
+    if not is_running():  # a mesh of one process shards, too
         return False
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
@@ -215,7 +215,9 @@ def _plain_class(cls: type) -> type:
 
 
 def _shards(function: Any) -> bool:
-    return (getattr(function, "__module__", None) or "").startswith(_SHARDING)
+    """Whether a hook or method is torch's, by where it was written: a method that it wraps lends it its name."""
+    written = getattr(getattr(function, "__func__", function), "__globals__", {}).get("__name__")
+    return (written or getattr(function, "__module__", None) or "").startswith(_SHARDING)
 
 
 def _tensors_of(root: nn.Module) -> Iterator[Tensor]:

@@ -71,14 +71,19 @@ def leaving_together() -> Iterator[None]:
         _block.reset(token)
 
 
+def is_running() -> bool:
+    """Whether this process belongs to a group of processes, be it alone there."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def rank() -> int:
     """This process's rank; 0 outside a distributed run."""
-    return dist.get_rank() if _running() else 0
+    return dist.get_rank() if is_running() else 0
 
 
 def world_size() -> int:
     """Number of processes; 1 outside a distributed run."""
-    return dist.get_world_size() if _running() else 1
+    return dist.get_world_size() if is_running() else 1
 
 
 def shard(length: int) -> slice:
@@ -114,7 +119,7 @@ def meet() -> None:
 
 def barrier() -> None:
     """Wait until every rank is here."""
-    if _running():
+    if is_running():
         meet()
         dist.barrier()
 
@@ -154,7 +159,3 @@ def _summed(whole: Tensor) -> Tensor:
 def _device() -> torch.device | None:
     """The device whose memory the backend moves, if it moves no other: NCCL does."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
-
-
-def _running() -> bool:
-    return dist.is_available() and dist.is_initialized()

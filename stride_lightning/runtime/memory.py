@@ -11,6 +11,8 @@ from stride_lightning.runtime.checks import check_count
 
 #: The default without a GPU.
 DEFAULT_BYTES = 2**29
+#: Where Linux tells a process about the limits of its container.
+_CONTAINER = Path("/sys/fs/cgroup")
 
 
 def memory_budget(given: int | None, device: torch.device) -> int:
@@ -37,7 +39,17 @@ def free_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + unused
     if device.type != "cpu" or not sys.platform.startswith("linux"):
         return sys.maxsize
-    (available,) = (
-        line.split()[1] for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")
-    )
-    return int(available) * 1024
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return min(available, free_in_container(_CONTAINER))
+
+
+def free_in_container(folder: Path) -> int:
+    """Bytes up to the limit of a container, beyond which the system kills; as good as endless without one."""
+    try:
+        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except (OSError, ValueError):  # there is no container, or its limit is "max"
+        return sys.maxsize
+    cached = next(int(line.split()[1]) for line in lines if line.startswith("file "))  # given up when memory is needed
+    return limit - used + cached

@@ -32,10 +32,10 @@ TOLERANCE = 1e-4
 
 
 class FSDP2(Validated):
-    """Its root keeps whole weights after a validation epoch."""
+    """Its root, which holds the last layer, leaves whole weights in their places after a validation epoch."""
 
     def configure_model(self):
-        for layer in (self.network[0], self.network[2], self):
+        for layer in (self.network[0], self):
             fully_shard(layer, mesh=self.device_mesh["data_parallel"])
 
 
@@ -117,11 +117,12 @@ def fit_kind(name, folder):
     watchers = callbacks(folder)
     model, trainer = fit(kind, folder, *watchers, strategy=strategy(), **how)
     results = {
+        "launcher": type(trainer.strategy.cluster_environment).__name__,
         "sharded": is_sharded(model),
-        "same look": look_of(model) == look_of(plain),
         "records": [list(map(str, watcher.records)) for watcher in watchers],
         "weights": weights_of(model),
         "expected weights": weights_of(plain),
+        "same look": look_of(model) == look_of(plain),  # with all weights sharded, as a checkpoint leaves them, too
         "live": scores(model, folder, "ekfac", "stride"),
     }
     further = further_train(model, QUERIES, train_data=DataLoader(DATA, STEP), left_out=LEFT_OUT, num_seeds=2)
@@ -155,12 +156,14 @@ def fit_without_room(folder, *, from_call):
 
 
 def fit_on_two(number, port, folder):
-    """What each of two processes does that ``torchrun`` has started; rank r leaves its results in ``rank{r}.pt``."""
+    """What each of two processes does, as if launchers had started it; rank r leaves its results in ``rank{r}.pt``."""
     start(number, port)
-    for name in ("NODE_RANK",):
-        del os.environ[name]
     os.environ |= {"RANK": str(number), "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
-    results = {name: fit_kind(name, folder) for name in KINDS}
+    results = {name: fit_kind(name, folder) for name in ("ddp", "fsdp2")}
+    del os.environ["TORCHELASTIC_RUN_ID"]
+    os.environ |= {"SLURM_JOB_NAME": "fit", "SLURM_NTASKS": "2", "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1"}
+    os.environ |= {"SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)}
+    results |= {name: fit_kind(name, folder) for name in ("tensor parallel", "fsdp")}
     os.environ[guard.RAISE] = ""
     results["at once"] = fit_without_room(folder / "at once", from_call=1)
     results["later"] = fit_without_room(folder / "later", from_call=6)
@@ -194,6 +197,7 @@ def test_the_fit_is_the_same_to_the_bit(both, kind):
     for results in both[1]:
         here = results[kind]
         assert here["sharded"] is (kind != "ddp")
+        assert here["launcher"] == ("TorchElastic" if kind in ("ddp", "fsdp2") else "SLURM") + "Environment"
         assert here["same look"]
         assert all(value.equal(here["expected weights"][name]) for name, value in here["weights"].items())
 
