@@ -155,6 +155,6 @@ def test_explain_mismatch(tmp_path):
     with pytest.raises(ValueError, match="was random_split given no seed") as refused:
         explain_mismatch(record, data | {"content": "d" * 64}, "Classification()", is_explicit=True)
     assert all(f"20 examples, content {16 * letter}" in str(refused.value) for letter in "cd")
-    with pytest.raises(ValueError, match="random augmentation: content not compared"):
+    with pytest.raises(ValueError, match="content is random or cannot be read"):
         explain_mismatch(record, data | {"content": None, "shapes": "s" * 64}, "Classification()", is_explicit=True)
     assert find_records(tmp_path) == [record.path]
