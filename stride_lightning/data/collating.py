@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
-from stride_lightning.data.fingerprints import digest, digest_rows
+from stride_lightning.data.fingerprints import digest_rows
 from stride_lightning.runtime.checks import first_line
 from stride_lightning.runtime.operations import Operations
-from stride_lightning.runtime.randomness import mix, preserved_random_state, seed_all
+from stride_lightning.runtime.randomness import held_generators, mix, preserved_random_state, reseed, seed_all
 from stride_lightning.runtime.row_draws import RowDraws
 
 #: An example with its position in the dataset.
@@ -24,10 +25,6 @@ _HOW_TO_COLLATE = (
     "Pass a DataLoader with the collate_fn of training, for the queries too. Where examples differ in size it must pad "
     "them, as transformers.DataCollatorWithPadding does with texts."
 )
-
-
-#: Batches of the same examples that are compared: two of few tokens may have the same mask.
-_NUM_COMPARED = 4
 
 
 class MissingExample(ValueError):
@@ -46,9 +43,17 @@ class OneByOne(Dataset[Numbered]):
     def __init__(self, dataset: Any, kind: str, seed_of: Callable[[int], int] | None = None) -> None:
         self.dataset, self.kind, self.seed_of = dataset, kind, seed_of
 
+    @cached_property
+    def _generators(self) -> list[Any]:
+        """Random generators that the dataset holds itself."""
+        return held_generators(self.dataset)
+
     def __getitem__(self, position: int) -> Numbered:
         if self.seed_of is not None:
-            seed_all(self.seed_of(position))
+            seed = self.seed_of(position)
+            seed_all(seed)
+            for generator in self._generators:
+                reseed(generator, seed)
         try:
             example = self.dataset[position]
         except Exception as error:
@@ -86,12 +91,12 @@ class Collate:
             rows = self._failing_rows([example for _, example in numbered])
             names = self._names([numbered[row][0] for row in rows])
             raise ValueError(
-                f"{names[0].upper()}{names[1:]} cannot be put into a batch: {_name_of(self.collate_fn)} raised "
+                f"{names[0].upper()}{names[1:]} cannot be put into a batch: {name_of(self.collate_fn)} raised "
                 f"{_describe_error(error)} {_HOW_TO_COLLATE}"
             ) from error
         if batch is None:
             raise ValueError(
-                f"{_name_of(self.collate_fn)} returned None for {self._names([position for position, _ in numbered])}. "
+                f"{name_of(self.collate_fn)} returned None for {self._names([position for position, _ in numbered])}. "
                 "Scores name examples by their position, so no example may be dropped. Leave these out: "
                 "torch.utils.data.Subset(dataset, positions)."
             )
@@ -106,7 +111,7 @@ class Collate:
             return
         alone = [position for position, example in numbered if self._fails([example])]
         raise ValueError(
-            f"{_name_of(self.collate_fn)} made a batch of {max(shape[0] for shape in shapes)} rows of {count} examples"
+            f"{name_of(self.collate_fn)} made a batch of {max(shape[0] for shape in shapes)} rows of {count} examples"
             f"{f', without {self._names(alone)}' if alone else ''}. Scores name examples by their position, so a "
             "collate_fn may drop or add none. Leave out those that it drops: "
             "torch.utils.data.Subset(dataset, positions)."
@@ -122,8 +127,9 @@ class Collate:
         keys = torch.tensor([key_of(position) for position, _ in numbered])
         row_draws = RowDraws(keys, self.seed)
         with preserved_random_state(self.collate_fn), Operations(row_draws):
-            seed_all(mix(self.seed, *keys.tolist()))
-            yield _Watched(examples, keys, self.seed, row_draws)
+            watched = _Watched(examples, keys, self.seed, row_draws, held_generators(self.collate_fn))
+            watched.turn_to(keys)
+            yield watched
 
     def _failing_rows(self, examples: list[Any]) -> Sequence[int]:
         """The first example that cannot be collated alone, else the first pair that cannot be together, else all."""
@@ -166,19 +172,25 @@ class _Watched(list[Any]):
     Once a loop over all of them has ended, the rows of what torch draws belong to them, and other numbers to the batch.
     """
 
-    def __init__(self, examples: list[Any], keys: Tensor, seed: int, row_draws: RowDraws) -> None:
+    def __init__(
+        self, examples: list[Any], keys: Tensor, seed: int, row_draws: RowDraws, generators: list[Any]
+    ) -> None:
         super().__init__(examples)
-        self._keys, self._seed, self._row_draws = keys, seed, row_draws
+        self._keys, self._seed, self._row_draws, self._generators = keys, seed, row_draws, generators
 
     def __iter__(self) -> Iterator[Any]:
         for row, example in enumerate(super().__iter__()):
-            self._turn_to(self._keys[row : row + 1])
+            self.turn_to(self._keys[row : row + 1])
             yield example
-        self._turn_to(self._keys)
+        self.turn_to(self._keys)
 
-    def _turn_to(self, keys: Tensor) -> None:
+    def turn_to(self, keys: Tensor) -> None:
+        """Let what is drawn from now on belong to the examples of these keys."""
         self._row_draws.turn_to(keys)
-        seed_all(mix(self._seed, *keys.tolist()))
+        seed = mix(self._seed, *keys.tolist())
+        seed_all(seed)
+        for generator in self._generators:
+            reseed(generator, seed)
 
 
 def key_of(position: int) -> int:
@@ -189,16 +201,8 @@ def key_of(position: int) -> int:
     return position if position >= 0 else -1 - position
 
 
-def draws(collate_fn: Callable[[list[Any]], Any], examples: list[Any]) -> bool:
-    """Whether a collate function makes different batches of the same examples, as one that masks tokens does."""
-    try:
-        with preserved_random_state(collate_fn):
-            return len({digest(collate_fn(examples)) for _ in range(_NUM_COMPARED)}) > 1
-    except Exception:  # named when the examples are read
-        return len(examples) > 1 and draws(collate_fn, examples[:1])  # not all can stand in one batch
-
-
-def _name_of(function: Callable[..., Any]) -> str:
+def name_of(function: Callable[..., Any]) -> str:
+    """What messages call a function."""
     return getattr(function, "__name__", type(function).__name__)
 
 

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, default_collate
 
-from stride_lightning.data.collating import Collate, CollateWithDigests, MissingExample, OneByOne, draws, key_of
+from stride_lightning.data.collate_checks import draws, reorders
+from stride_lightning.data.collating import Collate, CollateWithDigests, MissingExample, OneByOne, key_of, name_of
 from stride_lightning.data.fingerprints import digest
 from stride_lightning.data.loading import Loading
 from stride_lightning.runtime.checks import RowError
@@ -146,7 +147,7 @@ class Examples:
             _ = self.is_drawn  # of all examples, not of a part of them that shows it less
             probes = self._probes()
             reader = OneByOne(self.dataset, self.kind)
-            with preserved_random_state():
+            with preserved_random_state(self.dataset):
                 self._random = any(digest(reader[position][1]) != digest(reader[position][1]) for position in probes)
             if self._random:
                 warnings.warn(
@@ -166,9 +167,15 @@ class Examples:
         """Whether the ``collate_fn`` makes different batches of the same examples, as one that masks tokens does."""
         if self._draws is None:
             reader = OneByOne(self.dataset, self.kind)
-            with preserved_random_state():
-                self._draws = self.collate_fn is not default_collate and draws(
-                    self.collate_fn, [reader[position][1] for position in self._probes()]
+            with preserved_random_state(self.dataset):
+                is_known = self.collate_fn is default_collate
+                probes = [] if is_known else [reader[position][1] for position in self._probes()]
+            self._draws = bool(probes) and draws(self.collate_fn, probes)
+            if not self._draws and len(probes) > 1 and reorders(self.collate_fn, probes):
+                raise ValueError(
+                    f"{name_of(self.collate_fn)} changes the order of the examples in a batch, as functions do that "
+                    "sort by length. Scores name examples by their row, so a collate_fn must keep their order: sort inside "
+                    "the model, or let pack_padded_sequence(enforce_sorted=False) do it."
                 )
             if self._draws:
                 warnings.warn(
@@ -192,7 +199,7 @@ class Examples:
         collate_fn = CollateWithDigests(self.collate_fn, self.kind, seed, content=not self.is_random)
         seed_of = key_of if self.is_random else None
         loader = self._loader(seed_of, collate_fn, batch_size=batch_size, sampler=self.positions.tolist())
-        with preserved_random_state():
+        with preserved_random_state(self.dataset, self.collate_fn):
             for batch, digests in loader:
                 yield self.transfer(batch, device), digests
 

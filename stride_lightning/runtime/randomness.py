@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
-from types import BuiltinMethodType, MethodType, ModuleType
+from types import BuiltinMethodType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ def preserved_random_state(*owners: object, beyond: object = None) -> Iterator[N
     restores = [
         partial(random.setstate, random.getstate()),
         partial(np.random.set_state, np.random.get_state()),  # noqa: NPY002
-        *_held_generators(owners, beyond),
+        *filter(None, map(generator_restorer, held_generators(*owners, beyond=beyond))),
     ]
     try:
         with torch.random.fork_rng(list(devices)):
@@ -47,16 +47,16 @@ def preserved_random_state(*owners: object, beyond: object = None) -> Iterator[N
             restore()
 
 
-def _held_generators(owners: tuple[object, ...], beyond: object) -> list[Callable[[], Any]]:
-    """For every generator that the owners hold, what puts it back."""
-    to_visit, visited, restores = list(owners), {id(beyond): beyond}, []
+def held_generators(*owners: object, beyond: object = None) -> list[Any]:
+    """Every random generator that the owners hold, but those that are reached only through ``beyond``."""
+    to_visit, visited, held = list(owners), {id(beyond): beyond}, []
     while to_visit:
         item: Any = to_visit.pop()
         if id(item) in visited or isinstance(item, Tensor | np.ndarray | str | bytes | type | ModuleType):
             continue
         visited[id(item)] = item  # held, so that no other object takes its id meanwhile
-        if restore := generator_restorer(item):
-            restores.append(restore)
+        if generator_restorer(item):
+            held.append(item)
         elif isinstance(item, Mapping | list | tuple | set | frozenset):
             if len(item) <= _LONGEST:
                 to_visit.extend(item.values() if isinstance(item, Mapping) else item)
@@ -64,9 +64,31 @@ def _held_generators(owners: tuple[object, ...], beyond: object) -> list[Callabl
             to_visit.extend([item.func, *item.args, *item.keywords.values()])
         elif isinstance(item, MethodType | BuiltinMethodType):
             to_visit.append(item.__self__)
+        elif isinstance(item, FunctionType) and item.__closure__:
+            to_visit.extend(cell.cell_contents for cell in item.__closure__ if _is_filled(cell))
         elif isinstance(attributes := getattr(item, "__dict__", None), dict):
             to_visit.extend(attributes.values())
-    return restores
+    return held
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:  # of a name that has no value yet
+        return False
+    return True
+
+
+def reseed(generator: Any, seed: int) -> None:
+    """Seed a generator of Python, NumPy or torch that somebody holds."""
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    elif isinstance(generator, np.random.RandomState):
+        generator.seed(seed % 2**32)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = type(generator.bit_generator)(seed).state
+    else:
+        generator.seed(seed)
 
 
 def generator_restorer(item: Any) -> Callable[[], Any] | None:
