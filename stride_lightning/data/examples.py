@@ -174,8 +174,8 @@ class Examples:
             if not self._draws and len(probes) > 1 and reorders(self.collate_fn, probes):
                 raise ValueError(
                     f"{name_of(self.collate_fn)} changes the order of the examples in a batch, as functions do that "
-                    "sort by length. Scores name examples by their row, so a collate_fn must keep their order: sort inside "
-                    "the model, or let pack_padded_sequence(enforce_sorted=False) do it."
+                    "sort by length. Scores name examples by their row, so a collate_fn must keep their order: sort "
+                    "inside the model, or let pack_padded_sequence(enforce_sorted=False) do it."
                 )
             if self._draws:
                 warnings.warn(

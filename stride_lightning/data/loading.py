@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, WeightedRandomSampler
+from torch.utils.data.distributed import DistributedSampler
 
 from stride_lightning.runtime.checks import check_count
 
@@ -49,14 +50,19 @@ def loading_of(loader: DataLoader[Any]) -> Loading | None:
     sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     if type(sampler) is not BatchSampler:
         return None
-    inner = sampler.sampler
-    is_ordered = isinstance(inner, SequentialSampler | list | tuple | range | Tensor | np.ndarray)
-    shuffles = not is_ordered and getattr(inner, "shuffle", True)
+    inner: Any = sampler.sampler
+    is_list = isinstance(inner, list | tuple | range | Tensor | np.ndarray)
+    # Subclasses may have an order of their own.
+    is_ordered = is_list or type(inner) is SequentialSampler
+    if isinstance(inner, DistributedSampler):
+        is_ordered = not inner.shuffle
     wrapped = getattr(getattr(inner, "dataset", None), "_sampler", inner)  # Lightning's, in distributed runs
     is_whole = not isinstance(wrapped, WeightedRandomSampler)
     if isinstance(wrapped, RandomSampler):
         is_whole = not wrapped.replacement and wrapped.num_samples == len(wrapped.data_source)
-    return Loading(sampler.batch_size, bool(shuffles), sampler.drop_last, is_whole)
+    if is_list:
+        is_whole = len(np.unique(np.asarray(inner))) == len(inner)
+    return Loading(sampler.batch_size, not is_ordered, sampler.drop_last, is_whole)
 
 
 def check_loading(loading: Loading | None, batch_size: int | None) -> Loading:

@@ -63,7 +63,8 @@ def _drawn(sampler: Any, size: int) -> Drawn:
         return _some(sampler.weights.nonzero().flatten(), size, name, note)
     if isinstance(sampler, list | tuple | range | Tensor | np.ndarray):
         return _some(_listed(sampler), size, "sampler, a list,")
-    positions = _listed(getattr(sampler, "indices", None))
+    # A sampler that is told the epoch may have other indices in each.
+    positions = None if hasattr(sampler, "set_epoch") else _listed(getattr(sampler, "indices", None))
     if positions is not None and (isinstance(sampler, SubsetRandomSampler) or _draws_only(sampler, positions)):
         return _some(positions.sort().values, size, name)
     inner = getattr(sampler, "sampler", None)

@@ -20,6 +20,7 @@ class _Progress:
     epochs: int
     batches: int  # of an epoch
     num_processes: int | None  # None where nothing says it
+    is_limited: bool = False  # whether the loader has more batches
 
 
 def marked_seen(examples: Examples, model: nn.Module, checkpoint: Mapping[str, Any] | None) -> Examples:
@@ -33,8 +34,16 @@ def marked_seen(examples: Examples, model: nn.Module, checkpoint: Mapping[str, A
         checkpoint: What a Trainer saved; None for the weights that the model has.
     """
     progress, loading = _progress(model, checkpoint, len(examples.dataset)), examples.loading
-    if progress is None or loading is None or not loading.is_whole or "seen" in examples.columns:
+    if progress is None or "seen" in examples.columns:
         return examples
+    if loading is None or not loading.is_whole:
+        if not progress.is_limited:
+            return examples
+        note = (
+            f"The fit read only {progress.batches} batches in an epoch, fewer than its loader has: some examples may "
+            "never have been seen. Their scores are still what training on them would do."
+        )
+        return replace(examples, notes=(*examples.notes, note))
     read = progress.batches * loading.batch_size * (progress.num_processes or 1)  # in an epoch
     size = len(examples)
     # Of shuffled data, each example is missed by an epoch with the same probability.
@@ -69,7 +78,10 @@ def _progress(model: nn.Module, checkpoint: Mapping[str, Any] | None, size: int)
         return None
     loop = trainer.fit_loop
     batches = loop.epoch_loop.batch_progress
-    return _of_counts(loop.epoch_progress.total.ready, batches.total.ready, batches.current.ready, trainer.world_size)
+    counts = loop.epoch_progress.total.ready, batches.total.ready, batches.current.ready
+    progress, loader = _of_counts(*counts, trainer.world_size), trainer.train_dataloader
+    is_limited = progress is not None and progress.batches < _length(loader)
+    return None if progress is None else replace(progress, is_limited=is_limited)
 
 
 def _of_counts(epochs: int, total: int, current: int, num_processes: int | None) -> _Progress | None:
@@ -78,3 +90,11 @@ def _of_counts(epochs: int, total: int, current: int, num_processes: int | None)
         return None
     before = -(-(total - current) // max(1, epochs - 1))
     return _Progress(epochs, max(current, before), num_processes)
+
+
+def _length(loader: Any) -> int:
+    """Batches of a loader; 0 where it does not know them."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return 0

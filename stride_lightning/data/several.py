@@ -70,7 +70,8 @@ def joined(
         raise NoPositionsError(
             f"`{what}` are {len(loaders)} loaders ({shown}), and every batch of training holds examples of all of them "
             f"(mode {mode!r}). What one example adds to such a loss is not told from the others. Pass `loss=fn` with "
-            "fn(model, batch) -> (B,), the losses of the examples of a batch of any one loader."
+            "fn(model, batch) -> (B,), the losses of the examples of a batch of any one loader, or a likelihood as "
+            "`task=`."
         )
     parts = [examples_of(loader) for loader in loaders]
     if any(part.collate_fn != parts[0].collate_fn for part in parts):
@@ -85,7 +86,7 @@ def joined(
         dataset=ConcatDataset([part.dataset for part in parts]),
         positions=torch.cat([part.positions + start for part, start in zip(parts, starts, strict=False)]),
         num_workers=max(part.num_workers for part in parts),
-        loading=None,
+        loading=parts[0].loading if all(part.loading == parts[0].loading for part in parts) else None,
         columns={
             "loader": [path for path, size in zip(paths, sizes, strict=True) for _ in range(size)],
             "position": [position for size in sizes for position in range(size)],

@@ -159,6 +159,11 @@ def _from_loader_or_dataset(
         dataset = held = hold(dataset, what, limit, show=show)
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or isinstance(dataset, Tensor | str):
         raise TypeError(wrong)
+    if held is not None and not held:
+        raise ValueError(
+            f"`{what}`, a {type(source).__name__}, gave no example. A generator gives its examples only once: pass a "
+            "list of them to use them again."
+        )
     if len(dataset) == 0:
         raise ValueError(f"`{what}` is empty: give at least one example.")
     columns = keys_of(dataset) if isinstance(dataset, list) else {}  # a stream, or what a user has read of one

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from stride_lightning import attribute
 from tests.helpers.models import Classifier, build, classification_data, make_trainer
@@ -26,8 +26,9 @@ def attributed(model, train_data=DATA, **options):
         ({"batch_size": 4}, {"limit_train_batches": 3, "max_epochs": 2}, 12),
         ({"batch_size": 6, "drop_last": True}, {}, 18),
         ({"batch_size": 4, "sampler": [7, 2, 3, 9, 5, 6]}, {"max_steps": 1}, 4),
+        ({"batch_size": 4, "sampler": torch.arange(6)}, {"max_steps": 1}, 4),
     ],
-    ids=["limit", "drop_last", "max_steps"],
+    ids=["limit", "drop_last", "max_steps", "tensor"],
 )
 def test_the_order_tells_which(tmp_path, loading, options, count):
     loader = DataLoader(DATA, **loading)
@@ -59,6 +60,33 @@ def test_the_order_does_not_tell_which_or_all_were_seen(tmp_path, loading, optio
     assert all("some may never have been seen" in note for note in notes)
 
 
+class Backwards(SequentialSampler):
+    def __iter__(self):
+        return reversed(range(20))
+
+
+class BackwardBatches(BatchSampler):
+    def __iter__(self):
+        return reversed(list(super().__iter__()))
+
+
+@pytest.mark.parametrize(
+    ("loading", "note"),
+    [
+        ({"batch_size": 4, "sampler": Backwards(DATA)}, "The fit read 8 of 20 training examples in an epoch: some may"),
+        ({"batch_sampler": BackwardBatches(Backwards(DATA), 4, False)}, "The fit read only 2 batches in an epoch"),
+        ({"batch_size": 4, "sampler": [1, 1, 1, 2, 2, 3, 4, 5, 6, 7]}, "The fit read only 2 batches in an epoch"),
+    ],
+    ids=["sampler", "batch sampler", "repeats"],
+)
+def test_orders_that_cannot_be_told(tmp_path, loading, note):
+    loader = DataLoader(DATA, **loading)
+    attribution = attributed(fit(tmp_path, loader, limit_train_batches=2), loader)
+    assert attribution.train_info == {}
+    assert attribution.metadata["notes"][-1].startswith(note)
+    assert not any("The fit" in one for one in attributed(fit(tmp_path, loader), loader).metadata["notes"])
+
+
 def test_a_checkpoint_tells_how_much_was_read(tmp_path):
     """But not by how many processes."""
     loader = DataLoader(DATA, 4)
@@ -76,4 +104,5 @@ def test_other_data_than_those_of_the_fit(tmp_path):
     model = fit(tmp_path, loader, limit_train_batches=3)
     other = DataLoader(classification_data(30), 4)
     assert attributed(model, other).metadata["notes"] == []
-    assert attributed(model, DATA).metadata["notes"] == []  # nothing says how it is loaded
+    (note,) = attributed(model, DATA).metadata["notes"]  # nothing says how it is loaded
+    assert note.startswith("The fit read only 3 batches in an epoch")

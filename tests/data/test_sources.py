@@ -63,6 +63,11 @@ class Ranked(Chosen):
         return iter([19 - i for i in self.indices])
 
 
+class Moving(Chosen):
+    def set_epoch(self, epoch):
+        self.indices = [epoch]
+
+
 WEIGHTED = WeightedRandomSampler([0.0, 1.0] * 10, 5)
 UNKNOWN = "The Curriculum does not say which examples it draws: some may never have been seen."
 REPEATS = "The RandomSampler draws with replacement, which does not change what a score means."
@@ -104,6 +109,7 @@ SAMPLERS = {
     "tensor": ({"sampler": torch.tensor([7, 2])}, [7, 2], left_out(18, "sampler, a list,")),
     "array of batches": ({"batch_sampler": np.array([[7, 2], [3, 7]])}, [7, 2, 3], left_out(17, "sampler, a list,")),
     "unknown": ({"sampler": Curriculum()}, None, UNKNOWN),
+    "indices of an epoch": ({"sampler": Moving([7, 2])}, None, UNKNOWN.replace("Curriculum", "Moving")),
     "indices that are texts": ({"sampler": Chosen(["a"])}, None, UNKNOWN.replace("Curriculum", "Chosen")),
     "indices by class": ({"sampler": Chosen({"a": [1], "b": [3]})}, None, UNKNOWN.replace("Curriculum", "Chosen")),
     "indices of something else": ({"sampler": Ranked(range(10))}, None, UNKNOWN.replace("Curriculum", "Ranked")),
@@ -138,14 +144,14 @@ def doubled(items):
 
 
 def test_queries_are_collated_and_moved_as_the_training_data_beside_them():
-    class Moving(Data):
+    class Shifting(Data):
         def on_after_batch_transfer(self, batch, dataloader_idx):
             return batch[0] + 1, batch[1]
 
         def train_dataloader(self):
             return DataLoader(DATA, 4, collate_fn=doubled)
 
-    train = resolve_train_data(Moving())
+    train = resolve_train_data(Shifting())
     assert read(resolve_queries(DATA, beside=train))[0].equal(2 * DATA.tensors[0] + 1)
     assert read(resolve_queries(DataLoader(DATA, 4), beside=train))[0].equal(DATA.tensors[0] + 1)
     assert read(resolve_queries(DATA))[0].equal(DATA.tensors[0])

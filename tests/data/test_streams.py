@@ -138,6 +138,13 @@ def test_endless_and_large_streams_are_refused(monkeypatch):
         resolve_train_data(iter([{"x": np.ones(12), "y": "ab"}] * 3))
 
 
+def test_a_generator_that_has_been_read():
+    items = iter([{"x": 1}, {"x": 2}])
+    assert len(resolve_train_data(items)) == 2
+    with pytest.raises(ValueError, match=r"`train_data`, a list_iterator, gave no example\. A generator gives its"):
+        resolve_train_data(items)
+
+
 @pytest.mark.parametrize("source", [{}, "text", 7, {"a": 1}])
 def test_what_is_no_stream(source):
     assert not streams.is_stream(source)
