@@ -104,18 +104,17 @@ class Collate:
         return batch
 
     def _check_none_is_dropped(self, batch: Any, numbered: Sequence[Numbered]) -> None:
-        """Refuse a batch no tensor of which has room for a row of each example."""
+        """Refuse a batch with too few rows if an example cannot be put into a batch alone, as one that is dropped."""
         shapes = [leaf.shape for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
         count = len(numbered)
         if count == 1 or not shapes or any(shape[0] > count or count in shape for shape in shapes):
             return
-        alone = [position for position, example in numbered if self._fails([example])]
-        raise ValueError(
-            f"{name_of(self.collate_fn)} made a batch of {max(shape[0] for shape in shapes)} rows of {count} examples"
-            f"{f', without {self._names(alone)}' if alone else ''}. Scores name examples by their position, so a "
-            "collate_fn may drop or add none. Leave out those that it drops: "
-            "torch.utils.data.Subset(dataset, positions)."
-        )
+        if dropped := [position for position, example in numbered if self._fails([example])]:
+            raise ValueError(
+                f"{name_of(self.collate_fn)} made a batch of {max(shape[0] for shape in shapes)} rows of {count} "
+                f"examples, without {self._names(dropped)}. Scores name examples by their position, so a collate_fn "
+                "may drop or add none. Leave out those that it drops: torch.utils.data.Subset(dataset, positions)."
+            )
 
     @contextmanager
     def _seeded(self, numbered: Sequence[Numbered]) -> Iterator[list[Any]]:

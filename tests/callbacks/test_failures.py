@@ -240,7 +240,8 @@ class Failing(Restless):
 
     def forward(self, x):
         outputs = super().forward(x)
-        if self.fails and not self.training:
+        of_the_fit = self.training and isinstance(self._trainer, L.Trainer)  # a stand-in's is where a loss is read
+        if self.fails and not of_the_fit:
             raise self.error
         return outputs
 

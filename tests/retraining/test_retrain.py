@@ -217,7 +217,7 @@ MISTAKES = {
     "a model with arguments": ({"model": Net}, "`model_fn` must work without arguments.*Wrap it"),
     "a sampler with replacement": (
         {"train_data": DataLoader(points(), 9, sampler=RandomSampler(points(), replacement=True))},
-        "RandomSampler draws with replacement",
+        "sampler draws with replacement",
     ),
     "a query without number": (
         {"queries": TensorDataset(torch.full((2, 4), torch.nan), torch.zeros(2).long())},

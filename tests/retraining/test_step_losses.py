@@ -36,7 +36,8 @@ def test_a_training_step_that_takes_no_single_example_has_differences_of_batches
             return SPREAD(self(batch[0]).squeeze(0), batch[1])
 
     data = in_double(points())
-    result = ask(make_net(mlp, kind=Squeezing), batches_of(data), data, task=Classification())
+    with pytest.warns(UserWarning, match="minimises another loss than Classification"):  # at single examples
+        result = ask(make_net(mlp, kind=Squeezing), batches_of(data), data, task=Classification())
     assert result.metadata["own_loss"]["kind"] == "coupled"
 
 
