@@ -16,6 +16,7 @@ from stride_lightning.data.objectives import says_rows_loss
 from stride_lightning.data.sources import resolve_queries, resolve_train_data
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.results.top_attribution import TopAttribution
+from stride_lightning.runtime.distributed import leaving_together
 from stride_lightning.runtime.metering import Meter
 from stride_lightning.runtime.progress import call
 from stride_lightning.tasks.likelihoods import Task
@@ -106,7 +107,7 @@ def attribute(
 
     Reference: arXiv:2606.05165 (STRIDE).
     """
-    with call(show=show_progress), Meter() as meter:
+    with call(show=show_progress), Meter() as meter, leaving_together():
         attributor = create(method, seed=seed, batch_size=batch_size, show_progress=show_progress, **options)
         train_data = resolve_train_data(
             train_data, train_indices, model, has_rows_loss=says_rows_loss(task, loss), show=show_progress
@@ -170,7 +171,7 @@ def self_influence(
 
     Reference: arXiv:2002.08484 (TracIn), section 4.1.
     """
-    with call(show=show_progress):
+    with call(show=show_progress), leaving_together():
         attributor = create(method, seed=seed, batch_size=batch_size, show_progress=show_progress, **options)
         attributor.fit(
             model,

@@ -17,7 +17,7 @@ from stride_lightning.data.collating import MissingExample
 from stride_lightning.data.examples import Examples
 from stride_lightning.data.objectives import Objective, check_objective, check_rows, resolve_objective, says_rows_loss
 from stride_lightning.data.seen import marked_seen
-from stride_lightning.data.sources import resolve_queries, resolve_train_data
+from stride_lightning.data.sources import check_same_on_ranks, resolve_queries, resolve_train_data
 from stride_lightning.model.checkpoints import load_checkpoint, resolve_ckpt_path, weights_in
 from stride_lightning.model.weights import alone_with, attached_trainer, borrowed, rank_zero_state, weight_hash
 from stride_lightning.results.attribution import Attribution
@@ -110,6 +110,7 @@ class Attributor(ABC):
                 train_data, train_indices, model, has_rows_loss=says_rows_loss(task, loss), show=self.show_progress
             )
             examples = marked_seen(examples, model, checkpoint)
+            check_same_on_ranks(examples)
             how = {"task": task, "loss": loss, "measure": measure, "record": record}
             try:
                 self._fit_to(examples, model, checkpoint, **how)
@@ -178,6 +179,7 @@ class Attributor(ABC):
             )
         with Meter() as meter, call(show=self.show_progress):
             examples = resolve_queries(queries, self.model, self.train_data, show=self.show_progress)
+            check_same_on_ranks(examples)
             with self.borrowed_model() as (model, where):
                 if self.measure is not None and self.known_queries is None:
                     self._check_measure(self.measure, model, examples, where)

@@ -178,7 +178,8 @@ class RecordingCallback(GuardedCallback):
             has_rows_loss=says_rows_loss(self.task, self.loss),
             show=False,
         )
-        for note in examples.notes:
+        reloads = "The Trainer makes new loaders on the way; records are about the examples of the first one."
+        for note in (*examples.notes, *[reloads] * bool(trainer.reload_dataloaders_every_n_epochs)):  # type: ignore[attr-defined]
             rank_zero_info(f"{type(self).__name__}: {note}")
         if self._has_missing:
             examples = examples.without_missing(show=False)

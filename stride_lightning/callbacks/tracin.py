@@ -244,7 +244,8 @@ class TracInCallback(RecordingCallback):
             saved = broadcast_object(self._save(trainer, pl_module, rates, final=final) if rank() == 0 else None)
             if saved is None:
                 return
-            path = [*self._path, saved]
+            # Weights that other callbacks swap in at the end, as averaging does, take the place of the step's own.
+            path = [*(before for before in self._path if before.step != saved.step), saved]
             self._path = path if self.save_last_k < 0 else path[-self.save_last_k :]
             self.records = [saved.path for saved in self._path]
             if rank() == 0:
@@ -292,7 +293,8 @@ class TracInCallback(RecordingCallback):
             **self._about,
         }
         # Paths are relative to the record, so that folders may be moved together.
-        earlier = [{"name": relative(saved.path, self.dirpath), "step": saved.step} for saved in self._path[first:]]
+        before = [saved for saved in self._path[first:] if saved.step != step]
+        earlier = [{"name": relative(saved.path, self.dirpath), "step": saved.step} for saved in before]
         path = written_before(self.dirpath, info, earlier)
         if path is None:
             name = free_name(self.dirpath, f"step={step}")

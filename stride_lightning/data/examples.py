@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, default_collate
@@ -27,6 +26,7 @@ from stride_lightning.data.collate_checks import draws, reorders
 from stride_lightning.data.collating import Collate, CollateWithDigests, MissingExample, OneByOne, key_of, name_of
 from stride_lightning.data.fingerprints import digest
 from stride_lightning.data.loading import Loading
+from stride_lightning.data.transfer import transferred
 from stride_lightning.runtime.checks import RowError
 from stride_lightning.runtime.progress import track
 from stride_lightning.runtime.randomness import mix, preserved_random_state
@@ -158,6 +158,12 @@ class Examples:
                 )
         return self._random
 
+    def sample(self) -> list[bytes]:
+        """Digests of a few examples."""
+        reader, content = OneByOne(self.dataset, self.kind), not self.is_random
+        with preserved_random_state(self.dataset):
+            return [digest(reader[position][1], content=content) for position in self._probes()]
+
     def _probes(self) -> list[int]:
         """Positions of a few examples."""
         return self.positions[:: max(1, len(self) // _NUM_PROBES)][:_NUM_PROBES].tolist()
@@ -200,8 +206,10 @@ class Examples:
         seed_of = key_of if self.is_random else None
         loader = self._loader(seed_of, collate_fn, batch_size=batch_size, sampler=self.positions.tolist())
         with preserved_random_state(self.dataset, self.collate_fn):
+            start = 0
             for batch, digests in loader:
-                yield self.transfer(batch, device), digests
+                places = slice(start, start := start + len(digests))
+                yield self.transfer(batch, device, partial(self._keys, places)), digests
 
     def drawn(self, batches: Sequence[Tensor], seed: int, device: torch.device) -> Iterator[Any]:
         """Read batches of the examples at given places, onto ``device``, as one epoch of training does.
@@ -211,7 +219,8 @@ class Examples:
         """
         if self._held is not None:
             for batch in batches:
-                yield self.transfer(pytree.tree_map(lambda whole, batch=batch: whole[batch], self._held), device)
+                held = pytree.tree_map(lambda whole, batch=batch: whole[batch], self._held)
+                yield self.transfer(held, device, partial(self._keys, batch), seed)
             return
         loader = self._loader(
             partial(mix, seed) if self.is_random else None,
@@ -219,8 +228,11 @@ class Examples:
             batch_sampler=[self.positions[batch].tolist() for batch in batches],
             generator=torch.Generator().manual_seed(seed),  # for the seeds of workers, else drawn from the global one
         )
-        for batch in loader:
-            yield self.transfer(batch, device)
+        for places, batch in zip(batches, loader, strict=True):
+            yield self.transfer(batch, device, partial(self._keys, places), seed)
+
+    def _keys(self, places: slice | Tensor) -> Tensor:
+        return torch.tensor([key_of(position) for position in self.positions[places].tolist()])
 
     def _loader(self, seed_of: Callable[[int], int] | None, collate_fn: Collate, **order: Any) -> DataLoader[Any]:
         reader = OneByOne(self.dataset, self.kind, seed_of)
@@ -237,15 +249,14 @@ class Examples:
         if num_bytes(default_collate([self[0]]), 1) * len(self) <= HELD_BYTES:
             self._held = default_collate([self[place] for place in range(len(self))])
 
-    def transfer(self, batch: Any, device: torch.device) -> Any:
-        """Move a batch through the hooks that a Trainer calls, so that the model sees the batches of training."""
-        batch = self._hook("on_before_batch_transfer", lambda value, _: value)(batch, 0)
-        move = self._hook("transfer_batch_to_device", lambda value, where, _: move_data_to_device(value, where))
-        batch = move(batch, device, 0)
-        return self._hook("on_after_batch_transfer", lambda value, _: value)(batch, 0)
+    def transfer(
+        self, batch: Any, device: torch.device, keys_of: Callable[[], Tensor] | None = None, seed: int = 0
+    ) -> Any:
+        """Move a batch through the hooks that a Trainer calls; see :func:`~stride_lightning.data.transfer.transferred`.
 
-    def _hook(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        return next((hook for owner in self.owners if (hook := overridden_hook(owner, name))), default)
+        Hooks see a Trainer that trains, except for queries.
+        """
+        return transferred(batch, device, self.owners, is_training=self.kind != "query", keys_of=keys_of, seed=seed)
 
 
 def _is_missing(reader: OneByOne, position: int) -> bool:
@@ -254,12 +265,6 @@ def _is_missing(reader: OneByOne, position: int) -> bool:
     except MissingExample:
         return True
     return False
-
-
-def overridden_hook(owner: object, name: str) -> Callable[..., Any] | None:
-    """A data hook that a data module or a model defines, not Lightning's default."""
-    method = getattr(owner, name, None)  # of the object: LightningDataModule.from_datasets() sets them there
-    return None if method is None or method.__qualname__.startswith("DataHooks.") else method
 
 
 def num_bytes(inputs: Any, num_examples: int) -> int:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import enum
 import hashlib
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from datetime import date, time, timedelta
 from decimal import Decimal
+from functools import partial
 from operator import itemgetter
 from pathlib import PurePath
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
+from weakref import ReferenceType
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ _NUMBERS_AND_TEXTS = (
 )
 _NAMED = type | FunctionType | torch.dtype | torch.device | torch.layout
 #: What attributes may hold that is no content: it leads out of the example.
-_LEADS_OUT = weakref.ReferenceType | ModuleType | MethodType | FunctionType | Dataset
+_LEADS_OUT = ReferenceType | ModuleType | MethodType | FunctionType | Dataset
 _PER_TENSOR = (torch.per_tensor_affine, torch.per_tensor_symmetric)
 
 
@@ -109,12 +110,16 @@ class _Digester:
         """Add a value of any type."""
         if isinstance(value, Tensor):
             self._feed_tensor(value)
+            self._feed_more(value)
         elif value is None:
             self._text("None")
         elif isinstance(value, _NUMBERS_AND_TEXTS) and not isinstance(value, enum.Enum):
             self._text(repr(value) if self.content or isinstance(value, int) else type(value).__name__)
         elif isinstance(value, np.ndarray | np.generic):
             self._feed_array(value)
+            self._feed_more(value)
+        elif isinstance(value, partial):
+            self.feed((value.func, value.args, value.keywords))
         elif isinstance(value, _NAMED):
             self._text(f"{type(value).__name__} {getattr(value, '__qualname__', value)}")
         elif id(value) in self._inside:  # it contains itself
@@ -123,6 +128,8 @@ class _Digester:
             self._inside[id(value)] = len(self._inside)
             try:
                 self._feed_parts(value)
+                if isinstance(value, list | tuple | dict):
+                    self._feed_more(value)
             except Exception:  # of a class that does not let itself be read
                 self._text("?")
                 self.is_complete = False
@@ -160,11 +167,26 @@ class _Digester:
     def _feed_attributes(self, value: Any) -> None:
         """Add an object of a class that is not known: the content of its attributes, else type and length."""
         self._text(type(value).__qualname__)
-        attributes = {name: item for name, item in _attributes_of(value) if not isinstance(item, _LEADS_OUT)}
+        attributes = self._content_of(_attributes_of(value))
         if not attributes:
             self.is_complete = False
             self._text(str(len(value)) if hasattr(value, "__len__") else "?")
         self._feed_pairs(attributes.items())
+
+    def _feed_more(self, value: Any) -> None:
+        """Add the attributes that an instance of a user's subclass carries."""
+        if attributes := self._content_of(getattr(value, "__dict__", {}).items()):
+            self._feed_pairs(attributes.items())
+
+    def _content_of(self, attributes: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+        """Attributes without those that lead out of the example, where more of it may lie."""
+        content = {}
+        for name, item in attributes:
+            if not isinstance(item, _LEADS_OUT):
+                content[name] = item
+            elif isinstance(item, Dataset) or (isinstance(item, ReferenceType) and id(item()) not in self._inside):
+                self.is_complete = False
+        return content
 
     def _feed_items(self, items: Sequence[Any]) -> None:
         self._text(f"[{len(items)}")

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from stride_lightning.data.examples import Examples
+from stride_lightning.data.loading import loading_of
 from stride_lightning.model.weights import attached_trainer
 
 
@@ -34,14 +36,17 @@ def marked_seen(examples: Examples, model: nn.Module, checkpoint: Mapping[str, A
         checkpoint: What a Trainer saved; None for the weights that the model has.
     """
     progress, loading = _progress(model, checkpoint, len(examples.dataset)), examples.loading
+    trainer = attached_trainer(model) if checkpoint is None else None
+    if trainer is not None and isinstance(trainer.train_dataloader, DataLoader):  # the data may come in another loader
+        loading = loading_of(trainer.train_dataloader)
     if progress is None or "seen" in examples.columns:
         return examples
     if loading is None or not loading.is_whole:
         if not progress.is_limited:
             return examples
         note = (
-            f"The fit read only {progress.batches} batches in an epoch, fewer than its loader has: some examples may "
-            "never have been seen. Their scores are still what training on them would do."
+            f"The last fit read only {progress.batches} batches in an epoch, fewer than its loader has: some examples "
+            "may never have been seen. Their scores are still what training on them would do."
         )
         return replace(examples, notes=(*examples.notes, note))
     read = progress.batches * loading.batch_size * (progress.num_processes or 1)  # in an epoch
@@ -52,14 +57,14 @@ def marked_seen(examples: Examples, model: nn.Module, checkpoint: Mapping[str, A
         return examples
     if loading.shuffle or progress.num_processes is None:
         note = (
-            f"The fit read {read} of {size} training examples in an epoch: some may never have been seen. Their scores "
-            "are still what training on them would do."
+            f"The last fit read {read} of {size} training examples in an epoch: some may never have been seen. Their "
+            "scores are still what training on them would do."
         )
         return replace(examples, notes=(*examples.notes, note))
     seen = torch.zeros(len(examples.dataset), dtype=torch.bool)
     seen[examples.positions[:read]] = True
     note = (
-        f"{size - read} of {size} training examples were never seen in the fit, as train_info['seen'] says. Their "
+        f"{size - read} of {size} training examples were never seen in the last fit, as train_info['seen'] says. Their "
         "scores are still what training on them would do."
     )
     return replace(examples, columns={**examples.columns, "seen": seen.tolist()}, notes=(*examples.notes, note))

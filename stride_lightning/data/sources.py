@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from stride_lightning.data.examples import Examples, overridden_hook
+from stride_lightning.data.examples import Examples
 from stride_lightning.data.index_lists import CollateLists, IndexLists, draws_lists
 from stride_lightning.data.loading import Loading, NoPositionsError, iterates_itself, loading_of
 from stride_lightning.data.samplers import drawn_by
 from stride_lightning.data.several import collection_of, joined
 from stride_lightning.data.streams import examples_of_an_epoch, hold, is_stream, keys_of
+from stride_lightning.data.transfer import overridden_hook
 from stride_lightning.model.weights import attached_trainer
+from stride_lightning.runtime.distributed import all_equal, world_size
 
 #: What errors call the examples of each side.
 TRAINING_EXAMPLE, QUERY = "training example", "query"
@@ -198,6 +200,15 @@ def _from_loader_or_dataset(
         columns,
         notes=(drawn.note,) if drawn.note else (),
     )
+
+
+def check_same_on_ranks(examples: Examples) -> None:
+    """Refuse examples that differ between the ranks of a distributed run, by what a few of them hold."""
+    if world_size() > 1 and not all_equal((examples.positions.tolist(), examples.sample())):
+        raise ValueError(
+            f"The ranks were given other {'queries' if examples.kind == QUERY else 'training examples'}. All ranks "
+            "must pass the same data, in the same order; was random_split given no seed?"
+        )
 
 
 def _parts_of(source: Any) -> list[Any]:

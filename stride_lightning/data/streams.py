@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
@@ -11,7 +12,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from stride_lightning.data.fingerprints import digest_rows
 from stride_lightning.model.weights import attached_trainer
+from stride_lightning.runtime.distributed import all_equal, world_size
 from stride_lightning.runtime.progress import track
 from stride_lightning.runtime.randomness import seeded
 
@@ -66,6 +69,12 @@ def hold(dataset: Iterable[Any], what: str, limit: int | None, *, show: bool = T
                     f"`{what}` ({name}) is held in memory, and its first {len(held):,} examples take more than "
                     f"{MOST_BYTES / 2**30:.0f} GiB. {way_out}"
                 )
+    digest = hashlib.sha256(digest_rows(held, content=True).numpy().tobytes()).hexdigest() if world_size() > 1 else ""
+    if not all_equal(digest):
+        raise ValueError(
+            f"`{what}` ({name}) gives other examples on every rank, so none of them holds all. Call attribute() in one "
+            "process after training, or pass the same list of examples on every rank."
+        )
     return held
 
 

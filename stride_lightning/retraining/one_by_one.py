@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from stride_lightning.data.examples import overridden_hook
+from stride_lightning.data.transfer import overridden_hook
 from stride_lightning.model.layers import in_precision_of
 from stride_lightning.retraining.modules import overridden, tree_of
 from stride_lightning.retraining.recipe import Recipe

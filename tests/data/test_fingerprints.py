@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -148,6 +149,11 @@ def linked(value):
     return one
 
 
+def carrying(holder, value):
+    holder.label = value
+    return holder
+
+
 def coalesced(value, order=(0, 1)):
     places = torch.tensor([[0, 1], [2, 0]])[:, order]
     return torch.sparse_coo_tensor(places, torch.tensor([1.0, value])[list(order)], (2, 3))
@@ -198,6 +204,11 @@ HOLDERS = {
     "tensor subclass": lambda value: torch.tensor([value]).as_subclass(Tagged),
     "bfloat16": lambda value: torch.tensor([1.0, value], dtype=torch.bfloat16)[::1],
     "transposed": lambda value: torch.tensor([[1.0, 2.0], [value, 4.0]]).T,
+    "tensor that carries more": lambda value: carrying(torch.ones(1).as_subclass(Tagged), value),
+    "list that carries more": lambda value: carrying(type("Items", (list,), {})([1]), value),
+    "mapping that carries more": lambda value: carrying(type("Named", (dict,), {})(x=1), value),
+    "array that carries more": lambda value: carrying(np.ones(1).view(type("Array", (np.ndarray,), {})), value),
+    "partial": lambda value: partial(max, value, key=str),
     "lone surrogate": lambda value: chr(0xD800 + int(value)),
 }
 
@@ -253,6 +264,10 @@ def test_what_leads_out_of_an_example_is_not_read():
         return Plain(x=1, source=TensorDataset(torch.full((2,), value)), call=[value].append, module=os)
 
     assert digest(example(0.0)) == digest(example(1.0))
+    assert digest(example(0.0))[-1] == 0  # the label may be read from there
+    held = Plain(value=1)
+    assert digest(Plain(x=1, other=weakref.ref(held)))[-1] == 0
+    assert digest(Plain(x=1, call=[].append))[-1] == 1
 
 
 def test_the_same_in_every_process():

@@ -36,7 +36,7 @@ def test_the_order_tells_which(tmp_path, loading, options, count):
     columns = attribution.num_train
     assert attribution.train_info == {"seen": [True] * count + [False] * (columns - count)}
     (note,) = attribution.metadata["notes"][-1:]
-    assert note.startswith(f"{columns - count} of {columns} training examples were never seen in the fit")
+    assert note.startswith(f"{columns - count} of {columns} training examples were never seen in the last fit")
 
 
 @pytest.mark.parametrize(
@@ -73,9 +73,12 @@ class BackwardBatches(BatchSampler):
 @pytest.mark.parametrize(
     ("loading", "note"),
     [
-        ({"batch_size": 4, "sampler": Backwards(DATA)}, "The fit read 8 of 20 training examples in an epoch: some may"),
-        ({"batch_sampler": BackwardBatches(Backwards(DATA), 4, False)}, "The fit read only 2 batches in an epoch"),
-        ({"batch_size": 4, "sampler": [1, 1, 1, 2, 2, 3, 4, 5, 6, 7]}, "The fit read only 2 batches in an epoch"),
+        (
+            {"batch_size": 4, "sampler": Backwards(DATA)},
+            "The last fit read 8 of 20 training examples in an epoch",
+        ),
+        ({"batch_sampler": BackwardBatches(Backwards(DATA), 4, False)}, "The last fit read only 2 batches in an epoch"),
+        ({"batch_size": 4, "sampler": [1, 1, 1, 2, 2, 3, 4, 5, 6, 7]}, "The last fit read only 2 batches in an epoch"),
     ],
     ids=["sampler", "batch sampler", "repeats"],
 )
@@ -84,7 +87,7 @@ def test_orders_that_cannot_be_told(tmp_path, loading, note):
     attribution = attributed(fit(tmp_path, loader, limit_train_batches=2), loader)
     assert attribution.train_info == {}
     assert attribution.metadata["notes"][-1].startswith(note)
-    assert not any("The fit" in one for one in attributed(fit(tmp_path, loader), loader).metadata["notes"])
+    assert not any("The last fit" in one for one in attributed(fit(tmp_path, loader), loader).metadata["notes"])
 
 
 def test_a_checkpoint_tells_how_much_was_read(tmp_path):
@@ -94,7 +97,7 @@ def test_a_checkpoint_tells_how_much_was_read(tmp_path):
     model.trainer.save_checkpoint(tmp_path / "run.ckpt")
     other = build(Classifier, seed=1)
     (note,) = attributed(other, loader, ckpt_path=tmp_path / "run.ckpt").metadata["notes"]
-    assert note.startswith("The fit read 12 of 20 training examples in an epoch: some may never have been")
+    assert note.startswith("The last fit read 12 of 20 training examples in an epoch: some may never have been")
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     assert attributed(other, loader, ckpt_path=tmp_path / "weights.pt").metadata["notes"] == []
 
@@ -104,5 +107,5 @@ def test_other_data_than_those_of_the_fit(tmp_path):
     model = fit(tmp_path, loader, limit_train_batches=3)
     other = DataLoader(classification_data(30), 4)
     assert attributed(model, other).metadata["notes"] == []
-    (note,) = attributed(model, DATA).metadata["notes"]  # nothing says how it is loaded
-    assert note.startswith("The fit read only 3 batches in an epoch")
+    for data in (DATA, DataLoader(DATA, 2, shuffle=True)):  # the fit's own loader counts
+        assert attributed(model, data).train_info["seen"] == [True] * 12 + [False] * 8
