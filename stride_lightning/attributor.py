@@ -18,7 +18,7 @@ from stride_lightning.data.examples import Examples
 from stride_lightning.data.objectives import Objective, check_objective, check_rows, resolve_objective, says_rows_loss
 from stride_lightning.data.seen import marked_seen
 from stride_lightning.data.sources import check_same_on_ranks, resolve_queries, resolve_train_data
-from stride_lightning.model.checkpoints import load_checkpoint, resolve_ckpt_path, weights_in
+from stride_lightning.model.checkpoints import load_checkpoint, resolve_ckpt_path, warn_of_frozen, weights_in
 from stride_lightning.model.weights import alone_with, attached_trainer, borrowed, rank_zero_state, weight_hash
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.results.top_attribution import TopAttribution
@@ -106,6 +106,8 @@ class Attributor(ABC):
             self._is_fitted = False  # a failed fit leaves no mixture with an earlier one
             self._checkpoint_state, note = (None, "") if checkpoint is None else weights_in(checkpoint, model)
             announce(f"{note}.", show=self.show_progress and bool(note))
+            if checkpoint is not None:
+                warn_of_frozen(checkpoint, model)
             examples = resolve_train_data(
                 train_data, train_indices, model, has_rows_loss=says_rows_loss(task, loss), show=self.show_progress
             )

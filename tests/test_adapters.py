@@ -9,7 +9,7 @@ from stride_lightning import FurtherTrainingCallback, StrideCallback, attribute,
 from stride_lightning.callbacks.tracin import TracInCallback
 from stride_lightning.model.weights import weight_hash
 from tests.helpers.adapters import AdapterAlone, States, tracin_by_hand
-from tests.helpers.models import build, classification_data, loader, train
+from tests.helpers.models import Classifier, build, classification_data, loader, train
 
 DATA = classification_data()
 LOADER = loader(DATA)
@@ -124,3 +124,15 @@ def test_a_base_that_the_checkpoint_holds_counts(run, tmp_path):
     attribution = attributed(another(base=1), "grad-dot", ckpt_path=tmp_path / "whole.ckpt")
     assert attribution.metadata["frozen"] is None
     assert attribution.metadata["weights"] == weight_hash(run.model)
+
+
+def test_a_model_that_is_frozen_where_training_was_not(tmp_path):
+    model = build(Classifier)
+    trainer = train(model, classification_data(), tmp_path)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    other, how = build(Classifier, seed=1), {"train_data": classification_data(), "method": "grad-dot"}
+    how |= {"ckpt_path": tmp_path / "run.ckpt", "show_progress": False}
+    attribute(other, classification_data(5), **how)
+    other.network[0].requires_grad_(False)
+    with pytest.warns(UserWarning, match="has trained 4 parameters, and 2 of Classifier require gradients now"):
+        attribute(other, classification_data(5), **how)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -100,3 +101,16 @@ def weights_in(checkpoint: Mapping[str, Any], model: nn.Module) -> tuple[Mapping
     return state, (
         f"{len(rest)} frozen tensors ({shown}) are not in the checkpoint, so the model's are taken as they are"
     )
+
+
+def warn_of_frozen(checkpoint: Mapping[str, Any], model: nn.Module) -> None:
+    """Warn of parameters that the optimizer of a checkpoint has moved and that require no gradient in the model."""
+    states = checkpoint.get("optimizer_states") or []
+    moved = len(states[0].get("state", ())) if len(states) == 1 else 0  # several may hold the same parameters
+    trains = sum(parameter.requires_grad for parameter in model.parameters())
+    if moved > trains:
+        warnings.warn(
+            f"The checkpoint's optimizer has trained {moved} parameters, and {trains} of {type(model).__name__} require "
+            "gradients now: scores are about these alone. Set requires_grad as it was at the end of training.",
+            stacklevel=2,
+        )
