@@ -110,7 +110,7 @@ def warn_of_frozen(checkpoint: Mapping[str, Any], model: nn.Module) -> None:
     trains = sum(parameter.requires_grad for parameter in model.parameters())
     if moved > trains:
         warnings.warn(
-            f"The checkpoint's optimizer has trained {moved} parameters, and {trains} of {type(model).__name__} require "
-            "gradients now: scores are about these alone. Set requires_grad as it was at the end of training.",
+            f"The checkpoint's optimizer has trained {moved} parameters, and {trains} of {type(model).__name__} "
+            "require gradients now: scores are about these alone. Set requires_grad as it was at the end of training.",
             stacklevel=2,
         )

@@ -103,6 +103,26 @@ def elsewhere(fits):
     return torch.load(folder / "alone.pt"), *run_two(in_two, folder)
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("case", "errors", "message"),
+    [
+        ("parts", ["ValueError"] * 2, "`train_data` (OfARank) gives other examples on every rank"),
+        ("splits", ["ValueError"] * 2, "The ranks were given other training examples"),
+        (
+            "fails",
+            ["RankError", "ValueError"],
+            "Training example 20 cannot be read: FailsOnTheSecond[20] raised OSError",
+        ),
+    ],
+    ids=["parts", "splits", "fails"],
+)
+def test_ranks_with_other_data_are_refused_and_none_waits(case, errors, message, elsewhere):
+    for saved, error in zip(elsewhere[1:], errors, strict=True):
+        assert saved[case].startswith(error)
+        assert message in saved[case]
+
+
 @every_kind
 @pytest.mark.distributed
 def test_other_processes_answer_alike(name, fits, elsewhere, monkeypatch):

@@ -1,5 +1,6 @@
 """Kinds of training data, each of the same examples, and what attribution makes of them in a process of its own."""
 
+import os
 import sys
 import warnings
 from collections import namedtuple
@@ -8,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
@@ -27,6 +29,7 @@ from torch.utils.data import (
 
 from stride_lightning import attribute
 from stride_lightning.data import streams
+from stride_lightning.runtime.distributed import RankError
 from tests.helpers.models import Augmented, Classifier, OfTwoLoaders, build, classification_data
 from tests.helpers.processes import start
 
@@ -125,8 +128,9 @@ class Memory(Dataset):
 
     def __init__(self, folder):
         x, y = DATA.tensors
-        np.save(folder / "x.npy", x.numpy())
-        self.x, self.y = np.load(folder / "x.npy", mmap_mode="r"), y.numpy()
+        path = folder / f"x{os.getpid()}.npy"  # ranks write at the same time
+        np.save(path, x.numpy())
+        self.x, self.y = np.load(path, mmap_mode="r"), y.numpy()
 
     def __len__(self):
         return len(self.x)
@@ -233,10 +237,37 @@ def answers(folder):
     return {name: answer(name, folder) for name in known_kinds()}
 
 
+class OfARank(Stream):
+    """Each rank gets its part, as training wants it."""
+
+    def __iter__(self):
+        yield from list(super().__iter__())[torch.distributed.get_rank() :: 2]
+
+
+class FailsOnTheSecond(Dataset):
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, i):
+        if torch.distributed.get_rank() == 1 and i == 20:
+            raise OSError("out of luck")
+        return DATA[i]
+
+
+def refusal(model, data):
+    """The error that training data end in."""
+    with pytest.raises((ValueError, RankError)) as caught:
+        attribute(model, QUERIES, train_data=data, method="grad-dot", batch_size=4, show_progress=False)
+    return f"{caught.type.__name__}: {caught.value}"
+
+
 def in_two(number, port, folder):
-    """A rank of two, with a share of the work."""
+    """A rank of two, with a share of the work; and data that are not the same on both."""
     start(number, port, group=True)
-    torch.save(answers(folder), folder / f"rank{number}.pt")
+    results, model = answers(folder), build(Classifier)
+    differing = {"parts": OfARank(), "splits": Subset(DATA, [number, 2, 3]), "fails": FailsOnTheSecond()}
+    results |= {name: refusal(model, data) for name, data in differing.items()}
+    torch.save(results, folder / f"rank{number}.pt")
 
 
 if __name__ == "__main__":
