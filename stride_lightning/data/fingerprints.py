@@ -10,7 +10,7 @@ from decimal import Decimal
 from functools import partial
 from operator import itemgetter
 from pathlib import PurePath
-from types import FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 from weakref import ReferenceType
 
@@ -40,9 +40,9 @@ _NUMBERS_AND_TEXTS = (
     | range
     | slice
 )
-_NAMED = type | FunctionType | torch.dtype | torch.device | torch.layout
+_NAMED = type | FunctionType | BuiltinFunctionType | torch.dtype | torch.device | torch.layout
 #: What attributes may hold that is no content: it leads out of the example.
-_LEADS_OUT = ReferenceType | ModuleType | MethodType | FunctionType | Dataset
+_LEADS_OUT = ReferenceType | ModuleType | MethodType | FunctionType | BuiltinFunctionType | Dataset
 _PER_TENSOR = (torch.per_tensor_affine, torch.per_tensor_symmetric)
 
 
