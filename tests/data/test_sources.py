@@ -48,7 +48,7 @@ class Chosen(Curriculum):
         self.indices = indices
 
     def __iter__(self):
-        return iter(self.indices)
+        return iter([self.indices[i] for i in torch.randperm(len(self.indices)).tolist()])
 
 
 def wrapped(sampler):

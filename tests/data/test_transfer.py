@@ -49,9 +49,9 @@ def test_training_batches_are_those_of_training(tmp_path, is_attached):
         fitted(tmp_path, data)
         stage = data.trainer.state.stage
     train = resolve_train_data(data)
-    assert read(train)[0].equal(DATA.tensors[0] + 3)
-    assert read(resolve_queries(DATA, beside=train))[0].equal(DATA.tensors[0])
-    assert data.trainer.state.stage == stage if is_attached else data.trainer is None
+    for examples, shift in ((train, 3), (resolve_queries(DATA, beside=train), 0)):
+        assert read(examples)[0].equal(DATA.tensors[0] + shift)
+        assert data.trainer.state.stage == stage if is_attached else data.trainer is None
 
 
 @pytest.mark.parametrize("is_attached", [True, False])
