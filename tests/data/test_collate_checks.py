@@ -29,6 +29,15 @@ def by_length(items):
     return padded(sorted(items, key=lambda item: -len(item[0])))
 
 
+def left_by_length(items):
+    return left(sorted(items, key=lambda item: -len(item[0])))[0]
+
+
+def beside_ones(items):
+    """A tensor whose rows are all alike says nothing of their order."""
+    return torch.ones(len(items), 2), by_length(items)
+
+
 def packed(items):
     """In the order of lengths, which the pack remembers; targets stay."""
     return pack_sequence([text for text, _ in items], enforce_sorted=False), torch.tensor([label for _, label in items])
@@ -56,6 +65,8 @@ def standardised(items):
         (padded, False),
         (left, False),
         (by_length, True),
+        (left_by_length, True),
+        (beside_ones, True),
         (packed, False),
         (sorted_packed, True),
         (with_negatives, False),
@@ -110,6 +121,7 @@ def test_generators_that_data_hold_are_seeded_by_the_position_and_put_back(kind)
     one, three = (torch.cat([batch for batch, _ in Examples(data).batches(size, CPU)]) for size in (1, 3))
     assert one.equal(three)
     assert len(one[:, 1].unique()) == 9
+    assert next(Examples(data).subset([5, 3]).batches(2, CPU))[0].equal(one[[5, 3]])
     held = data.generator
 
     def jittered(items):  # over its closure

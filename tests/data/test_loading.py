@@ -10,6 +10,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
+from torch.utils.data.distributed import DistributedSampler
 
 from stride_lightning.data.loading import Loading, check_loading, loading_of
 
@@ -65,3 +66,6 @@ def test_what_a_weighted_sampler_draws_cannot_be_repeated():
     wrapped = DistributedSamplerWrapper(RandomSampler(DATA, num_samples=5), num_replicas=2, rank=0)
     assert not loading_of(DataLoader(DATA, 4, sampler=wrapped)).is_whole
     assert not loading_of(DataLoader(DATA, 4, sampler=[3, 1])).shuffle
+    for shuffle in (True, False):
+        ranked = DistributedSampler(DATA, num_replicas=2, rank=0, shuffle=shuffle)
+        assert loading_of(DataLoader(DATA, 4, sampler=ranked)).shuffle is shuffle

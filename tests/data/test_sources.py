@@ -217,7 +217,7 @@ def test_lists_of_examples_of_two_datasets():
     other = resolve_queries(listed(Batches()))
     with pytest.raises(ValueError, match="two datasets, each of which makes batches by itself"):
         train.collate_fn([train[3], other[0]])
-    plain = resolve_queries(DATA, beside=train)
+    plain = resolve_queries(list(DATA), beside=train)  # which takes no list of positions
     assert read(plain)[0].equal(DATA.tensors[0])
 
 
