@@ -171,7 +171,7 @@ def self_influence(
 
     Reference: arXiv:2002.08484 (TracIn), section 4.1.
     """
-    with call(show=show_progress), leaving_together():
+    with call(show=show_progress):
         attributor = create(method, seed=seed, batch_size=batch_size, show_progress=show_progress, **options)
         attributor.fit(
             model,

@@ -23,7 +23,7 @@ from stride_lightning.model.weights import alone_with, attached_trainer, borrowe
 from stride_lightning.results.attribution import Attribution
 from stride_lightning.results.top_attribution import TopAttribution
 from stride_lightning.runtime.checks import check_count
-from stride_lightning.runtime.distributed import world_size
+from stride_lightning.runtime.distributed import leaving_together, world_size
 from stride_lightning.runtime.metering import Meter
 from stride_lightning.runtime.progress import announce, call, track
 from stride_lightning.runtime.versions import versions
@@ -98,7 +98,7 @@ class Attributor(ABC):
             raise TypeError(f"`model` must be a module (an instance of torch.nn.Module), got {model!r}.")
         check_objective(task, loss)
         check_function(measure, "measure")
-        with Meter() as meter, call(show=self.show_progress), alone_with(model):
+        with Meter() as meter, call(show=self.show_progress), leaving_together(), alone_with(model):
             path = None if ckpt_path is None else resolve_ckpt_path(ckpt_path, model)
             checkpoint = None if path is None else load_checkpoint(path, weights_only)
             self.weights_only = weights_only
@@ -179,7 +179,7 @@ class Attributor(ABC):
                 "the queries their targets, or pass `measure=`, a function of (model, batch) that returns what is to "
                 "be explained of each query."
             )
-        with Meter() as meter, call(show=self.show_progress):
+        with Meter() as meter, call(show=self.show_progress), leaving_together():
             examples = resolve_queries(queries, self.model, self.train_data, show=self.show_progress)
             check_same_on_ranks(examples)
             with self.borrowed_model() as (model, where):
@@ -215,7 +215,7 @@ class Attributor(ABC):
         self.check_fitted("self_influence()")
         if self.measure is not None:
             raise ValueError("self_influence() tells effects on losses. Call fit() without `measure`.")
-        with call(show=self.show_progress), self.borrowed_model() as (model, where):
+        with call(show=self.show_progress), leaving_together(), self.borrowed_model() as (model, where):
             return self.score_training_data(model, where).float()
 
     def check_fitted(self, call: str) -> None:
@@ -262,7 +262,7 @@ class Attributor(ABC):
         of_loss = "nats of query loss"
         if measure is None:
             return (
-                self.unit if isinstance(self.task, Task) else self.unit.replace(of_loss, "query loss, in its own unit,")
+                self.unit if isinstance(self.task, Task) else self.unit.replace(of_loss, "query loss in its own unit")
             )
         of_measure = self.unit.replace(of_loss, name_of(measure))
         return of_measure.replace("log-odds of the query's target", name_of(measure))

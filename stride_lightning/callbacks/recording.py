@@ -178,8 +178,10 @@ class RecordingCallback(GuardedCallback):
             has_rows_loss=says_rows_loss(self.task, self.loss),
             show=False,
         )
-        reloads = "The Trainer makes new loaders on the way; records are about the examples of the first one."
-        for note in (*examples.notes, *[reloads] * bool(trainer.reload_dataloaders_every_n_epochs)):  # type: ignore[attr-defined]
+        notes = list(examples.notes)
+        if getattr(trainer, "reload_dataloaders_every_n_epochs", 0):
+            notes.append("The Trainer makes new loaders on the way; records are about the examples of the first one.")
+        for note in notes:
             rank_zero_info(f"{type(self).__name__}: {note}")
         if self._has_missing:
             examples = examples.without_missing(show=False)

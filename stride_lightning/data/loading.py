@@ -17,6 +17,15 @@ class NoPositionsError(ValueError):
     """Single examples of the data cannot be named by a position."""
 
 
+def own_batches(loader: object, what: str) -> NoPositionsError:
+    """The refusal of what gives batches and is no DataLoader, or is one with an iteration of its own."""
+    return NoPositionsError(
+        f"The `{what}` loader, a {type(loader).__name__}, makes its batches in a way of its own, so that nothing "
+        "says which examples they hold. Pass a torch.utils.data.DataLoader of the same dataset, with the "
+        "collate_fn that makes such batches, or the dataset."
+    )
+
+
 #: Packages whose loaders iterate by themselves and make the same batches as torch's.
 _LIKE_TORCH = ("torchdata.", "litdata.")
 

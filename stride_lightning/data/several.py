@@ -11,18 +11,15 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import ConcatDataset, DataLoader
 
 from stride_lightning.data.examples import Examples
-from stride_lightning.data.loading import NoPositionsError
+from stride_lightning.data.loading import NoPositionsError, own_batches
 
 
-def collection_of(source: Any, mode: str) -> tuple[Any, str] | None:
+def collection_of(source: Any, what: str, mode: str) -> tuple[Any, str] | None:
     """Loaders in a ``CombinedLoader``, or in a dict or list, which a Trainer combines in ``mode``; else None."""
     if hasattr(source, "iterables") and hasattr(source, "flattened"):  # a CombinedLoader of either Lightning
         for loader in source.flattened:
             if not isinstance(loader, DataLoader):
-                raise NoPositionsError(
-                    f"Training reads from a {type(loader).__name__}; expected a DataLoader, whose dataset gives "
-                    "examples by position. Train with a DataLoader, or call attribute() after training."
-                )
+                raise own_batches(loader, what)
         return source.iterables, source._mode
     if isinstance(source, Mapping | list | tuple):
         leaves = pytree.tree_leaves(source)

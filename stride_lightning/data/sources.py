@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from stride_lightning.data.examples import Examples
 from stride_lightning.data.index_lists import CollateLists, IndexLists, draws_lists
-from stride_lightning.data.loading import Loading, NoPositionsError, iterates_itself, loading_of
+from stride_lightning.data.loading import Loading, NoPositionsError, iterates_itself, loading_of, own_batches
 from stride_lightning.data.samplers import drawn_by
 from stride_lightning.data.several import collection_of, joined
 from stride_lightning.data.streams import examples_of_an_epoch, hold, is_stream, keys_of
@@ -22,6 +22,8 @@ from stride_lightning.runtime.distributed import all_equal, world_size
 
 #: What errors call the examples of each side.
 TRAINING_EXAMPLE, QUERY = "training example", "query"
+#: Stages of a pipeline that are looked at.
+_MOST_STAGES = 100
 
 
 def resolve_train_data(
@@ -107,7 +109,7 @@ def _resolve(
     def examples_of(source: Any) -> Examples:
         return _from_loader_or_dataset(source, what, owners, model, show=show)
 
-    collection = collection_of(source, mode)
+    collection = collection_of(source, what, mode)
     if collection is None:
         return examples_of(source)
     return joined(*collection, what, examples_of, has_rows_loss=has_rows_loss)
@@ -117,68 +119,56 @@ def _refuse_batches(source: Any, what: str) -> None:
     """Refuse what a Trainer iterates to get batches, where it is no DataLoader."""
     is_combined = hasattr(source, "flattened")  # several loaders, each of which is looked at
     if is_stream(source) and not isinstance(source, DataLoader) and not is_combined:
-        raise _own_batches(source, what)
-
-
-def _own_batches(loader: object, what: str) -> NoPositionsError:
-    return NoPositionsError(
-        f"The `{what}` loader, a {type(loader).__name__}, makes its batches in a way of its own, so that nothing "
-        "says which examples they hold. Pass a torch.utils.data.DataLoader of the same dataset, with the "
-        "collate_fn that makes such batches, or the dataset."
-    )
+        raise own_batches(source, what)
 
 
 def _from_loader_or_dataset(
     source: Any, what: str, owners: tuple[Any, ...], model: object | None, *, show: bool
 ) -> Examples:
-    wrong = f"`{what}` must be a Dataset, a DataLoader or a LightningDataModule, got {type(source).__name__}."
-    if isinstance(source, tuple | dict):
-        raise TypeError(f"{wrong} Wrap tensors in torch.utils.data.TensorDataset.")
-    loader = source if isinstance(source, DataLoader) else None
-    dataset: Any = source if loader is None else loader.dataset
+    is_loader = isinstance(source, DataLoader)
+    dataset: Any = source.dataset if is_loader else source
+    if (is_loader and iterates_itself(source)) or (is_stream(dataset) and _holds_loader(dataset)):
+        raise own_batches(source, what)
     kind = QUERY if what == "queries" else TRAINING_EXAMPLE
-    if loader is None and is_stream(source) and any(isinstance(part, DataLoader) for part in _parts_of(source)):
-        raise NoPositionsError(
-            f"`{what}`, a {type(source).__name__}, gives the batches of a DataLoader, whose examples have no position. "
-            "Pass the DataLoader."
-        )
-    if loader is not None and iterates_itself(loader):
-        raise _own_batches(loader, what)
-    held = None
     if is_stream(dataset):
-        if any(isinstance(stage, DataLoader) for stage in getattr(dataset, "pipeline", ())):  # of webdataset
-            raise NoPositionsError(
-                f"`{what}` is a stream ({type(dataset).__name__}) of batches, whose examples have no position. Pass "
-                "torch.utils.data.DataLoader(stream, batch_size) with the stream of examples."
-            )
-        if loader is not None and loader.batch_size is None:
-            raise NoPositionsError(
-                f"`{what}` is a stream ({type(dataset).__name__}) read with batch_size=None: it makes batches by "
-                "itself, so single examples have no position. Give the DataLoader a batch_size and the stream no "
-                "batches, or pass a list of examples."
-            )
-        limit = examples_of_an_epoch(loader, model) if kind == TRAINING_EXAMPLE else None
-        dataset = held = hold(dataset, what, limit, show=show)
-    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or isinstance(dataset, Tensor | str):
-        raise TypeError(wrong)
-    if held is not None and not held:
+        examples = _from_stream(source, what, model if kind == TRAINING_EXAMPLE else None, show=show)
+    elif not _has_positions(dataset) or (not is_loader and isinstance(dataset, tuple | dict | Tensor | str)):
+        hint = " Wrap tensors in torch.utils.data.TensorDataset." if isinstance(dataset, tuple | dict) else ""
+        raise TypeError(
+            f"`{what}` must be a Dataset, a DataLoader or a LightningDataModule, got {type(source).__name__}.{hint}"
+        )
+    elif len(dataset) == 0:
+        raise ValueError(f"`{what}` is empty: give at least one example.")
+    else:
+        examples = _from_loader(source, what) if is_loader else Examples(dataset)
+    # A list may be what a user has read of a stream.
+    columns = keys_of(examples.dataset) if isinstance(examples.dataset, list) else {}
+    return replace(examples, owners=owners, kind=kind, columns=columns)
+
+
+def _from_stream(source: Any, what: str, model: object | None, *, show: bool) -> Examples:
+    """The examples of a stream, which is read once; the model's Trainer may read a part of it."""
+    loader = source if isinstance(source, DataLoader) else None
+    stream: Any = source if loader is None else loader.dataset
+    if loader is not None and loader.batch_size is None:
+        raise NoPositionsError(
+            f"`{what}` is a stream ({type(stream).__name__}) read with batch_size=None: it makes batches by itself, so "
+            "single examples have no position. Give the DataLoader a batch_size and the stream no batches, or pass a "
+            "list of examples."
+        )
+    held = hold(stream, what, examples_of_an_epoch(loader, model), show=show)
+    if not held:
         raise ValueError(
-            f"`{what}`, a {type(source).__name__}, gave no example. A generator gives its examples only once: pass a "
+            f"`{what}`, a {type(stream).__name__}, gave no example. A generator gives its examples only once: pass a "
             "list of them to use them again."
         )
-    if len(dataset) == 0:
-        raise ValueError(f"`{what}` is empty: give at least one example.")
-    columns = keys_of(dataset) if isinstance(dataset, list) else {}  # a stream, or what a user has read of one
-    if held is not None:
-        examples = Examples(held, owners=owners, kind=kind, columns=columns)
-        if loader is None:
-            return examples
-        assert loader.batch_size is not None  # refused above
-        loading = Loading(loader.batch_size, shuffle=False, drop_last=loader.drop_last)
-        return replace(examples, collate_fn=loader.collate_fn, loading=loading)
-    if loader is None:
-        return Examples(dataset, owners=owners, kind=kind, columns=columns)
-    collate_fn: Any = loader.collate_fn
+    if loader is None or loader.batch_size is None:
+        return Examples(held)
+    return Examples(held, loader.collate_fn, loading=Loading(loader.batch_size, False, loader.drop_last))
+
+
+def _from_loader(loader: DataLoader[Any], what: str) -> Examples:
+    dataset, collate_fn = loader.dataset, loader.collate_fn
     if loader.batch_sampler is None:
         if not draws_lists(loader):
             raise NoPositionsError(
@@ -187,19 +177,27 @@ def _from_loader_or_dataset(
                 "of examples."
             )
         dataset, collate_fn = IndexLists(dataset), CollateLists(collate_fn)
-    drawn = drawn_by(loader, len(dataset))
+    drawn = drawn_by(loader, len(dataset))  # pyright: ignore[reportArgumentType]  # it has a length
     return Examples(
         dataset,
         collate_fn,
         drawn.positions,  # pyright: ignore[reportArgumentType]  # None: all
         loader.num_workers,
         loader.worker_init_fn,
-        owners,
-        loading_of(loader),
-        kind,
-        columns,
+        loading=loading_of(loader),
         notes=(drawn.note,) if drawn.note else (),
     )
+
+
+def _has_positions(dataset: Any) -> bool:
+    return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+
+
+def _holds_loader(stream: Any) -> bool:
+    """Whether an iterable gives the batches of a DataLoader among its attributes, as a pipeline does."""
+    parts = list(getattr(stream, "__dict__", {}).values())
+    stages = [stage for part in parts if isinstance(part, list | tuple) for stage in part[:_MOST_STAGES]]
+    return any(isinstance(part, DataLoader) for part in (*parts, *stages))
 
 
 def check_same_on_ranks(examples: Examples) -> None:
@@ -209,11 +207,6 @@ def check_same_on_ranks(examples: Examples) -> None:
             f"The ranks were given other {'queries' if examples.kind == QUERY else 'training examples'}. All ranks "
             "must pass the same data, in the same order; was random_split given no seed?"
         )
-
-
-def _parts_of(source: Any) -> list[Any]:
-    """What an object holds among its attributes."""
-    return list(getattr(source, "__dict__", {}).values())
 
 
 def checked_positions(indices: Sequence[int] | Tensor, size: int | None = None) -> Tensor:

@@ -91,3 +91,9 @@ class _Stage(SimpleNamespace):
 
     validating = testing = predicting = sanity_checking = False
     world_size, global_rank, local_rank, current_epoch, global_step = 1, 0, 0, 0, 0
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"A hook that moves batches reads `trainer.{name}`, but no Trainer is attached that says it. Pass the data "
+            "module and the module that the Trainer has fitted."
+        )

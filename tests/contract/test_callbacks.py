@@ -296,3 +296,14 @@ def test_resume_at_the_end_writes_nothing_more_and_a_second_fit_on_the_same_trai
     assert read_info(callback.records[1])["weights"] == weight_hash(model)
     trainer.fit(model, loader(DATA))  # nothing left to train
     assert names_in(tmp_path / name) == ["step=8", "step=16"]
+
+
+@every_callback
+def test_loaders_that_are_made_anew_are_said(name, tmp_path, caplog):
+    """Records are about the examples of the first one."""
+    said = "makes new loaders on the way"
+    with caplog.at_level("INFO"):
+        train(build(Classifier), DATA, tmp_path, callback_of(name))
+        assert said not in caplog.text
+        train(build(Classifier), DATA, tmp_path, callback_of(name), reload_dataloaders_every_n_epochs=1)
+    assert said in caplog.text

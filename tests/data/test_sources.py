@@ -232,7 +232,7 @@ class Around:
 
 
 def test_an_iterable_around_a_loader():
-    with pytest.raises(NoPositionsError, match="`train_data`, a Around, gives the batches of a DataLoader"):
+    with pytest.raises(NoPositionsError, match="`train_data` loader, a Around, makes its batches in a way of"):
         resolve_train_data(Around(DataLoader(DATA, 4)))
 
 
@@ -322,7 +322,7 @@ OTHER_COLLATE = [DataLoader(DATA, 4), DataLoader(DATA, 4, collate_fn=doubled)]
         (TWO, False, r"`train_data` are 2 loaders \(a, b\).*of all of them.*Pass `loss=fn` with"),
         (list(TWO.values()), False, r"`train_data` are 2 loaders \(0, 1\).*of all of them"),
         (OTHER_COLLATE, True, "with different collate_fns"),
-        (CombinedLoader([[1, 2]], "min_size"), True, "reads from a list; expected a DataLoader"),
+        (CombinedLoader([[1, 2]], "min_size"), True, "a list, makes its batches in a way of its own"),
     ],
     ids=["min", "max", "cycle", "dict", "list", "collate_fn", "no loader"],
 )

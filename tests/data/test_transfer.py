@@ -89,6 +89,15 @@ def test_an_error_leaves_the_stage_as_it_was():
     assert data.trainer is None
 
 
+def test_a_hook_that_asks_for_more_than_the_stage_says_so():
+    class Asking(ByTrainer):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return batch[0] * self.trainer.estimated_stepping_batches, batch[1]
+
+    with pytest.raises(AttributeError, match=r"reads `trainer.estimated_stepping_batches`, but no Trainer is attached"):
+        read(resolve_train_data(Asking()))
+
+
 def test_scores_are_of_the_batches_of_training(tmp_path):
     shifted = [(x + 3, y) for x, y in DATA]
     model, options = fitted(tmp_path, ByTrainer()), {"method": "grad-dot", "show_progress": False}

@@ -138,7 +138,10 @@ def first_output(model, batch):
 
 @pytest.mark.parametrize(
     ("measure", "unit"),
-    [(None, "query loss, in its own unit, per unit"), (first_output, "first_output per unit of learning rate")],
+    [
+        (None, "query loss in its own unit per unit of learning rate"),
+        (first_output, "first_output per unit of learning rate"),
+    ],
     ids=["loss", "measure"],
 )
 def test_the_unit_names_what_is_explained(measure, unit):
