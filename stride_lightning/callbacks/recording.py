@@ -178,13 +178,13 @@ class RecordingCallback(GuardedCallback):
             has_rows_loss=says_rows_loss(self.task, self.loss),
             show=False,
         )
+        if self._has_missing:
+            examples = examples.without_missing(show=False)
         notes = list(examples.notes)
         if getattr(trainer, "reload_dataloaders_every_n_epochs", 0):
             notes.append("The Trainer makes new loaders on the way; records are about the examples of the first one.")
         for note in notes:
             rank_zero_info(f"{type(self).__name__}: {note}")
-        if self._has_missing:
-            examples = examples.without_missing(show=False)
         if most is not None and is_dev_run(trainer):
             return examples.subset(range(min(most, len(examples))))
         return examples

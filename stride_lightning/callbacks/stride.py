@@ -224,6 +224,7 @@ class StrideCallback(RecordingCallback):
     def _without_missing(self) -> _Watched:
         """A design for the examples that are not None."""
         examples = self._watched.examples.without_missing(show=False)
+        rank_zero_info(f"StrideCallback: {examples.notes[-1]}")
         design = sample_design(len(examples), self.num_subsets, self.degree, seed=self.seed)
         self._watched = replace(self._watched, examples=examples, design=design)
         return self._watched

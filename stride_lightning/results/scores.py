@@ -248,8 +248,8 @@ class AttributionResult(ABC):
         known = {name: tensors.pop(name) for name in list(tensors) if name.startswith(("train_", "query_"))}
         loaded: Any = cls.registry[kind]._from_tensors(tensors, **known, **{name: record.info[name] for name in _PLAIN})
         if train_data is not None:
-            loaded.train_data = resolve_train_data(train_data, loaded.train_indices)
-        loaded.queries = None if queries is None else resolve_queries(queries, beside=loaded.train_data)
+            loaded.train_data = resolve_train_data(train_data, loaded.train_indices, has_rows_loss=True)
+        loaded.queries = None if queries is None else resolve_queries(queries)
         if loaded.queries is not None and len(loaded.queries) != loaded.num_queries:
             raise ValueError(
                 f"`queries` has {len(loaded.queries)} examples, but the attribution has {loaded.num_queries} queries: "

@@ -4,13 +4,14 @@ import warnings
 
 import pytest
 import torch
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from stride_lightning import FurtherTrainingCallback, StrideCallback, TracInCallback, attribute
 from stride_lightning.callbacks.guard import RAISE
 from stride_lightning.data import streams
 from stride_lightning.model.weights import weight_hash
-from tests.helpers.data_sources import DATA, KINDS, QUERIES, answer, in_two, known_kinds
+from stride_lightning.storage.records import read_info
+from tests.helpers.data_sources import DATA, KINDS, QUERIES, answer, dropping, in_two, known_kinds
 from tests.helpers.models import Classifier, build, make_trainer
 from tests.helpers.processes import run_two, what_helper_saw
 
@@ -78,6 +79,33 @@ def test_a_fit_is_watched_and_stays_as_it_would_be(name, fits):
         assert all(words in message for message in stopped)
 
 
+class Sparse(Dataset):
+    """None at one position, if any."""
+
+    def __init__(self, missing):
+        self.missing = missing
+
+    def __len__(self):
+        return 400
+
+    def __getitem__(self, i):
+        return None if i == self.missing else DATA[i % 24]
+
+
+def test_a_none_that_only_the_end_of_a_fit_sees(tmp_path, caplog):
+    """And the next fit of the same callback begins anew."""
+    callback, kind = StrideCallback(num_subsets=6), KINDS["None"]
+    for missing, count in ((0, 399), (7, 399), (None, 400)):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            trainer = make_trainer(tmp_path, callback, max_epochs=1)
+            trainer.fit(build(kind.model), DataLoader(Sparse(missing), 40, collate_fn=dropping))
+        assert read_info(callback.records[-1])["data"]["num_examples"] == count
+        said = "StrideCallback: 1 training examples are None in Sparse and are left out."
+        assert [record.message for record in caplog.records].count(said) == (missing is not None)
+        assert ("0 training examples are None" in caplog.text) is False
+
+
 @every_kind
 def test_scores_are_those_of_the_same_examples(name, fits, monkeypatch):
     monkeypatch.setattr(streams, "MOST_EXAMPLES", 100)
@@ -109,13 +137,15 @@ def elsewhere(fits):
     [
         ("parts", ["ValueError"] * 2, "`train_data` (OfARank) gives other examples on every rank"),
         ("splits", ["ValueError"] * 2, "The ranks were given other training examples"),
+        ("queries", ["ValueError"] * 2, "The ranks were given other queries"),
+        ("stream fails", ["RankError", "ValueError"], "the second has no stream"),
         (
             "fails",
             ["RankError", "ValueError"],
             "Training example 20 cannot be read: FailsOnTheSecond[20] raised OSError",
         ),
     ],
-    ids=["parts", "splits", "fails"],
+    ids=["parts", "splits", "queries", "stream fails", "fails"],
 )
 def test_ranks_with_other_data_are_refused_and_none_waits(case, errors, message, elsewhere):
     for saved, error in zip(elsewhere[1:], errors, strict=True):

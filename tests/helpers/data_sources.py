@@ -244,6 +244,13 @@ class OfARank(Stream):
         yield from list(super().__iter__())[torch.distributed.get_rank() :: 2]
 
 
+class StreamThatFailsOnTheSecond(Stream):
+    def __iter__(self):
+        if torch.distributed.get_rank() == 1:
+            raise ValueError("the second has no stream")
+        return super().__iter__()
+
+
 class FailsOnTheSecond(Dataset):
     def __len__(self):
         return 24
@@ -254,10 +261,10 @@ class FailsOnTheSecond(Dataset):
         return DATA[i]
 
 
-def refusal(model, data):
-    """The error that training data end in."""
+def refusal(model, data, queries):
+    """The error that data end in."""
     with pytest.raises((ValueError, RankError)) as caught:
-        attribute(model, QUERIES, train_data=data, method="grad-dot", batch_size=4, show_progress=False)
+        attribute(model, queries, train_data=data, method="grad-dot", batch_size=4, show_progress=False)
     return f"{caught.type.__name__}: {caught.value}"
 
 
@@ -265,8 +272,15 @@ def in_two(number, port, folder):
     """A rank of two, with a share of the work; and data that are not the same on both."""
     start(number, port, group=True)
     results, model = answers(folder), build(Classifier)
-    differing = {"parts": OfARank(), "splits": Subset(DATA, [number, 2, 3]), "fails": FailsOnTheSecond()}
-    results |= {name: refusal(model, data) for name, data in differing.items()}
+    mine = [number, 2, 3]
+    differing = {
+        "parts": (OfARank(), QUERIES),
+        "splits": (Subset(DATA, mine), QUERIES),
+        "queries": (DATA, Subset(QUERIES, mine)),
+        "fails": (FailsOnTheSecond(), QUERIES),
+        "stream fails": (StreamThatFailsOnTheSecond(), QUERIES),
+    }
+    results |= {name: refusal(model, *data) for name, data in differing.items()}
     torch.save(results, folder / f"rank{number}.pt")
 
 

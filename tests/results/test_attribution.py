@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 import torch
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 
 from stride_lightning import Attribution, RecordError, TopExamples, attribute
 from stride_lightning.storage.records import find_records, write_record
@@ -159,6 +159,8 @@ def test_what_attribute_gives_can_be_saved_and_shown_again(tmp_path):
     assert loaded.train_data[1][0].equal(data[3][0])
     assert loaded[2].queries[0][0].equal(queries[2][0])
     assert set(loaded.to_dataframe(k=2)["id"]) <= set(attribution.train_info["id"])
+    halves = [DataLoader(Subset(data, part)) for part in (range(30), range(30, 60))]  # several loaders, to look at
+    assert Attribution.load(path, train_data=halves).train_data[1][0].equal(data[3][0])
     with pytest.raises(ValueError, match="3 examples, but the attribution has 4 queries"):
         Attribution.load(path, queries=Subset(queries, range(3)))
     with pytest.raises(ValueError, match=r"positions in 0\.\.9"):

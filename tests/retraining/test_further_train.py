@@ -99,6 +99,18 @@ def test_positions_are_those_in_the_dataset():
         ask(model, sampled, queries, left_out=[3, 1], train_indices=chosen)
 
 
+def test_several_loaders_with_a_loss():
+    data, queries, model = in_double(points()), in_double(points(4, seed=1)), make_net(mlp)
+
+    def row_losses(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    parts = [Subset(data, range(10)), Subset(data, range(10, NUM_TRAIN))]
+    how = {"left_out": [3, 12], "loss": row_losses}
+    result = ask(model, [DataLoader(part, 4) for part in parts], queries, **how)
+    assert result.effects().equal(ask(model, DataLoader(data, 4), queries, **how).effects())
+
+
 def test_by_default_a_hundred_are_left_out():
     model, data = make_net(partial(mlp, 2)), TensorDataset(random(250, 4).double(), torch.arange(250) % 2)
     result = ask(model, DataLoader(data, 50), Subset(data, range(2)), left_out=None, epochs=1, num_seeds=1)

@@ -8,7 +8,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset, TensorDataset, default_collate
 
 from stride_lightning import BinaryClassification, Classification
 from stride_lightning.retraining.recipe import Recipe, Training
@@ -106,6 +106,13 @@ class Module(L.LightningDataModule):
         return batch[0] + 1, batch[1]
 
 
+def doubled(items):
+    x, y = default_collate(items)
+    return 2 * x, y
+
+
+PARTS = [Subset(points(), part) for part in (range(11), range(11, NUM_TRAIN))]
+TWO_LOADERS = [DataLoader(part, 9, shuffle=True, collate_fn=doubled) for part in PARTS]
 CHOSEN = [3, 1, 20, 15, 16, 8, 24, 2, 5, 6, 7, 11]
 #: A call, and the tensors that are trained on and asked about.
 SOURCES = {
@@ -117,6 +124,10 @@ SOURCES = {
         {"queries": Module(), "train_data": Module(), "batch_size": None},
         *(TensorDataset(data.tensors[0] + 1, data.tensors[1]) for data in (points(), QUERIES)),
     ),
+    "two loaders beside a dataset of queries": (
+        {"train_data": TWO_LOADERS, "batch_size": None, "loss": row_losses},
+        *(TensorDataset(2 * data.tensors[0], data.tensors[1]) for data in (points(), QUERIES)),
+    ),
     "positions": ({"train_indices": CHOSEN}, TensorDataset(*points()[CHOSEN]), QUERIES),
 }
 
@@ -126,7 +137,7 @@ SOURCES = {
 def test_data_of_all_kinds(name, together, tmp_path):
     how, data, queries = SOURCES[name]
     truth = ask(**how, trainer_fn=None if together else lambda: make_trainer(tmp_path))
-    assert (truth.metadata["one_by_one_because"] is None) is together
+    assert (truth.metadata["one_by_one_because"] is None) is (together and "loss" not in how)
     assert truth.masks.shape == (3, len(data))
     for number, losses in enumerate(truth.losses_by_seed):
         expected = by_hand(plain_net, data, queries, truth.masks, number, **HOW)
