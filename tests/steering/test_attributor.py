@@ -277,6 +277,7 @@ def test_std_needs_no_model_and_no_other_process(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: 1)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda *_: "gloo")
     with pytest.raises(AssertionError, match="a collective call"):
         attributor.attribute(queries_of(Classification()))
     assert torch.equal(attribution.std, expected)
