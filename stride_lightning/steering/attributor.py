@@ -15,10 +15,10 @@ from typing_extensions import override
 from stride_lightning.attributor import Attributor
 from stride_lightning.data.examples import Examples
 from stride_lightning.data.objectives import Objective
-from stride_lightning.data.sources import resolve_queries
+from stride_lightning.data.sources import check_same_on_ranks, resolve_queries
 from stride_lightning.model.layers import check_layers
 from stride_lightning.results.attribution import Attribution
-from stride_lightning.runtime.distributed import all_equal, broadcast_object, gather
+from stride_lightning.runtime.distributed import all_equal, broadcast_object, gather, leaving_together
 from stride_lightning.runtime.progress import call
 from stride_lightning.steering.dense import DenseFit
 from stride_lightning.steering.fit import Answers, BasisName, Fit, FitOptions, ScoresName
@@ -301,8 +301,9 @@ class StrideAttributor(Attributor):
         if target not in ("label", "predicted"):
             raise ValueError(f"`target` must be 'label' or 'predicted', got {target!r}.")
         weights = remaining(groups, self.train_data.positions)
-        with call(show=self.show_progress):
-            examples = resolve_queries(queries, self.model, self.train_data)
+        with call(show=self.show_progress), leaving_together():
+            examples = resolve_queries(queries, self.model, self.train_data, show=self.show_progress)
+            check_same_on_ranks(examples)
             with self.borrowed_model():
                 return self.fitted.effects(examples, target, weights).float().cpu()
 

@@ -16,10 +16,10 @@ from stride_lightning.storage.records import Record
 from stride_lightning.tasks.own_loss import RowFunction
 
 BasisName = Literal["statistics", "learned"]
+ScoresName = Literal["prior", "lasso", "ridge", "closed-form"]
+
 #: Bytes of a group of tensors beyond which a record leaves it out, where a fit can compute it again.
 MOST_RECORDED = 2**24
-
-ScoresName = Literal["prior", "lasso", "ridge", "closed-form"]
 
 
 @dataclass(frozen=True, kw_only=True)

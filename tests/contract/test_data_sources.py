@@ -139,13 +139,14 @@ def elsewhere(fits):
         ("splits", ["ValueError"] * 2, "The ranks were given other training examples"),
         ("queries", ["ValueError"] * 2, "The ranks were given other queries"),
         ("stream fails", ["RankError", "ValueError"], "the second has no stream"),
+        ("effect", ["RankError", "ValueError"], "cannot be read: Subset[1] raised IndexError"),
         (
             "fails",
             ["RankError", "ValueError"],
             "Training example 20 cannot be read: FailsOnTheSecond[20] raised OSError",
         ),
     ],
-    ids=["parts", "splits", "queries", "stream fails", "fails"],
+    ids=["parts", "splits", "queries", "stream fails", "effect", "fails"],
 )
 def test_ranks_with_other_data_are_refused_and_none_waits(case, errors, message, elsewhere):
     for saved, error in zip(elsewhere[1:], errors, strict=True):

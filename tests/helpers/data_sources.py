@@ -27,7 +27,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from stride_lightning import attribute
+from stride_lightning import StrideAttributor, attribute
 from stride_lightning.data import streams
 from stride_lightning.runtime.distributed import RankError
 from tests.helpers.models import Augmented, Classifier, OfTwoLoaders, build, classification_data
@@ -268,6 +268,14 @@ def refusal(model, data, queries):
     return f"{caught.type.__name__}: {caught.value}"
 
 
+def refusal_of_groups(model, data, queries):
+    """The error that queries end in where groups of training examples are asked about."""
+    attributor = StrideAttributor(batch_size=4, show_progress=False).fit(model, data)
+    with pytest.raises((ValueError, RankError)) as caught:
+        attributor.effect(queries, [[0, 1], [2, 3]])
+    return f"{caught.type.__name__}: {caught.value}"
+
+
 def in_two(number, port, folder):
     """A rank of two, with a share of the work; and data that are not the same on both."""
     start(number, port, group=True)
@@ -281,6 +289,7 @@ def in_two(number, port, folder):
         "stream fails": (StreamThatFailsOnTheSecond(), QUERIES),
     }
     results |= {name: refusal(model, *data) for name, data in differing.items()}
+    results["effect"] = refusal_of_groups(model, DATA, Subset(QUERIES, [0, number + 4]))
     torch.save(results, folder / f"rank{number}.pt")
 
 
